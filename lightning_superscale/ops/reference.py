@@ -1,0 +1,175 @@
+"""Slow PyTorch version of every op: the oracle that each other path is tested against.
+
+AdamW follows the order of operations of `torch.optim.AdamW`'s single-tensor implementation, so that
+on fp32 state and gradients `adamw_commit` is `torch.equal` to it. Written for the eye: no op here
+is tuned. It is also what runs where no native library was built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_superscale.ops.types import AdamWHyper, AdamWSegment, GradStats
+
+# [Note: Sum of squares] A segment is cut into blocks of 4096 elements from its own start. Within a
+# block, lane j of 16 adds the squares of elements j, j+16, j+32, ... in that order, in fp32; the 16
+# lanes are then added pairwise (8+8, 4+4, 2+2, 1+1); block sums are added in index order in double.
+# Every path follows this order, so the result depends neither on the ISA nor on the thread count.
+SUMSQ_BLOCK_NUMEL = 4096
+SUMSQ_LANES = 16
+
+
+def scaled_grad(grad: Tensor, hyper: AdamWHyper) -> Tensor:
+    """fp32 gradient after scaling, before clipping and sign."""
+    return grad.float() * hyper.grad_scale
+
+
+def _adamw_math(
+    param: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, hyper: AdamWHyper
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One update, out of place, in fp32: new (param, exp_avg, exp_avg_sq)."""
+    s = hyper.scalars()
+    g = scaled_grad(grad, hyper)
+    if hyper.clip_value is not None:
+        g = g.clamp(-hyper.clip_value, hyper.clip_value)
+    if hyper.maximize:
+        g = -g
+    p = param
+    if hyper.weight_decay != 0:
+        if hyper.decoupled:
+            p = p * s.weight_decay_factor
+        else:
+            g = g.add(p, alpha=s.l2)
+    m = exp_avg.float().lerp(g, s.lerp_weight)
+    v = exp_avg_sq.float().mul(s.beta2).addcmul(g, g, value=s.one_minus_beta2)
+    denom = (v.sqrt() / s.bias_correction2_sqrt).add_(s.eps)
+    return p.addcdiv(m, denom, value=s.neg_step_size), m, v
+
+
+def _stats(grad: Tensor, hyper: AdamWHyper) -> GradStats:
+    g = scaled_grad(grad, hyper)
+    return GradStats(sumsq(g), int((~g.isfinite()).sum()))
+
+
+def adamw_commit(segments: Sequence[AdamWSegment], *, stats: bool = False) -> list[GradStats] | None:
+    """Apply `grad` to param, exp_avg, exp_avg_sq in place; write `weight_out` if present."""
+    seen = [_stats(seg.grad, seg.hyper) for seg in segments] if stats else None
+    for seg in segments:
+        p, m, v = _adamw_math(seg.param, seg.exp_avg, seg.exp_avg_sq, seg.grad, seg.hyper)
+        seg.param.copy_(p)
+        seg.exp_avg.copy_(m)
+        seg.exp_avg_sq.copy_(v)
+        if seg.weight_out is not None:
+            seg.weight_out.copy_(p)
+    return seen
+
+
+def adamw_peek(segments: Sequence[AdamWSegment], *, stats: bool = False) -> list[GradStats] | None:
+    """Write to `weight_out` what `adamw_commit` would write, and change nothing else."""
+    seen = [_stats(seg.grad, seg.hyper) for seg in segments] if stats else None
+    for seg in segments:
+        if seg.weight_out is None:
+            raise ValueError("adamw_peek writes only weight_out, and this segment has none")
+        p, _, _ = _adamw_math(seg.param, seg.exp_avg, seg.exp_avg_sq, seg.grad, seg.hyper)
+        seg.weight_out.copy_(p)
+    return seen
+
+
+def adamw_commit_peek(segments: Sequence[AdamWSegment], *, stats: bool = False) -> list[GradStats] | None:
+    """Commit `grad`, then peek `next_grad` from the state as stored; stats are of `next_grad`."""
+    ahead = []
+    for seg in segments:
+        if seg.next_grad is None or seg.next_hyper is None:
+            raise ValueError("adamw_commit_peek needs next_grad and next_hyper in every segment")
+        ahead.append(
+            AdamWSegment(
+                param=seg.param,
+                exp_avg=seg.exp_avg,
+                exp_avg_sq=seg.exp_avg_sq,
+                grad=seg.next_grad,
+                hyper=seg.next_hyper,
+                weight_out=seg.weight_out,
+            )
+        )
+        committed, _, _ = _adamw_math(seg.param, seg.exp_avg, seg.exp_avg_sq, seg.grad, seg.hyper)
+        new_m, new_v = _adamw_math(seg.param, seg.exp_avg, seg.exp_avg_sq, seg.grad, seg.hyper)[1:]
+        seg.param.copy_(committed)
+        seg.exp_avg.copy_(new_m)
+        seg.exp_avg_sq.copy_(new_v)
+    return adamw_peek(ahead, stats=stats)
+
+
+def sumsq(x: Tensor) -> float:
+    """Sum of squares of a 1D tensor, in the fixed order of [Note: Sum of squares]."""
+    flat = x.float().reshape(-1)
+    pad = -flat.numel() % SUMSQ_BLOCK_NUMEL
+    blocks = torch.nn.functional.pad(flat, (0, pad)).view(-1, SUMSQ_BLOCK_NUMEL // SUMSQ_LANES, SUMSQ_LANES)
+    lanes = torch.zeros(blocks.shape[0], SUMSQ_LANES, device=flat.device)
+    for row in range(blocks.shape[1]):
+        lanes = lanes + blocks[:, row] * blocks[:, row]
+    width = SUMSQ_LANES
+    while width > 1:
+        width //= 2
+        lanes = lanes[:, :width] + lanes[:, width : 2 * width]
+    total = 0.0
+    for block in lanes[:, 0].tolist():
+        total += block
+    return total
+
+
+def count_nonfinite(x: Tensor) -> int:
+    """Number of NaN and infinite elements."""
+    return int((~x.isfinite()).sum())
+
+
+def cast_scale(dst: Tensor, src: Tensor, scale: float = 1.0) -> None:
+    """`dst = (src.float() * scale)`, rounded to nearest even in dst's dtype; any of fp32, bf16, fp16."""
+    dst.copy_(src.float() * scale)
+
+
+def accumulate(acc: Tensor, delta: Tensor, scale: float = 1.0) -> None:
+    """`acc += delta.float() * scale` in fp32, rounded once into acc's dtype (fp32, bf16, fp16).
+
+    The product is rounded to fp32 before the sum, as autograd's own accumulation of `delta` does
+    when scale is 1.
+    """
+    acc.copy_(acc.float() + delta.float() * scale)
+
+
+def rows_gather(dst: Tensor, src: Tensor, rows: Tensor) -> None:
+    """`dst[i, :] = src[rows[i], :]`; src [R, C], dst [K, C] of one dtype, rows int64 [K]."""
+    dst.copy_(src[rows])
+
+
+def rows_scatter(dst: Tensor, src: Tensor, rows: Tensor) -> None:
+    """`dst[rows[i], :] = src[i, :]`; rows are distinct."""
+    dst[rows] = src
+
+
+def cols_gather(dst: Tensor, src: Tensor, cols: Tensor) -> None:
+    """`dst[:, j] = src[:, cols[j]]`; src [R, C], dst [R, K] of one dtype, cols int64 [K]."""
+    dst.copy_(src[:, cols])
+
+
+def cols_scatter(dst: Tensor, src: Tensor, cols: Tensor) -> None:
+    """`dst[:, cols[j]] = src[:, j]`; cols are distinct."""
+    dst[:, cols] = src
+
+
+def colnorm(x: Tensor) -> Tensor:
+    """Sum of squares of each column of x [R, C], fp32 [C].
+
+    Rows are added in index order within blocks of 64 rows, in fp32; block sums are added in index
+    order in fp32, so that the result does not depend on how rows were shared among threads.
+    """
+    block_rows = 64
+    total = torch.zeros(x.shape[1], device=x.device)
+    for start in range(0, x.shape[0], block_rows):
+        block = torch.zeros(x.shape[1], device=x.device)
+        for row in x[start : start + block_rows].float():
+            block = block + row * row
+        total = total + block
+    return total

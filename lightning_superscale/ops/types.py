@@ -1,0 +1,115 @@
+"""The values that every op path takes: one optimizer update's numbers and the tensors it touches.
+
+Kept apart from the implementations so that the reference, the native kernel and the GPU kernels
+share one vocabulary and none imports another.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+STATE_DTYPES = (torch.float32, torch.bfloat16)
+GRAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+WEIGHT_DTYPES = (torch.bfloat16, torch.float16)
+
+
+class AdamWScalars(NamedTuple):
+    """The update's coefficients, each computed in double as `torch.optim.AdamW` does.
+
+    The kernels round every one of them to fp32 once; rounding anything earlier would change bits.
+    """
+
+    weight_decay_factor: float  # 1 - lr * weight_decay when decoupled, else 1
+    l2: float  # weight_decay when not decoupled, else 0
+    lerp_weight: float  # 1 - beta1
+    beta2: float
+    one_minus_beta2: float
+    bias_correction2_sqrt: float
+    eps: float
+    neg_step_size: float  # -(lr / (1 - beta1**step))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdamWHyper:
+    """What one AdamW or Adam update of one segment needs to know.
+
+    Attributes:
+        step: the update's own number, counted from 1.
+        decoupled: True for AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101, algorithm 2);
+            False adds `weight_decay * p` to the gradient, as `torch.optim.Adam` does.
+        grad_scale: multiplied into the gradient in fp32 before anything else (unscaling and
+            clipping by norm share it).
+        clip_value: the scaled gradient is then limited to [-clip_value, clip_value]; NaN stays NaN.
+        maximize: the gradient's sign is flipped after scaling and clipping.
+    """
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    step: int
+    decoupled: bool = True
+    maximize: bool = False
+    grad_scale: float = 1.0
+    clip_value: float | None = None
+
+    def scalars(self) -> AdamWScalars:
+        bias_correction1 = 1 - self.beta1**self.step
+        bias_correction2 = 1 - self.beta2**self.step
+        return AdamWScalars(
+            weight_decay_factor=1 - self.lr * self.weight_decay if self.decoupled else 1.0,
+            l2=0.0 if self.decoupled else self.weight_decay,
+            lerp_weight=1 - self.beta1,
+            beta2=self.beta2,
+            one_minus_beta2=1 - self.beta2,
+            bias_correction2_sqrt=bias_correction2**0.5,
+            eps=self.eps,
+            neg_step_size=-(self.lr / bias_correction1),
+        )
+
+
+@dataclass(slots=True, kw_only=True)
+class AdamWSegment:
+    """The tensors of one contiguous run of elements that share one `AdamWHyper`.
+
+    All tensors are 1D, contiguous, of equal numel, on one device, and do not overlap (except that
+    `grad` and `weight_out` may share memory when both have two bytes per element: the kernel reads
+    an element's gradient before it writes its weight).
+
+    Attributes:
+        param: fp32 master weights; written by commit and commit_peek.
+        exp_avg, exp_avg_sq: fp32 or bf16 moments (each its own dtype); written by commit and
+            commit_peek. The parameter update uses the unrounded fp32 moments; storage rounds to
+            nearest even.
+        grad: fp32, bf16 or fp16 gradient of the update to commit (or, in peek, to look ahead to).
+        hyper: belongs to `grad`.
+        weight_out: optional bf16 or fp16 output. commit: the rounded new master. peek and
+            commit_peek: the rounded master that a commit of the peeked gradient would give.
+        next_grad, next_hyper: commit_peek only: the gradient to look ahead to, after `grad` is
+            committed.
+    """
+
+    param: torch.Tensor
+    exp_avg: torch.Tensor
+    exp_avg_sq: torch.Tensor
+    grad: torch.Tensor
+    hyper: AdamWHyper
+    weight_out: torch.Tensor | None = None
+    next_grad: torch.Tensor | None = None
+    next_hyper: AdamWHyper | None = None
+
+
+class GradStats(NamedTuple):
+    """What the fused pass saw of one segment's gradient (of `next_grad` in commit_peek).
+
+    Attributes:
+        sumsq: sum of squares of `grad * grad_scale`, before value clipping.
+        nonfinite: number of elements that are NaN or infinite after scaling.
+    """
+
+    sumsq: float
+    nonfinite: int
