@@ -47,7 +47,9 @@ def update_path(device: torch.device, num_threads: int | None) -> UpdatePath:
     if device.type == "cuda":
         return _cuda_path()
     pool = default_pool() if num_threads is None else Pool(num_threads)
-    return UpdatePath(adamw.kernel_name(), lambda s: adamw.submit_adamw_commit(s, stats=True, pool=pool), pool.num_threads)
+    return UpdatePath(
+        adamw.kernel_name(), lambda s: adamw.submit_adamw_commit(s, stats=True, pool=pool), pool.num_threads
+    )
 
 
 def _cuda_path() -> UpdatePath:

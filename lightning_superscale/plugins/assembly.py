@@ -199,7 +199,9 @@ def _host_bytes_needed(optimizers: Sequence[Optimizer]) -> int:
     )
 
 
-def _byte_classes(module: nn.Module, engines: Sequence[OptimizerEngine] | object, is_offloaded: bool) -> list[ByteClass]:
+def _byte_classes(
+    module: nn.Module, engines: Sequence[OptimizerEngine] | object, is_offloaded: bool
+) -> list[ByteClass]:
     """Bytes of this rank by class, counted from the tensors that exist."""
     states = [state for engine in engines for state in engine.states]  # type: ignore[attr-defined]
     in_units = {param for state in states for param in state.unit.params}

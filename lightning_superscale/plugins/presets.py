@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Literal, Union
+from typing import TYPE_CHECKING, Literal, Union
 
 import torch
 
@@ -23,8 +23,8 @@ class SuperOffloadStrategyMixin(SuperScaleStrategyMixin):
 
     def __init__(
         self,
-        zero: Union[int, ZeroConfig, dict[str, Any]] = 0,
-        offload: Union[Literal["cpu", "superoffload"], OffloadConfig, dict[str, Any], str, None] = "superoffload",
+        zero: Union[int, ZeroConfig] = 0,
+        offload: Union[Literal["cpu", "superoffload"], OffloadConfig, None] = "superoffload",
         error_if_nonfinite: bool = False,
         accelerator: Union[Accelerator, None] = None,
         parallel_devices: Union[list[torch.device], None] = None,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.plugins.precision import Precision
 from pytorch_lightning.strategies import DDPStrategy
 
+from lightning_superscale.plugins.callbacks import ScaleMonitorMixin
 from lightning_superscale.plugins.precision import SuperScalePrecisionMixin
 from lightning_superscale.plugins.presets import SuperOffloadStrategyMixin
 from lightning_superscale.plugins.strategy import SuperScaleStrategyMixin
@@ -21,3 +23,7 @@ class SuperScaleStrategy(SuperScaleStrategyMixin, DDPStrategy):
 
 class SuperOffloadStrategy(SuperOffloadStrategyMixin, SuperScaleStrategy):
     __doc__ = SuperOffloadStrategyMixin.__doc__
+
+
+class ScaleMonitor(ScaleMonitorMixin, Callback):
+    __doc__ = ScaleMonitorMixin.__doc__

@@ -14,9 +14,12 @@ BINDINGS = {
     "lightning.pytorch": "lightning_superscale.plugins.pytorch",
     "pytorch_lightning": "lightning_superscale.plugins.pytorch_lightning",
 }
-PUBLIC_CLASSES = ("SuperOffloadStrategy", "SuperScalePrecision", "SuperScaleStrategy")
+
 STRATEGY_NAMES = {
-    "superscale": ("SuperScaleStrategy", "One strategy for sharding, offload and precision; defaults to plain training"),
+    "superscale": (
+        "SuperScaleStrategy",
+        "One strategy for sharding, offload and precision; defaults to plain training",
+    ),
     "superoffload": ("SuperOffloadStrategy", "Optimizer states and step in host memory"),
 }
 

@@ -48,8 +48,8 @@ class SuperScaleStrategyMixin(_Base):
 
     def __init__(
         self,
-        zero: Union[int, ZeroConfig, dict[str, Any]] = 0,
-        offload: Union[Literal["cpu", "superoffload"], OffloadConfig, dict[str, Any], str, None] = None,
+        zero: Union[int, ZeroConfig] = 0,
+        offload: Union[Literal["cpu", "superoffload"], OffloadConfig, None] = None,
         error_if_nonfinite: bool = False,
         accelerator: Union[Accelerator, None] = None,
         parallel_devices: Union[list[torch.device], None] = None,
@@ -286,7 +286,9 @@ class SuperScaleStrategyMixin(_Base):
                 engine.load_state_dict(state)
 
     def _engine_of(self, optimizer: Any) -> Any:
-        return None if self._assembly is None else self._assembly.engines.get(getattr(optimizer, "_optimizer", optimizer))
+        return (
+            None if self._assembly is None else self._assembly.engines.get(getattr(optimizer, "_optimizer", optimizer))
+        )
 
     def teardown(self) -> None:
         self._release()

@@ -22,7 +22,14 @@ from torch.optim import Optimizer
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.ops.types import AdamWSegment, GradStats
 from lightning_superscale.zero.buckets import BucketTransport
-from lightning_superscale.zero.clip import ClipByNorm, ClipByValue, ClipRequest, clip_coefficient, grad_norms, total_norm
+from lightning_superscale.zero.clip import (
+    ClipByNorm,
+    ClipByValue,
+    ClipRequest,
+    clip_coefficient,
+    grad_norms,
+    total_norm,
+)
 from lightning_superscale.zero.rules import hyper_of, reason_not_native
 from lightning_superscale.zero.states import UnitState, master_slice
 from lightning_superscale.zero.units import GradientDelta, ShardUnit, slice_view
@@ -116,7 +123,16 @@ class OptimizerEngine:
         if not state.is_shared and self.reason_not_native is not None:
             for i, param in enumerate(unit.params):
                 self._masters[param] = nn.Parameter(master_slice(state, i))
+                self._lift_early_state(param)
         return state
+
+    def _lift_early_state(self, param: nn.Parameter) -> None:
+        """Move state that an optimizer made in its constructor (Adagrad does) to where and how masters are."""
+        own: dict[str, Any] = self.optimizer.state[param] if param in self.optimizer.state else {}
+        master = self._masters[param]
+        for key, value in own.items():
+            if isinstance(value, Tensor) and value.shape == param.shape and value.dtype == param.dtype:
+                own[key] = value.to(master.device, master.dtype, copy=True)
 
     def _adopt(self, params: Sequence[nn.Parameter]) -> None:
         """Take in parameters that were unfrozen, or added as a group, after training began."""
@@ -228,7 +244,11 @@ class OptimizerEngine:
         return float(clip_coefficient(self._last_norm, max_norm)), clip_value
 
     def _raise_nonfinite(self, due: Sequence[_Due], norms: Tensor) -> None:
-        bad = [self._fqn_of[item.param] for item, norm in zip(due, norms.tolist(), strict=True) if norm != norm or norm == float("inf")]
+        bad = [
+            self._fqn_of[item.param]
+            for item, norm in zip(due, norms.tolist(), strict=True)
+            if norm != norm or norm == float("inf")
+        ]
         shown = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
         raise SuperScaleError(
             f"error_if_nonfinite: the gradients of {len(bad)} of {len(due)} parameters are NaN or infinite "
