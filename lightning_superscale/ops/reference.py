@@ -1,7 +1,8 @@
 """Slow PyTorch version of every op: the oracle that each other path is tested against.
 
 AdamW follows the order of operations of `torch.optim.AdamW`'s single-tensor implementation, so that
-on fp32 state and gradients `adamw_commit` is `torch.equal` to it. Written for the eye: no op here
+on fp32 state and gradients `adamw_commit` is `torch.equal` to it wherever torch's square root is
+correctly rounded; see [Note: Square root]. Written for the eye: no op here
 is tuned. It is also what runs where no native library was built.
 """
 
@@ -20,6 +21,18 @@ from lightning_superscale.ops.types import AdamWHyper, AdamWSegment, GradStats
 # Every path follows this order, so the result depends neither on the ISA nor on the thread count.
 SUMSQ_BLOCK_NUMEL = 4096
 SUMSQ_LANES = 16
+
+
+# [Note: Square root] Every path takes the correctly rounded square root of IEEE 754, which SSE2, AVX,
+# NEON and CUDA (-prec-sqrt=true) compute. torch's CPU builds with MKL call its vector library, which
+# does not round correctly on every processor: one fp32 root in six is an ulp off on AMD Zen 4, whatever
+# the tensor's size. So the root is taken in double, whose rounding to fp32 is the correct one
+# (53 >= 2 * 24 + 2 bits), and an unmodified torch.optim.AdamW may differ in the parameter's last bit.
+
+
+def _sqrt(x: Tensor) -> Tensor:
+    """Correctly rounded fp32 square root."""
+    return x.double().sqrt().float()
 
 
 def scaled_grad(grad: Tensor, hyper: AdamWHyper) -> Tensor:
@@ -45,7 +58,7 @@ def _adamw_math(
             g = g.add(p, alpha=s.l2)
     m = exp_avg.float().lerp(g, s.lerp_weight)
     v = exp_avg_sq.float().mul(s.beta2).addcmul(g, g, value=s.one_minus_beta2)
-    denom = (v.sqrt() / s.bias_correction2_sqrt).add_(s.eps)
+    denom = (_sqrt(v) / s.bias_correction2_sqrt).add_(s.eps)
     return p.addcdiv(m, denom, value=s.neg_step_size), m, v
 
 
@@ -94,11 +107,10 @@ def adamw_commit_peek(segments: Sequence[AdamWSegment], *, stats: bool = False) 
                 weight_out=seg.weight_out,
             )
         )
-        committed, _, _ = _adamw_math(seg.param, seg.exp_avg, seg.exp_avg_sq, seg.grad, seg.hyper)
-        new_m, new_v = _adamw_math(seg.param, seg.exp_avg, seg.exp_avg_sq, seg.grad, seg.hyper)[1:]
-        seg.param.copy_(committed)
-        seg.exp_avg.copy_(new_m)
-        seg.exp_avg_sq.copy_(new_v)
+        p, m, v = _adamw_math(seg.param, seg.exp_avg, seg.exp_avg_sq, seg.grad, seg.hyper)
+        seg.param.copy_(p)
+        seg.exp_avg.copy_(m)
+        seg.exp_avg_sq.copy_(v)
     return adamw_peek(ahead, stats=stats)
 
 

@@ -1,0 +1,315 @@
+// Every loop that touches tensor elements, compiled once per instruction set with -DLSS_ISA=<name>.
+//
+// [Note: One source, equal bits] The file is compiled with -ffp-contract=off: a multiplication and an
+// addition are fused exactly where fused() stands, which are the places where torch's own kernels
+// fuse, and nowhere else. Loops carry no order that a vector width could change, except the sixteen
+// fixed lanes of sum_block. So every instruction set gives the same bits, and on fp32 they are those
+// of torch.optim.AdamW.
+//
+// Everything here has internal linkage and nothing comes from the C++ library: an inline function
+// compiled for AVX-512 must not be the copy that the linker keeps for every processor.
+#include "kernels.h"
+
+#define LSS_CONCAT_(a, b) a##b
+#define LSS_CONCAT(a, b) LSS_CONCAT_(a, b)
+#define LSS_SIMD _Pragma("omp simd")
+#define LSS_INLINE static inline __attribute__((always_inline))
+
+namespace lss {
+namespace {
+
+LSS_INLINE uint32_t bits_of(float x) {
+    uint32_t u;
+    __builtin_memcpy(&u, &x, 4);
+    return u;
+}
+LSS_INLINE float float_of(uint32_t u) {
+    float x;
+    __builtin_memcpy(&x, &u, 4);
+    return x;
+}
+
+// a * b + c with one rounding.
+#if defined(__FMA__) || defined(__aarch64__)
+LSS_INLINE float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+#else
+// [Note: Fused multiply-add without the instruction] The product of two floats is exact in double.
+// The sum is rounded to double, and e is its exact error (Knuth's two-sum). Where e is not zero the
+// sum is moved to the neighbour with an odd last bit ("round to odd"); 53 bits rounded to odd and then
+// to 24 bits equal one rounding, subnormal results included (Boldo and Melquiond 2008, IEEE TC 57(4),
+// theorem 3: needs at least 24 + 2 bits). Double neither overflows nor underflows here. With NaN or
+// infinity e is NaN, both comparisons fail, and the sum is passed on.
+LSS_INLINE float fused(float a, float b, float c) {
+    const double x = static_cast<double>(a) * static_cast<double>(b);
+    const double y = c;
+    const double s = x + y;
+    const double t = s - x;
+    const double e = (x - (s - t)) + (y - t);
+    // SSE2 has no 64-bit integer comparison, so the two facts needed are taken from bits: 1.0 has an odd
+    // exponent field and 0.0 an even one; signs that agree move s away from zero.
+    const double is_inexact = __builtin_fabs(e) > 0.0 ? 1.0 : 0.0;
+    uint64_t u, v, w;
+    __builtin_memcpy(&u, &s, 8);
+    __builtin_memcpy(&v, &e, 8);
+    __builtin_memcpy(&w, &is_inexact, 8);
+    const uint64_t move = (w >> 52) & 1 & ~u;
+    const uint64_t down = (u ^ v) >> 63;
+    u += move - ((move & down) << 1);
+    double r;
+    __builtin_memcpy(&r, &u, 8);
+    return static_cast<float>(r);
+}
+#endif
+
+struct F32 {
+    using Type = float;
+    static constexpr bool wide = true;
+    LSS_INLINE float load(float x) { return x; }
+    LSS_INLINE float store(float x) { return x; }
+};
+
+struct BF16 {
+    using Type = uint16_t;
+    LSS_INLINE float load(uint16_t x) { return float_of(static_cast<uint32_t>(x) << 16); }
+    // Nearest even; NaN becomes the canonical quiet NaN, which the carry could otherwise turn into infinity.
+    LSS_INLINE uint16_t store(float x) {
+        const uint32_t u = bits_of(x);
+        const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+        return static_cast<uint16_t>((u & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+    }
+};
+
+struct F16 {
+    using Type = uint16_t;
+    // The half's exponent and fraction moved into place read as a float 2^112 too small; the product is
+    // exact, also for subnormal halves. Infinity and NaN need the exponent filled.
+    LSS_INLINE float load(uint16_t x) {
+        const uint32_t magnitude = x & 0x7fffu;
+        const uint32_t u = bits_of(float_of(magnitude << 13) * 0x1p112f);
+        const uint32_t special = magnitude >= 0x7c00u ? 0x7f800000u : 0u;
+        return float_of(u | special | (static_cast<uint32_t>(x & 0x8000u) << 16));
+    }
+    // Nearest even. Below 2^-14, adding 0.5 leaves the fraction's last bit at 2^-24, the subnormal step.
+    LSS_INLINE uint16_t store(float x) {
+        const uint32_t u = bits_of(x);
+        const uint32_t a = u & 0x7fffffffu;
+        const uint32_t normal = (a + 0xfffu + ((a >> 13) & 1u) - (112u << 23)) >> 13;
+        const uint32_t subnormal = bits_of(float_of(a) + 0.5f) - 0x3f000000u;
+        uint32_t h = a < 0x38800000u ? subnormal : normal;
+        h = a >= 0x47800000u ? 0x7c00u : h;
+        h = a > 0x7f800000u ? 0x7e00u : h;
+        return static_cast<uint16_t>(h | ((u >> 16) & 0x8000u));
+    }
+};
+
+struct None {
+    using Type = uint16_t;
+    LSS_INLINE uint16_t store(float) { return 0; }
+};
+
+template <class A, class B>
+struct Same {
+    static constexpr bool value = false;
+};
+template <class A>
+struct Same<A, A> {
+    static constexpr bool value = true;
+};
+
+// Updates p, m, v (fp32, in registers) with an fp32 gradient; the order is _adamw_math's in reference.py.
+LSS_INLINE void update(float &p, float &m, float &v, float g, const Scalars &k) {
+    p = p * k.weight_decay_factor;
+    m = fused(k.lerp_weight, g - m, float_of((bits_of(m) & ~k.lerp_base) | (bits_of(g) & k.lerp_base)));
+    v = fused(k.one_minus_beta2 * g, g, v * k.beta2);
+    const float denom = __builtin_sqrtf(v) / k.bias_correction2_sqrt + k.eps;
+    p = p + (k.neg_step_size * m) / denom;
+}
+
+// weight_out may be grad: element i of both is touched in iteration i only, gradient first.
+template <class G, class M, class V, class W>
+void commit(float *p, void *m_, void *v_, const void *g_, const void *, void *w_, int64_t n, const Scalars *k_,
+            const Scalars *) {
+    auto *m = static_cast<typename M::Type *>(m_);
+    auto *v = static_cast<typename V::Type *>(v_);
+    auto *g = static_cast<const typename G::Type *>(g_);
+    auto *w = static_cast<typename W::Type *>(w_);
+    const Scalars k = *k_;
+    LSS_SIMD
+    for (int64_t i = 0; i < n; ++i) {
+        float pi = p[i], mi = M::load(m[i]), vi = V::load(v[i]);
+        update(pi, mi, vi, G::load(g[i]) * k.grad_scale, k);
+        p[i] = pi;
+        m[i] = M::store(mi);
+        v[i] = V::store(vi);
+        if constexpr (!Same<W, None>::value) w[i] = W::store(pi);
+    }
+}
+
+template <class G, class M, class V, class W>
+void peek(float *p, void *m_, void *v_, const void *g_, const void *, void *w_, int64_t n, const Scalars *k_,
+          const Scalars *) {
+    auto *m = static_cast<const typename M::Type *>(m_);
+    auto *v = static_cast<const typename V::Type *>(v_);
+    auto *g = static_cast<const typename G::Type *>(g_);
+    auto *w = static_cast<typename W::Type *>(w_);
+    const Scalars k = *k_;
+    LSS_SIMD
+    for (int64_t i = 0; i < n; ++i) {
+        float pi = p[i], mi = M::load(m[i]), vi = V::load(v[i]);
+        update(pi, mi, vi, G::load(g[i]) * k.grad_scale, k);
+        w[i] = W::store(pi);
+    }
+}
+
+// The peek starts from the moments as stored, so they go through the storage type and back.
+template <class G, class M, class V, class W>
+void commit_peek(float *p, void *m_, void *v_, const void *g_, const void *next_, void *w_, int64_t n,
+                 const Scalars *k_, const Scalars *next_k_) {
+    auto *m = static_cast<typename M::Type *>(m_);
+    auto *v = static_cast<typename V::Type *>(v_);
+    auto *g = static_cast<const typename G::Type *>(g_);
+    auto *next = static_cast<const typename G::Type *>(next_);
+    auto *w = static_cast<typename W::Type *>(w_);
+    const Scalars k = *k_, next_k = *next_k_;
+    LSS_SIMD
+    for (int64_t i = 0; i < n; ++i) {
+        float pi = p[i], mi = M::load(m[i]), vi = V::load(v[i]);
+        const float ahead = G::load(next[i]) * next_k.grad_scale;
+        update(pi, mi, vi, G::load(g[i]) * k.grad_scale, k);
+        const auto ms = M::store(mi);
+        const auto vs = V::store(vi);
+        p[i] = pi;
+        m[i] = ms;
+        v[i] = vs;
+        mi = M::load(ms);
+        vi = V::load(vs);
+        update(pi, mi, vi, ahead, next_k);
+        w[i] = W::store(pi);
+    }
+}
+
+template <class G>
+void prepare(float *out, const void *g_, const float *p, int64_t n, const Scalars *k_) {
+    auto *g = static_cast<const typename G::Type *>(g_);
+    const Scalars k = *k_;
+    const float limit = k.has_clip ? k.clip_value : __builtin_inff();
+    const uint32_t sign = k.maximize ? 0x80000000u : 0u;
+    LSS_SIMD
+    for (int64_t i = 0; i < n; ++i) {
+        float x = G::load(g[i]) * k.grad_scale;
+        x = x > limit ? limit : x;  // false for NaN, which stays
+        x = x < -limit ? -limit : x;
+        out[i] = float_of(bits_of(x) ^ sign);
+    }
+    if (k.has_l2) {
+        LSS_SIMD
+        for (int64_t i = 0; i < n; ++i) out[i] = fused(k.l2, p[i], out[i]);
+    }
+}
+
+LSS_INLINE uint32_t is_nonfinite(float x) { return (bits_of(x) & 0x7f800000u) == 0x7f800000u ? 1u : 0u; }
+
+template <class G>
+void sum_block(const void *x_, int64_t n, float scale, Stats *stats) {
+    auto *x = static_cast<const typename G::Type *>(x_);
+    float lanes[kLanes] = {};
+    uint32_t counts[kLanes] = {};
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) {
+        LSS_SIMD
+        for (int j = 0; j < kLanes; ++j) {
+            const float y = G::load(x[i + j]) * scale;
+            lanes[j] += y * y;
+            counts[j] += is_nonfinite(y);
+        }
+    }
+    for (int j = 0; i + j < n; ++j) {
+        const float y = G::load(x[i + j]) * scale;
+        lanes[j] += y * y;
+        counts[j] += is_nonfinite(y);
+    }
+    stats->nonfinite = 0;
+    for (int j = 0; j < kLanes; ++j) {
+        stats->lanes[j] = lanes[j];
+        stats->nonfinite += counts[j];
+    }
+}
+
+template <class G>
+int64_t count_nonfinite(const void *x_, int64_t n) {
+    auto *x = static_cast<const typename G::Type *>(x_);
+    uint32_t count = 0;  // n is at most a chunk
+#pragma omp simd reduction(+ : count)
+    for (int64_t i = 0; i < n; ++i) count += is_nonfinite(G::load(x[i]));
+    return count;
+}
+
+template <class D, class S>
+void cast_scale(void *dst_, const void *src_, int64_t n, float scale) {
+    auto *dst = static_cast<typename D::Type *>(dst_);
+    auto *src = static_cast<const typename S::Type *>(src_);
+    LSS_SIMD
+    for (int64_t i = 0; i < n; ++i) dst[i] = D::store(S::load(src[i]) * scale);
+}
+
+template <class A, class D>
+void accumulate(void *acc_, const void *delta_, int64_t n, float scale) {
+    auto *acc = static_cast<typename A::Type *>(acc_);
+    auto *delta = static_cast<const typename D::Type *>(delta_);
+    LSS_SIMD
+    for (int64_t i = 0; i < n; ++i) acc[i] = A::store(A::load(acc[i]) + D::load(delta[i]) * scale);
+}
+
+// At most kColnormRows rows of a strip of columns: adds their squares to `block` (zeroed here) row by
+// row, and `block` to `total`.
+template <class G>
+void colnorm(const void *x_, int64_t rows, int64_t stride, int64_t cols, float *block, float *total) {
+    for (int64_t c = 0; c < cols; ++c) block[c] = 0.0f;
+    for (int64_t r = 0; r < rows; ++r) {
+        auto *x = static_cast<const typename G::Type *>(x_) + r * stride;
+        LSS_SIMD
+        for (int64_t c = 0; c < cols; ++c) {
+            const float y = G::load(x[c]);
+            block[c] += y * y;
+        }
+    }
+    LSS_SIMD
+    for (int64_t c = 0; c < cols; ++c) total[c] += block[c];
+}
+
+void roof(float *p, float *m, float *v, const float *g, int64_t n) {
+    LSS_SIMD
+    for (int64_t i = 0; i < n; ++i) {
+        const float gi = g[i];
+        m[i] = m[i] * 0.9f + gi;
+        v[i] = v[i] * 0.9f + gi;
+        p[i] = p[i] * 0.9f + gi;
+    }
+}
+
+#define LSS_WEIGHTS(fn, G, M, V) {nullptr, fn<G, M, V, BF16>, fn<G, M, V, F16>, nullptr}
+#define LSS_WEIGHTS_OR_NONE(fn, G, M, V) {nullptr, fn<G, M, V, BF16>, fn<G, M, V, F16>, fn<G, M, V, None>}
+#define LSS_MOMENTS(row, fn, G) \
+    {{row(fn, G, F32, F32), row(fn, G, F32, BF16)}, {row(fn, G, BF16, F32), row(fn, G, BF16, BF16)}}
+#define LSS_GRADS(row, fn) {LSS_MOMENTS(row, fn, F32), LSS_MOMENTS(row, fn, BF16), LSS_MOMENTS(row, fn, F16)}
+#define LSS_BY_TYPE(fn) {fn<F32>, fn<BF16>, fn<F16>}
+#define LSS_BY_TYPES(fn) \
+    {{fn<F32, F32>, fn<F32, BF16>, fn<F32, F16>}, \
+     {fn<BF16, F32>, fn<BF16, BF16>, fn<BF16, F16>}, \
+     {fn<F16, F32>, fn<F16, BF16>, fn<F16, F16>}}
+
+}  // namespace
+
+extern const KernelTable LSS_CONCAT(table_, LSS_ISA);
+const KernelTable LSS_CONCAT(table_, LSS_ISA) = {
+    {LSS_GRADS(LSS_WEIGHTS_OR_NONE, commit), LSS_GRADS(LSS_WEIGHTS, peek), LSS_GRADS(LSS_WEIGHTS, commit_peek)},
+    LSS_BY_TYPE(prepare),
+    LSS_BY_TYPE(sum_block),
+    LSS_BY_TYPE(count_nonfinite),
+    LSS_BY_TYPES(cast_scale),
+    LSS_BY_TYPES(accumulate),
+    LSS_BY_TYPE(colnorm),
+    roof,
+};
+
+}  // namespace lss

@@ -1,0 +1,510 @@
+// The compute ops of lss.h: each cuts its tensors into items, runs a kernel on every item, and sums up in
+// index order.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <new>
+#include <vector>
+
+#include "error.h"
+#include "kernels.h"
+#include "pool.h"
+
+namespace lss {
+namespace {
+
+constexpr int64_t kItemBytes = 256 << 10;  // of ops that only move bytes
+constexpr int64_t kPrepared = 1024;        // gradient elements prepared at a time: stays in L1
+constexpr int64_t kColnormCols = 256;
+
+int64_t num_chunks(int64_t numel, int64_t chunk) { return (numel + chunk - 1) / chunk; }
+
+bool is_dtype(int32_t dtype) { return dtype == LSS_F32 || dtype == LSS_BF16 || dtype == LSS_F16; }
+int64_t item_bytes(int32_t dtype) { return dtype == LSS_F32 ? 4 : 2; }
+
+const char *at(const void *base, int32_t dtype, int64_t i) {
+    return base ? static_cast<const char *>(base) + i * item_bytes(dtype) : nullptr;
+}
+char *at(void *base, int32_t dtype, int64_t i) {
+    return base ? static_cast<char *>(base) + i * item_bytes(dtype) : nullptr;
+}
+
+// [Note: Sum of squares] in reference.py: lanes pairwise, 8+8, 4+4, 2+2, 1+1.
+float sum_lanes(const Stats &stats) {
+    float lanes[kLanes];
+    std::copy(stats.lanes, stats.lanes + kLanes, lanes);
+    for (int width = kLanes / 2; width >= 1; width /= 2) {
+        for (int j = 0; j < width; ++j) lanes[j] += lanes[j + width];
+    }
+    return lanes[0];
+}
+
+double sum_in_order(const std::vector<float> &blocks) {
+    double total = 0.0;
+    for (const float block : blocks) total += block;
+    return total;
+}
+
+// Runs `make`, which builds the work, and turns a refused allocation into a status.
+template <class Make>
+int32_t submit_made(lss_pool *pool, const lss_submit *how, lss_ticket **ticket, const Make &make) {
+    if (!kernels()) return LSS_ERR_ISA;
+    try {
+        return submit(pool, make(), how, ticket);
+    } catch (const std::bad_alloc &) {
+        return fail(LSS_ERR_MEMORY, "no memory for the work's bookkeeping");
+    }
+}
+
+Scalars rounded(const lss_adamw_hyper &h) {
+    Scalars k;
+    k.weight_decay_factor = static_cast<float>(h.weight_decay_factor);
+    k.l2 = static_cast<float>(h.l2);
+    k.lerp_weight = static_cast<float>(h.lerp_weight);
+    k.beta2 = static_cast<float>(h.beta2);
+    k.one_minus_beta2 = static_cast<float>(h.one_minus_beta2);
+    k.bias_correction2_sqrt = static_cast<float>(h.bias_correction2_sqrt);
+    k.eps = static_cast<float>(h.eps);
+    k.neg_step_size = static_cast<float>(h.neg_step_size);
+    k.grad_scale = static_cast<float>(h.grad_scale);
+    k.clip_value = static_cast<float>(h.clip_value);
+    k.has_l2 = h.has_l2 != 0;
+    k.has_clip = h.has_clip != 0;
+    k.maximize = h.maximize != 0;
+    k.plain = !k.has_l2 && !k.has_clip && !k.maximize;
+    k.lerp_base = 0;
+    if (!(std::fabs(k.lerp_weight) < 0.5f)) {
+        // torch.lerp: end - (end - start) * (1 - weight), as one fused operation.
+        k.lerp_base = 0xffffffffu;
+        k.lerp_weight -= 1.0f;
+    }
+    return k;
+}
+
+struct AdamW : lss_ticket {
+    struct Piece {  // where an item starts; it ends where the next one starts
+        int64_t segment, offset;
+    };
+    struct Plan {
+        Scalars k, next_k;
+        std::vector<float> block_sums;
+        std::vector<int64_t> block_nonfinite;
+    };
+
+    const KernelTable *table = kernels();
+    int32_t mode = LSS_COMMIT;
+    bool with_stats = false;
+    lss_adamw_segment *segments = nullptr;
+    std::vector<Plan> plans;
+    std::vector<Piece> pieces;
+
+    AdamW(int32_t mode_, lss_adamw_segment *segments_, int64_t num_segments, bool with_stats_)
+        : mode(mode_), with_stats(with_stats_), segments(segments_), plans(static_cast<size_t>(num_segments)) {
+        int64_t room = 0;  // left in the current item, so that small segments share one
+        for (int64_t s = 0; s < num_segments; ++s) {
+            const lss_adamw_segment &seg = segments[s];
+            Plan &plan = plans[static_cast<size_t>(s)];
+            plan.k = rounded(seg.hyper);
+            plan.next_k = rounded(seg.next_hyper);
+            if (with_stats) {
+                plan.block_sums.resize(static_cast<size_t>(num_chunks(seg.numel, kStatsBlock)));
+                plan.block_nonfinite.resize(plan.block_sums.size());
+            }
+            for (int64_t offset = 0; offset < seg.numel; offset += kChunk) {
+                const int64_t n = std::min(kChunk, seg.numel - offset);
+                if (pieces.empty() || n > room) {
+                    pieces.push_back({s, offset});
+                    room = kChunk;
+                }
+                room -= n;
+            }
+        }
+        num_items = static_cast<int64_t>(pieces.size());
+        pieces.push_back({num_segments, 0});
+    }
+
+    void run(int64_t item) override {
+        Piece here = pieces[static_cast<size_t>(item)];
+        const Piece end = pieces[static_cast<size_t>(item) + 1];
+        while (here.segment < end.segment || (here.segment == end.segment && here.offset < end.offset)) {
+            const int64_t numel = segments[here.segment].numel;
+            const int64_t stop = here.segment == end.segment ? end.offset : numel;
+            if (with_stats) {
+                for (int64_t offset = here.offset; offset < stop; offset += kStatsBlock) {
+                    const int64_t n = std::min(kStatsBlock, stop - offset);
+                    see(here.segment, offset, n);
+                    step(here.segment, offset, n);
+                }
+            } else if (here.offset < stop) {
+                step(here.segment, here.offset, stop - here.offset);
+            }
+            here = {here.segment + 1, 0};
+        }
+    }
+
+    // Before the step, because weight_out may be the gradient's memory.
+    void see(int64_t s, int64_t offset, int64_t n) {
+        const lss_adamw_segment &seg = segments[s];
+        Plan &plan = plans[static_cast<size_t>(s)];
+        const bool ahead = mode == LSS_COMMIT_PEEK;
+        const int32_t dtype = ahead ? seg.next_grad_dtype : seg.grad_dtype;
+        Stats stats;
+        table->stats[dtype](at(ahead ? seg.next_grad : seg.grad, dtype, offset), n,
+                            ahead ? plan.next_k.grad_scale : plan.k.grad_scale, &stats);
+        const auto block = static_cast<size_t>(offset / kStatsBlock);
+        plan.block_sums[block] = sum_lanes(stats);
+        plan.block_nonfinite[block] = stats.nonfinite;
+    }
+
+    void step(int64_t s, int64_t offset, int64_t n) {
+        const lss_adamw_segment &seg = segments[s];
+        const Plan &plan = plans[static_cast<size_t>(s)];
+        const bool same = mode != LSS_COMMIT_PEEK || (seg.grad_dtype == seg.next_grad_dtype && plan.next_k.plain);
+        if (plan.k.plain && same) {
+            table->adamw[mode][seg.grad_dtype][seg.exp_avg_dtype][seg.exp_avg_sq_dtype][seg.weight_out_dtype](
+                seg.param + offset, at(seg.exp_avg, seg.exp_avg_dtype, offset),
+                at(seg.exp_avg_sq, seg.exp_avg_sq_dtype, offset), at(seg.grad, seg.grad_dtype, offset),
+                at(seg.next_grad, seg.next_grad_dtype, offset), at(seg.weight_out, seg.weight_out_dtype, offset), n,
+                &plan.k, &plan.next_k);
+            return;
+        }
+        for (int64_t i = 0; i < n; i += kPrepared) step_prepared(s, offset + i, std::min(kPrepared, n - i));
+    }
+
+    // The uncommon cases (clipping by value, maximize, L2, two gradient dtypes): the gradient is first made fp32
+    // in a small buffer. In commit_peek the peek's own gradient is prepared after the commit, since L2 reads the
+    // new parameter; weight_out is written last.
+    void step_prepared(int64_t s, int64_t offset, int64_t n) {
+        const lss_adamw_segment &seg = segments[s];
+        const Plan &plan = plans[static_cast<size_t>(s)];
+        alignas(64) float prepared[kPrepared];
+        float *const p = seg.param + offset;
+        void *const m = at(seg.exp_avg, seg.exp_avg_dtype, offset);
+        void *const v = at(seg.exp_avg_sq, seg.exp_avg_sq_dtype, offset);
+        void *const w = at(seg.weight_out, seg.weight_out_dtype, offset);
+        const auto run_mode = [&](int32_t which, const void *grad, int32_t dtype, const Scalars &k, int32_t out) {
+            table->prepare[dtype](prepared, at(grad, dtype, offset), p, n, &k);
+            Scalars rest = k;
+            rest.grad_scale = 1.0f;
+            table->adamw[which][LSS_F32][seg.exp_avg_dtype][seg.exp_avg_sq_dtype][out](p, m, v, prepared, nullptr, w,
+                                                                                      n, &rest, nullptr);
+        };
+        if (mode == LSS_COMMIT_PEEK) {
+            run_mode(LSS_COMMIT, seg.grad, seg.grad_dtype, plan.k, LSS_NONE);
+            run_mode(LSS_PEEK, seg.next_grad, seg.next_grad_dtype, plan.next_k, seg.weight_out_dtype);
+        } else {
+            run_mode(mode, seg.grad, seg.grad_dtype, plan.k, seg.weight_out_dtype);
+        }
+    }
+
+    void finish() override {
+        if (!with_stats) return;
+        for (size_t s = 0; s < plans.size(); ++s) {
+            segments[s].sumsq = sum_in_order(plans[s].block_sums);
+            segments[s].nonfinite = 0;
+            for (const int64_t count : plans[s].block_nonfinite) segments[s].nonfinite += count;
+        }
+    }
+};
+
+int32_t check_segment(int32_t mode, const lss_adamw_segment &seg, int64_t s) {
+    const bool moments = (seg.exp_avg_dtype == LSS_F32 || seg.exp_avg_dtype == LSS_BF16) &&
+                         (seg.exp_avg_sq_dtype == LSS_F32 || seg.exp_avg_sq_dtype == LSS_BF16);
+    const bool out = seg.weight_out_dtype == LSS_BF16 || seg.weight_out_dtype == LSS_F16 ||
+                     (mode == LSS_COMMIT && seg.weight_out_dtype == LSS_NONE);
+    const bool grads = is_dtype(seg.grad_dtype) && (mode != LSS_COMMIT_PEEK || is_dtype(seg.next_grad_dtype));
+    if (seg.numel < 0 || !moments || !out || !grads) {
+        return fail(LSS_ERR_ARGUMENT, "segment %lld has a negative size or a dtype that mode %d does not take",
+                    static_cast<long long>(s), mode);
+    }
+    return LSS_OK;
+}
+
+struct SumSq : lss_ticket {
+    const KernelTable *table = kernels();
+    const void *x = nullptr;
+    int32_t dtype = 0;
+    int64_t numel = 0;
+    double *result = nullptr;
+    std::vector<float> blocks;
+    void run(int64_t item) override {
+        const int64_t end = std::min((item + 1) * kChunk, numel);
+        for (int64_t i = item * kChunk; i < end; i += kStatsBlock) {
+            Stats stats;
+            table->stats[dtype](at(x, dtype, i), std::min(kStatsBlock, end - i), 1.0f, &stats);
+            blocks[static_cast<size_t>(i / kStatsBlock)] = sum_lanes(stats);
+        }
+    }
+    void finish() override { *result = sum_in_order(blocks); }
+};
+
+struct CountNonfinite : lss_ticket {
+    const KernelTable *table = kernels();
+    const void *x = nullptr;
+    int32_t dtype = 0;
+    int64_t numel = 0;
+    int64_t *result = nullptr;
+    std::atomic<int64_t> count{0};  // integers: the order of arrival changes nothing
+    void run(int64_t item) override {
+        const int64_t i = item * kChunk;
+        count.fetch_add(table->count_nonfinite[dtype](at(x, dtype, i), std::min(kChunk, numel - i)),
+                        std::memory_order_relaxed);
+    }
+    void finish() override { *result = count.load(); }
+};
+
+struct Cast : lss_ticket {
+    CastFn kernel = nullptr;
+    void *dst = nullptr;
+    const void *src = nullptr;
+    int32_t dst_dtype = 0, src_dtype = 0;
+    int64_t numel = 0;
+    float scale = 1.0f;
+    void run(int64_t item) override {
+        const int64_t i = item * kChunk;
+        kernel(at(dst, dst_dtype, i), at(src, src_dtype, i), std::min(kChunk, numel - i), scale);
+    }
+};
+
+int32_t submit_cast(lss_pool *pool, const CastFn (KernelTable::*table)[3][3], void *dst, int32_t dst_dtype,
+                    const void *src, int32_t src_dtype, int64_t numel, double scale, const lss_submit *how,
+                    lss_ticket **ticket) {
+    if (!is_dtype(dst_dtype) || !is_dtype(src_dtype) || numel < 0) {
+        return fail(LSS_ERR_ARGUMENT, "expected dtypes 0 to 2 and a size >= 0, found %d, %d, %lld", dst_dtype,
+                    src_dtype, static_cast<long long>(numel));
+    }
+    return submit_made(pool, how, ticket, [&] {
+        auto work = std::make_unique<Cast>();
+        work->kernel = (kernels()->*table)[dst_dtype][src_dtype];
+        work->dst = dst;
+        work->src = src;
+        work->dst_dtype = dst_dtype;
+        work->src_dtype = src_dtype;
+        work->numel = numel;
+        work->scale = static_cast<float>(scale);
+        work->num_items = num_chunks(numel, kChunk);
+        return work;
+    });
+}
+
+struct Rows : lss_ticket {
+    char *dst = nullptr;
+    const char *src = nullptr;
+    const int64_t *rows = nullptr;
+    int64_t num_rows = 0, row_bytes = 0, per_item = 1;
+    bool scatter = false;
+    void run(int64_t item) override {
+        const int64_t end = std::min((item + 1) * per_item, num_rows);
+        for (int64_t i = item * per_item; i < end; ++i) {
+            const int64_t to = scatter ? rows[i] : i, from = scatter ? i : rows[i];
+            std::memcpy(dst + to * row_bytes, src + from * row_bytes, static_cast<size_t>(row_bytes));
+        }
+    }
+};
+
+int32_t submit_rows(lss_pool *pool, bool scatter, void *dst, const void *src, const int64_t *rows, int64_t num_rows,
+                    int64_t row_bytes, const lss_submit *how, lss_ticket **ticket) {
+    if (num_rows < 0 || row_bytes < 0) return fail(LSS_ERR_ARGUMENT, "sizes must be >= 0");
+    return submit_made(pool, how, ticket, [&] {
+        auto work = std::make_unique<Rows>();
+        work->dst = static_cast<char *>(dst);
+        work->src = static_cast<const char *>(src);
+        work->rows = rows;
+        work->num_rows = num_rows;
+        work->row_bytes = row_bytes;
+        work->per_item = std::max<int64_t>(1, kItemBytes / std::max<int64_t>(1, row_bytes));
+        work->scatter = scatter;
+        work->num_items = row_bytes == 0 ? 0 : num_chunks(num_rows, work->per_item);
+        return work;
+    });
+}
+
+struct Cols : lss_ticket {
+    void *dst = nullptr;
+    const void *src = nullptr;
+    const int64_t *cols = nullptr;
+    int64_t num_cols = 0, num_rows = 0, wide_cols = 0, per_item = 1;
+    int32_t bytes = 0;
+    bool scatter = false;
+    template <class T>
+    void move(int64_t row, int64_t end) {
+        for (; row < end; ++row) {
+            T *const d = static_cast<T *>(dst) + row * (scatter ? wide_cols : num_cols);
+            const T *const s = static_cast<const T *>(src) + row * (scatter ? num_cols : wide_cols);
+            if (scatter) {
+                for (int64_t j = 0; j < num_cols; ++j) d[cols[j]] = s[j];
+            } else {
+                for (int64_t j = 0; j < num_cols; ++j) d[j] = s[cols[j]];
+            }
+        }
+    }
+    void run(int64_t item) override {
+        const int64_t start = item * per_item, end = std::min(start + per_item, num_rows);
+        if (bytes == 1) move<uint8_t>(start, end);
+        if (bytes == 2) move<uint16_t>(start, end);
+        if (bytes == 4) move<uint32_t>(start, end);
+        if (bytes == 8) move<uint64_t>(start, end);
+    }
+};
+
+int32_t submit_cols(lss_pool *pool, bool scatter, void *dst, const void *src, const int64_t *cols, int64_t num_cols,
+                    int64_t num_rows, int64_t wide_cols, int32_t bytes, const lss_submit *how, lss_ticket **ticket) {
+    if (num_cols < 0 || num_rows < 0 || (bytes != 1 && bytes != 2 && bytes != 4 && bytes != 8)) {
+        return fail(LSS_ERR_ARGUMENT, "expected sizes >= 0 and elements of 1, 2, 4 or 8 bytes, found %d bytes", bytes);
+    }
+    return submit_made(pool, how, ticket, [&] {
+        auto work = std::make_unique<Cols>();
+        work->dst = dst;
+        work->src = src;
+        work->cols = cols;
+        work->num_cols = num_cols;
+        work->num_rows = num_rows;
+        work->wide_cols = wide_cols;
+        work->bytes = bytes;
+        work->per_item = std::max<int64_t>(1, kItemBytes / std::max<int64_t>(1, wide_cols * bytes));
+        work->scatter = scatter;
+        work->num_items = num_cols == 0 ? 0 : num_chunks(num_rows, work->per_item);
+        return work;
+    });
+}
+
+// Items are strips of columns: a column's rows are added by one thread, in order.
+struct Colnorm : lss_ticket {
+    const KernelTable *table = kernels();
+    const void *x = nullptr;
+    int32_t dtype = 0;
+    int64_t num_rows = 0, num_cols = 0;
+    float *result = nullptr;
+    void run(int64_t item) override {
+        const int64_t c = item * kColnormCols, cols = std::min(kColnormCols, num_cols - c);
+        float block[kColnormCols];
+        std::fill(result + c, result + c + cols, 0.0f);
+        for (int64_t r = 0; r < num_rows; r += kColnormRows) {
+            table->colnorm[dtype](at(x, dtype, r * num_cols + c), std::min(kColnormRows, num_rows - r), num_cols, cols,
+                                  block, result + c);
+        }
+    }
+};
+
+struct Copy : lss_ticket {
+    char *dst = nullptr;
+    const char *src = nullptr;
+    int64_t nbytes = 0;
+    void run(int64_t item) override {
+        const int64_t i = item * kItemBytes;
+        std::memcpy(dst + i, src + i, static_cast<size_t>(std::min(kItemBytes, nbytes - i)));
+    }
+};
+
+}  // namespace
+}  // namespace lss
+
+using namespace lss;
+
+extern "C" {
+
+int32_t lss_adamw(lss_pool *pool, int32_t mode, lss_adamw_segment *segments, int64_t num_segments, int32_t stats,
+                  const lss_submit *how, lss_ticket **ticket) {
+    if (mode < LSS_COMMIT || mode > LSS_COMMIT_PEEK) return fail(LSS_ERR_ARGUMENT, "unknown mode %d", mode);
+    for (int64_t s = 0; s < num_segments; ++s) {
+        const int32_t status = check_segment(mode, segments[s], s);
+        if (status != LSS_OK) return status;
+    }
+    return submit_made(pool, how, ticket,
+                       [&] { return std::make_unique<AdamW>(mode, segments, num_segments, stats != 0); });
+}
+
+int32_t lss_sumsq(lss_pool *pool, const void *x, int32_t dtype, int64_t numel, double *result, const lss_submit *how,
+                  lss_ticket **ticket) {
+    if (!is_dtype(dtype) || numel < 0) return fail(LSS_ERR_ARGUMENT, "unknown dtype %d or negative size", dtype);
+    return submit_made(pool, how, ticket, [&] {
+        auto work = std::make_unique<SumSq>();
+        work->x = x;
+        work->dtype = dtype;
+        work->numel = numel;
+        work->result = result;
+        work->blocks.resize(static_cast<size_t>(num_chunks(numel, kStatsBlock)));
+        work->num_items = num_chunks(numel, kChunk);
+        return work;
+    });
+}
+
+int32_t lss_count_nonfinite(lss_pool *pool, const void *x, int32_t dtype, int64_t numel, int64_t *result,
+                            const lss_submit *how, lss_ticket **ticket) {
+    if (!is_dtype(dtype) || numel < 0) return fail(LSS_ERR_ARGUMENT, "unknown dtype %d or negative size", dtype);
+    return submit_made(pool, how, ticket, [&] {
+        auto work = std::make_unique<CountNonfinite>();
+        work->x = x;
+        work->dtype = dtype;
+        work->numel = numel;
+        work->result = result;
+        work->num_items = num_chunks(numel, kChunk);
+        return work;
+    });
+}
+
+int32_t lss_cast_scale(lss_pool *pool, void *dst, int32_t dst_dtype, const void *src, int32_t src_dtype,
+                       int64_t numel, double scale, const lss_submit *how, lss_ticket **ticket) {
+    return submit_cast(pool, &KernelTable::cast_scale, dst, dst_dtype, src, src_dtype, numel, scale, how, ticket);
+}
+
+int32_t lss_accumulate(lss_pool *pool, void *acc, int32_t acc_dtype, const void *delta, int32_t delta_dtype,
+                       int64_t numel, double scale, const lss_submit *how, lss_ticket **ticket) {
+    return submit_cast(pool, &KernelTable::accumulate, acc, acc_dtype, delta, delta_dtype, numel, scale, how, ticket);
+}
+
+int32_t lss_rows_gather(lss_pool *pool, void *dst, const void *src, const int64_t *rows, int64_t num_rows,
+                        int64_t row_bytes, const lss_submit *how, lss_ticket **ticket) {
+    return submit_rows(pool, false, dst, src, rows, num_rows, row_bytes, how, ticket);
+}
+
+int32_t lss_rows_scatter(lss_pool *pool, void *dst, const void *src, const int64_t *rows, int64_t num_rows,
+                         int64_t row_bytes, const lss_submit *how, lss_ticket **ticket) {
+    return submit_rows(pool, true, dst, src, rows, num_rows, row_bytes, how, ticket);
+}
+
+int32_t lss_cols_gather(lss_pool *pool, void *dst, const void *src, const int64_t *cols, int64_t num_cols,
+                        int64_t num_rows, int64_t src_cols, int32_t item_bytes, const lss_submit *how,
+                        lss_ticket **ticket) {
+    return submit_cols(pool, false, dst, src, cols, num_cols, num_rows, src_cols, item_bytes, how, ticket);
+}
+
+int32_t lss_cols_scatter(lss_pool *pool, void *dst, const void *src, const int64_t *cols, int64_t num_cols,
+                         int64_t num_rows, int64_t dst_cols, int32_t item_bytes, const lss_submit *how,
+                         lss_ticket **ticket) {
+    return submit_cols(pool, true, dst, src, cols, num_cols, num_rows, dst_cols, item_bytes, how, ticket);
+}
+
+int32_t lss_colnorm(lss_pool *pool, const void *x, int32_t dtype, int64_t num_rows, int64_t num_cols, float *result,
+                    const lss_submit *how, lss_ticket **ticket) {
+    if (!is_dtype(dtype) || num_rows < 0 || num_cols < 0) return fail(LSS_ERR_ARGUMENT, "unknown dtype or negative size");
+    return submit_made(pool, how, ticket, [&] {
+        auto work = std::make_unique<Colnorm>();
+        work->x = x;
+        work->dtype = dtype;
+        work->num_rows = num_rows;
+        work->num_cols = num_cols;
+        work->result = result;
+        work->num_items = num_chunks(num_cols, kColnormCols);
+        return work;
+    });
+}
+
+int32_t lss_copy(lss_pool *pool, void *dst, const void *src, int64_t nbytes, const lss_submit *how,
+                 lss_ticket **ticket) {
+    if (nbytes < 0) return fail(LSS_ERR_ARGUMENT, "size must be >= 0");
+    return submit_made(pool, how, ticket, [&] {
+        auto work = std::make_unique<Copy>();
+        work->dst = static_cast<char *>(dst);
+        work->src = static_cast<const char *>(src);
+        work->nbytes = nbytes;
+        work->num_items = num_chunks(nbytes, kItemBytes);
+        return work;
+    });
+}
+
+void lss_bench_roof(float *p, float *m, float *v, const float *g, int64_t numel) {
+    if (const KernelTable *table = kernels()) table->roof(p, m, v, g, numel);
+}
+
+}  // extern "C"
