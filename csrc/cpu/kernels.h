@@ -19,7 +19,7 @@ struct Scalars {
     // because a bool in the loop keeps some compilers from vectorising it.
     uint32_t lerp_base;
     bool plain;           // no l2, clip or sign: the kernel needs no prepared gradient
-    bool has_l2, has_clip, maximize;
+    bool has_l2, has_clip, maximize, installed_root;
 };
 
 struct Stats {
@@ -29,6 +29,9 @@ struct Stats {
 
 using AdamwFn = void (*)(float *p, void *m, void *v, const void *g, const void *next, void *w, int64_t n,
                          const Scalars *k, const Scalars *next_k);
+// An update in two halves, for a square root that is taken between them ([Note: Installed root] in ops.cpp).
+using MomentsFn = void (*)(void *m, void *v, const void *g, float *new_m, float *new_v, int64_t n, const Scalars *k);
+using ParamFn = void (*)(float *p, const float *new_m, const float *root, void *w, int64_t n, const Scalars *k);
 using PrepareFn = void (*)(float *out, const void *g, const float *p, int64_t n, const Scalars *k);
 using StatsFn = void (*)(const void *x, int64_t n, float scale, Stats *stats);  // n <= kStatsBlock
 using CountFn = int64_t (*)(const void *x, int64_t n);
@@ -38,6 +41,8 @@ using RoofFn = void (*)(float *p, float *m, float *v, const float *g, int64_t n)
 
 struct KernelTable {
     AdamwFn adamw[3][3][2][2][4];  // mode, grad (and next_grad), exp_avg, exp_avg_sq, weight_out
+    MomentsFn moments[2][3][2][2];  // stored or not, grad, exp_avg, exp_avg_sq
+    ParamFn param[2][4];            // stored or not, weight_out
     PrepareFn prepare[3];
     StatsFn stats[3];
     CountFn count_nonfinite[3];

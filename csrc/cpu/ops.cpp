@@ -16,6 +16,16 @@ namespace {
 constexpr int64_t kItemBytes = 256 << 10;  // of ops that only move bytes
 constexpr int64_t kPrepared = 1024;        // gradient elements prepared at a time: stays in L1
 constexpr int64_t kColnormCols = 256;
+constexpr int64_t kRooted = 2048;  // elements between two calls of an installed root: their buffers stay in cache
+
+// [Note: Installed root] torch's CPU builds may take square roots from a vector library whose rounding is
+// its own. An update that must equal torch's then runs in two halves over cached blocks: moments, the
+// library's root of the second one, and the parameter.
+struct Root {
+    lss_root_fn fn = nullptr;
+    int64_t mode = 0;
+};
+Root installed_root;
 
 int64_t num_chunks(int64_t numel, int64_t chunk) { return (numel + chunk - 1) / chunk; }
 
@@ -71,6 +81,7 @@ Scalars rounded(const lss_adamw_hyper &h) {
     k.has_l2 = h.has_l2 != 0;
     k.has_clip = h.has_clip != 0;
     k.maximize = h.maximize != 0;
+    k.installed_root = h.installed_root != 0 && installed_root.fn != nullptr;
     k.plain = !k.has_l2 && !k.has_clip && !k.maximize;
     k.lerp_base = 0;
     if (!(std::fabs(k.lerp_weight) < 0.5f)) {
@@ -159,6 +170,10 @@ struct AdamW : lss_ticket {
     void step(int64_t s, int64_t offset, int64_t n) {
         const lss_adamw_segment &seg = segments[s];
         const Plan &plan = plans[static_cast<size_t>(s)];
+        if (plan.k.installed_root || (mode == LSS_COMMIT_PEEK && plan.next_k.installed_root)) {
+            for (int64_t i = 0; i < n; i += kRooted) step_rooted(s, offset + i, std::min(kRooted, n - i));
+            return;
+        }
         const bool same = mode != LSS_COMMIT_PEEK || (seg.grad_dtype == seg.next_grad_dtype && plan.next_k.plain);
         if (plan.k.plain && same) {
             table->adamw[mode][seg.grad_dtype][seg.exp_avg_dtype][seg.exp_avg_sq_dtype][seg.weight_out_dtype](
@@ -195,6 +210,40 @@ struct AdamW : lss_ticket {
         } else {
             run_mode(mode, seg.grad, seg.grad_dtype, plan.k, seg.weight_out_dtype);
         }
+    }
+
+    void step_rooted(int64_t s, int64_t offset, int64_t n) {
+        const lss_adamw_segment &seg = segments[s];
+        const Plan &plan = plans[static_cast<size_t>(s)];
+        if (mode == LSS_COMMIT_PEEK) {
+            half_steps(seg, offset, n, seg.grad, seg.grad_dtype, plan.k, true, LSS_NONE);
+            half_steps(seg, offset, n, seg.next_grad, seg.next_grad_dtype, plan.next_k, false, seg.weight_out_dtype);
+        } else {
+            half_steps(seg, offset, n, seg.grad, seg.grad_dtype, plan.k, mode == LSS_COMMIT, seg.weight_out_dtype);
+        }
+    }
+
+    void half_steps(const lss_adamw_segment &seg, int64_t offset, int64_t n, const void *grad, int32_t dtype,
+                    const Scalars &k, bool stored, int32_t out) {
+        alignas(64) float new_m[kRooted], root[kRooted], prepared[kRooted];
+        float *const p = seg.param + offset;
+        const void *g = at(grad, dtype, offset);
+        Scalars rest = k;
+        if (!k.plain) {
+            table->prepare[dtype](prepared, g, p, n, &k);
+            g = prepared;
+            dtype = LSS_F32;
+            rest.grad_scale = 1.0f;
+        }
+        table->moments[stored][dtype][seg.exp_avg_dtype][seg.exp_avg_sq_dtype](
+            at(seg.exp_avg, seg.exp_avg_dtype, offset), at(seg.exp_avg_sq, seg.exp_avg_sq_dtype, offset), g, new_m,
+            root, n, &rest);
+        if (k.installed_root) {
+            installed_root.fn(static_cast<int32_t>(n), root, root, installed_root.mode);
+        } else {
+            for (int64_t i = 0; i < n; ++i) root[i] = __builtin_sqrtf(root[i]);
+        }
+        table->param[stored][out](p, new_m, root, at(seg.weight_out, seg.weight_out_dtype, offset), n, &rest);
     }
 
     void finish() override {
@@ -402,6 +451,9 @@ struct Copy : lss_ticket {
 using namespace lss;
 
 extern "C" {
+
+void lss_install_root(lss_root_fn root, int64_t mode) { lss::installed_root = {root, mode}; }
+
 
 int32_t lss_adamw(lss_pool *pool, int32_t mode, lss_adamw_segment *segments, int64_t num_segments, int32_t stats,
                   const lss_submit *how, lss_ticket **ticket) {

@@ -1,9 +1,7 @@
 """Slow PyTorch version of every op: the oracle that each other path is tested against.
 
 AdamW follows the order of operations of `torch.optim.AdamW`'s single-tensor implementation, so that
-on fp32 state and gradients `adamw_commit` is `torch.equal` to it wherever torch's square root is
-correctly rounded; see [Note: Square root]. Written for the eye: no op here
-is tuned. It is also what runs where no native library was built.
+on fp32 state and gradients `adamw_commit` is `torch.equal` to it. Written for the eye: no op here is tuned. It is also what runs where no native library was built.
 """
 
 from __future__ import annotations
@@ -23,16 +21,16 @@ SUMSQ_BLOCK_NUMEL = 4096
 SUMSQ_LANES = 16
 
 
-# [Note: Square root] Every path takes the correctly rounded square root of IEEE 754, which SSE2, AVX,
-# NEON and CUDA (-prec-sqrt=true) compute. torch's CPU builds with MKL call its vector library, which
-# does not round correctly on every processor: one fp32 root in six is an ulp off on AMD Zen 4, whatever
-# the tensor's size. So the root is taken in double, whose rounding to fp32 is the correct one
-# (53 >= 2 * 24 + 2 bits), and an unmodified torch.optim.AdamW may differ in the parameter's last bit.
+# [Note: Square root] IEEE 754's correctly rounded root is what SSE2, AVX, NEON and CUDA compute. torch's CPU
+# builds with MKL call its vector library, which does not round correctly on every processor: one fp32
+# root in six is an ulp off on AMD Zen 4, whatever the tensor's size and alignment. Plain AdamW has those
+# bits on a CPU, and IEEE's on a GPU. So the update says which it wants: `ieee_sqrt=False` equals torch's
+# own root on this machine, `True` is the same everywhere (taken in double, whose rounding to fp32 is the
+# correct one: 53 >= 2 * 24 + 2 bits).
 
 
-def _sqrt(x: Tensor) -> Tensor:
-    """Correctly rounded fp32 square root."""
-    return x.double().sqrt().float()
+def _sqrt(x: Tensor, is_ieee: bool) -> Tensor:
+    return x.double().sqrt().float() if is_ieee else x.sqrt()
 
 
 def scaled_grad(grad: Tensor, hyper: AdamWHyper) -> Tensor:
@@ -58,7 +56,7 @@ def _adamw_math(
             g = g.add(p, alpha=s.l2)
     m = exp_avg.float().lerp(g, s.lerp_weight)
     v = exp_avg_sq.float().mul(s.beta2).addcmul(g, g, value=s.one_minus_beta2)
-    denom = (_sqrt(v) / s.bias_correction2_sqrt).add_(s.eps)
+    denom = (_sqrt(v, hyper.ieee_sqrt) / s.bias_correction2_sqrt).add_(s.eps)
     return p.addcdiv(m, denom, value=s.neg_step_size), m, v
 
 
