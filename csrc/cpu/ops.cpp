@@ -16,7 +16,7 @@ namespace {
 constexpr int64_t kItemBytes = 256 << 10;  // of ops that only move bytes
 constexpr int64_t kPrepared = 1024;        // gradient elements prepared at a time: stays in L1
 constexpr int64_t kColnormCols = 256;
-constexpr int64_t kRooted = 2048;  // elements between two calls of an installed root: their buffers stay in cache
+constexpr int64_t kRooted = 8192;  // elements between two calls of an installed root: their buffers stay in cache
 
 // [Note: Installed root] torch's CPU builds may take square roots from a vector library whose rounding is
 // its own. An update that must equal torch's then runs in two halves over cached blocks: moments, the
@@ -24,8 +24,23 @@ constexpr int64_t kRooted = 2048;  // elements between two calls of an installed
 struct Root {
     lss_root_fn fn = nullptr;
     int64_t mode = 0;
+    int32_t (*set_threads)(int32_t) = nullptr;
 };
 Root installed_root;
+
+// While alive, the root's library starts no threads of its own: the pool's are the ones that work.
+class OneRootThread {
+   public:
+    OneRootThread() : before_(installed_root.set_threads ? installed_root.set_threads(1) : 0) {}
+    ~OneRootThread() {
+        if (installed_root.set_threads) installed_root.set_threads(before_);
+    }
+    OneRootThread(const OneRootThread &) = delete;
+    OneRootThread &operator=(const OneRootThread &) = delete;
+
+   private:
+    int32_t before_;
+};
 
 int64_t num_chunks(int64_t numel, int64_t chunk) { return (numel + chunk - 1) / chunk; }
 
@@ -171,6 +186,7 @@ struct AdamW : lss_ticket {
         const lss_adamw_segment &seg = segments[s];
         const Plan &plan = plans[static_cast<size_t>(s)];
         if (plan.k.installed_root || (mode == LSS_COMMIT_PEEK && plan.next_k.installed_root)) {
+            const OneRootThread one;
             for (int64_t i = 0; i < n; i += kRooted) step_rooted(s, offset + i, std::min(kRooted, n - i));
             return;
         }
@@ -452,7 +468,9 @@ using namespace lss;
 
 extern "C" {
 
-void lss_install_root(lss_root_fn root, int64_t mode) { lss::installed_root = {root, mode}; }
+void lss_install_root(lss_root_fn root, int64_t mode, int32_t (*set_threads)(int32_t)) {
+    lss::installed_root = {root, mode, set_threads};
+}
 
 
 int32_t lss_adamw(lss_pool *pool, int32_t mode, lss_adamw_segment *segments, int64_t num_segments, int32_t stats,

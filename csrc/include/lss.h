@@ -106,8 +106,9 @@ LSS_API size_t lss_sizeof_adamw_segment(void);
 LSS_API const char *lss_last_error(void); /* of the calling thread; never NULL */
 
 /* Square root for updates with installed_root set: torch's own, where that is not IEEE's ([Note: Square
- * root] in reference.py). NULL takes it back. Not while work is in flight. */
-LSS_API void lss_install_root(lss_root_fn root, int64_t mode);
+ * root] in reference.py). NULL takes it back. Not while work is in flight. set_threads, which may be NULL,
+ * sets how many threads the root's library may use in the calling thread, and returns the number before. */
+LSS_API void lss_install_root(lss_root_fn root, int64_t mode, int32_t (*set_threads)(int32_t));
 
 /* ---- instruction sets: "generic" (SSE2 on x86-64), "avx2", "avx512", "neon" ----
  * The best one is chosen at first use, or the one named by the environment variable LSS_ISA. */

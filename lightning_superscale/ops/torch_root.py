@@ -43,16 +43,17 @@ def install(lib: ctypes.CDLL) -> str:
         )
         return "IEEE, torch's differs"
     lib.lss_install_root.restype = None
-    lib.lss_install_root.argtypes = (ctypes.c_void_p, ctypes.c_int64)
-    lib.lss_install_root(ctypes.cast(found, ctypes.c_void_p), VML_MODE)
+    lib.lss_install_root.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p)
+    root, set_threads = (None if f is None else ctypes.cast(f, ctypes.c_void_p) for f in found)
+    lib.lss_install_root(root, VML_MODE, set_threads)
     return "torch's own (MKL)"
 
 
-def _find() -> ctypes._CFuncPtr | None:
-    """MKL's vmsSqrt inside libtorch_cpu, if it is there and gives torch's bits."""
-    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+def _find() -> tuple[ctypes._CFuncPtr, ctypes._CFuncPtr | None] | None:
+    """MKL's vmsSqrt inside libtorch_cpu, if it is there and gives torch's bits, and its thread-count setter."""
     try:
-        function = ctypes.CDLL(str(library)).vmsSqrt
+        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        function = library.vmsSqrt
     except (OSError, AttributeError):
         return None
     function.restype = None
@@ -60,4 +61,6 @@ def _find() -> ctypes._CFuncPtr | None:
     x = _probe()
     root = torch.empty_like(x)
     function(x.numel(), x.data_ptr(), root.data_ptr(), VML_MODE)
-    return function if torch.equal(root, x.sqrt()) else None
+    if not torch.equal(root, x.sqrt()):
+        return None
+    return function, getattr(library, "MKL_Set_Num_Threads_Local", None)

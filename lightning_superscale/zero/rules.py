@@ -34,8 +34,13 @@ def reason_not_native(optimizer: Optimizer) -> str | None:
 def hyper_of(
     optimizer: Optimizer, group: dict[str, Any], step: int, grad_scale: float, clip_value: float | None
 ) -> AdamWHyper:
-    """The numbers of one update, read from the parameter group at the step, so that schedulers keep working."""
+    """The numbers of one update, read from the parameter group at the step, so that schedulers keep working.
+
+    The square root is the one that plain AdamW would take: IEEE's on a GPU and in its fused CPU kernel,
+    torch's own in the loop that runs on a CPU otherwise.
+    """
     beta1, beta2 = group["betas"]
+    is_cuda = any(param.device.type == "cuda" for param in group["params"][:1])
     return AdamWHyper(
         lr=float(group["lr"]),
         beta1=beta1,
@@ -47,4 +52,5 @@ def hyper_of(
         maximize=bool(group["maximize"]),
         grad_scale=grad_scale,
         clip_value=clip_value,
+        ieee_sqrt=is_cuda or bool(group.get("fused")),
     )
