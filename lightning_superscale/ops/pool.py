@@ -142,8 +142,8 @@ class Ticket(Generic[T]):
             return
         try:
             self._settle()
-        except Exception as error:  # the waiter gets it, as it would from a worker
-            self._error = error
+        except (ArithmeticError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
+            self._error = error  # the waiter gets it, as it would from a worker
 
     def cancel(self) -> None:
         """Drop held work: `wait` then raises. No effect once released."""

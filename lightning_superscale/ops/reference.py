@@ -183,3 +183,8 @@ def colnorm(x: Tensor) -> Tensor:
             block = block + row * row
         total = total + block
     return total
+
+
+def copy(dst: Tensor, src: Tensor) -> None:
+    """`dst = src`, byte for byte; one dtype and numel."""
+    dst.copy_(src)

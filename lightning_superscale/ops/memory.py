@@ -1,0 +1,94 @@
+"""Host buffers from mmap, optionally pinned for CUDA, freed when no tensor uses them."""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from ctypes import byref, c_void_p
+
+import torch
+from torch import Tensor
+
+from lightning_superscale.ops import _lib
+from lightning_superscale.ops.pool import Pool
+
+
+class HostBuffer:
+    """Zeroed host memory that tensors can view.
+
+    The memory lives as long as the buffer or any tensor made from it. Without the native library torch
+    allocates it.
+
+    Args:
+        nbytes: size; 0 is allowed.
+        pin: page-lock it for asynchronous copies to and from CUDA devices.
+        device: CUDA device whose context does the pinning; the pages are pinned for every device.
+        huge_pages: advise the kernel to use huge pages.
+        pool: threads that touch the pages first, so that they lie on those threads' NUMA node.
+    Raises:
+        MemoryError: the system refused the memory.
+        RuntimeError: `pin` without a usable CUDA driver.
+    """
+
+    def __init__(
+        self,
+        nbytes: int,
+        pin: bool = False,
+        *,
+        device: int = 0,
+        huge_pages: bool = False,
+        pool: Pool | None = None,
+    ) -> None:
+        if nbytes < 0:
+            raise ValueError(f"nbytes must be >= 0, found {nbytes}")
+        self._nbytes = nbytes
+        self._is_pinned = pin
+        lib = _lib.native()
+        if lib is None or nbytes == 0:
+            self._bytes = torch.zeros(nbytes, dtype=torch.uint8, pin_memory=pin and nbytes > 0)
+            return
+        self._bytes = _mapped(lib, nbytes, device if pin else None, huge_pages, pool)
+
+    @property
+    def nbytes(self) -> int:
+        return self._nbytes
+
+    @property
+    def is_pinned(self) -> bool:
+        return self._is_pinned
+
+    def tensor(self, dtype: torch.dtype, numel: int, *, offset_bytes: int = 0) -> Tensor:
+        """1D view of `numel` elements from `offset_bytes` on, which must be a multiple of the element size."""
+        end = offset_bytes + numel * dtype.itemsize
+        if numel < 0 or offset_bytes < 0 or offset_bytes % dtype.itemsize or end > self._nbytes:
+            raise ValueError(
+                f"expected an aligned range within {self._nbytes} bytes, found {numel} elements of {dtype} "
+                f"({dtype.itemsize} bytes each) at byte {offset_bytes}"
+            )
+        return self._bytes[offset_bytes:end].view(dtype)
+
+
+def _mapped(lib: ctypes.CDLL, nbytes: int, pin_device: int | None, huge_pages: bool, pool: Pool | None) -> Tensor:
+    memory = c_void_p()
+    _lib.check(lib, lib.lss_mem_alloc(nbytes, int(huge_pages), pool.handle if pool else None, byref(memory)))
+    address = memory.value
+    if address is None:
+        raise AssertionError("lss_mem_alloc gave no memory")
+    if pin_device is not None:
+        status = lib.lss_cu_pin(pin_device, address, nbytes)
+        if status != 0:
+            reason = lib.lss_last_error().decode()
+            lib.lss_mem_free(address, nbytes)
+            raise RuntimeError(f"cannot pin {nbytes} bytes of host memory: {reason}")
+    # torch.frombuffer keeps a reference to the exporter, and every view keeps the tensor's storage: when the
+    # exporter dies, nothing can reach the memory any more.
+    exporter = (ctypes.c_uint8 * nbytes).from_address(address)
+    finalizer = weakref.finalize(exporter, _release, lib, address, nbytes, pin_device)
+    finalizer.atexit = False  # tensors may be used until the very end; the process's exit frees the memory
+    return torch.frombuffer(exporter, dtype=torch.uint8)
+
+
+def _release(lib: ctypes.CDLL, address: int, nbytes: int, pin_device: int | None) -> None:
+    if pin_device is not None:
+        lib.lss_cu_unpin(pin_device, address)
+    lib.lss_mem_free(address, nbytes)
