@@ -74,7 +74,7 @@ class HostState:
         self._grads = arena.zeros(numel, dtype, is_pinned=is_pinned)
         self.weight_out = self._grads if is_low_precision else None
         self._arrivals: dict[int, LinkEvent] = {}
-        self.reload()
+        self.reload(range(len(unit.shard.slices)))
 
     def receive(self, slices: Sequence[tuple[int, Tensor]]) -> None:
         for i, grad in slices:
@@ -110,10 +110,15 @@ class HostState:
         spans = [slice(piece.offset, piece.offset + piece.numel) for piece in pieces]
         return UploadEvent([self._link.h2d(self.unit.weights[span], source[span]) for span in spans])
 
-    def reload(self) -> None:
-        staged = torch.empty_like(self._grads)
-        self._link.d2h(staged, self.unit.weights).synchronize()
-        self.master.copy_(staged)
+    def reload(self, slices: Sequence[int]) -> None:
+        for i in slices:
+            piece = self.unit.shard.slices[i]
+            span = slice(piece.offset, piece.offset + piece.numel)
+            weights = torch.empty(piece.numel, dtype=self._grads.dtype)
+            self._link.d2h(weights, self.unit.weights[span]).synchronize()
+            master = self.master[span]
+            # A master keeps its lower bits where it still rounds to its weight.
+            master.copy_(torch.where(master.to(weights.dtype) == weights, master, weights.float()))
 
     def release(self) -> None:
         self._arrivals.clear()

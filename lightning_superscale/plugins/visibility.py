@@ -70,6 +70,9 @@ def why_gradients_are_held(module: Any, callbacks: list[Any], num_optimizers: in
     if hooks:
         return f"{type(module).__name__}.{hooks[0]} may read param.grad"
     for callback in callbacks:
+        if type(callback).__name__ == "StochasticWeightAveraging":
+            # Its batch-norm epoch ends with an optimizer step without a backward of its own.
+            return "StochasticWeightAveraging steps once more with the last gradients"
         hooks = _overrides(callback, _CALLBACK_GRAD_HOOKS)
         if hooks and not _is_blind(callback):
             return f"{type(callback).__name__}.{hooks[0]} may read param.grad"

@@ -105,6 +105,7 @@ class OptimizerEngine:
         self._last_stats: list[GradStats] = []
         self._is_stepping = False
         self._masters: dict[nn.Parameter, nn.Parameter] = {}
+        self._seen_versions: dict[nn.Parameter, int] = {}
         trainable = [(fqn_of[p], p) for p in self._params() if p.requires_grad]
         order = {param: n for n, param in enumerate(fqn_of)}
         trainable.sort(key=lambda item: order[item[1]])
@@ -120,6 +121,8 @@ class OptimizerEngine:
 
     def _build_state(self, unit: ShardUnit) -> UnitState:
         state = self._make_state(unit, self.reason_not_native is None)
+        for param in unit.params:
+            self._seen_versions[param] = param._version
         if not state.is_shared and self.reason_not_native is not None:
             for i, param in enumerate(unit.params):
                 self._masters[param] = nn.Parameter(master_slice(state, i))
@@ -192,6 +195,21 @@ class OptimizerEngine:
                     due.append(_Due(param, group, self.states[unit.index], i, grad))
         return due
 
+    def _follow_edits(self) -> None:
+        """Take over weights that user code changed in place since the last step (a clamp, an average, a load).
+
+        [Note: Edited weights] A parameter views its unit's buffer but counts versions of its own: uploads
+        don't raise the count, in-place operations of the user do. Changes through `param.data` raise none
+        and can't be seen; they last until the next step.
+        """
+        for param, seen in self._seen_versions.items():
+            if param._version == seen:
+                continue
+            self._seen_versions[param] = param._version
+            unit, i = self.transport.place_of(param) or (None, 0)
+            if unit is not None:
+                self.states[unit.index].reload([i])
+
     # The step
 
     def step(self) -> None:
@@ -205,6 +223,7 @@ class OptimizerEngine:
         start = clock()
         # Uploads of the previous step must be through before their buffers are written again.
         self.transport.wait_all_published()
+        self._follow_edits()
         try:
             due = self._gather_due()
             collected = clock()
@@ -352,6 +371,7 @@ class OptimizerEngine:
             return result
 
         self.transport.wait_all_published()
+        self._follow_edits()
         self._is_stepping = True
         try:
             with self.masters_in_place_of_params():
@@ -476,9 +496,9 @@ class OptimizerEngine:
         self._bound_state(_Due(param, {}, state, i, param))
 
     def reload_masters(self) -> None:
-        """Rebuild every master from the module's weights, after somebody loaded those."""
+        """Follow the module's weights, after somebody loaded those."""
         for state in self.states:
-            state.reload()
+            state.reload(range(len(state.unit.params)))
 
     def grad_norm(self) -> Tensor:
         """Global 2-norm of the gradients of the last step, before clipping; fp32 scalar on the CPU.

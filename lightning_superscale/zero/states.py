@@ -43,8 +43,8 @@ class UnitState(Protocol):
     def upload(self, stepped: Sequence[int]) -> PublishEvent | None:
         """Move new weights of the stepped slices to `unit.weights`; None when they are already there."""
 
-    def reload(self) -> None:
-        """Rebuild master weights from the parameters, after somebody loaded those."""
+    def reload(self, slices: Sequence[int]) -> None:
+        """Follow weights that somebody changed: a master that no longer rounds to its weight becomes that weight."""
 
     def release(self) -> None:
         """Free what the garbage collector does not."""
@@ -81,12 +81,20 @@ class ResidentState:
             raise AssertionError("resident weights without an output can't be published")
         return None
 
-    def reload(self) -> None:
-        if not self.is_shared:
-            self.master.copy_(self.unit.weights)
+    def reload(self, slices: Sequence[int]) -> None:
+        if self.is_shared:
+            return
+        for i in slices:
+            piece = self.unit.shard.slices[i]
+            follow_weights(slice_view(self.master, piece), slice_view(self.unit.weights, piece))
 
     def release(self) -> None:
         self._grads.clear()
+
+
+def follow_weights(master: Tensor, weights: Tensor) -> None:
+    """Where `master` does not round to `weights`, make it `weights`; elsewhere it keeps its lower bits."""
+    master.copy_(torch.where(master.to(weights.dtype) == weights, master, weights.float()))
 
 
 def master_slice(state: UnitState, i: int) -> Tensor:
