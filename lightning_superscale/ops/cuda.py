@@ -75,7 +75,9 @@ def _find() -> abi.CudaLibrary | str:
     try:
         library = abi.open_library(path)
         # No segments: nothing is launched, but a driver older than the library's runtime says so here.
-        library.check(library.dll.lss_cuda_adamw(ctypes.byref(abi.Call(device=torch.cuda.current_device())), None), "load")
+        library.check(
+            library.dll.lss_cuda_adamw(ctypes.byref(abi.Call(device=torch.cuda.current_device())), None), "load"
+        )
     except (OSError, RuntimeError) as error:
         return str(error)
     return library
@@ -98,7 +100,9 @@ def _check(tensor: Tensor, where: str, dtypes: Sequence[torch.dtype], numel: int
     if tensor.dtype not in dtypes:
         raise TypeError(f"{where}: expected dtype {' or '.join(map(str, dtypes))}, found {tensor.dtype}; cast it first")
     if tensor.device != device:
-        raise ValueError(f"{where}: expected a tensor on {device}, found {tensor.device}; all of a call is on one device")
+        raise ValueError(
+            f"{where}: expected a tensor on {device}, found {tensor.device}; all of a call is on one device"
+        )
     if tensor.dim() != 1 or not tensor.is_contiguous() or tensor.numel() != numel:
         raise ValueError(
             f"{where}: expected a contiguous 1D tensor of {numel} elements, found shape {tuple(tensor.shape)} with "
@@ -199,7 +203,8 @@ def _adamw(
         next_grad_scale=_scalar_pointer(next_grad_scale, f"{name}: next_grad_scale", device),
         skip=_scalar_pointer(skip, f"{name}: skip", device),
     )
-    seen, scratch = None, []
+    seen: DeviceGradStats | None = None
+    scratch: list[Tensor] = []
     if stats:
         call.stats_out, seen, scratch = _allocate_stats([seg.param.numel() for seg in segments], device)
     library.check(library.dll.lss_cuda_adamw(ctypes.byref(call), library.stream_of(device)), name)

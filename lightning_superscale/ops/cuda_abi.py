@@ -152,7 +152,8 @@ def open_library(path: Path, device_type: str = "cuda") -> CudaLibrary:
         found = dll.lss_cuda_abi_version()
         if found != ABI_VERSION:
             raise RuntimeError(
-                f"{path}: expected ABI version {ABI_VERSION}, found {found}; rebuild the native libraries of this version"
+                f"{path}: expected ABI version {ABI_VERSION}, found {found}; "
+                "rebuild the native libraries of this version"
             )
         for name, struct in _SIZES.items():
             function = getattr(dll, name)

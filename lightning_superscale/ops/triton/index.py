@@ -43,8 +43,8 @@ def _check(name: str, dst: Tensor, src: Tensor, indices: Tensor, window: Tensor,
         )
     if indices.dtype != torch.int64 or indices.shape != window.shape[axis : axis + 1] or not indices.is_contiguous():
         raise ValueError(
-            f"{name}: expected contiguous int64 indices of shape ({window.shape[axis]},), found {indices.dtype} of shape "
-            f"{tuple(indices.shape)}"
+            f"{name}: expected contiguous int64 indices of shape ({window.shape[axis]},), found {indices.dtype} "
+            f"of shape {tuple(indices.shape)}"
         )
     if dst.shape[1 - axis] != src.shape[1 - axis]:
         raise ValueError(

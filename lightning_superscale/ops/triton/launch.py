@@ -43,7 +43,8 @@ def require(name: str, tensors: dict[str, Tensor]) -> None:
             )
     if first.device.type != "cuda" and not _is_interpreting():
         raise ValueError(
-            f"{name}: expected CUDA tensors, found {first_name} on {first.device}; use the CPU op of the same name there"
+            f"{name}: expected CUDA tensors, found {first_name} on {first.device}; "
+            "use the CPU op of the same name there"
         )
 
 

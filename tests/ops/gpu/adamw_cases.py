@@ -52,7 +52,9 @@ def dtype_segments(mode: str) -> list[AdamWSegment]:
 def hostile_segment(mode: str) -> AdamWSegment:
     """NaN, infinities, zeros, denormals and the largest numbers, in gradients and state."""
     seg = make_segment(
-        4096 + 64, seed=5, hyper=HYPERS["clipped_maximize"],
+        4096 + 64,
+        seed=5,
+        hyper=HYPERS["clipped_maximize"],
         next_grad=torch.float32 if mode == "adamw_commit_peek" else None,
     )
     special = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1e-42, 3.3e38, -1e-38])

@@ -45,7 +45,7 @@ def host_library() -> CudaLibrary:
     here = Path(__file__).resolve().parent
     out = Path(tempfile.mkdtemp(prefix="lss_host_cuda_")) / "liblss_cuda_host.so"
     flags = ["-std=c++17", "-O2", "-ffp-contract=off", "-mfma", "-mf16c", "-fPIC", "-shared", "-fvisibility=hidden"]
-    # The Debug hook of nvcc's dialect: unroll pragmas and the like mean nothing here.
+    # -w: nvcc's pragmas mean nothing to g++.
     flags += ["-w", f"-I{here / 'host_cuda'}", f"-I{ROOT / 'csrc' / 'include'}", "-x", "c++"]
     subprocess.run([compiler, *flags, *map(str, CUDA_SOURCES), "-o", str(out)], check=True, timeout=120)
     return open_library(out, device_type="cpu")
@@ -83,12 +83,11 @@ def make_segment(
 
 def move_segment(seg: AdamWSegment, device: torch.device | str) -> AdamWSegment:
     """A copy on `device`."""
-    moved = {
-        field.name: value.to(device, copy=True) if isinstance(value, torch.Tensor) else value
-        for field in dataclasses.fields(seg)
-        for value in [getattr(seg, field.name)]
+    values = {field.name: getattr(seg, field.name) for field in dataclasses.fields(seg)}
+    moved: dict[str, Any] = {
+        name: value.to(device, copy=True) for name, value in values.items() if isinstance(value, torch.Tensor)
     }
-    return AdamWSegment(**moved)
+    return dataclasses.replace(seg, **moved)
 
 
 def assert_same_bits(found: torch.Tensor, expected: torch.Tensor, what: str) -> None:
@@ -101,7 +100,9 @@ def assert_same_bits(found: torch.Tensor, expected: torch.Tensor, what: str) -> 
     if not is_same.all():
         bad = (~is_same).nonzero().flatten()
         i = int(bad[0])
-        raise AssertionError(f"{what}: {len(bad)} of {found.numel()} differ, first [{i}]: {found[i]!r}, {expected[i]!r}")
+        raise AssertionError(
+            f"{what}: {len(bad)} of {found.numel()} differ, first [{i}]: {found[i]!r}, {expected[i]!r}"
+        )
 
 
 def assert_same_segments(found: list[AdamWSegment], expected: list[AdamWSegment]) -> None:

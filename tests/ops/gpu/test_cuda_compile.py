@@ -33,7 +33,18 @@ def _operations(ptx: str) -> Counter[str]:
 @pytest.mark.parametrize("source", CUDA_SOURCES, ids=lambda path: path.stem)
 def test_source_compiles_to_machine_code_without_spills(source: Path, arch: str, tmp_path: Path) -> None:
     cubin = tmp_path / "out.cubin"
-    command = [str(NVCC), *FLAGS, f"-arch=sm_{arch}", "-Xptxas", "-v", "-Werror", "all-warnings", "-cubin", "-o", str(cubin)]
+    command = [
+        str(NVCC),
+        *FLAGS,
+        f"-arch=sm_{arch}",
+        "-Xptxas",
+        "-v",
+        "-Werror",
+        "all-warnings",
+        "-cubin",
+        "-o",
+        str(cubin),
+    ]
     done = subprocess.run([*command, str(source)], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert cubin.stat().st_size > 1000
@@ -69,7 +80,9 @@ def test_library_needs_no_cuda_runtime_and_reports_a_missing_driver(tmp_path: Pa
     library = tmp_path / "liblss_cuda.so"
     targets = ["-gencode", "arch=compute_80,code=sm_80", "-gencode", "arch=compute_90,code=[sm_90,compute_90]"]
     _nvcc(*targets, "-shared", "-o", str(library), *map(str, CUDA_SOURCES))
-    needed = subprocess.run(["readelf", "-d", str(library)], capture_output=True, text=True, check=True, timeout=60).stdout
+    needed = subprocess.run(
+        ["readelf", "-d", str(library)], capture_output=True, text=True, check=True, timeout=60
+    ).stdout
     assert "libcudart" not in needed
     opened = open_library(library)  # checks the ABI version and every struct's size
     if not torch.cuda.is_available():

@@ -60,7 +60,7 @@ def test_importing_every_entry_module_imports_no_triton() -> None:
 
 
 def test_triton_missing_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match="cast_scale: Triton is not installed; pip install triton"):
         elementwise.cast_scale(torch.zeros(1), torch.zeros(1))
     assert launch.unavailable_reason() == "Triton is not installed: pip install triton"

@@ -66,10 +66,10 @@ def test_adamw_commit_clip_coefficient_from_device_never_synchronises() -> None:
 def test_adamw_commit_on_side_stream_is_ordered() -> None:
     seg = move_segment(make_segment(1 << 20, 3), "cuda")
     expected = move_segment(seg, "cpu")
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(20_000_000)
+        torch.cuda._sleep(20_000_000)  # type: ignore[no-untyped-call]
         seg.grad.mul_(0.5)
         cuda.adamw_commit([seg])
     torch.cuda.current_stream().wait_stream(stream)

@@ -1,5 +1,7 @@
 """Every Triton kernel compiled to machine code for each target, without a GPU."""
 
+# Triton has no type information.
+# mypy: disable-error-code="import-untyped, import-not-found"
 from __future__ import annotations
 
 import itertools
@@ -14,11 +16,10 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from lightning_superscale.ops.triton.kernels import adamw_sr, elementwise, index, reductions  # noqa: E402
+from lightning_superscale.ops.types import AdamWScalars  # noqa: E402
 
 POINTERS = {1: "*fp32", 2: "*i16", 3: "*fp16"}
-SR_FLOATS = (
-    "weight_decay_factor l2 lerp_weight beta2 one_minus_beta2 bias_correction2_sqrt eps neg_step_size grad_scale clip_value"
-).split()
+SR_FLOATS = (*AdamWScalars._fields, "grad_scale", "clip_value")
 
 
 def _cases() -> list[tuple[str, Any, dict[str, str], dict[str, int | bool]]]:
@@ -28,7 +29,9 @@ def _cases() -> list[tuple[str, Any, dict[str, str], dict[str, int | bool]]]:
         types = {"dst": POINTERS[a], "src": POINTERS[b], "scale": "fp32", "numel": "i64"}
         cases.append((f"cast_scale-{a}{b}", elementwise.cast_scale_kernel, types, {"DST": a, "SRC": b, "BLOCK": 1024}))
         types = {"acc": POINTERS[a], "delta": POINTERS[b], "scale": "fp32", "numel": "i32"}
-        cases.append((f"accumulate-{a}{b}", elementwise.accumulate_kernel, types, {"ACC": a, "DELTA": b, "BLOCK": 1024}))
+        cases.append(
+            (f"accumulate-{a}{b}", elementwise.accumulate_kernel, types, {"ACC": a, "DELTA": b, "BLOCK": 1024})
+        )
     for is_rows, is_src, kind in itertools.product((True, False), (True, False), ("*i16", "*i32")):
         types = {"dst": kind, "src": kind, "indices": "*i64", "rows": "i32", "cols": "i32"}
         types |= dict.fromkeys(("dst_row", "dst_col", "src_row", "src_col"), "i32")
@@ -47,7 +50,14 @@ def _cases() -> list[tuple[str, Any, dict[str, str], dict[str, int | bool]]]:
         )
         types = {"param": "*i16", "exp_avg": "*i16", "exp_avg_sq": "*i16", "grad": pointer, "numel": "i32"}
         types |= {"seed": "i64", "offset": "i64", "step": "i32"} | dict.fromkeys(SR_FLOATS, "fp32")
-        constants = {"GRAD": code, "HAS_DECAY": True, "HAS_L2": False, "HAS_CLIP": True, "MAXIMIZE": False, "BLOCK": 512}
+        constants = {
+            "GRAD": code,
+            "HAS_DECAY": True,
+            "HAS_L2": False,
+            "HAS_CLIP": True,
+            "MAXIMIZE": False,
+            "BLOCK": 512,
+        }
         cases.append((f"adamw_sr-{code}", adamw_sr.adamw_sr_kernel, types, constants))
     types = {"sums": "*fp32", "out": "*fp32", "blocks": "i32", "cols": "i32"}
     cases.append(("colnorm_total", reductions.colnorm_total_kernel, types, {"BLOCK_COLS": 128}))

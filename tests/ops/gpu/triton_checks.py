@@ -28,8 +28,8 @@ _SPECIAL = [float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1e-42, 3.39e38
 def _draw(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0, special: bool = True) -> torch.Tensor:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     if special and x.numel() > 40:
-        flat = x.view(-1)
-        flat[3 :: flat.numel() // len(_SPECIAL)][: len(_SPECIAL)] = torch.tensor(_SPECIAL)[: len(flat[3 :: flat.numel() // len(_SPECIAL)])]
+        places = torch.arange(len(_SPECIAL)) * (x.numel() // len(_SPECIAL)) + 3
+        x.view(-1)[places] = torch.tensor(_SPECIAL)
     return x.to(dtype)
 
 
@@ -45,9 +45,7 @@ def check_cast_scale(device: str) -> None:
 
 
 def check_accumulate(device: str) -> None:
-    for numel, acc_dtype, delta_dtype, scale in itertools.product(
-        (1, 3333), GRAD_DTYPES, GRAD_DTYPES, (1.0, 0.3)
-    ):
+    for numel, acc_dtype, delta_dtype, scale in itertools.product((1, 3333), GRAD_DTYPES, GRAD_DTYPES, (1.0, 0.3)):
         acc, delta = _draw((numel,), acc_dtype, 1), _draw((numel,), delta_dtype, 2)
         found = acc.to(device, copy=True)
         elementwise.accumulate(found, delta.to(device), scale)
@@ -113,15 +111,15 @@ def check_count_nonfinite(device: str) -> None:
 def check_adamw_sr(device: str) -> None:
     for (name, hyper), dtype in itertools.product(HYPERS.items(), GRAD_DTYPES):
         numel = 1300
-        state = [_draw((numel,), torch.bfloat16, 1), _draw((numel,), torch.bfloat16, 2, special=False)]
-        state.append(_draw((numel,), torch.bfloat16, 3, special=False).abs() * 0.01)
+        p, m, v = (_draw((numel,), torch.bfloat16, seed, special=seed == 1) for seed in (1, 2, 3))
+        v = v.abs() * 0.01
         grad = _draw((numel,), dtype, 4)
-        moved = [tensor.to(device, copy=True) for tensor in state]
+        moved = (p.to(device, copy=True), m.to(device, copy=True), v.to(device, copy=True))
         for step in (hyper.step, hyper.step + 1):
             now = dataclasses.replace(hyper, step=step)
             adamw_sr_op.adamw_sr(*moved, grad.to(device), now, seed=2**61 + 17, offset=2**33 + 5)
-            reference.adamw_sr(*state, grad, now, seed=2**61 + 17, offset=2**33 + 5)
-        for what, found, expected in zip(("param", "exp_avg", "exp_avg_sq"), moved, state, strict=True):
+            reference.adamw_sr(p, m, v, grad, now, seed=2**61 + 17, offset=2**33 + 5)
+        for what, found, expected in zip(("param", "exp_avg", "exp_avg_sq"), moved, (p, m, v), strict=True):
             assert_same_bits(found, expected, f"{name} {dtype} {what}")
 
 

@@ -1,5 +1,7 @@
 """Kernel of adamw_sr: AdamW on bf16 weights and moments with stochastic rounding."""
 
+# Triton has no type information.
+# mypy: disable-error-code="import-untyped, import-not-found, untyped-decorator"
 from __future__ import annotations
 
 import triton
@@ -21,7 +23,7 @@ def narrow_stochastic(x: tl.tensor, random: tl.tensor) -> tl.tensor:
 
 # Step, seed and offset change from call to call: they must not become compile-time constants.
 @triton.jit(do_not_specialize=["seed", "offset", "step"])
-def adamw_sr_kernel(
+def adamw_sr_kernel(  # noqa: PLR0913
     param: tl.tensor,
     exp_avg: tl.tensor,
     exp_avg_sq: tl.tensor,
