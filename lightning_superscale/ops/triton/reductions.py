@@ -49,7 +49,7 @@ def colnorm(x: Tensor) -> Tensor:
             enable_fp_fusion=ENABLE_FP_FUSION,
         )
         colnorm_total_kernel[(col_tiles,)](
-            sums, out, blocks, cols, BLOCK_COLS=_COLNORM_COLS, enable_fp_fusion=ENABLE_FP_FUSION
+            sums, out, cols, BLOCKS=blocks, BLOCK_COLS=_COLNORM_COLS, enable_fp_fusion=ENABLE_FP_FUSION
         )
     return out
 

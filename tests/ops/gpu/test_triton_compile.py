@@ -59,8 +59,8 @@ def _cases() -> list[tuple[str, Any, dict[str, str], dict[str, int | bool]]]:
             "BLOCK": 512,
         }
         cases.append((f"adamw_sr-{code}", adamw_sr.adamw_sr_kernel, types, constants))
-    types = {"sums": "*fp32", "out": "*fp32", "blocks": "i32", "cols": "i32"}
-    cases.append(("colnorm_total", reductions.colnorm_total_kernel, types, {"BLOCK_COLS": 128}))
+    types = {"sums": "*fp32", "out": "*fp32", "cols": "i32"}
+    cases.append(("colnorm_total", reductions.colnorm_total_kernel, types, {"BLOCKS": 9, "BLOCK_COLS": 128}))
     return cases
 
 

@@ -22,7 +22,7 @@ def outcomes() -> dict[str, str | None]:
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "tests.ops.gpu.triton_checks", "cpu"],
         cwd=ROOT,
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
         timeout=240,

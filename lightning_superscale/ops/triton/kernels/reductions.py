@@ -30,23 +30,25 @@ def colnorm_blocks_kernel(
     total = tl.zeros([BLOCK_COLS], dtype=tl.float32)
     first = block * BLOCK_ROWS
     row = x + first * row_stride + c * col_stride
-    for _ in range(tl.minimum(rows - first, BLOCK_ROWS).to(tl.int32)):
-        value = load_f32(row, mask, DTYPE)
+    r = tl.zeros([BLOCK_COLS], dtype=tl.int64) + first
+    for _ in range(BLOCK_ROWS):
+        value = load_f32(row, mask & (r < rows), DTYPE)
         total = total + value * value
         row += row_stride
+        r += 1
     tl.store(sums + block * cols + c, total, mask=mask)
 
 
 @triton.jit
 def colnorm_total_kernel(
-    sums: tl.tensor, out: tl.tensor, blocks: tl.tensor, cols: tl.tensor, BLOCK_COLS: tl.constexpr
+    sums: tl.tensor, out: tl.tensor, cols: tl.tensor, BLOCKS: tl.constexpr, BLOCK_COLS: tl.constexpr
 ) -> None:
     """out[c] = sums[0, c] + sums[1, c] + ..., in order."""
     c = tl.program_id(0).to(tl.int64) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
     mask = c < cols
     total = tl.zeros([BLOCK_COLS], dtype=tl.float32)
     row = sums + c
-    for _ in range(blocks):
+    for _ in range(BLOCKS):
         total = total + tl.load(row, mask=mask, other=0.0)
         row += cols
     tl.store(out + c, total, mask=mask)
