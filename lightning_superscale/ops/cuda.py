@@ -96,17 +96,22 @@ def _library() -> abi.CudaLibrary:
     return found
 
 
-def _check(tensor: Tensor, where: str, dtypes: Sequence[torch.dtype], numel: int, device: torch.device) -> None:
+def _check(
+    tensor: Tensor, where: str, name: str, dtypes: Sequence[torch.dtype], numel: int, device: torch.device
+) -> None:
+    # Names are joined only for a message: this runs for every tensor of every call.
     if tensor.dtype not in dtypes:
-        raise TypeError(f"{where}: expected dtype {' or '.join(map(str, dtypes))}, found {tensor.dtype}; cast it first")
+        raise TypeError(
+            f"{where}{name}: expected dtype {' or '.join(map(str, dtypes))}, found {tensor.dtype}; cast it first"
+        )
     if tensor.device != device:
         raise ValueError(
-            f"{where}: expected a tensor on {device}, found {tensor.device}; all of a call is on one device"
+            f"{where}{name}: expected a tensor on {device}, found {tensor.device}; all of a call is on one device"
         )
     if tensor.dim() != 1 or not tensor.is_contiguous() or tensor.numel() != numel:
         raise ValueError(
-            f"{where}: expected a contiguous 1D tensor of {numel} elements, found shape {tuple(tensor.shape)} with "
-            f"strides {tensor.stride()}; pass a flat view of the same run of elements as param"
+            f"{where}{name}: expected a contiguous 1D tensor of {numel} elements, found shape {tuple(tensor.shape)} "
+            f"with strides {tensor.stride()}; pass a flat view of the same run of elements as param"
         )
 
 
@@ -141,10 +146,10 @@ def _check_unscaled(hyper: AdamWHyper, name: str, where: str) -> None:
 def _fill(out: abi.Segment, seg: AdamWSegment, mode: int, where: str, device: torch.device) -> None:
     """Check one segment and write it into its struct."""
     numel = seg.param.numel()
-    _check(seg.param, f"{where}.param", (torch.float32,), numel, device)
-    _check(seg.exp_avg, f"{where}.exp_avg", STATE_DTYPES, numel, device)
-    _check(seg.exp_avg_sq, f"{where}.exp_avg_sq", STATE_DTYPES, numel, device)
-    _check(seg.grad, f"{where}.grad", GRAD_DTYPES, numel, device)
+    _check(seg.param, where, ".param", (torch.float32,), numel, device)
+    _check(seg.exp_avg, where, ".exp_avg", STATE_DTYPES, numel, device)
+    _check(seg.exp_avg_sq, where, ".exp_avg_sq", STATE_DTYPES, numel, device)
+    _check(seg.grad, where, ".grad", GRAD_DTYPES, numel, device)
     out.param, out.exp_avg, out.exp_avg_sq = seg.param.data_ptr(), seg.exp_avg.data_ptr(), seg.exp_avg_sq.data_ptr()
     out.grad, out.numel = seg.grad.data_ptr(), numel
     out.exp_avg_dtype = abi.DTYPE_CODES[seg.exp_avg.dtype]
@@ -152,14 +157,14 @@ def _fill(out: abi.Segment, seg: AdamWSegment, mode: int, where: str, device: to
     out.grad_dtype = abi.DTYPE_CODES[seg.grad.dtype]
     out.hyper = abi.to_struct(seg.hyper)
     if seg.weight_out is not None:
-        _check(seg.weight_out, f"{where}.weight_out", WEIGHT_DTYPES, numel, device)
+        _check(seg.weight_out, where, ".weight_out", WEIGHT_DTYPES, numel, device)
         out.weight_out, out.weight_out_dtype = seg.weight_out.data_ptr(), abi.DTYPE_CODES[seg.weight_out.dtype]
     elif mode != abi.COMMIT:
         raise ValueError(f"{where}.weight_out: expected a tensor, found None; a peek writes nothing else")
     if mode == abi.COMMIT_PEEK:
         if seg.next_grad is None or seg.next_hyper is None:
             raise ValueError(f"{where}: expected next_grad and next_hyper, found None; use adamw_commit without them")
-        _check(seg.next_grad, f"{where}.next_grad", GRAD_DTYPES, numel, device)
+        _check(seg.next_grad, where, ".next_grad", GRAD_DTYPES, numel, device)
         out.next_grad, out.next_grad_dtype = seg.next_grad.data_ptr(), abi.DTYPE_CODES[seg.next_grad.dtype]
         out.next_hyper = abi.to_struct(seg.next_hyper)
 
@@ -265,7 +270,7 @@ def _tensor_array(
     device = _device_of(tensors[0], f"{name}: tensor 0", library)
     array = (abi.TensorStruct * len(tensors))()
     for index, tensor in enumerate(tensors):
-        _check(tensor, f"{name}: tensor {index}", GRAD_DTYPES, tensor.numel(), device)
+        _check(tensor, name, f": tensor {index}", GRAD_DTYPES, tensor.numel(), device)
         array[index] = abi.TensorStruct(tensor.data_ptr(), tensor.numel(), abi.DTYPE_CODES[tensor.dtype], 0)
     return array, device
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from lightning_superscale.ops import cuda, reference
-from lightning_superscale.ops.types import AdamWSegment
+from lightning_superscale.ops.types import GRAD_DTYPES, STATE_DTYPES, AdamWSegment
 from tests.ops.gpu.adamw_cases import HYPERS, MODES, dtype_segments, hostile_segment
 from tests.ops.gpu.helpers import (
     BASE_HYPER,
@@ -94,6 +94,38 @@ def test_adamw_commit_many_steps_equals_torch_optimizer(decoupled: bool, beta1: 
     assert_same_bits(param, parameter.detach(), "param")
     assert_same_bits(exp_avg, optimizer.state[parameter]["exp_avg"], "exp_avg")
     assert_same_bits(exp_avg_sq, optimizer.state[parameter]["exp_avg_sq"], "exp_avg_sq")
+
+
+@pytest.mark.parametrize("grad_dtype", GRAD_DTYPES)
+@pytest.mark.parametrize("moment_dtype", STATE_DTYPES)
+def test_adamw_commit_peek_many_steps_equals_commit_of_each_step(
+    grad_dtype: torch.dtype, moment_dtype: torch.dtype
+) -> None:
+    # Deferred commit: the weights seen after each step, and the state at the end, are those of a plain
+    # sequence of commits by the oracle.
+    numel, steps = 1500, 25
+    generator = torch.Generator().manual_seed(21)
+    grads = [(torch.randn(numel, generator=generator) * 8).to(grad_dtype) for _ in range(steps)]
+    hypers = [dataclasses.replace(BASE_HYPER, step=step + 1, grad_scale=0.5**step) for step in range(steps)]
+    plain = make_segment(numel, 8, moments=(moment_dtype, moment_dtype))
+    deferred = move_segment(plain, "cpu")
+    assert plain.weight_out is not None
+    assert deferred.weight_out is not None
+    for step in range(steps):
+        plain.grad, plain.hyper = grads[step], hypers[step]
+        reference.adamw_commit([plain])
+        if step == 0:
+            deferred.grad, deferred.hyper = grads[0], hypers[0]
+            cuda.adamw_peek([deferred])
+        else:
+            deferred.grad, deferred.hyper = grads[step - 1], hypers[step - 1]
+            deferred.next_grad, deferred.next_hyper = grads[step], hypers[step]
+            cuda.adamw_commit_peek([deferred])
+        assert_same_bits(deferred.weight_out, plain.weight_out, f"weight_out after step {step}")
+    deferred.grad, deferred.hyper = grads[-1], hypers[-1]
+    cuda.adamw_commit([deferred])
+    for name in ("param", "exp_avg", "exp_avg_sq"):
+        assert_same_bits(getattr(deferred, name), getattr(plain, name), name)
 
 
 def test_adamw_weight_out_in_place_of_grad_equals_reference() -> None:

@@ -78,7 +78,7 @@ def test_kernel_compiles_to_machine_code(
     assert len(compiled.asm["cubin"]) > 1000, label
     ptx = compiled.asm["ptx"]
     assert not re.search(r"\b(fma|mad)\.(rn\.)?(ftz\.)?f32", ptx)
-    assert not re.search(r"\b(div|sqrt)\.(approx|full)", ptx)
+    assert not re.search(r"\b(div|sqrt)\.(approx|full)|\.ftz\b", ptx)
 
 
 def test_every_kernel_has_a_compile_case() -> None:

@@ -56,9 +56,10 @@ def adamw_sr_kernel(  # noqa: PLR0913
     v = widen_bf16(tl.load(exp_avg_sq + index, mask=mask, other=0))
     g = load_f32(grad + index, mask, GRAD) * grad_scale
     if HAS_CLIP:
-        g = tl.where(g < -clip_value, -clip_value, tl.where(g > clip_value, clip_value, g))
+        low_clip = clip_value * -1.0
+        g = tl.where(g < low_clip, low_clip, tl.where(g > clip_value, clip_value, g))
     if MAXIMIZE:
-        g = -g
+        g = g * -1.0  # Triton 3.6 compiles -g to 0 - g, which loses the sign of zero
     if HAS_L2:
         g = g + l2 * p
     if HAS_DECAY:
