@@ -68,10 +68,10 @@ def _version_of(package: str) -> str | None:
 
 
 def _driver_version() -> str | None:
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
+    smi = shutil.which("nvidia-smi")
+    if smi is None:
         return None
-    query = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+    query = [smi, "--query-gpu=driver_version", "--format=csv,noheader"]
     done = subprocess.run(query, capture_output=True, text=True, timeout=60)
     return done.stdout.strip() or None
 
@@ -146,7 +146,7 @@ def _count_tests(report: Path) -> dict[str, int]:
     return {"passed": total - failures - errors - skipped, "failed": failures + errors, "skipped": skipped}
 
 
-class Session:
+class StepLog:
     """Runs steps, keeps what failed, and writes after each step."""
 
     def __init__(self, out: Path, limit_s: float) -> None:
@@ -181,9 +181,9 @@ class Session:
         path.write_text(json.dumps({"hardware": self._hardware, **content}, indent=1) + "\n")
 
 
-def _benchmark(session: Session, name: str, setting: cases.Setting) -> str:
+def _benchmark(log: StepLog, name: str, setting: cases.Setting) -> str:
     rows = BENCHMARKS[name](setting)
-    session.write(name, {"is_rehearsal": setting.is_rehearsal, "rows": rows})
+    log.write(name, {"is_rehearsal": setting.is_rehearsal, "rows": rows})
     for row in rows:
         print(f"{row['name']:45s} {row['median_ms']:10.4f} ms {row['gb_s']:10.1f} GB/s", flush=True)
     if not setting.is_rehearsal:
@@ -205,23 +205,23 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
-    session = Session(options.out, options.limit_s)
+    log = StepLog(options.out, options.limit_s)
     if options.dry_run:
         setting = cases.Setting(torch.device("cpu"), options.numel or 1 << 13, repetitions=3)
     else:
         setting = cases.Setting(torch.device("cuda"), options.numel or 1 << 27, repetitions=20)
         if not torch.cuda.is_available():
-            session.step("gpu", _no_gpu)
+            log.step("gpu", _no_gpu)
             return 1
         directory = Path(tempfile.mkdtemp(prefix="lss_gpu_"))
-        session.step("build_cuda", lambda: build_cuda(directory))
-        session.step("build_cpu", build_cpu)
-        session.step("tests", lambda: run_tests(options.out, options.tests, max(session.left_s - 120, 30)))
+        log.step("build_cuda", lambda: build_cuda(directory))
+        log.step("build_cpu", build_cpu)
+        log.step("tests", lambda: run_tests(options.out, options.tests, max(log.left_s - 120, 30)))
     for name in options.only or BENCHMARKS:
-        session.step(name, partial(_benchmark, session, name, setting))
-    if session.failed:
-        print("failed:", ", ".join(session.failed), flush=True)
-    return 1 if session.failed else 0
+        log.step(name, partial(_benchmark, log, name, setting))
+    if log.failed:
+        print("failed:", ", ".join(log.failed), flush=True)
+    return 1 if log.failed else 0
 
 
 def _no_gpu() -> None:
