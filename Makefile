@@ -15,7 +15,9 @@ $(STAMP): pyproject.toml constraints-dev.txt CMakeLists.txt $(shell find csrc -t
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check "$$(grep ^torch== constraints-dev.txt)"
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints-dev.txt "scikit-build-core>=0.10" ninja cmake
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints-dev.txt --no-build-isolation -e ".[dev,examples]"
+	# The editable install compiles nothing: the libraries are built once, into a cache keyed by their sources.
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints-dev.txt --no-build-isolation \
+		-C wheel.cmake=false -C editable.mode=inplace -e ".[dev,examples]"
 	$(BIN)/python -m lightning_superscale.ops.build
 	touch $(STAMP)
 

@@ -14,7 +14,7 @@ import os
 import site
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from ctypes import POINTER, c_char_p, c_double, c_int32, c_int64, c_size_t, c_uint64, c_void_p
 from pathlib import Path
 
@@ -139,7 +139,7 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
 }
 
 
-def library_candidates(name: str = build.LIBRARY_NAME) -> Iterator[Path]:
+def library_candidates(name: str = build.LIBRARY_NAME, search: Sequence[str] | None = None) -> Iterator[Path]:
     """Existing files that may be the library, best first.
 
     The build cache of exactly these sources; beside the package; and in site-packages, where an editable
@@ -148,7 +148,8 @@ def library_candidates(name: str = build.LIBRARY_NAME) -> Iterator[Path]:
     root = build.source_root()
     places = [build.cache_dir(root)] if root is not None else []
     places.append(Path(__file__).resolve().parent / "_native")
-    places += [Path(base) / _PLACE for base in (*sys.path, *site.getsitepackages(), site.getusersitepackages()) if base]
+    bases = (*sys.path, *site.getsitepackages(), site.getusersitepackages()) if search is None else search
+    places += [Path(base) / _PLACE for base in bases if base]
     for path in dict.fromkeys(place / name for place in places):
         if path.is_file():
             yield path

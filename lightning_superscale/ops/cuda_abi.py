@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from lightning_superscale.ops import _lib
 from lightning_superscale.ops.types import AdamWHyper
 
 ABI_VERSION = 1
@@ -176,13 +177,10 @@ def open_library(path: Path, device_type: str = "cuda") -> CudaLibrary:
 def candidate_paths(search: Sequence[str] | None = None) -> list[Path]:
     """Where the library may be, most wanted first.
 
-    The environment variable, if set, is the only candidate. Otherwise every directory that holds a
-    part of this package: an editable install leaves the libraries in site-packages, away from the
-    sources.
+    The environment variable, if set, is the only candidate. Otherwise the places of the CPU library;
+    `search` stands in for `sys.path` there.
     """
     override = os.environ.get(LIBRARY_ENV)
     if override:
         return [Path(override)]
-    own = Path(__file__).resolve().parent / "_native"
-    others = [Path(entry or ".") / "lightning_superscale" / "ops" / "_native" for entry in search or sys.path]
-    return [directory / LIBRARY_NAME for directory in dict.fromkeys([own, *others])]
+    return list(_lib.library_candidates(LIBRARY_NAME, search))

@@ -188,6 +188,8 @@ def colnorm(x: Tensor) -> Tensor:
 def copy(dst: Tensor, src: Tensor) -> None:
     """`dst = src`, byte for byte; one dtype and numel."""
     dst.copy_(src)
+
+
 # [Note: Stochastic rounding] A 32-bit float is rounded to bf16 by adding 16 random bits below the bf16
 # mantissa and cutting: up with exactly the probability that the dropped bits tell, so that the mean
 # is kept. The bits come from Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as

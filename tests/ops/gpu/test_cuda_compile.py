@@ -103,6 +103,8 @@ def test_candidate_paths_environment_variable_is_the_only_one(monkeypatch: pytes
     monkeypatch.setenv("LSS_CUDA_LIB", str(tmp_path / "mine.so"))
     assert candidate_paths() == [tmp_path / "mine.so"]
     monkeypatch.delenv("LSS_CUDA_LIB")
-    found = candidate_paths([str(tmp_path)])
-    assert found[0] == ROOT / "lightning_superscale" / "ops" / "_native" / "liblss_cuda.so"
-    assert found[1] == tmp_path / "lightning_superscale" / "ops" / "_native" / "liblss_cuda.so"
+    library = tmp_path / "lightning_superscale" / "ops" / "_native" / "liblss_cuda.so"
+    assert library not in candidate_paths([str(tmp_path)])
+    library.parent.mkdir(parents=True)
+    library.touch()
+    assert library in candidate_paths([str(tmp_path)])

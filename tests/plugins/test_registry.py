@@ -1,0 +1,129 @@
+"""Names reach Lightning with and without an import of ours, under both of its import names."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+TRAIN = """
+import torch
+class M(L.LightningModule):
+    def __init__(self):
+        super().__init__(); self.l = torch.nn.Linear(4, 2)
+    def training_step(self, b, i): return self.l(b).pow(2).mean()
+    def configure_optimizers(self): return torch.optim.AdamW(self.parameters())
+t = L.Trainer(strategy=NAME, accelerator="cpu", devices=1, max_steps=2, logger=False, enable_progress_bar=False,
+              enable_checkpointing=False, enable_model_summary=False)
+t.fit(M(), torch.utils.data.DataLoader(torch.randn(8, 4), batch_size=4))
+print("trained with", type(t.strategy).__module__, type(t.strategy).__name__, t.global_step)
+"""
+
+
+def python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        env={**os.environ, "PYTHONPATH": str(ROOT), **env},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=ROOT,
+    )
+
+
+def has_entry_point() -> bool:
+    return any(point.name == "lightning_superscale" for point in entry_points(group="torch.backends"))
+
+
+@pytest.mark.parametrize(
+    ("lightning", "binding"),
+    [("lightning.pytorch", "pytorch"), ("pytorch_lightning", "pytorch_lightning")],
+)
+def test_autoload_registers_without_an_import_of_ours(lightning, binding):
+    assert has_entry_point(), "the package is not installed: run `make setup`"
+    done = python(f"import {lightning} as L\nNAME = 'superoffload'\n{TRAIN}")
+    assert done.returncode == 0, done.stderr
+    assert f"trained with lightning_superscale.plugins.{binding} SuperOffloadStrategy 2" in done.stdout
+
+
+@pytest.mark.parametrize("opt_out", ["LSS_AUTOLOAD", "TORCH_DEVICE_BACKEND_AUTOLOAD"])
+def test_opting_out_leaves_lightnings_own_error_and_the_import_registers(opt_out):
+    code = f"import lightning as L\nNAME = 'superoffload'\n{TRAIN}"
+    done = python(code, **{opt_out: "0"})
+    assert done.returncode != 0
+    assert "You selected an invalid strategy name: `strategy='superoffload'`" in done.stderr
+    done = python("import lightning_superscale\n" + code, **{opt_out: "0"})
+    assert "SuperOffloadStrategy 2" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("name", ["superscale", "lightning_superscale.SuperOffloadStrategy"])
+def test_every_name_and_the_class_path_are_registered(name):
+    from lightning.pytorch.strategies import StrategyRegistry
+
+    import lightning_superscale
+
+    assert lightning_superscale.__version__
+    assert name.lower() in StrategyRegistry.available_strategies()
+
+
+def test_import_registers_also_when_lightning_comes_later():
+    code = f"import lightning_superscale, sys\nassert 'torch' not in sys.modules\nimport lightning as L\nNAME = 'superscale'\n{TRAIN}"
+    done = python(code)
+    assert "SuperScaleStrategy 2" in done.stdout, done.stderr
+
+
+def test_a_broken_package_never_breaks_import_torch(tmp_path):
+    # The hook's own dependencies fail to import: torch and Lightning must not notice.
+    code = (
+        "import sys\nsys.modules['lightning_superscale'] = None\n"
+        "import torch, lightning as L\nprint('torch', torch.__version__, 'superoffload' in "
+        "__import__('lightning.pytorch.strategies', fromlist=['x']).StrategyRegistry)"
+    )
+    done = python(code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("torch ")
+    assert done.stdout.strip().endswith("False")
+
+
+def test_the_hook_imports_only_the_standard_library():
+    done = python(
+        "import sys\nbefore = set(sys.modules)\nimport _lightning_superscale_autoload as a\na.install()\n"
+        "print(sorted(m.split('.')[0] for m in set(sys.modules) - before if m.split('.')[0] not in sys.stdlib_module_names))",
+        TORCH_DEVICE_BACKEND_AUTOLOAD="0",
+    )
+    assert done.stdout.strip() == "['_lightning_superscale_autoload']", done.stdout + done.stderr
+
+
+def test_importing_the_package_imports_neither_torch_nor_lightning():
+    done = python(
+        "import sys, lightning_superscale\nprint([m for m in ('torch', 'lightning', 'pytorch_lightning', 'triton') if m in sys.modules])"
+    )
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_the_two_bindings_differ_in_lightnings_name_only():
+    plugins = ROOT / "lightning_superscale" / "plugins"
+    ours = (plugins / "pytorch.py").read_text().replace("lightning.pytorch", "pytorch_lightning")
+    assert ours == (plugins / "pytorch_lightning.py").read_text()
+
+
+def test_public_names_are_what_the_docs_say():
+    import lightning_superscale as lss
+
+    assert lss.__all__ == [
+        "OffloadConfig",
+        "ScaleMonitor",
+        "SuperOffloadStrategy",
+        "SuperScaleError",
+        "SuperScalePrecision",
+        "SuperScaleStrategy",
+        "ZeroConfig",
+    ]
+    assert all(getattr(lss, name).__name__ == name for name in lss.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'SuperOfload'"):
+        _ = lss.SuperOfload
