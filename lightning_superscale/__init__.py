@@ -14,8 +14,12 @@ import _lightning_superscale_autoload
 if TYPE_CHECKING:
     from lightning_superscale.config import OffloadConfig, ZeroConfig
     from lightning_superscale.errors import SuperScaleError
-    from lightning_superscale.plugins.callbacks import ScaleMonitor
-    from lightning_superscale.plugins.pytorch import SuperOffloadStrategy, SuperScalePrecision, SuperScaleStrategy
+    from lightning_superscale.plugins.pytorch import (
+        ScaleMonitor,
+        SuperOffloadStrategy,
+        SuperScalePrecision,
+        SuperScaleStrategy,
+    )
 
 __all__ = [
     "OffloadConfig",

@@ -89,7 +89,8 @@ def config_from_mapping(config_class: type[_C], values: Mapping[str, Any], where
     for key in values:
         if key not in known:
             raise SuperScaleError(
-                f"{where} has no key {key!r}: expected one of {', '.join(map(repr, known))}{did_you_mean(str(key), known)}"
+                f"{where} has no key {key!r}: expected one of {', '.join(map(repr, known))}"
+                f"{did_you_mean(str(key), known)}"
             )
     return config_class(**values)
 

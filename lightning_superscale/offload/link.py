@@ -101,7 +101,7 @@ class CpuLink:
 class CudaLinkEvent:
     def __init__(self, stream: torch.cuda.Stream, src: Tensor) -> None:
         self._src = src
-        self._event = torch.cuda.Event()
+        self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._event.record(stream)
 
     def wait(self) -> None:
@@ -117,8 +117,8 @@ class CudaLink:
     def __init__(self, device: torch.device) -> None:
         self.bytes = LinkBytes()
         self._device = device
-        self._d2h_stream = torch.cuda.Stream(device)
-        self._h2d_stream = torch.cuda.Stream(device)
+        self._d2h_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._h2d_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def d2h(self, dst: Tensor, src: Tensor) -> LinkEvent:
         self.bytes.d2h += _check(dst, src)

@@ -1,7 +1,8 @@
 """Slow PyTorch version of every op: the oracle that each other path is tested against.
 
 AdamW follows the order of operations of `torch.optim.AdamW`'s single-tensor implementation, so that
-on fp32 state and gradients `adamw_commit` is `torch.equal` to it. Written for the eye: no op here is tuned. It is also what runs where no native library was built.
+on fp32 state and gradients `adamw_commit` is `torch.equal` to it. Written for the eye: no op here is
+tuned. It is also what runs where no native library was built.
 """
 
 from __future__ import annotations

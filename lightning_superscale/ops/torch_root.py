@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -49,7 +50,7 @@ def install(lib: ctypes.CDLL) -> str:
     return "torch's own (MKL)"
 
 
-def _find() -> tuple[ctypes._CFuncPtr, ctypes._CFuncPtr | None] | None:
+def _find() -> tuple[Any, Any | None] | None:
     """MKL's vmsSqrt inside libtorch_cpu, if it is there and gives torch's bits, and its thread-count setter."""
     try:
         library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))

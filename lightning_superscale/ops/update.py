@@ -53,15 +53,15 @@ def update_path(device: torch.device, num_threads: int | None) -> UpdatePath:
 
 
 def _cuda_path() -> UpdatePath:
-    from lightning_superscale.ops import cuda  # noqa: PLC0415 - looks for a library that few machines have
+    from lightning_superscale.ops import cuda  # looks for a library that few machines have
+
+    def cuda_update(segments: Sequence[AdamWSegment]) -> FinishedUpdate:
+        cuda.adamw_commit(segments)
+        return FinishedUpdate(None)
 
     reason = cuda.unavailable_reason()
     if reason is None:
-        return UpdatePath("CUDA AdamW", lambda s: FinishedUpdate(_no_stats(cuda.adamw_commit(s))), 0)
+        return UpdatePath("CUDA AdamW", cuda_update, 0)
     return UpdatePath(
         f"PyTorch operations on the GPU ({reason})", lambda s: FinishedUpdate(reference.adamw_commit(s)), 0
     )
-
-
-def _no_stats(_: object) -> None:
-    return None

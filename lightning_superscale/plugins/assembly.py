@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -199,12 +199,10 @@ def _host_bytes_needed(optimizers: Sequence[Optimizer]) -> int:
     )
 
 
-def _byte_classes(
-    module: nn.Module, engines: Sequence[OptimizerEngine] | object, is_offloaded: bool
-) -> list[ByteClass]:
+def _byte_classes(module: nn.Module, engines: Iterable[OptimizerEngine], is_offloaded: bool) -> list[ByteClass]:
     """Bytes of this rank by class, counted from the tensors that exist."""
-    states = [state for engine in engines for state in engine.states]  # type: ignore[attr-defined]
-    in_units = {param for state in states for param in state.unit.params}
+    pairs = [pair for engine in engines for pair in zip(engine.transport.units, engine.states, strict=True)]
+    in_units = {param for unit, _ in pairs for param in unit.params}
     rows: dict[tuple[str, str], list[int]] = {}
 
     def add(name: str, tensor: torch.Tensor | None, count: int | None = None) -> None:
@@ -214,15 +212,15 @@ def _byte_classes(
         nbytes = (tensor.numel() if count is None else count) * tensor.element_size()
         row[1 if is_offloaded and name not in ("weights", "gradients", "frozen weights", "buffers") else 0] += nbytes
 
-    for state in states:
-        add("weights", state.unit.weights)
-        add("gradients", state.unit.weights)
+    for unit, state in pairs:
+        add("weights", unit.weights)
+        add("gradients", unit.weights)
         if not state.is_shared:
             add("master weights", state.master)
         add("optimizer states", state.exp_avg)
         add("optimizer states", state.exp_avg_sq)
         if is_offloaded:
-            add("transfer buffers", state.unit.weights)
+            add("transfer buffers", unit.weights)
     for param in module.parameters():
         if param not in in_units:
             add("frozen weights", param)

@@ -11,8 +11,9 @@ from lightning_superscale.config import OffloadConfig, ZeroConfig
 from lightning_superscale.plugins.strategy import DEFAULT_TIMEOUT, SuperScaleStrategyMixin
 
 if TYPE_CHECKING:
+    from lightning.fabric.plugins import ClusterEnvironment
     from lightning.pytorch.accelerators import Accelerator
-    from lightning.pytorch.plugins import CheckpointIO, ClusterEnvironment, Precision
+    from lightning.pytorch.plugins import CheckpointIO, Precision
 
 
 class SuperOffloadStrategyMixin(SuperScaleStrategyMixin):

@@ -21,9 +21,10 @@ from lightning_superscale.plugins.timing import PhaseSeconds
 from lightning_superscale.plugins.visibility import why_gradients_are_held, why_weights_are_awaited
 
 if TYPE_CHECKING:
+    from lightning.fabric.plugins import ClusterEnvironment
     from lightning.pytorch import LightningModule, Trainer
     from lightning.pytorch.accelerators import Accelerator
-    from lightning.pytorch.plugins import CheckpointIO, ClusterEnvironment, Precision
+    from lightning.pytorch.plugins import CheckpointIO, Precision
     from lightning.pytorch.strategies import DDPStrategy as _Base
 else:
     _Base = object
@@ -93,7 +94,7 @@ class SuperScaleStrategyMixin(_Base):
             )
         precision = str(plugin.precision)
         check_precision(precision)
-        self._precision_plugin = self.precision_class(precision)  # type: ignore[arg-type,call-arg,assignment]
+        self._precision_plugin = self.precision_class(precision)  # type: ignore[arg-type]
 
     # Environment
 

@@ -80,7 +80,7 @@ class BucketTransport:
                 for i, param in enumerate(unit.params):
                     self._place[param] = (unit, i)
                     if self._is_streamed:
-                        self._hooks.append(param.register_post_accumulate_grad_hook(self._on_grad))
+                        self._hooks.append(self._hooked(param))
         return added
 
     def place_of(self, param: nn.Parameter) -> tuple[ShardUnit, int] | None:
@@ -92,7 +92,11 @@ class BucketTransport:
     def stream(self) -> None:
         """From now on, take gradients during the last backward of a step rather than at the step."""
         self._is_streamed = True
-        self._hooks += [param.register_post_accumulate_grad_hook(self._on_grad) for param in self._place]
+        self._hooks += [self._hooked(param) for param in self._place]
+
+    def _hooked(self, param: nn.Parameter) -> RemovableHandle:
+        hook: RemovableHandle = param.register_post_accumulate_grad_hook(self._on_grad)  # type: ignore[no-untyped-call]
+        return hook
 
     @property
     def is_streamed(self) -> bool:

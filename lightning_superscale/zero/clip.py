@@ -33,7 +33,8 @@ def grad_norms(grads: Sequence[Tensor]) -> Tensor:
 
 def total_norm(norms: Tensor) -> Tensor:
     """Global 2-norm of the norms in `norms`, fp32 scalar."""
-    return torch.linalg.vector_norm(norms, 2)
+    total: Tensor = torch.linalg.vector_norm(norms, 2)
+    return total
 
 
 def clip_coefficient(total: Tensor, max_norm: float) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_superscale.errors import SuperScaleError
+from lightning_superscale.layout import ParamSlice
 from lightning_superscale.ops.types import AdamWSegment, GradStats
 from lightning_superscale.zero.buckets import BucketTransport
 from lightning_superscale.zero.clip import (
@@ -66,9 +67,14 @@ class _Due:
 
     param: nn.Parameter
     group: dict[str, Any]
+    unit: ShardUnit
     state: UnitState
     i: int
     grad: Tensor
+
+    @property
+    def piece(self) -> ParamSlice:
+        return self.unit.shard.slices[self.i]
 
 
 class OptimizerEngine:
@@ -125,13 +131,13 @@ class OptimizerEngine:
             self._seen_versions[param] = param._version
         if not state.is_shared and self.reason_not_native is not None:
             for i, param in enumerate(unit.params):
-                self._masters[param] = nn.Parameter(master_slice(state, i))
+                self._masters[param] = nn.Parameter(master_slice(unit, state, i))
                 self._lift_early_state(param)
         return state
 
     def _lift_early_state(self, param: nn.Parameter) -> None:
         """Move state that an optimizer made in its constructor (Adagrad does) to where and how masters are."""
-        own: dict[str, Any] = self.optimizer.state[param] if param in self.optimizer.state else {}
+        own: dict[str, Any] = self.optimizer.state.get(param, {})
         master = self._masters[param]
         for key, value in own.items():
             if isinstance(value, Tensor) and value.shape == param.shape and value.dtype == param.dtype:
@@ -192,7 +198,7 @@ class OptimizerEngine:
                 unit, i = place
                 grad = self.states[unit.index].grad(i)
                 if grad is not None:
-                    due.append(_Due(param, group, self.states[unit.index], i, grad))
+                    due.append(_Due(param, group, unit, self.states[unit.index], i, grad))
         return due
 
     def _follow_edits(self) -> None:
@@ -281,7 +287,7 @@ class OptimizerEngine:
         for item in due:
             step_counts.append(self._bound_state(item)["step"])
             hyper = hyper_of(self.optimizer, item.group, int(step_counts[-1]) + 1, grad_scale, clip_value)
-            segments.setdefault(item.state.unit.index, []).append(_segment(item, hyper))
+            segments.setdefault(item.unit.index, []).append(_segment(item, hyper))
         # Last unit first: units follow the backward, uploads the next forward.
         handles = [(index, self._submit_update(segments[index])) for index in sorted(segments, reverse=True)]
         published = 0.0
@@ -291,10 +297,10 @@ class OptimizerEngine:
                 self._last_stats += stats
             start = time.perf_counter()
             stepped = [item.i for item in due if item.state is self.states[index]]
-            self.transport.publish(self.states[index].unit, self.states[index].upload(stepped))
+            self.transport.publish(self.transport.units[index], self.states[index].upload(stepped))
             published += time.perf_counter() - start
         for step in step_counts:
-            step += 1  # noqa: PLW2901 - in place, it is the optimizer's own tensor
+            step += 1  # in place: it is the optimizer's own tensor
         self._run_own_step()
         return published
 
@@ -302,12 +308,12 @@ class OptimizerEngine:
         start = time.perf_counter()
         stepped: dict[int, list[int]] = {}
         for item in due:
-            stepped.setdefault(item.state.unit.index, []).append(item.i)
+            stepped.setdefault(item.unit.index, []).append(item.i)
         for index in sorted(stepped, reverse=True):
             state = self.states[index]
             if state.weight_out is not None:
                 state.weight_out.copy_(state.master)
-            self.transport.publish(state.unit, state.upload(stepped[index]))
+            self.transport.publish(self.transport.units[index], state.upload(stepped[index]))
         return time.perf_counter() - start
 
     def _run_own_step(self) -> None:
@@ -344,7 +350,7 @@ class OptimizerEngine:
                 grad.mul_(grad_scale)
             if clip_value is not None:
                 grad.clamp_(-clip_value, clip_value)
-            self._masters.get(item.param, item.param).grad = grad.view(item.state.unit.shard.slices[item.i].local_shape)
+            self._masters.get(item.param, item.param).grad = grad.view(item.piece.local_shape)
 
     @property
     def needs_closure(self) -> bool:
@@ -402,7 +408,7 @@ class OptimizerEngine:
     def _bound_state(self, item: _Due) -> dict[str, Any]:
         """The optimizer's own state of a parameter, made of views into our buffers."""
         own: dict[str, Any] = self.optimizer.state[item.param]
-        piece = item.state.unit.shard.slices[item.i]
+        piece = item.piece
         if item.state.exp_avg is None or item.state.exp_avg_sq is None:
             raise AssertionError("a native step needs moments")
         if "step" not in own:
@@ -448,7 +454,9 @@ class OptimizerEngine:
         for index, param in enumerate(self._params()):
             place = self.transport.place_of(param)
             if place is not None and not self.states[place[0].index].is_shared and param.dtype != torch.float32:
-                packed["state"].setdefault(index, {})[MASTER_KEY] = master_slice(self.states[place[0].index], place[1])
+                packed["state"].setdefault(index, {})[MASTER_KEY] = master_slice(
+                    place[0], self.states[place[0].index], place[1]
+                )
         return packed
 
     def load_state_dict(self, packed: Mapping[str, Any]) -> None:
@@ -458,7 +466,7 @@ class OptimizerEngine:
             raise SuperScaleError(
                 f"the checkpoint's {type(self.optimizer).__name__} has parameter groups of "
                 f"{[len(g['params']) for g in groups]} parameters, this run's has "
-                f"{[len(g['params']) for g in own_groups]}. Build the optimizer as it was when the checkpoint was saved."
+                f"{[len(g['params']) for g in own_groups]}. Build the optimizer as it was when it was saved."
             )
         for group, own_group in zip(groups, own_groups, strict=True):
             own_group.update({key: value for key, value in group.items() if key != "params"})
@@ -474,11 +482,12 @@ class OptimizerEngine:
         if place is None:
             self._adopt([param])
             place = self.transport.place_of(param)
-        assert place is not None  # noqa: S101 - _adopt has just placed it
+        if place is None:
+            raise AssertionError("a parameter that was just adopted has no unit")
         unit, i = place
         state = self.states[unit.index]
         if MASTER_KEY in saved:
-            master_slice(state, i).copy_(saved[MASTER_KEY])
+            master_slice(unit, state, i).copy_(saved[MASTER_KEY])
         rest = {key: value for key, value in saved.items() if key != MASTER_KEY}
         if not rest:
             return
@@ -493,12 +502,12 @@ class OptimizerEngine:
             key: value.clone() if isinstance(value, Tensor) else torch.tensor(float(value)) if key == "step" else value
             for key, value in rest.items()
         }
-        self._bound_state(_Due(param, {}, state, i, param))
+        self._bound_state(_Due(param, {}, unit, state, i, param))
 
     def reload_masters(self) -> None:
         """Follow the module's weights, after somebody loaded those."""
-        for state in self.states:
-            state.reload(range(len(state.unit.params)))
+        for unit, state in zip(self.transport.units, self.states, strict=True):
+            state.reload(range(len(unit.params)))
 
     def grad_norm(self) -> Tensor:
         """Global 2-norm of the gradients of the last step, before clipping; fp32 scalar on the CPU.
@@ -524,7 +533,7 @@ class OptimizerEngine:
 
 
 def _segment(item: _Due, hyper: Any) -> AdamWSegment:
-    state, piece = item.state, item.state.unit.shard.slices[item.i]
+    state, piece = item.state, item.piece
     if state.exp_avg is None or state.exp_avg_sq is None:
         raise AssertionError("a native step needs moments")
     return AdamWSegment(

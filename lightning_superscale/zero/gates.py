@@ -9,6 +9,8 @@ a module that owns it had run. A unit seen otherwise stays at the root gate for 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -46,9 +48,9 @@ class PublishGates:
             if units:
                 self._hooks.append(module.register_forward_pre_hook(self._hook(tuple(units.values()))))
         for param in self._owners:
-            self._hooks.append(param.register_post_accumulate_grad_hook(self._observe))
+            self._hooks.append(param.register_post_accumulate_grad_hook(self._observe))  # type: ignore[no-untyped-call]
 
-    def _hook(self, units: tuple[ShardUnit, ...]):  # type: ignore[no-untyped-def]
+    def _hook(self, units: tuple[ShardUnit, ...]) -> Callable[[nn.Module, object], None]:
         def wait(module: nn.Module, _inputs: object) -> None:
             self._entered.add(module)
             self._transport.wait_published(units)

@@ -24,7 +24,6 @@ class UnitState(Protocol):
         is_shared: `master` is the parameters' own storage, so that there is nothing to publish.
     """
 
-    unit: ShardUnit
     master: Tensor
     exp_avg: Tensor | None
     exp_avg_sq: Tensor | None
@@ -97,7 +96,7 @@ def follow_weights(master: Tensor, weights: Tensor) -> None:
     master.copy_(torch.where(master.to(weights.dtype) == weights, master, weights.float()))
 
 
-def master_slice(state: UnitState, i: int) -> Tensor:
+def master_slice(unit: ShardUnit, state: UnitState, i: int) -> Tensor:
     """Master weights of slice i in the shape of its rows."""
-    piece = state.unit.shard.slices[i]
+    piece = unit.shard.slices[i]
     return slice_view(state.master, piece).view(piece.local_shape)

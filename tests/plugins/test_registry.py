@@ -72,7 +72,8 @@ def test_every_name_and_the_class_path_are_registered(name):
 
 
 def test_import_registers_also_when_lightning_comes_later():
-    code = f"import lightning_superscale, sys\nassert 'torch' not in sys.modules\nimport lightning as L\nNAME = 'superscale'\n{TRAIN}"
+    code = "import lightning_superscale, sys\nassert 'torch' not in sys.modules\n"
+    code += f"import lightning as L\nNAME = 'superscale'\n{TRAIN}"
     done = python(code)
     assert "SuperScaleStrategy 2" in done.stdout, done.stderr
 
@@ -93,7 +94,7 @@ def test_a_broken_package_never_breaks_import_torch(tmp_path):
 def test_the_hook_imports_only_the_standard_library():
     done = python(
         "import sys\nbefore = set(sys.modules)\nimport _lightning_superscale_autoload as a\na.install()\n"
-        "print(sorted(m.split('.')[0] for m in set(sys.modules) - before if m.split('.')[0] not in sys.stdlib_module_names))",
+        "new = {m.split('.')[0] for m in set(sys.modules) - before}\nprint(sorted(new - sys.stdlib_module_names))",
         TORCH_DEVICE_BACKEND_AUTOLOAD="0",
     )
     assert done.stdout.strip() == "['_lightning_superscale_autoload']", done.stdout + done.stderr
@@ -101,7 +102,8 @@ def test_the_hook_imports_only_the_standard_library():
 
 def test_importing_the_package_imports_neither_torch_nor_lightning():
     done = python(
-        "import sys, lightning_superscale\nprint([m for m in ('torch', 'lightning', 'pytorch_lightning', 'triton') if m in sys.modules])"
+        "import sys, lightning_superscale\n"
+        "print([m for m in ('torch', 'lightning', 'pytorch_lightning', 'triton') if m in sys.modules])"
     )
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
