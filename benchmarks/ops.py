@@ -62,7 +62,7 @@ class Arrays:
         self.scratch = torch.empty(numel)
 
 
-HYPER = AdamWHyper(lr=1e-4, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, step=10, grad_scale=0.5)
+HYPER = AdamWHyper(lr=1e-4, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, step=10, grad_scale=0.5, ieee_sqrt=True)
 
 
 class NativeCall:
@@ -160,7 +160,6 @@ def time_cases(a: Arrays, sweeps: int) -> dict[str, float]:
                 cpu, wall = time.thread_time_ns() - cpu, time.perf_counter_ns() - wall
                 if sweep > 0 and cpu >= 0.9 * wall:
                     samples[name].append(cpu / SLICE_NUMEL)
-            del slices
     missing = [name for name, kept in samples.items() if len(kept) < 5]
     if missing:
         raise RuntimeError(f"too few undisturbed slices of {missing}: the machine is too busy to measure")
@@ -221,7 +220,9 @@ def hardware() -> dict[str, object]:
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        models = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        models = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
         cpu = models[0] if models else cpu
     return {
         "cpu": cpu,

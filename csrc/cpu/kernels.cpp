@@ -151,6 +151,16 @@ LSS_INLINE void update(float &p, float &m, float &v, float g, const Scalars &k) 
     p = p + (k.neg_step_size * m) / denom;
 }
 
+// The same in two halves, for a root taken between them ([Note: Installed root] in ops.cpp).
+LSS_INLINE void update_moments(float &m, float &v, float g, const Scalars &k) {
+    m = fused(k.lerp_weight, g - m, float_of((bits_of(m) & ~k.lerp_base) | (bits_of(g) & k.lerp_base)));
+    v = fused(k.one_minus_beta2 * g, g, v * k.beta2);
+}
+LSS_INLINE float updated_param(float p, float m, float root, const Scalars &k) {
+    const float denom = root / k.bias_correction2_sqrt + k.eps;
+    return p * k.weight_decay_factor + (k.neg_step_size * m) / denom;
+}
+
 LSS_INLINE uint32_t is_nonfinite(float x) { return (bits_of(x) & 0x7f800000u) == 0x7f800000u ? 1u : 0u; }
 
 // The sixteen lanes of [Note: Sum of squares] in reference.py. A block whose sums are all finite holds no NaN and
@@ -273,6 +283,37 @@ void sum_blocks(const void *x_, int64_t n, float scale, BlockStats *out) {
     LSS_FOR_STRIPS({ seen[j] = G::load(x[i + j]) * scale; })
 }
 
+template <class G, class M, class V, bool stored>
+void moments(void *m_, void *v_, const void *g_, float *new_m, float *new_v, int64_t n, const Scalars *k_) {
+    auto *m = static_cast<typename M::Type *>(m_);
+    auto *v = static_cast<typename V::Type *>(v_);
+    auto *g = static_cast<const typename G::Type *>(g_);
+    const Scalars k = *k_;
+    LSS_SIMD
+    for (int64_t i = 0; i < n; ++i) {
+        float mi = M::load(m[i]), vi = V::load(v[i]);
+        update_moments(mi, vi, G::load(g[i]) * k.grad_scale, k);
+        new_m[i] = mi;
+        new_v[i] = vi;
+        if constexpr (stored) {
+            m[i] = M::store(mi);
+            v[i] = V::store(vi);
+        }
+    }
+}
+
+template <class W, bool stored>
+void param(float *p, const float *new_m, const float *root, void *w_, int64_t n, const Scalars *k_) {
+    auto *w = static_cast<typename W::Type *>(w_);
+    const Scalars k = *k_;
+    LSS_SIMD
+    for (int64_t i = 0; i < n; ++i) {
+        const float pi = updated_param(p[i], new_m[i], root[i], k);
+        if constexpr (stored) p[i] = pi;
+        if constexpr (!Same<W, None>::value) w[i] = W::store(pi);
+    }
+}
+
 template <class G>
 void prepare(float *out, const void *g_, const float *p, int64_t n, const Scalars *k_) {
     auto *g = static_cast<const typename G::Type *>(g_);
@@ -349,6 +390,11 @@ void roof(float *p, float *m, float *v, const float *g, int64_t n) {
 #define LSS_MOMENTS(row, fn, G) \
     {{row(fn, G, F32, F32), row(fn, G, F32, BF16)}, {row(fn, G, BF16, F32), row(fn, G, BF16, BF16)}}
 #define LSS_GRADS(row, fn) LSS_MOMENTS(row, fn, F32), LSS_MOMENTS(row, fn, BF16), LSS_MOMENTS(row, fn, F16)
+#define LSS_HALVES(G, stored) \
+    {{moments<G, F32, F32, stored>, moments<G, F32, BF16, stored>}, \
+     {moments<G, BF16, F32, stored>, moments<G, BF16, BF16, stored>}}
+#define LSS_MOMENTS_OF(stored) {LSS_HALVES(F32, stored), LSS_HALVES(BF16, stored), LSS_HALVES(F16, stored)}
+#define LSS_PARAMS_OF(stored) {nullptr, param<BF16, stored>, param<F16, stored>, param<None, stored>}
 #define LSS_BY_TYPE(fn) {fn<F32>, fn<BF16>, fn<F16>}
 #define LSS_BY_TYPES(fn) \
     {{fn<F32, F32>, fn<F32, BF16>, fn<F32, F16>}, \
@@ -362,6 +408,8 @@ const KernelTable LSS_CONCAT(table_, LSS_ISA) = {
     {{LSS_GRADS(LSS_WEIGHTS_OR_NONE, commit), LSS_MOMENTS(LSS_WEIGHTS_OR_NONE, commit, Prepared)},
      {LSS_GRADS(LSS_WEIGHTS, peek), LSS_MOMENTS(LSS_WEIGHTS, peek, Prepared)},
      {LSS_GRADS(LSS_WEIGHTS, commit_peek)}},
+    {LSS_MOMENTS_OF(false), LSS_MOMENTS_OF(true)},
+    {LSS_PARAMS_OF(false), LSS_PARAMS_OF(true)},
     LSS_BY_TYPE(prepare),
     LSS_BY_TYPE(sum_blocks),
     LSS_BY_TYPE(count_nonfinite),

@@ -21,7 +21,7 @@ struct Scalars {
     // because a bool in the loop keeps some compilers from vectorising it.
     uint32_t lerp_base;
     bool plain;  // no l2, clip, sign, lerp_base or odd bias correction: the kernel needs no prepared gradient
-    bool has_l2, has_clip, maximize;
+    bool has_l2, has_clip, maximize, installed_root;
 };
 
 struct BlockStats {
@@ -41,6 +41,9 @@ struct AdamwArgs {
 // block: of next_grad in commit_peek, else of grad.
 using AdamwFn = void (*)(const AdamwArgs &args, int64_t n, BlockStats *out);
 using StatsFn = void (*)(const void *x, int64_t n, float scale, BlockStats *out);
+// An update in two halves, for a square root that is taken between them ([Note: Installed root] in ops.cpp).
+using MomentsFn = void (*)(void *m, void *v, const void *g, float *new_m, float *new_v, int64_t n, const Scalars *k);
+using ParamFn = void (*)(float *p, const float *new_m, const float *root, void *w, int64_t n, const Scalars *k);
 using PrepareFn = void (*)(float *out, const void *g, const float *p, int64_t n, const Scalars *k);
 using CountFn = int64_t (*)(const void *x, int64_t n);
 using CastFn = void (*)(void *dst, const void *src, int64_t n, float scale);
@@ -49,6 +52,8 @@ using RoofFn = void (*)(float *p, float *m, float *v, const float *g, int64_t n)
 
 struct KernelTable {
     AdamwFn adamw[3][4][2][2][4];  // mode, grad (and next_grad) or kPreparedGrad, exp_avg, exp_avg_sq, weight_out
+    MomentsFn moments[2][3][2][2];  // stored or not, grad, exp_avg, exp_avg_sq
+    ParamFn param[2][4];            // stored or not, weight_out
     PrepareFn prepare[3];
     StatsFn stats[3];
     CountFn count_nonfinite[3];

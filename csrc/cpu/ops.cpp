@@ -16,6 +16,31 @@ namespace {
 constexpr int64_t kItemBytes = 256 << 10;  // of ops that only move bytes
 constexpr int64_t kPrepared = 1024;        // gradient elements prepared at a time: stays in L1
 constexpr int64_t kColnormCols = 256;
+constexpr int64_t kRooted = 8192;  // elements between two calls of an installed root: their buffers stay in cache
+
+// [Note: Installed root] torch's CPU builds may take square roots from a vector library whose rounding is
+// its own. An update that must equal torch's then runs in two halves over cached blocks: moments, the
+// library's root of the second one, and the parameter.
+struct Root {
+    lss_root_fn fn = nullptr;
+    int64_t mode = 0;
+    int32_t (*set_threads)(int32_t) = nullptr;
+};
+Root installed_root;
+
+// While alive, the root's library starts no threads of its own: the pool's are the ones that work.
+class OneRootThread {
+   public:
+    OneRootThread() : before_(installed_root.set_threads ? installed_root.set_threads(1) : 0) {}
+    ~OneRootThread() {
+        if (installed_root.set_threads) installed_root.set_threads(before_);
+    }
+    OneRootThread(const OneRootThread &) = delete;
+    OneRootThread &operator=(const OneRootThread &) = delete;
+
+   private:
+    int32_t before_;
+};
 
 int64_t num_chunks(int64_t numel, int64_t chunk) { return (numel + chunk - 1) / chunk; }
 
@@ -61,6 +86,7 @@ Scalars rounded(const lss_adamw_hyper &h) {
     k.has_l2 = h.has_l2 != 0;
     k.has_clip = h.has_clip != 0;
     k.maximize = h.maximize != 0;
+    k.installed_root = h.installed_root != 0 && installed_root.fn != nullptr;
     k.lerp_base = 0;
     if (!(std::fabs(k.lerp_weight) < 0.5f)) {
         // torch.lerp: end - (end - start) * (1 - weight), as one fused operation.
@@ -130,18 +156,27 @@ struct AdamW : lss_ticket {
         Plan &plan = plans[static_cast<size_t>(s)];
         BlockStats unused[kChunk / kStatsBlock];
         BlockStats *const out = with_stats ? &plan.blocks[static_cast<size_t>(offset / kStatsBlock)] : unused;
+        if (plan.k.installed_root || (mode == LSS_COMMIT_PEEK && plan.next_k.installed_root)) {
+            if (with_stats) see(seg, plan, offset, n, out);
+            const OneRootThread one;
+            for (int64_t i = 0; i < n; i += kRooted) step_rooted(s, offset + i, std::min(kRooted, n - i));
+            return;
+        }
         const bool same = mode != LSS_COMMIT_PEEK || (seg.grad_dtype == seg.next_grad_dtype && plan.next_k.plain);
         if (plan.k.plain && same) {
             kernel(seg, mode, seg.grad_dtype, seg.weight_out_dtype)(args(seg, plan, offset), n, out);
             return;
         }
-        if (with_stats) {  // before the step, because weight_out may be the gradient's memory
-            const bool ahead = mode == LSS_COMMIT_PEEK;
-            const int32_t dtype = ahead ? seg.next_grad_dtype : seg.grad_dtype;
-            table->stats[dtype](at(ahead ? seg.next_grad : seg.grad, dtype, offset), n,
-                                ahead ? plan.next_k.grad_scale : plan.k.grad_scale, out);
-        }
+        if (with_stats) see(seg, plan, offset, n, out);
         for (int64_t i = 0; i < n; i += kPrepared) step_prepared(seg, plan, offset + i, std::min(kPrepared, n - i));
+    }
+
+    // Before the step, because weight_out may be the gradient's memory.
+    void see(const lss_adamw_segment &seg, const Plan &plan, int64_t offset, int64_t n, BlockStats *out) const {
+        const bool ahead = mode == LSS_COMMIT_PEEK;
+        const int32_t dtype = ahead ? seg.next_grad_dtype : seg.grad_dtype;
+        table->stats[dtype](at(ahead ? seg.next_grad : seg.grad, dtype, offset), n,
+                            ahead ? plan.next_k.grad_scale : plan.k.grad_scale, out);
     }
 
     AdamwFn kernel(const lss_adamw_segment &seg, int32_t which, int32_t grad, int32_t out) const {
@@ -181,6 +216,40 @@ struct AdamW : lss_ticket {
         } else {
             run_mode(mode, raw.grad, seg.grad_dtype, plan.k, seg.weight_out_dtype);
         }
+    }
+
+    void step_rooted(int64_t s, int64_t offset, int64_t n) {
+        const lss_adamw_segment &seg = segments[s];
+        const Plan &plan = plans[static_cast<size_t>(s)];
+        if (mode == LSS_COMMIT_PEEK) {
+            half_steps(seg, offset, n, seg.grad, seg.grad_dtype, plan.k, true, LSS_NONE);
+            half_steps(seg, offset, n, seg.next_grad, seg.next_grad_dtype, plan.next_k, false, seg.weight_out_dtype);
+        } else {
+            half_steps(seg, offset, n, seg.grad, seg.grad_dtype, plan.k, mode == LSS_COMMIT, seg.weight_out_dtype);
+        }
+    }
+
+    void half_steps(const lss_adamw_segment &seg, int64_t offset, int64_t n, const void *grad, int32_t dtype,
+                    const Scalars &k, bool stored, int32_t out) {
+        alignas(64) float new_m[kRooted], root[kRooted], prepared[kRooted];
+        float *const p = seg.param + offset;
+        const void *g = at(grad, dtype, offset);
+        Scalars rest = k;
+        if (!k.plain) {
+            table->prepare[dtype](prepared, g, p, n, &k);
+            g = prepared;
+            dtype = LSS_F32;
+            rest.grad_scale = 1.0f;
+        }
+        table->moments[stored][dtype][seg.exp_avg_dtype][seg.exp_avg_sq_dtype](
+            at(seg.exp_avg, seg.exp_avg_dtype, offset), at(seg.exp_avg_sq, seg.exp_avg_sq_dtype, offset), g, new_m,
+            root, n, &rest);
+        if (k.installed_root) {
+            installed_root.fn(static_cast<int32_t>(n), root, root, installed_root.mode);
+        } else {
+            for (int64_t i = 0; i < n; ++i) root[i] = __builtin_sqrtf(root[i]);
+        }
+        table->param[stored][out](p, new_m, root, at(seg.weight_out, seg.weight_out_dtype, offset), n, &rest);
     }
 
     void finish() override {
@@ -385,6 +454,11 @@ struct Copy : lss_ticket {
 using namespace lss;
 
 extern "C" {
+
+void lss_install_root(lss_root_fn root, int64_t mode, int32_t (*set_threads)(int32_t)) {
+    lss::installed_root = {root, mode, set_threads};
+}
+
 
 int32_t lss_adamw(lss_pool *pool, int32_t mode, lss_adamw_segment *segments, int64_t num_segments, int32_t stats,
                   const lss_submit *how, lss_ticket **ticket) {

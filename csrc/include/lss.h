@@ -69,7 +69,7 @@ typedef struct {
     int32_t has_l2;
     int32_t has_clip;
     int32_t maximize;
-    int32_t reserved;
+    int32_t installed_root; /* non-zero: take the root that lss_install_root gave, if any; else IEEE's */
 } lss_adamw_hyper;
 
 /* One AdamWSegment of types.py. sumsq and nonfinite are results, valid when the work is done. */
@@ -93,6 +93,9 @@ typedef struct {
     int64_t nonfinite;
 } lss_adamw_segment;
 
+/* r[i] = sqrt(x[i]) for i < n; r may be x. The signature of MKL's vmsSqrt. */
+typedef void (*lss_root_fn)(int32_t n, const float *x, float *r, int64_t mode);
+
 typedef struct lss_pool lss_pool;
 typedef struct lss_ticket lss_ticket;
 
@@ -101,6 +104,11 @@ LSS_API int32_t lss_abi_version(void);
 LSS_API size_t lss_sizeof_adamw_hyper(void);
 LSS_API size_t lss_sizeof_adamw_segment(void);
 LSS_API const char *lss_last_error(void); /* of the calling thread; never NULL */
+
+/* Square root for updates with installed_root set: torch's own, where that is not IEEE's ([Note: Square
+ * root] in reference.py). NULL takes it back. Not while work is in flight. set_threads, which may be NULL,
+ * sets how many threads the root's library may use in the calling thread, and returns the number before. */
+LSS_API void lss_install_root(lss_root_fn root, int64_t mode, int32_t (*set_threads)(int32_t));
 
 /* ---- instruction sets: "generic" (SSE2 on x86-64), "avx2", "avx512", "neon" ----
  * The best one is chosen at first use, or the one named by the environment variable LSS_ISA. */

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from lightning_superscale.ops import build
+from lightning_superscale.ops import build, torch_root
 
 ABI_VERSION = 1
 _PLACE = Path("lightning_superscale", "ops", "_native")
@@ -48,7 +48,7 @@ class AdamWHyperStruct(ctypes.Structure):
         ("has_l2", c_int32),
         ("has_clip", c_int32),
         ("maximize", c_int32),
-        ("reserved", c_int32),
+        ("installed_root", c_int32),
     )
 
 
@@ -186,6 +186,7 @@ def _load() -> ctypes.CDLL | None:
             continue
         if lib.lss_isa_name() is None:
             raise RuntimeError(lib.lss_last_error().decode())
+        torch_root.install(lib)
         return lib
     remedy = (
         "run `python -m lightning_superscale.ops.build`"

@@ -278,7 +278,14 @@ def _fill_hyper(struct: _lib.AdamWHyperStruct, hyper: AdamWHyper) -> None:
     struct.has_clip = int(hyper.clip_value is not None)
     struct.clip_value = hyper.clip_value if hyper.clip_value is not None else 0.0
     struct.maximize = int(hyper.maximize)
+    struct.installed_root = int(not hyper.ieee_sqrt)
 
 
 def _stats(structs: ctypes.Array[_lib.AdamWSegmentStruct]) -> list[GradStats]:
     return [GradStats(struct.sumsq, struct.nonfinite) for struct in structs]
+
+
+def kernel_name() -> str:
+    """The kernel that `adamw_commit` runs, in words."""
+    isa = _lib.isa_name()
+    return "PyTorch operations, not fused (no native library)" if isa is None else f"native AdamW, {isa}"

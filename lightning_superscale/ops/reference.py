@@ -1,9 +1,7 @@
 """Slow PyTorch version of every op: the oracle that each other path is tested against.
 
 AdamW follows the order of operations of `torch.optim.AdamW`'s single-tensor implementation, so that
-on fp32 state and gradients `adamw_commit` is `torch.equal` to it wherever torch's square root is
-correctly rounded; see [Note: Square root]. Written for the eye: no op here
-is tuned. It is also what runs where no native library was built.
+on fp32 state and gradients `adamw_commit` is `torch.equal` to it. Written for the eye: no op here is tuned. It is also what runs where no native library was built.
 """
 
 from __future__ import annotations
@@ -23,16 +21,16 @@ SUMSQ_BLOCK_NUMEL = 4096
 SUMSQ_LANES = 16
 
 
-# [Note: Square root] Every path takes the correctly rounded square root of IEEE 754, which SSE2, AVX,
-# NEON and CUDA (-prec-sqrt=true) compute. torch's CPU builds with MKL call its vector library, which
-# does not round correctly on every processor: one fp32 root in six is an ulp off on AMD Zen 4, whatever
-# the tensor's size. So the root is taken in double, whose rounding to fp32 is the correct one
-# (53 >= 2 * 24 + 2 bits), and an unmodified torch.optim.AdamW may differ in the parameter's last bit.
+# [Note: Square root] IEEE 754's correctly rounded root is what SSE2, AVX, NEON and CUDA compute. torch's CPU
+# builds with MKL call its vector library, which does not round correctly on every processor: one fp32
+# root in six is an ulp off on AMD Zen 4, whatever the tensor's size and alignment. Plain AdamW has those
+# bits on a CPU, and IEEE's on a GPU. So the update says which it wants: `ieee_sqrt=False` equals torch's
+# own root on this machine, `True` is the same everywhere (taken in double, whose rounding to fp32 is the
+# correct one: 53 >= 2 * 24 + 2 bits).
 
 
-def _sqrt(x: Tensor) -> Tensor:
-    """Correctly rounded fp32 square root."""
-    return x.double().sqrt().float()
+def _sqrt(x: Tensor, is_ieee: bool) -> Tensor:
+    return x.double().sqrt().float() if is_ieee else x.sqrt()
 
 
 def scaled_grad(grad: Tensor, hyper: AdamWHyper) -> Tensor:
@@ -58,7 +56,7 @@ def _adamw_math(
             g = g.add(p, alpha=s.l2)
     m = exp_avg.float().lerp(g, s.lerp_weight)
     v = exp_avg_sq.float().mul(s.beta2).addcmul(g, g, value=s.one_minus_beta2)
-    denom = (_sqrt(v) / s.bias_correction2_sqrt).add_(s.eps)
+    denom = (_sqrt(v, hyper.ieee_sqrt) / s.bias_correction2_sqrt).add_(s.eps)
     return p.addcdiv(m, denom, value=s.neg_step_size), m, v
 
 
@@ -190,3 +188,78 @@ def colnorm(x: Tensor) -> Tensor:
 def copy(dst: Tensor, src: Tensor) -> None:
     """`dst = src`, byte for byte; one dtype and numel."""
     dst.copy_(src)
+
+
+# [Note: Stochastic rounding] A 32-bit float is rounded to bf16 by adding 16 random bits below the bf16
+# mantissa and cutting: up with exactly the probability that the dropped bits tell, so that the mean
+# is kept. The bits come from Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as
+# 1, 2, 3") with key = seed and counter = (global element number, step, 0); its words 0, 1, 2 serve
+# param, exp_avg and exp_avg_sq. So they depend on which element of which step it is, and not on
+# the world size, the shard or the chunk that it was computed in.
+
+
+def philox(seed: int, element: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-10 words as int64 in [0, 2**32), one of each per int64 element number."""
+    mask = 0xFFFFFFFF
+    c0, c1 = element & mask, (element >> 32) & mask
+    c2, c3 = torch.full_like(element, step), torch.zeros_like(element)
+    k0, k1 = seed & mask, (seed >> 32) & mask
+    for _ in range(10):
+        # The 64-bit products wrap into int64's sign, which the mask after the shift removes.
+        product0, product2 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c2 = ((product2 >> 32) & mask) ^ c1 ^ k0, ((product0 >> 32) & mask) ^ c3 ^ k1
+        c1, c3 = product2 & mask, product0 & mask
+        k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
+    return c0, c1, c2, c3
+
+
+def round_stochastic(x: Tensor, random: Tensor) -> Tensor:
+    """fp32 to bf16 with the low 16 bits of `random`; infinities stay, NaN becomes 0x7fc0."""
+    bits = x.view(torch.int32).to(torch.int64) & 0xFFFFFFFF
+    rounded = torch.where(x.isinf(), bits >> 16, (bits + (random & 0xFFFF)) >> 16)
+    rounded = torch.where(x.isnan(), 0x7FC0, rounded)
+    return torch.where(rounded >= 0x8000, rounded - 0x10000, rounded).to(torch.int16).view(torch.bfloat16)
+
+
+def adamw_sr(
+    param: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    grad: Tensor,
+    hyper: AdamWHyper,
+    *,
+    seed: int,
+    offset: int,
+) -> None:
+    """AdamW on bf16 weights and moments with stochastic rounding, in place.
+
+    Every operation is rounded to fp32 by itself (no fused multiply-add), the square root correctly,
+    so that each path can give these bits; see [Note: Stochastic rounding].
+
+    Args:
+        param, exp_avg, exp_avg_sq: bf16, of one shape.
+        grad: fp32, bf16 or fp16, of the same shape.
+        seed: of the whole run, in [0, 2**63).
+        offset: the first element's number among all elements of the run, whoever holds them.
+    """
+    s = hyper.scalars()
+    p, g = param.float(), scaled_grad(grad, hyper)
+    if hyper.clip_value is not None:
+        g = g.clamp(-hyper.clip_value, hyper.clip_value)
+    if hyper.maximize:
+        g = -g
+    if hyper.weight_decay != 0:
+        if hyper.decoupled:
+            p = p * s.weight_decay_factor
+        else:
+            g = g + p * s.l2
+    m, v = exp_avg.float(), exp_avg_sq.float()
+    m = m + (g - m) * s.lerp_weight
+    v = v * s.beta2 + (g * s.one_minus_beta2) * g
+    denom = v.double().sqrt().float() / s.bias_correction2_sqrt + s.eps
+    p = p + (m * s.neg_step_size) / denom
+    element = torch.arange(offset, offset + param.numel(), device=param.device).view(param.shape)
+    random_p, random_m, random_v, _ = philox(seed, element, hyper.step)
+    param.copy_(round_stochastic(p, random_p))
+    exp_avg.copy_(round_stochastic(m, random_m))
+    exp_avg_sq.copy_(round_stochastic(v, random_v))

@@ -44,6 +44,8 @@ class AdamWHyper:
             clipping by norm share it).
         clip_value: the scaled gradient is then limited to [-clip_value, clip_value]; NaN stays NaN.
         maximize: the gradient's sign is flipped after scaling and clipping.
+        ieee_sqrt: take IEEE 754's square root, the same on every machine and GPU; otherwise torch's own
+            on this machine's CPU, which plain AdamW takes there ([Note: Square root] in reference.py).
     """
 
     lr: float
@@ -56,6 +58,7 @@ class AdamWHyper:
     maximize: bool = False
     grad_scale: float = 1.0
     clip_value: float | None = None
+    ieee_sqrt: bool = False
 
     def scalars(self) -> AdamWScalars:
         bias_correction1 = 1 - self.beta1**self.step

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import pytest
@@ -29,8 +30,8 @@ from lightning_superscale.ops import adamw, reference
 from lightning_superscale.ops.pool import Pool
 from lightning_superscale.ops.types import STATE_DTYPES, AdamWHyper, AdamWSegment
 
-HYPER = AdamWHyper(lr=1e-2, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1, step=3, grad_scale=0.37)
-NEXT = AdamWHyper(lr=2e-2, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1, step=4, grad_scale=1.7)
+HYPER = AdamWHyper(lr=1e-2, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1, step=3, grad_scale=0.37, ieee_sqrt=True)
+NEXT = AdamWHyper(lr=2e-2, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1, step=4, grad_scale=1.7, ieee_sqrt=True)
 PAIRS = {
     "adamw_commit": (adamw.adamw_commit, reference.adamw_commit, adamw.submit_adamw_commit),
     "adamw_peek": (adamw.adamw_peek, reference.adamw_peek, adamw.submit_adamw_peek),
@@ -130,12 +131,14 @@ ODD = (
     {"grad_scale": 0.0},
     {"step": 1},
     {"step": 100_000},
+    {"ieee_sqrt": True},
+    {"ieee_sqrt": True, "decoupled": False, "clip_value": 0.05},
 )
 
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("mode", PAIRS)
-@pytest.mark.parametrize("changed", ODD, ids=str)
+@pytest.mark.parametrize("changed", [*ODD, *({**odd, "ieee_sqrt": False} for odd in ODD[:9])], ids=str)
 def test_adamw_any_hyper_equals_reference(path, mode, changed):
     fields = {name: getattr(HYPER, name) for name in AdamWHyper.__dataclass_fields__}
     hyper = AdamWHyper(**{**fields, **changed})
@@ -220,8 +223,9 @@ TORCH_CASES = (
 
 
 @pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("ieee_sqrt", [False, True])
 @pytest.mark.parametrize(("optimizer", "options"), TORCH_CASES)
-def test_adamw_many_steps_equal_torch_optimizer(path, optimizer, options):
+def test_adamw_many_steps_equal_torch_optimizer(path, optimizer, options, ieee_sqrt):
     numel = 20_011
     theirs = torch.nn.Parameter(values(numel))
     param, m, v = theirs.detach().clone(), torch.zeros(numel), torch.zeros(numel)
@@ -231,7 +235,7 @@ def test_adamw_many_steps_equal_torch_optimizer(path, optimizer, options):
         for step in range(1, 41):
             grad = values(numel, seed=step)
             theirs.grad = grad.clone()
-            with ExactSqrt():
+            with ExactSqrt() if ieee_sqrt else contextlib.nullcontext():
                 opt.step()
             hyper = AdamWHyper(
                 lr=group["lr"],
@@ -242,32 +246,13 @@ def test_adamw_many_steps_equal_torch_optimizer(path, optimizer, options):
                 step=step,
                 decoupled=optimizer is torch.optim.AdamW,
                 maximize=group["maximize"],
+                ieee_sqrt=ieee_sqrt,
             )
             adamw.adamw_commit([AdamWSegment(param=param, exp_avg=m, exp_avg_sq=v, grad=grad, hyper=hyper)])
     state = opt.state[theirs]
     assert torch.equal(m, state["exp_avg"])
     assert torch.equal(v, state["exp_avg_sq"])
     assert torch.equal(param, theirs.detach())
-
-
-@pytest.mark.parametrize("path", PATHS)
-def test_adamw_unmodified_torch_differs_at_most_by_its_square_root(path):
-    # One ulp of the root is 2^-24 of the update; the update is at most about lr (step 1), and the sum rounds once
-    # more: lr * 2^-23 plus one ulp of the parameter.
-    numel, lr = 20_011, 1e-3
-    theirs = torch.nn.Parameter(values(numel))
-    before = theirs.detach().clone()
-    grad = values(numel, seed=9)
-    theirs.grad = grad.clone()
-    torch.optim.AdamW([theirs], lr=lr, foreach=False).step()
-    hyper = AdamWHyper(lr=lr, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01, step=1)
-    seg = AdamWSegment(
-        param=before, exp_avg=torch.zeros(numel), exp_avg_sq=torch.zeros(numel), grad=grad, hyper=hyper
-    )
-    with running(path):
-        adamw.adamw_commit([seg])
-    bound = lr * 2**-22 + seg.param.abs() * 2**-23
-    assert bool(((seg.param - theirs.detach()).abs() <= bound).all())
 
 
 floats = st.floats(width=32, allow_nan=True, allow_infinity=True)
@@ -300,7 +285,7 @@ def test_adamw_fused_multiply_add_rounds_once(path):
     exponent[1] = (exponent[0] + torch.randint(-26, 27, (numel,), generator=generator)).clamp(0, 254)
     exponent[0, : numel // 4] = 0  # subnormal
     p, m, g = ((exponent << 23) | mantissa).to(torch.int32).view(F32).clone()
-    hyper = AdamWHyper(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, step=2)
+    hyper = AdamWHyper(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, step=2, ieee_sqrt=True)
     with running(path):
         check("adamw_commit", [AdamWSegment(
             param=p, exp_avg=m, exp_avg_sq=torch.zeros(numel), grad=g, hyper=hyper
@@ -312,11 +297,11 @@ def test_adamw_commit_peek_divides_correctly_for_every_fraction(path):
     # [Note: Division by a constant]: the peek's root runs over all 2^23 fractions at one exponent, by giving it
     # moments that are squares rounded, and the quotient shows in the new weight through param 0 and exp_avg 1.
     with running(path):
-        for step in (1, 7, 1234):
-            numel = 1 << 17
-            root = (torch.randperm(1 << 23, generator=torch.Generator().manual_seed(step))[:numel] | 0x3F800000)
+        for step in (1, 1234):
+            numel = 1 << 16
+            root = torch.randperm(1 << 23, generator=torch.Generator().manual_seed(step))[:numel] | 0x3F800000
             root = root.to(torch.int32).view(F32)
-            hyper = AdamWHyper(lr=1.0, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, step=step)
+            hyper = AdamWHyper(lr=1.0, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, step=step, ieee_sqrt=True)
             seg = AdamWSegment(
                 param=torch.zeros(numel), exp_avg=torch.ones(numel), exp_avg_sq=root * root, grad=torch.zeros(numel),
                 next_grad=torch.zeros(numel), hyper=hyper, next_hyper=hyper, weight_out=torch.zeros(numel, dtype=F16),
@@ -325,11 +310,12 @@ def test_adamw_commit_peek_divides_correctly_for_every_fraction(path):
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_adamw_deferred_commit_equals_clip_then_step(path):
+@pytest.mark.parametrize("ieee_sqrt", [False, True])
+def test_adamw_deferred_commit_equals_clip_then_step(path, ieee_sqrt):
     """ops.md 2.3: speculate, learn the verdict, and either stand, redo with the right coefficient, or drop."""
-    numel, max_norm = 70_003, 1.0
+    numel, max_norm = 20_003, 1.0
     clipped, broken = {2, 3, 6, 9, 13, 14, 18}, {5: math.inf, 11: math.nan, 19: -math.inf}
-    base = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1}
+    base = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1, "ieee_sqrt": ieee_sqrt}
 
     def state():
         return {"param": values(numel), "exp_avg": torch.zeros(numel), "exp_avg_sq": torch.zeros(numel)}
@@ -344,7 +330,7 @@ def test_adamw_deferred_commit_equals_clip_then_step(path):
             raw = values(numel, seed=iteration + 50)
             grad = (raw * (norm / raw.norm())).to(BF16)
             if iteration in broken:
-                grad[iteration * 1000] = broken[iteration]
+                grad[iteration * 700] = broken[iteration]
             # Synchronous oracle: norm first, then the step.
             total = reference.sumsq(grad)
             finite = math.isfinite(total)

@@ -8,7 +8,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.ops.paths import BF16, F16, F32, FALLBACK, FLOATS, LARGE, NATIVE, PATHS, SIZES, THREADS, running, same, values
+from tests.ops.paths import (
+    BF16,
+    F16,
+    F32,
+    FALLBACK,
+    FLOATS,
+    LARGE,
+    NATIVE,
+    PATHS,
+    SIZES,
+    THREADS,
+    running,
+    same,
+    values,
+)
 
 from lightning_superscale.ops import flat, reference
 from lightning_superscale.ops.pool import Pool
@@ -22,7 +36,9 @@ def pool(request):
 
 
 def with_specials(x):
-    special = torch.tensor([math.nan, math.inf, -math.inf, 65519.0, 65520.0, 65536.0, 6e-8, 3e-8, 2.98e-8, -6.1e-5, 3.4e38])
+    special = torch.tensor(
+        [math.nan, math.inf, -math.inf, 65519.0, 65520.0, 65536.0, 6e-8, 3e-8, 2.98e-8, -6.1e-5, 3.4e38]
+    )
     if x.numel() > 50:
         x[7 : 7 + special.numel()] = special.to(x.dtype)
     return x

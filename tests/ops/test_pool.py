@@ -164,6 +164,7 @@ import os, sys, torch
 from lightning_superscale.ops import flat
 from lightning_superscale.ops.pool import Pool, default_pool
 
+torch.set_num_threads(1)  # torch's own OpenMP threads do not survive a fork
 pool = Pool(2)
 src = torch.ones(30_000_000)
 running = flat.submit_copy(torch.empty_like(src), src, pool=pool)

@@ -1,0 +1,62 @@
+# One command on a fresh machine: every target sets up what it needs.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export PYTHONUNBUFFERED := 1
+
+.PHONY: setup demo test test-fast test-all test-peers check format wheel bench gpu clean
+
+setup: $(STAMP)
+
+# torch goes first and alone: the pin in constraints-dev.txt keeps a CUDA build of several GB away.
+$(STAMP): pyproject.toml constraints-dev.txt CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check "$$(grep ^torch== constraints-dev.txt)"
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints-dev.txt "scikit-build-core>=0.10" ninja cmake
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints-dev.txt --no-build-isolation -e ".[dev,examples]"
+	$(BIN)/python -m lightning_superscale.ops.build
+	touch $(STAMP)
+
+demo: setup
+	$(BIN)/python examples/language_model/demo.py
+
+test: setup
+	$(BIN)/python -m pytest
+
+test-fast: setup
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: setup
+	LSS_TEST_ALL=1 $(BIN)/python -m pytest
+
+# Tests that need DeepSpeed, in an environment of their own.
+test-peers: setup
+	bash benchmarks/peers.sh $(VENV)-peers
+	$(VENV)-peers/bin/python -m pytest -m peers
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: setup
+	$(BIN)/ruff check --fix -q . || true
+	$(BIN)/ruff format -q .
+
+# The wheel, built in an empty environment, installed into another.
+wheel: setup
+	bash .ci/wheel $(BIN)/python
+
+bench: setup
+	bash benchmarks/run.sh $(VENV)
+
+# On a machine with a GPU: build, check every CUDA and Triton path, run the benchmarks. OUT takes the JSON.
+OUT ?= runs/gpu
+gpu:
+	bash benchmarks/gpu/run.sh $(OUT)
+
+clean:
+	rm -rf $(VENV) build dist runs .pytest_cache .mypy_cache .ruff_cache

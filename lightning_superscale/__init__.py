@@ -1,0 +1,55 @@
+"""Train larger models with PyTorch Lightning by changing one string: `Trainer(strategy="superoffload")`.
+
+Importing the package registers its strategy names; everything else is imported when first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+import _lightning_superscale_autoload
+
+if TYPE_CHECKING:
+    from lightning_superscale.config import OffloadConfig, ZeroConfig
+    from lightning_superscale.errors import SuperScaleError
+    from lightning_superscale.plugins.callbacks import ScaleMonitor
+    from lightning_superscale.plugins.pytorch import SuperOffloadStrategy, SuperScalePrecision, SuperScaleStrategy
+
+__all__ = [
+    "OffloadConfig",
+    "ScaleMonitor",
+    "SuperOffloadStrategy",
+    "SuperScaleError",
+    "SuperScalePrecision",
+    "SuperScaleStrategy",
+    "ZeroConfig",
+]
+
+try:
+    __version__ = version("lightning-superscale")
+except PackageNotFoundError:
+    __version__ = "0.0.0"
+
+_HOMES = {
+    "OffloadConfig": "lightning_superscale.config",
+    "ZeroConfig": "lightning_superscale.config",
+    "SuperScaleError": "lightning_superscale.errors",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    if name in __all__:
+        registry = importlib.import_module("lightning_superscale.plugins.registry")
+        return getattr(registry.binding_module(), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
+
+
+_lightning_superscale_autoload.install()

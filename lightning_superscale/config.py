@@ -1,0 +1,116 @@
+"""Frozen settings that the user fills in, from Python or YAML, and their validation.
+
+Wherever a config object is taken, a mapping with the same keys is too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, TypeVar, Union
+
+from lightning_superscale.errors import SuperScaleError, did_you_mean
+
+ENGINES = ("cpu", "superoffload")
+PLANNED_ENGINES = ("zenflow",)
+
+_C = TypeVar("_C")
+
+
+def _check_positive_int(owner: str, key: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise SuperScaleError(f"{owner}.{key} must be a whole number of at least 1, found {value!r}.")
+
+
+@dataclass(frozen=True)
+class ZeroConfig:
+    """What is sharded over the data-parallel ranks (Rajbhandari et al. 2020, arXiv:1910.02054).
+
+    Args:
+        stage: 0 replicates everything, as DDP does. Stages 1 to 3 shard optimizer states, gradients
+            and parameters; they are not in this version.
+        bucket_mb: MiB of weights that are reduced, stepped and gathered together.
+    """
+
+    stage: int = 0
+    bucket_mb: int = 64
+
+    def __post_init__(self) -> None:
+        if self.stage not in (0, 1, 2, 3) or isinstance(self.stage, bool):
+            raise SuperScaleError(f"ZeroConfig.stage must be 0, 1, 2 or 3, found {self.stage!r}.")
+        if self.stage != 0:
+            raise SuperScaleError(
+                f"zero={self.stage} shards over several ranks, which this version does not do yet. "
+                "Use zero=0 on one device; offload='superoffload' is what frees device memory there."
+            )
+        _check_positive_int("ZeroConfig", "bucket_mb", self.bucket_mb)
+
+
+@dataclass(frozen=True)
+class OffloadConfig:
+    """Where optimizer states live and where the optimizer steps.
+
+    Args:
+        engine: "cpu" and "superoffload" keep fp32 master weights and optimizer states in host memory
+            and step there. In this version both step synchronously, after the backward pass.
+        bucket_mb: MiB of weights that move and step together.
+        pin_memory: page-lock the host side of transfers, where there is a CUDA device.
+        cpu_threads: worker threads of the host optimizer; "auto" leaves one core to the launching
+            thread.
+    """
+
+    engine: str = "superoffload"
+    bucket_mb: int = 64
+    pin_memory: bool = True
+    cpu_threads: Union[int, Literal["auto"]] = "auto"
+
+    def __post_init__(self) -> None:
+        if self.engine in PLANNED_ENGINES:
+            raise SuperScaleError(
+                f"offload engine {self.engine!r} is not in this version. Use one of {', '.join(map(repr, ENGINES))}."
+            )
+        if self.engine not in ENGINES:
+            raise SuperScaleError(
+                f"unknown offload engine {self.engine!r}: expected one of {', '.join(map(repr, ENGINES))}"
+                f"{did_you_mean(str(self.engine), ENGINES)}"
+            )
+        _check_positive_int("OffloadConfig", "bucket_mb", self.bucket_mb)
+        if self.cpu_threads != "auto":
+            _check_positive_int("OffloadConfig", "cpu_threads", self.cpu_threads)
+
+
+def config_from_mapping(config_class: type[_C], values: Mapping[str, Any], where: str) -> _C:
+    """Build a config from a mapping, refusing keys that it does not have.
+
+    Raises:
+        SuperScaleError: an unknown key (names it, the known ones and the closest).
+    """
+    known = [f.name for f in fields(config_class)]  # type: ignore[arg-type]
+    for key in values:
+        if key not in known:
+            raise SuperScaleError(
+                f"{where} has no key {key!r}: expected one of {', '.join(map(repr, known))}{did_you_mean(str(key), known)}"
+            )
+    return config_class(**values)
+
+
+def resolve_zero(value: Union[int, ZeroConfig, Mapping[str, Any]]) -> ZeroConfig:
+    if isinstance(value, ZeroConfig):
+        return value
+    if isinstance(value, Mapping):
+        return config_from_mapping(ZeroConfig, value, "zero")
+    if isinstance(value, int) and not isinstance(value, bool):
+        return ZeroConfig(stage=value)
+    raise SuperScaleError(f"zero takes 0, 1, 2, 3, a ZeroConfig or a mapping, found {value!r}.")
+
+
+def resolve_offload(value: Union[str, OffloadConfig, Mapping[str, Any], None]) -> OffloadConfig | None:
+    if value is None or isinstance(value, OffloadConfig):
+        return value
+    if isinstance(value, Mapping):
+        return config_from_mapping(OffloadConfig, value, "offload")
+    if isinstance(value, str):
+        return OffloadConfig(engine=value)
+    raise SuperScaleError(
+        f"offload takes None, {', '.join(map(repr, ENGINES))}, an OffloadConfig or a mapping, found {value!r}."
+    )

@@ -1,0 +1,24 @@
+"""Errors that users meet; each message says what was expected, what was found, where, and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class SuperScaleError(RuntimeError):
+    """A setting, a model or a state that lightning-superscale can't train with."""
+
+
+class CheckpointError(SuperScaleError):
+    """A checkpoint that can't be written, read or matched to the model."""
+
+
+class SequenceParallelError(SuperScaleError):
+    """A model or batch that sequence parallelism can't split."""
+
+
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """A hint such as `; did you mean 'cpu'?`, or nothing when no choice is close."""
+    close = difflib.get_close_matches(word, list(choices), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

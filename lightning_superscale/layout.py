@@ -1,0 +1,128 @@
+"""Pure shard arithmetic: which rows of which parameter lie where. No processes, no tensors.
+
+Every transport shards a parameter by rows (tensor dim 0), as DTensor's `Shard(0)` does, and packs the
+slices of several parameters into units (buckets). States, checkpoints and selections are therefore the
+same objects at every ZeRO stage.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+# Slices start at multiples of this many elements, so that every slice of every dtype is aligned to a
+# cache line on the host and to a 128-byte segment on the device.
+SLICE_ALIGN_NUMEL = 64
+
+
+@dataclass(frozen=True, slots=True)
+class ParamSpec:
+    """One parameter as the layout sees it."""
+
+    fqn: str
+    shape: tuple[int, ...]
+
+    @property
+    def num_rows(self) -> int:
+        return self.shape[0] if self.shape else 1
+
+    @property
+    def row_numel(self) -> int:
+        return math.prod(self.shape[1:])
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class ParamSlice:
+    """The rows of one parameter that one rank holds, and where they start in its shard buffer.
+
+    Attributes:
+        rows: [start, stop) along tensor dim 0 of the whole parameter; empty on a rank with none. A
+            scalar counts as one row.
+        offset: first element in the rank's shard buffer.
+    """
+
+    spec: ParamSpec
+    rows: tuple[int, int]
+    offset: int
+
+    @property
+    def fqn(self) -> str:
+        return self.spec.fqn
+
+    @property
+    def numel(self) -> int:
+        return (self.rows[1] - self.rows[0]) * self.spec.row_numel
+
+    @property
+    def local_shape(self) -> tuple[int, ...]:
+        return (self.rows[1] - self.rows[0], *self.spec.shape[1:]) if self.spec.shape else ()
+
+    @property
+    def global_offset(self) -> int:
+        """First element of these rows in the flattened whole parameter."""
+        return self.rows[0] * self.spec.row_numel
+
+
+@dataclass(frozen=True, slots=True)
+class UnitLayout:
+    """One rank's view of one unit: slices packed back to back, each aligned, padded to equal length.
+
+    Attributes:
+        shard_numel: length of the shard buffer, the same on every rank of the shard axis.
+    """
+
+    index: int
+    slices: tuple[ParamSlice, ...]
+    shard_numel: int
+
+
+def align_up(numel: int, align: int = SLICE_ALIGN_NUMEL) -> int:
+    return -(-numel // align) * align
+
+
+def shard_rows(num_rows: int, rank: int, shard_world_size: int) -> tuple[int, int]:
+    """Rows [start, stop) of `rank`: chunks of ceil(num_rows / shard_world_size), as DTensor's Shard(0) cuts."""
+    if not 0 <= rank < shard_world_size:
+        raise ValueError(f"rank must be in [0, {shard_world_size}), found {rank}")
+    chunk = -(-num_rows // shard_world_size)
+    start = min(rank * chunk, num_rows)
+    return start, min(start + chunk, num_rows)
+
+
+def unit_layout(index: int, specs: Sequence[ParamSpec], rank: int, shard_world_size: int) -> UnitLayout:
+    """Pack one unit. Slices keep the order of `specs`; rank 0 holds the most rows, so its length is everyone's."""
+    slices = []
+    offset = 0
+    shard_numel = 0
+    for spec in specs:
+        rows = shard_rows(spec.num_rows, rank, shard_world_size)
+        slices.append(ParamSlice(spec, rows, offset))
+        # Offsets follow rank 0's slice lengths on every rank, so that a slice starts at one place everywhere.
+        longest = shard_rows(spec.num_rows, 0, shard_world_size)
+        offset = align_up(offset + (longest[1] - longest[0]) * spec.row_numel)
+        shard_numel = offset
+    return UnitLayout(index, tuple(slices), shard_numel)
+
+
+def split_into_units(specs: Sequence[ParamSpec], unit_numel: int) -> list[list[ParamSpec]]:
+    """Cut an ordered list of parameters into runs of at most `unit_numel` elements.
+
+    A parameter is never cut here; one that is larger than `unit_numel` has a unit of its own.
+    """
+    if unit_numel < 1:
+        raise ValueError(f"unit_numel must be at least 1, found {unit_numel}")
+    units: list[list[ParamSpec]] = []
+    filled = 0
+    for spec in specs:
+        if units and filled + spec.numel <= unit_numel:
+            units[-1].append(spec)
+            filled += spec.numel
+        else:
+            units.append([spec])
+            filled = spec.numel
+    return units

@@ -1,0 +1,124 @@
+"""States of one unit in host memory, stepped there by the native kernel.
+
+Bytes per host-side parameter with 16-bit weights: fp32 master, exp_avg and exp_avg_sq (12), and one
+16-bit buffer (2) that holds the gradient until the step has read it and the new weight from then on.
+With fp32 weights: 12 and an fp32 gradient buffer (4); the master itself is uploaded.
+
+The class satisfies the optimizer engine's `UnitState` without importing it: siblings meet in `plugins`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_superscale.layout import UnitLayout
+from lightning_superscale.offload.host_memory import HostArena
+from lightning_superscale.offload.link import Link, LinkEvent
+from lightning_superscale.ops.flat import accumulate
+
+
+class OffloadableUnit(Protocol):
+    """What this page needs of a shard unit."""
+
+    @property
+    def shard(self) -> UnitLayout: ...
+    @property
+    def weights(self) -> Tensor: ...
+
+
+def host_bytes(numel: int, dtype: torch.dtype, *, has_moments: bool) -> int:
+    """Host bytes that `HostState` allocates for a unit of `numel` elements of `dtype` weights."""
+    states = 12 if has_moments else 4
+    return numel * (states + dtype.itemsize)
+
+
+class UploadEvent:
+    """Completion of the copies that carry one unit's new weights."""
+
+    def __init__(self, copies: Sequence[LinkEvent]) -> None:
+        self._copies = copies
+
+    def wait(self) -> None:
+        for copy in self._copies:
+            copy.wait()
+
+
+class HostState:
+    """fp32 master and moments of one unit on the host; gradients come and weights go over the link.
+
+    Args:
+        unit: the unit; its weights stay on the device.
+        link: the device's link.
+        arena: where host buffers come from.
+        has_moments: False for an optimizer that keeps states of its own.
+        is_pinned: page-lock the transfer buffers.
+    """
+
+    def __init__(
+        self, unit: OffloadableUnit, link: Link, arena: HostArena, *, has_moments: bool, is_pinned: bool
+    ) -> None:
+        numel, dtype = unit.shard.shard_numel, unit.weights.dtype
+        self.unit = unit
+        self.is_shared = False
+        self._link = link
+        is_low_precision = dtype != torch.float32
+        is_pinned = is_pinned and link.needs_pinned_host()
+        # With fp32 weights the master is an end of the upload.
+        self.master = arena.zeros(numel, torch.float32, is_pinned=is_pinned and not is_low_precision)
+        self.exp_avg = arena.zeros(numel, torch.float32, is_pinned=False) if has_moments else None
+        self.exp_avg_sq = arena.zeros(numel, torch.float32, is_pinned=False) if has_moments else None
+        self._grads = arena.zeros(numel, dtype, is_pinned=is_pinned)
+        self.weight_out = self._grads if is_low_precision else None
+        self._arrivals: dict[int, LinkEvent] = {}
+        self.reload(range(len(unit.shard.slices)))
+
+    def receive(self, slices: Sequence[tuple[int, Tensor]]) -> None:
+        for i, grad in slices:
+            here = self._grad_slice(i)
+            if i in self._arrivals:
+                staged = torch.empty_like(here)
+                arrival = self._link.d2h(staged, grad)
+                self._arrivals[i].synchronize()
+                arrival.synchronize()
+                accumulate(here, staged)
+            else:
+                self._arrivals[i] = self._link.d2h(here, grad)
+
+    def grad(self, i: int) -> Tensor | None:
+        if i not in self._arrivals:
+            return None
+        self._arrivals[i].synchronize()
+        return self._grad_slice(i)
+
+    def _grad_slice(self, i: int) -> Tensor:
+        piece = self.unit.shard.slices[i]
+        return self._grads[piece.offset : piece.offset + piece.numel]
+
+    def clear_grads(self) -> None:
+        self._arrivals.clear()
+
+    def upload(self, stepped: Sequence[int]) -> UploadEvent:
+        """Send new weights. Only of stepped slices: elsewhere the shared buffer may hold anything."""
+        source = self.master if self.weight_out is None else self.weight_out
+        if len(stepped) == len(self.unit.shard.slices):
+            return UploadEvent([self._link.h2d(self.unit.weights, source)])
+        pieces = [self.unit.shard.slices[i] for i in stepped]
+        spans = [slice(piece.offset, piece.offset + piece.numel) for piece in pieces]
+        return UploadEvent([self._link.h2d(self.unit.weights[span], source[span]) for span in spans])
+
+    def reload(self, slices: Sequence[int]) -> None:
+        for i in slices:
+            piece = self.unit.shard.slices[i]
+            span = slice(piece.offset, piece.offset + piece.numel)
+            weights = torch.empty(piece.numel, dtype=self._grads.dtype)
+            self._link.d2h(weights, self.unit.weights[span]).synchronize()
+            master = self.master[span]
+            # A master keeps its lower bits where it still rounds to its weight.
+            master.copy_(torch.where(master.to(weights.dtype) == weights, master, weights.float()))
+
+    def release(self) -> None:
+        self._arrivals.clear()

@@ -1,0 +1,53 @@
+"""Host buffers of one engine: states pageable, the ends of transfers pinned where that makes them overlap."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import psutil
+import torch
+from torch import Tensor
+
+from lightning_superscale.errors import SuperScaleError
+from lightning_superscale.ops.memory import HostBuffer
+
+
+@dataclass(slots=True)
+class HostArena:
+    """Allocates zeroed host buffers and counts them.
+
+    Attributes:
+        pageable_bytes, pinned_bytes: what has been allocated and not been released.
+    """
+
+    pageable_bytes: int = 0
+    pinned_bytes: int = 0
+
+    def zeros(self, numel: int, dtype: torch.dtype, *, is_pinned: bool) -> Tensor:
+        """A zeroed 1D host tensor [numel]; its memory goes with its last view."""
+        nbytes = numel * dtype.itemsize
+        if is_pinned:
+            self.pinned_bytes += nbytes
+        else:
+            self.pageable_bytes += nbytes
+        return HostBuffer(max(nbytes, 1), pin=is_pinned).tensor(dtype, numel)
+
+
+def check_host_memory(needed_bytes: int) -> None:
+    """Refuse before allocating what the host can't hold.
+
+    Raises:
+        SuperScaleError: less memory is available than `needed_bytes`.
+    """
+    available = psutil.virtual_memory().available
+    if needed_bytes > available:
+        raise SuperScaleError(
+            f"offloading needs {_gib(needed_bytes)} GiB of host memory for master weights, optimizer states and "
+            f"transfer buffers, and {_gib(available)} GiB are available. Use a smaller model, fewer processes on this "
+            "host, or a host with more memory."
+        )
+
+
+def _gib(nbytes: int) -> float:
+    return math.ceil(nbytes / 2**30 * 100) / 100

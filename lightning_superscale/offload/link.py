@@ -1,0 +1,156 @@
+"""The link between a device and its host: asynchronous copies each way, every byte counted.
+
+A CPU "device" has a link too. It copies for real, so that schedules, counts and lifetimes are the same
+code everywhere and can be tested without a GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_superscale.ops.flat import submit_copy
+
+
+@dataclass(slots=True)
+class LinkBytes:
+    """Bytes that crossed the link since it was opened."""
+
+    d2h: int = 0
+    h2d: int = 0
+
+
+class LinkEvent(Protocol):
+    """Completion of one copy."""
+
+    def wait(self) -> None:
+        """Order what runs next on the *device* after the copy; blocks the host only where there is no stream."""
+
+    def synchronize(self) -> None:
+        """Block the host until the copy is done."""
+
+
+class Link(Protocol):
+    """Copies between one device and the host. Source and destination must stay alive until the copy is done."""
+
+    bytes: LinkBytes
+
+    def d2h(self, dst: Tensor, src: Tensor) -> LinkEvent:
+        """Start copying `src` (device) to `dst` (host); `src` is ready where the current stream is now."""
+
+    def h2d(self, dst: Tensor, src: Tensor) -> LinkEvent:
+        """Start copying `src` (host, complete) to `dst` (device), after what the current stream has queued."""
+
+    def needs_pinned_host(self) -> bool:
+        """Whether copies overlap only if the host side is page-locked."""
+
+
+def _check(dst: Tensor, src: Tensor) -> int:
+    if dst.shape != src.shape or dst.dtype != src.dtype:
+        raise ValueError(
+            f"a link copies like to like: dst is {tuple(dst.shape)} {dst.dtype}, src is {tuple(src.shape)} {src.dtype}"
+        )
+    return src.numel() * src.element_size()
+
+
+class DoneEvent:
+    """A copy that was complete when its call returned."""
+
+    def wait(self) -> None:
+        return
+
+    def synchronize(self) -> None:
+        return
+
+
+class CpuEvent:
+    """A copy that a worker thread runs. There is no stream to order, so both waits block."""
+
+    def __init__(self, dst: Tensor, src: Tensor) -> None:
+        self._ticket = submit_copy(dst, src)
+
+    def wait(self) -> None:
+        self._ticket.wait()
+
+    def synchronize(self) -> None:
+        self._ticket.wait()
+
+
+class CpuLink:
+    """Host memory on both sides. Gradients go at once, while they are warm; weights come from a worker thread."""
+
+    def __init__(self) -> None:
+        self.bytes = LinkBytes()
+
+    def d2h(self, dst: Tensor, src: Tensor) -> LinkEvent:
+        self.bytes.d2h += _check(dst, src)
+        dst.copy_(src)
+        return DoneEvent()
+
+    def h2d(self, dst: Tensor, src: Tensor) -> LinkEvent:
+        self.bytes.h2d += _check(dst, src)
+        return CpuEvent(dst, src)
+
+    def needs_pinned_host(self) -> bool:
+        return False
+
+
+class CudaLinkEvent:
+    def __init__(self, stream: torch.cuda.Stream, src: Tensor) -> None:
+        self._src = src
+        self._event = torch.cuda.Event()
+        self._event.record(stream)
+
+    def wait(self) -> None:
+        torch.cuda.current_stream().wait_event(self._event)
+
+    def synchronize(self) -> None:
+        self._event.synchronize()
+
+
+class CudaLink:
+    """One CUDA device: a stream for each direction, so that copies overlap compute and one another."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.bytes = LinkBytes()
+        self._device = device
+        self._d2h_stream = torch.cuda.Stream(device)
+        self._h2d_stream = torch.cuda.Stream(device)
+
+    def d2h(self, dst: Tensor, src: Tensor) -> LinkEvent:
+        self.bytes.d2h += _check(dst, src)
+        stream = self._d2h_stream
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
+            dst.copy_(src, non_blocking=True)
+        # The caching allocator must not hand src's memory out before this stream has read it.
+        src.record_stream(stream)
+        return CudaLinkEvent(stream, src)
+
+    def h2d(self, dst: Tensor, src: Tensor) -> LinkEvent:
+        self.bytes.h2d += _check(dst, src)
+        stream = self._h2d_stream
+        # Earlier kernels may still read the weights that this copy replaces.
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
+            dst.copy_(src, non_blocking=True)
+        return CudaLinkEvent(stream, src)
+
+    def needs_pinned_host(self) -> bool:
+        return True
+
+
+def link_for(device: torch.device) -> Link:
+    """The link of a device.
+
+    Raises:
+        ValueError: a device type without one.
+    """
+    if device.type == "cpu":
+        return CpuLink()
+    if device.type == "cuda":
+        return CudaLink(device)
+    raise ValueError(f"there is no link to a {device.type!r} device; expected 'cpu' or 'cuda'")

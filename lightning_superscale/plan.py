@@ -1,0 +1,84 @@
+"""What a strategy resolved to: what lives where, in which dtype, how large, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class ByteClass:
+    """One class of bytes that training keeps between steps, or moves through."""
+
+    name: str
+    dtype: str
+    device_bytes: int
+    host_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParallelPlan:
+    """The resolved plan of one rank.
+
+    Attributes:
+        engine: "resident", "cpu" or "superoffload".
+        kernel: what steps the optimizer, in words.
+        bytes: one row per class.
+        reasons: one sentence per choice that was made for the user.
+    """
+
+    device: str
+    world_size: int
+    zero_stage: int
+    engine: str
+    precision: str
+    num_params: int
+    num_trainable: int
+    num_units: int
+    unit_bytes: int
+    cpu_threads: int
+    kernel: str
+    bytes: Sequence[ByteClass]
+    reasons: Sequence[str]
+
+    @property
+    def device_bytes(self) -> int:
+        return sum(row.device_bytes for row in self.bytes)
+
+    @property
+    def host_bytes(self) -> int:
+        return sum(row.host_bytes for row in self.bytes)
+
+    def table(self) -> str:
+        """The plan as text, for `strategy.explain()`."""
+        facts = [
+            ("device", f"{self.device}, {self.world_size} rank{'s' if self.world_size > 1 else ''}"),
+            ("zero stage", str(self.zero_stage)),
+            ("optimizer engine", self.engine),
+            ("optimizer kernel", self.kernel),
+            ("precision", self.precision),
+            ("parameters", f"{self.num_params:,}, of which {self.num_trainable:,} trainable"),
+            ("units", f"{self.num_units} of at most {format_bytes(self.unit_bytes)} of weights"),
+            ("host threads", str(self.cpu_threads)),
+        ]
+        width = max(len(key) for key, _ in facts)
+        lines = [f"{key:<{width}}  {value}" for key, value in facts]
+        lines += ["", f"{'bytes':<24}{'dtype':<10}{'device':>12}{'host':>12}"]
+        for row in self.bytes:
+            cells = f"{format_bytes(row.device_bytes):>12}{format_bytes(row.host_bytes):>12}"
+            lines.append(f"{row.name:<24}{row.dtype:<10}{cells}")
+        lines.append(f"{'total':<34}{format_bytes(self.device_bytes):>12}{format_bytes(self.host_bytes):>12}")
+        if self.reasons:
+            lines += ["", *(f"- {reason}" for reason in self.reasons)]
+        return "\n".join(lines)
+
+
+def format_bytes(nbytes: float) -> str:
+    """A size with a binary unit, such as `1.5 GiB`; `-` for none."""
+    if nbytes == 0:
+        return "-"
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if nbytes < 1024:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:.2f} TiB"

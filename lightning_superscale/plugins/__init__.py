@@ -1,0 +1,1 @@
+"""Where the parts meet Lightning: strategy, precision and callbacks, for both of its import names."""

@@ -1,0 +1,29 @@
+"""The plugins for `lightning.pytorch` ([Note: Two namespaces])."""
+
+from __future__ import annotations
+
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.strategies import DDPStrategy
+
+from lightning_superscale.plugins.callbacks import ScaleMonitorMixin
+from lightning_superscale.plugins.precision import SuperScalePrecisionMixin
+from lightning_superscale.plugins.presets import SuperOffloadStrategyMixin
+from lightning_superscale.plugins.strategy import SuperScaleStrategyMixin
+
+
+class SuperScalePrecision(SuperScalePrecisionMixin, Precision):
+    __doc__ = SuperScalePrecisionMixin.__doc__
+
+
+class SuperScaleStrategy(SuperScaleStrategyMixin, DDPStrategy):
+    __doc__ = SuperScaleStrategyMixin.__doc__
+    precision_class = SuperScalePrecision
+
+
+class SuperOffloadStrategy(SuperOffloadStrategyMixin, SuperScaleStrategy):
+    __doc__ = SuperOffloadStrategyMixin.__doc__
+
+
+class ScaleMonitor(ScaleMonitorMixin, Callback):
+    __doc__ = ScaleMonitorMixin.__doc__

@@ -1,0 +1,29 @@
+"""The plugins for `pytorch_lightning` ([Note: Two namespaces])."""
+
+from __future__ import annotations
+
+from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.plugins.precision import Precision
+from pytorch_lightning.strategies import DDPStrategy
+
+from lightning_superscale.plugins.callbacks import ScaleMonitorMixin
+from lightning_superscale.plugins.precision import SuperScalePrecisionMixin
+from lightning_superscale.plugins.presets import SuperOffloadStrategyMixin
+from lightning_superscale.plugins.strategy import SuperScaleStrategyMixin
+
+
+class SuperScalePrecision(SuperScalePrecisionMixin, Precision):
+    __doc__ = SuperScalePrecisionMixin.__doc__
+
+
+class SuperScaleStrategy(SuperScaleStrategyMixin, DDPStrategy):
+    __doc__ = SuperScaleStrategyMixin.__doc__
+    precision_class = SuperScalePrecision
+
+
+class SuperOffloadStrategy(SuperOffloadStrategyMixin, SuperScaleStrategy):
+    __doc__ = SuperOffloadStrategyMixin.__doc__
+
+
+class ScaleMonitor(ScaleMonitorMixin, Callback):
+    __doc__ = ScaleMonitorMixin.__doc__

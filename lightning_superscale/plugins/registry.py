@@ -1,0 +1,62 @@
+"""Strategy names, and their registration with whichever Lightning is imported.
+
+Registry values are factories, so that the package's plugins are imported only when a name is chosen.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+# Lightning's import name -> the module that binds our plugins to it.
+BINDINGS = {
+    "lightning.pytorch": "lightning_superscale.plugins.pytorch",
+    "pytorch_lightning": "lightning_superscale.plugins.pytorch_lightning",
+}
+
+STRATEGY_NAMES = {
+    "superscale": (
+        "SuperScaleStrategy",
+        "One strategy for sharding, offload and precision; defaults to plain training",
+    ),
+    "superoffload": ("SuperOffloadStrategy", "Optimizer states and step in host memory"),
+}
+
+
+class LazyStrategy:
+    """A registry value: builds the class it names, importing it first."""
+
+    def __init__(self, binding: str, class_name: str) -> None:
+        self.binding = binding
+        self.class_name = class_name
+
+    def __call__(self, **init_params: Any) -> Any:
+        return getattr(importlib.import_module(self.binding), self.class_name)(**init_params)
+
+
+def register_with(lightning_name: str) -> None:
+    """Add our names to the strategy registry of one imported Lightning. Calling it again changes nothing."""
+    registry = sys.modules[f"{lightning_name}.strategies"].StrategyRegistry
+    binding = BINDINGS[lightning_name]
+    for name, (class_name, description) in STRATEGY_NAMES.items():
+        # The CLI's `--trainer.strategy package.Class` is looked up here too, in lower case.
+        for key in (name, f"lightning_superscale.{class_name}".lower(), f"{binding}.{class_name}".lower()):
+            if key not in registry:
+                registry.register(key, LazyStrategy(binding, class_name), description=description)
+
+
+def register_loaded() -> list[str]:
+    """Register with every Lightning that is imported; returns their names."""
+    loaded = [name for name in BINDINGS if f"{name}.strategies" in sys.modules]
+    for name in loaded:
+        register_with(name)
+    return loaded
+
+
+def binding_module() -> Any:
+    """Our plugins for the Lightning in use: the one that is imported, `lightning.pytorch` if both or none are."""
+    for name in BINDINGS:
+        if f"{name}.strategies" in sys.modules:
+            return importlib.import_module(BINDINGS[name])
+    return importlib.import_module(BINDINGS["lightning.pytorch"])

@@ -1,0 +1,306 @@
+"""The strategy: assembles units, transports, engines and link from the configs. No algorithms here."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Literal, Union
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_superscale.config import OffloadConfig, ZeroConfig, resolve_offload, resolve_zero
+from lightning_superscale.errors import SuperScaleError
+from lightning_superscale.plan import ParallelPlan
+from lightning_superscale.plugins.assembly import Assembly, assemble
+from lightning_superscale.plugins.precision import SuperScalePrecisionMixin, check_precision
+from lightning_superscale.plugins.timing import PhaseSeconds
+from lightning_superscale.plugins.visibility import why_gradients_are_held, why_weights_are_awaited
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+    from lightning.pytorch.accelerators import Accelerator
+    from lightning.pytorch.plugins import CheckpointIO, ClusterEnvironment, Precision
+    from lightning.pytorch.strategies import DDPStrategy as _Base
+else:
+    _Base = object
+
+DEFAULT_TIMEOUT = timedelta(minutes=30)
+
+
+class SuperScaleStrategyMixin(_Base):
+    """Training on one device with its optimizer on that device or in host memory, exactly as plain AdamW.
+
+    Args:
+        zero: what is sharded over ranks: 0 (nothing), a ZeroConfig or a mapping with its keys.
+        offload: where the optimizer lives: None (on the device), "cpu" or "superoffload" (in host
+            memory), an OffloadConfig or a mapping with its keys.
+        error_if_nonfinite: raise before weights or states change when a gradient is NaN or infinite,
+            naming the parameters.
+        accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin,
+            process_group_backend, timeout: as in Lightning's DDPStrategy.
+    """
+
+    precision_class: type[SuperScalePrecisionMixin]
+
+    def __init__(
+        self,
+        zero: Union[int, ZeroConfig] = 0,
+        offload: Union[Literal["cpu", "superoffload"], OffloadConfig, None] = None,
+        error_if_nonfinite: bool = False,
+        accelerator: Union[Accelerator, None] = None,
+        parallel_devices: Union[list[torch.device], None] = None,
+        cluster_environment: Union[ClusterEnvironment, None] = None,
+        checkpoint_io: Union[CheckpointIO, None] = None,
+        precision_plugin: Union[Precision, None] = None,
+        process_group_backend: Union[str, None] = None,
+        timeout: timedelta = DEFAULT_TIMEOUT,
+    ) -> None:
+        self.zero_config = resolve_zero(zero)
+        self.offload_config = resolve_offload(offload)
+        self.error_if_nonfinite = error_if_nonfinite
+        self._assembly: Assembly | None = None
+        self._awaits_weights = True
+        self.phase_seconds = PhaseSeconds()
+        super().__init__(
+            accelerator=accelerator,
+            parallel_devices=parallel_devices,
+            cluster_environment=cluster_environment,
+            checkpoint_io=checkpoint_io,
+            precision_plugin=precision_plugin,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+        )
+
+    # Precision: stock plugins are translated, so that `precision="bf16-true"` just works.
+
+    @property
+    def precision_plugin(self) -> Precision:
+        return self._precision_plugin if self._precision_plugin is not None else self.precision_class()
+
+    @precision_plugin.setter
+    def precision_plugin(self, plugin: Precision | None) -> None:
+        if plugin is None or isinstance(plugin, self.precision_class):
+            self._precision_plugin = plugin
+            return
+        if type(plugin).__name__ not in ("Precision", "HalfPrecision", "MixedPrecision", "DoublePrecision"):
+            raise SuperScaleError(
+                f"{type(self).__name__} can't work with the precision plugin {type(plugin).__name__}; "
+                f"pass precision='32-true', 'bf16-mixed' or 'bf16-true', or {self.precision_class.__name__}."
+            )
+        precision = str(plugin.precision)
+        check_precision(precision)
+        self._precision_plugin = self.precision_class(precision)  # type: ignore[arg-type,call-arg,assignment]
+
+    # Environment
+
+    @property
+    def _num_ranks(self) -> int:
+        return self.num_nodes * max(1, self.num_processes)
+
+    def _configure_launcher(self) -> None:
+        # One process needs no launcher, and without one notebooks work too.
+        self._launcher = None
+        if self._num_ranks > 1:
+            raise SuperScaleError(
+                f"found {self._num_ranks} devices; this version of {type(self).__name__} trains on one. "
+                "Pass Trainer(devices=1)."
+            )
+
+    def setup_environment(self) -> None:
+        if self.accelerator is None:
+            raise AssertionError("the Trainer sets the accelerator before it sets up the environment")
+        self.accelerator.setup_device(self.root_device)
+        self.set_world_ranks()
+        # With one rank the sampler must stay the user's: a DistributedSampler would shuffle otherwise.
+        module = self.lightning_module
+        if module is not None and module._trainer is not None:
+            module.trainer._accelerator_connector.use_distributed_sampler = False
+
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        return decision if self._num_ranks == 1 else super().reduce_boolean_decision(decision, all)
+
+    # Setup
+
+    def setup(self, trainer: Trainer) -> None:
+        if self.accelerator is None or self.lightning_module is None:
+            raise AssertionError("the Trainer connects accelerator and module before setup")
+        self._release()
+        self.accelerator.setup(trainer)
+        self.model = self.precision_plugin.convert_module(self.lightning_module)
+        self.model_to_device()
+        if trainer.state.fn == "fit":
+            self.setup_optimizers(trainer)
+            self._assemble(trainer)
+        self.setup_precision_plugin()
+
+    def _assemble(self, trainer: Trainer) -> None:
+        module = self.lightning_module
+        if module is None:
+            raise AssertionError("no module to assemble")
+        callbacks = list(trainer.callbacks)  # type: ignore[attr-defined]
+        held = why_gradients_are_held(module, callbacks, len(self.optimizers))
+        awaited = why_weights_are_awaited(module, callbacks)
+        self._assembly = assemble(
+            module,
+            self.optimizers,
+            device=self.root_device,
+            zero=self.zero_config,
+            offload=self.offload_config,
+            precision=str(self.precision_plugin.precision),
+            error_if_nonfinite=self.error_if_nonfinite,
+            why_held=held,
+            why_awaited=awaited,
+        )
+        self._awaits_weights = awaited is not None
+        self.phase_seconds = PhaseSeconds()
+        precision = self.precision_plugin
+        if isinstance(precision, SuperScalePrecisionMixin):
+            precision.attach(self.root_device.type, self._assembly.engines)
+
+    def model_to_device(self) -> None:
+        if self.model is None:
+            raise AssertionError("no model to move")
+        self.model.to(self.root_device)
+
+    # Running
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        if self._assembly is not None:
+            self._assembly.enter_step()
+        start = time.perf_counter()
+        try:
+            return super().training_step(*args, **kwargs)
+        finally:
+            self.phase_seconds.forward += time.perf_counter() - start
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._wait_for_weights()
+        return super().validation_step(*args, **kwargs)
+
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._wait_for_weights()
+        return super().test_step(*args, **kwargs)
+
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._wait_for_weights()
+        return super().predict_step(*args, **kwargs)
+
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        start = time.perf_counter()
+        try:
+            return super().backward(closure_loss, optimizer, *args, **kwargs)
+        finally:
+            self.phase_seconds.backward += time.perf_counter() - start
+
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """While open, more micro-batches of the same step follow: gradients accumulate where they are."""
+        with ExitStack() as stack:
+            if self._assembly is not None:
+                for engine in self._assembly.engines.values():
+                    stack.enter_context(engine.transport.blocked())
+            yield
+
+    def optimizer_step(
+        self,
+        optimizer: Optimizer,
+        closure: Callable[[], Any],
+        model: Union[LightningModule, nn.Module, None] = None,
+        **kwargs: Any,
+    ) -> Any:
+        result = super().optimizer_step(optimizer, closure, model, **kwargs)
+        self.phase_seconds.num_steps += 1
+        if self._awaits_weights:
+            self._wait_for_weights()
+        return result
+
+    def _wait_for_weights(self) -> None:
+        if self._assembly is not None:
+            self._assembly.wait_all_published()
+
+    # What users ask
+
+    @property
+    def plan(self) -> ParallelPlan:
+        """The resolved plan.
+
+        Raises:
+            SuperScaleError: before `fit()` has set the strategy up.
+        """
+        if self._assembly is None:
+            raise SuperScaleError("the plan is known once trainer.fit() has set up the model and its optimizers.")
+        return self._assembly.plan()
+
+    def explain(self) -> str:
+        """What lives where, in which dtype, how large, and why. Known from `on_fit_start` on."""
+        return self.plan.table()
+
+    def grad_norm(self, optimizer_index: int = 0) -> Tensor:
+        """Global 2-norm of one optimizer's gradients at its last step, before clipping; fp32 scalar, CPU.
+
+        Raises:
+            SuperScaleError: no step has been taken yet.
+        """
+        if self._assembly is None:
+            raise SuperScaleError("grad_norm() is known after an optimizer step.")
+        return list(self._assembly.engines.values())[optimizer_index].grad_norm()
+
+    @property
+    def assembly(self) -> Assembly | None:
+        """The running parts, or None outside `fit()`."""
+        return self._assembly
+
+    # State
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        self._wait_for_weights()
+        return super().lightning_module_state_dict()
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        self._wait_for_weights()
+        super().load_model_state_dict(checkpoint, strict=strict)
+        if self._assembly is not None:
+            for engine in self._assembly.engines.values():
+                engine.reload_masters()
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        engine = self._engine_of(optimizer)
+        return super().optimizer_state(optimizer) if engine is None else engine.state_dict()
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        states: Sequence[Mapping[str, Any]] = checkpoint["optimizer_states"]
+        if len(states) != len(self.optimizers):
+            raise SuperScaleError(
+                f"the checkpoint has states of {len(states)} optimizers, configure_optimizers returned "
+                f"{len(self.optimizers)}."
+            )
+        for optimizer, state in zip(self.optimizers, states, strict=True):
+            engine = self._engine_of(optimizer)
+            if engine is None:
+                optimizer.load_state_dict(dict(state))
+            else:
+                engine.load_state_dict(state)
+
+    def _engine_of(self, optimizer: Any) -> Any:
+        return (
+            None if self._assembly is None else self._assembly.engines.get(getattr(optimizer, "_optimizer", optimizer))
+        )
+
+    def teardown(self) -> None:
+        self._release()
+        super().teardown()
+
+    def on_exception(self, exception: BaseException) -> None:
+        if self._assembly is not None:
+            for engine in self._assembly.engines.values():
+                engine.discard_gradients()
+        super().on_exception(exception)
+
+    def _release(self) -> None:
+        if self._assembly is not None:
+            self._assembly.close()
+            self._assembly = None

@@ -1,0 +1,45 @@
+"""Builds optimizer engines on the CPU without Lightning."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from lightning_superscale.offload.cpu_step import HostState
+from lightning_superscale.offload.host_memory import HostArena
+from lightning_superscale.offload.link import CpuLink
+from lightning_superscale.ops.update import update_path
+from lightning_superscale.zero.engine import OptimizerEngine
+from lightning_superscale.zero.states import ResidentState
+
+
+def build_engine(
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    is_offloaded: bool,
+    is_streamed: bool = False,
+    unit_bytes: int = 2048,
+    link: CpuLink | None = None,
+    num_threads: int | None = None,
+    error_if_nonfinite: bool = False,
+) -> OptimizerEngine:
+    link = link or CpuLink()
+    arena = HostArena()
+
+    def make_state(unit, has_moments):
+        if not is_offloaded:
+            return ResidentState(unit, has_moments=has_moments)
+        return HostState(unit, link, arena, has_moments=has_moments, is_pinned=True)
+
+    engine = OptimizerEngine(
+        optimizer,
+        fqn_of={param: fqn for fqn, param in module.named_parameters()},
+        unit_bytes=unit_bytes,
+        make_state=make_state,
+        submit_update=update_path(torch.device("cpu"), num_threads).submit,
+        error_if_nonfinite=error_if_nonfinite,
+    )
+    if is_streamed:
+        engine.transport.stream()
+    return engine

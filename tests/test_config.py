@@ -1,0 +1,58 @@
+"""Settings are checked where they are given, and an error names the key and the remedy."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+import lightning_superscale as lss
+from lightning_superscale.config import OffloadConfig, ZeroConfig, resolve_offload, resolve_zero
+from lightning_superscale.errors import SuperScaleError
+
+
+def test_option_surface_is_what_the_docs_say():
+    assert [f.name for f in dataclasses.fields(ZeroConfig)] == ["stage", "bucket_mb"]
+    assert [f.name for f in dataclasses.fields(OffloadConfig)] == ["engine", "bucket_mb", "pin_memory", "cpu_threads"]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("superofload", "unknown offload engine 'superofload'.*did you mean 'superoffload'"),
+        ("gpu", "unknown offload engine 'gpu': expected one of 'cpu', 'superoffload'"),
+        ("zenflow", "'zenflow' is not in this version"),
+        ({"engin": "cpu"}, "offload has no key 'engin'.*did you mean 'engine'"),
+        ({"bucket_mb": 0}, "OffloadConfig.bucket_mb must be a whole number of at least 1, found 0"),
+        ({"cpu_threads": "many"}, "OffloadConfig.cpu_threads must be a whole number"),
+        (3, "offload takes None, 'cpu', 'superoffload', an OffloadConfig or a mapping, found 3"),
+    ],
+)
+def test_bad_offload_is_refused_with_the_remedy(value, message):
+    with pytest.raises(SuperScaleError, match=message):
+        resolve_offload(value)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (4, "ZeroConfig.stage must be 0, 1, 2 or 3, found 4"),
+        (2, "zero=2 shards over several ranks, which this version does not do yet"),
+        ("zero", "zero takes 0, 1, 2, 3, a ZeroConfig or a mapping, found 'zero'"),
+        ({"stag": 0}, "zero has no key 'stag'.*did you mean 'stage'"),
+    ],
+)
+def test_bad_zero_is_refused_with_the_remedy(value, message):
+    with pytest.raises(SuperScaleError, match=message):
+        resolve_zero(value)
+
+
+def test_a_mapping_is_taken_wherever_a_config_is():
+    strategy = lss.SuperScaleStrategy(zero={"stage": 0, "bucket_mb": 7}, offload={"engine": "cpu", "bucket_mb": 3})
+    assert strategy.zero_config == ZeroConfig(bucket_mb=7)
+    assert strategy.offload_config == OffloadConfig(engine="cpu", bucket_mb=3)
+
+
+def test_configs_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        OffloadConfig().bucket_mb = 3  # type: ignore[misc]
