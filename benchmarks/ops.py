@@ -150,7 +150,7 @@ def time_cases(a: Arrays, sweeps: int) -> dict[str, float]:
     names = list(cases[0])
     samples: dict[str, list[float]] = {name: [] for name in names}
     for sweep in range(sweeps + 1):
-        for position, slices in enumerate(cases):
+        for position in range(len(cases)):
             for offset in range(len(names)):
                 # A case's slice is half the array away from the one its neighbour has just left in the cache.
                 name = names[offset]

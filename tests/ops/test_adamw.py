@@ -9,6 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from lightning_superscale.ops import adamw, reference
+from lightning_superscale.ops.pool import Pool
+from lightning_superscale.ops.types import STATE_DTYPES, AdamWHyper, AdamWSegment
 from tests.ops.paths import (
     BF16,
     F16,
@@ -25,10 +29,6 @@ from tests.ops.paths import (
     same,
     values,
 )
-
-from lightning_superscale.ops import adamw, reference
-from lightning_superscale.ops.pool import Pool
-from lightning_superscale.ops.types import STATE_DTYPES, AdamWHyper, AdamWSegment
 
 HYPER = AdamWHyper(lr=1e-2, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1, step=3, grad_scale=0.37, ieee_sqrt=True)
 NEXT = AdamWHyper(lr=2e-2, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1, step=4, grad_scale=1.7, ieee_sqrt=True)
@@ -372,8 +372,8 @@ def test_adamw_deferred_commit_equals_clip_then_step(path, ieee_sqrt):
 
 
 WRONG = {
-    "param bf16": (lambda s: setattr(s, "param", s.param.bfloat16()), TypeError, "segment 1: param: expected torch.float32"),
-    "moments fp16": (lambda s: setattr(s, "exp_avg", s.exp_avg.half()), TypeError, "exp_avg: expected torch.float32 or"),
+    "param bf16": (lambda s: setattr(s, "param", s.param.bfloat16()), TypeError, "segment 1: param: expected"),
+    "moments fp16": (lambda s: setattr(s, "exp_avg", s.exp_avg.half()), TypeError, "exp_avg: expected"),
     "grad double": (lambda s: setattr(s, "grad", s.grad.double()), TypeError, "grad: expected"),
     "weight_out fp32": (lambda s: setattr(s, "weight_out", torch.zeros(10)), TypeError, "weight_out: expected"),
     "two dimensions": (lambda s: setattr(s, "param", s.param.view(2, 5)), ValueError, "contiguous 1D"),

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.ops.paths import NATIVE, values
 
 from lightning_superscale.ops import _lib, cuda_rt, flat
 from lightning_superscale.ops.memory import HostBuffer
 from lightning_superscale.ops.pool import Pool
+from tests.ops.paths import NATIVE, values
 
 needs_native = pytest.mark.skipif(not NATIVE, reason="no native library")
 

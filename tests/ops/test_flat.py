@@ -8,6 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from lightning_superscale.ops import flat, reference
+from lightning_superscale.ops.pool import Pool
 from tests.ops.paths import (
     BF16,
     F16,
@@ -23,9 +26,6 @@ from tests.ops.paths import (
     same,
     values,
 )
-
-from lightning_superscale.ops import flat, reference
-from lightning_superscale.ops.pool import Pool
 
 
 @pytest.fixture(scope="module", params=THREADS)

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.ops.paths import NATIVE
 
 from lightning_superscale.ops import _lib, build
+from tests.ops.paths import NATIVE
 
 needs_native = pytest.mark.skipif(not NATIVE, reason="no native library")
 SHOW = """

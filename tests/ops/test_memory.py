@@ -6,11 +6,11 @@ import gc
 
 import pytest
 import torch
-from tests.ops.paths import FALLBACK, NATIVE, running
 
 from lightning_superscale.ops import cuda_rt
 from lightning_superscale.ops.memory import HostBuffer
 from lightning_superscale.ops.pool import Pool
+from tests.ops.paths import FALLBACK, NATIVE, running
 
 
 def mapped_kib() -> int:

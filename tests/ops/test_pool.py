@@ -11,10 +11,10 @@ import time
 
 import pytest
 import torch
-from tests.ops.paths import FALLBACK, NATIVE, running, values
 
 from lightning_superscale.ops import _lib, flat
 from lightning_superscale.ops.pool import Pool, Ticket, default_pool
+from tests.ops.paths import FALLBACK, NATIVE, running, values
 
 pytestmark = pytest.mark.skipif(not NATIVE, reason="no native library")
 
@@ -43,6 +43,9 @@ def test_pool_threads_start_with_first_submission_and_end_at_close():
     flat.submit_copy(torch.zeros(4), torch.ones(4), pool=pool).wait()
     assert count() == before + 4
     pool.close()
+    deadline = time.monotonic() + 5  # a joined thread leaves /proc a moment later
+    while count() != before and time.monotonic() < deadline:
+        time.sleep(0.01)
     assert count() == before
     pool.close()
 
