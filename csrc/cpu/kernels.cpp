@@ -3,7 +3,7 @@
 // [Note: One source, equal bits] The file is compiled with -ffp-contract=off: a multiplication and an
 // addition are fused exactly where fused() stands, which are the places where torch's own kernels
 // fuse, and nowhere else. Loops carry no order that a vector width could change, except the sixteen
-// fixed lanes of sum_block. So every instruction set gives the same bits, and on fp32 they are those
+// fixed lanes of struct Lanes. So every instruction set gives the same bits, and on fp32 they are those
 // of torch.optim.AdamW.
 //
 // Everything here has internal linkage and nothing comes from the C++ library: an inline function
@@ -68,6 +68,9 @@ struct F32 {
     LSS_INLINE float store(float x) { return x; }
 };
 
+// An fp32 gradient that `prepare` made, for the kernels that also cover what the plain ones leave out.
+struct Prepared : F32 {};
+
 struct BF16 {
     using Type = uint16_t;
     LSS_INLINE float load(uint16_t x) { return float_of(static_cast<uint32_t>(x) << 16); }
@@ -75,7 +78,7 @@ struct BF16 {
     LSS_INLINE uint16_t store(float x) {
         const uint32_t u = bits_of(x);
         const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-        return static_cast<uint16_t>((u & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+        return static_cast<uint16_t>(x == x ? rounded : 0x7fc0u);
     }
 };
 
@@ -116,7 +119,39 @@ struct Same<A, A> {
     static constexpr bool value = true;
 };
 
+// [Note: Division by a constant] With two updates in one loop the divider is the bottleneck, so one of
+// them takes x / c without it where the processor fuses (in a single update that was measured to cost more than it
+// saves). y + y_rest is 1 / c to twice fp32's precision, so q is off by barely more than half an ulp, the
+// remainder x - q c is exact, and y is the correctly rounded 1 / c: then q + remainder * y, fused, is the correctly
+// rounded quotient (Markstein 1990, IBM J. Res. Dev. 34(1), theorem 8.1). x is a square root of a float or zero
+// and c is between 2^-40 and 1, so nothing over- or underflows; infinity is passed on, NaN stays NaN.
+// tests/ops/test_adamw.py compares it with IEEE division over all fractions.
+LSS_INLINE float divided(float x, const Scalars &k) {
+#if defined(__FMA__) || defined(__aarch64__)
+    const float q = fused(x, k.reciprocal, x * k.reciprocal_rest);
+    const float remainder = fused(-q, k.bias_correction2_sqrt, x);
+    const float quotient = fused(remainder, k.reciprocal, q);
+    return x == __builtin_inff() ? x : quotient;
+#else
+    return x / k.bias_correction2_sqrt;
+#endif
+}
+
 // Updates p, m, v (fp32, in registers) with an fp32 gradient; the order is _adamw_math's in reference.py.
+// `Select`: lerp_base may be other than zero.
+enum class Divide { plainly, by_remainder };
+template <bool Select, Divide how>
+LSS_INLINE void update(float &p, float &m, float &v, float g, const Scalars &k) {
+    p = p * k.weight_decay_factor;
+    const float base = Select ? float_of((bits_of(m) & ~k.lerp_base) | (bits_of(g) & k.lerp_base)) : m;
+    m = fused(k.lerp_weight, g - m, base);
+    v = fused(k.one_minus_beta2 * g, g, v * k.beta2);
+    const float root = __builtin_sqrtf(v);
+    const float denom = (how == Divide::plainly ? root / k.bias_correction2_sqrt : divided(root, k)) + k.eps;
+    p = p + (k.neg_step_size * m) / denom;
+}
+
+// The same in two halves, for a root taken between them ([Note: Installed root] in ops.cpp).
 LSS_INLINE void update_moments(float &m, float &v, float g, const Scalars &k) {
     m = fused(k.lerp_weight, g - m, float_of((bits_of(m) & ~k.lerp_base) | (bits_of(g) & k.lerp_base)));
     v = fused(k.one_minus_beta2 * g, g, v * k.beta2);
@@ -125,72 +160,127 @@ LSS_INLINE float updated_param(float p, float m, float root, const Scalars &k) {
     const float denom = root / k.bias_correction2_sqrt + k.eps;
     return p * k.weight_decay_factor + (k.neg_step_size * m) / denom;
 }
-LSS_INLINE void update(float &p, float &m, float &v, float g, const Scalars &k) {
-    update_moments(m, v, g, k);
-    p = updated_param(p, m, __builtin_sqrtf(v), k);
-}
+
+LSS_INLINE uint32_t is_nonfinite(float x) { return (bits_of(x) & 0x7f800000u) == 0x7f800000u ? 1u : 0u; }
+
+// The sixteen lanes of [Note: Sum of squares] in reference.py. A block whose sums are all finite holds no NaN and
+// no infinity, so elements are counted only where a lane has left the finite numbers.
+struct Lanes {
+    float sums[kLanes];
+    uint32_t nonfinite;
+
+    LSS_INLINE void see(Lanes &lanes, const float *x, int64_t n) {
+        int64_t i = 0;
+        for (; i + kLanes <= n; i += kLanes) {
+            LSS_SIMD for (int j = 0; j < kLanes; ++j) lanes.sums[j] += x[i + j] * x[i + j];
+        }
+        for (int j = 0; i + j < n; ++j) lanes.sums[j] += x[i + j] * x[i + j];
+        uint32_t left = 0;
+        for (int j = 0; j < kLanes; ++j) left |= is_nonfinite(lanes.sums[j]);
+        if (__builtin_expect(left != 0, 0)) {
+            for (i = 0; i < n; ++i) lanes.nonfinite += is_nonfinite(x[i]);
+        }
+    }
+    LSS_INLINE void close(Lanes &lanes, BlockStats *out) {
+        for (int width = kLanes / 2; width >= 1; width /= 2) {
+            for (int j = 0; j < width; ++j) lanes.sums[j] += lanes.sums[j + width];
+        }
+        out->sum = lanes.sums[0];
+        out->nonfinite = lanes.nonfinite;
+    }
+};
+
+// [Note: Strips] Kernels walk blocks of kStatsBlock elements in strips. A strip's main loop leaves the scaled
+// gradient in a small buffer, from which its statistics are then taken; they are always taken, since they hide
+// behind the divisions of the next strip. Measured alternatives: statistics block by block before the step cost
+// a third of it (they stop the memory streams), and inside the main loop they halve the vector width, because
+// sixteen lanes of 16-bit elements fill only half a register.
+constexpr int64_t kStrip = 256;
+
+// Runs `body` for every j of each strip starting at element i; it must set seen[j].
+#define LSS_FOR_STRIPS(...)                                                         \
+    for (int64_t start = 0; start < n; start += kStatsBlock, ++out) {               \
+        const int64_t end = n - start < kStatsBlock ? n : start + kStatsBlock;      \
+        Lanes lanes = {};                                                           \
+        for (int64_t i = start; i < end; i += kStrip) {                             \
+            const int64_t strip = end - i < kStrip ? end - i : kStrip;              \
+            float seen[kStrip];                                                     \
+            LSS_SIMD for (int64_t j = 0; j < strip; ++j) __VA_ARGS__                \
+            Lanes::see(lanes, seen, strip);                                         \
+        }                                                                           \
+        Lanes::close(lanes, out);                                                   \
+    }
 
 // weight_out may be grad: element i of both is touched in iteration i only, gradient first.
 template <class G, class M, class V, class W>
-void commit(float *p, void *m_, void *v_, const void *g_, const void *, void *w_, int64_t n, const Scalars *k_,
-            const Scalars *) {
-    auto *m = static_cast<typename M::Type *>(m_);
-    auto *v = static_cast<typename V::Type *>(v_);
-    auto *g = static_cast<const typename G::Type *>(g_);
-    auto *w = static_cast<typename W::Type *>(w_);
-    const Scalars k = *k_;
-    LSS_SIMD
-    for (int64_t i = 0; i < n; ++i) {
-        float pi = p[i], mi = M::load(m[i]), vi = V::load(v[i]);
-        update(pi, mi, vi, G::load(g[i]) * k.grad_scale, k);
-        p[i] = pi;
-        m[i] = M::store(mi);
-        v[i] = V::store(vi);
-        if constexpr (!Same<W, None>::value) w[i] = W::store(pi);
-    }
+void commit(const AdamwArgs &a, int64_t n, BlockStats *out) {
+    float *const p = a.param;
+    auto *const m = static_cast<typename M::Type *>(a.exp_avg);
+    auto *const v = static_cast<typename V::Type *>(a.exp_avg_sq);
+    auto *const g = static_cast<const typename G::Type *>(a.grad);
+    auto *const w = static_cast<typename W::Type *>(a.weight_out);
+    const Scalars k = *a.k;
+    LSS_FOR_STRIPS({
+        const float gi = G::load(g[i + j]) * k.grad_scale;
+        seen[j] = gi;
+        float pi = p[i + j], mi = M::load(m[i + j]), vi = V::load(v[i + j]);
+        update<Same<G, Prepared>::value, Divide::plainly>(pi, mi, vi, gi, k);
+        p[i + j] = pi;
+        m[i + j] = M::store(mi);
+        v[i + j] = V::store(vi);
+        if constexpr (!Same<W, None>::value) w[i + j] = W::store(pi);
+    })
 }
 
 template <class G, class M, class V, class W>
-void peek(float *p, void *m_, void *v_, const void *g_, const void *, void *w_, int64_t n, const Scalars *k_,
-          const Scalars *) {
-    auto *m = static_cast<const typename M::Type *>(m_);
-    auto *v = static_cast<const typename V::Type *>(v_);
-    auto *g = static_cast<const typename G::Type *>(g_);
-    auto *w = static_cast<typename W::Type *>(w_);
-    const Scalars k = *k_;
-    LSS_SIMD
-    for (int64_t i = 0; i < n; ++i) {
-        float pi = p[i], mi = M::load(m[i]), vi = V::load(v[i]);
-        update(pi, mi, vi, G::load(g[i]) * k.grad_scale, k);
-        w[i] = W::store(pi);
-    }
+void peek(const AdamwArgs &a, int64_t n, BlockStats *out) {
+    const float *const p = a.param;
+    auto *const m = static_cast<const typename M::Type *>(a.exp_avg);
+    auto *const v = static_cast<const typename V::Type *>(a.exp_avg_sq);
+    auto *const g = static_cast<const typename G::Type *>(a.grad);
+    auto *const w = static_cast<typename W::Type *>(a.weight_out);
+    const Scalars k = *a.k;
+    LSS_FOR_STRIPS({
+        const float gi = G::load(g[i + j]) * k.grad_scale;
+        seen[j] = gi;
+        float pi = p[i + j], mi = M::load(m[i + j]), vi = V::load(v[i + j]);
+        update<Same<G, Prepared>::value, Divide::plainly>(pi, mi, vi, gi, k);
+        w[i + j] = W::store(pi);
+    })
 }
 
-// The peek starts from the moments as stored, so they go through the storage type and back.
+// The peek starts from the moments as stored, so they go through the storage type and back. Statistics are of
+// the next gradient.
 template <class G, class M, class V, class W>
-void commit_peek(float *p, void *m_, void *v_, const void *g_, const void *next_, void *w_, int64_t n,
-                 const Scalars *k_, const Scalars *next_k_) {
-    auto *m = static_cast<typename M::Type *>(m_);
-    auto *v = static_cast<typename V::Type *>(v_);
-    auto *g = static_cast<const typename G::Type *>(g_);
-    auto *next = static_cast<const typename G::Type *>(next_);
-    auto *w = static_cast<typename W::Type *>(w_);
-    const Scalars k = *k_, next_k = *next_k_;
-    LSS_SIMD
-    for (int64_t i = 0; i < n; ++i) {
-        float pi = p[i], mi = M::load(m[i]), vi = V::load(v[i]);
-        const float ahead = G::load(next[i]) * next_k.grad_scale;
-        update(pi, mi, vi, G::load(g[i]) * k.grad_scale, k);
+void commit_peek(const AdamwArgs &a, int64_t n, BlockStats *out) {
+    float *const p = a.param;
+    auto *const m = static_cast<typename M::Type *>(a.exp_avg);
+    auto *const v = static_cast<typename V::Type *>(a.exp_avg_sq);
+    auto *const g = static_cast<const typename G::Type *>(a.grad);
+    auto *const next = static_cast<const typename G::Type *>(a.next_grad);
+    auto *const w = static_cast<typename W::Type *>(a.weight_out);
+    const Scalars k = *a.k, next_k = *a.next_k;
+    LSS_FOR_STRIPS({
+        const float ahead = G::load(next[i + j]) * next_k.grad_scale;
+        seen[j] = ahead;
+        float pi = p[i + j], mi = M::load(m[i + j]), vi = V::load(v[i + j]);
+        update<false, Divide::plainly>(pi, mi, vi, G::load(g[i + j]) * k.grad_scale, k);
         const auto ms = M::store(mi);
         const auto vs = V::store(vi);
-        p[i] = pi;
-        m[i] = ms;
-        v[i] = vs;
+        p[i + j] = pi;
+        m[i + j] = ms;
+        v[i + j] = vs;
         mi = M::load(ms);
         vi = V::load(vs);
-        update(pi, mi, vi, ahead, next_k);
-        w[i] = W::store(pi);
-    }
+        update<false, Divide::by_remainder>(pi, mi, vi, ahead, next_k);
+        w[i + j] = W::store(pi);
+    })
+}
+
+template <class G>
+void sum_blocks(const void *x_, int64_t n, float scale, BlockStats *out) {
+    auto *x = static_cast<const typename G::Type *>(x_);
+    LSS_FOR_STRIPS({ seen[j] = G::load(x[i + j]) * scale; })
 }
 
 template <class G, class M, class V, bool stored>
@@ -240,34 +330,6 @@ void prepare(float *out, const void *g_, const float *p, int64_t n, const Scalar
     if (k.has_l2) {
         LSS_SIMD
         for (int64_t i = 0; i < n; ++i) out[i] = fused(k.l2, p[i], out[i]);
-    }
-}
-
-LSS_INLINE uint32_t is_nonfinite(float x) { return (bits_of(x) & 0x7f800000u) == 0x7f800000u ? 1u : 0u; }
-
-template <class G>
-void sum_block(const void *x_, int64_t n, float scale, Stats *stats) {
-    auto *x = static_cast<const typename G::Type *>(x_);
-    float lanes[kLanes] = {};
-    uint32_t counts[kLanes] = {};
-    int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) {
-        LSS_SIMD
-        for (int j = 0; j < kLanes; ++j) {
-            const float y = G::load(x[i + j]) * scale;
-            lanes[j] += y * y;
-            counts[j] += is_nonfinite(y);
-        }
-    }
-    for (int j = 0; i + j < n; ++j) {
-        const float y = G::load(x[i + j]) * scale;
-        lanes[j] += y * y;
-        counts[j] += is_nonfinite(y);
-    }
-    stats->nonfinite = 0;
-    for (int j = 0; j < kLanes; ++j) {
-        stats->lanes[j] = lanes[j];
-        stats->nonfinite += counts[j];
     }
 }
 
@@ -327,7 +389,7 @@ void roof(float *p, float *m, float *v, const float *g, int64_t n) {
 #define LSS_WEIGHTS_OR_NONE(fn, G, M, V) {nullptr, fn<G, M, V, BF16>, fn<G, M, V, F16>, fn<G, M, V, None>}
 #define LSS_MOMENTS(row, fn, G) \
     {{row(fn, G, F32, F32), row(fn, G, F32, BF16)}, {row(fn, G, BF16, F32), row(fn, G, BF16, BF16)}}
-#define LSS_GRADS(row, fn) {LSS_MOMENTS(row, fn, F32), LSS_MOMENTS(row, fn, BF16), LSS_MOMENTS(row, fn, F16)}
+#define LSS_GRADS(row, fn) LSS_MOMENTS(row, fn, F32), LSS_MOMENTS(row, fn, BF16), LSS_MOMENTS(row, fn, F16)
 #define LSS_HALVES(G, stored) \
     {{moments<G, F32, F32, stored>, moments<G, F32, BF16, stored>}, \
      {moments<G, BF16, F32, stored>, moments<G, BF16, BF16, stored>}}
@@ -343,11 +405,13 @@ void roof(float *p, float *m, float *v, const float *g, int64_t n) {
 
 extern const KernelTable LSS_CONCAT(table_, LSS_ISA);
 const KernelTable LSS_CONCAT(table_, LSS_ISA) = {
-    {LSS_GRADS(LSS_WEIGHTS_OR_NONE, commit), LSS_GRADS(LSS_WEIGHTS, peek), LSS_GRADS(LSS_WEIGHTS, commit_peek)},
+    {{LSS_GRADS(LSS_WEIGHTS_OR_NONE, commit), LSS_MOMENTS(LSS_WEIGHTS_OR_NONE, commit, Prepared)},
+     {LSS_GRADS(LSS_WEIGHTS, peek), LSS_MOMENTS(LSS_WEIGHTS, peek, Prepared)},
+     {LSS_GRADS(LSS_WEIGHTS, commit_peek)}},
     {LSS_MOMENTS_OF(false), LSS_MOMENTS_OF(true)},
     {LSS_PARAMS_OF(false), LSS_PARAMS_OF(true)},
     LSS_BY_TYPE(prepare),
-    LSS_BY_TYPE(sum_block),
+    LSS_BY_TYPE(sum_blocks),
     LSS_BY_TYPE(count_nonfinite),
     LSS_BY_TYPES(cast_scale),
     LSS_BY_TYPES(accumulate),

@@ -10,37 +10,48 @@ constexpr int64_t kStatsBlock = 4096;  // [Note: Sum of squares] in reference.py
 constexpr int kLanes = 16;
 constexpr int64_t kChunk = 65536;      // elements per pool item; a multiple of kStatsBlock
 constexpr int64_t kColnormRows = 64;
+constexpr int32_t kPreparedGrad = 3;   // index into KernelTable::adamw: a gradient that `prepare` made
 
 // lss_adamw_hyper rounded to fp32, with the lerp branch decided.
 struct Scalars {
     float weight_decay_factor, l2, lerp_weight, beta2, one_minus_beta2, bias_correction2_sqrt, eps, neg_step_size;
+    float reciprocal, reciprocal_rest;  // of bias_correction2_sqrt: see [Note: Division by a constant]
     float grad_scale, clip_value;
     // All ones when |1 - beta1| >= 0.5 (torch then interpolates from the other end), else zero: a mask,
     // because a bool in the loop keeps some compilers from vectorising it.
     uint32_t lerp_base;
-    bool plain;           // no l2, clip or sign: the kernel needs no prepared gradient
+    bool plain;  // no l2, clip, sign, lerp_base or odd bias correction: the kernel needs no prepared gradient
     bool has_l2, has_clip, maximize, installed_root;
 };
 
-struct Stats {
-    float lanes[kLanes];
-    int64_t nonfinite;
+struct BlockStats {
+    float sum;
+    uint32_t nonfinite;
 };
 
-using AdamwFn = void (*)(float *p, void *m, void *v, const void *g, const void *next, void *w, int64_t n,
-                         const Scalars *k, const Scalars *next_k);
+struct AdamwArgs {
+    float *param;
+    void *exp_avg, *exp_avg_sq;
+    const void *grad, *next_grad;
+    void *weight_out;
+    const Scalars *k, *next_k;
+};
+
+// Kernels that take statistics start at a multiple of kStatsBlock of their segment and write one BlockStats per
+// block: of next_grad in commit_peek, else of grad.
+using AdamwFn = void (*)(const AdamwArgs &args, int64_t n, BlockStats *out);
+using StatsFn = void (*)(const void *x, int64_t n, float scale, BlockStats *out);
 // An update in two halves, for a square root that is taken between them ([Note: Installed root] in ops.cpp).
 using MomentsFn = void (*)(void *m, void *v, const void *g, float *new_m, float *new_v, int64_t n, const Scalars *k);
 using ParamFn = void (*)(float *p, const float *new_m, const float *root, void *w, int64_t n, const Scalars *k);
 using PrepareFn = void (*)(float *out, const void *g, const float *p, int64_t n, const Scalars *k);
-using StatsFn = void (*)(const void *x, int64_t n, float scale, Stats *stats);  // n <= kStatsBlock
 using CountFn = int64_t (*)(const void *x, int64_t n);
 using CastFn = void (*)(void *dst, const void *src, int64_t n, float scale);
 using ColnormFn = void (*)(const void *x, int64_t rows, int64_t stride, int64_t cols, float *block, float *total);
 using RoofFn = void (*)(float *p, float *m, float *v, const float *g, int64_t n);
 
 struct KernelTable {
-    AdamwFn adamw[3][3][2][2][4];  // mode, grad (and next_grad), exp_avg, exp_avg_sq, weight_out
+    AdamwFn adamw[3][4][2][2][4];  // mode, grad (and next_grad) or kPreparedGrad, exp_avg, exp_avg_sq, weight_out
     MomentsFn moments[2][3][2][2];  // stored or not, grad, exp_avg, exp_avg_sq
     ParamFn param[2][4];            // stored or not, weight_out
     PrepareFn prepare[3];

@@ -54,19 +54,9 @@ char *at(void *base, int32_t dtype, int64_t i) {
     return base ? static_cast<char *>(base) + i * item_bytes(dtype) : nullptr;
 }
 
-// [Note: Sum of squares] in reference.py: lanes pairwise, 8+8, 4+4, 2+2, 1+1.
-float sum_lanes(const Stats &stats) {
-    float lanes[kLanes];
-    std::copy(stats.lanes, stats.lanes + kLanes, lanes);
-    for (int width = kLanes / 2; width >= 1; width /= 2) {
-        for (int j = 0; j < width; ++j) lanes[j] += lanes[j + width];
-    }
-    return lanes[0];
-}
-
-double sum_in_order(const std::vector<float> &blocks) {
+double sum_in_order(const std::vector<BlockStats> &blocks) {
     double total = 0.0;
-    for (const float block : blocks) total += block;
+    for (const BlockStats &block : blocks) total += block.sum;
     return total;
 }
 
@@ -97,13 +87,17 @@ Scalars rounded(const lss_adamw_hyper &h) {
     k.has_clip = h.has_clip != 0;
     k.maximize = h.maximize != 0;
     k.installed_root = h.installed_root != 0 && installed_root.fn != nullptr;
-    k.plain = !k.has_l2 && !k.has_clip && !k.maximize;
     k.lerp_base = 0;
     if (!(std::fabs(k.lerp_weight) < 0.5f)) {
         // torch.lerp: end - (end - start) * (1 - weight), as one fused operation.
         k.lerp_base = 0xffffffffu;
         k.lerp_weight -= 1.0f;
     }
+    const double c = k.bias_correction2_sqrt;
+    k.reciprocal = static_cast<float>(1.0 / c);
+    k.reciprocal_rest = static_cast<float>(1.0 / c - k.reciprocal);
+    const bool usual = c >= 0x1p-40 && c <= 1.0;
+    k.plain = usual && !k.has_l2 && !k.has_clip && !k.maximize && k.lerp_base == 0;
     return k;
 }
 
@@ -113,8 +107,7 @@ struct AdamW : lss_ticket {
     };
     struct Plan {
         Scalars k, next_k;
-        std::vector<float> block_sums;
-        std::vector<int64_t> block_nonfinite;
+        std::vector<BlockStats> blocks;
     };
 
     const KernelTable *table = kernels();
@@ -132,10 +125,7 @@ struct AdamW : lss_ticket {
             Plan &plan = plans[static_cast<size_t>(s)];
             plan.k = rounded(seg.hyper);
             plan.next_k = rounded(seg.next_hyper);
-            if (with_stats) {
-                plan.block_sums.resize(static_cast<size_t>(num_chunks(seg.numel, kStatsBlock)));
-                plan.block_nonfinite.resize(plan.block_sums.size());
-            }
+            if (with_stats) plan.blocks.resize(static_cast<size_t>(num_chunks(seg.numel, kStatsBlock)));
             for (int64_t offset = 0; offset < seg.numel; offset += kChunk) {
                 const int64_t n = std::min(kChunk, seg.numel - offset);
                 if (pieces.empty() || n > room) {
@@ -155,76 +145,76 @@ struct AdamW : lss_ticket {
         while (here.segment < end.segment || (here.segment == end.segment && here.offset < end.offset)) {
             const int64_t numel = segments[here.segment].numel;
             const int64_t stop = here.segment == end.segment ? end.offset : numel;
-            if (with_stats) {
-                for (int64_t offset = here.offset; offset < stop; offset += kStatsBlock) {
-                    const int64_t n = std::min(kStatsBlock, stop - offset);
-                    see(here.segment, offset, n);
-                    step(here.segment, offset, n);
-                }
-            } else if (here.offset < stop) {
-                step(here.segment, here.offset, stop - here.offset);
-            }
+            if (here.offset < stop) step(here.segment, here.offset, stop - here.offset);
             here = {here.segment + 1, 0};
         }
     }
 
-    // Before the step, because weight_out may be the gradient's memory.
-    void see(int64_t s, int64_t offset, int64_t n) {
-        const lss_adamw_segment &seg = segments[s];
-        Plan &plan = plans[static_cast<size_t>(s)];
-        const bool ahead = mode == LSS_COMMIT_PEEK;
-        const int32_t dtype = ahead ? seg.next_grad_dtype : seg.grad_dtype;
-        Stats stats;
-        table->stats[dtype](at(ahead ? seg.next_grad : seg.grad, dtype, offset), n,
-                            ahead ? plan.next_k.grad_scale : plan.k.grad_scale, &stats);
-        const auto block = static_cast<size_t>(offset / kStatsBlock);
-        plan.block_sums[block] = sum_lanes(stats);
-        plan.block_nonfinite[block] = stats.nonfinite;
-    }
-
+    // At most a chunk, from a multiple of kStatsBlock on.
     void step(int64_t s, int64_t offset, int64_t n) {
         const lss_adamw_segment &seg = segments[s];
-        const Plan &plan = plans[static_cast<size_t>(s)];
+        Plan &plan = plans[static_cast<size_t>(s)];
+        BlockStats unused[kChunk / kStatsBlock];
+        BlockStats *const out = with_stats ? &plan.blocks[static_cast<size_t>(offset / kStatsBlock)] : unused;
         if (plan.k.installed_root || (mode == LSS_COMMIT_PEEK && plan.next_k.installed_root)) {
+            if (with_stats) see(seg, plan, offset, n, out);
             const OneRootThread one;
             for (int64_t i = 0; i < n; i += kRooted) step_rooted(s, offset + i, std::min(kRooted, n - i));
             return;
         }
         const bool same = mode != LSS_COMMIT_PEEK || (seg.grad_dtype == seg.next_grad_dtype && plan.next_k.plain);
         if (plan.k.plain && same) {
-            table->adamw[mode][seg.grad_dtype][seg.exp_avg_dtype][seg.exp_avg_sq_dtype][seg.weight_out_dtype](
-                seg.param + offset, at(seg.exp_avg, seg.exp_avg_dtype, offset),
-                at(seg.exp_avg_sq, seg.exp_avg_sq_dtype, offset), at(seg.grad, seg.grad_dtype, offset),
-                at(seg.next_grad, seg.next_grad_dtype, offset), at(seg.weight_out, seg.weight_out_dtype, offset), n,
-                &plan.k, &plan.next_k);
+            kernel(seg, mode, seg.grad_dtype, seg.weight_out_dtype)(args(seg, plan, offset), n, out);
             return;
         }
-        for (int64_t i = 0; i < n; i += kPrepared) step_prepared(s, offset + i, std::min(kPrepared, n - i));
+        if (with_stats) see(seg, plan, offset, n, out);
+        for (int64_t i = 0; i < n; i += kPrepared) step_prepared(seg, plan, offset + i, std::min(kPrepared, n - i));
     }
 
-    // The uncommon cases (clipping by value, maximize, L2, two gradient dtypes): the gradient is first made fp32
+    // Before the step, because weight_out may be the gradient's memory.
+    void see(const lss_adamw_segment &seg, const Plan &plan, int64_t offset, int64_t n, BlockStats *out) const {
+        const bool ahead = mode == LSS_COMMIT_PEEK;
+        const int32_t dtype = ahead ? seg.next_grad_dtype : seg.grad_dtype;
+        table->stats[dtype](at(ahead ? seg.next_grad : seg.grad, dtype, offset), n,
+                            ahead ? plan.next_k.grad_scale : plan.k.grad_scale, out);
+    }
+
+    AdamwFn kernel(const lss_adamw_segment &seg, int32_t which, int32_t grad, int32_t out) const {
+        return table->adamw[which][grad][seg.exp_avg_dtype][seg.exp_avg_sq_dtype][out];
+    }
+
+    static AdamwArgs args(const lss_adamw_segment &seg, const Plan &plan, int64_t offset) {
+        return {seg.param + offset,
+                at(seg.exp_avg, seg.exp_avg_dtype, offset),
+                at(seg.exp_avg_sq, seg.exp_avg_sq_dtype, offset),
+                at(seg.grad, seg.grad_dtype, offset),
+                at(seg.next_grad, seg.next_grad_dtype, offset),
+                at(seg.weight_out, seg.weight_out_dtype, offset),
+                &plan.k,
+                &plan.next_k};
+    }
+
+    // The uncommon cases (clipping by value, maximize, L2, beta1 below 0.5, two gradient dtypes): the gradient is first made fp32
     // in a small buffer. In commit_peek the peek's own gradient is prepared after the commit, since L2 reads the
     // new parameter; weight_out is written last.
-    void step_prepared(int64_t s, int64_t offset, int64_t n) {
-        const lss_adamw_segment &seg = segments[s];
-        const Plan &plan = plans[static_cast<size_t>(s)];
+    void step_prepared(const lss_adamw_segment &seg, const Plan &plan, int64_t offset, int64_t n) {
         alignas(64) float prepared[kPrepared];
-        float *const p = seg.param + offset;
-        void *const m = at(seg.exp_avg, seg.exp_avg_dtype, offset);
-        void *const v = at(seg.exp_avg_sq, seg.exp_avg_sq_dtype, offset);
-        void *const w = at(seg.weight_out, seg.weight_out_dtype, offset);
+        BlockStats unused[1];
         const auto run_mode = [&](int32_t which, const void *grad, int32_t dtype, const Scalars &k, int32_t out) {
-            table->prepare[dtype](prepared, at(grad, dtype, offset), p, n, &k);
+            table->prepare[dtype](prepared, grad, seg.param + offset, n, &k);
             Scalars rest = k;
             rest.grad_scale = 1.0f;
-            table->adamw[which][LSS_F32][seg.exp_avg_dtype][seg.exp_avg_sq_dtype][out](p, m, v, prepared, nullptr, w,
-                                                                                      n, &rest, nullptr);
+            AdamwArgs with_prepared = args(seg, plan, offset);
+            with_prepared.grad = prepared;
+            with_prepared.k = &rest;
+            kernel(seg, which, kPreparedGrad, out)(with_prepared, n, unused);
         };
+        const AdamwArgs raw = args(seg, plan, offset);
         if (mode == LSS_COMMIT_PEEK) {
-            run_mode(LSS_COMMIT, seg.grad, seg.grad_dtype, plan.k, LSS_NONE);
-            run_mode(LSS_PEEK, seg.next_grad, seg.next_grad_dtype, plan.next_k, seg.weight_out_dtype);
+            run_mode(LSS_COMMIT, raw.grad, seg.grad_dtype, plan.k, LSS_NONE);
+            run_mode(LSS_PEEK, raw.next_grad, seg.next_grad_dtype, plan.next_k, seg.weight_out_dtype);
         } else {
-            run_mode(mode, seg.grad, seg.grad_dtype, plan.k, seg.weight_out_dtype);
+            run_mode(mode, raw.grad, seg.grad_dtype, plan.k, seg.weight_out_dtype);
         }
     }
 
@@ -265,9 +255,9 @@ struct AdamW : lss_ticket {
     void finish() override {
         if (!with_stats) return;
         for (size_t s = 0; s < plans.size(); ++s) {
-            segments[s].sumsq = sum_in_order(plans[s].block_sums);
+            segments[s].sumsq = sum_in_order(plans[s].blocks);
             segments[s].nonfinite = 0;
-            for (const int64_t count : plans[s].block_nonfinite) segments[s].nonfinite += count;
+            for (const BlockStats &block : plans[s].blocks) segments[s].nonfinite += block.nonfinite;
         }
     }
 };
@@ -291,14 +281,11 @@ struct SumSq : lss_ticket {
     int32_t dtype = 0;
     int64_t numel = 0;
     double *result = nullptr;
-    std::vector<float> blocks;
+    std::vector<BlockStats> blocks;
     void run(int64_t item) override {
-        const int64_t end = std::min((item + 1) * kChunk, numel);
-        for (int64_t i = item * kChunk; i < end; i += kStatsBlock) {
-            Stats stats;
-            table->stats[dtype](at(x, dtype, i), std::min(kStatsBlock, end - i), 1.0f, &stats);
-            blocks[static_cast<size_t>(i / kStatsBlock)] = sum_lanes(stats);
-        }
+        const int64_t i = item * kChunk;
+        table->stats[dtype](at(x, dtype, i), std::min(kChunk, numel - i), 1.0f,
+                            &blocks[static_cast<size_t>(i / kStatsBlock)]);
     }
     void finish() override { *result = sum_in_order(blocks); }
 };
