@@ -329,7 +329,15 @@ class OptimizerEngine:
         )
 
     def close(self) -> None:
-        """Hand everything back: parameters own their storage again, the optimizer is the user's alone."""
+        """Hand everything back: parameters own their storage again, the optimizer is the user's alone.
+
+        Masters go into the optimizer's state, so that a checkpoint saved after training still has them.
+        """
+        for param in self._params():
+            place = self.transport.place_of(param)
+            if place is not None and param.dtype != torch.float32 and param in self.optimizer.state:
+                unit, i = place
+                self.optimizer.state[param][MASTER_KEY] = master_slice(unit, self.states[unit.index], i)
         self._guard.remove()
         self.transport.close()
         for state in self.states:
