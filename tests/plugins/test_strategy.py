@@ -341,3 +341,17 @@ def test_checkpoint_of_other_parameter_groups_is_refused(tmp_path):
 
     with pytest.raises(lss.SuperScaleError, match=r"parameter groups of \[4\] parameters, this run's has \[2, 2\]"):
         trainer("superoffload").fit(Grouped(), loader(), ckpt_path=tmp_path / "a.ckpt")
+
+
+@pytest.mark.filterwarnings("ignore:.*Lazy modules are a new feature.*", "ignore:.*contains uninitialized parameters.*")
+def test_lazy_parameters_are_refused_by_name(name):
+    class Lazy(Linear):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.LazyLinear(3)
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.net.parameters())
+
+    with pytest.raises((lss.SuperScaleError, RuntimeError), match="'head.weight' has no shape yet"):
+        fit(Lazy(), name)
