@@ -1,6 +1,6 @@
 """Fine-tune an unmodified Hugging Face causal LM with `Trainer(strategy="superoffload")`.
 
-    python examples/finetune_hf/finetune.py --steps 60
+    python examples/finetune_hf/finetune.py --steps 40
 
 The model is built from its config, so nothing is downloaded: a small Llama with tied embeddings over bytes.
 With weights at hand, `LlamaForCausalLM(config)` becomes `AutoModelForCausalLM.from_pretrained(...)`.
@@ -85,7 +85,7 @@ def reload_weights(checkpoint: Path, seq_len: int) -> LlamaForCausalLM:
 def parse_args(args: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default=None, help="text file or directory (default: the Python standard library)")
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--seq_len", type=int, default=128)
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--lr", type=float, default=2e-3)

@@ -177,7 +177,7 @@ def write_plot(cli: DemoCLI, bits_per_byte: float) -> None:
     source = "the Python standard library" if cli.datamodule.path is None else cli.datamodule.path.name
     strategy = cli.config.trainer.strategy
     name = strategy if isinstance(strategy, str) else type(cli.trainer.strategy).__name__
-    title = f"{num_params / 1e6:.1f} M-parameter byte-level GPT on {source}\n"
+    title = f"Byte-level GPT of {num_params:,} parameters on {source}\n"
     title += f"strategy={name}, precision={cli.trainer.precision}"
     plot_history(history, cli.datamodule.corpus.validation_order0_bits, title, target)
     print(f"Loss plot: {target}")
@@ -200,6 +200,8 @@ def run(args: list[str] | None) -> None:
     check_same_model(cli)
     print(describe_start(cli), flush=True)
     cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.last_checkpoint if cli.checkpoint_state else None)
+    if 0 <= cli.trainer.global_step < cli.trainer.max_steps:
+        print(f"\nStopped at step {cli.trainer.global_step} of {cli.trainer.max_steps}: run again to go on from there.")
     has_logs = isinstance(cli.trainer.logger, CSVLogger)
     cli.trainer.loggers = []  # the results are printed below
     [metrics] = cli.trainer.validate(cli.model, cli.datamodule, verbose=False)

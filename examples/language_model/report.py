@@ -25,6 +25,7 @@ class ProgressLines(Logger):
     def __init__(self, max_steps: int, every_n_steps: int = 50) -> None:
         super().__init__()
         self.max_steps, self.every_n_steps = max_steps, every_n_steps
+        self._num_lines_due = 0
         self._tokens_per_s = ""
 
     @property
@@ -45,7 +46,8 @@ class ProgressLines(Logger):
         prefix = f"step {steps_done:>5} of {self.max_steps}"
         if "val_bits_per_byte" in metrics:
             print(f"{prefix}  validation  {metrics['val_bits_per_byte']:.3f} bits/byte", flush=True)
-        elif "train_loss" in metrics and steps_done % self.every_n_steps == 0:
+        elif "train_loss" in metrics and steps_done // self.every_n_steps > self._num_lines_due:
+            self._num_lines_due = steps_done // self.every_n_steps
             bits = metrics["train_loss"] / math.log(2)
             print(f"{prefix}  training    {bits:.3f} bits/byte{self._tokens_per_s}", flush=True)
 

@@ -11,7 +11,7 @@ import lightning_superscale  # noqa: F401
 from examples.language_model.data import TextData
 from examples.language_model.model import GPTConfig
 from examples.language_model.module import LanguageModel
-from examples.language_model.report import read_history
+from examples.language_model.report import ProgressLines, read_history
 from tests.helpers.trainers import assert_same_weights, trainer
 
 TINY = GPTConfig(context=16, num_layers=1, dim=16, num_heads=2, num_kv_heads=1)
@@ -106,3 +106,16 @@ def test_checkpoint_gives_the_module_back(texts, tmp_path):
     again = LanguageModel.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True)
     assert again.gpt.config == TINY
     assert_same_weights(again, module)
+
+
+def test_progress_lines_come_once_per_block_of_steps(capsys):
+    lines = ProgressLines(max_steps=200, every_n_steps=50)
+    for step in range(4, 201, 5):  # never a multiple of 50, as after a resume
+        lines.log_metrics({"train_loss": 1.0, "tokens_per_s": 1234.0}, step)
+    lines.log_metrics({"val_bits_per_byte": 2.5}, 200)
+    assert capsys.readouterr().out.splitlines() == [
+        "step    54 of 200  training    1.443 bits/byte  1,234 tokens/s",
+        "step   104 of 200  training    1.443 bits/byte  1,234 tokens/s",
+        "step   154 of 200  training    1.443 bits/byte  1,234 tokens/s",
+        "step   200 of 200  validation  2.500 bits/byte",
+    ]
