@@ -5,6 +5,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PYTHONUNBUFFERED := 1
+# torch's threads spin while they wait, which on busy cores slows a step many times over; let them sleep.
+export OMP_WAIT_POLICY ?= passive
 
 .PHONY: setup demo test test-fast test-all test-peers check format wheel bench gpu clean
 

@@ -11,9 +11,13 @@ from __future__ import annotations
 import argparse
 import logging
 import math
+import os
 import sys
 import warnings
 from pathlib import Path
+
+# torch's threads spin while they wait, which on busy cores slows a step many times over. Read when torch loads.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))  # runs from a checkout, installed or not

@@ -81,6 +81,7 @@ class ScaleMonitorMixin(_Base):
     @rank_zero_only
     def _report(self, trainer: Trainer) -> None:
         console = Console(file=sys.stdout)
+        console.print()  # a progress bar may still hold the current line
         if isinstance(trainer.strategy, SuperScaleStrategyMixin):
             console.print(bytes_table(trainer.strategy, self._link_start))
         console.print(self.time_table(trainer))
