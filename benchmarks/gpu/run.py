@@ -195,7 +195,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path, help="directory for JSON files and logs")
     parser.add_argument("--dry-run", action="store_true", help="rehearse on the CPU")
-    parser.add_argument("--tests", default="tests", help="what pytest is to collect gpu tests from")
+    parser.add_argument("--tests", default="tests/ops", help="what pytest is to collect gpu tests from")
     parser.add_argument("--only", choices=sorted(BENCHMARKS), action="append", help="measure only these")
     parser.add_argument("--numel", type=int, help="elements of the large cases")
     parser.add_argument("--limit-s", type=float, default=570.0, help="time for the whole run")

@@ -19,6 +19,7 @@ from lightning_superscale.layout import UnitLayout
 from lightning_superscale.offload.host_memory import HostArena
 from lightning_superscale.offload.link import Link, LinkEvent
 from lightning_superscale.ops.flat import accumulate
+from lightning_superscale.ops.masters import follow_weights
 
 
 class OffloadableUnit(Protocol):
@@ -116,9 +117,7 @@ class HostState:
             span = slice(piece.offset, piece.offset + piece.numel)
             weights = torch.empty(piece.numel, dtype=self._grads.dtype)
             self._link.d2h(weights, self.unit.weights[span]).synchronize()
-            master = self.master[span]
-            # A master keeps its lower bits where it still rounds to its weight.
-            master.copy_(torch.where(master.to(weights.dtype) == weights, master, weights.float()))
+            follow_weights(self.master[span], weights)
 
     def release(self) -> None:
         self._arrivals.clear()

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from lightning_superscale.ops import adamw, flat, reference
+from lightning_superscale.ops.gpu_catalog import CUDA_OPS, TRITON_OPS
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,17 +23,23 @@ class Op:
         native: entry point for CPU tensors, synchronous.
         symbol: what `native` calls in liblss.so.
         submit: asynchronous entry point for CPU tensors, where there is one.
-        cuda: entry point for CUDA tensors in liblss_cuda.so.
-        triton: entry point for CUDA tensors in Triton.
+        cuda: "module:function" for CUDA tensors in liblss_cuda.so, where there is one.
+        triton: "module:function" for CUDA tensors in Triton, where there is one.
     """
 
     name: str
     reference: Callable[..., object]
     native: Callable[..., object] | None
-    symbol: str
+    symbol: str | None
     submit: Callable[..., object] | None = None
-    cuda: Callable[..., object] | None = None
-    triton: Callable[..., object] | None = None
+
+    @property
+    def cuda(self) -> str | None:
+        return CUDA_OPS.get(self.name)
+
+    @property
+    def triton(self) -> str | None:
+        return TRITON_OPS.get(self.name)
 
 
 _OPS = (
@@ -55,6 +62,7 @@ _OPS = (
     Op("cols_scatter", reference.cols_scatter, flat.cols_scatter, "lss_cols_scatter"),
     Op("colnorm", reference.colnorm, flat.colnorm, "lss_colnorm"),
     Op("copy", reference.copy, None, "lss_copy", flat.submit_copy),
+    Op("adamw_sr", reference.adamw_sr, None, None),
 )
 
 OPS: Mapping[str, Op] = MappingProxyType({op.name: op for op in _OPS})

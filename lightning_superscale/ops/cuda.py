@@ -69,8 +69,8 @@ def _find() -> abi.CudaLibrary | str:
     path = next((p for p in candidates if p.is_file()), None)
     if path is None:
         return (
-            f"{abi.LIBRARY_NAME} was not found in {', '.join(str(p.parent) for p in candidates)}; reinstall with nvcc "
-            f"on the PATH, or set {abi.LIBRARY_ENV} to the file"
+            f"{abi.LIBRARY_NAME} was not found beside the package, in site-packages or in the build cache; reinstall "
+            f"with nvcc on the PATH, or set {abi.LIBRARY_ENV} to the file"
         )
     try:
         library = abi.open_library(path)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lightning_superscale.config import OffloadConfig, ZeroConfig
@@ -98,6 +99,12 @@ def assemble(
             of a dtype that no engine steps, or too little host memory; before anything is changed.
     """
     fqn_of = {param: fqn for fqn, param in module.named_parameters()}
+    lazy = [fqn for param, fqn in fqn_of.items() if is_lazy(param)]
+    if lazy:
+        raise SuperScaleError(
+            f"parameter {lazy[0]!r} has no shape yet. Run one batch through {type(module).__name__} in "
+            "configure_model(), so that its lazy modules are initialised before the optimizer's memory is planned."
+        )
     _check_parameters(module, optimizers, fqn_of)
     link = None if offload is None else link_for(device)
     if offload is not None:

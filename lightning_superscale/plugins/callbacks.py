@@ -41,12 +41,22 @@ class ScaleMonitorMixin(_Base):
         self._window_tokens = 0
         self._num_tokens = 0
         self._num_batches = 0
-        self._plan_tables: list[Table] = []
+        self._validation_start = 0.0
+        # What the link and the strategy had counted before the first batch.
+        self._link_start = (0, 0)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._fit_start = self._window_start = time.perf_counter()
         self._num_tokens = self._num_batches = self._window_tokens = 0
         self._batch_seconds = 0.0
+        self._link_start = _link_bytes(trainer)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._validation_start = time.perf_counter()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Tokens/s is of training: validation does not count in its window.
+        self._window_start += time.perf_counter() - self._validation_start
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._batch_start = time.perf_counter()
@@ -72,7 +82,7 @@ class ScaleMonitorMixin(_Base):
     def _report(self, trainer: Trainer) -> None:
         console = Console(file=sys.stdout)
         if isinstance(trainer.strategy, SuperScaleStrategyMixin):
-            console.print(bytes_table(trainer.strategy))
+            console.print(bytes_table(trainer.strategy, self._link_start))
         console.print(self.time_table(trainer))
 
     def time_table(self, trainer: Trainer) -> Table:
@@ -125,8 +135,16 @@ def _flatten(batch: Any) -> list[Any]:
     return [batch]
 
 
-def bytes_table(strategy: SuperScaleStrategyMixin) -> Table:
-    """Where each class of bytes lives, and what crossed the link per step."""
+def _link_bytes(trainer: Trainer) -> tuple[int, int]:
+    """Bytes that crossed the link so far, (device to host, host to device)."""
+    strategy = trainer.strategy
+    if not isinstance(strategy, SuperScaleStrategyMixin) or strategy.assembly is None or strategy.assembly.link is None:
+        return 0, 0
+    return strategy.assembly.link.bytes.d2h, strategy.assembly.link.bytes.h2d
+
+
+def bytes_table(strategy: SuperScaleStrategyMixin, link_start: tuple[int, int]) -> Table:
+    """Where each class of bytes lives, and what crossed the link per step since `link_start`."""
     plan = strategy.plan
     table = Table(title="Where the bytes live", title_justify="left")
     table.add_column("class")
@@ -141,7 +159,7 @@ def bytes_table(strategy: SuperScaleStrategyMixin) -> Table:
     if link is not None:
         steps = max(1, strategy.phase_seconds.num_steps)
         table.caption = (
-            f"{plan.engine}: {format_bytes(link.bytes.d2h / steps)} of gradients to the host and "
-            f"{format_bytes(link.bytes.h2d / steps)} of weights back per step"
+            f"{plan.engine}: {format_bytes((link.bytes.d2h - link_start[0]) / steps)} of gradients to the host and "
+            f"{format_bytes((link.bytes.h2d - link_start[1]) / steps)} of weights back per step"
         )
     return table

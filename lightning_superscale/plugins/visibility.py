@@ -39,6 +39,7 @@ _BLIND_CALLBACKS = frozenset(
         "ModelSummary",
         "RichModelSummary",
         "RichProgressBar",
+        "SaveConfigCallback",
         "ScaleMonitor",
         "TQDMProgressBar",
         "ThroughputMonitor",

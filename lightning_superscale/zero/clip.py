@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_superscale.errors import SuperScaleError
+
 
 @dataclass(frozen=True, slots=True)
 class ClipByNorm:
@@ -24,6 +26,26 @@ class ClipByValue:
 
 
 ClipRequest = ClipByNorm | ClipByValue
+
+
+def joined(requests: Sequence[ClipRequest], new: ClipRequest) -> list[ClipRequest]:
+    """Requests of one step with one more: of two of a kind the stricter holds.
+
+    Raises:
+        SuperScaleError: a clip by norm after one by value: the norm would be that of clipped gradients.
+    """
+    if isinstance(new, ClipByNorm):
+        if any(isinstance(r, ClipByValue) for r in requests):
+            raise SuperScaleError(
+                "gradients of one step can be clipped by norm, by value, or by norm and then by value; "
+                "found a clip by norm after a clip by value."
+            )
+        return [ClipByNorm(min([new.max_norm, *(r.max_norm for r in requests if isinstance(r, ClipByNorm))]))]
+    by_norm: list[ClipRequest] = [r for r in requests if isinstance(r, ClipByNorm)]
+    return [
+        *by_norm,
+        ClipByValue(min([new.clip_value, *(r.clip_value for r in requests if isinstance(r, ClipByValue))])),
+    ]
 
 
 def grad_norms(grads: Sequence[Tensor]) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lightning_superscale.ops.masters import follow_weights
 from lightning_superscale.zero.units import PublishEvent, ShardUnit, slice_view
 
 
@@ -89,11 +90,6 @@ class ResidentState:
 
     def release(self) -> None:
         self._grads.clear()
-
-
-def follow_weights(master: Tensor, weights: Tensor) -> None:
-    """Where `master` does not round to `weights`, make it `weights`; elsewhere it keeps its lower bits."""
-    master.copy_(torch.where(master.to(weights.dtype) == weights, master, weights.float()))
 
 
 def master_slice(unit: ShardUnit, state: UnitState, i: int) -> Tensor:

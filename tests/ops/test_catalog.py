@@ -28,7 +28,7 @@ def public_functions(module) -> dict[str, object]:
 def test_every_compute_symbol_is_in_the_table():
     header = (ROOT / "csrc" / "include" / "lss.h").read_text()
     symbols = set(re.findall(r"/\* op\b.*?\*/\s*LSS_API int32_t (lss_\w+)\(", header, flags=re.DOTALL))
-    assert symbols == {op.symbol for op in OPS.values()}
+    assert symbols == {op.symbol for op in OPS.values() if op.symbol is not None}
     # A function that takes `how` and a ticket is work, so it must carry the comment "op".
     takes_work = re.findall(r"LSS_API int32_t (lss_\w+)\([^;]*const lss_submit \*how", header)
     assert set(takes_work) == symbols
@@ -43,7 +43,7 @@ def test_every_exported_symbol_is_bound():
 def test_every_public_function_is_in_the_table():
     known = {f for op in OPS.values() for f in (op.native, op.submit) if f is not None}
     assert set(public_functions(adamw).values()) | set(public_functions(flat).values()) == known
-    references = {name: f for name, f in public_functions(reference).items() if not name.endswith("_sr")}
+    references = public_functions(reference)
     assert set(references.values()) == {op.reference for op in OPS.values()}
     assert set(references) == set(OPS)
 
@@ -61,17 +61,19 @@ def test_every_entry_point_has_the_references_parameters():
                 assert found[parameter.name].default == parameter.default, (op.name, parameter.name)
 
 
+def test_every_op_has_an_implementation():
+    assert all(op.native or op.submit or op.cuda or op.triton for op in OPS.values())
+
+
 def test_every_implementation_has_a_test_on_every_path():
-    """A parametrised test over PATHS (or over NATIVE and the fallback) names each entry point."""
+    """A parametrised test over PATHS (or over NATIVE and the fallback) names each entry point.
+
+    The GPU entry points have their own such test in gpu/test_gpu_catalog.py.
+    """
     text = "".join(
         path.read_text() for path in sorted((ROOT / "tests" / "ops").glob("test_*.py")) if path != Path(__file__)
     )
     for op in OPS.values():
         for entry in (op.native, op.submit):
             assert entry is None or re.search(rf"\b{entry.__name__}\b", text), f"{entry.__name__} has no test"
-        for kind in ("cuda", "triton"):
-            entry = getattr(op, kind)
-            if entry is not None:
-                gpu = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
-                assert re.search(rf"\b{entry.__name__}\b", gpu), f"{kind} {op.name} has no test"
     assert FALLBACK in PATHS

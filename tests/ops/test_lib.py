@@ -54,6 +54,15 @@ def test_native_can_be_switched_off():
     assert run(LSS_NATIVE="0", LSS_REQUIRE_NATIVE="").stdout.startswith("None None\n0")
 
 
+# An editable install's import hook would find the sources before the copy.
+COPY = """
+import os, sys
+sys.meta_path[:] = [finder for finder in sys.meta_path if "Editable" not in type(finder).__name__
+                    and "Inplace" not in type(finder).__name__]
+os.chdir({!r})
+"""
+
+
 def hidden(tmp_path: Path) -> dict[str, str]:
     """An environment in which no library is found: the package is linked into a place without one."""
     root = Path(__file__).resolve().parents[2]
@@ -74,7 +83,7 @@ def installed() -> bool:
 
 @pytest.mark.skipif(installed(), reason="an installed library is found from everywhere")
 def test_missing_library_warns_once_and_names_the_remedy(tmp_path):
-    code = f"import os; os.chdir({str(tmp_path)!r})\n" + SHOW
+    code = COPY.format(str(tmp_path)) + SHOW
     result = run(code, **hidden(tmp_path))
     first, second = result.stdout.splitlines()
     assert first == "None None"
@@ -84,7 +93,7 @@ def test_missing_library_warns_once_and_names_the_remedy(tmp_path):
 
 @pytest.mark.skipif(installed(), reason="an installed library is found from everywhere")
 def test_missing_library_is_an_error_when_required(tmp_path):
-    code = f"import os; os.chdir({str(tmp_path)!r})\n" + SHOW
+    code = COPY.format(str(tmp_path)) + SHOW
     result = run(code, **{**hidden(tmp_path), "LSS_REQUIRE_NATIVE": "1"})
     assert result.returncode != 0
     assert "LSS_REQUIRE_NATIVE=1 expects the native library liblss.so, found none" in result.stderr

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lightning_superscale.errors import SuperScaleError
+from lightning_superscale.ops import _lib
 from lightning_superscale.zero.clip import ClipByNorm, ClipByValue
 from tests.helpers.engines import build_engine
 from tests.helpers.plain import PlainMasterAdamW, assert_equal_states
@@ -359,3 +360,45 @@ def test_sparse_gradients_are_refused_by_name():
     with pytest.raises(SuperScaleError, match="'0.weight' has a gradient of layout torch.sparse_coo"):
         engine.step()
     engine.close()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_without_a_native_library_steps_are_the_same(way, dtype):
+    plain, model = Programs(dtype), Programs(dtype)
+    oracle = PlainMasterAdamW(plain.parameters(), max_norm=0.05, **ADAMW)
+    optimizer = torch.optim.AdamW(model.parameters(), **ADAMW)
+    with _lib.without_native():
+        engine = build_engine(model, optimizer, **way)
+        for x in batches(3, dtype):
+            oracle.zero_grad()
+            plain_backward(plain, x)
+            oracle.step()
+            engine.transport.wait_all_published()
+            optimizer.zero_grad()
+            plain_backward(model, x)
+            engine.request_clip(ClipByNorm(0.05))
+            engine.step()
+        engine.close()
+    assert all(map(torch.equal, model.parameters(), plain.parameters()))
+
+
+def test_fused_adamw_equals_torchs_fused_kernel_where_it_is_vectorised():
+    # torch steps the last numel % 16 elements in a scalar tail of other roundings, so sizes are multiples of 16.
+    torch.manual_seed(0)
+    start = torch.randn(64, 32)
+    ours, plain = nn.Linear(32, 64, bias=False), nn.Linear(32, 64, bias=False)
+    for module in (ours, plain):
+        module.weight.data = start.clone()
+    expected = torch.optim.AdamW(plain.parameters(), fused=True, **ADAMW)
+    optimizer = torch.optim.AdamW(ours.parameters(), fused=True, **ADAMW)
+    engine = build_engine(ours, optimizer, is_offloaded=True)
+    for _ in range(10):
+        x = torch.randn(8, 32)
+        for module in (plain, ours):
+            engine.transport.wait_all_published()
+            module.weight.grad = None
+            module(x).pow(2).sum().backward()
+        expected.step()
+        engine.step()
+    engine.close()
+    assert torch.equal(ours.weight, plain.weight)

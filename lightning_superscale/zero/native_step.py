@@ -1,0 +1,110 @@
+"""Adam and AdamW, stepped by the native kernel on masters and moments wherever they live."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_superscale.ops.types import AdamWHyper, AdamWSegment
+from lightning_superscale.ops.update import StatsSource, Update
+from lightning_superscale.zero.due import Due, by_unit
+from lightning_superscale.zero.guard import StepGuard
+from lightning_superscale.zero.rules import hyper_of
+from lightning_superscale.zero.states import UnitState
+from lightning_superscale.zero.units import ShardUnit, slice_view
+
+SubmitUpdate = Callable[[Sequence[AdamWSegment]], Update]
+Publish = Callable[[ShardUnit, Sequence[int]], None]
+
+
+class NativeStep:
+    """Steps an optimizer whose update rule the kernel knows; the optimizer's own state views our buffers."""
+
+    has_moments = True
+
+    def __init__(self, optimizer: Optimizer, guard: StepGuard, submit_update: SubmitUpdate) -> None:
+        self._optimizer = optimizer
+        self._guard = guard
+        self._submit_update = submit_update
+
+    def attach(self, unit: ShardUnit, state: UnitState) -> None:
+        """Nothing to prepare: states are bound at a parameter's first gradient, as plain AdamW makes them."""
+
+    def step(
+        self, due: Sequence[Due], grad_scale: float, clip_value: float | None, publish: Publish
+    ) -> Sequence[StatsSource]:
+        """Update every unit in the order of the next forward, publishing each as soon as it is done."""
+        counts: list[Tensor] = []
+        handles = []
+        for items in by_unit(due).values():
+            segments = []
+            for item in items:
+                counts.append(self.bound_state(item)["step"])
+                hyper = hyper_of(self._optimizer, item.group, int(counts[-1]) + 1, grad_scale, clip_value)
+                segments.append(_segment(item, hyper))
+            handles.append((items, self._submit_update(segments)))
+        stats: list[StatsSource] = []
+        for items, handle in handles:
+            stats.append(handle.wait())
+            publish(items[0].unit, [item.i for item in items])
+        for count in counts:
+            count += 1  # in place: it is the optimizer's own tensor
+        self._run_hooks()
+        return stats
+
+    def _run_hooks(self) -> None:
+        """Run `optimizer.step()` with no gradient in sight: only its hooks and its scheduler's count."""
+        parked = [(p, p.grad) for g in self._optimizer.param_groups for p in g["params"] if p.grad is not None]
+        for param, _ in parked:
+            param.grad = None
+        try:
+            with self._guard.opened():
+                self._optimizer.step()
+        finally:
+            for param, grad in parked:
+                param.grad = grad
+
+    def bound_state(self, item: Due) -> dict[str, Any]:
+        """The optimizer's own state of a parameter, made of views into our buffers."""
+        own: dict[str, Any] = self._optimizer.state[item.param]
+        if "step" not in own:
+            own["step"] = torch.tensor(0.0)
+        for key, flat in (("exp_avg", item.state.exp_avg), ("exp_avg_sq", item.state.exp_avg_sq)):
+            view = slice_view(_present(flat), item.piece).view(item.piece.local_shape)
+            held = own.get(key)
+            if held is None:
+                own[key] = view
+            elif held.data_ptr() != view.data_ptr():
+                # Somebody loaded states straight into the optimizer: take them over.
+                view.copy_(held)
+                own[key] = view
+        return own
+
+    def load(self, param: nn.Parameter, unit: ShardUnit, state: UnitState, i: int, saved: Mapping[str, Any]) -> None:
+        """Take over one parameter's saved state (step, exp_avg, exp_avg_sq)."""
+        self._optimizer.state[param] = {
+            key: torch.tensor(float(value)) if key == "step" else value for key, value in saved.items()
+        }
+        self.bound_state(Due(param, {}, unit, state, i, param))
+
+
+def _segment(item: Due, hyper: AdamWHyper) -> AdamWSegment:
+    state, piece = item.state, item.piece
+    return AdamWSegment(
+        param=slice_view(state.master, piece),
+        exp_avg=slice_view(_present(state.exp_avg), piece),
+        exp_avg_sq=slice_view(_present(state.exp_avg_sq), piece),
+        grad=item.grad,
+        hyper=hyper,
+        weight_out=None if state.weight_out is None else slice_view(state.weight_out, piece),
+    )
+
+
+def _present(moments: Tensor | None) -> Tensor:
+    if moments is None:
+        raise AssertionError("a native step needs moments")
+    return moments
