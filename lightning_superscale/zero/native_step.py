@@ -39,20 +39,23 @@ class NativeStep:
     ) -> Sequence[StatsSource]:
         """Update every unit in the order of the next forward, publishing each as soon as it is done."""
         counts: list[Tensor] = []
+        hypers: dict[tuple[int, int], AdamWHyper] = {}  # most parameters of a group are at the same step
         handles = []
         for items in by_unit(due).values():
             segments = []
             for item in items:
                 counts.append(self.bound_state(item)["step"])
-                hyper = hyper_of(self._optimizer, item.group, int(counts[-1]) + 1, grad_scale, clip_value)
-                segments.append(_segment(item, hyper))
+                key = (id(item.group), int(counts[-1]) + 1)
+                if key not in hypers:
+                    hypers[key] = hyper_of(self._optimizer, item.group, key[1], grad_scale, clip_value)
+                segments.append(_segment(item, hypers[key]))
             handles.append((items, self._submit_update(segments)))
         stats: list[StatsSource] = []
         for items, handle in handles:
             stats.append(handle.wait())
             publish(items[0].unit, [item.i for item in items])
-        for count in counts:
-            count += 1  # in place: it is the optimizer's own tensor
+        if counts:
+            torch._foreach_add_(counts, 1.0)  # in place: they are the optimizer's own tensors
         self._run_hooks()
         return stats
 
@@ -73,15 +76,14 @@ class NativeStep:
         own: dict[str, Any] = self._optimizer.state[item.param]
         if "step" not in own:
             own["step"] = torch.tensor(0.0)
-        for key, flat in (("exp_avg", item.state.exp_avg), ("exp_avg_sq", item.state.exp_avg_sq)):
-            view = slice_view(_present(flat), item.piece).view(item.piece.local_shape)
-            held = own.get(key)
-            if held is None:
-                own[key] = view
-            elif held.data_ptr() != view.data_ptr():
+        for key, moments in (("exp_avg", item.state.exp_avg), ("exp_avg_sq", item.state.exp_avg_sq)):
+            flat, held = _present(moments), own.get(key)
+            if held is not None and held.data_ptr() == flat.data_ptr() + item.piece.offset * flat.element_size():
+                continue  # bound at an earlier step; a view per parameter and step would cost more than this
+            own[key] = slice_view(flat, item.piece).view(item.piece.local_shape)
+            if held is not None:
                 # Somebody loaded states straight into the optimizer: take them over.
-                view.copy_(held)
-                own[key] = view
+                own[key].copy_(held)
         return own
 
     def load(self, param: nn.Parameter, unit: ShardUnit, state: UnitState, i: int, saved: Mapping[str, Any]) -> None:

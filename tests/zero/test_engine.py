@@ -402,3 +402,26 @@ def test_fused_adamw_equals_torchs_fused_kernel_where_it_is_vectorised():
         engine.step()
     engine.close()
     assert torch.equal(ours.weight, plain.weight)
+
+
+def test_state_put_straight_into_the_optimizer_is_taken_over_and_stays_bound(way):
+    """Also at unequal step counts within one group, which share no hyperparameters."""
+    plain, model = Programs(), Programs()
+    expected = torch.optim.AdamW(plain.parameters(), **ADAMW)
+    optimizer = torch.optim.AdamW(model.parameters(), **ADAMW)
+    engine = build_engine(model, optimizer, **way)
+    for step, x in enumerate(batches(6, torch.float32)):
+        if step == 3:
+            for chosen in (expected, optimizer):
+                first = next(iter(chosen.state.values()))
+                first["exp_avg"] = torch.full_like(first["exp_avg"], 0.25)
+                first["step"] = torch.tensor(40.0)
+        plain_backward(plain, x)
+        expected.step()
+        expected.zero_grad()
+        plain_backward(model, x)
+        engine.step()
+        optimizer.zero_grad()
+    assert_equal_states(
+        list(model.parameters()), optimizer, list(plain.parameters()), [expected.state[p] for p in plain.parameters()]
+    )

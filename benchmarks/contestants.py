@@ -1,0 +1,247 @@
+"""One contestant of `step_cost.py` in a process of its own: builds it, then steps when it is told to.
+
+Talks JSON lines: says `{"ready": ...}` once warm; answers a number on standard input with the CPU seconds (of
+all threads), wall seconds and loss of that many steps; answers "end" with a digest of its weights. CPU time is
+read at the end of each step, so what a step leaves to worker threads is counted in the next one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import logging
+import os
+import platform
+import resource
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.models import SHAPES, Decoder, Shape, batches, num_params
+
+ADAMW = {"lr": 3e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+
+
+class Turns:
+    """The batches of a run. Hands one out per step that the controller asks for, and clocks what lies between.
+
+    Sized, so that Lightning does not prefetch: it asks for a batch only when the step before it has ended.
+    """
+
+    def __init__(self, shape: Shape, warmup: int, out: IO[str]) -> None:
+        self._batch = batches(shape)
+        self._warmup = warmup
+        self._out = out
+        self._losses: list[Tensor] = []
+        self.facts: dict[str, Any] = {}
+
+    def __len__(self) -> int:
+        return 10**9
+
+    def record(self, loss: Tensor) -> None:
+        self._losses.append(loss.detach())
+
+    def say(self, **answer: Any) -> None:
+        self._out.write(json.dumps(answer) + "\n")
+        self._out.flush()
+
+    def __iter__(self) -> Iterator[Tensor]:
+        step = 0
+        for _ in range(self._warmup):
+            yield self._batch(step)
+            step += 1
+        self._losses.clear()
+        cpu = time.process_time()
+        self.say(ready=self.facts)
+        for line in sys.stdin:
+            if line.strip() == "end":
+                return
+            cpus, walls = [], []
+            for _ in range(int(line)):
+                start = time.perf_counter()
+                yield self._batch(step)
+                step += 1
+                now = time.process_time()
+                walls.append(time.perf_counter() - start)
+                cpus.append(now - cpu)
+                cpu = now
+            losses = [float(loss) for loss in self._losses]
+            self._losses.clear()
+            self.say(cpu=cpus, wall=walls, loss=losses)
+
+
+def build_model(shape: Shape, precision: str) -> Decoder:
+    model = Decoder(shape)
+    return model.to(torch.bfloat16) if precision == "bf16-true" else model
+
+
+# Contestants. Each trains until `turns` ends and returns the module, for its weights.
+
+
+def run_loop(turns: Turns, shape: Shape, precision: str, clip: float, *, fused: bool) -> nn.Module:
+    """Plain PyTorch; with bf16 weights, fp32 masters kept by hand, as mixed-precision loops write it."""
+    model = build_model(shape, precision)
+    params = list(model.parameters())
+    masters = params if precision == "32-true" else [nn.Parameter(p.detach().float()) for p in params]
+    optimizer = torch.optim.AdamW(masters, fused=fused or None, **ADAMW)
+    for ids in turns:
+        loss = model.loss(ids)
+        loss.backward()
+        if masters is not params:
+            for param, master in zip(params, masters, strict=True):
+                master.grad = None if param.grad is None else param.grad.float()
+                param.grad = None
+        if clip:
+            nn.utils.clip_grad_norm_(masters, clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        if masters is not params:
+            with torch.no_grad():
+                for param, master in zip(params, masters, strict=True):
+                    param.copy_(master)
+        turns.record(loss)
+    return model
+
+
+def run_trainer(
+    turns: Turns, shape: Shape, precision: str, clip: float, *, fused: bool, strategy: Callable[[], Any]
+) -> nn.Module:
+    import lightning as L
+
+    class Module(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = Decoder(shape)
+
+        def training_step(self, ids: Tensor, batch_idx: int) -> Tensor:
+            loss = self.model.loss(ids)
+            turns.record(loss)
+            return loss
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.AdamW(self.parameters(), fused=fused or None, **ADAMW)
+
+    module = Module()
+    trainer = L.Trainer(
+        strategy=strategy(),
+        accelerator="cpu",
+        devices=1,
+        precision=precision,  # type: ignore[arg-type]
+        max_epochs=1,
+        gradient_clip_val=clip or None,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, turns)
+    return module.model
+
+
+def ours(**settings: Any) -> Callable[[], Any]:
+    def build() -> Any:
+        from lightning_superscale.plugins.pytorch import SuperScaleStrategy
+
+        return SuperScaleStrategy(**settings)
+
+    return build
+
+
+def run_deepspeed(turns: Turns, shape: Shape, precision: str, clip: float, *, stage: int, offload: bool) -> nn.Module:
+    import deepspeed
+
+    model = build_model(shape, precision)
+    zero: dict[str, Any] = {"stage": stage, "overlap_comm": False, "reduce_bucket_size": 5_000_000}
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": shape.batch,
+        "gradient_clipping": clip,  # its default is 1.0
+        "zero_optimization": zero,
+    }
+    if precision == "bf16-true":
+        config["bf16"] = {"enabled": True}
+    optimizer = None
+    if offload:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
+        config["optimizer"] = {"type": "AdamW", "params": ADAMW}
+    else:
+        config["zero_allow_untested_optimizer"] = True
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True, **ADAMW)
+    engine, inner, _, _ = deepspeed.initialize(
+        model=model, model_parameters=list(model.parameters()), optimizer=optimizer, config=config
+    )
+    turns.facts["optimizer"] = type(getattr(inner, "optimizer", inner)).__name__
+    turns.facts["deepspeed"] = deepspeed.__version__
+    for ids in turns:
+        loss = engine.module.loss(ids)
+        engine.backward(loss)
+        engine.step()
+        turns.record(loss)
+    return model
+
+
+Runner = Callable[[Turns, Shape, str, float], nn.Module]
+
+CONTESTANTS: dict[str, Runner] = {
+    "loop-fused": lambda *a: run_loop(*a, fused=True),
+    "loop-default": lambda *a: run_loop(*a, fused=False),
+    "auto-fused": lambda *a: run_trainer(*a, fused=True, strategy=lambda: "auto"),
+    "auto-default": lambda *a: run_trainer(*a, fused=False, strategy=lambda: "auto"),
+    "resident-fused": lambda *a: run_trainer(*a, fused=True, strategy=ours()),
+    "resident-default": lambda *a: run_trainer(*a, fused=False, strategy=ours()),
+    "superoffload": lambda *a: run_trainer(*a, fused=True, strategy=ours(offload="superoffload")),
+    "cpu": lambda *a: run_trainer(*a, fused=True, strategy=ours(offload="cpu")),
+    "deepspeed-z1": lambda *a: run_deepspeed(*a, stage=1, offload=False),
+    "deepspeed-z2-offload": lambda *a: run_deepspeed(*a, stage=2, offload=True),
+}
+
+
+def digest(module: nn.Module) -> str:
+    """Of every bit of the weights."""
+    sha = hashlib.sha1()
+    for _, param in sorted(module.named_parameters()):
+        sha.update(param.detach().contiguous().view(torch.uint8).numpy())
+    return sha.hexdigest()[:16]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=CONTESTANTS)
+    parser.add_argument("--size", choices=SHAPES, required=True)
+    parser.add_argument("--precision", choices=("32-true", "bf16-true"), default="32-true")
+    parser.add_argument("--clip", type=float, default=0.0)
+    parser.add_argument("--warmup", type=int, default=2)
+    options = parser.parse_args()
+    # Libraries print what they like; the controller reads JSON only.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    shape = SHAPES[options.size]
+    turns = Turns(shape, options.warmup, answers)
+    turns.facts.update(torch=torch.__version__, python=platform.python_version())
+    module = CONTESTANTS[options.name](turns, shape, options.precision, options.clip)
+    if options.name.startswith(("resident", "superoffload", "cpu")):
+        from lightning_superscale.ops import adamw
+
+        turns.facts["kernel"] = adamw.kernel_name()
+    turns.say(
+        digest=digest(module),
+        num_params=num_params(module),
+        peak_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        facts=turns.facts,
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

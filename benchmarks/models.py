@@ -1,0 +1,97 @@
+"""The model and the data of the step benchmarks: a decoder-only transformer, and tokens that a seed decides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One model size and the batch that it trains on.
+
+    Widths are multiples of 16: torch's fused AdamW kernel rounds a tensor's last few elements otherwise
+    than the rest, and with no such remainder two exact implementations agree in every bit.
+    """
+
+    width: int
+    num_layers: int
+    num_heads: int
+    vocabulary: int
+    batch: int
+    sequence: int
+
+
+SHAPES = {
+    "1M": Shape(width=128, num_layers=4, num_heads=4, vocabulary=1024, batch=2, sequence=64),
+    "25M": Shape(width=512, num_layers=6, num_heads=8, vocabulary=6144, batch=4, sequence=128),
+    "120M": Shape(width=768, num_layers=12, num_heads=12, vocabulary=23040, batch=2, sequence=128),
+}
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm_attention = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.norm_mlp = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, sequence, width = x.shape
+        heads = self.qkv(self.norm_attention(x)).view(batch, sequence, 3, self.num_heads, -1)
+        q, k, v = heads.permute(2, 0, 3, 1, 4)
+        mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(mixed.transpose(1, 2).reshape(batch, sequence, width))
+        return x + self.down(functional.gelu(self.up(self.norm_mlp(x))))
+
+
+class Decoder(nn.Module):
+    """Next-token predictor. The same seed gives the same weights in every process."""
+
+    def __init__(self, shape: Shape, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.tokens = nn.Embedding(shape.vocabulary, shape.width)
+        self.positions = nn.Embedding(shape.sequence, shape.width)
+        self.blocks = nn.ModuleList(Block(shape.width, shape.num_heads) for _ in range(shape.num_layers))
+        self.norm = nn.LayerNorm(shape.width)
+        self.head = nn.Linear(shape.width, shape.vocabulary, bias=False)
+        for weight in (self.tokens.weight, self.positions.weight):
+            nn.init.normal_(weight, std=0.02)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        places = torch.arange(ids.shape[1], device=ids.device)
+        x = self.tokens(ids) + self.positions(places)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+    def loss(self, ids: Tensor) -> Tensor:
+        """Mean cross-entropy of each token from those before it; ids is [batch, sequence + 1]."""
+        logits = self(ids[:, :-1])
+        return functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+
+
+def num_params(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def batches(shape: Shape) -> Callable[[int], Tensor]:
+    """Tokens of step n: an arithmetic progression with noise, so that there is something to learn."""
+
+    def batch(step: int) -> Tensor:
+        generator = torch.Generator().manual_seed(step)
+        start = torch.randint(shape.vocabulary, (shape.batch, 1), generator=generator)
+        stride = torch.randint(1, 8, (shape.batch, 1), generator=generator)
+        noise = torch.randint(2, (shape.batch, shape.sequence + 1), generator=generator)
+        return (start + stride * torch.arange(shape.sequence + 1) + noise) % shape.vocabulary
+
+    return batch
