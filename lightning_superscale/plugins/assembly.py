@@ -99,12 +99,6 @@ def assemble(
             of a dtype that no engine steps, or too little host memory; before anything is changed.
     """
     fqn_of = {param: fqn for fqn, param in module.named_parameters()}
-    lazy = [fqn for param, fqn in fqn_of.items() if is_lazy(param)]
-    if lazy:
-        raise SuperScaleError(
-            f"parameter {lazy[0]!r} has no shape yet. Run one batch through {type(module).__name__} in "
-            "configure_model(), so that its lazy modules are initialised before the optimizer's memory is planned."
-        )
     _check_parameters(module, optimizers, fqn_of)
     link = None if offload is None else link_for(device)
     if offload is not None:
@@ -124,25 +118,32 @@ def assemble(
         for optimizer in optimizers
         if any(param in fqn_of for group in optimizer.param_groups for param in group["params"])
     }
-    reasons = []
-    if offload is None:
-        reasons.append("masters and optimizer states are on the device: offload is None")
-    else:
-        reasons.append(f"the {offload.engine!r} engine steps on the host, synchronously in this version")
-        if why_held is None:
-            for engine in engines.values():
-                engine.transport.stream()
-            reasons.append("gradients leave for the host during backward: nothing of yours reads param.grad")
-        else:
-            reasons.append(f"gradients stay in param.grad until the step: {why_held}")
-        if why_awaited is not None:
-            reasons.append(f"uploads are awaited right after the step: {why_awaited}")
+    if offload is not None and why_held is None:
+        for engine in engines.values():
+            engine.transport.stream()
     compiled = is_compiled(module)
+    reasons = _reasons(offload, why_held, why_awaited, compiled)
     per_module = offload is not None and offload.engine == "superoffload" and why_held is None and not compiled
-    if offload is not None and compiled:
-        reasons.append("uploads are awaited at the start of the training step: the model is compiled")
     gates = [PublishGates(module, e.transport, per_module=per_module) for e in engines.values() if offload is not None]
     return Assembly(module, engines, gates, link, device, zero, offload, precision, update, reasons)
+
+
+def _reasons(
+    offload: OffloadConfig | None, why_held: str | None, why_awaited: str | None, is_model_compiled: bool
+) -> list[str]:
+    """One sentence per choice, for `explain()`."""
+    if offload is None:
+        return ["masters and optimizer states are on the device: offload is None"]
+    reasons = [f"the {offload.engine!r} engine steps on the host, synchronously in this version"]
+    if why_held is None:
+        reasons.append("gradients leave for the host during backward: nothing of yours reads param.grad")
+    else:
+        reasons.append(f"gradients stay in param.grad until the step: {why_held}")
+    if why_awaited is not None:
+        reasons.append(f"uploads are awaited right after the step: {why_awaited}")
+    if is_model_compiled:
+        reasons.append("uploads are awaited at the start of the training step: the model is compiled")
+    return reasons
 
 
 def _unit_bytes(zero: ZeroConfig, offload: OffloadConfig | None) -> int:
@@ -159,6 +160,12 @@ def _state_maker(link: Link | None, offload: OffloadConfig | None) -> Callable[[
 
 def _check_parameters(module: nn.Module, optimizers: Sequence[Optimizer], fqn_of: dict[nn.Parameter, str]) -> None:
     name = type(module).__name__
+    lazy = [fqn for param, fqn in fqn_of.items() if is_lazy(param)]
+    if lazy:
+        raise SuperScaleError(
+            f"parameter {lazy[0]!r} has no shape yet. Run one batch through {name} in configure_model(), so that its "
+            "lazy modules are initialised before the optimizer's memory is planned."
+        )
     trainable = [fqn for param, fqn in fqn_of.items() if param.requires_grad]
     if not trainable:
         raise SuperScaleError(
