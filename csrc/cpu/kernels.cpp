@@ -119,8 +119,8 @@ struct Same<A, A> {
     static constexpr bool value = true;
 };
 
-// [Note: Division by a constant] With two updates in one loop the divider is the bottleneck, so one of
-// them takes x / c without it where the processor fuses (in a single update that was measured to cost more than it
+// [Note: Division by a constant] With two updates in one loop the divider is the bottleneck, so both
+// take x / c without it where the processor fuses (in a single update that was measured to cost more than it
 // saves). y + y_rest is 1 / c to twice fp32's precision, so q is off by barely more than half an ulp, the
 // remainder x - q c is exact, and y is the correctly rounded 1 / c: then q + remainder * y, fused, is the correctly
 // rounded quotient (Markstein 1990, IBM J. Res. Dev. 34(1), theorem 8.1). x is a square root of a float or zero
@@ -272,7 +272,7 @@ void commit_peek(const AdamwArgs &a, int64_t n, BlockStats *out) {
         const float ahead = G::load(next[i + j]) * next_k.grad_scale;
         seen[j] = ahead;
         float pi = p[i + j], mi = M::load(m[i + j]), vi = V::load(v[i + j]);
-        update<false, Divide::plainly>(pi, mi, vi, G::load(g[i + j]) * k.grad_scale, k);
+        update<false, Divide::by_remainder>(pi, mi, vi, G::load(g[i + j]) * k.grad_scale, k);
         const auto ms = M::store(mi);
         const auto vs = V::store(vi);
         p[i + j] = pi;
