@@ -8,7 +8,7 @@ export PYTHONUNBUFFERED := 1
 # torch's threads spin while they wait, which on busy cores slows a step many times over; let them sleep.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: setup demo test test-fast test-all test-peers check format wheel bench gpu clean
+.PHONY: setup demo test test-fast test-all check format wheel bench gpu clean
 
 setup: $(STAMP)
 
@@ -34,11 +34,6 @@ test-fast: setup
 
 test-all: setup
 	LSS_TEST_ALL=1 $(BIN)/python -m pytest
-
-# Tests that need DeepSpeed, in an environment of their own.
-test-peers: setup
-	bash benchmarks/peers.sh $(VENV)-peers
-	$(VENV)-peers/bin/python -m pytest -m peers
 
 check: setup
 	$(BIN)/ruff check .

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes an environment that holds DeepSpeed beside this package, for comparisons and `make test-peers`.
+# Makes an environment that holds DeepSpeed beside this package, for comparisons.
 # Nothing of the package depends on it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
