@@ -10,14 +10,6 @@ class SuperScaleError(RuntimeError):
     """A setting, a model or a state that lightning-superscale can't train with."""
 
 
-class CheckpointError(SuperScaleError):
-    """A checkpoint that can't be written, read or matched to the model."""
-
-
-class SequenceParallelError(SuperScaleError):
-    """A model or batch that sequence parallelism can't split."""
-
-
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """A hint such as `; did you mean 'cpu'?`, or nothing when no choice is close."""
     close = difflib.get_close_matches(word, list(choices), n=1)

@@ -46,14 +46,6 @@ def register_with(lightning_name: str) -> None:
                 registry.register(key, LazyStrategy(binding, class_name), description=description)
 
 
-def register_loaded() -> list[str]:
-    """Register with every Lightning that is imported; returns their names."""
-    loaded = [name for name in BINDINGS if f"{name}.strategies" in sys.modules]
-    for name in loaded:
-        register_with(name)
-    return loaded
-
-
 def binding_module() -> Any:
     """Our plugins for the Lightning in use: the one that is imported, `lightning.pytorch` if both or none are."""
     for name in BINDINGS:

@@ -98,10 +98,6 @@ class BucketTransport:
         hook: RemovableHandle = param.register_post_accumulate_grad_hook(self._on_grad)  # type: ignore[no-untyped-call]
         return hook
 
-    @property
-    def is_streamed(self) -> bool:
-        return self._is_streamed
-
     @contextmanager
     def blocked(self) -> Iterator[None]:
         """While open, gradients accumulate in `param.grad`: more micro-batches of the step follow."""
