@@ -60,7 +60,9 @@ class ParamSlice:
 
     @property
     def local_shape(self) -> tuple[int, ...]:
-        return (self.rows[1] - self.rows[0], *self.spec.shape[1:]) if self.spec.shape else ()
+        if not self.spec.shape and self.numel:
+            return ()
+        return (self.rows[1] - self.rows[0], *self.spec.shape[1:])
 
     @property
     def global_offset(self) -> int:

@@ -28,7 +28,9 @@ class OffloadableUnit(Protocol):
     @property
     def shard(self) -> UnitLayout: ...
     @property
-    def weights(self) -> Tensor: ...
+    def dtype(self) -> torch.dtype: ...
+    def local_rows(self, i: int) -> Tensor: ...
+    def inbox(self) -> Tensor: ...
 
 
 def host_bytes(numel: int, dtype: torch.dtype, *, has_moments: bool) -> int:
@@ -62,9 +64,8 @@ class HostState:
     def __init__(
         self, unit: OffloadableUnit, link: Link, arena: HostArena, *, has_moments: bool, is_pinned: bool
     ) -> None:
-        numel, dtype = unit.shard.shard_numel, unit.weights.dtype
+        numel, dtype = unit.shard.shard_numel, unit.dtype
         self.unit = unit
-        self.is_shared = False
         self._link = link
         is_low_precision = dtype != torch.float32
         is_pinned = is_pinned and link.needs_pinned_host()
@@ -73,9 +74,16 @@ class HostState:
         self.exp_avg = arena.zeros(numel, torch.float32, is_pinned=False) if has_moments else None
         self.exp_avg_sq = arena.zeros(numel, torch.float32, is_pinned=False) if has_moments else None
         self._grads = arena.zeros(numel, dtype, is_pinned=is_pinned)
-        self.weight_out = self._grads if is_low_precision else None
+        self._weight_out = self._grads if is_low_precision else None
         self._arrivals: dict[int, LinkEvent] = {}
         self.reload(range(len(unit.shard.slices)))
+
+    def master_of(self, i: int) -> Tensor:
+        piece = self.unit.shard.slices[i]
+        return self.master[piece.offset : piece.offset + piece.numel]
+
+    def weight_out_of(self, i: int) -> Tensor | None:
+        return None if self._weight_out is None else self._grad_slice(i)
 
     def receive(self, slices: Sequence[tuple[int, Tensor]]) -> None:
         for i, grad in slices:
@@ -104,19 +112,20 @@ class HostState:
 
     def upload(self, stepped: Sequence[int]) -> UploadEvent:
         """Send new weights. Only of stepped slices: elsewhere the shared buffer may hold anything."""
-        source = self.master if self.weight_out is None else self.weight_out
+        source = self.master if self._weight_out is None else self._weight_out
+        inbox = self.unit.inbox()
         if len(stepped) == len(self.unit.shard.slices):
-            return UploadEvent([self._link.h2d(self.unit.weights, source)])
+            return UploadEvent([self._link.h2d(inbox, source)])
         pieces = [self.unit.shard.slices[i] for i in stepped]
         spans = [slice(piece.offset, piece.offset + piece.numel) for piece in pieces]
-        return UploadEvent([self._link.h2d(self.unit.weights[span], source[span]) for span in spans])
+        return UploadEvent([self._link.h2d(inbox[span], source[span]) for span in spans])
 
     def reload(self, slices: Sequence[int]) -> None:
         for i in slices:
             piece = self.unit.shard.slices[i]
             span = slice(piece.offset, piece.offset + piece.numel)
             weights = torch.empty(piece.numel, dtype=self._grads.dtype)
-            self._link.d2h(weights, self.unit.weights[span]).synchronize()
+            self._link.d2h(weights, self.unit.local_rows(i)).synchronize()
             follow_weights(self.master[span], weights)
 
     def release(self) -> None:

@@ -17,8 +17,10 @@ from lightning_superscale.offload.host_memory import HostArena, check_host_memor
 from lightning_superscale.offload.link import Link, link_for
 from lightning_superscale.ops.update import UpdatePath, update_path
 from lightning_superscale.plan import ByteClass, ParallelPlan
+from lightning_superscale.zero.buckets import BucketTransport
 from lightning_superscale.zero.engine import OptimizerEngine
 from lightning_superscale.zero.gates import PublishGates, is_compiled
+from lightning_superscale.zero.ranks import single_rank
 from lightning_superscale.zero.states import ResidentState, UnitState
 from lightning_superscale.zero.units import ShardUnit
 
@@ -106,11 +108,15 @@ def assemble(
     where = torch.device("cpu") if offload is not None else device
     update = update_path(where, None if offload is None or offload.cpu_threads == "auto" else offload.cpu_threads)
     make_state = _state_maker(link, offload)
+    ranks = single_rank()
     engines = {
         optimizer: OptimizerEngine(
             optimizer,
             fqn_of=fqn_of,
-            unit_bytes=_unit_bytes(zero, offload),
+            ranks=ranks,
+            make_transport=lambda sink: BucketTransport(
+                [], unit_bytes=_unit_bytes(zero, offload), sink=sink, ranks=ranks
+            ),
             make_state=make_state,
             submit_update=update.submit,
             error_if_nonfinite=error_if_nonfinite,
@@ -227,14 +233,13 @@ def _byte_classes(module: nn.Module, engines: Iterable[OptimizerEngine], is_offl
         row[1 if is_offloaded and name not in ("weights", "gradients", "frozen weights", "buffers") else 0] += nbytes
 
     for unit, state in pairs:
-        add("weights", unit.weights)
-        add("gradients", unit.weights)
-        if not state.is_shared:
-            add("master weights", state.master)
+        add("weights", unit.params[0], unit.weight_numel)
+        add("gradients", unit.params[0], unit.weight_numel)
+        add("master weights", state.master)
         add("optimizer states", state.exp_avg)
         add("optimizer states", state.exp_avg_sq)
         if is_offloaded:
-            add("transfer buffers", unit.weights)
+            add("transfer buffers", unit.params[0], unit.shard.shard_numel)
     for param in module.parameters():
         if param not in in_units:
             add("frozen weights", param)

@@ -1,25 +1,30 @@
-"""Bucket transport: plain parameters that view flat buffers, gradients taken by post-accumulate hooks.
-
-Rules that make every autograd program right (two backward calls, reused blocks, reentrant checkpoints,
-branches, losses with retained graphs):
-
-1. A backward call is never final; `optimizer.step()` is. Nothing counts used parameters.
-2. Reduction is linear, so a late gradient is one more delta.
-3. Units are collected in index order at the step, on every rank.
-"""
+"""Bucket transport (ZeRO-0/1/2): plain parameters that view flat buffers, gradients taken by post-accumulate hooks."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_superscale.comm.collectives import Pending
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.layout import ParamSpec, split_into_units
+from lightning_superscale.zero.bucket_unit import BucketUnit
+from lightning_superscale.zero.held import HeldGradients
+from lightning_superscale.zero.ranks import Ranks
+from lightning_superscale.zero.reduction import GradientReducer
 from lightning_superscale.zero.units import DeltaSink, GradientDelta, PublishEvent, ShardUnit
+
+
+class _Gather(NamedTuple):
+    """New weights under way from the other ranks."""
+
+    pending: Pending
+    stepped: Sequence[int]
 
 
 class BucketTransport:
@@ -31,8 +36,11 @@ class BucketTransport:
     Args:
         named_params: trainable parameters without duplicates, in registration order.
         unit_bytes: upper bound of a unit's weights.
-        sink: receives every delta, in the order in which autograd accumulated them.
-        shard_rank, shard_world_size: this rank's place on the shard axis.
+        sink: receives every delta.
+        ranks: the other ranks.
+        label: names the optimizer in errors.
+        no_sync: micro-batches before the last of a step accumulate in `param.grad`, so that ranks talk once
+            per step; False reduces each, so that no rank holds whole gradients between them.
     """
 
     def __init__(
@@ -41,41 +49,47 @@ class BucketTransport:
         *,
         unit_bytes: int,
         sink: DeltaSink,
-        shard_rank: int = 0,
-        shard_world_size: int = 1,
+        ranks: Ranks,
+        label: str = "optimizer",
+        no_sync: bool = True,
     ) -> None:
         self._unit_bytes = unit_bytes
         self._sink = sink
-        self._shard_rank = shard_rank
-        self._shard_world_size = shard_world_size
-        self._place: dict[nn.Parameter, tuple[ShardUnit, int]] = {}
+        self._ranks = ranks
+        self._no_sync = no_sync or self.is_local
+        self._reducer = GradientReducer(ranks, label, sink)
+        self._held = HeldGradients(ranks, label)
+        self._place: dict[nn.Parameter, tuple[BucketUnit, int]] = {}
         self._hooks: list[RemovableHandle] = []
         self._is_streamed = False
         self._is_blocked = False
         # Per unit: gradients that wait for the rest of their unit, and whether it was sent this step.
         self._waiting: dict[int, dict[int, Tensor]] = {}
         self._sent: set[int] = set()
-        self._published: dict[int, PublishEvent] = {}
-        self.units: list[ShardUnit] = []
+        self._uploads: dict[int, PublishEvent] = {}
+        self._gathers: dict[int, _Gather] = {}
+        self.units: list[BucketUnit] = []
         self.add_params(named_params)
 
-    def add_params(self, named_params: Sequence[tuple[str, nn.Parameter]]) -> list[ShardUnit]:
+    @property
+    def is_local(self) -> bool:
+        return self._ranks.mesh.is_single
+
+    def add_params(self, named_params: Sequence[tuple[str, nn.Parameter]]) -> list[BucketUnit]:
         """Move parameters into new units, last registered first: about the order of their gradients."""
         by_kind: dict[tuple[torch.dtype, torch.device], list[tuple[str, nn.Parameter]]] = {}
         for fqn, param in reversed(named_params):
             by_kind.setdefault((param.dtype, param.device), []).append((fqn, param))
+        axis = self._ranks.mesh.shard
         added = []
         for (dtype, _), group in by_kind.items():
             params = dict(group)
             specs = [ParamSpec(fqn, tuple(param.shape)) for fqn, param in group]
             for members in split_into_units(specs, max(1, self._unit_bytes // dtype.itemsize)):
-                unit = ShardUnit(
-                    len(self.units),
-                    [(spec.fqn, params[spec.fqn]) for spec in members],
-                    self._shard_rank,
-                    self._shard_world_size,
-                )
+                named = [(spec.fqn, params[spec.fqn]) for spec in members]
+                unit = BucketUnit(len(self.units), named, axis.rank, axis.size)
                 self.units.append(unit)
+                self._reducer.add_unit(unit)
                 added.append(unit)
                 for i, param in enumerate(unit.params):
                     self._place[param] = (unit, i)
@@ -83,7 +97,7 @@ class BucketTransport:
                         self._hooks.append(self._hooked(param))
         return added
 
-    def place_of(self, param: nn.Parameter) -> tuple[ShardUnit, int] | None:
+    def place_of(self, param: nn.Parameter) -> tuple[BucketUnit, int] | None:
         """The unit of a parameter and its index there, or None when no unit holds it."""
         return self._place.get(param)
 
@@ -94,14 +108,19 @@ class BucketTransport:
         self._is_streamed = True
         self._hooks += [self._hooked(param) for param in self._place]
 
+    def watch_edits(self) -> None:
+        """Refuse, at the step, held gradients that somebody changed in place: they are only this rank's share."""
+        if not self.is_local:
+            self._held.watch(self._place)
+
     def _hooked(self, param: nn.Parameter) -> RemovableHandle:
         hook: RemovableHandle = param.register_post_accumulate_grad_hook(self._on_grad)  # type: ignore[no-untyped-call]
         return hook
 
     @contextmanager
     def blocked(self) -> Iterator[None]:
-        """While open, gradients accumulate in `param.grad`: more micro-batches of the step follow."""
-        before, self._is_blocked = self._is_blocked, True
+        """While open, more micro-batches of the step follow: with no_sync, gradients accumulate in `param.grad`."""
+        before, self._is_blocked = self._is_blocked, self._no_sync
         try:
             yield
         finally:
@@ -112,6 +131,10 @@ class BucketTransport:
             return
         unit, i = self._place[param]
         grad = self._take(unit, i)
+        if not self.is_local:
+            self._reducer.put(unit, i, grad)
+            self._reducer.launch_complete()
+            return
         if unit.index in self._sent:
             # A second backward of this step, or a block used again by a reentrant checkpoint.
             self._sink(GradientDelta(unit, [(i, grad)]))
@@ -124,7 +147,7 @@ class BucketTransport:
         if len(waiting) == len(unit.params):
             self._send(unit)
 
-    def _take(self, unit: ShardUnit, i: int) -> Tensor:
+    def _take(self, unit: BucketUnit, i: int) -> Tensor:
         param = unit.params[i]
         grad = param.grad
         if grad is None:
@@ -133,57 +156,102 @@ class BucketTransport:
         param.grad = None
         return grad.detach().reshape(-1)
 
-    def _send(self, unit: ShardUnit) -> None:
+    def _send(self, unit: BucketUnit) -> None:
         waiting = self._waiting.pop(unit.index)
         self._sent.add(unit.index)
         self._sink(GradientDelta(unit, sorted(waiting.items())))
+
+    def average_held(self) -> None:
+        """Make held gradients what every rank would see under DDP: averages. Every rank calls it after backward."""
+        if not self.is_local and not self._is_streamed:
+            self._held.average(self.units)
 
     def collect(self) -> None:
         """Send what the step still lacks: held gradients, and units of which only a part arrived.
 
         Held gradients stay visible in `param.grad` until the user's `zero_grad()`, as in plain PyTorch.
         """
-        for unit in self.units:
-            if unit.index in self._waiting:
-                self._send(unit)
-            slices = []
-            for i, param in enumerate(unit.params):
-                if param.grad is None:
-                    continue
-                if self._is_streamed:
-                    slices.append((i, self._take(unit, i)))
-                else:
-                    _check_dense(unit, i, param.grad)
-                    slices.append((i, param.grad.detach().reshape(-1)))
-            if slices:
-                self._sink(GradientDelta(unit, slices))
-        self._sent.clear()
+        if self.is_local:
+            for unit in self.units:
+                if unit.index in self._waiting:
+                    self._send(unit)
+                slices = self._left_in_params(unit)
+                if slices:
+                    self._sink(GradientDelta(unit, slices))
+            self._sent.clear()
+        elif self._held.is_averaged:
+            self._held.hand_over(self.units, self._sink)
+        else:
+            self._collect_over_ranks()
+
+    def _collect_over_ranks(self) -> None:
+        error: SuperScaleError | None = None
+        try:
+            for unit in self.units:
+                for i, grad in self._left_in_params(unit):
+                    self._held.check_unedited(unit.params[i], unit.full.slices[i].fqn)
+                    self._reducer.put(unit, i, grad)
+        except SuperScaleError as found:
+            error = found  # the other ranks are on their way into the agreement
+        self._reducer.finish(error)
+
+    def _left_in_params(self, unit: BucketUnit) -> list[tuple[int, Tensor]]:
+        slices = []
+        for i, param in enumerate(unit.params):
+            if param.grad is None:
+                continue
+            if self._is_streamed:
+                slices.append((i, self._take(unit, i)))
+            else:
+                _check_dense(unit, i, param.grad)
+                slices.append((i, param.grad.detach().reshape(-1)))
+        return slices
 
     def discard(self) -> None:
         """Forget gradients of an interrupted step."""
         self._waiting.clear()
         self._sent.clear()
+        self._reducer.discard()
+        self._held.discard()
 
     # Weights
 
-    def publish(self, unit: ShardUnit, event: PublishEvent | None) -> None:
-        """Note that new weights are on their way into `unit.weights`."""
-        if event is not None:
-            self._published[unit.index] = event
+    def publish(self, unit: ShardUnit, event: PublishEvent | None, stepped: Sequence[int]) -> None:
+        """Note that new weights are on their way into `unit.weights`; gather them from the ranks that hold them."""
+        bucket = self.units[unit.index]
+        if bucket.is_whole:
+            if event is not None:
+                self._uploads[bucket.index] = event
+            return
+        if event is None:
+            bucket.pack_rows(stepped)
+        else:
+            event.wait()
+        self._gathers[bucket.index] = _Gather(self._ranks.shard.all_gather(bucket.gathered()), stepped)
 
     def wait_published(self, units: Iterable[ShardUnit]) -> None:
         """Return when whatever runs next sees the new weights of these units."""
         for unit in units:
-            event = self._published.pop(unit.index, None)
-            if event is not None:
-                event.wait()
+            upload = self._uploads.pop(unit.index, None)
+            if upload is not None:
+                upload.wait()
+            gather = self._gathers.pop(unit.index, None)
+            if gather is not None:
+                gather.pending.wait()
+                self.units[unit.index].unpack_gathered(gather.stepped)
 
     def wait_all_published(self) -> None:
         self.wait_published(self.units)
 
+    def abandon(self) -> None:
+        """Stop waiting for other ranks: one of them failed, and what is under way may never arrive."""
+        self.discard()
+        self._gathers.clear()
+
     def close(self) -> None:
         """Remove every hook and give parameters their own storage back."""
         self.wait_all_published()
+        self._held.close()
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -191,7 +259,7 @@ class BucketTransport:
             unit.release()
 
 
-def _check_dense(unit: ShardUnit, i: int, grad: Tensor) -> None:
+def _check_dense(unit: BucketUnit, i: int, grad: Tensor) -> None:
     if grad.layout != torch.strided:
         raise SuperScaleError(
             f"parameter {unit.full.slices[i].fqn!r} has a gradient of layout {grad.layout}; expected a dense one. "

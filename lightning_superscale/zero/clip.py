@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_superscale.errors import SuperScaleError
+from lightning_superscale.ops.flat import sumsq
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,14 @@ def joined(requests: Sequence[ClipRequest], new: ClipRequest) -> list[ClipReques
 def grad_norms(grads: Sequence[Tensor]) -> Tensor:
     """2-norm of each gradient, fp32 [len(grads)], as `torch.nn.utils.clip_grad_norm_` takes them of fp32 gradients."""
     return torch.stack([torch.linalg.vector_norm(grad, 2, dtype=torch.float32) for grad in grads])
+
+
+def grad_sumsq(grads: Sequence[Tensor]) -> Tensor:
+    """Sum of squares of each gradient, fp64 [len(grads)], on the host: shards add up to the same norm however cut."""
+    host = [torch.tensor(sumsq(g.contiguous()), dtype=torch.float64) if g.device.type == "cpu" else None for g in grads]
+    rest = [torch.linalg.vector_norm(g, 2, dtype=torch.float64) ** 2 for g in grads if g.device.type != "cpu"]
+    on_host = iter(torch.stack(rest).cpu() if rest else ())
+    return torch.stack([value if value is not None else next(on_host) for value in host])
 
 
 def total_norm(norms: Tensor) -> Tensor:

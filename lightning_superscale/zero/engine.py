@@ -15,27 +15,30 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_superscale.comm.collectives import control_sum, gather_objects
 from lightning_superscale.errors import SuperScaleError
+from lightning_superscale.layout import ParamSlice
 from lightning_superscale.ops.update import StatsSource
-from lightning_superscale.zero.buckets import BucketTransport
 from lightning_superscale.zero.clip import (
     ClipByNorm,
     ClipByValue,
     ClipRequest,
     clip_coefficient,
     grad_norms,
+    grad_sumsq,
     joined,
     total_norm,
 )
 from lightning_superscale.zero.due import Due
 from lightning_superscale.zero.guard import StepGuard
 from lightning_superscale.zero.native_step import NativeStep, SubmitUpdate
+from lightning_superscale.zero.optimizer_state import MASTER_KEY, pack_state, unpack_state
 from lightning_superscale.zero.own_step import OwnStep
+from lightning_superscale.zero.ranks import Ranks
 from lightning_superscale.zero.rules import reason_not_native
 from lightning_superscale.zero.states import UnitState, master_slice
-from lightning_superscale.zero.units import GradientDelta, ShardUnit
-
-MASTER_KEY = "master_param"
+from lightning_superscale.zero.transport import Transport
+from lightning_superscale.zero.units import DeltaSink, GradientDelta, ShardUnit
 
 
 @dataclass(slots=True)
@@ -54,7 +57,8 @@ class OptimizerEngine:
     Args:
         optimizer: the user's, as `configure_optimizers` returned it.
         fqn_of: names of the module's parameters, in registration order.
-        unit_bytes: upper bound of a unit's weights.
+        ranks: the other ranks.
+        make_transport: builds the empty transport that feeds a sink.
         make_state: builds the state of a unit (second argument: with moments or without); decides where
             masters and moments live.
         submit_update: starts a native update of segments and returns a handle with `wait()`.
@@ -66,12 +70,14 @@ class OptimizerEngine:
         optimizer: Optimizer,
         *,
         fqn_of: Mapping[nn.Parameter, str],
-        unit_bytes: int,
+        ranks: Ranks,
+        make_transport: Callable[[DeltaSink], Transport],
         make_state: Callable[[ShardUnit, bool], UnitState],
         submit_update: SubmitUpdate,
         error_if_nonfinite: bool = False,
     ) -> None:
         self.optimizer = optimizer
+        self.ranks = ranks
         self.reason_not_native = reason_not_native(optimizer)
         self.seconds = StepSeconds()
         self._fqn_of = fqn_of
@@ -87,11 +93,11 @@ class OptimizerEngine:
         self._last_stats: Sequence[StatsSource] = ()
         self._seen_versions: dict[nn.Parameter, int] = {}
         self.states: list[UnitState] = []
-        self.transport = BucketTransport([], unit_bytes=unit_bytes, sink=self._receive)
-        own = set(self._params())
+        self.transport = make_transport(self._receive)
+        own = set(self.params())
         self._adopt([p for p in fqn_of if p in own and p.requires_grad])
 
-    def _params(self) -> Iterator[nn.Parameter]:
+    def params(self) -> Iterator[nn.Parameter]:
         for group in self.optimizer.param_groups:
             yield from group["params"]
 
@@ -130,7 +136,7 @@ class OptimizerEngine:
             state.clear_grads()
 
     def _gather_due(self) -> list[Due]:
-        late = [p for p in self._params() if p.grad is not None and self.transport.place_of(p) is None]
+        late = [p for p in self.params() if p.grad is not None and self.transport.place_of(p) is None]
         if late:
             self._adopt(late)
         self.transport.collect()
@@ -202,17 +208,33 @@ class OptimizerEngine:
         self._last_norm, self._last_stats = None, ()
         if not due or (max_norm is None and not self._error_if_nonfinite):
             return 1.0, clip_value
-        norms = grad_norms([item.grad for item in due])
-        self._last_norm = total_norm(norms)
+        norms, self._last_norm = self._norms(due)
         if self._error_if_nonfinite and not bool(self._last_norm.isfinite()):
             self._raise_nonfinite(due, norms)
         if max_norm is None:
             return 1.0, clip_value
         return float(clip_coefficient(self._last_norm, max_norm)), clip_value
 
+    def _norms(self, due: Sequence[Due]) -> tuple[Tensor, Tensor]:
+        """The norm of each gradient, as far as this rank has it, and of all gradients on all ranks."""
+        grads = [item.grad for item in due]
+        if self.ranks.mesh.shard.size == 1:
+            norms = grad_norms(grads)
+            return norms, total_norm(norms)
+        sums = grad_sumsq(grads)
+        return sums.sqrt().float(), self._norm_over_ranks(float(sums.sum()))
+
+    def _norm_over_ranks(self, sumsq: float) -> Tensor:
+        """The 2-norm of all shards from this rank's sum of squares; fp32 scalar. Every rank calls it."""
+        mesh = self.ranks.mesh
+        total = control_sum(mesh, torch.tensor([sumsq], dtype=torch.float64)) / mesh.replicate.size
+        return total[0].sqrt().float()
+
     def _raise_nonfinite(self, due: Sequence[Due], norms: Tensor) -> None:
         is_bad = (~norms.isfinite()).tolist()
-        bad = [self._fqn_of[item.param] for item, flag in zip(due, is_bad, strict=True) if flag]
+        here = {self._fqn_of[item.param] for item, flag in zip(due, is_bad, strict=True) if flag}
+        anywhere = here.union(*gather_objects(self.ranks.mesh, here))
+        bad = [fqn for fqn in self._fqn_of.values() if fqn in anywhere]
         shown = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
         raise SuperScaleError(
             f"error_if_nonfinite: the gradients of {len(bad)} of {len(due)} parameters are NaN or infinite "
@@ -222,7 +244,7 @@ class OptimizerEngine:
 
     def _publish(self, unit: ShardUnit, stepped: Sequence[int]) -> None:
         start = time.perf_counter()
-        self.transport.publish(unit, self.states[unit.index].upload(stepped))
+        self.transport.publish(unit, self.states[unit.index].upload(stepped), stepped)
         self.seconds.publish += time.perf_counter() - start
 
     # Optimizers that run themselves
@@ -230,7 +252,7 @@ class OptimizerEngine:
     @property
     def is_passthrough(self) -> bool:
         """Whether the user's optimizer can step the module's own parameters as if we were not there."""
-        return self._rule is self._own and not self._own.has_stand_ins
+        return self._rule is self._own and self.transport.is_local and not self._own.has_stand_ins
 
     def passthrough_step(self, closure: Callable[[], Any]) -> Any:
         """Let it."""
@@ -259,18 +281,8 @@ class OptimizerEngine:
     # State
 
     def state_dict(self) -> dict[str, Any]:
-        """`optimizer.state_dict()` in torch's own format, with each parameter's fp32 master beside its moments.
-
-        A plain optimizer loads it and ignores the masters.
-        """
-        packed: dict[str, Any] = self.optimizer.state_dict()
-        packed["state"] = {index: dict(state) for index, state in packed["state"].items()}
-        for index, param in enumerate(self._params()):
-            place = self.transport.place_of(param)
-            if place is not None and param.dtype != torch.float32:
-                unit, i = place
-                packed["state"].setdefault(index, {})[MASTER_KEY] = master_slice(unit, self.states[unit.index], i)
-        return packed
+        """The optimizer's whole state in torch's own format, with fp32 masters (see `pack_state`)."""
+        return pack_state(self)
 
     def load_state_dict(self, packed: Mapping[str, Any]) -> None:
         """Load what `state_dict()` of this or of a plain optimizer of the same type returned.
@@ -278,35 +290,32 @@ class OptimizerEngine:
         Raises:
             SuperScaleError: parameter groups of other sizes.
         """
-        groups, own_groups = packed["param_groups"], self.optimizer.param_groups
-        if [len(g["params"]) for g in groups] != [len(g["params"]) for g in own_groups]:
-            raise SuperScaleError(
-                f"the checkpoint's {type(self.optimizer).__name__} has parameter groups of "
-                f"{[len(g['params']) for g in groups]} parameters, this run's has "
-                f"{[len(g['params']) for g in own_groups]}. Build the optimizer as it was when it was saved."
-            )
-        for group, own_group in zip(groups, own_groups, strict=True):
-            own_group.update({key: value for key, value in group.items() if key != "params"})
-        saved_index = [index for group in groups for index in group["params"]]
-        self.optimizer.state.clear()
-        for index, param in zip(saved_index, self._params(), strict=True):
-            saved = packed["state"].get(index)
-            if saved is not None:
-                self._load_param_state(param, saved)
+        unpack_state(self, packed)
 
-    def _load_param_state(self, param: nn.Parameter, saved: Mapping[str, Any]) -> None:
+    def piece_of(self, param: nn.Parameter) -> ParamSlice | None:
+        """This rank's rows of a parameter; None for one that is not trained."""
+        place = self.transport.place_of(param)
+        return None if place is None else place[0].shard.slices[place[1]]
+
+    def master_of(self, param: nn.Parameter) -> Tensor | None:
+        """This rank's rows of a parameter's fp32 master; None for one that is its own."""
+        place = self.transport.place_of(param)
+        if place is None or param.dtype == torch.float32:
+            return None
+        return master_slice(place[0], self.states[place[0].index], place[1])
+
+    def load_param_state(self, param: nn.Parameter, state: Mapping[str, Any], master: Tensor | None) -> None:
+        """Take over one parameter's saved state, rows of this rank."""
         if self.transport.place_of(param) is None:
             self._adopt([param])
         place = self.transport.place_of(param)
         if place is None:
             raise AssertionError("a parameter that was just adopted has no unit")
         unit, i = place
-        state = self.states[unit.index]
-        if MASTER_KEY in saved:
-            master_slice(unit, state, i).copy_(saved[MASTER_KEY])
-        rest = {key: value for key, value in saved.items() if key != MASTER_KEY}
-        if rest:
-            self._rule.load(param, unit, state, i, rest)
+        if master is not None:
+            master_slice(unit, self.states[unit.index], i).copy_(master)
+        if state:
+            self._rule.load(param, unit, self.states[unit.index], i, state)
 
     def reload_masters(self) -> None:
         """Follow the module's weights, after somebody loaded those."""
@@ -316,13 +325,19 @@ class OptimizerEngine:
     def grad_norm(self) -> Tensor:
         """Global 2-norm of the gradients of the last step, before clipping; fp32 scalar on the CPU.
 
+        Every rank calls it, where states are sharded.
+
         Raises:
             SuperScaleError: no step with gradients has been taken, or the optimizer steps itself.
         """
         if self._last_norm is not None:
             return self._last_norm.detach().cpu()
         if self._last_stats:
-            return torch.tensor(sum(s.sumsq for source in self._last_stats for s in source()) ** 0.5)
+            here = sum(s.sumsq for source in self._last_stats for s in source())
+            if self.ranks.mesh.shard.size == 1:
+                return torch.tensor(here**0.5)
+            self._last_norm = self._norm_over_ranks(here)
+            return self._last_norm
         raise SuperScaleError(
             "grad_norm() is known after an optimizer step of Adam or AdamW, or after one with clipping by norm; "
             "neither has happened yet."
@@ -333,11 +348,10 @@ class OptimizerEngine:
 
         Masters go into the optimizer's state, so that a checkpoint saved after training still has them.
         """
-        for param in self._params():
-            place = self.transport.place_of(param)
-            if place is not None and param.dtype != torch.float32 and param in self.optimizer.state:
-                unit, i = place
-                self.optimizer.state[param][MASTER_KEY] = master_slice(unit, self.states[unit.index], i)
+        for param in self.params():
+            master = self.master_of(param)
+            if master is not None and param in self.optimizer.state:
+                self.optimizer.state[param][MASTER_KEY] = master
         self._guard.remove()
         self.transport.close()
         for state in self.states:

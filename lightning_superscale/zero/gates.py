@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_superscale.zero.buckets import BucketTransport
+from lightning_superscale.zero.transport import Transport
 from lightning_superscale.zero.units import ShardUnit
 
 
@@ -28,7 +28,7 @@ class PublishGates:
             break their graphs; held gradients: nothing observes them).
     """
 
-    def __init__(self, root: nn.Module, transport: BucketTransport, *, per_module: bool) -> None:
+    def __init__(self, root: nn.Module, transport: Transport, *, per_module: bool) -> None:
         self._transport = transport
         self._hooks: list[RemovableHandle] = []
         self._owners: dict[nn.Parameter, list[nn.Module]] = {}

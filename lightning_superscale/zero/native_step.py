@@ -48,7 +48,8 @@ class NativeStep:
                 key = (id(item.group), int(counts[-1]) + 1)
                 if key not in hypers:
                     hypers[key] = hyper_of(self._optimizer, item.group, key[1], grad_scale, clip_value)
-                segments.append(_segment(item, hypers[key]))
+                if item.piece.numel:  # a rank may hold no row of a small parameter
+                    segments.append(_segment(item, hypers[key]))
             handles.append((items, self._submit_update(segments)))
         stats: list[StatsSource] = []
         for items, handle in handles:
@@ -97,12 +98,12 @@ class NativeStep:
 def _segment(item: Due, hyper: AdamWHyper) -> AdamWSegment:
     state, piece = item.state, item.piece
     return AdamWSegment(
-        param=slice_view(state.master, piece),
+        param=state.master_of(item.i),
         exp_avg=slice_view(_present(state.exp_avg), piece),
         exp_avg_sq=slice_view(_present(state.exp_avg_sq), piece),
         grad=item.grad,
         hyper=hyper,
-        weight_out=None if state.weight_out is None else slice_view(state.weight_out, piece),
+        weight_out=state.weight_out_of(item.i),
     )
 
 

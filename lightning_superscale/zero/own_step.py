@@ -32,7 +32,7 @@ class OwnStep:
 
     def attach(self, unit: ShardUnit, state: UnitState) -> None:
         """Make the stand-ins of a unit's parameters."""
-        if state.is_shared:
+        if state.master is None and unit.is_whole:
             return
         for i, param in enumerate(unit.params):
             master = nn.Parameter(master_slice(unit, state, i))
@@ -117,9 +117,10 @@ class OwnStep:
 
     def _publish(self, due: Sequence[Due], publish: Publish) -> None:
         for items in by_unit(due).values():
-            state = items[0].state
-            if state.weight_out is not None:
-                state.weight_out.copy_(state.master)
+            for item in items:
+                weight_out = item.state.weight_out_of(item.i)
+                if weight_out is not None:
+                    weight_out.copy_(item.state.master_of(item.i))
             publish(items[0].unit, [item.i for item in items])
 
     @contextmanager

@@ -15,21 +15,25 @@ from lightning_superscale.zero.units import PublishEvent, ShardUnit, slice_view
 class UnitState(Protocol):
     """What the optimizer engine needs of one unit's states, on whatever device they live.
 
-    All buffers are flat and follow `unit.shard`.
+    Flat buffers follow `unit.shard`.
 
     Attributes:
-        master: fp32 master weights [shard_numel].
+        master: fp32 master weights [shard_numel]; None when the parameters' own rows are the masters.
         exp_avg, exp_avg_sq: moments, or None for an optimizer that keeps states of its own.
-        weight_out: where a step writes new weights in the parameters' 16-bit dtype; None when the
-            parameters are fp32, and then `master` is what is published.
-        is_shared: `master` is the parameters' own storage, so that there is nothing to publish.
     """
 
-    master: Tensor
-    exp_avg: Tensor | None
-    exp_avg_sq: Tensor | None
-    weight_out: Tensor | None
-    is_shared: bool
+    @property
+    def master(self) -> Tensor | None: ...
+    @property
+    def exp_avg(self) -> Tensor | None: ...
+    @property
+    def exp_avg_sq(self) -> Tensor | None: ...
+
+    def master_of(self, i: int) -> Tensor:
+        """fp32 master weights of slice i, 1D."""
+
+    def weight_out_of(self, i: int) -> Tensor | None:
+        """Where a step writes slice i's new weights in the parameters' 16-bit dtype; None when they are fp32."""
 
     def receive(self, slices: Sequence[tuple[int, Tensor]]) -> None:
         """Take gradient deltas: the first of a slice in a step replaces, later ones add."""
@@ -41,7 +45,7 @@ class UnitState(Protocol):
         """Forget this step's gradients."""
 
     def upload(self, stepped: Sequence[int]) -> PublishEvent | None:
-        """Move new weights of the stepped slices to `unit.weights`; None when they are already there."""
+        """Move new weights of the stepped slices to `unit.inbox()`; None when they are in `unit.local_rows()`."""
 
     def reload(self, slices: Sequence[int]) -> None:
         """Follow weights that somebody changed: a master that no longer rounds to its weight becomes that weight."""
@@ -51,17 +55,25 @@ class UnitState(Protocol):
 
 
 class ResidentState:
-    """States on the parameters' own device. On one rank nothing is copied: gradients are used where they are."""
+    """States on the parameters' own device; fp32 parameters are their own masters."""
 
     def __init__(self, unit: ShardUnit, *, has_moments: bool) -> None:
         numel = unit.shard.shard_numel
         self.unit = unit
-        self.is_shared = unit.dtype == torch.float32
-        self.master = unit.weights if self.is_shared else unit.weights.float()
+        self.master: Tensor | None = None
+        if unit.dtype != torch.float32:
+            self.master = torch.zeros(numel, dtype=torch.float32, device=unit.device)
+            for i in range(len(unit.params)):
+                self.master_of(i).copy_(unit.local_rows(i))
         self.exp_avg = torch.zeros(numel, dtype=torch.float32, device=unit.device) if has_moments else None
         self.exp_avg_sq = torch.zeros(numel, dtype=torch.float32, device=unit.device) if has_moments else None
-        self.weight_out = None if self.is_shared else unit.weights
         self._grads: dict[int, Tensor] = {}
+
+    def master_of(self, i: int) -> Tensor:
+        return self.unit.local_rows(i) if self.master is None else slice_view(self.master, self.unit.shard.slices[i])
+
+    def weight_out_of(self, i: int) -> Tensor | None:
+        return None if self.master is None else self.unit.local_rows(i)
 
     def receive(self, slices: Sequence[tuple[int, Tensor]]) -> None:
         for i, grad in slices:
@@ -77,16 +89,13 @@ class ResidentState:
         self._grads.clear()
 
     def upload(self, stepped: Sequence[int]) -> PublishEvent | None:
-        if self.weight_out is None and not self.is_shared:
-            raise AssertionError("resident weights without an output can't be published")
         return None
 
     def reload(self, slices: Sequence[int]) -> None:
-        if self.is_shared:
+        if self.master is None:
             return
         for i in slices:
-            piece = self.unit.shard.slices[i]
-            follow_weights(slice_view(self.master, piece), slice_view(self.unit.weights, piece))
+            follow_weights(self.master_of(i), self.unit.local_rows(i))
 
     def release(self) -> None:
         self._grads.clear()
@@ -94,5 +103,4 @@ class ResidentState:
 
 def master_slice(unit: ShardUnit, state: UnitState, i: int) -> Tensor:
     """Master weights of slice i in the shape of its rows."""
-    piece = unit.shard.slices[i]
-    return slice_view(state.master, piece).view(piece.local_shape)
+    return state.master_of(i).view(unit.shard.slices[i].local_shape)

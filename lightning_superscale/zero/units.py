@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from lightning_superscale.layout import ParamSlice, ParamSpec, UnitLayout, unit_layout
+from lightning_superscale.layout import ParamSlice, UnitLayout
 
 
 class PublishEvent(Protocol):
@@ -18,44 +18,39 @@ class PublishEvent(Protocol):
         """Make whatever runs next on the parameters' device see the new weights."""
 
 
-class ShardUnit:
-    """Parameters of one dtype and device, and the flat buffer that their weights view.
+class ShardUnit(Protocol):
+    """Parameters of one dtype and device that are reduced, stepped and published together.
 
-    Two layouts describe a unit. `full` places whole parameters and is the same on every rank: module
-    parameters view it. `shard` places this rank's rows: gradients, masters and moments follow it. On
-    one rank they are equal, so nothing is copied between them.
+    Every transport has its own kind of unit: `bucket_unit.py` for whole parameters in a flat buffer,
+    `fsdp2_unit.py` for sharded ones. States and engines know only this.
 
     Attributes:
-        weights: [full.shard_numel], the parameters' dtype, on their device.
+        index: the unit's place in its transport; the same on every rank.
+        shard: this rank's rows; gradients, masters and moments follow it.
+        is_whole: this rank's rows are all rows.
+        weight_numel: elements of weights that this rank keeps on the device, padding included.
     """
 
-    def __init__(
-        self, index: int, named_params: Sequence[tuple[str, nn.Parameter]], shard_rank: int, shard_world_size: int
-    ) -> None:
-        specs = [ParamSpec(fqn, tuple(param.shape)) for fqn, param in named_params]
-        self.index = index
-        self.params = tuple(param for _, param in named_params)
-        self.full: UnitLayout = unit_layout(index, specs, 0, 1)
-        self.shard: UnitLayout = unit_layout(index, specs, shard_rank, shard_world_size)
-        first = self.params[0]
-        self.weights = torch.zeros(self.full.shard_numel, dtype=first.dtype, device=first.device)
-        for piece, param in zip(self.full.slices, self.params, strict=True):
-            view = self.weights[piece.offset : piece.offset + piece.numel].view(piece.local_shape)
-            view.copy_(param.detach())
-            param.data = view
-
     @property
-    def dtype(self) -> torch.dtype:
-        return self.weights.dtype
-
+    def index(self) -> int: ...
     @property
-    def device(self) -> torch.device:
-        return self.weights.device
+    def params(self) -> tuple[nn.Parameter, ...]: ...
+    @property
+    def shard(self) -> UnitLayout: ...
+    @property
+    def is_whole(self) -> bool: ...
+    @property
+    def weight_numel(self) -> int: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def device(self) -> torch.device: ...
 
-    def release(self) -> None:
-        """Give every parameter a storage of its own again."""
-        for param in self.params:
-            param.data = param.detach().clone()
+    def local_rows(self, i: int) -> Tensor:
+        """This rank's rows of weight i, 1D [slice.numel]: a view of what forward (or its gather) reads."""
+
+    def inbox(self) -> Tensor:
+        """Where an upload of new weights lands, [shard.shard_numel], laid out like `shard`."""
 
 
 class GradientDelta(NamedTuple):

@@ -9,7 +9,9 @@ from lightning_superscale.offload.cpu_step import HostState
 from lightning_superscale.offload.host_memory import HostArena
 from lightning_superscale.offload.link import CpuLink
 from lightning_superscale.ops.update import update_path
+from lightning_superscale.zero.buckets import BucketTransport
 from lightning_superscale.zero.engine import OptimizerEngine
+from lightning_superscale.zero.ranks import Ranks, single_rank
 from lightning_superscale.zero.states import ResidentState
 
 
@@ -23,6 +25,8 @@ def build_engine(
     link: CpuLink | None = None,
     num_threads: int | None = None,
     error_if_nonfinite: bool = False,
+    ranks: Ranks | None = None,
+    no_sync: bool = True,
 ) -> OptimizerEngine:
     link = link or CpuLink()
     arena = HostArena()
@@ -35,7 +39,10 @@ def build_engine(
     engine = OptimizerEngine(
         optimizer,
         fqn_of={param: fqn for fqn, param in module.named_parameters()},
-        unit_bytes=unit_bytes,
+        ranks=ranks or single_rank(),
+        make_transport=lambda sink: BucketTransport(
+            [], unit_bytes=unit_bytes, sink=sink, ranks=ranks or single_rank(), no_sync=no_sync
+        ),
         make_state=make_state,
         submit_update=update_path(torch.device("cpu"), num_threads).submit,
         error_if_nonfinite=error_if_nonfinite,

@@ -10,13 +10,13 @@ from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.offload.cpu_step import HostState, host_bytes
 from lightning_superscale.offload.host_memory import HostArena, check_host_memory
 from lightning_superscale.offload.link import CpuLink
-from lightning_superscale.zero.units import ShardUnit
+from lightning_superscale.zero.bucket_unit import BucketUnit
 
 
 def build(dtype, *, has_moments=True):
     torch.manual_seed(0)
     params = [("a", nn.Parameter(torch.randn(64, 3).to(dtype))), ("b", nn.Parameter(torch.randn(64).to(dtype)))]
-    unit = ShardUnit(0, params, 0, 1)
+    unit = BucketUnit(0, params, 0, 1)
     link, arena = CpuLink(), HostArena()
     return unit, link, arena, HostState(unit, link, arena, has_moments=has_moments, is_pinned=True)
 
@@ -58,7 +58,7 @@ def test_upload_of_some_slices_leaves_the_others_weights():
     unit, _, _, state = build(torch.bfloat16)
     before = unit.params[1].detach().clone()
     state.receive([(0, torch.zeros(192, dtype=torch.bfloat16))])
-    state.weight_out[:192] = 7.0
+    state._grads[:192] = 7.0
     state.upload([0]).wait()
     assert bool((unit.params[0] == 7.0).all())
     assert torch.equal(unit.params[1], before)
@@ -67,7 +67,7 @@ def test_upload_of_some_slices_leaves_the_others_weights():
 def test_masters_keep_lower_bits_where_the_weight_was_not_edited():
     unit, _, _, state = build(torch.bfloat16)
     state.master[:192] += 1e-5  # below bf16's resolution for most elements
-    state.weight_out[:192] = state.master[:192].bfloat16()
+    state._grads[:192] = state.master[:192].bfloat16()
     state.upload([0]).wait()
     kept = state.master[1:192].clone()
     with torch.no_grad():

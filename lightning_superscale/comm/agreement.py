@@ -1,0 +1,91 @@
+"""How ranks agree at a step: on what has a gradient, on who is late, and on whether anybody failed.
+
+[Note: One agreement per step] An error on one rank must not leave the others in a collective that it
+never enters. A rank that has something to say therefore still enters the agreement, and every rank
+raises the same error after it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+from lightning_superscale.comm.collectives import control_max, gather_objects
+from lightning_superscale.comm.mesh import DataMesh
+from lightning_superscale.errors import SuperScaleError
+
+# status, then label, step and order, each with its negative: a maximum of both tells whether all are equal.
+_HEADER = 7
+_HASH_RANGE = 2**31 - 1
+
+
+def short_hash(text: str) -> int:
+    """A hash that is the same in every process, in [0, 2^31 - 1)."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "big") % _HASH_RANGE
+
+
+class Agreement:
+    """Agreements of one run. Every rank calls each, in the same order.
+
+    Args:
+        num_flags: length of the flag vector, the same on every rank and at every call.
+    """
+
+    def __init__(self, mesh: DataMesh, num_flags: int) -> None:
+        self.mesh = mesh
+        self.num_flags = num_flags
+
+    def new_flags(self) -> Tensor:
+        return torch.zeros(_HEADER + self.num_flags, dtype=torch.int32)
+
+    def flags_of(self, vector: Tensor) -> Tensor:
+        """The part of a vector that callers fill, a view."""
+        return vector[_HEADER:]
+
+    def agree(
+        self, vector: Tensor, *, label: str, step: int, order: str = "", error: BaseException | None = None
+    ) -> Tensor:
+        """Maximum of every rank's flags.
+
+        Args:
+            vector: what `new_flags` returned, filled through `flags_of`.
+            label: what is agreed on, e.g. which optimizer steps.
+            step: how often that was done before.
+            order: what must be equal on all ranks besides, e.g. the order in which modules ran.
+            error: what went wrong on this rank; raised on all.
+
+        Raises:
+            SuperScaleError: on every rank, when any had an error, or label, step or order differ.
+        """
+        if self.mesh.is_single:
+            if error is not None:
+                raise error
+            return self.flags_of(vector)
+        facts = [short_hash(label), step, short_hash(order)]
+        vector[:_HEADER] = torch.tensor(
+            [int(error is not None), *(f for fact in facts for f in (fact, -fact))], dtype=torch.int32
+        )
+        control_max(self.mesh, vector)
+        head = vector[:_HEADER].tolist()
+        is_equal = all(head[i] == -head[i + 1] for i in range(1, _HEADER, 2))
+        if head[0] or not is_equal:
+            self._raise_on_all(label, step, order, error)
+        return self.flags_of(vector)
+
+    def _raise_on_all(self, label: str, step: int, order: str, error: BaseException | None) -> None:
+        said = gather_objects(self.mesh, (label, step, order, None if error is None else str(error)))
+        failed = [(rank, what[3]) for rank, what in enumerate(said) if what[3] is not None]
+        if failed:
+            text = "; ".join(f"rank {rank}: {what}" for rank, what in failed)
+            raise SuperScaleError(text) from error
+        for name, k in (("what is stepped", 0), ("the number of steps before", 1), ("the order of modules", 2)):
+            values = [what[k] for what in said]
+            if len(set(values)) > 1:
+                other = next(rank for rank, value in enumerate(values) if value != values[0])
+                raise SuperScaleError(
+                    f"ranks went apart: {name} is {values[0]!r} on rank 0 and {values[other]!r} on rank {other}. "
+                    "Every rank must step the same optimizers the same number of times; no weight was changed."
+                )
+        raise AssertionError("an agreement failed, and no rank says why")

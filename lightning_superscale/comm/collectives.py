@@ -1,0 +1,160 @@
+"""The only file that issues collectives. Every call is counted; every reduction has a fixed order.
+
+[Note: Reductions on gloo] gloo's reduce-scatter is an all-reduce that throws most of its result away, and
+its order of summation depends on where an element lies. Here ranks exchange their shares directly and each
+sums what it received in rank order: half the bytes, and bits that depend on nothing but the ranks' values.
+16-bit values are summed in fp32 and rounded once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_superscale.comm.mesh import CollectiveCount, DataMesh, MeshAxis
+
+
+class Pending(Protocol):
+    """A collective under way."""
+
+    def is_done(self) -> bool:
+        """Whether `wait` would return at once."""
+
+    def wait(self) -> Tensor:
+        """The result, ready for whatever runs next on its device."""
+
+
+class Done:
+    """A result that is there."""
+
+    def __init__(self, result: Tensor) -> None:
+        self._result = result
+
+    def is_done(self) -> bool:
+        return True
+
+    def wait(self) -> Tensor:
+        return self._result
+
+
+class InFlight:
+    """Collectives that were issued, and what makes their result of what they moved."""
+
+    def __init__(self, works: list[Any], finish: Callable[[], Tensor]) -> None:
+        self._works = works
+        self._finish = finish
+
+    def is_done(self) -> bool:
+        return all(work.is_completed() for work in self._works)
+
+    def wait(self) -> Tensor:
+        for work in self._works:
+            work.wait()
+        self._works = []
+        return self._finish()
+
+
+class AxisCollectives:
+    """Collectives along one mesh axis. Every rank of the axis calls each, in the same order."""
+
+    def __init__(self, axis: MeshAxis, counts: CollectiveCount) -> None:
+        self.axis = axis
+        self._counts = counts
+        self._is_gloo = axis.group is not None and "gloo" in dist.get_backend(axis.group)
+        self._exchanges = 0
+
+    def reduce_scatter(self, packed: Tensor) -> Pending:
+        """Sum over ranks of `packed` [size, n]; this rank gets row `rank` of it, [n].
+
+        `packed` must stay untouched until the result is there.
+        """
+        if self.axis.size == 1:
+            return Done(packed[0])
+        self._counts.add("reduce_scatter", packed.nbytes)
+        if not self._is_gloo:
+            out = packed.new_empty(packed.shape[1])
+            work = dist.reduce_scatter_tensor(out, packed.view(-1), group=self.axis.group, async_op=True)
+            return InFlight([work], lambda: out)
+        received = torch.empty_like(packed)
+        work = dist.all_to_all_single(received, packed, group=self.axis.group, async_op=True)
+        return InFlight([work], lambda: _sum_of_rows(received))
+
+    def all_reduce(self, tensor: Tensor) -> Pending:
+        """Sum over ranks, in place."""
+        if self.axis.size == 1:
+            return Done(tensor)
+        self._counts.add("all_reduce", tensor.nbytes)
+        work = dist.all_reduce(tensor, group=self.axis.group, async_op=True)
+        return InFlight([work], lambda: tensor)
+
+    def all_gather(self, packed: Tensor) -> Pending:
+        """Fill every row of `packed` [size, n] with its rank's row; this rank's own row is there already."""
+        if self.axis.size == 1:
+            return Done(packed)
+        self._counts.add("all_gather", packed[0].nbytes)
+        if not self._is_gloo:
+            own = packed[self.axis.rank]
+            work = dist.all_gather_into_tensor(packed.view(-1), own, group=self.axis.group, async_op=True)
+            return InFlight([work], lambda: packed)
+        return InFlight(self._exchange(packed), lambda: packed)
+
+    def _exchange(self, packed: Tensor) -> list[Any]:
+        """Send this rank's row to every other, receive theirs in place: no copy but the wire's."""
+        group, rank = self.axis.group, self.axis.rank
+        self._exchanges += 1
+        works = []
+        for peer in range(self.axis.size):
+            if peer != rank:
+                there = dist.get_global_rank(group, peer) if group is not None else peer
+                works.append(dist.irecv(packed[peer], there, group=group, tag=self._exchanges))
+                works.append(dist.isend(packed[rank], there, group=group, tag=self._exchanges))
+        return works
+
+    def broadcast(self, tensor: Tensor) -> None:
+        """Overwrite `tensor` with the first rank's, in place."""
+        if self.axis.size == 1:
+            return
+        self._counts.add("broadcast", tensor.nbytes)
+        source = 0 if self.axis.group is None else dist.get_global_rank(self.axis.group, 0)
+        dist.broadcast(tensor, source, group=self.axis.group)
+
+
+def _sum_of_rows(rows: Tensor) -> Tensor:
+    if rows.dtype in (torch.float32, torch.float64):
+        total = rows[0]
+        for row in rows[1:]:
+            total.add_(row)
+        return total.clone() if len(rows) > 2 else total  # let go of the other rows where they are most
+    total = rows[0].float()
+    for row in rows[1:]:
+        total.add_(row)
+    return total.to(rows.dtype)
+
+
+def control_max(mesh: DataMesh, values: Tensor) -> Tensor:
+    """Elementwise maximum over all ranks, on the host, in place. Every rank calls it."""
+    if mesh.control is not None:
+        mesh.counts.add("control", values.nbytes)
+        dist.all_reduce(values, op=dist.ReduceOp.MAX, group=mesh.control)
+    return values
+
+
+def control_sum(mesh: DataMesh, values: Tensor) -> Tensor:
+    """Elementwise sum over all ranks, on the host, in place. Every rank calls it."""
+    if mesh.control is not None:
+        mesh.counts.add("control", values.nbytes)
+        dist.all_reduce(values, group=mesh.control)
+    return values
+
+
+def gather_objects(mesh: DataMesh, value: object) -> list[Any]:
+    """Every rank's `value`, by world rank. Every rank calls it; values travel pickled between trusted ranks."""
+    if mesh.control is None:
+        return [value]
+    gathered: list[Any] = [None] * mesh.world.size
+    dist.all_gather_object(gathered, value, group=mesh.control)
+    return gathered

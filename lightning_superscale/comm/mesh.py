@@ -1,0 +1,122 @@
+"""The mesh of data-parallel ranks: one axis shards, one replicates (hybrid sharding, HSDP).
+
+Rank `r` of the world is member `r % shard_size` of its shard axis and member `r // shard_size` of its
+replicate axis, so that the ranks that shard a model together are neighbours: on one node where it fits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from lightning_superscale.errors import SuperScaleError
+
+
+@dataclass(slots=True)
+class CollectiveCount:
+    """What was sent since the count began, by kind of collective.
+
+    Attributes:
+        calls: number of collectives.
+        nbytes: bytes that this rank handed in, padding included.
+    """
+
+    calls: dict[str, int] = field(default_factory=dict)
+    nbytes: dict[str, int] = field(default_factory=dict)
+
+    def add(self, kind: str, nbytes: int) -> None:
+        self.calls[kind] = self.calls.get(kind, 0) + 1
+        self.nbytes[kind] = self.nbytes.get(kind, 0) + nbytes
+
+    def clear(self) -> None:
+        self.calls.clear()
+        self.nbytes.clear()
+
+
+@dataclass(frozen=True, slots=True)
+class MeshAxis:
+    """One axis: this rank's place on it, and the group that talks along it (None when it has one rank)."""
+
+    name: str
+    rank: int
+    size: int
+    group: dist.ProcessGroup | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DataMesh:
+    """The axes of one run.
+
+    Attributes:
+        shard: ranks that share one copy of what is sharded.
+        replicate: ranks that hold the same shard.
+        world: all of them.
+        control: group for small agreements, on the host whatever the devices are, so that agreeing never
+            waits for a device; None on one rank.
+    """
+
+    shard: MeshAxis
+    replicate: MeshAxis
+    world: MeshAxis
+    control: dist.ProcessGroup | None = None
+    counts: CollectiveCount = field(default_factory=CollectiveCount)
+
+    @property
+    def is_single(self) -> bool:
+        return self.world.size == 1
+
+
+def single_mesh() -> DataMesh:
+    """The mesh of one rank; needs no process group."""
+    return DataMesh(MeshAxis("shard", 0, 1), MeshAxis("replicate", 0, 1), MeshAxis("world", 0, 1))
+
+
+def check_shard_size(shard_size: int, world_size: int) -> None:
+    """Refuse a shard axis that does not divide the ranks.
+
+    Raises:
+        SuperScaleError: names both numbers and the sizes that work.
+    """
+    if world_size % shard_size:
+        fitting = [n for n in range(1, world_size + 1) if world_size % n == 0]
+        raise SuperScaleError(
+            f"ZeroConfig.shard_size={shard_size} does not divide the {world_size} data-parallel ranks. "
+            f"Use one of {', '.join(map(str, fitting))}, or None to shard over all ranks."
+        )
+
+
+def build_mesh(shard_size: int, timeout: timedelta) -> DataMesh:
+    """Make the mesh over the initialised default process group. Collective: every rank calls it.
+
+    Args:
+        shard_size: ranks on the shard axis.
+        timeout: of the control group's agreements.
+    """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    check_shard_size(shard_size, world_size)
+    if world_size == 1:
+        return single_mesh()
+    num_replicas = world_size // shard_size
+    shard_group = _own_group([[r * shard_size + s for s in range(shard_size)] for r in range(num_replicas)], rank)
+    replicate_group = _own_group([[r * shard_size + s for r in range(num_replicas)] for s in range(shard_size)], rank)
+    return DataMesh(
+        MeshAxis("shard", rank % shard_size, shard_size, shard_group),
+        MeshAxis("replicate", rank // shard_size, num_replicas, replicate_group),
+        MeshAxis("world", rank, world_size, dist.group.WORLD),
+        control=dist.new_group(backend="gloo", timeout=timeout),
+    )
+
+
+def _own_group(groups: list[list[int]], rank: int) -> dist.ProcessGroup | None:
+    """The one of these groups that holds `rank`. Every rank makes every group, as torch demands."""
+    if len(groups) == 1:
+        return dist.group.WORLD
+    own = None
+    for ranks in groups:
+        if len(ranks) > 1:
+            group = dist.new_group(ranks)
+            if rank in ranks:
+                own = group
+    return own

@@ -1,0 +1,131 @@
+"""A unit of whole parameters that view one flat buffer, with this rank's rows of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lightning_superscale.layout import ParamSpec, UnitLayout, shard_rows, unit_layout
+
+
+class BucketUnit:
+    """Parameters of one dtype and device, and the flat buffer that their weights view.
+
+    Two layouts describe a unit. `full` places whole parameters and is the same on every rank: module
+    parameters view it. `shard` places this rank's rows. On one rank they are equal, so nothing is
+    copied between them. On several, gradients are packed into [shard_world_size, shard_numel] before
+    they are reduced, and new weights are unpacked from such a buffer after they were gathered; it
+    exists only in between.
+
+    Attributes:
+        weights: [full.shard_numel], the parameters' dtype, on their device.
+    """
+
+    def __init__(
+        self, index: int, named_params: Sequence[tuple[str, nn.Parameter]], shard_rank: int, shard_world_size: int
+    ) -> None:
+        specs = [ParamSpec(fqn, tuple(param.shape)) for fqn, param in named_params]
+        self.index = index
+        self.params = tuple(param for _, param in named_params)
+        self.full: UnitLayout = unit_layout(index, specs, 0, 1)
+        self.shard: UnitLayout = unit_layout(index, specs, shard_rank, shard_world_size)
+        self.is_whole = shard_world_size == 1
+        self._shard_rank = shard_rank
+        self._shard_world_size = shard_world_size
+        self._gathered: Tensor | None = None
+        first = self.params[0]
+        self.weights = torch.zeros(self.full.shard_numel, dtype=first.dtype, device=first.device)
+        for piece, param in zip(self.full.slices, self.params, strict=True):
+            view = self.weights[piece.offset : piece.offset + piece.numel].view(piece.local_shape)
+            view.copy_(param.detach())
+            param.data = view
+
+    @property
+    def weight_numel(self) -> int:
+        return self.full.shard_numel
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weights.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.weights.device
+
+    def local_rows(self, i: int) -> Tensor:
+        start = self.full.slices[i].offset + self.shard.slices[i].global_offset
+        return self.weights[start : start + self.shard.slices[i].numel]
+
+    # Gradients out
+
+    def packed(self, grads: dict[int, Tensor], scale: float) -> Tensor:
+        """Gradients as the reduction reads them, [shard_world_size, shard_numel] in their own dtype, times `scale`.
+
+        Rows of parameters without a gradient here are zero; alignment gaps hold anything.
+
+        Args:
+            grads: by index of the parameter, 1D and whole.
+        """
+        dtype = next(iter(grads.values())).dtype if grads else self.dtype
+        packed = torch.empty(self._shard_world_size, self.shard.shard_numel, dtype=dtype, device=self.device)
+        for i in range(len(self.params)):
+            grad = grads.get(i)
+            for here, there in self._spans(packed, grad, i):
+                if there is None:
+                    here.zero_()
+                else:
+                    torch.mul(there, scale, out=here)
+        return packed
+
+    def _spans(self, packed: Tensor, flat: Tensor | None, i: int) -> Iterable[tuple[Tensor, Tensor | None]]:
+        """Pairs of equal shape: parameter i's rows in `packed`, by rank, and in `flat` (whole, 1D)."""
+        offset, spec = self.shard.slices[i].offset, self.shard.slices[i].spec
+        if spec.num_rows % self._shard_world_size == 0:  # all ranks at once
+            numel = spec.numel // self._shard_world_size
+            yield packed[:, offset : offset + numel], None if flat is None else flat.view(self._shard_world_size, numel)
+            return
+        for rank in range(self._shard_world_size):
+            start, stop = (row * spec.row_numel for row in shard_rows(spec.num_rows, rank, self._shard_world_size))
+            yield packed[rank, offset : offset + stop - start], None if flat is None else flat[start:stop]
+
+    # Weights in
+
+    def inbox(self) -> Tensor:
+        if self.is_whole:
+            return self.weights
+        if self._gathered is None:
+            shape = (self._shard_world_size, self.shard.shard_numel)
+            self._gathered = torch.empty(shape, dtype=self.dtype, device=self.device)
+        return self._gathered[self._shard_rank]
+
+    def pack_rows(self, stepped: Sequence[int]) -> None:
+        """Copy this rank's rows of the stepped weights into the inbox, for the gather."""
+        inbox = self.inbox()
+        for i in stepped:
+            piece = self.shard.slices[i]
+            inbox[piece.offset : piece.offset + piece.numel].copy_(self.local_rows(i))
+
+    def gathered(self) -> Tensor:
+        """The buffer that a gather fills with every rank's inbox, [shard_world_size, shard_numel]."""
+        self.inbox()
+        if self._gathered is None:
+            raise AssertionError("a whole unit gathers nothing")
+        return self._gathered
+
+    def unpack_gathered(self, stepped: Sequence[int]) -> None:
+        """Copy the stepped weights' rows of all ranks to where forward reads them; frees the buffer."""
+        packed = self.gathered()
+        for i in stepped:
+            piece = self.full.slices[i]
+            whole = self.weights[piece.offset : piece.offset + piece.numel]
+            for there, here in self._spans(packed, whole, i):
+                if here is not None:
+                    here.copy_(there)
+        self._gathered = None
+
+    def release(self) -> None:
+        """Give every parameter a storage of its own again."""
+        for param in self.params:
+            param.data = param.detach().clone()

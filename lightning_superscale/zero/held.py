@@ -1,0 +1,107 @@
+"""Gradients that stay in `param.grad` until the step, on several ranks: what users see there, and may do to it.
+
+Under automatic optimization they are averaged over ranks right after backward, as under DDP, when something of
+the user's may look at them. Under manual optimization any number of backward calls may follow, on any rank, so
+they are this rank's share until the step; reading them is fine, changing them in place is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_superscale.errors import SuperScaleError
+from lightning_superscale.zero.bucket_unit import BucketUnit
+from lightning_superscale.zero.ranks import Ranks
+from lightning_superscale.zero.reduction import average_whole
+from lightning_superscale.zero.units import DeltaSink, GradientDelta
+
+
+class HeldGradients:
+    """What one transport does about gradients in `param.grad` on several ranks."""
+
+    def __init__(self, ranks: Ranks, label: str) -> None:
+        self._ranks = ranks
+        self._label = f"{label}, gradients kept in param.grad"
+        self._num_averages = 0
+        self._hooks: list[RemovableHandle] = []
+        # Per parameter: the gradient that autograd last wrote, and how often it had been written then.
+        self._versions: dict[nn.Parameter, tuple[int, int]] = {}
+        self.is_averaged = False
+
+    def average(self, units: Sequence[BucketUnit]) -> None:
+        """Overwrite `param.grad` with the average over ranks; parameters without one anywhere keep None."""
+        agreement, flag_of = self._ranks.agreement, self._ranks.flag_of
+        vector = agreement.new_flags()
+        flags = agreement.flags_of(vector)
+        for unit in units:
+            for param in unit.params:
+                if param.grad is not None:
+                    flags[flag_of[param]] = 1
+        agreed = agreement.agree(vector, label=self._label, step=self._num_averages).tolist()
+        self._num_averages += 1
+        for unit in units:
+            present = [i for i, param in enumerate(unit.params) if agreed[flag_of[param]]]
+            if present:
+                self._average_unit(unit, present)
+        self.is_averaged = True
+
+    def _average_unit(self, unit: BucketUnit, present: Iterable[int]) -> None:
+        grads = {}
+        for i in present:
+            param = unit.params[i]
+            if param.grad is None:
+                param.grad = torch.zeros_like(param)
+            grads[i] = param.grad.detach().reshape(-1)
+        averaged = average_whole(self._ranks, grads, unit.full.slices, unit.full.shard_numel)
+        for i, grad in grads.items():
+            piece = unit.full.slices[i]
+            grad.copy_(averaged[piece.offset : piece.offset + piece.numel])
+
+    def hand_over(self, units: Sequence[BucketUnit], sink: DeltaSink) -> None:
+        """Give the sink this rank's rows of averaged gradients. Every rank calls it."""
+        self.is_averaged = False
+        for unit in units:
+            slices = []
+            for i, param in enumerate(unit.params):
+                if param.grad is not None:
+                    start = unit.shard.slices[i].global_offset
+                    rows = param.grad.detach().reshape(-1)[start : start + unit.shard.slices[i].numel]
+                    slices.append((i, rows))
+            if slices:
+                sink(GradientDelta(unit, slices))
+
+    # Edits
+
+    def watch(self, params: Iterable[nn.Parameter]) -> None:
+        self._hooks += [p.register_post_accumulate_grad_hook(self._note) for p in params]  # type: ignore[no-untyped-call]
+
+    def _note(self, param: nn.Parameter) -> None:
+        if param.grad is not None:
+            self._versions[param] = (id(param.grad), param.grad._version)
+
+    def check_unedited(self, param: nn.Parameter, fqn: str) -> None:
+        """Refuse a gradient that was changed in place since autograd wrote it; one that was zeroed is fine.
+
+        Raises:
+            SuperScaleError: names the parameter and what to do instead.
+        """
+        grad, noted = param.grad, self._versions.get(param)
+        if grad is None or noted is None or noted[0] != id(grad) or noted[1] == grad._version or not bool(grad.any()):
+            return
+        raise SuperScaleError(
+            f"the gradient of {fqn!r} was changed in place between backward and step. On "
+            f"{self._ranks.mesh.world.size} ranks it is only this rank's share, and the average is taken at the step. "
+            "Clip with self.clip_gradients(optimizer, ...), and scale the loss instead of gradients."
+        )
+
+    def discard(self) -> None:
+        self.is_averaged = False
+
+    def close(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()

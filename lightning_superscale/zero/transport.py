@@ -1,0 +1,67 @@
+"""What the optimizer engine needs of whatever carries gradients to it and weights back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+from torch import nn
+
+from lightning_superscale.zero.units import PublishEvent, ShardUnit
+
+
+class Transport(Protocol):
+    """Carries reduced gradients of one optimizer's parameters to a sink, and new weights back.
+
+    Rules that make every autograd program right (two backward calls, reused blocks, reentrant
+    checkpoints, branches, losses with retained graphs):
+
+    1. A backward call is never final; `optimizer.step()` is. Nothing counts used parameters.
+    2. Reduction is linear, so a late gradient is one more delta.
+    3. Collectives are issued in one order on every rank, whatever the order of its autograd.
+    """
+
+    @property
+    def units(self) -> Sequence[ShardUnit]: ...
+
+    @property
+    def is_local(self) -> bool:
+        """Whether there is one rank: gradients are used where autograd left them."""
+
+    def add_params(self, named_params: Sequence[tuple[str, nn.Parameter]]) -> Sequence[ShardUnit]:
+        """Move more parameters into units; returns the new units, whose indices follow the known ones."""
+
+    def place_of(self, param: nn.Parameter) -> tuple[ShardUnit, int] | None:
+        """The unit of a parameter and its index there, or None when no unit holds it."""
+
+    def stream(self) -> None:
+        """From now on, take gradients during the last backward of a step rather than at the step."""
+
+    def blocked(self) -> AbstractContextManager[None]:
+        """While open, more micro-batches of the same step follow."""
+
+    def collect(self) -> None:
+        """Send the sink what this step still lacks. At the step; every rank calls it.
+
+        Raises:
+            SuperScaleError: on all ranks when any has something to say; names rank and reason.
+        """
+
+    def discard(self) -> None:
+        """Forget gradients of an interrupted step."""
+
+    def publish(self, unit: ShardUnit, event: PublishEvent | None, stepped: Sequence[int]) -> None:
+        """Bring new weights of the stepped slices to where forward reads them.
+
+        With an `event` they are on their way into `unit.inbox()`; without, they are in
+        `unit.local_rows()`. Every rank calls it for the same units in the same order.
+        """
+
+    def wait_published(self, units: Iterable[ShardUnit]) -> None:
+        """Return when whatever runs next sees the new weights of these units."""
+
+    def wait_all_published(self) -> None: ...
+
+    def close(self) -> None:
+        """Remove every hook; parameters own whole weights in a storage of their own again."""
