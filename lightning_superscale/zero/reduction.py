@@ -5,7 +5,7 @@ complete when differs between them. What they issue may not. Units are launched 
 far as this rank's backward completed them; at the step ranks agree on which parameters have a gradient anywhere,
 launch the rest with zeros for what is missing here, and then one more round for whatever came after its unit's
 launch. The agreed facts of one step choose the next step's order: units that had late gradients, such as a block
-under reentrant checkpointing, go last; parameters without a gradient anywhere are not waited for.
+under reentrant checkpointing, wait for the step; parameters without a gradient anywhere are not waited for.
 """
 
 from __future__ import annotations
@@ -177,8 +177,7 @@ class GradientReducer:
 
     def _expect(self, present: Mapping[int, set[int]], late: Mapping[int, set[int]]) -> None:
         self._expected = {index: set(slices) for index, slices in present.items() if slices}
-        units = [unit for unit in self._units if unit.index in self._expected]
-        self._order = sorted(units, key=lambda unit: (bool(late[unit.index]), unit.index))
+        self._order = [u for u in self._units if u.index in self._expected and not late[u.index]]
 
     def discard(self) -> None:
         """Forget this step."""
