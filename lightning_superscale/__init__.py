@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         SuperOffloadStrategy,
         SuperScalePrecision,
         SuperScaleStrategy,
+        ZeroStrategy,
     )
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "SuperScalePrecision",
     "SuperScaleStrategy",
     "ZeroConfig",
+    "ZeroStrategy",
 ]
 
 try:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal, TypeVar, Union
+from typing import Any, Literal, Optional, TypeVar, Union
 
 from lightning_superscale.errors import SuperScaleError, did_you_mean
 
@@ -27,23 +27,47 @@ class ZeroConfig:
     """What is sharded over the data-parallel ranks (Rajbhandari et al. 2020, arXiv:1910.02054).
 
     Args:
-        stage: 0 replicates everything, as DDP does. Stages 1 to 3 shard optimizer states, gradients
-            and parameters; they are not in this version.
+        stage: 0 replicates everything, as DDP does. 1 shards master weights and optimizer states, 2
+            gradients too, 3 weights too.
         bucket_mb: MiB of weights that are reduced, stepped and gathered together.
+        shard_size: ranks that share one copy of what is sharded; None for all. Fewer than all replicate
+            the shards over the rest (HSDP).
+        no_sync: micro-batches before the last of a step accumulate whole gradients on every rank, so that
+            ranks reduce once per step. "auto": in stage 1, not in stages 2 and 3, whose ranks then keep
+            only their share.
+        wrap: stage 3: class names of the modules that are gathered as a whole; None finds the repeated blocks.
+        assume_elementwise: let an optimizer that this package does not know step on rows of each
+            parameter. Right only if it treats every element by itself, as Adam and SGD do.
     """
 
     stage: int = 0
     bucket_mb: int = 64
+    shard_size: Optional[int] = None
+    no_sync: Union[bool, Literal["auto"]] = "auto"
+    wrap: Optional[list[str]] = None
+    assume_elementwise: bool = False
 
     def __post_init__(self) -> None:
         if self.stage not in (0, 1, 2, 3) or isinstance(self.stage, bool):
             raise SuperScaleError(f"ZeroConfig.stage must be 0, 1, 2 or 3, found {self.stage!r}.")
-        if self.stage != 0:
-            raise SuperScaleError(
-                f"zero={self.stage} shards over several ranks, which this version does not do yet. "
-                "Use zero=0 on one device; offload='superoffload' is what frees device memory there."
-            )
         _check_positive_int("ZeroConfig", "bucket_mb", self.bucket_mb)
+        if self.shard_size is not None:
+            _check_positive_int("ZeroConfig", "shard_size", self.shard_size)
+        if self.no_sync not in (True, False, "auto"):
+            raise SuperScaleError(f"ZeroConfig.no_sync must be true, false or 'auto', found {self.no_sync!r}.")
+        if self.wrap is not None and self.stage != 3:
+            raise SuperScaleError(
+                f"ZeroConfig.wrap chooses what stage 3 gathers together; found it with stage {self.stage}. Remove it."
+            )
+
+    @property
+    def reduces_once(self) -> bool:
+        """Whether gradients of all micro-batches of a step are reduced together."""
+        return self.stage < 2 if self.no_sync == "auto" else bool(self.no_sync)
+
+    def shard_size_of(self, world_size: int) -> int:
+        """Ranks on the shard axis."""
+        return 1 if self.stage == 0 else (self.shard_size or world_size)
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ class ParallelPlan:
 
     device: str
     world_size: int
+    shard_size: int
     zero_stage: int
     engine: str
     precision: str
@@ -49,11 +50,18 @@ class ParallelPlan:
     def host_bytes(self) -> int:
         return sum(row.host_bytes for row in self.bytes)
 
+    def _stage(self) -> str:
+        if self.world_size == 1:
+            return str(self.zero_stage)
+        num_replicas = self.world_size // self.shard_size
+        copies = f"{num_replicas} cop{'ies' if num_replicas > 1 else 'y'}"
+        return f"{self.zero_stage}: {copies}, each over {self.shard_size} rank{'s' if self.shard_size > 1 else ''}"
+
     def table(self) -> str:
         """The plan as text, for `strategy.explain()`."""
         facts = [
             ("device", f"{self.device}, {self.world_size} rank{'s' if self.world_size > 1 else ''}"),
-            ("zero stage", str(self.zero_stage)),
+            ("zero stage", self._stage()),
             ("optimizer engine", self.engine),
             ("optimizer kernel", self.kernel),
             ("precision", self.precision),

@@ -12,7 +12,14 @@ from lightning_superscale.errors import SuperScaleError
 
 
 def test_option_surface_is_what_the_docs_say():
-    assert [f.name for f in dataclasses.fields(ZeroConfig)] == ["stage", "bucket_mb"]
+    assert [f.name for f in dataclasses.fields(ZeroConfig)] == [
+        "stage",
+        "bucket_mb",
+        "shard_size",
+        "no_sync",
+        "wrap",
+        "assume_elementwise",
+    ]
     assert [f.name for f in dataclasses.fields(OffloadConfig)] == ["engine", "bucket_mb", "pin_memory", "cpu_threads"]
 
 
@@ -37,7 +44,12 @@ def test_bad_offload_is_refused_with_the_remedy(value, message):
     ("value", "message"),
     [
         (4, "ZeroConfig.stage must be 0, 1, 2 or 3, found 4"),
-        (2, "zero=2 shards over several ranks, which this version does not do yet"),
+        ({"stage": 2, "shard_size": 0}, "ZeroConfig.shard_size must be a whole number of at least 1, found 0"),
+        (
+            {"stage": 2, "wrap": ["Block"]},
+            "ZeroConfig.wrap chooses what stage 3 gathers together; found it with stage 2",
+        ),
+        ({"no_sync": "never"}, "ZeroConfig.no_sync must be true, false or 'auto', found 'never'"),
         ("zero", "zero takes 0, 1, 2, 3, a ZeroConfig or a mapping, found 'zero'"),
         ({"stag": 0}, "zero has no key 'stag'.*did you mean 'stage'"),
     ],

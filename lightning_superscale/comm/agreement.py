@@ -8,6 +8,7 @@ raises the same error after it.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -67,7 +68,7 @@ class Agreement:
         vector[:_HEADER] = torch.tensor(
             [int(error is not None), *(f for fact in facts for f in (fact, -fact))], dtype=torch.int32
         )
-        control_max(self.mesh, vector)
+        control_max(self.mesh, vector, f"step {step} of {label}")
         head = vector[:_HEADER].tolist()
         is_equal = all(head[i] == -head[i + 1] for i in range(1, _HEADER, 2))
         if head[0] or not is_equal:
@@ -89,3 +90,50 @@ class Agreement:
                     "Every rank must step the same optimizers the same number of times; no weight was changed."
                 )
         raise AssertionError("an agreement failed, and no rank says why")
+
+
+def raise_together(mesh: DataMesh, error: Exception | None) -> None:
+    """Raise on every rank what any rank found wrong. Every rank calls it.
+
+    Raises:
+        SuperScaleError: names the ranks and what each said; on one rank, the error itself.
+    """
+    if mesh.is_single:
+        if error is not None:
+            raise error
+        return
+    anybody = torch.tensor([int(error is not None)], dtype=torch.int32)
+    if not control_max(mesh, anybody, "the checks before setup"):
+        return
+    said = gather_objects(mesh, None if error is None else str(error))
+    failed = [rank for rank, what in enumerate(said) if what is not None]
+    if len(failed) == mesh.world.size and len(set(said)) == 1:
+        raise SuperScaleError(said[0]) from error
+    raise SuperScaleError("; ".join(f"rank {rank}: {said[rank]}" for rank in failed)) from error
+
+
+def check_equal_on_all_ranks(mesh: DataMesh, facts: Mapping[str, str]) -> None:
+    """Refuse to go on when ranks differ. Every rank calls it.
+
+    Args:
+        facts: what is compared, by the name that an error gives it.
+
+    Raises:
+        SuperScaleError: on every rank; names the first fact that differs, the ranks and their values.
+    """
+    if mesh.is_single:
+        return
+    own = short_hash(repr(sorted(facts.items())))
+    seen = control_max(mesh, torch.tensor([own, -own], dtype=torch.int64), "the comparison of ranks").tolist()
+    if seen[0] == -seen[1]:
+        return
+    everybody = gather_objects(mesh, dict(facts))
+    for key in everybody[0] | everybody[-1]:
+        values = [theirs.get(key, "absent") for theirs in everybody]
+        other = next((rank for rank, value in enumerate(values) if value != values[0]), None)
+        if other is not None:
+            raise SuperScaleError(
+                f"ranks differ: {key} is {values[0]} on rank 0 and {values[other]} on rank {other}. "
+                "Every rank must build the same model and configuration; only data may depend on the rank."
+            )
+    raise SuperScaleError("ranks differ in what they build; see the ranks' logs.")

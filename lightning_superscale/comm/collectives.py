@@ -8,6 +8,7 @@ sums what it received in rank order: half the bytes, and bits that depend on not
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -15,7 +16,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_superscale.comm.mesh import CollectiveCount, DataMesh, MeshAxis
+from lightning_superscale.comm.mesh import DataMesh, MeshAxis
+from lightning_superscale.comm.watch import RankWatch
+
+# gloo works are polled; a rank's share of a step takes longer than the first pauses.
+_FIRST_PAUSE_S = 20e-6
+_LONGEST_PAUSE_S = 1e-3
 
 
 class Pending(Protocol):
@@ -41,19 +47,46 @@ class Done:
         return self._result
 
 
+def _wait(works: list[Any], watch: RankWatch | None, what: str, *, can_poll: bool = True) -> None:
+    """Wait for gloo works, giving up when another rank failed ([Note: Waiting for other ranks] in watch.py).
+
+    gloo's sends and receives say that they are complete only once they were waited for: they can't be polled.
+    """
+    if watch is None:
+        for work in works:
+            work.wait()
+        return
+    with watch.waiting(what):
+        pause = _FIRST_PAUSE_S
+        while can_poll and not all(work.is_completed() for work in works):
+            watch.raise_if_failed()
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE_S)
+        watch.raise_if_failed()
+        try:
+            for work in works:
+                work.wait()
+        except RuntimeError as error:
+            raise watch.explain(error) from error
+
+
 class InFlight:
     """Collectives that were issued, and what makes their result of what they moved."""
 
-    def __init__(self, works: list[Any], finish: Callable[[], Tensor]) -> None:
+    def __init__(
+        self, works: list[Any], finish: Callable[[], Tensor], watch: RankWatch | None, what: str, *, can_poll: bool
+    ) -> None:
         self._works = works
         self._finish = finish
+        self._watch = watch
+        self._what = what
+        self._can_poll = can_poll
 
     def is_done(self) -> bool:
         return all(work.is_completed() for work in self._works)
 
     def wait(self) -> Tensor:
-        for work in self._works:
-            work.wait()
+        _wait(self._works, self._watch, self._what, can_poll=self._can_poll)
         self._works = []
         return self._finish()
 
@@ -61,10 +94,12 @@ class InFlight:
 class AxisCollectives:
     """Collectives along one mesh axis. Every rank of the axis calls each, in the same order."""
 
-    def __init__(self, axis: MeshAxis, counts: CollectiveCount) -> None:
+    def __init__(self, axis: MeshAxis, mesh: DataMesh) -> None:
         self.axis = axis
-        self._counts = counts
+        self._counts = mesh.counts
         self._is_gloo = axis.group is not None and "gloo" in dist.get_backend(axis.group)
+        # Waiting for NCCL orders streams and does not block, so there is nothing to watch.
+        self._watch = mesh.watch if self._is_gloo else None
         self._exchanges = 0
 
     def reduce_scatter(self, packed: Tensor) -> Pending:
@@ -78,10 +113,10 @@ class AxisCollectives:
         if not self._is_gloo:
             out = packed.new_empty(packed.shape[1])
             work = dist.reduce_scatter_tensor(out, packed.view(-1), group=self.axis.group, async_op=True)
-            return InFlight([work], lambda: out)
+            return self._in_flight([work], lambda: out, "reduce-scatter")
         received = torch.empty_like(packed)
         work = dist.all_to_all_single(received, packed, group=self.axis.group, async_op=True)
-        return InFlight([work], lambda: _sum_of_rows(received))
+        return self._in_flight([work], lambda: _sum_of_rows(received), "reduce-scatter")
 
     def all_reduce(self, tensor: Tensor) -> Pending:
         """Sum over ranks, in place."""
@@ -89,7 +124,7 @@ class AxisCollectives:
             return Done(tensor)
         self._counts.add("all_reduce", tensor.nbytes)
         work = dist.all_reduce(tensor, group=self.axis.group, async_op=True)
-        return InFlight([work], lambda: tensor)
+        return self._in_flight([work], lambda: tensor, "all-reduce")
 
     def all_gather(self, packed: Tensor) -> Pending:
         """Fill every row of `packed` [size, n] with its rank's row; this rank's own row is there already."""
@@ -99,8 +134,13 @@ class AxisCollectives:
         if not self._is_gloo:
             own = packed[self.axis.rank]
             work = dist.all_gather_into_tensor(packed.view(-1), own, group=self.axis.group, async_op=True)
-            return InFlight([work], lambda: packed)
-        return InFlight(self._exchange(packed), lambda: packed)
+            return self._in_flight([work], lambda: packed, "all-gather")
+        return self._in_flight(self._exchange(packed), lambda: packed, "all-gather", can_poll=False)
+
+    def _in_flight(
+        self, works: list[Any], finish: Callable[[], Tensor], kind: str, *, can_poll: bool = True
+    ) -> InFlight:
+        return InFlight(works, finish, self._watch, f"{kind} over the {self.axis.name} axis", can_poll=can_poll)
 
     def _exchange(self, packed: Tensor) -> list[Any]:
         """Send this rank's row to every other, receive theirs in place: no copy but the wire's."""
@@ -135,19 +175,20 @@ def _sum_of_rows(rows: Tensor) -> Tensor:
     return total.to(rows.dtype)
 
 
-def control_max(mesh: DataMesh, values: Tensor) -> Tensor:
+def control_max(mesh: DataMesh, values: Tensor, what: str) -> Tensor:
     """Elementwise maximum over all ranks, on the host, in place. Every rank calls it."""
     if mesh.control is not None:
         mesh.counts.add("control", values.nbytes)
-        dist.all_reduce(values, op=dist.ReduceOp.MAX, group=mesh.control)
+        work = dist.all_reduce(values, op=dist.ReduceOp.MAX, group=mesh.control, async_op=True)
+        _wait([work], mesh.watch, what)
     return values
 
 
-def control_sum(mesh: DataMesh, values: Tensor) -> Tensor:
+def control_sum(mesh: DataMesh, values: Tensor, what: str) -> Tensor:
     """Elementwise sum over all ranks, on the host, in place. Every rank calls it."""
     if mesh.control is not None:
         mesh.counts.add("control", values.nbytes)
-        dist.all_reduce(values, group=mesh.control)
+        _wait([dist.all_reduce(values, group=mesh.control, async_op=True)], mesh.watch, what)
     return values
 
 

@@ -11,6 +11,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from lightning_superscale.comm.watch import RankWatch
 from lightning_superscale.errors import SuperScaleError
 
 
@@ -53,6 +54,7 @@ class DataMesh:
         shard: ranks that share one copy of what is sharded.
         replicate: ranks that hold the same shard.
         world: all of them.
+        watch: tells of ranks that failed; None on one rank.
         control: group for small agreements, on the host whatever the devices are, so that agreeing never
             waits for a device; None on one rank.
     """
@@ -61,6 +63,7 @@ class DataMesh:
     replicate: MeshAxis
     world: MeshAxis
     control: dist.ProcessGroup | None = None
+    watch: RankWatch | None = None
     counts: CollectiveCount = field(default_factory=CollectiveCount)
 
     @property
@@ -87,7 +90,7 @@ def check_shard_size(shard_size: int, world_size: int) -> None:
         )
 
 
-def build_mesh(shard_size: int, timeout: timedelta) -> DataMesh:
+def build_mesh(shard_size: int, timeout: timedelta, watch: RankWatch | None = None) -> DataMesh:
     """Make the mesh over the initialised default process group. Collective: every rank calls it.
 
     Args:
@@ -106,6 +109,7 @@ def build_mesh(shard_size: int, timeout: timedelta) -> DataMesh:
         MeshAxis("replicate", rank // shard_size, num_replicas, replicate_group),
         MeshAxis("world", rank, world_size, dist.group.WORLD),
         control=dist.new_group(backend="gloo", timeout=timeout),
+        watch=watch,
     )
 
 

@@ -7,24 +7,59 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from lightning_superscale.comm.agreement import check_equal_on_all_ranks, raise_together
+from lightning_superscale.comm.mesh import DataMesh
 from lightning_superscale.config import OffloadConfig, ZeroConfig
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.offload.cpu_step import HostState, host_bytes
 from lightning_superscale.offload.host_memory import HostArena, check_host_memory
 from lightning_superscale.offload.link import Link, link_for
 from lightning_superscale.ops.update import UpdatePath, update_path
-from lightning_superscale.plan import ByteClass, ParallelPlan
+from lightning_superscale.plan import ParallelPlan
+from lightning_superscale.plugins.byte_classes import byte_classes
+from lightning_superscale.plugins.checks import check_optimizers_over_ranks, check_parameters, facts_of_run
 from lightning_superscale.zero.buckets import BucketTransport
 from lightning_superscale.zero.engine import OptimizerEngine
 from lightning_superscale.zero.gates import PublishGates, is_compiled
-from lightning_superscale.zero.ranks import single_rank
+from lightning_superscale.zero.ranks import Ranks, ranks_of
+from lightning_superscale.zero.replicas import BufferSync, broadcast_from_first
 from lightning_superscale.zero.states import ResidentState, UnitState
-from lightning_superscale.zero.units import ShardUnit
+from lightning_superscale.zero.transport import Transport
+from lightning_superscale.zero.units import DeltaSink, ShardUnit
 
 MIB = 2**20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSettings:
+    """What a run is assembled from.
+
+    Attributes:
+        why_held: why gradients stay in `param.grad` until the step; None when they may leave during backward.
+        why_awaited: why new weights are waited for right after the step; None when forward may wait for them.
+        is_automatic: whether Lightning runs backward and step, or the user's training_step.
+    """
+
+    mesh: DataMesh
+    device: torch.device
+    zero: ZeroConfig
+    offload: OffloadConfig | None
+    precision: str
+    error_if_nonfinite: bool
+    why_held: str | None
+    why_awaited: str | None
+    is_automatic: bool
+
+    @property
+    def unit_bytes(self) -> int:
+        return (self.zero.bucket_mb if self.offload is None else self.offload.bucket_mb) * MIB
+
+    @property
+    def streams(self) -> bool:
+        """Whether gradients leave during backward: they have somewhere to go, and nobody looks at them before."""
+        return self.why_held is None and (self.offload is not None or not self.mesh.is_single)
 
 
 @dataclass(slots=True)
@@ -37,23 +72,38 @@ class Assembly:
     """
 
     module: nn.Module
+    settings: RunSettings
     engines: dict[Optimizer, OptimizerEngine]
     gates: list[PublishGates]
     link: Link | None
-    device: torch.device
-    zero: ZeroConfig
-    offload: OffloadConfig | None
-    precision: str
     update: UpdatePath
+    buffers: BufferSync
     reasons: list[str] = field(default_factory=list)
 
+    @property
+    def mesh(self) -> DataMesh:
+        return self.settings.mesh
+
     def enter_step(self) -> None:
+        """Before a training step's forward. Every rank calls it."""
+        self.buffers.sync()
         for gates in self.gates:
             gates.enter_step()
+
+    def after_backward(self) -> None:
+        """After the last backward of a step. Every rank calls it."""
+        if self.settings.is_automatic and self.settings.why_held is not None:
+            for engine in self.engines.values():
+                engine.transport.average_held()
 
     def wait_all_published(self) -> None:
         for engine in self.engines.values():
             engine.transport.wait_all_published()
+
+    def abandon(self) -> None:
+        """A step was interrupted, here or on another rank: wait for nobody."""
+        for engine in self.engines.values():
+            engine.abandon()
 
     def close(self) -> None:
         for gates in self.gates:
@@ -65,95 +115,124 @@ class Assembly:
         units = [unit for engine in self.engines.values() for unit in engine.transport.units]
         params = list(self.module.parameters())
         own = sorted({e.reason_not_native for e in self.engines.values() if e.reason_not_native is not None})
+        settings = self.settings
         return ParallelPlan(
-            device=str(self.device),
-            world_size=1,
-            zero_stage=self.zero.stage,
-            engine="resident" if self.offload is None else self.offload.engine,
-            precision=self.precision,
+            device=str(settings.device),
+            world_size=self.mesh.world.size,
+            shard_size=self.mesh.shard.size,
+            zero_stage=settings.zero.stage,
+            engine="resident" if settings.offload is None else settings.offload.engine,
+            precision=settings.precision,
             num_params=sum(p.numel() for p in params),
             num_trainable=sum(p.numel() for p in params if p.requires_grad),
             num_units=len(units),
-            unit_bytes=_unit_bytes(self.zero, self.offload),
+            unit_bytes=settings.unit_bytes,
             cpu_threads=self.update.num_threads,
             kernel="its own code" if own else self.update.name,
-            bytes=_byte_classes(self.module, self.engines.values(), self.offload is not None),
+            bytes=byte_classes(
+                self.module, self.engines.values(), settings.zero, is_offloaded=settings.offload is not None
+            ),
             reasons=[*self.reasons, *(f"the optimizer steps through its own code: {reason}" for reason in own)],
         )
 
 
-def assemble(
-    module: nn.Module,
-    optimizers: Sequence[Optimizer],
-    *,
-    device: torch.device,
-    zero: ZeroConfig,
-    offload: OffloadConfig | None,
-    precision: str,
-    error_if_nonfinite: bool,
-    why_held: str | None,
-    why_awaited: str | None,
-) -> Assembly:
-    """Build the engines of one run on this rank.
+def assemble(module: nn.Module, optimizers: Sequence[Optimizer], settings: RunSettings) -> Assembly:
+    """Build the engines of one run on this rank. Every rank calls it.
 
     Raises:
         SuperScaleError: nothing to train, an optimizer over foreign or shared parameters, parameters
-            of a dtype that no engine steps, or too little host memory; before anything is changed.
+            of a dtype that no engine steps, too little host memory, or ranks that build different
+            things; on every rank, before anything is changed.
     """
     fqn_of = {param: fqn for fqn, param in module.named_parameters()}
-    _check_parameters(module, optimizers, fqn_of)
-    link = None if offload is None else link_for(device)
-    if offload is not None:
-        check_host_memory(_host_bytes_needed(optimizers))
-    where = torch.device("cpu") if offload is not None else device
+    mesh, offload = settings.mesh, settings.offload
+    _check_on_all_ranks(module, optimizers, fqn_of, settings)
+    broadcast_from_first(mesh, [*fqn_of, *module.buffers()])
+    link = None if offload is None else link_for(settings.device)
+    where = settings.device if offload is None else torch.device("cpu")
     update = update_path(where, None if offload is None or offload.cpu_threads == "auto" else offload.cpu_threads)
     make_state = _state_maker(link, offload)
-    ranks = single_rank()
+    ranks = ranks_of(mesh, fqn_of)
     engines = {
         optimizer: OptimizerEngine(
             optimizer,
             fqn_of=fqn_of,
             ranks=ranks,
-            make_transport=lambda sink: BucketTransport(
-                [], unit_bytes=_unit_bytes(zero, offload), sink=sink, ranks=ranks
-            ),
+            make_transport=_transport_maker(ranks, settings, f"optimizer {number}"),
             make_state=make_state,
             submit_update=update.submit,
-            error_if_nonfinite=error_if_nonfinite,
+            error_if_nonfinite=settings.error_if_nonfinite,
         )
-        for optimizer in optimizers
+        for number, optimizer in enumerate(optimizers)
         if any(param in fqn_of for group in optimizer.param_groups for param in group["params"])
     }
-    if offload is not None and why_held is None:
-        for engine in engines.values():
+    for engine in engines.values():
+        if settings.streams:
             engine.transport.stream()
+        elif not settings.is_automatic:
+            engine.transport.watch_edits()
     compiled = is_compiled(module)
-    reasons = _reasons(offload, why_held, why_awaited, compiled)
-    per_module = offload is not None and offload.engine == "superoffload" and why_held is None and not compiled
-    gates = [PublishGates(module, e.transport, per_module=per_module) for e in engines.values() if offload is not None]
-    return Assembly(module, engines, gates, link, device, zero, offload, precision, update, reasons)
+    gates = _gates(module, engines.values(), settings, is_model_compiled=compiled)
+    reasons = _reasons(settings, is_model_compiled=compiled)
+    return Assembly(module, settings, engines, gates, link, update, BufferSync(mesh, module), reasons)
 
 
-def _reasons(
-    offload: OffloadConfig | None, why_held: str | None, why_awaited: str | None, is_model_compiled: bool
-) -> list[str]:
+def _transport_maker(ranks: Ranks, settings: RunSettings, label: str) -> Callable[[DeltaSink], Transport]:
+    return lambda sink: BucketTransport(
+        [],
+        unit_bytes=settings.unit_bytes,
+        sink=sink,
+        ranks=ranks,
+        label=label,
+        no_sync=settings.zero.reduces_once,
+    )
+
+
+def _gates(
+    module: nn.Module, engines: Iterable[OptimizerEngine], settings: RunSettings, *, is_model_compiled: bool
+) -> list[PublishGates]:
+    """Gates for weights that arrive after the step: from the host, or from other ranks."""
+    offload, mesh = settings.offload, settings.mesh
+    if offload is None and mesh.is_single:
+        return []
+    may_be_late = mesh.shard.size > 1 or (offload is not None and offload.engine == "superoffload")
+    per_module = may_be_late and settings.streams and not is_model_compiled
+    return [PublishGates(module, engine.transport, per_module=per_module) for engine in engines]
+
+
+def _check_on_all_ranks(
+    module: nn.Module, optimizers: Sequence[Optimizer], fqn_of: dict[nn.Parameter, str], settings: RunSettings
+) -> None:
+    mesh, zero, offload = settings.mesh, settings.zero, settings.offload
+    error: SuperScaleError | None = None
+    try:
+        check_parameters(module, optimizers, fqn_of)
+        check_optimizers_over_ranks(optimizers, zero, mesh.world.size)
+        if offload is not None:
+            check_host_memory(_host_bytes_needed(optimizers, mesh))
+    except SuperScaleError as found:
+        error = found  # the other ranks are on their way into the comparison
+    raise_together(mesh, error)
+    check_equal_on_all_ranks(mesh, facts_of_run(module, optimizers, zero, offload, settings.precision))
+
+
+def _reasons(settings: RunSettings, *, is_model_compiled: bool) -> list[str]:
     """One sentence per choice, for `explain()`."""
-    if offload is None:
-        return ["masters and optimizer states are on the device: offload is None"]
-    reasons = [f"the {offload.engine!r} engine steps on the host, synchronously in this version"]
-    if why_held is None:
-        reasons.append("gradients leave for the host during backward: nothing of yours reads param.grad")
+    reasons = ["masters and optimizer states are on the device: offload is None"]
+    if settings.offload is not None:
+        reasons = [f"the {settings.offload.engine!r} engine steps on the host, synchronously in this version"]
+    elif settings.mesh.is_single:
+        return reasons
+    if settings.why_held is None:
+        where_to = "for the host" if settings.offload is not None else "for the other ranks"
+        reasons.append(f"gradients leave {where_to} during backward: nothing of yours reads param.grad")
     else:
-        reasons.append(f"gradients stay in param.grad until the step: {why_held}")
-    if why_awaited is not None:
-        reasons.append(f"uploads are awaited right after the step: {why_awaited}")
+        reasons.append(f"gradients stay in param.grad until the step: {settings.why_held}")
+    if settings.why_awaited is not None:
+        reasons.append(f"new weights are awaited right after the step: {settings.why_awaited}")
     if is_model_compiled:
-        reasons.append("uploads are awaited at the start of the training step: the model is compiled")
+        reasons.append("new weights are awaited at the start of the training step: the model is compiled")
     return reasons
-
-
-def _unit_bytes(zero: ZeroConfig, offload: OffloadConfig | None) -> int:
-    return (zero.bucket_mb if offload is None else offload.bucket_mb) * MIB
 
 
 def _state_maker(link: Link | None, offload: OffloadConfig | None) -> Callable[[ShardUnit, bool], UnitState]:
@@ -164,85 +243,13 @@ def _state_maker(link: Link | None, offload: OffloadConfig | None) -> Callable[[
     return lambda unit, has_moments: HostState(unit, link, arena, has_moments=has_moments, is_pinned=pin)
 
 
-def _check_parameters(module: nn.Module, optimizers: Sequence[Optimizer], fqn_of: dict[nn.Parameter, str]) -> None:
-    name = type(module).__name__
-    lazy = [fqn for param, fqn in fqn_of.items() if is_lazy(param)]
-    if lazy:
-        raise SuperScaleError(
-            f"parameter {lazy[0]!r} has no shape yet. Run one batch through {name} in configure_model(), so that its "
-            "lazy modules are initialised before the optimizer's memory is planned."
-        )
-    trainable = [fqn for param, fqn in fqn_of.items() if param.requires_grad]
-    if not trainable:
-        raise SuperScaleError(
-            f"{name} has no trainable parameters: expected at least one with requires_grad=True, found "
-            f"{len(fqn_of)} parameters, all frozen. Unfreeze what is to be trained, or use trainer.validate()."
-        )
-    owner: dict[nn.Parameter, int] = {}
-    for number, optimizer in enumerate(optimizers):
-        if type(optimizer).__name__ == "_MockOptimizer":
-            continue
-        for group_number, group in enumerate(optimizer.param_groups):
-            for param in group["params"]:
-                where = f"optimizer {number} ({type(optimizer).__name__}), parameter group {group_number}"
-                if param not in fqn_of:
-                    raise SuperScaleError(
-                        f"{where} holds a parameter of shape {tuple(param.shape)} that {name} does not own. "
-                        "Build the optimizer in configure_optimizers from self.parameters(), and register every "
-                        "trained module as an attribute of the LightningModule."
-                    )
-                if param in owner and owner[param] != number:
-                    raise SuperScaleError(
-                        f"parameter {fqn_of[param]!r} is in optimizer {owner[param]} and in {where}. Give every "
-                        "parameter to one optimizer: two would each keep a master of it."
-                    )
-                owner[param] = number
-                if param.requires_grad and param.dtype not in (torch.float32, torch.bfloat16):
-                    raise SuperScaleError(
-                        f"trainable parameter {fqn_of[param]!r} is {param.dtype}; expected torch.float32 or "
-                        "torch.bfloat16. Convert it, or freeze it."
-                    )
-    if owner and not any(param.requires_grad for param in owner):
-        raise SuperScaleError(
-            f"none of the {len(owner)} parameters that the optimizers of {name} hold is trainable; "
-            f"trainable ones of the module are, for example, {', '.join(trainable[:3])}."
-        )
-
-
-def _host_bytes_needed(optimizers: Sequence[Optimizer]) -> int:
-    return sum(
+def _host_bytes_needed(optimizers: Sequence[Optimizer], mesh: DataMesh) -> int:
+    """Host bytes of this rank's states, but for padding."""
+    whole = sum(
         host_bytes(param.numel(), param.dtype, has_moments=True)
         for optimizer in optimizers
         for group in optimizer.param_groups
         for param in group["params"]
         if param.requires_grad
     )
-
-
-def _byte_classes(module: nn.Module, engines: Iterable[OptimizerEngine], is_offloaded: bool) -> list[ByteClass]:
-    """Bytes of this rank by class, counted from the tensors that exist."""
-    pairs = [pair for engine in engines for pair in zip(engine.transport.units, engine.states, strict=True)]
-    in_units = {param for unit, _ in pairs for param in unit.params}
-    rows: dict[tuple[str, str], list[int]] = {}
-
-    def add(name: str, tensor: torch.Tensor | None, count: int | None = None) -> None:
-        if tensor is None:
-            return
-        row = rows.setdefault((name, str(tensor.dtype).removeprefix("torch.")), [0, 0])
-        nbytes = (tensor.numel() if count is None else count) * tensor.element_size()
-        row[1 if is_offloaded and name not in ("weights", "gradients", "frozen weights", "buffers") else 0] += nbytes
-
-    for unit, state in pairs:
-        add("weights", unit.params[0], unit.weight_numel)
-        add("gradients", unit.params[0], unit.weight_numel)
-        add("master weights", state.master)
-        add("optimizer states", state.exp_avg)
-        add("optimizer states", state.exp_avg_sq)
-        if is_offloaded:
-            add("transfer buffers", unit.params[0], unit.shard.shard_numel)
-    for param in module.parameters():
-        if param not in in_units:
-            add("frozen weights", param)
-    for buffer in module.buffers():
-        add("buffers", buffer)
-    return [ByteClass(name, dtype, device, host) for (name, dtype), (device, host) in rows.items()]
+    return -(-whole // mesh.shard.size)

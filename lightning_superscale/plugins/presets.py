@@ -19,12 +19,14 @@ if TYPE_CHECKING:
 class SuperOffloadStrategyMixin(SuperScaleStrategyMixin):
     """Master weights, optimizer states and the optimizer step in host memory; the device keeps weights.
 
+    On several ranks, masters, states and gradients are sharded (zero=2), so that no step is done twice.
+
     Args: as SuperScaleStrategy's.
     """
 
     def __init__(
         self,
-        zero: Union[int, ZeroConfig] = 0,
+        zero: Union[int, ZeroConfig] = 2,
         offload: Union[Literal["cpu", "superoffload"], OffloadConfig, None] = "superoffload",
         error_if_nonfinite: bool = False,
         accelerator: Union[Accelerator, None] = None,
@@ -34,6 +36,7 @@ class SuperOffloadStrategyMixin(SuperScaleStrategyMixin):
         precision_plugin: Union[Precision, None] = None,
         process_group_backend: Union[str, None] = None,
         timeout: timedelta = DEFAULT_TIMEOUT,
+        start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
     ) -> None:
         super().__init__(
             zero=zero,
@@ -46,4 +49,40 @@ class SuperOffloadStrategyMixin(SuperScaleStrategyMixin):
             precision_plugin=precision_plugin,
             process_group_backend=process_group_backend,
             timeout=timeout,
+            start_method=start_method,
+        )
+
+
+class ZeroStrategyMixin(SuperScaleStrategyMixin):
+    """Optimizer states, gradients and weights sharded over ranks (ZeRO), everything on the device.
+
+    Args: as SuperScaleStrategy's.
+    """
+
+    def __init__(
+        self,
+        zero: Union[int, ZeroConfig] = 3,
+        offload: Union[Literal["cpu", "superoffload"], OffloadConfig, None] = None,
+        error_if_nonfinite: bool = False,
+        accelerator: Union[Accelerator, None] = None,
+        parallel_devices: Union[list[torch.device], None] = None,
+        cluster_environment: Union[ClusterEnvironment, None] = None,
+        checkpoint_io: Union[CheckpointIO, None] = None,
+        precision_plugin: Union[Precision, None] = None,
+        process_group_backend: Union[str, None] = None,
+        timeout: timedelta = DEFAULT_TIMEOUT,
+        start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
+    ) -> None:
+        super().__init__(
+            zero=zero,
+            offload=offload,
+            error_if_nonfinite=error_if_nonfinite,
+            accelerator=accelerator,
+            parallel_devices=parallel_devices,
+            cluster_environment=cluster_environment,
+            checkpoint_io=checkpoint_io,
+            precision_plugin=precision_plugin,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+            start_method=start_method,
         )

@@ -8,7 +8,7 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_superscale.plugins.callbacks import ScaleMonitorMixin
 from lightning_superscale.plugins.precision import SuperScalePrecisionMixin
-from lightning_superscale.plugins.presets import SuperOffloadStrategyMixin
+from lightning_superscale.plugins.presets import SuperOffloadStrategyMixin, ZeroStrategyMixin
 from lightning_superscale.plugins.strategy import SuperScaleStrategyMixin
 
 
@@ -23,6 +23,10 @@ class SuperScaleStrategy(SuperScaleStrategyMixin, DDPStrategy):
 
 class SuperOffloadStrategy(SuperOffloadStrategyMixin, SuperScaleStrategy):
     __doc__ = SuperOffloadStrategyMixin.__doc__
+
+
+class ZeroStrategy(ZeroStrategyMixin, SuperScaleStrategy):
+    __doc__ = ZeroStrategyMixin.__doc__
 
 
 class ScaleMonitor(ScaleMonitorMixin, Callback):

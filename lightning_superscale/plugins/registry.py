@@ -15,12 +15,17 @@ BINDINGS = {
     "pytorch_lightning": "lightning_superscale.plugins.pytorch_lightning",
 }
 
-STRATEGY_NAMES = {
+# Name -> class, its arguments, and what the registry says of it.
+STRATEGY_NAMES: dict[str, tuple[str, dict[str, Any], str]] = {
     "superscale": (
         "SuperScaleStrategy",
+        {},
         "One strategy for sharding, offload and precision; defaults to plain training",
     ),
-    "superoffload": ("SuperOffloadStrategy", "Optimizer states and step in host memory"),
+    "superoffload": ("SuperOffloadStrategy", {}, "Optimizer states and step in host memory"),
+    "zero1": ("ZeroStrategy", {"zero": 1}, "Optimizer states sharded over ranks"),
+    "zero2": ("ZeroStrategy", {"zero": 2}, "Optimizer states and gradients sharded over ranks"),
+    "zero3": ("ZeroStrategy", {"zero": 3}, "Optimizer states, gradients and weights sharded over ranks"),
 }
 
 
@@ -39,11 +44,19 @@ def register_with(lightning_name: str) -> None:
     """Add our names to the strategy registry of one imported Lightning. Calling it again changes nothing."""
     registry = sys.modules[f"{lightning_name}.strategies"].StrategyRegistry
     binding = BINDINGS[lightning_name]
-    for name, (class_name, description) in STRATEGY_NAMES.items():
+    for name, (class_name, init_params, description) in STRATEGY_NAMES.items():
+        factory = LazyStrategy(binding, class_name)
+        if name not in registry:
+            registry.register(name, factory, description=description, **init_params)
         # The CLI's `--trainer.strategy package.Class` is looked up here too, in lower case.
-        for key in (name, f"lightning_superscale.{class_name}".lower(), f"{binding}.{class_name}".lower()):
+        for key in (f"lightning_superscale.{class_name}".lower(), f"{binding}.{class_name}".lower()):
             if key not in registry:
-                registry.register(key, LazyStrategy(binding, class_name), description=description)
+                registry.register(key, factory, description=description)
+        for method in ("spawn", "fork"):
+            if f"{name}_{method}" not in registry:
+                registry.register(
+                    f"{name}_{method}", factory, description=description, start_method=method, **init_params
+                )
 
 
 def binding_module() -> Any:

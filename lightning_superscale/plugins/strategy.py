@@ -12,13 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_superscale.comm.mesh import check_shard_size
 from lightning_superscale.config import OffloadConfig, ZeroConfig, resolve_offload, resolve_zero
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.plan import ParallelPlan
-from lightning_superscale.plugins.assembly import Assembly, assemble
+from lightning_superscale.plugins.assembly import Assembly, RunSettings, assemble
 from lightning_superscale.plugins.precision import SuperScalePrecisionMixin, check_precision
+from lightning_superscale.plugins.rank_environment import RankEnvironment
 from lightning_superscale.plugins.timing import PhaseSeconds
 from lightning_superscale.plugins.visibility import why_gradients_are_held, why_weights_are_awaited
+from lightning_superscale.zero.replicas import broadcast_from_first
 
 if TYPE_CHECKING:
     from lightning.fabric.plugins import ClusterEnvironment
@@ -33,16 +36,17 @@ DEFAULT_TIMEOUT = timedelta(minutes=30)
 
 
 class SuperScaleStrategyMixin(_Base):
-    """Training on one device with its optimizer on that device or in host memory, exactly as plain AdamW.
+    """Data-parallel training with sharded, offloaded or plain optimizer states, exactly as plain AdamW.
 
     Args:
-        zero: what is sharded over ranks: 0 (nothing), a ZeroConfig or a mapping with its keys.
+        zero: what is sharded over ranks: 0 (nothing), 1 (optimizer states), 2 (gradients too), 3 (weights
+            too), a ZeroConfig or a mapping with its keys.
         offload: where the optimizer lives: None (on the device), "cpu" or "superoffload" (in host
             memory), an OffloadConfig or a mapping with its keys.
         error_if_nonfinite: raise before weights or states change when a gradient is NaN or infinite,
             naming the parameters.
         accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin,
-            process_group_backend, timeout: as in Lightning's DDPStrategy.
+            process_group_backend, timeout, start_method: as in Lightning's DDPStrategy.
     """
 
     precision_class: type[SuperScalePrecisionMixin]
@@ -59,12 +63,16 @@ class SuperScaleStrategyMixin(_Base):
         precision_plugin: Union[Precision, None] = None,
         process_group_backend: Union[str, None] = None,
         timeout: timedelta = DEFAULT_TIMEOUT,
+        start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
     ) -> None:
         self.zero_config = resolve_zero(zero)
         self.offload_config = resolve_offload(offload)
         self.error_if_nonfinite = error_if_nonfinite
         self._assembly: Assembly | None = None
+        self._finished: Assembly | None = None
+        self._environment = RankEnvironment()
         self._awaits_weights = True
+        self._is_blocked = False
         self.phase_seconds = PhaseSeconds()
         super().__init__(
             accelerator=accelerator,
@@ -74,6 +82,7 @@ class SuperScaleStrategyMixin(_Base):
             precision_plugin=precision_plugin,
             process_group_backend=process_group_backend,
             timeout=timeout,
+            start_method=start_method,
         )
 
     # Precision: stock plugins are translated, so that `precision="bf16-true"` just works.
@@ -106,14 +115,17 @@ class SuperScaleStrategyMixin(_Base):
         # One process needs no launcher, and without one notebooks work too.
         self._launcher = None
         if self._num_ranks > 1:
-            raise SuperScaleError(
-                f"found {self._num_ranks} devices; this version of {type(self).__name__} trains on one. "
-                "Pass Trainer(devices=1)."
-            )
+            check_shard_size(self.zero_config.shard_size_of(self._num_ranks), self._num_ranks)
+            super()._configure_launcher()
 
     def setup_environment(self) -> None:
-        if self.accelerator is None:
-            raise AssertionError("the Trainer sets the accelerator before it sets up the environment")
+        if self.accelerator is None or self.cluster_environment is None:
+            raise AssertionError("the Trainer sets accelerator and cluster before it sets up the environment")
+        if self._num_ranks > 1:
+            super().setup_environment()
+            host = self.cluster_environment.main_address
+            self._environment.open(self.zero_config, host, self.broadcast, self._timeout or DEFAULT_TIMEOUT)
+            return
         self.accelerator.setup_device(self.root_device)
         self.set_world_ranks()
         # With one rank the sampler must stay the user's: a DistributedSampler would shuffle otherwise.
@@ -130,12 +142,18 @@ class SuperScaleStrategyMixin(_Base):
         if self.accelerator is None or self.lightning_module is None:
             raise AssertionError("the Trainer connects accelerator and module before setup")
         self._release()
+        self._finished = None
         self.accelerator.setup(trainer)
-        self.model = self.precision_plugin.convert_module(self.lightning_module)
+        model: nn.Module = self.lightning_module
+        if trainer.state.fn == "fit" and self._layer_sync:
+            model = self._layer_sync.apply(model)
+        self.model = self.precision_plugin.convert_module(model)
         self.model_to_device()
         if trainer.state.fn == "fit":
             self.setup_optimizers(trainer)
             self._assemble(trainer)
+        else:
+            broadcast_from_first(self._environment.mesh, [*self.model.parameters(), *self.model.buffers()])
         self.setup_precision_plugin()
 
     def _assemble(self, trainer: Trainer) -> None:
@@ -145,9 +163,8 @@ class SuperScaleStrategyMixin(_Base):
         callbacks = list(trainer.callbacks)  # type: ignore[attr-defined]
         held = why_gradients_are_held(module, callbacks, len(self.optimizers))
         awaited = why_weights_are_awaited(module, callbacks)
-        self._assembly = assemble(
-            module,
-            self.optimizers,
+        settings = RunSettings(
+            mesh=self._environment.mesh,
             device=self.root_device,
             zero=self.zero_config,
             offload=self.offload_config,
@@ -155,7 +172,9 @@ class SuperScaleStrategyMixin(_Base):
             error_if_nonfinite=self.error_if_nonfinite,
             why_held=held,
             why_awaited=awaited,
+            is_automatic=module.automatic_optimization,
         )
+        self._assembly = assemble(module, self.optimizers, settings)
         self._awaits_weights = awaited is not None
         self.phase_seconds = PhaseSeconds()
         precision = self.precision_plugin
@@ -178,6 +197,11 @@ class SuperScaleStrategyMixin(_Base):
         finally:
             self.phase_seconds.forward += time.perf_counter() - start
 
+    def on_validation_start(self) -> None:
+        super().on_validation_start()
+        if self._assembly is not None:
+            self._assembly.buffers.sync()
+
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         self._wait_for_weights()
         return super().validation_step(*args, **kwargs)
@@ -197,14 +221,23 @@ class SuperScaleStrategyMixin(_Base):
         finally:
             self.phase_seconds.backward += time.perf_counter() - start
 
+    def post_backward(self, closure_loss: Tensor) -> None:
+        super().post_backward(closure_loss)
+        if self._assembly is not None and not self._is_blocked:
+            self._assembly.after_backward()
+
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
         """While open, more micro-batches of the same step follow: gradients accumulate where they are."""
-        with ExitStack() as stack:
-            if self._assembly is not None:
-                for engine in self._assembly.engines.values():
-                    stack.enter_context(engine.transport.blocked())
-            yield
+        before, self._is_blocked = self._is_blocked, True
+        try:
+            with ExitStack() as stack:
+                if self._assembly is not None:
+                    for engine in self._assembly.engines.values():
+                        stack.enter_context(engine.transport.blocked())
+                yield
+        finally:
+            self._is_blocked = before
 
     def optimizer_step(
         self,
@@ -242,6 +275,8 @@ class SuperScaleStrategyMixin(_Base):
 
     def grad_norm(self, optimizer_index: int = 0) -> Tensor:
         """Global 2-norm of one optimizer's gradients at its last step, before clipping; fp32 scalar, CPU.
+
+        Every rank calls it, where states are sharded.
 
         Raises:
             SuperScaleError: no step has been taken yet.
@@ -287,21 +322,23 @@ class SuperScaleStrategyMixin(_Base):
                 engine.load_state_dict(state)
 
     def _engine_of(self, optimizer: Any) -> Any:
-        return (
-            None if self._assembly is None else self._assembly.engines.get(getattr(optimizer, "_optimizer", optimizer))
-        )
+        assembly = self._assembly or self._finished
+        return None if assembly is None else assembly.engines.get(getattr(optimizer, "_optimizer", optimizer))
 
     def teardown(self) -> None:
         self._release()
+        self._environment.close()
         super().teardown()
 
     def on_exception(self, exception: BaseException) -> None:
+        self._environment.report(exception)
         if self._assembly is not None:
-            for engine in self._assembly.engines.values():
-                engine.discard_gradients()
+            self._assembly.abandon()
         super().on_exception(exception)
 
     def _release(self) -> None:
+        """Give the module back. Sharded states stay reachable, so that a checkpoint can be saved after training."""
         if self._assembly is not None:
             self._assembly.close()
+            self._finished = self._assembly if self._assembly.mesh.shard.size > 1 else None
             self._assembly = None

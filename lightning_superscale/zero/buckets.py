@@ -119,12 +119,18 @@ class BucketTransport:
 
     @contextmanager
     def blocked(self) -> Iterator[None]:
-        """While open, more micro-batches of the step follow: with no_sync, gradients accumulate in `param.grad`."""
+        """While open, more micro-batches of the step follow.
+
+        With no_sync, gradients accumulate in `param.grad`; without, and streamed, they are reduced before
+        this returns, so that every rank calls it.
+        """
         before, self._is_blocked = self._is_blocked, self._no_sync
         try:
             yield
         finally:
             self._is_blocked = before
+        if not self._no_sync and self._is_streamed:
+            self._collect_over_ranks()
 
     def _on_grad(self, param: nn.Parameter) -> None:
         if self._is_blocked:

@@ -135,6 +135,11 @@ class OptimizerEngine:
         for state in self.states:
             state.clear_grads()
 
+    def abandon(self) -> None:
+        """Forget an interrupted step and whatever other ranks were to send."""
+        self.discard_gradients()
+        self.transport.abandon()
+
     def _gather_due(self) -> list[Due]:
         late = [p for p in self.params() if p.grad is not None and self.transport.place_of(p) is None]
         if late:
@@ -227,7 +232,7 @@ class OptimizerEngine:
     def _norm_over_ranks(self, sumsq: float) -> Tensor:
         """The 2-norm of all shards from this rank's sum of squares; fp32 scalar. Every rank calls it."""
         mesh = self.ranks.mesh
-        total = control_sum(mesh, torch.tensor([sumsq], dtype=torch.float64)) / mesh.replicate.size
+        total = control_sum(mesh, torch.tensor([sumsq], dtype=torch.float64), "the gradient norm") / mesh.replicate.size
         return total[0].sqrt().float()
 
     def _raise_nonfinite(self, due: Sequence[Due], norms: Tensor) -> None:

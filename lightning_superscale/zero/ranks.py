@@ -38,9 +38,9 @@ def ranks_of(mesh: DataMesh, params: Iterable[nn.Parameter]) -> Ranks:
     flag_of = {param: i for i, param in enumerate(params)}
     return Ranks(
         mesh,
-        AxisCollectives(mesh.shard, mesh.counts),
-        AxisCollectives(mesh.replicate, mesh.counts),
-        AxisCollectives(mesh.world, mesh.counts),
+        AxisCollectives(mesh.shard, mesh),
+        AxisCollectives(mesh.replicate, mesh),
+        AxisCollectives(mesh.world, mesh),
         Agreement(mesh, 2 * len(flag_of)),
         flag_of,
     )

@@ -38,6 +38,12 @@ class Transport(Protocol):
     def stream(self) -> None:
         """From now on, take gradients during the last backward of a step rather than at the step."""
 
+    def watch_edits(self) -> None:
+        """Refuse, at the step, gradients in `param.grad` that somebody changed in place on several ranks."""
+
+    def average_held(self) -> None:
+        """Make gradients that are kept in `param.grad` averages over ranks. Every rank calls it after backward."""
+
     def blocked(self) -> AbstractContextManager[None]:
         """While open, more micro-batches of the same step follow."""
 
@@ -62,6 +68,9 @@ class Transport(Protocol):
         """Return when whatever runs next sees the new weights of these units."""
 
     def wait_all_published(self) -> None: ...
+
+    def abandon(self) -> None:
+        """A rank failed: forget the step, and wait for nothing that is under way."""
 
     def close(self) -> None:
         """Remove every hook; parameters own whole weights in a storage of their own again."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import pickle
@@ -11,6 +12,7 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import wait
+from pathlib import Path
 from typing import Any
 
 # One server imports torch once; ranks are forked from it while it is still single-threaded.
@@ -22,17 +24,24 @@ class RankFailed(AssertionError):
     """At least one rank raised, died or ran out of time."""
 
 
-def _run(rank: int, world_size: int, store: str, payload: bytes, sender: Any) -> None:
+def _run(rank: int, world_size: int, folder: str, limit_s: float, payload: bytes, sender: Any) -> None:
     import torch
     import torch.distributed as dist
 
+    stacks = open(os.path.join(folder, f"stacks-{rank}"), "w")  # noqa: SIM115
+    faulthandler.dump_traceback_later(limit_s, file=stacks)
     torch.set_num_threads(1)
     os.environ["OMP_WAIT_POLICY"] = "passive"
     try:
         function, args = pickle.loads(payload)
+        # A Trainer in a rank finds the process group there, as under torchrun.
+        os.environ.update(
+            TORCHELASTIC_RUN_ID="tests", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size),
+            LOCAL_WORLD_SIZE=str(world_size), GROUP_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0",
+        )  # fmt: skip
         dist.init_process_group(
             "gloo",
-            store=dist.FileStore(store, world_size),
+            store=dist.FileStore(os.path.join(folder, "store"), world_size),
             rank=rank,
             world_size=world_size,
             timeout=timedelta(seconds=60),
@@ -56,13 +65,15 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, limit_s
             receiver, sender = _CONTEXT.Pipe(duplex=False)
             payload = pickle.dumps((function, args))
             process = _CONTEXT.Process(
-                target=_run, args=(rank, world_size, os.path.join(folder, "store"), payload, sender), daemon=True
+                target=_run, args=(rank, world_size, folder, limit_s, payload, sender), daemon=True
             )
             process.start()
             sender.close()
             processes.append(process)
             receivers.append(receiver)
-        outcomes = _outcomes(receivers, time.monotonic() + limit_s)
+        outcomes = _outcomes(receivers, time.monotonic() + limit_s + 3)  # time to write where ranks hang
+        stacks = [Path(folder, f"stacks-{rank}") for rank in range(world_size)]
+        stuck = [path.read_text() if path.exists() else "" for path in stacks]
         for process in processes:
             process.join(5 if None not in outcomes else 0)
             if process.is_alive():
@@ -71,7 +82,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, limit_s
     failures = []
     for rank, outcome in enumerate(outcomes):
         if outcome is None:
-            failures.append(f"rank {rank}: no answer within {limit_s:.0f} s")
+            failures.append(f"rank {rank}: no answer within {limit_s:.0f} s\n{stuck[rank]}")
         elif not outcome[0]:
             failures.append(f"rank {rank}:\n{outcome[1]}")
     if failures:
@@ -96,4 +107,3 @@ def _outcomes(receivers: list[Any], deadline: float) -> list[tuple[bool, Any] | 
         if any(outcome is not None and not outcome[0] for outcome in outcomes):
             deadline = min(deadline, time.monotonic() + 10)  # the others may wait for the failed one
     return outcomes
-

@@ -101,7 +101,7 @@ def test_precision_plugin_by_class_path(tmp_path, mode):
         ({"offload": {"engin": "cpu"}}, "engin"),
         ({"offload": "superofload"}, "superofload"),
         ({"offload": {"bucket_mb": 0}}, "OffloadConfig.bucket_mb must be a whole number of at least 1, found 0"),
-        ({"zero": 2}, "zero=2 shards over several ranks"),
+        ({"zero": 4}, "ZeroConfig.stage must be 0, 1, 2 or 3, found 4"),
     ],
 )
 def test_misspelt_keys_and_bad_values_are_refused_by_name(tmp_path, mode, init_args, names, capsys):

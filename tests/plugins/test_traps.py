@@ -282,6 +282,7 @@ def test_trap_13_collectives_of_one_process_need_no_process_group(name):
     strategy.barrier()
 
 
-def test_several_ranks_are_refused_before_processes_start():
-    with pytest.raises(lss.SuperScaleError, match=r"found 2 devices.*Pass Trainer\(devices=1\)"):
-        trainer("superoffload", devices=2)
+def test_a_shard_size_that_does_not_fit_is_refused_before_processes_start():
+    strategy = lss.SuperScaleStrategy(zero={"stage": 2, "shard_size": 3})
+    with pytest.raises(lss.SuperScaleError, match=r"shard_size=3 does not divide the 4 .* Use one of 1, 2, 4"):
+        trainer(strategy, devices=4)

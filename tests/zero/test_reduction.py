@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import pytest
 import torch
-from torch import nn
 
 from lightning_superscale.comm.mesh import build_mesh
-from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.zero.clip import ClipByNorm, ClipByValue
 from lightning_superscale.zero.ranks import ranks_of
 from tests.helpers.engines import build_engine
@@ -74,8 +74,6 @@ def train(rank, world_size, program, dtype, way, clip, micro_batches, shard_size
     """The same on one of several ranks; returns weights, whole optimizer states and norms."""
     way = dict(way)
     sharded = way.pop("is_sharded")
-    from datetime import timedelta
-
     mesh = build_mesh((shard_size or world_size) if sharded else 1, timedelta(seconds=30))
     model = Programs(dtype)
     params = list(model.parameters())

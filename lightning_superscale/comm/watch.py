@@ -1,0 +1,184 @@
+"""Tells every rank that another one failed, who it was and why, while it waits for it.
+
+[Note: Waiting for other ranks] A rank that raises or dies leaves the others in a collective. On gloo they wake when
+its process ends, with a message that names a port; if the process lives on, at the collective's timeout. So ranks
+tell each other: whoever fails writes its reason into a store, everybody has a sign of life there, and a thread per
+rank looks twice a second. Our own collectives are polled and give up as soon as somebody failed. A rank that hangs
+in somebody else's collective (FSDP2's, Lightning's) can't be woken; it says why on stderr and ends, as NCCL's
+watchdog does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
+
+from lightning_superscale.errors import SuperScaleError
+
+_PERIOD_S = 0.5
+# A sign of life older than this is a dead rank: at once when its connection broke, after longer silence otherwise.
+_BROKEN_AFTER_S = 2.5
+_SILENT_AFTER_S = 30.0
+# All ranks wait, in different places, for this long: none will ever come.
+_APART_AFTER_S = 8.0
+# How long a rank may stay in a foreign collective after somebody failed.
+_GRACE_S = 10.0
+_FAILED = "failed"
+
+
+class _Sign(NamedTuple):
+    """What a rank last said of itself: how often, and what it waits for ("" when it runs)."""
+
+    beat: int
+    waits_for: str
+
+
+class RankFailure(SuperScaleError):
+    """Another rank failed."""
+
+
+class RankWatch:
+    """One rank's watch over all. Every rank makes one at the same time.
+
+    Args:
+        store: reachable from all ranks, used by nobody else.
+    """
+
+    def __init__(self, store: Store, rank: int, world_size: int) -> None:
+        self._store = store
+        self._rank = rank
+        self._world_size = world_size
+        self._waits_for = ""
+        self._failure: str | None = None
+        self._failed_at = 0.0
+        self._is_reported = False
+        self._stop = threading.Event()
+        self._signs: dict[int, tuple[_Sign, float]] = {}
+        self._beat = 0
+        self._apart: tuple[str, ...] = ()
+        self._apart_since = 0.0
+        self._thread = threading.Thread(target=self._watch, name="lightning-superscale rank watch", daemon=True)
+        self._thread.start()
+
+    # What the main thread does
+
+    def report(self, exception: BaseException) -> None:
+        """Tell the others that this rank failed."""
+        if self._is_reported or isinstance(exception, RankFailure):
+            return
+        self._is_reported = True
+        text = str(exception).strip().splitlines()
+        reason = f"{type(exception).__name__}: {text[0] if text else ''}".rstrip(": ")
+        with contextlib.suppress(Exception):  # the store may be what failed
+            self._store.compare_set(_FAILED, "", json.dumps({"rank": self._rank, "reason": reason}))
+
+    def raise_if_failed(self) -> None:
+        """Raises: RankFailure: another rank failed; names it and its reason."""
+        if self._failure is not None and not self._is_reported:
+            raise RankFailure(self._failure)
+
+    @contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """While open, this rank waits for all others at `what`."""
+        self._waits_for = what
+        try:
+            yield
+        finally:
+            self._waits_for = ""
+
+    def explain(self, error: Exception) -> RankFailure:
+        """The failure behind an error of a collective; waits a moment for the reason to become known."""
+        deadline = time.monotonic() + _BROKEN_AFTER_S + 2 * _PERIOD_S
+        while self._failure is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+            silent = self._silent_ranks(_BROKEN_AFTER_S)
+            if silent:
+                self._fail(f"{_named(silent)} died: no sign of life for {_BROKEN_AFTER_S:.0f} s")
+        return RankFailure(self._failure or f"a collective failed, and every rank is alive: {error}")
+
+    def close(self) -> None:
+        self._stop.set()
+
+    # What the thread does
+
+    def _watch(self) -> None:
+        while not self._stop.wait(_PERIOD_S):
+            try:
+                self._say_and_look()
+            except Exception as error:
+                if not self._stop.is_set():
+                    self._fail(f"rank 0 is gone, or the network to it: {str(error).splitlines()[0]}")
+            if self._failure is not None:
+                self._end_if_stuck()
+
+    def _say_and_look(self) -> None:
+        self._beat += 1
+        self._store.set(f"sign/{self._rank}", json.dumps([self._beat, self._waits_for]))
+        if self._failure is None and self._store.check([_FAILED]):
+            failed = json.loads(self._store.get(_FAILED))
+            if failed["rank"] != self._rank:
+                self._fail(f"rank {failed['rank']} failed: {failed['reason']}")
+        for rank in range(self._world_size):
+            if self._store.check([f"sign/{rank}"]):
+                sign = _Sign(*json.loads(self._store.get(f"sign/{rank}")))
+                known = self._signs.get(rank)
+                if known is None or known[0].beat != sign.beat:
+                    # The time of the last change of place, kept while the place stays the same.
+                    self._signs[rank] = (sign, time.monotonic())
+        silent = self._silent_ranks(_SILENT_AFTER_S)
+        if silent:
+            self._fail(f"{_named(silent)} gave no sign of life for {_SILENT_AFTER_S:.0f} s")
+        self._look_for_ranks_apart()
+
+    def _silent_ranks(self, after_s: float) -> list[int]:
+        now = time.monotonic()
+        return [rank for rank, (_, at) in self._signs.items() if rank != self._rank and now - at > after_s]
+
+    def _look_for_ranks_apart(self) -> None:
+        places = tuple(self._signs[r][0].waits_for for r in range(self._world_size) if r in self._signs)
+        if len(places) < self._world_size or not all(places) or len(set(places)) == 1 or places != self._apart:
+            self._apart, self._apart_since = places, time.monotonic()
+        elif time.monotonic() - self._apart_since > _APART_AFTER_S:
+            listed = ", ".join(f"rank {rank} at {place}" for rank, place in enumerate(places))
+            self._fail(f"ranks went apart and wait for each other: {listed}")
+
+    def _fail(self, failure: str) -> None:
+        if self._failure is None:
+            self._failed_at = time.monotonic()
+            self._failure = failure
+
+    def _end_if_stuck(self) -> None:
+        """End the process if its main thread is where nobody can wake it."""
+        main = threading.main_thread()
+        if self._is_reported or time.monotonic() - self._failed_at < _GRACE_S or not main.is_alive():
+            return
+        frame = sys._current_frames().get(main.ident or 0)
+        if _is_in_collective(frame):
+            sys.stderr.write(f"lightning_superscale: rank {self._rank} ends, because {self._failure}\n")
+            sys.stderr.flush()
+            os._exit(1)
+
+
+def _is_in_collective(frame: Any) -> bool:
+    """Whether a thread's innermost Python frame is one that calls a collective."""
+    places = ("torch/distributed", "lightning_superscale/comm/collectives")
+    return frame is not None and any(place in frame.f_code.co_filename.replace(os.sep, "/") for place in places)
+
+
+def _named(ranks: list[int]) -> str:
+    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))
+
+
+def open_store(mesh_rank: int, world_size: int, host: str, port: int, timeout: timedelta) -> TCPStore:
+    """The watch's own store, kept by rank 0 at `host`:`port`."""
+    return TCPStore(host, port, world_size, is_master=mesh_rank == 0, timeout=timeout, wait_for_workers=False)

@@ -1,0 +1,127 @@
+"""What is refused before anything changes: modules and optimizers that can't be trained, ranks that differ."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
+
+from lightning_superscale.config import OffloadConfig, ZeroConfig
+from lightning_superscale.errors import SuperScaleError
+
+# torch's optimizers that treat every element by itself, so that rows can be stepped apart.
+_ELEMENTWISE = frozenset(
+    {"ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD"}
+)
+
+
+def check_parameters(module: nn.Module, optimizers: Sequence[Optimizer], fqn_of: Mapping[nn.Parameter, str]) -> None:
+    """Refuse what can't be trained.
+
+    Raises:
+        SuperScaleError: names the parameter or optimizer and the remedy.
+    """
+    name = type(module).__name__
+    lazy = [fqn for param, fqn in fqn_of.items() if is_lazy(param)]
+    if lazy:
+        raise SuperScaleError(
+            f"parameter {lazy[0]!r} has no shape yet. Run one batch through {name} in configure_model(), so that its "
+            "lazy modules are initialised before the optimizer's memory is planned."
+        )
+    trainable = [fqn for param, fqn in fqn_of.items() if param.requires_grad]
+    if not trainable:
+        raise SuperScaleError(
+            f"{name} has no trainable parameters: expected at least one with requires_grad=True, found "
+            f"{len(fqn_of)} parameters, all frozen. Unfreeze what is to be trained, or use trainer.validate()."
+        )
+    owner = _owners(name, optimizers, fqn_of)
+    if owner and not any(param.requires_grad for param in owner):
+        raise SuperScaleError(
+            f"none of the {len(owner)} parameters that the optimizers of {name} hold is trainable; "
+            f"trainable ones of the module are, for example, {', '.join(trainable[:3])}."
+        )
+
+
+def _owners(name: str, optimizers: Sequence[Optimizer], fqn_of: Mapping[nn.Parameter, str]) -> dict[nn.Parameter, int]:
+    """Which optimizer steps each parameter."""
+    owner: dict[nn.Parameter, int] = {}
+    for number, optimizer in enumerate(optimizers):
+        if type(optimizer).__name__ == "_MockOptimizer":
+            continue
+        for group_number, group in enumerate(optimizer.param_groups):
+            for param in group["params"]:
+                where = f"optimizer {number} ({type(optimizer).__name__}), parameter group {group_number}"
+                if param not in fqn_of:
+                    raise SuperScaleError(
+                        f"{where} holds a parameter of shape {tuple(param.shape)} that {name} does not own. "
+                        "Build the optimizer in configure_optimizers from self.parameters(), and register every "
+                        "trained module as an attribute of the LightningModule."
+                    )
+                if param in owner and owner[param] != number:
+                    raise SuperScaleError(
+                        f"parameter {fqn_of[param]!r} is in optimizer {owner[param]} and in {where}. Give every "
+                        "parameter to one optimizer: two would each keep a master of it."
+                    )
+                owner[param] = number
+                if param.requires_grad and param.dtype not in (torch.float32, torch.bfloat16):
+                    raise SuperScaleError(
+                        f"trainable parameter {fqn_of[param]!r} is {param.dtype}; expected torch.float32 or "
+                        "torch.bfloat16. Convert it, or freeze it."
+                    )
+    return owner
+
+
+def check_optimizers_over_ranks(optimizers: Sequence[Optimizer], zero: ZeroConfig, world_size: int) -> None:
+    """Refuse optimizers whose steps several ranks can't share.
+
+    Raises:
+        SuperScaleError: names the optimizer and the stage to use.
+    """
+    if world_size == 1:
+        return
+    for optimizer in optimizers:
+        name = type(optimizer).__name__
+        if name == "LBFGS":
+            raise SuperScaleError(
+                f"LBFGS evaluates the loss itself, and {world_size} ranks have {world_size} losses. Train on one "
+                "device, or use another optimizer."
+            )
+        is_known = type(optimizer).__module__.startswith("torch.optim") and name in _ELEMENTWISE
+        if zero.stage > 0 and not is_known and not zero.assume_elementwise and name != "_MockOptimizer":
+            raise SuperScaleError(
+                f"zero={zero.stage} steps rows of each parameter on different ranks, which is right only for an "
+                f"optimizer that treats every element by itself; {name} is not known to. Use zero=0, or set "
+                "ZeroConfig.assume_elementwise=True if it does."
+            )
+
+
+def facts_of_run(
+    module: nn.Module,
+    optimizers: Sequence[Optimizer],
+    zero: ZeroConfig,
+    offload: OffloadConfig | None,
+    precision: str,
+) -> dict[str, str]:
+    """Everything that must be the same on every rank, by what an error calls it."""
+    facts = {"zero": repr(zero), "offload": repr(offload), "precision": precision, "torch": torch.__version__}
+    for number, optimizer in enumerate(optimizers):
+        facts[f"optimizer {number}"] = f"{type(optimizer).__name__}({_group_facts(optimizer)})"
+    for fqn, param in module.named_parameters():
+        state = "trainable" if param.requires_grad else "frozen"
+        facts[f"parameter {fqn!r}"] = f"{tuple(param.shape)} {param.dtype} {state}"
+    for fqn, buffer in module.named_buffers():
+        facts[f"buffer {fqn!r}"] = f"{tuple(buffer.shape)} {buffer.dtype}"
+    return facts
+
+
+def _group_facts(optimizer: Optimizer) -> str:
+    groups: list[dict[str, Any]] = optimizer.param_groups
+    return "; ".join(
+        f"{len(group['params'])} parameters, "
+        + ", ".join(f"{key}={group[key]}" for key in sorted(group) if key != "params")
+        for group in groups
+    )
