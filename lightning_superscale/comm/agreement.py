@@ -81,7 +81,7 @@ class Agreement:
         if failed:
             text = "; ".join(f"rank {rank}: {what}" for rank, what in failed)
             raise SuperScaleError(text) from error
-        for name, k in (("what is stepped", 0), ("the number of steps before", 1), ("the order of modules", 2)):
+        for name, k in (("what is done", 0), ("how often it was done before", 1), ("the order of modules", 2)):
             values = [what[k] for what in said]
             if len(set(values)) > 1:
                 other = next(rank for rank, value in enumerate(values) if value != values[0])

@@ -30,9 +30,9 @@ _PERIOD_S = 0.5
 _BROKEN_AFTER_S = 2.5
 _SILENT_AFTER_S = 30.0
 # All ranks wait, in different places, for this long: none will ever come.
-_APART_AFTER_S = 8.0
+_APART_AFTER_S = 6.0
 # How long a rank may stay in a foreign collective after somebody failed.
-_GRACE_S = 10.0
+_GRACE_S = 4.0
 _FAILED = "failed"
 
 
@@ -73,8 +73,12 @@ class RankWatch:
     # What the main thread does
 
     def report(self, exception: BaseException) -> None:
-        """Tell the others that this rank failed."""
+        """Tell the others that this rank failed, or note on an error of a broken connection who broke it."""
         if self._is_reported or isinstance(exception, RankFailure):
+            return
+        if isinstance(exception, RuntimeError) and _is_broken_connection(str(exception)):
+            if hasattr(exception, "add_note"):  # Python 3.11
+                exception.add_note(str(self.explain(exception)))
             return
         self._is_reported = True
         text = str(exception).strip().splitlines()
@@ -107,7 +111,11 @@ class RankWatch:
         return RankFailure(self._failure or f"a collective failed, and every rank is alive: {error}")
 
     def close(self) -> None:
+        """Stop watching. Rank 0 keeps the store, so after a failure it stays until the others have read why."""
+        if self._rank == 0 and (self._failure is not None or self._is_reported):
+            time.sleep(3 * _PERIOD_S)
         self._stop.set()
+        self._thread.join(2 * _PERIOD_S)
 
     # What the thread does
 
@@ -123,7 +131,8 @@ class RankWatch:
 
     def _say_and_look(self) -> None:
         self._beat += 1
-        self._store.set(f"sign/{self._rank}", json.dumps([self._beat, self._waits_for]))
+        place = self._waits_for or _foreign_collective(_main_frame())
+        self._store.set(f"sign/{self._rank}", json.dumps([self._beat, place]))
         if self._failure is None and self._store.check([_FAILED]):
             failed = json.loads(self._store.get(_FAILED))
             if failed["rank"] != self._rank:
@@ -159,14 +168,31 @@ class RankWatch:
 
     def _end_if_stuck(self) -> None:
         """End the process if its main thread is where nobody can wake it."""
-        main = threading.main_thread()
-        if self._is_reported or time.monotonic() - self._failed_at < _GRACE_S or not main.is_alive():
+        if self._is_reported or time.monotonic() - self._failed_at < _GRACE_S:
             return
-        frame = sys._current_frames().get(main.ident or 0)
-        if _is_in_collective(frame):
+        if _is_in_collective(_main_frame()):
             sys.stderr.write(f"lightning_superscale: rank {self._rank} ends, because {self._failure}\n")
             sys.stderr.flush()
             os._exit(1)
+
+
+def _is_broken_connection(message: str) -> bool:
+    """Whether an error of gloo says that another rank is gone."""
+    return any(words in message for words in ("Connection closed by peer", "Connection reset by peer", "Broken pipe"))
+
+
+def _main_frame() -> Any:
+    """Where the main thread is, or None."""
+    return sys._current_frames().get(threading.main_thread().ident or 0)
+
+
+def _foreign_collective(frame: Any) -> str:
+    """The collective of torch.distributed that a thread is in, and who called it; "" when it is in none."""
+    name = ""
+    while frame is not None and "torch/distributed" in frame.f_code.co_filename.replace(os.sep, "/"):
+        name = frame.f_code.co_name if name in ("", "wrapper", "wait") else name
+        frame = frame.f_back
+    return f"{name} called by {frame.f_code.co_filename}:{frame.f_lineno}" if name and frame is not None else ""
 
 
 def _is_in_collective(frame: Any) -> bool:

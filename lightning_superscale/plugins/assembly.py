@@ -152,7 +152,7 @@ def assemble(module: nn.Module, optimizers: Sequence[Optimizer], settings: RunSe
     where = settings.device if offload is None else torch.device("cpu")
     update = update_path(where, None if offload is None or offload.cpu_threads == "auto" else offload.cpu_threads)
     make_state = _state_maker(link, offload)
-    ranks = ranks_of(mesh, fqn_of)
+    ranks = ranks_of(mesh, fqn_of, num_buffers=len(list(module.buffers())))
     engines = {
         optimizer: OptimizerEngine(
             optimizer,
@@ -174,7 +174,7 @@ def assemble(module: nn.Module, optimizers: Sequence[Optimizer], settings: RunSe
     compiled = is_compiled(module)
     gates = _gates(module, engines.values(), settings, is_model_compiled=compiled)
     reasons = _reasons(settings, is_model_compiled=compiled)
-    return Assembly(module, settings, engines, gates, link, update, BufferSync(mesh, module), reasons)
+    return Assembly(module, settings, engines, gates, link, update, BufferSync(ranks, module), reasons)
 
 
 def _transport_maker(ranks: Ranks, settings: RunSettings, label: str) -> Callable[[DeltaSink], Transport]:

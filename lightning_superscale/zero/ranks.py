@@ -33,15 +33,21 @@ class Ranks:
         return len(self.flag_of)
 
 
-def ranks_of(mesh: DataMesh, params: Iterable[nn.Parameter]) -> Ranks:
-    """Args: params: the module's, without duplicates, in the same order on every rank."""
+def ranks_of(mesh: DataMesh, params: Iterable[nn.Parameter], *, num_buffers: int = 0) -> Ranks:
+    """What one run's transports and engines share.
+
+    Args:
+        params: the module's, without duplicates, in the same order on every rank.
+        num_buffers: the module's; every agreement has room for a flag of each, so that one that ranks
+            enter at different places has one length all the same, and says so.
+    """
     flag_of = {param: i for i, param in enumerate(params)}
     return Ranks(
         mesh,
         AxisCollectives(mesh.shard, mesh),
         AxisCollectives(mesh.replicate, mesh),
         AxisCollectives(mesh.world, mesh),
-        Agreement(mesh, 2 * len(flag_of)),
+        Agreement(mesh, max(2 * len(flag_of), num_buffers)),
         flag_of,
     )
 

@@ -7,8 +7,10 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_superscale.comm.collectives import AxisCollectives, control_max
+from lightning_superscale.comm.collectives import AxisCollectives
 from lightning_superscale.comm.mesh import DataMesh
+from lightning_superscale.errors import SuperScaleError
+from lightning_superscale.zero.ranks import Ranks
 
 
 def broadcast_from_first(mesh: DataMesh, tensors: Iterable[Tensor]) -> None:
@@ -43,22 +45,36 @@ def _broadcast_coalesced(world: AxisCollectives, tensors: Sequence[Tensor]) -> N
 class BufferSync:
     """Makes every rank's buffers rank 0's before each forward, as DDP does, and only those that changed anywhere."""
 
-    def __init__(self, mesh: DataMesh, module: nn.Module) -> None:
-        self._mesh = mesh
+    def __init__(self, ranks: Ranks, module: nn.Module) -> None:
+        self._ranks = ranks
         self._module = module
+        self._num_syncs = 0
         self._seen: dict[str, tuple[int, int]] = {}
 
     def sync(self) -> None:
-        """Every rank calls it, at the same forward."""
-        if self._mesh.is_single:
+        """Every rank calls it, at the same forward.
+
+        Raises:
+            SuperScaleError: on every rank, when another does something else.
+        """
+        if self._ranks.mesh.is_single:
             return
         buffers = dict(self._module.named_buffers())
         if not buffers:
             return
-        changed = [int(self._seen.get(fqn) != (id(buffer), buffer._version)) for fqn, buffer in buffers.items()]
-        anywhere = control_max(self._mesh, torch.tensor(changed, dtype=torch.int32), "the comparison of buffers")
-        chosen = [fqn for fqn, flag in zip(buffers, anywhere.tolist(), strict=True) if flag]
+        agreement = self._ranks.agreement
+        if len(buffers) > agreement.num_flags:
+            raise SuperScaleError(
+                f"{type(self._module).__name__} has {len(buffers)} buffers, more than when training was set up. "
+                "Register buffers before trainer.fit(), so that every rank knows of them."
+            )
+        vector = agreement.new_flags()
+        for place, (fqn, buffer) in enumerate(buffers.items()):
+            agreement.flags_of(vector)[place] = int(self._seen.get(fqn) != (id(buffer), buffer._version))
+        anywhere = agreement.agree(vector, label="the start of a forward", step=self._num_syncs).tolist()
+        self._num_syncs += 1
+        chosen = [fqn for fqn, flag in zip(buffers, anywhere, strict=False) if flag]
         with torch.no_grad():
-            broadcast_from_first(self._mesh, [buffers[fqn] for fqn in chosen])
+            broadcast_from_first(self._ranks.mesh, [buffers[fqn] for fqn in chosen])
         for fqn in chosen:
             self._seen[fqn] = (id(buffers[fqn]), buffers[fqn]._version)
