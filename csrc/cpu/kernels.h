@@ -20,6 +20,7 @@ struct Scalars {
     // All ones when |1 - beta1| >= 0.5 (torch then interpolates from the other end), else zero: a mask,
     // because a bool in the loop keeps some compilers from vectorising it.
     uint32_t lerp_base;
+    bool product_is_right;  // also in that Note
     bool plain;  // no l2, clip, sign, lerp_base or odd bias correction: the kernel needs no prepared gradient
     bool has_l2, has_clip, maximize, installed_root;
 };

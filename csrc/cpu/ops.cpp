@@ -9,6 +9,7 @@
 #include "error.h"
 #include "kernels.h"
 #include "pool.h"
+#include "wide.h"
 
 namespace lss {
 namespace {
@@ -71,6 +72,29 @@ int32_t submit_made(lss_pool *pool, const lss_submit *how, lss_ticket **ticket, 
     }
 }
 
+// Whether x * reciprocal, in the two operations of [Note: Division by a constant] in kernels.cpp, is the correctly
+// rounded x / c for every x: tries each fraction whose quotient is near enough to a midpoint to be in doubt.
+bool is_product_right(const Scalars &k) {
+    const float c = k.bias_correction2_sqrt;
+    constexpr uint32_t kEnd = 1u << 24;
+    uint32_t y = (bits_of(c) & (kEnd / 2 - 1)) | kEnd / 2;  // c's fraction as an integer
+    if (y % 2 == 0) y /= 2;
+    if (y % 2 == 0) return true;
+    uint32_t inverse = 1;  // of 2^i modulo y
+    for (int i = 1; i <= 25; ++i) {
+        inverse = (inverse + (inverse & 1u) * y) / 2;
+        if (i < 24) continue;
+        for (const uint32_t residue : {inverse, y - inverse}) {
+            for (uint32_t x = residue; x < kEnd; x += y) {
+                if (x < kEnd / 2) continue;
+                const float xf = static_cast<float>(x);
+                if (fused(xf, k.reciprocal, xf * k.reciprocal_rest) != xf / c) return false;
+            }
+        }
+    }
+    return true;
+}
+
 Scalars rounded(const lss_adamw_hyper &h) {
     Scalars k;
     k.weight_decay_factor = static_cast<float>(h.weight_decay_factor);
@@ -97,6 +121,7 @@ Scalars rounded(const lss_adamw_hyper &h) {
     k.reciprocal = static_cast<float>(1.0 / c);
     k.reciprocal_rest = static_cast<float>(1.0 / c - k.reciprocal);
     const bool usual = c >= 0x1p-40 && c <= 1.0;
+    k.product_is_right = usual && is_product_right(k);
     k.plain = usual && !k.has_l2 && !k.has_clip && !k.maximize && k.lerp_base == 0;
     return k;
 }

@@ -174,6 +174,8 @@ def test_adamw_weight_out_in_gradient_memory_equals_separate(path, mode):
                     fields = {name: getattr(HYPER, name) for name in AdamWHyper.__dataclass_fields__}
                     hyper = AdamWHyper(**{**fields, "clip_value": clip_value})
                     apart = make_segment(70_001, grad=grad, next_grad=grad, weight_out=out, hyper=hyper)
+                    for kind in (apart.grad, apart.next_grad):
+                        kind[[7, 4_000, 70_000]] = math.inf  # counted although the weight replaces it
                     shared = copied(apart)
                     shared.weight_out = shared.grad.view(out)
                     ours, _, _ = PAIRS[mode]
@@ -181,6 +183,18 @@ def test_adamw_weight_out_in_gradient_memory_equals_separate(path, mode):
                     assert got == expected
                     assert same(shared.weight_out, apart.weight_out)
                     assert same(shared.param, apart.param)
+
+
+@pytest.mark.parametrize("path", NATIVE)
+@pytest.mark.parametrize("mode", PAIRS)
+def test_adamw_weight_out_at_any_alignment_equals_reference(path, mode):
+    # Aligned weights are stored past the caches, others are not.
+    with running(path):
+        for start in (0, 1, 8, 16, 33):
+            seg = make_segment(9_001, grad=BF16, next_grad=BF16)
+            seg.grad[4_096], seg.next_grad[9_000] = math.nan, math.nan
+            seg.weight_out = torch.zeros(9_100, dtype=BF16)[start : start + 9_001]
+            check(mode, [seg])
 
 
 @pytest.mark.parametrize("path", NATIVE)
@@ -298,13 +312,58 @@ def test_adamw_commit_peek_divides_correctly_for_every_fraction(path):
     # moments that are squares rounded, and the quotient shows in the new weight through param 0 and exp_avg 1.
     with running(path):
         for step in (1, 1234):
-            numel = 1 << 16
-            root = torch.randperm(1 << 23, generator=torch.Generator().manual_seed(step))[:numel] | 0x3F800000
+            numel = 1 << 23
+            root = torch.arange(numel) | 0x3F800000
             root = root.to(torch.int32).view(F32)
             hyper = AdamWHyper(lr=1.0, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, step=step, ieee_sqrt=True)
             seg = AdamWSegment(
                 param=torch.zeros(numel), exp_avg=torch.ones(numel), exp_avg_sq=root * root, grad=torch.zeros(numel),
                 next_grad=torch.zeros(numel), hyper=hyper, next_hyper=hyper, weight_out=torch.zeros(numel, dtype=F16),
+            )  # fmt: skip
+            check("adamw_commit_peek", [seg])
+
+
+def _second_moments(roots: torch.Tensor, beta2: float) -> torch.Tensor:
+    """Values that, once multiplied by beta2 in fp32, have exactly these square roots."""
+    beta = torch.tensor(beta2)
+    near = (roots.double().square() / beta.double()).float()
+    found = near.clone()
+    for offset in range(-4, 5):
+        candidate = (near.view(torch.int32) + offset).view(F32)
+        fits = (candidate * beta).double().sqrt().float() == roots
+        found = torch.where(fits, candidate, found)
+    return found
+
+
+def _roots_near_midpoints(c: float) -> list[int]:
+    """Fractions (as 24-bit integers) whose quotient by c is nearest to the middle of two floats."""
+    y = int(math.ldexp(math.frexp(c)[0], 24))
+    if y % 2 == 0:
+        y //= 2
+    if y % 2 == 0:
+        return []
+    residues = {sign * pow(2, -power, y) % y for sign in (1, -1) for power in (24, 25)}
+    return [x for residue in residues for x in range(residue, 1 << 24, y) if x >= 1 << 23]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_adamw_commit_peek_divides_correctly_next_to_midpoints(path):
+    # Both ways of [Note: Division by a constant]: of 2000 bias corrections, some fail is_product_right() at the
+    # fractions tried here. Four exponents and several numerators each, so that a wrong quotient shows in p.
+    beta2 = 0.999
+    exponents, numerators = (-30, -24, -17, 0), (1.0, 1.1, 1.3, 1.7)
+    with running(path):
+        for step in range(1, 2001):
+            hyper = AdamWHyper(lr=1.0, beta1=0.9, beta2=beta2, eps=1e-12, weight_decay=0.0, step=step, ieee_sqrt=True)
+            fractions = _roots_near_midpoints(float(torch.tensor(math.sqrt(1.0 - beta2**step))))
+            if not fractions:
+                continue
+            roots = torch.tensor([math.ldexp(x, e) for x in fractions for e in exponents for _ in numerators])
+            numel = roots.numel()
+            seg = AdamWSegment(
+                param=torch.zeros(numel), exp_avg=torch.tensor(numerators).repeat(numel // len(numerators)),
+                exp_avg_sq=_second_moments(roots, beta2), grad=torch.zeros(numel), next_grad=torch.zeros(numel),
+                hyper=hyper, next_hyper=hyper, weight_out=torch.zeros(numel, dtype=F16),
             )  # fmt: skip
             check("adamw_commit_peek", [seg])
 
