@@ -141,7 +141,7 @@ class OptimizerEngine:
         self.transport.abandon()
 
     def _gather_due(self) -> list[Due]:
-        late = [p for p in self.params() if p.grad is not None and self.transport.place_of(p) is None]
+        late = [p for p in self.params() if p.requires_grad and self.transport.place_of(p) is None]
         if late:
             self._adopt(late)
         self.transport.collect()
