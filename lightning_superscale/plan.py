@@ -8,12 +8,18 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class ByteClass:
-    """One class of bytes that training keeps between steps, or moves through."""
+    """One class of bytes that training keeps between steps, or moves through.
+
+    Attributes:
+        device_bytes, host_bytes: counted from tensors, padding included.
+        arithmetic: what they should be by the ZeRO stage, in words.
+    """
 
     name: str
     dtype: str
     device_bytes: int
     host_bytes: int
+    arithmetic: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +80,7 @@ class ParallelPlan:
         lines += ["", f"{'bytes':<24}{'dtype':<10}{'device':>12}{'host':>12}"]
         for row in self.bytes:
             cells = f"{format_bytes(row.device_bytes):>12}{format_bytes(row.host_bytes):>12}"
-            lines.append(f"{row.name:<24}{row.dtype:<10}{cells}")
+            lines.append(f"{row.name:<24}{row.dtype:<10}{cells}  {row.arithmetic}".rstrip())
         lines.append(f"{'total':<34}{format_bytes(self.device_bytes):>12}{format_bytes(self.host_bytes):>12}")
         if self.reasons:
             lines += ["", *(f"- {reason}" for reason in self.reasons)]

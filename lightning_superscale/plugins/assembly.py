@@ -130,7 +130,11 @@ class Assembly:
             cpu_threads=self.update.num_threads,
             kernel="its own code" if own else self.update.name,
             bytes=byte_classes(
-                self.module, self.engines.values(), settings.zero, is_offloaded=settings.offload is not None
+                self.module,
+                self.engines.values(),
+                settings.zero,
+                shard_size=self.mesh.shard.size,
+                is_offloaded=settings.offload is not None,
             ),
             reasons=[*self.reasons, *(f"the optimizer steps through its own code: {reason}" for reason in own)],
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -10,34 +11,94 @@ from torch import nn
 from lightning_superscale.config import ZeroConfig
 from lightning_superscale.plan import ByteClass
 from lightning_superscale.zero.engine import OptimizerEngine
+from lightning_superscale.zero.states import UnitState
+from lightning_superscale.zero.units import ShardUnit
+
+
+@dataclass(slots=True)
+class _Row:
+    """One class while it is summed up.
+
+    Attributes:
+        held_bytes: of the tensors, padding included.
+        numel: elements of the whole parameters or buffers in it.
+        num_shares: ranks that share them.
+    """
+
+    bytes_each: int
+    num_shares: int
+    is_on_host: bool
+    held_bytes: int = 0
+    numel: int = 0
+
+    def arithmetic(self) -> str:
+        shared = f" / {self.num_shares} ranks" if self.num_shares > 1 else ""
+        return f"{self.bytes_each} B x {self.numel:,}{shared}"
+
+
+class _Rows:
+    def __init__(self, *, is_offloaded: bool) -> None:
+        self.rows: dict[tuple[str, str], _Row] = {}
+        self.is_offloaded = is_offloaded
+
+    def add(
+        self, name: str, dtype: torch.dtype, numel: int, held_numel: int, *, num_shares: int = 1, copies: int = 1
+    ) -> None:
+        """Args: copies: tensors of `held_numel` elements each."""
+        on_host = self.is_offloaded and name in ("master weights", "optimizer states", "transfer buffers")
+        key = (name, str(dtype).removeprefix("torch."))
+        row = self.rows.setdefault(key, _Row(copies * dtype.itemsize, num_shares, on_host))
+        row.held_bytes += copies * held_numel * dtype.itemsize
+        row.numel += numel
+
+    def done(self) -> list[ByteClass]:
+        return [
+            ByteClass(
+                name,
+                dtype,
+                0 if row.is_on_host else row.held_bytes,
+                row.held_bytes if row.is_on_host else 0,
+                row.arithmetic(),
+            )
+            for (name, dtype), row in self.rows.items()
+        ]
 
 
 def byte_classes(
-    module: nn.Module, engines: Iterable[OptimizerEngine], zero: ZeroConfig, *, is_offloaded: bool
+    module: nn.Module,
+    engines: Iterable[OptimizerEngine],
+    zero: ZeroConfig,
+    *,
+    shard_size: int,
+    is_offloaded: bool,
 ) -> list[ByteClass]:
-    """Bytes of this rank by class. Gradients are whole up to stage 1, and this rank's rows from stage 2 on."""
+    """Bytes of this rank by class.
+
+    Gradients are counted as they are held between micro-batches: whole where ranks reduce once per step, this
+    rank's rows otherwise.
+    """
     pairs = [pair for engine in engines for pair in zip(engine.transport.units, engine.states, strict=True)]
-    in_units = {param for unit, _ in pairs for param in unit.params}
-    rows: dict[tuple[str, str], list[int]] = {}
-
-    def add(name: str, tensor: torch.Tensor | None, count: int | None = None) -> None:
-        if tensor is None:
-            return
-        row = rows.setdefault((name, str(tensor.dtype).removeprefix("torch.")), [0, 0])
-        nbytes = (tensor.numel() if count is None else count) * tensor.element_size()
-        row[1 if is_offloaded and name not in ("weights", "gradients", "frozen weights", "buffers") else 0] += nbytes
-
+    rows = _Rows(is_offloaded=is_offloaded)
     for unit, state in pairs:
-        add("weights", unit.params[0], unit.weight_numel)
-        add("gradients", unit.params[0], unit.weight_numel if zero.stage < 2 else unit.shard.shard_numel)
-        add("master weights", state.master)
-        add("optimizer states", state.exp_avg)
-        add("optimizer states", state.exp_avg_sq)
-        if is_offloaded:
-            add("transfer buffers", unit.params[0], unit.shard.shard_numel)
-    for param in module.parameters():
-        if param not in in_units:
-            add("frozen weights", param)
-    for buffer in module.buffers():
-        add("buffers", buffer)
-    return [ByteClass(name, dtype, device, host) for (name, dtype), (device, host) in rows.items()]
+        _add_unit(rows, unit, state, zero, shard_size)
+    in_units = {param for unit, _ in pairs for param in unit.params}
+    frozen = [("frozen weights", param) for param in module.parameters() if param not in in_units]
+    for name, tensor in frozen + [("buffers", buffer) for buffer in module.buffers()]:
+        rows.add(name, tensor.dtype, tensor.numel(), tensor.numel())
+    return rows.done()
+
+
+def _add_unit(rows: _Rows, unit: ShardUnit, state: UnitState, zero: ZeroConfig, shard_size: int) -> None:
+    numel, share = sum(param.numel() for param in unit.params), unit.shard.shard_numel
+    weight_shares = 1 if unit.weight_numel >= numel else shard_size
+    rows.add("weights", unit.dtype, numel, unit.weight_numel, num_shares=weight_shares)
+    if zero.reduces_once:
+        rows.add("gradients", unit.dtype, numel, numel)
+    else:
+        rows.add("gradients", unit.dtype, numel, share, num_shares=shard_size)
+    if state.master is not None:
+        rows.add("master weights", state.master.dtype, numel, share, num_shares=shard_size)
+    if state.exp_avg is not None:
+        rows.add("optimizer states", state.exp_avg.dtype, numel, share, num_shares=shard_size, copies=2)
+    if rows.is_offloaded:
+        rows.add("transfer buffers", unit.dtype, numel, share, num_shares=shard_size)

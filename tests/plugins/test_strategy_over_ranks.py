@@ -125,3 +125,85 @@ def test_training_equals_ddp(world_size):
             each = "accumulate_grad_batches" in flags and make in (zero2, superoffload)
             exact = world_size == 2 and not by_norm and not each
             assert_same(results[rank][k], results[rank][expected], rank, exact=exact, name=f"rank {rank}: {name}")
+
+
+class Bytes(L.Callback):
+    """What this rank holds after the first of two micro-batches, and what its plan says."""
+
+    def __init__(self) -> None:
+        self.held: dict[str, int] = {}
+        self.plan = None
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if trainer.current_epoch == 1 and batch_idx == 0:
+            engine = next(iter(trainer.strategy.assembly.engines.values()))
+            grads = [p.grad for p in module.parameters() if p.grad is not None]
+            grads += [grad for state in engine.states for i in range(99) if (grad := state.grad(i)) is not None]
+            states = [t for own in engine.optimizer.state.values() for key, t in own.items() if key != "step"]
+            self.held = {"gradients": sum(g.nbytes for g in grads), "optimizer states": sum(t.nbytes for t in states)}
+            self.plan = trainer.strategy.plan
+
+
+def held_bytes(rank, world_size, strategies):
+    reports = []
+    for name in strategies:
+        look = Bytes()
+        fit(rank, world_size, name, {"callbacks": [look], "accumulate_grad_batches": 2})
+        reports.append((look.held, look.plan))
+    return reports
+
+
+def test_bytes_per_rank_equal_the_arithmetic_of_the_stage():
+    world_size = 2
+    trained = sum(p.numel() for p in [*Regressor().net.parameters()])
+    for reports in run_ranks(world_size, held_bytes, ["superscale", "zero1", "zero2"]):
+        for (held, plan), gradient_shares, state_shares in zip(reports, (1, 1, 2), (1, 2, 2), strict=True):
+            rows = {row.name: row for row in plan.bytes}
+            # A rank may hold one row more of each parameter than its share.
+            slack = sum(p.numel() // len(p) for p in Regressor().net.parameters()) * 8
+            assert abs(held["gradients"] - 4 * trained / gradient_shares) <= slack
+            assert abs(held["optimizer states"] - 8 * trained / state_shares) <= 2 * slack
+            assert rows["weights"].arithmetic.startswith("4 B x")
+            assert ("/ 2 ranks" in rows["optimizer states"].arithmetic) == (state_shares == 2)
+            assert ("/ 2 ranks" in rows["gradients"].arithmetic) == (gradient_shares == 2)
+
+
+class Counts(L.Callback):
+    """Collectives between the end of one step and the end of the next."""
+
+    def __init__(self) -> None:
+        self.calls: list[dict[str, int]] = []
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        counts = trainer.strategy.assembly.mesh.counts
+        self.calls.append(dict(counts.calls))
+        self.num_units = sum(len(e.transport.units) for e in trainer.strategy.assembly.engines.values())
+        counts.clear()
+
+
+class Smooth(Regressor):
+    """No buffers, no unused parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(17, 33), nn.Identity(), nn.GELU(), nn.Linear(33, 5))
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.net.parameters())
+
+
+def counted(rank, world_size, names):
+    reports = []
+    for name in names:
+        look = Counts()
+        fit(rank, world_size, name, {"callbacks": [look], "max_epochs": 1, "gradient_clip_val": 1.0}, Smooth)
+        reports.append((look.calls[2], look.num_units))
+    return reports
+
+
+def test_collectives_per_step_equal_theory():
+    """Every unit is reduced once and gathered once; ranks agree once, and once more on the norm."""
+    replicated, *sharded = run_ranks(2, counted, ["superscale", "zero1", "zero2", "superoffload"])[0]
+    assert replicated == ({"all_reduce": replicated[1], "control": 1}, 1)
+    for calls, num_units in sharded:
+        assert calls == {"reduce_scatter": num_units, "all_gather": num_units, "control": 2}

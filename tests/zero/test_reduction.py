@@ -140,10 +140,10 @@ def assert_matches(expected, per_rank, *, exact: bool, name: str) -> None:
                 assert_near(saved[i][key], value, torch.zeros(()), f"{name}: {key} of parameter {i}", mine.dtype)
 
 
-def run_matrix(world_size: int, cases) -> None:
+def run_matrix(world_size: int, cases, *, shard_size: int | None = None) -> None:
     expectations, arguments, names = [], [], []
     for case in cases:
-        expected, args = check(case[0], case[1], world_size, *case[2:])
+        expected, args = check(case[0], case[1], world_size, *case[2:], shard_size)
         expectations.append(expected)
         arguments.append(args)
         names.append(f"{world_size} ranks, {case[0].__name__}, " + ", ".join(map(str, case[1:])))
@@ -152,7 +152,8 @@ def run_matrix(world_size: int, cases) -> None:
         # Clipping by norm: plain torch sums its norm in fp32 and in another order than shards do. A unit that was
         # on its way when a second gradient of it came is summed over ranks first, in one process over backwards first.
         is_late = WAYS[case[2]]["is_streamed"] and case[0] not in ONE_GRADIENT_PER_PARAMETER
-        exact = case[3] != "norm" and not is_late and (world_size == 2 or WAYS[case[2]]["is_sharded"])
+        in_rank_order = shard_size is None and WAYS[case[2]]["is_sharded"]
+        exact = case[3] != "norm" and not is_late and (world_size == 2 or in_rank_order)
         assert_matches(expected, [r[k] for r in results], exact=exact, name=name)
 
 
@@ -173,3 +174,13 @@ def test_every_program_in_every_way_equals_one_process(world_size):
 
 def test_accumulation_equals_one_process():
     run_matrix(2, [(plain_backward, torch.float32, way, "none", 3) for way in WAYS if "every" not in way])
+
+
+def test_replicas_of_shards_equal_one_process():
+    """HSDP: two replicas of two shards each."""
+    sharded = [way for way in WAYS if WAYS[way]["is_sharded"]]
+    cases = [
+        (program, torch.float32, sharded[k % len(sharded)], ("none", "norm")[k % 2], 1)
+        for k, program in enumerate(PROGRAMS)
+    ]
+    run_matrix(4, cases, shard_size=2)
