@@ -5,6 +5,7 @@ from __future__ import annotations
 import lightning as L
 import pytest
 import torch
+from torch import nn
 
 from tests.helpers.ranks import run_ranks
 from tests.helpers.trainers import Regressor, loader, trainer
