@@ -244,7 +244,11 @@ struct Weights {
     LSS_METHOD void put(int64_t i, Sixteen y) const {
         const auto stored = W::store(y);
         if (past_caches) {
-            _mm256_stream_si256(reinterpret_cast<__m256i *>(to + i), (__m256i)stored);
+            if constexpr (sizeof(typename W::Type) == 4) {
+                _mm512_stream_ps(to + i, (__m512)stored);
+            } else {
+                _mm256_stream_si256(reinterpret_cast<__m256i *>(to + i), (__m256i)stored);
+            }
         } else {
             __builtin_memcpy(to + i, &stored, sizeof stored);
         }
@@ -588,8 +592,8 @@ void roof(float *p, float *m, float *v, const float *g, int64_t n) {
     }
 }
 
-#define LSS_WEIGHTS(fn, G, M, V) {nullptr, fn<G, M, V, BF16>, fn<G, M, V, F16>, nullptr}
-#define LSS_WEIGHTS_OR_NONE(fn, G, M, V) {nullptr, fn<G, M, V, BF16>, fn<G, M, V, F16>, fn<G, M, V, None>}
+#define LSS_WEIGHTS(fn, G, M, V) {fn<G, M, V, F32>, fn<G, M, V, BF16>, fn<G, M, V, F16>, nullptr}
+#define LSS_WEIGHTS_OR_NONE(fn, G, M, V) {fn<G, M, V, F32>, fn<G, M, V, BF16>, fn<G, M, V, F16>, fn<G, M, V, None>}
 #define LSS_MOMENTS(row, fn, G) \
     {{row(fn, G, F32, F32), row(fn, G, F32, BF16)}, {row(fn, G, BF16, F32), row(fn, G, BF16, BF16)}}
 #define LSS_GRADS(row, fn) LSS_MOMENTS(row, fn, F32), LSS_MOMENTS(row, fn, BF16), LSS_MOMENTS(row, fn, F16)
@@ -597,7 +601,7 @@ void roof(float *p, float *m, float *v, const float *g, int64_t n) {
     {{moments<G, F32, F32, stored>, moments<G, F32, BF16, stored>}, \
      {moments<G, BF16, F32, stored>, moments<G, BF16, BF16, stored>}}
 #define LSS_MOMENTS_OF(stored) {LSS_HALVES(F32, stored), LSS_HALVES(BF16, stored), LSS_HALVES(F16, stored)}
-#define LSS_PARAMS_OF(stored) {nullptr, param<BF16, stored>, param<F16, stored>, param<None, stored>}
+#define LSS_PARAMS_OF(stored) {param<F32, stored>, param<BF16, stored>, param<F16, stored>, param<None, stored>}
 #define LSS_BY_TYPE(fn) {fn<F32>, fn<BF16>, fn<F16>}
 #define LSS_BY_TYPES(fn) \
     {{fn<F32, F32>, fn<F32, BF16>, fn<F32, F16>}, \

@@ -290,8 +290,7 @@ struct AdamW : lss_ticket {
 int32_t check_segment(int32_t mode, const lss_adamw_segment &seg, int64_t s) {
     const bool moments = (seg.exp_avg_dtype == LSS_F32 || seg.exp_avg_dtype == LSS_BF16) &&
                          (seg.exp_avg_sq_dtype == LSS_F32 || seg.exp_avg_sq_dtype == LSS_BF16);
-    const bool out = seg.weight_out_dtype == LSS_BF16 || seg.weight_out_dtype == LSS_F16 ||
-                     (mode == LSS_COMMIT && seg.weight_out_dtype == LSS_NONE);
+    const bool out = is_dtype(seg.weight_out_dtype) || (mode == LSS_COMMIT && seg.weight_out_dtype == LSS_NONE);
     const bool grads = is_dtype(seg.grad_dtype) && (mode != LSS_COMMIT_PEEK || is_dtype(seg.next_grad_dtype));
     if (seg.numel < 0 || !moments || !out || !grads) {
         return fail(LSS_ERR_ARGUMENT, "segment %lld has a negative size or a dtype that mode %d does not take",

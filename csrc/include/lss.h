@@ -79,7 +79,7 @@ typedef struct {
     void *exp_avg_sq;
     const void *grad;
     const void *next_grad; /* commit_peek */
-    void *weight_out;      /* may be `grad` itself when both have two bytes per element */
+    void *weight_out;      /* may be `grad` itself when their elements have one size */
     int64_t numel;
     int32_t exp_avg_dtype;
     int32_t exp_avg_sq_dtype;

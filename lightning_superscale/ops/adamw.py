@@ -174,7 +174,7 @@ _DTYPES: dict[str, tuple[torch.dtype, ...]] = {
     "exp_avg_sq": STATE_DTYPES,
     "grad": GRAD_DTYPES,
     "next_grad": GRAD_DTYPES,
-    "weight_out": WEIGHT_DTYPES,
+    "weight_out": (*WEIGHT_DTYPES, torch.float32),
 }
 
 

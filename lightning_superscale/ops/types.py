@@ -80,7 +80,7 @@ class AdamWSegment:
     """The tensors of one contiguous run of elements that share one `AdamWHyper`.
 
     All tensors are 1D, contiguous, of equal numel, on one device, and do not overlap (except that
-    `grad` and `weight_out` may share memory when both have two bytes per element: the kernel reads
+    `grad` and `weight_out` may share memory when their elements have one size: the kernel reads
     an element's gradient before it writes its weight).
 
     Attributes:
@@ -90,7 +90,7 @@ class AdamWSegment:
             nearest even.
         grad: fp32, bf16 or fp16 gradient of the update to commit (or, in peek, to look ahead to).
         hyper: belongs to `grad`.
-        weight_out: optional bf16 or fp16 output. commit: the rounded new master. peek and
+        weight_out: optional bf16, fp16 or (on a CPU) fp32 output. commit: the rounded new master. peek and
             commit_peek: the rounded master that a commit of the peeked gradient would give.
         next_grad, next_hyper: commit_peek only: the gradient to look ahead to, after `grad` is
             committed.

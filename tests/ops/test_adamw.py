@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 
 import pytest
@@ -112,7 +113,7 @@ def test_adamw_any_dtype_equals_reference(path, mode):
             for next_grad in FLOATS if mode == "adamw_commit_peek" else (F32,):
                 for m in STATE_DTYPES:
                     for v in STATE_DTYPES:
-                        for out in (BF16, F16, *((None,) if mode == "adamw_commit" else ())):
+                        for out in (F32, BF16, F16, *((None,) if mode == "adamw_commit" else ())):
                             seg = make_segment(1037, grad=grad, next_grad=next_grad, m=m, v=v, weight_out=out)
                             check(mode, [seg])
 
@@ -168,8 +169,8 @@ def test_adamw_nan_and_infinity_equal_reference(path, mode, clip_value):
 @pytest.mark.parametrize("mode", PAIRS)
 def test_adamw_weight_out_in_gradient_memory_equals_separate(path, mode):
     with running(path):
-        for grad in (BF16, F16):
-            for out in (BF16, F16):
+        for grads, outs in (((BF16, F16), (BF16, F16)), ((F32,), (F32,))):
+            for grad, out in itertools.product(grads, outs):
                 for clip_value in (None, 0.1):
                     fields = {name: getattr(HYPER, name) for name in AdamWHyper.__dataclass_fields__}
                     hyper = AdamWHyper(**{**fields, "clip_value": clip_value})
@@ -434,7 +435,7 @@ WRONG = {
     "param bf16": (lambda s: setattr(s, "param", s.param.bfloat16()), TypeError, "segment 1: param: expected"),
     "moments fp16": (lambda s: setattr(s, "exp_avg", s.exp_avg.half()), TypeError, "exp_avg: expected"),
     "grad double": (lambda s: setattr(s, "grad", s.grad.double()), TypeError, "grad: expected"),
-    "weight_out fp32": (lambda s: setattr(s, "weight_out", torch.zeros(10)), TypeError, "weight_out: expected"),
+    "weight_out fp64": (lambda s: setattr(s, "weight_out", s.param.double()), TypeError, "weight_out: expected"),
     "two dimensions": (lambda s: setattr(s, "param", s.param.view(2, 5)), ValueError, "contiguous 1D"),
     "strided": (lambda s: setattr(s, "grad", torch.zeros(20)[::2]), ValueError, "contiguous 1D"),
     "other numel": (lambda s: setattr(s, "grad", torch.zeros(11)), ValueError, "expected 10 elements like param"),

@@ -1,0 +1,234 @@
+"""Host states that step during backward and stay exact: deferred commit.
+
+[Note: Deferred commit] A step of AdamW may turn out wrong after it was taken: the gradient norm asks for clipping,
+a gradient is infinite, the backward raises, the learning rate changes. Inverting AdamW is not exact and keeping a
+copy of masters and moments costs 12 bytes per parameter. So a step's gradient is *committed* (masters and moments
+written) only when the next one arrives, in the same pass over memory that *peeks* at the next one: computes its new
+weights and stores nothing else. Until a verdict, nothing but those weights depends on a gradient; a clip costs one
+more peek, an exception or an overflow nothing.
+
+Per slice there are two buffers of the weights' dtype. One holds the gradient that waits for its commit, the other
+receives this step's gradient. The pass reads both and writes the new weights over the former. Then they swap roles:
+
+    before      A: gradient of step t-1 (pending)      B: gradient of step t (arrived)
+    the pass    commits A to masters and moments       peeks at B, new weights -> A
+    verdict     A is uploaded                          B is pending
+    next step   A receives gradient t+1                B is committed
+
+The class satisfies the optimizer engine's protocols without importing it: siblings meet in `plugins`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lightning_superscale.offload.cpu_step import OffloadableUnit, UploadEvent
+from lightning_superscale.offload.host_memory import HostArena
+from lightning_superscale.offload.link import Link, LinkEvent
+from lightning_superscale.ops.adamw import adamw_commit, adamw_commit_peek, adamw_peek
+from lightning_superscale.ops.flat import accumulate
+from lightning_superscale.ops.masters import follow_weights
+from lightning_superscale.ops.pool import Pool
+from lightning_superscale.ops.types import AdamWHyper, AdamWSegment, GradStats
+
+_Kernel = Callable[..., list[GradStats] | None]
+
+
+def deferred_host_bytes(numel: int, dtype: torch.dtype) -> int:
+    """Host bytes that `DeferredState` allocates for a unit of `numel` elements of `dtype` weights."""
+    return numel * (12 + 2 * dtype.itemsize)
+
+
+@dataclass(slots=True)
+class _Slice:
+    """Where one slice stands.
+
+    Attributes:
+        front: which buffer receives this step's gradient.
+        arrival: of this step's gradient; None without one.
+        looked_at: the numbers with which new weights were computed from this step's gradient; None before.
+        pending: the numbers of the gradient in the other buffer, which waits for its commit; None without one.
+    """
+
+    front: int = 0
+    arrival: LinkEvent | None = None
+    looked_at: AdamWHyper | None = None
+    pending: AdamWHyper | None = None
+    stats: GradStats | None = field(default=None)
+
+
+class DeferredState:
+    """fp32 master and moments of one unit on the host, one commit behind.
+
+    Args:
+        unit: the unit; its weights stay on the device.
+        link: the device's link.
+        arena: where host buffers come from.
+        is_pinned: page-lock the transfer buffers.
+        pool: runs the kernel.
+    """
+
+    def __init__(self, unit: OffloadableUnit, link: Link, arena: HostArena, *, is_pinned: bool, pool: Pool) -> None:
+        numel = unit.shard.shard_numel
+        is_pinned = is_pinned and link.needs_pinned_host()
+        self.unit = unit
+        self.num_redone = 0
+        self._link = link
+        self._pool = pool
+        self.master = arena.zeros(numel, torch.float32, is_pinned=False)
+        self.exp_avg = arena.zeros(numel, torch.float32, is_pinned=False)
+        self.exp_avg_sq = arena.zeros(numel, torch.float32, is_pinned=False)
+        self._buffers = tuple(arena.zeros(numel, unit.dtype, is_pinned=is_pinned) for _ in range(2))
+        self._slices = [_Slice() for _ in unit.shard.slices]
+        self.reload(range(len(self._slices)))
+
+    # Gradients
+
+    def receive(self, slices: Sequence[tuple[int, Tensor]]) -> None:
+        """Take gradient deltas: the first of a slice in a step replaces, later ones add.
+
+        A later one may not meet a running `look_ahead` of its unit: the caller waits for that first.
+        """
+        for i, grad in slices:
+            known = self._slices[i]
+            here = self._span(self._buffers[known.front], i)
+            if known.arrival is None:
+                known.arrival = self._link.d2h(here, grad)
+                continue
+            staged = torch.empty_like(here)
+            arrival = self._link.d2h(staged, grad)
+            known.arrival.synchronize()
+            arrival.synchronize()
+            accumulate(here, staged)
+            known.looked_at = None
+
+    def grad(self, i: int) -> Tensor | None:
+        known = self._slices[i]
+        if known.arrival is None:
+            return None
+        known.arrival.synchronize()
+        return self._span(self._buffers[known.front], i)
+
+    def clear_grads(self) -> None:
+        """Forget gradients of this step that no verdict made pending."""
+        for known in self._slices:
+            known.arrival = known.looked_at = known.stats = None
+
+    # Steps
+
+    def look_ahead(self, hypers: Mapping[int, AdamWHyper]) -> None:
+        """Compute new weights of slices whose gradient arrived, committing what was pending there.
+
+        Args:
+            hypers: by slice, the numbers of this step's update, clipping included.
+        """
+        with_commit, without = [], []
+        for i, hyper in hypers.items():
+            known, numel = self._slices[i], self.unit.shard.slices[i].numel
+            grad = self.grad(i)
+            if grad is None:
+                raise AssertionError(f"slice {i} has no gradient to look ahead to")
+            if numel == 0:
+                known.looked_at = hyper
+            elif known.pending is None:
+                without.append((i, self._segment(i, grad, hyper, weight_out=self._back(i))))
+            else:
+                segment = self._segment(i, self._back(i), known.pending, weight_out=self._back(i))
+                segment.next_grad, segment.next_hyper = grad, hyper
+                with_commit.append((i, segment))
+        self._run(adamw_commit_peek, with_commit, hypers)
+        self._run(adamw_peek, without, hypers)
+
+    def _run(
+        self, kernel: _Kernel, numbered: Sequence[tuple[int, AdamWSegment]], hypers: Mapping[int, AdamWHyper]
+    ) -> None:
+        if not numbered:
+            return
+        seen = kernel([segment for _, segment in numbered], stats=True, pool=self._pool) or []
+        for (i, _), stats in zip(numbered, seen, strict=True):
+            known = self._slices[i]
+            known.pending, known.looked_at, known.stats = None, hypers[i], stats
+
+    def settle(self, hypers: Mapping[int, AdamWHyper]) -> list[GradStats]:
+        """Make this step's update final: the weights are as of `hypers`, and the gradients pending.
+
+        Returns: statistics of the gradients, for slices that were looked at.
+        """
+        redo = {i: hyper for i, hyper in hypers.items() if self._slices[i].looked_at != hyper}
+        self.num_redone += sum(self._slices[i].looked_at is not None for i in redo)
+        self.look_ahead(redo)
+        seen = []
+        for i, hyper in hypers.items():
+            known = self._slices[i]
+            if known.stats is not None:
+                seen.append(known.stats)
+            known.front = 1 - known.front
+            known.pending = hyper
+            known.arrival = known.looked_at = known.stats = None
+        return seen
+
+    def flush(self) -> None:
+        """Commit what is pending: masters and moments are those of the last settled step."""
+        self._flush(range(len(self._slices)))
+
+    def _flush(self, slices: Sequence[int]) -> None:
+        segments = []
+        for i in slices:
+            known = self._slices[i]
+            if known.pending is not None and self.unit.shard.slices[i].numel:
+                segments.append(self._segment(i, self._back(i), known.pending, weight_out=None))
+            known.pending = None
+        if segments:
+            adamw_commit(segments, pool=self._pool)
+
+    def _segment(self, i: int, grad: Tensor, hyper: AdamWHyper, *, weight_out: Tensor | None) -> AdamWSegment:
+        return AdamWSegment(
+            param=self._span(self.master, i),
+            exp_avg=self._span(self.exp_avg, i),
+            exp_avg_sq=self._span(self.exp_avg_sq, i),
+            grad=grad,
+            hyper=hyper,
+            weight_out=weight_out,
+        )
+
+    def _span(self, flat: Tensor, i: int) -> Tensor:
+        piece = self.unit.shard.slices[i]
+        return flat[piece.offset : piece.offset + piece.numel]
+
+    def _back(self, i: int) -> Tensor:
+        """The buffer that does not receive: the pending gradient's, then the new weights'."""
+        return self._span(self._buffers[1 - self._slices[i].front], i)
+
+    # Weights
+
+    def master_of(self, i: int) -> Tensor:
+        """As of the last commit; `flush()` first where it must be of the last step."""
+        return self._span(self.master, i)
+
+    def weight_out_of(self, i: int) -> Tensor | None:
+        """Settled new weights: in the buffer that receives next."""
+        return self._span(self._buffers[self._slices[i].front], i)
+
+    def upload(self, stepped: Sequence[int]) -> UploadEvent:
+        """Send settled new weights to the device."""
+        inbox = self.unit.inbox()
+        fronts = {self._slices[i].front for i in stepped}
+        if len(stepped) == len(self._slices) and len(fronts) == 1:
+            return UploadEvent([self._link.h2d(inbox, self._buffers[fronts.pop()])])
+        return UploadEvent(
+            [self._link.h2d(self._span(inbox, i), self._span(self._buffers[self._slices[i].front], i)) for i in stepped]
+        )
+
+    def reload(self, slices: Sequence[int]) -> None:
+        self._flush(slices)
+        for i in slices:
+            weights = torch.empty(self.unit.shard.slices[i].numel, dtype=self.unit.dtype)
+            self._link.d2h(weights, self.unit.local_rows(i)).synchronize()
+            follow_weights(self.master_of(i), weights)
+
+    def release(self) -> None:
+        self.clear_grads()
