@@ -1,0 +1,352 @@
+"""ZeRO-3 over real ranks against one process: bits where the arithmetic is the same, whatever the program."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from lightning_superscale.errors import SuperScaleError
+from lightning_superscale.zero.fsdp2_setup import ShardingPolicy
+from tests.helpers.fsdp import (
+    ADAMW,
+    Case,
+    assert_equals_plain,
+    batch,
+    build,
+    build_all,
+    rank_averages,
+    train_sharded,
+)
+from tests.helpers.fsdp_models import Adapted, Block, MixedTrainable, Stack, Whole, run_itself, run_net
+from tests.helpers.fsdp_ranks import run_ranks
+from tests.helpers.programs import (
+    PROGRAMS,
+    Programs,
+    block_applied_three_times_reentrant_checkpoint,
+    data_dependent_branch,
+    extra_backward_of_a_part,
+    plain_backward,
+    two_batches_two_backwards,
+    two_losses_retained_graph,
+)
+
+ROOT = ShardingPolicy(include_root=True)
+# What comes after its unit was reduced is reduced apart and added: (a + b) / n against a / n + b / n.
+SEVERAL_DELTAS = (
+    two_batches_two_backwards,
+    two_losses_retained_graph,
+    block_applied_three_times_reentrant_checkpoint,
+)
+
+
+def frozen_first() -> nn.Module:
+    model = Whole(Stack())
+    model.net.first.requires_grad_(False)
+    model.net.blocks[1].requires_grad_(False)
+    return model
+
+
+def compiled() -> nn.Module:
+    model = Whole(Stack())
+    for block in model.net.blocks:
+        block.compile(backend="aot_eager")
+    return model
+
+
+def bf16(make):
+    return lambda: make().to(torch.bfloat16)
+
+
+def cases() -> dict[str, Case]:
+    whole = lambda **how: lambda: Whole(Stack(**how))  # noqa: E731
+    low = {"dtype": torch.bfloat16}
+    found = {
+        "stack": Case(whole(), run_net),
+        "stack as root": Case(Stack, run_itself, policy=ROOT),
+        "stack, kept after forward": Case(whole(), run_net, policy=ShardingPolicy(reshard_after_forward=False)),
+        "stack, wrapped by name": Case(whole(), run_net, policy=ShardingPolicy(wrap={Block, "Linear"})),
+        "stack on the host": Case(whole(), run_net, is_offloaded=True),
+        "stack clipped": Case(whole(), run_net, max_norm=1e3),
+        "bf16": Case(bf16(whole()), run_net, **low),
+        "bf16 on the host": Case(bf16(whole()), run_net, is_offloaded=True, **low),
+        "accumulated whole": Case(whole(), run_net, num_micro=3),
+        "accumulated whole, bf16 on the host": Case(bf16(whole()), run_net, num_micro=2, is_offloaded=True, **low),
+        "accumulated in shards": Case(whole(), run_net, num_micro=3, no_sync=False),
+        "tied": Case(whole(is_tied=True), run_net),
+        "tied, as root": Case(lambda: Stack(is_tied=True), run_itself, policy=ROOT),
+        "frozen": Case(frozen_first, run_net),
+        "frozen bf16 base, fp32 adapters": Case(lambda: nn.Sequential(Adapted(), Adapted()), run_itself, policy=ROOT),
+        "two trainable dtypes": Case(MixedTrainable, run_itself, policy=ROOT),
+        "checkpointed": Case(whole(use_reentrant=False), run_net),
+        "checkpointed, reentrant": Case(whole(use_reentrant=True), run_net),
+        "compiled blocks": Case(compiled, run_net, num_steps=2),
+    }
+    for program in PROGRAMS:
+        if program not in (data_dependent_branch, extra_backward_of_a_part):
+            found[program.__name__] = Case(Programs, program, is_one_delta=program not in SEVERAL_DELTAS)
+    found["extra_backward_of_a_part"] = Case(Programs, extra_backward_of_a_part, is_one_delta=False)
+    return found
+
+
+def _all_cases(rank: int, world_size: int) -> list[str]:
+    failures = []
+    for name, case in cases().items():
+        try:
+            assert_equals_plain(case, rank, world_size)
+        except Exception as error:
+            import traceback
+
+            failures.append(f"{name}: {error}\n{traceback.format_exc()}")
+            if not isinstance(error, AssertionError):
+                break  # the ranks are no longer together
+    return failures
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_training_equals_one_process(world_size):
+    """Bits at 2 and 3 ranks: gradients are scaled and summed in rank order, as the oracle does."""
+    failures = run_ranks(world_size, _all_cases, limit_s=240)
+    assert not any(failures), "\n".join(f"rank {r}: {f}" for r, fs in enumerate(failures) for f in fs)
+
+
+def _hybrid(rank: int, world_size: int) -> None:
+    assert_equals_plain(Case(lambda: Whole(Stack()), run_net, is_one_delta=False), rank, world_size, shard_size=2)
+
+
+def test_hybrid_sharding_equals_one_process():
+    """Four ranks, two per copy: the oracle sums in another order."""
+    run_ranks(4, _hybrid, limit_s=120)
+
+
+def _branch(rank: int, world_size: int, folder: str, late: bool) -> str:
+    store = dist.FileStore(os.path.join(folder, "order"), world_size)
+    case = Case(Programs, plain_backward)
+    model = Programs()
+    engine, _ = build(model, rank, world_size, case, store=store)
+    x = torch.ones(6, 12)
+    if late:
+        for _ in range(2):
+            plain_backward(model, x)
+            engine.step()
+    try:
+        data_dependent_branch(model, x if rank == 0 else -x)
+        engine.step()
+    except SuperScaleError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["first step", "third step"])
+def test_rank_dependent_branch_is_refused_on_every_rank(late):
+    with tempfile.TemporaryDirectory() as folder:
+        said = run_ranks(2, _branch, folder, late, limit_s=30)
+    for message in said:
+        assert "ranks went apart" in message
+        assert "'branch'" in message
+        assert "'block'" in message
+
+
+def _extra_on_one_rank(rank: int, world_size: int, folder: str) -> str:
+    store = dist.FileStore(os.path.join(folder, "order"), world_size)
+    model = Programs()
+    engine, _ = build(model, rank, world_size, Case(Programs, plain_backward), store=store)
+    x = torch.ones(6, 12)
+    for _ in range(2):
+        plain_backward(model, x)
+        engine.step()
+    try:
+        (extra_backward_of_a_part if rank == 0 else plain_backward)(model, x)
+        engine.step()
+    except SuperScaleError as error:
+        return str(error)
+    return "no error"
+
+
+def test_extra_backward_on_one_rank_is_refused_on_every_rank():
+    with tempfile.TemporaryDirectory() as folder:
+        said = run_ranks(2, _extra_on_one_rank, folder, limit_s=30)
+    assert all("ranks went apart" in message for message in said), said
+
+
+def _same_new_order(rank: int, world_size: int, folder: str) -> str:
+    """All ranks take a new way together, validate between steps, and come back."""
+    store = dist.FileStore(os.path.join(folder, "order"), world_size)
+    model = Programs()
+    engine, _ = build(model, rank, world_size, Case(Programs, plain_backward), store=store)
+    x = torch.ones(6, 12)
+    for step in range(6):
+        (data_dependent_branch if step in (2, 3) else plain_backward)(model, x)
+        engine.step()
+        with torch.no_grad():
+            for _ in range(2):
+                model.trunk(x)
+    engine.close()
+    return "done"
+
+
+def test_ranks_may_change_their_way_together():
+    with tempfile.TemporaryDirectory() as folder:
+        assert run_ranks(2, _same_new_order, folder, limit_s=30) == ["done"] * 2
+
+
+def _life(rank: int, world_size: int) -> dict[str, torch.Tensor]:
+    case = Case(lambda: Whole(Stack()), run_net, num_steps=2)
+    model, sharded, _ = train_sharded(case, rank, world_size)
+    # Closed: plain, whole, equal, loadable, callable without the others, and shardable again.
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    model.load_state_dict(weights)
+    if rank == 0:
+        model.net(torch.ones(2, 12)).sum().backward()
+    tables = ("_forward_pre_hooks", "_forward_hooks", "_state_dict_pre_hooks", "_load_state_dict_post_hooks")
+    for module in model.modules():
+        assert not any(vars(module).get(table) for table in tables)
+        assert "FSDP" not in type(module).__name__
+        assert not any("fsdp" in name or "composable" in name for name in vars(module))
+    model.zero_grad()
+    engine, sharded = build(model, rank, world_size, case)
+    run_net(model, torch.ones(6, 12))
+    engine.step()
+    engine.close()
+    assert not torch.equal(model.net.head.weight, weights["net.head.weight"])
+    return weights
+
+
+def test_module_is_plain_after_close_and_shards_again():
+    first, second = run_ranks(2, _life, limit_s=60)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def _edits(rank: int, world_size: int) -> None:
+    """Weights that are edited or loaded whole reach shards, forward and 16-bit weights' masters."""
+    case = Case(lambda: Whole(Stack()).to(torch.bfloat16), run_net, is_offloaded=True, dtype=torch.bfloat16)
+    model = case.make()
+    engine, sharded = build(model, rank, world_size, case)
+    run_net(model, batch(case, 0, 0, rank))
+    engine.step()
+    before = sharded.state_dict(engine.ranks)
+    assert (len(before) > 0) == (rank == 0)
+    with sharded.summon(), torch.no_grad():
+        weights = {name: value.clone() for name, value in model.named_parameters()}
+        model.net.head.weight.zero_()  # not written back
+    if rank == 0:
+        assert all(torch.equal(before[name], weights[name]) for name in weights)
+        assert torch.equal(before["net.shift"], model.net.shift)
+    with sharded.summon(writeback=True), torch.no_grad():
+        assert torch.equal(model.net.head.weight, weights["net.head.weight"])
+        model.net.head.weight.add_(1.0)
+    with pytest.raises(SuperScaleError, match=r"'net.tiny.weight' has shape \(3,\)"):
+        sharded.load_whole({"net.tiny.weight": torch.zeros(3)})
+    sharded.load_whole({"net.tiny.weight": weights["net.tiny.weight"] + 2.0, "scale": torch.tensor(3.0)})
+    run_net(model, batch(case, 1, 0, rank))
+    engine.step()
+    engine.transport.wait_all_published()
+    masters = {n: s["master_param"] for n, s in zip(weights, engine.state_dict()["state"].values(), strict=False)}
+    engine.close()
+    for name, shift in (("net.head.weight", 1.0), ("net.tiny.weight", 2.0), ("net.first.weight", 0.0)):
+        # One AdamW step of lr 0.01, weight decay 0.1, and the rounding of bf16 weights below 4.
+        assert (model.get_parameter(name) - weights[name] - shift).abs().max() < 0.05, name
+        if rank == 0:
+            assert torch.equal(masters[name].to(torch.bfloat16), model.get_parameter(name)), name
+
+
+def test_edited_and_loaded_weights_are_followed():
+    run_ranks(2, _edits, limit_s=60)
+
+
+def _two_optimizers(rank: int, world_size: int) -> None:
+    """Two optimizers, one group between them."""
+
+    def split(model):
+        params = dict(model.named_parameters())
+        biases = [p for name, p in params.items() if name.endswith("bias")]
+        others = [p for name, p in params.items() if not name.endswith("bias")]
+        return torch.optim.AdamW(others, **ADAMW), torch.optim.SGD(biases, lr=0.1, momentum=0.9)
+
+    case = Case(lambda: Whole(Stack()), run_net)
+    model, plain = case.make(), case.make()
+    engines, sharded = build_all(model, rank, world_size, case, split(model))
+    expected = split(plain)
+    for step in range(4):
+        for param, grad in zip(plain.parameters(), rank_averages(case, plain, step, world_size), strict=True):
+            param.grad = grad
+        run_net(model, batch(case, step, 0, rank))
+        for optimizer, engine in zip(expected, engines, strict=True):
+            optimizer.step()
+            engine.step()
+    for engine in engines:
+        engine.close()
+    assert all(map(torch.equal, model.parameters(), plain.parameters()))
+
+
+def test_two_optimizers_share_a_group():
+    run_ranks(2, _two_optimizers, limit_s=60)
+
+
+def _meta(rank: int, world_size: int) -> dict[str, torch.Tensor]:
+    with torch.device("meta"):
+        model = Whole(Stack(is_tied=True))
+    model.net.register_buffer("shift", torch.zeros(12))
+    model.scale = nn.Parameter(torch.tensor(1.5))
+    torch.manual_seed(100 + rank)  # rank 0's draws are everybody's
+    optimizer = torch.optim.AdamW(model.parameters())
+    engine, sharded = build(model, rank, world_size, Case(None, run_net), optimizer=optimizer)
+    run_net(model, torch.ones(2, 12))
+    engine.step()
+    engine.close()
+    found = {n: p.detach().clone() for n, p in model.named_parameters()}
+    assert not any(p.is_meta for p in found.values())
+    assert found["net.blocks.0.up.weight"].std() > 0.1
+    assert model.net.head.weight is model.net.first.weight
+    assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(p) for p in model.parameters()]
+    return found
+
+
+def test_meta_model_is_initialised_group_by_group():
+    first, second = run_ranks(2, _meta, limit_s=60)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+class NoReset(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(3, 3))
+
+
+def _meta_refused(rank: int, world_size: int) -> str:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(3, 3), NoReset())
+    try:
+        build(model, rank, world_size, Case(None, None), optimizer=torch.optim.AdamW(model.parameters()))
+    except SuperScaleError as error:
+        return str(error)
+    return "no error"
+
+
+def test_meta_module_without_initialiser_is_refused_by_name():
+    for message in run_ranks(2, _meta_refused, limit_s=60):
+        assert "'1'" in message
+        assert "reset_parameters" in message
+
+
+def _unfrozen(rank: int, world_size: int) -> None:
+    model = Whole(Stack())
+    model.net.head.requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    engine, _ = build(model, rank, world_size, Case(None, run_net), optimizer=optimizer)
+    before = Whole(Stack()).net.head.weight
+    run_net(model, torch.ones(2, 12))
+    engine.step()
+    model.net.head.requires_grad_(True)
+    run_net(model, torch.ones(2, 12))
+    engine.step()
+    engine.close()
+    assert (model.net.head.weight - before).abs().min() > 0.05  # one AdamW step of lr 0.1 moves all by about that
+
+
+def test_parameter_unfrozen_later_is_adopted():
+    run_ranks(2, _unfrozen, limit_s=60)
