@@ -111,8 +111,7 @@ class GatherOrder:
         began = time.monotonic()
         while self._store.add(f"{key}/count", 0) < self._world_size:
             self._poll()
-            if self._store.check([f"{key}/departed"]):
-                raise self._error(name, self._store.get(f"{key}/departed").decode())
+            self._raise_if_departed(name)
             if time.monotonic() - began > self._patience_s:
                 self._raise(name, f"another rank did not gather anything for {self._patience_s:.0f} s")
             time.sleep(_POLL_S)
@@ -129,6 +128,10 @@ class GatherOrder:
         if other != name:
             self._raise(name, f"rank {other_rank} is at {_at(other)}", is_joined=other == STEP)
 
+    def _raise_if_departed(self, name: str) -> None:
+        if self._store is not None and self._store.check([f"{self._key}/departed"]):
+            raise self._error(name, self._store.get(f"{self._key}/departed").decode())
+
     def look(self, name: str) -> None:
         """Ask, while the gather of `name` waits, whether some rank announced another one at this point.
 
@@ -137,6 +140,7 @@ class GatherOrder:
         """
         self._looked.add(self._count)
         self._compare(name)
+        self._raise_if_departed(name)
 
     def enter_step(self) -> None:
         """Note that this rank is at the optimizer step, without waiting for the others.
