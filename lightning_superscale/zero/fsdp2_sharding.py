@@ -146,7 +146,12 @@ class ShardedModule:
         def enter(module: nn.Module, _inputs: object) -> None:
             if group.is_top:
                 self.order.begin_pass(group.fqn, is_inference=not torch.is_grad_enabled())
-            if self._land(group.index):
+            landed = self._land(group.index)
+            if torch.is_inference_mode_enabled():
+                # Memory that FSDP2 makes at a first gather in inference mode could never be trained with.
+                with torch.inference_mode(False), torch.no_grad():
+                    group.fsdp.unshard()
+            elif landed:
                 # FSDP2 copies rows on a stream that waited for this one at the root's forward, before the upload
                 # landed. An explicit gather copies them on this stream.
                 group.fsdp.unshard(async_op=True)
@@ -213,8 +218,9 @@ class ShardedModule:
             writeback: keep changes; each rank's rows of them, so all ranks must make the same.
         """
         self.land_all()
-        for group in self.groups:
-            group.fsdp.unshard()
+        with torch.inference_mode(False), torch.no_grad():
+            for group in self.groups:
+                group.fsdp.unshard()
         try:
             yield
             if writeback:
@@ -266,8 +272,17 @@ class ShardedModule:
                 whole[name] = value
         return whole
 
+    def recover(self) -> None:
+        """After an exception in forward or backward: forget what FSDP2 had under way. Every rank calls it."""
+        for group in self.groups:
+            reset = getattr(group.fsdp, "reset_iter_state", None)  # from torch 2.13 on
+            if group.is_top and reset is not None:
+                reset()
+
     # The way back
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def release(self) -> None:
         """Make the module plain again, with whole weights on every rank. Every rank calls it; once is enough."""
         if self._is_released:
@@ -283,7 +298,7 @@ class ShardedModule:
             group.fsdp.reshard()
             group.fsdp.unshard()
             wholes = {param: _whole_at(group, param) for param in group.params.values()}
-            new = {p: nn.Parameter(w.detach().clone(), requires_grad=p.requires_grad) for p, w in wholes.items()}
+            new = {p: nn.Parameter(w.clone(), requires_grad=p.requires_grad) for p, w in wholes.items()}
             group.fsdp.reshard()
             for param, own in new.items():
                 for owner, name in group.places[param]:

@@ -41,6 +41,21 @@ class Stack(nn.Module):
         return self.head(h) * self.tiny(h)
 
 
+class Chooser(nn.Module):
+    """Branches that a rank's batch chooses between, in one group."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(12, 12)
+        self.left = nn.Linear(12, 12)
+        self.right = nn.Linear(12, 12)
+
+    def forward(self, x):
+        h = self.first(x).tanh()
+        return self.left(h) if x.sum() > 0 else self.right(h)
+
+
 class Whole(nn.Module):
     """A network inside a module that is never called itself, as in a LightningModule."""
 

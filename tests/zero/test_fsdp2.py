@@ -22,8 +22,9 @@ from tests.helpers.fsdp import (
     rank_averages,
     train_sharded,
 )
-from tests.helpers.fsdp_models import Adapted, Block, MixedTrainable, Stack, Whole, run_itself, run_net
+from tests.helpers.fsdp_models import Adapted, Block, Chooser, MixedTrainable, Stack, Whole, run_itself, run_net
 from tests.helpers.fsdp_ranks import run_ranks
+from tests.helpers.plain import PlainMasterAdamW
 from tests.helpers.programs import (
     PROGRAMS,
     Programs,
@@ -84,6 +85,7 @@ def cases() -> dict[str, Case]:
         "two trainable dtypes": Case(MixedTrainable, run_itself, policy=ROOT),
         "checkpointed": Case(whole(use_reentrant=False), run_net),
         "checkpointed, reentrant": Case(whole(use_reentrant=True), run_net),
+        "branches of one group, by rank": Case(lambda: Whole(Chooser()), run_net),
         "compiled blocks": Case(compiled, run_net, num_steps=2),
     }
     for program in PROGRAMS:
@@ -219,6 +221,55 @@ def _life(rank: int, world_size: int) -> dict[str, torch.Tensor]:
 def test_module_is_plain_after_close_and_shards_again():
     first, second = run_ranks(2, _life, limit_s=60)
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def _inference_first(rank: int, world_size: int) -> None:
+    """Lightning validates before it trains, in inference mode."""
+    case = Case(lambda: Whole(Stack()), run_net)
+    model = case.make()
+    engine, _ = build(model, rank, world_size, case)
+    plain, oracle = case.make(), None
+    oracle = PlainMasterAdamW(plain.parameters(), **ADAMW)
+    for step in range(3):
+        x = torch.full((2, 12), 0.5)
+        with torch.inference_mode():
+            assert torch.equal(model.net(x), plain.net(x))
+        for param, grad in zip(plain.parameters(), rank_averages(case, plain, step, world_size), strict=True):
+            param.grad = grad
+        oracle.step()
+        run_net(model, batch(case, step, 0, rank))
+        engine.step()
+    with torch.inference_mode():
+        engine.close()
+    assert all(map(torch.equal, model.parameters(), plain.parameters()))
+    model.net(torch.ones(2, 12)).sum().backward()
+
+
+def test_inference_mode_before_and_between_steps():
+    run_ranks(2, _inference_first, limit_s=60)
+
+
+def _unlike_sizes_without_store(rank: int, world_size: int) -> str:
+    model = Programs()
+    engine, _ = build(model, rank, world_size, Case(Programs, plain_backward))
+    x = torch.ones(6, 12)
+    before = {n: w.clone() for n, w in Programs().named_parameters()}
+    try:
+        data_dependent_branch(model, x if rank == 0 else -x)
+        engine.step()
+    except SuperScaleError as error:
+        with torch.no_grad():
+            assert engine.transport.units[0].local_rows(0).sum() != 0
+        assert not engine.optimizer.state, "nothing was stepped"
+        assert before
+        return str(error)
+    return "no error"
+
+
+def test_without_a_store_a_step_after_different_orders_is_refused():
+    """'branch' and 'block' are of one size, so their gathers meet; the step's agreement compares the orders."""
+    for message in run_ranks(2, _unlike_sizes_without_store, limit_s=30):
+        assert "the order of modules" in message
 
 
 def _edits(rank: int, world_size: int) -> None:
