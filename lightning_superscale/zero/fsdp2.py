@@ -122,6 +122,12 @@ class Fsdp2Transport:
     def stream(self) -> None:
         """Nothing to do: gradients of gathered parameters can't wait for the step."""
 
+    def watch_edits(self) -> None:
+        """Nothing to do: there is no `param.grad` to edit."""
+
+    def average_held(self) -> None:
+        """Nothing to do: none are held."""
+
     @contextmanager
     def blocked(self) -> Iterator[None]:
         """While open, more micro-batches of the step follow. Every rank enters it equally often."""

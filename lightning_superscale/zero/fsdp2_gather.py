@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_superscale.comm.collectives import AxisCollectives
 from lightning_superscale.comm.mesh import DataMesh, MeshAxis
-from lightning_superscale.zero.gather_order import GatherOrder, OrderDeparted, Waiting
+from lightning_superscale.zero.gather_order import GatherOrder, OrderDeparted, Patience
 
 _FIRST_PAUSE_S = 20e-6
 _LONGEST_PAUSE_S = 1e-3
@@ -74,12 +74,14 @@ class GroupGather:
         here = packed[self._collectives.axis.rank]
         if here.data_ptr() != own.data_ptr():
             here.copy_(own)
-        pending = self._collectives.all_gather(packed)
+        pending = self._collectives.all_gather(packed, is_polled=True)
         if self._is_polled:
-            waiting, pause = Waiting(), _FIRST_PAUSE_S
-            while not pending.is_done():
-                if waiting.should_look():
-                    self._order.look(self._name)
-                time.sleep(pause)
-                pause = min(2 * pause, _LONGEST_PAUSE_S)
+            patience, pause = Patience(), _FIRST_PAUSE_S
+            with self._order.waiting(self._name):
+                while not pending.is_done():
+                    if patience.should_look():
+                        self._order.look(self._name)
+                    self._order.raise_if_failed()
+                    time.sleep(pause)
+                    pause = min(2 * pause, _LONGEST_PAUSE_S)
         pending.wait()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim import Optimizer
@@ -19,7 +19,8 @@ from lightning_superscale.zero.fsdp2_gather import GroupGather, gather_axis
 from lightning_superscale.zero.fsdp2_release import attributes_of
 from lightning_superscale.zero.fsdp2_sharding import ShardedGroup, ShardedModule, swap_params
 from lightning_superscale.zero.gather_order import GatherOrder, OrderDeparted
-from lightning_superscale.zero.initial_weights import check_materialisable, materialise, places_of, sync_initial
+from lightning_superscale.zero.initial_weights import check_materialisable, materialise, places_of
+from lightning_superscale.zero.replicas import broadcast_from_first
 from lightning_superscale.zero.wrapping import GroupPlan, Wrap, plan_groups, wrap_plan
 
 
@@ -58,12 +59,11 @@ def shard_module(
     policy = policy or ShardingPolicy()
     plans = plan_groups(root, wrap_plan(root, policy.wrap, include_root=policy.include_root))
     check_materialisable(root)
-    collectives = AxisCollectives(gather_axis(mesh), mesh.counts)
+    collectives = AxisCollectives(gather_axis(mesh), mesh)
     group_of_gathers = collectives.axis.group
     if group_of_gathers is None:
         raise SuperScaleError("ZeRO-3 needs at least two ranks on the shard axis; found one. Use zero=2 there.")
     device_mesh = DeviceMesh.from_group(group_of_gathers, device.type)
-    world = AxisCollectives(mesh.world, mesh.counts)
     inner = {m for plan in plans for m in plan.module.modules() if m is not plan.module}
     before = attributes_of(m for plan in plans if plan.module not in inner for m in plan.module.modules())
     sharded: ShardedModule | None = None
@@ -78,11 +78,11 @@ def shard_module(
     for plan in plans:
         name = plan.fqn or type(root).__name__
         gather = GroupGather(collectives, order, name, joined)
-        group = _shard_group(root, plan, len(groups), world, device_mesh, device, policy, replaced, left_out)
+        group = _shard_group(root, plan, len(groups), mesh, device_mesh, device, policy, replaced, left_out)
         group.fsdp.set_custom_all_gather(cast(Any, gather))
         group.is_top = plan.module not in inner
         groups.append(group)
-    _initialise_rest(root, world, device, replaced)
+    _initialise_rest(root, mesh, device, replaced)
     for optimizer in optimizers:
         swap_params(optimizer, replaced)
     sharded = ShardedModule(
@@ -101,7 +101,7 @@ def _shard_group(
     root: nn.Module,
     plan: GroupPlan,
     index: int,
-    world: AxisCollectives,
+    mesh: DataMesh,
     device_mesh: DeviceMesh,
     device: torch.device,
     policy: ShardingPolicy,
@@ -115,7 +115,7 @@ def _shard_group(
     originals = plan.params
     current = {fqn: made.get(param, param) for fqn, param in originals.items()}
     where = {fqn: places[param] for fqn, param in originals.items()}
-    sync_initial(world, current.values())
+    _make_equal(mesh, current.values())
     outside = {made.get(param, param): why for param, why in plan.left_out.items()}
     left_out.update(outside)
     fully_shard(
@@ -137,11 +137,16 @@ def _shard_group(
 
 
 def _initialise_rest(
-    root: nn.Module, world: AxisCollectives, device: torch.device, replaced: dict[nn.Parameter, nn.Parameter]
+    root: nn.Module, mesh: DataMesh, device: torch.device, replaced: dict[nn.Parameter, nn.Parameter]
 ) -> None:
     """Parameters of no group, and all buffers."""
     places = places_of(root)
     replaced.update(materialise(root, [m for m in root.modules() if not isinstance(m, FSDPModule)], places, device))
     in_groups = set(replaced.values())
-    sync_initial(world, [p for p in root.parameters() if p not in in_groups])
-    sync_initial(world, root.buffers())
+    _make_equal(mesh, [p for p in root.parameters() if p not in in_groups])
+    _make_equal(mesh, root.buffers())
+
+
+def _make_equal(mesh: DataMesh, tensors: Iterable[Tensor]) -> None:
+    with torch.no_grad():
+        broadcast_from_first(mesh, tensors)

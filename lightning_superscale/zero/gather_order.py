@@ -14,11 +14,13 @@ gathers in different orders is never applied.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 from lightning_superscale.comm.agreement import short_hash
+from lightning_superscale.comm.watch import RankWatch
 from lightning_superscale.errors import SuperScaleError
 
 STEP = "the optimizer step"
@@ -46,8 +48,7 @@ class GatherOrder:
     Args:
         store: reachable from all ranks of the shard axis, used by nobody else; None compares at the step only.
         patience_s: how long to wait for ranks that have not come this far yet.
-        poll: called while this rank waits; raises what should end the wait.
-        departed: told the error that this rank is about to raise.
+        watch: tells of ranks that failed, and is told when this one departs.
     """
 
     def __init__(
@@ -57,15 +58,13 @@ class GatherOrder:
         world_size: int,
         *,
         patience_s: float = 300.0,
-        poll: Callable[[], None] = lambda: None,
-        departed: Callable[[SuperScaleError], None] = lambda error: None,
+        watch: RankWatch | None = None,
     ) -> None:
         self._store = store
         self._rank = rank
         self._world_size = world_size
         self._patience_s = patience_s
-        self._poll = poll
-        self._departed = departed
+        self._watch = watch
         self._chain = 0
         self._known: dict[int, set[str]] = {}
         self._count = 0
@@ -109,12 +108,27 @@ class GatherOrder:
         self._posted.add(self._count)
         self._store.add(f"{key}/count", 1)
         began = time.monotonic()
-        while self._store.add(f"{key}/count", 0) < self._world_size:
-            self._poll()
-            self._raise_if_departed(name)
-            if time.monotonic() - began > self._patience_s:
-                self._raise(name, f"another rank did not gather anything for {self._patience_s:.0f} s")
-            time.sleep(_POLL_S)
+        with self.waiting(name):
+            while self._store.add(f"{key}/count", 0) < self._world_size:
+                self._raise_if_departed(name)
+                if time.monotonic() - began > self._patience_s:
+                    self._raise(name, f"another rank did not gather anything for {self._patience_s:.0f} s")
+                self.raise_if_failed()
+                time.sleep(_POLL_S)
+
+    @contextmanager
+    def waiting(self, name: str) -> Iterator[None]:
+        """While open, this rank waits for the others to gather `name`."""
+        if self._watch is None:
+            yield
+            return
+        with self._watch.waiting(f"the gather of {_at(name)}"):
+            yield
+
+    def raise_if_failed(self) -> None:
+        """Raises: RankFailure: another rank failed."""
+        if self._watch is not None:
+            self._watch.raise_if_failed()
 
     @property
     def _key(self) -> str:
@@ -182,7 +196,8 @@ class GatherOrder:
             "No weight was changed in this step.",
             is_joined=is_joined,
         )
-        self._departed(error)
+        if self._watch is not None:
+            self._watch.report(error)
         return error
 
 
@@ -190,8 +205,8 @@ def _at(name: str) -> str:
     return name if name == STEP else f"module {name!r}"
 
 
-class Waiting:
-    """When a gather that waits should look whether it waits in vain."""
+class Patience:
+    """When a gather that waits should look whether it waits in vain: twice a second."""
 
     def __init__(self) -> None:
         self._next = time.monotonic() + _LOOK_AFTER_S

@@ -1,13 +1,12 @@
-"""Initial weights: built on the device group by group where a model came on the meta device, and equal on all ranks."""
+"""Initial weights of a model on the meta device, built on the training device one group after the other."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lightning_superscale.comm.collectives import AxisCollectives
 from lightning_superscale.errors import SuperScaleError
 
 Places = Mapping[nn.Parameter, Sequence[tuple[nn.Module, str]]]
@@ -97,17 +96,3 @@ def materialise(
     for module in touched:
         initialisers[module]()
     return replaced
-
-
-def sync_initial(world: AxisCollectives, tensors: Iterable[Tensor]) -> None:
-    """Overwrite tensors with the first rank's, in place. Every rank calls it, with the same tensors in order."""
-    if world.axis.size == 1:
-        return
-    with torch.no_grad():
-        for tensor in tensors:
-            if tensor.is_contiguous():
-                world.broadcast(tensor.detach())
-            else:
-                whole = tensor.detach().contiguous()
-                world.broadcast(whole)
-                tensor.copy_(whole)

@@ -23,7 +23,6 @@ from tests.helpers.fsdp import (
     train_sharded,
 )
 from tests.helpers.fsdp_models import Adapted, Block, Chooser, MixedTrainable, Stack, Whole, run_itself, run_net
-from tests.helpers.fsdp_ranks import run_ranks
 from tests.helpers.plain import PlainMasterAdamW
 from tests.helpers.programs import (
     PROGRAMS,
@@ -35,6 +34,7 @@ from tests.helpers.programs import (
     two_batches_two_backwards,
     two_losses_retained_graph,
 )
+from tests.helpers.ranks import run_ranks
 
 ROOT = ShardingPolicy(include_root=True)
 # What comes after its unit was reduced is reduced apart and added: (a + b) / n against a / n + b / n.

@@ -20,7 +20,7 @@ from lightning_superscale.zero.fsdp2_gather import gather_axis
 from lightning_superscale.zero.fsdp2_release import attributes_of, release_modules
 from lightning_superscale.zero.fsdp2_unit import local_rows_of
 from tests.helpers.fsdp import Case, build
-from tests.helpers.fsdp_ranks import run_ranks
+from tests.helpers.ranks import run_ranks
 
 
 class Recorder:
