@@ -60,9 +60,9 @@ def build(model, rank, world_size, case, *, optimizer=None, **how):
     return engines[0], sharded
 
 
-def build_all(model, rank, world_size, case, optimizers, *, store=None, shard_size=None, patience_s=5.0):
-    mesh = build_mesh(shard_size or world_size, timedelta(seconds=60))
-    order = GatherOrder(store, rank, world_size, patience_s=patience_s)
+def build_all(model, rank, world_size, case, optimizers, *, store=None, shard_size=None, watch=None):
+    mesh = build_mesh(shard_size or world_size, timedelta(seconds=60), watch)
+    order = GatherOrder(store, rank, world_size, patience_s=5.0, watch=watch)
     sharded = shard_module(model, optimizers, mesh, torch.device("cpu"), order, case.policy)
     ranks = ranks_of(mesh, model.parameters())
     link, arena = CpuLink(), HostArena()

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
+from lightning_superscale.comm.watch import RankWatch
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.zero.fsdp2_setup import ShardingPolicy
 from tests.helpers.fsdp import (
@@ -401,3 +405,46 @@ def _unfrozen(rank: int, world_size: int) -> None:
 
 def test_parameter_unfrozen_later_is_adopted():
     run_ranks(2, _unfrozen, limit_s=60)
+
+
+def _one_fails(rank: int, world_size: int, folder: str) -> str:
+    watch = RankWatch(dist.FileStore(os.path.join(folder, "watch"), world_size), rank, world_size)
+    model = Whole(Stack())
+    engine, _ = build(model, rank, world_size, Case(None, run_net), watch=watch)
+    run_net(model, torch.ones(2, 12))
+    engine.step()
+    try:
+        if rank == 1:
+            watch.report(ValueError("a bad batch"))
+            time.sleep(3)
+            return "told"
+        run_net(model, torch.ones(2, 12))
+    except SuperScaleError as error:
+        return str(error)
+    finally:
+        watch.close()
+    return "no error"
+
+
+def test_rank_that_gathers_hears_of_another_that_failed():
+    with tempfile.TemporaryDirectory() as folder:
+        heard, told = run_ranks(2, _one_fails, folder, limit_s=30)
+    assert told == "told"
+    assert heard == "rank 1 failed: ValueError: a bad batch"
+
+
+def _sharded_already(rank: int, world_size: int) -> str:
+    model = Whole(Stack())
+    mesh = init_device_mesh("cpu", (world_size,))
+    model.net.first = parallelize_module(model.net.first, mesh, ColwiseParallel())
+    try:
+        build(model, rank, world_size, Case(None, run_net))
+    except SuperScaleError as error:
+        assert type(model.net.blocks[0]) is Block, "refused before anything was changed"
+        return str(error)
+    return "no error"
+
+
+def test_tensor_parallel_parameters_are_refused_by_name():
+    for message in run_ranks(2, _sharded_already, limit_s=60):
+        assert "'net.first.weight' is a DTensor already" in message
