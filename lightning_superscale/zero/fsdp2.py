@@ -17,12 +17,14 @@ from torch.utils.hooks import RemovableHandle
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.layout import ParamSpec, split_into_units
 from lightning_superscale.zero.bucket_unit import BucketUnit
+from lightning_superscale.zero.fsdp2_held import HeldWholes, show_rows
 from lightning_superscale.zero.fsdp2_sharding import ShardedModule
-from lightning_superscale.zero.fsdp2_unit import Fsdp2Unit
+from lightning_superscale.zero.fsdp2_unit import Fsdp2Unit, local_rows_of
 from lightning_superscale.zero.gather_order import OrderDeparted
+from lightning_superscale.zero.held import HeldGradients
 from lightning_superscale.zero.ranks import Ranks
 from lightning_superscale.zero.reduction import GradientReducer
-from lightning_superscale.zero.units import DeltaSink, PublishEvent, ShardUnit
+from lightning_superscale.zero.units import DeltaSink, GradientDelta, PublishEvent, ShardUnit
 
 
 class _Upload(NamedTuple):
@@ -35,7 +37,10 @@ class _Upload(NamedTuple):
 class Fsdp2Transport:
     """Carries the gradients of one optimizer's parameters to a sink, and new weights back.
 
-    Gradients are always taken during backward, so `param.grad` stays None.
+    A gradient never stays where autograd left it, in the gathered parameter. *Streamed*, it goes to the reducer at
+    once. *Held*, it waits whole for the step, so that `zero_grad()` between two backward calls means what it does
+    in plain PyTorch; and where users may look at gradients, `average_held()` makes `param.grad` this rank's rows
+    of the average, as FSDP2 would.
 
     Args:
         sharded: the module, already sharded; several transports may share it.
@@ -60,7 +65,13 @@ class Fsdp2Transport:
         self._label = label
         self._unit_bytes = unit_bytes
         self._no_sync = no_sync
-        self._reducer = GradientReducer(ranks, label, sink)
+        self._sink = sink
+        self._reducer = GradientReducer(ranks, label, self._deliver)
+        self._held = HeldWholes()
+        self._held_plain = HeldGradients(ranks, label)
+        self._is_streamed = False
+        self._is_averaging = False
+        self._is_averaged = False
         self._place: dict[nn.Parameter, tuple[Fsdp2Unit | BucketUnit, int]] = {}
         self._is_blocked = False
         self._hooks: list[RemovableHandle] = []
@@ -120,65 +131,137 @@ class Fsdp2Transport:
     # Gradients
 
     def stream(self) -> None:
-        """Nothing to do: gradients of gathered parameters can't wait for the step."""
+        """From now on, give gradients to the reducer during backward."""
+        self._is_streamed = True
 
     def watch_edits(self) -> None:
-        """Nothing to do: there is no `param.grad` to edit."""
-
-    def average_held(self) -> None:
-        """Nothing to do: none are held."""
+        """Refuse edits of held gradients at the step; sharded ones can't be edited before they are averaged."""
+        self._held_plain.watch(p for unit in self.units if isinstance(unit, BucketUnit) for p in unit.params)
 
     @contextmanager
     def blocked(self) -> Iterator[None]:
-        """While open, more micro-batches of the step follow. Every rank enters it equally often."""
+        """While open, more micro-batches of the step follow.
+
+        With no_sync, whole gradients accumulate; without, and streamed, they are reduced before this returns, so that
+        every rank calls it.
+        """
         before, self._is_blocked = self._is_blocked, self._no_sync
         try:
             yield
         finally:
             self._is_blocked = before
-        if not self._no_sync:
+        if not self._no_sync and self._is_streamed:
             self._reduce()
 
     def _on_plain_grad(self, param: nn.Parameter) -> None:
-        self.take_grad(param, param)
+        if self._is_streamed and not self._is_blocked:
+            self.take_grad(param, param)
 
     def take_grad(self, param: nn.Parameter, whole: nn.Parameter) -> None:
-        if not self._is_blocked:
-            self._put(param, whole)
+        if not self._is_streamed:
+            self._held.hold(param, self._taken(param, whole))
+        elif not self._is_blocked:
+            self._put(param, self._taken(param, whole))
             self._reducer.launch_complete()
 
-    def _put(self, param: nn.Parameter, whole: nn.Parameter) -> None:
+    def _taken(self, param: nn.Parameter, whole: nn.Parameter) -> Tensor:
         unit, i = self._place[param]
         grad = whole.grad
         if grad is None:
             raise AssertionError(f"no gradient to take from {unit.full.slices[i].fqn}")
         _check_dense(unit, i, grad)
         whole.grad = None
-        self._reducer.put(unit, i, grad.detach().reshape(-1))
+        return grad.detach()
+
+    def _put(self, param: nn.Parameter, grad: Tensor) -> None:
+        unit, i = self._place[param]
+        self._reducer.put(unit, i, grad.reshape(-1))
+
+    def _deliver(self, delta: GradientDelta) -> None:
+        if not self._is_averaging:
+            self._sink(delta)
+            return
+        for i, rows in delta.slices:
+            show_rows(delta.unit.params[i], rows, delta.unit.shard.slices[i])
+
+    def average_held(self) -> None:
+        """Make held gradients what every rank would see under FSDP2: its rows of the averages.
+
+        Every rank calls it after backward.
+        """
+        if self._is_streamed:
+            return
+        self._enter_step()
+        for unit in self.units:
+            for param in unit.params if isinstance(unit, Fsdp2Unit) else ():
+                if not self._held.holds(param):
+                    param.grad = None
+        self._is_averaging = True
+        try:
+            self._reduce(with_plain=False)
+        finally:
+            self._is_averaging = False
+        if self._buckets():
+            self._held_plain.average(self._buckets())
+        self._sharded.order.step_agreed()
+        self._is_averaged = True
 
     def collect(self) -> None:
-        """Reduce what the step still lacks: gradients of earlier micro-batches, and units of which a part arrived."""
+        """Reduce what the step still lacks: held gradients, and units of which a part arrived.
+
+        Averaged gradients stay visible in `param.grad` until the user's `zero_grad()`; others are gone.
+        """
+        if self._is_averaged:
+            self._hand_over()
+            return
+        self._enter_step()
+        self._reduce()
+        self._sharded.order.step_agreed()
+
+    def _hand_over(self) -> None:
+        self._is_averaged = False
+        for unit in self.units:
+            if isinstance(unit, Fsdp2Unit):
+                shown = [(i, p.grad) for i, p in enumerate(unit.params) if p.grad is not None]
+                if shown:
+                    self._sink(GradientDelta(unit, [(i, local_rows_of(grad).reshape(-1)) for i, grad in shown]))
+        self._held_plain.hand_over(self._buckets(), self._sink)
+
+    def _buckets(self) -> list[BucketUnit]:
+        return [unit for unit in self.units if isinstance(unit, BucketUnit)]
+
+    def _enter_step(self) -> None:
         try:
             self._sharded.order.enter_step()
         except OrderDeparted:
             self.discard()
             raise
-        self._reduce()
-        self._sharded.order.step_agreed()
 
-    def _reduce(self) -> None:
+    def _reduce(self, *, with_plain: bool = True) -> None:
         error: SuperScaleError | None = None
         try:
+            for param, grad in self._held.take_all():
+                self._put(param, grad)
             for param in self._place:
-                whole = self._whole_of(param)
-                if whole is not None and whole.grad is not None:
-                    self._put(param, whole)
+                self._put_left(param, with_plain=with_plain)
         except SuperScaleError as found:
             error = found  # the other ranks are on their way into the agreement
         self._reducer.finish(error, order=self._sharded.order.digest())
 
-    def _whole_of(self, param: nn.Parameter) -> nn.Parameter | None:
-        return self._sharded.whole_of(param) if self._sharded.holds(param) else param
+    def _put_left(self, param: nn.Parameter, *, with_plain: bool) -> None:
+        """Give the reducer a gradient that still lies where autograd left it."""
+        if self._sharded.holds(param):
+            whole = self._sharded.whole_of(param)
+            if whole is not None and whole.grad is not None:
+                self._put(param, self._taken(param, whole))
+        elif with_plain and param.grad is not None:
+            if self._is_streamed:
+                self._put(param, self._taken(param, param))
+                return
+            unit, i = self._place[param]
+            _check_dense(unit, i, param.grad)
+            self._held_plain.check_unedited(param, unit.full.slices[i].fqn)
+            self._put(param, param.grad.detach())
 
     def join_agreement(self, error: OrderDeparted) -> None:
         self._reducer.finish(error)
@@ -186,8 +269,11 @@ class Fsdp2Transport:
     def discard(self) -> None:
         """Forget gradients of an interrupted step."""
         self._reducer.discard()
+        self._held.clear()
+        self._held_plain.discard()
+        self._is_averaged = False
         for param in self._place:
-            whole = self._whole_of(param)
+            whole = self._sharded.whole_of(param) if self._sharded.holds(param) else None
             if whole is not None:
                 whole.grad = None
 
@@ -238,6 +324,8 @@ class Fsdp2Transport:
     def close(self) -> None:
         """Remove every hook; with the last transport of the module, its parameters become plain and whole again."""
         self.wait_all_published()
+        self._held.clear()
+        self._held_plain.close()
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()

@@ -33,7 +33,8 @@ class Case:
         make: builds the model, the same on every rank.
         program: forward and backward of one micro-batch on one rank; leaves gradients behind.
         num_micro: micro-batches per step.
-        is_one_delta: a step's gradient is summed in the oracle's order.
+        is_one_delta: a step's gradient is summed in the oracle's order when it is streamed.
+        is_averaged: gradients are averaged into `param.grad` before the step.
     """
 
     make: object
@@ -47,6 +48,8 @@ class Case:
     policy: ShardingPolicy = field(default_factory=ShardingPolicy)
     dtype: torch.dtype = torch.float32
     is_one_delta: bool = True
+    is_streamed: bool = True
+    is_averaged: bool = False
 
 
 def batch(case: Case, step: int, micro: int, rank: int) -> torch.Tensor:
@@ -85,6 +88,9 @@ def build_all(model, rank, world_size, case, optimizers, *, store=None, shard_si
         )
         for optimizer in optimizers
     ]
+    for engine in engines:
+        if case.is_streamed:
+            engine.transport.stream()
     return engines, sharded
 
 
@@ -100,9 +106,12 @@ def train_sharded(case: Case, rank: int, world_size: int, **how):
                     case.program(model, x)
             else:
                 case.program(model, x)
+        if case.is_averaged:
+            engine.transport.average_held()
         if case.max_norm is not None:
             engine.request_clip(ClipByNorm(case.max_norm))
         engine.step()
+        engine.optimizer.zero_grad()
     engine.transport.wait_all_published()
     state = engine.state_dict()["state"]
     engine.close()
@@ -158,7 +167,7 @@ TOLERANCE = 2 * 5 * 2**-24
 def assert_equals_plain(case: Case, rank: int, world_size: int, **how):
     """Weights on every rank, and moments and masters on rank 0: bits, or a tolerance where sums differ in order."""
     # A norm over shards rounds once per rank where the oracle's rounds once per parameter.
-    is_exact = case.is_one_delta and case.max_norm is None
+    is_exact = (case.is_one_delta or not case.is_streamed) and case.max_norm is None
     model, _, state = train_sharded(case, rank, world_size, **how)
     plain, oracle = train_plain(case, world_size)
     assert all(type(p) is nn.Parameter for p in model.parameters())

@@ -5,16 +5,19 @@ from __future__ import annotations
 import os
 import tempfile
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from lightning_superscale.comm.watch import RankWatch
 from lightning_superscale.errors import SuperScaleError
+from lightning_superscale.layout import shard_rows
 from lightning_superscale.zero.fsdp2_setup import ShardingPolicy
 from tests.helpers.fsdp import (
     ADAMW,
@@ -26,7 +29,17 @@ from tests.helpers.fsdp import (
     rank_averages,
     train_sharded,
 )
-from tests.helpers.fsdp_models import Adapted, Block, Chooser, MixedTrainable, Stack, Whole, run_itself, run_net
+from tests.helpers.fsdp_models import (
+    Adapted,
+    Block,
+    Chooser,
+    MixedTrainable,
+    Stack,
+    Whole,
+    loss_of,
+    run_itself,
+    run_net,
+)
 from tests.helpers.plain import PlainMasterAdamW
 from tests.helpers.programs import (
     PROGRAMS,
@@ -99,9 +112,12 @@ def cases() -> dict[str, Case]:
     return found
 
 
-def _all_cases(rank: int, world_size: int) -> list[str]:
+def _all_cases(rank: int, world_size: int, way: dict[str, bool]) -> list[str]:
     failures = []
     for name, case in cases().items():
+        case = replace(case, **way)
+        if not case.no_sync and not case.is_streamed:
+            continue  # held gradients are whole until the step anyway
         try:
             assert_equals_plain(case, rank, world_size)
         except Exception as error:
@@ -113,10 +129,17 @@ def _all_cases(rank: int, world_size: int) -> list[str]:
     return failures
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_training_equals_one_process(world_size):
+WAYS = {
+    "streamed": {"is_streamed": True},
+    "held": {"is_streamed": False},
+    "averaged": {"is_streamed": False, "is_averaged": True},
+}
+
+
+@pytest.mark.parametrize(("world_size", "way"), [(2, "streamed"), (3, "streamed"), (2, "held"), (2, "averaged")])
+def test_training_equals_one_process(world_size, way):
     """Bits at 2 and 3 ranks: gradients are scaled and summed in rank order, as the oracle does."""
-    failures = run_ranks(world_size, _all_cases, limit_s=240)
+    failures = run_ranks(world_size, _all_cases, WAYS[way], limit_s=240)
     assert not any(failures), "\n".join(f"rank {r}: {f}" for r, fs in enumerate(failures) for f in fs)
 
 
@@ -340,6 +363,82 @@ def _two_optimizers(rank: int, world_size: int) -> None:
 
 def test_two_optimizers_share_a_group():
     run_ranks(2, _two_optimizers, limit_s=60)
+
+
+def _thrown_away(rank: int, world_size: int, set_to_none: bool) -> None:
+    """Gradients that zero_grad() throws away between two backward calls, as in a GAN without toggling."""
+    case = Case(lambda: Whole(Stack()), run_net, is_streamed=False)
+    model, plain = case.make(), case.make()
+    engine, _ = build(model, rank, world_size, case)
+    oracle = torch.optim.AdamW(plain.parameters(), **ADAMW)
+    for step in range(3):
+        for param, grad in zip(plain.parameters(), rank_averages(case, plain, step, world_size), strict=True):
+            param.grad = grad
+        oracle.step()
+        run_net(model, batch(case, step, 7, rank))
+        assert bool(model.net.head.weight.grad.to_local().isnan().all())
+        engine.optimizer.zero_grad(set_to_none=set_to_none)
+        run_net(model, batch(case, step, 0, rank))
+        engine.step()
+        engine.optimizer.zero_grad()
+    engine.close()
+    assert all(map(torch.equal, model.parameters(), plain.parameters()))
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_zero_grad_throws_held_gradients_away(set_to_none):
+    run_ranks(2, _thrown_away, set_to_none, limit_s=60)
+
+
+def _shown(rank: int, world_size: int) -> None:
+    case = Case(lambda: Whole(Stack()), run_net, is_streamed=False)
+    model, plain = case.make(), case.make()
+    engine, _ = build(model, rank, world_size, case)
+    averages = rank_averages(case, plain, 0, world_size)
+    run_net(model, batch(case, 0, 0, rank))
+    engine.transport.average_held()
+    for param, average in zip(model.parameters(), averages, strict=True):
+        grad = param.grad
+        if isinstance(grad, DTensor):
+            start, stop = shard_rows(len(average), rank, world_size)
+            assert torch.equal(grad.to_local(), average[start:stop])
+        else:
+            assert torch.equal(grad, average)
+        grad.mul_(-1.0)  # what users change is what is stepped
+    for param, average in zip(plain.parameters(), averages, strict=True):
+        param.grad = -average
+    torch.optim.AdamW(plain.parameters(), **ADAMW).step()
+    engine.step()
+    engine.close()
+    assert all(map(torch.equal, model.parameters(), plain.parameters()))
+
+
+def test_averaged_gradients_can_be_seen_and_changed():
+    run_ranks(2, _shown, limit_s=60)
+
+
+def _freed(rank: int, world_size: int) -> None:
+    """No gathered weight outlives its module's forward or backward, and no whole gradient its backward."""
+    model = Whole(Stack())
+    engine, sharded = build(model, rank, world_size, Case(None, run_net))
+
+    def bytes_gathered() -> list[int]:
+        wholes = [whole for group in sharded.groups for whole in group.wholes.values()]
+        assert all(whole.grad is None for whole in wholes)
+        return [whole.untyped_storage().nbytes() for group in sharded.groups for whole in group.wholes.values()]
+
+    for _ in range(2):
+        loss = loss_of(model.net(torch.ones(2, 12)))
+        inner = sum(len(group.wholes) for group in sharded.groups if not group.is_top)
+        assert sum(bytes_gathered()[:inner]) == 0
+        loss.backward()
+        assert sum(bytes_gathered()) == 0
+        engine.step()
+    engine.close()
+
+
+def test_nothing_whole_outlives_its_use():
+    run_ranks(2, _freed, limit_s=60)
 
 
 def _meta(rank: int, world_size: int) -> dict[str, torch.Tensor]:
