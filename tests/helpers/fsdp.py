@@ -25,6 +25,27 @@ from tests.helpers.plain import PlainMasterAdamW
 ADAMW = {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.9, 0.95)}
 
 
+class DelayedLink(CpuLink):
+    """Uploads happen only when somebody waits for them."""
+
+    def h2d(self, dst, src):
+        self.bytes.h2d += src.numel() * src.element_size()
+        return _Delayed(dst, src)
+
+
+class _Delayed:
+    def __init__(self, dst, src) -> None:
+        self._copy = (dst, src)
+        self._is_done = False
+
+    def wait(self) -> None:
+        if not self._is_done:
+            self._copy[0].copy_(self._copy[1])
+            self._is_done = True
+
+    synchronize = wait
+
+
 @dataclass
 class Case:
     """One training, on ranks and in one process.
@@ -68,7 +89,7 @@ def build_all(model, rank, world_size, case, optimizers, *, store=None, shard_si
     order = GatherOrder(store, rank, world_size, patience_s=5.0, watch=watch)
     sharded = shard_module(model, optimizers, mesh, torch.device("cpu"), order, case.policy)
     ranks = ranks_of(mesh, model.parameters())
-    link, arena = CpuLink(), HostArena()
+    link, arena = DelayedLink(), HostArena()
 
     def make_state(unit, has_moments):
         if not case.is_offloaded:

@@ -35,6 +35,7 @@ from tests.helpers.fsdp_models import (
     Chooser,
     MixedTrainable,
     Stack,
+    Tokens,
     Whole,
     loss_of,
     run_itself,
@@ -89,7 +90,7 @@ def cases() -> dict[str, Case]:
         "stack, kept after forward": Case(whole(), run_net, policy=ShardingPolicy(reshard_after_forward=False)),
         "stack, wrapped by name": Case(whole(), run_net, policy=ShardingPolicy(wrap={Block, "Linear"})),
         "stack on the host": Case(whole(), run_net, is_offloaded=True),
-        "stack clipped": Case(whole(), run_net, max_norm=1e3),
+        "stack clipped": Case(whole(), run_net, max_norm=0.05),
         "bf16": Case(bf16(whole()), run_net, **low),
         "bf16 on the host": Case(bf16(whole()), run_net, is_offloaded=True, **low),
         "accumulated whole": Case(whole(), run_net, num_micro=3),
@@ -97,6 +98,8 @@ def cases() -> dict[str, Case]:
         "accumulated in shards": Case(whole(), run_net, num_micro=3, no_sync=False),
         "tied": Case(whole(is_tied=True), run_net),
         "tied, as root": Case(lambda: Stack(is_tied=True), run_itself, policy=ROOT),
+        "tied embedding": Case(lambda: Whole(Tokens()), run_net),
+        "tied embedding on the host": Case(lambda: Whole(Tokens()), run_net, is_offloaded=True),
         "frozen": Case(frozen_first, run_net),
         "frozen bf16 base, fp32 adapters": Case(lambda: nn.Sequential(Adapted(), Adapted()), run_itself, policy=ROOT),
         "two trainable dtypes": Case(MixedTrainable, run_itself, policy=ROOT),
@@ -170,10 +173,11 @@ def _branch(rank: int, world_size: int, folder: str, late: bool) -> str:
     return "no error"
 
 
+@pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.parametrize("late", [False, True], ids=["first step", "third step"])
-def test_rank_dependent_branch_is_refused_on_every_rank(late):
+def test_rank_dependent_branch_is_refused_on_every_rank(world_size, late):
     with tempfile.TemporaryDirectory() as folder:
-        said = run_ranks(2, _branch, folder, late, limit_s=30)
+        said = run_ranks(world_size, _branch, folder, late, limit_s=30)
     for message in said:
         assert "ranks went apart" in message
         assert "'branch'" in message
@@ -439,6 +443,25 @@ def _freed(rank: int, world_size: int) -> None:
 
 def test_nothing_whole_outlives_its_use():
     run_ranks(2, _freed, limit_s=60)
+
+
+def _gates(rank: int, world_size: int) -> None:
+    """An upload is waited for by the group that it is for, and by no earlier one."""
+    model = Whole(Stack())
+    engine, sharded = build(model, rank, world_size, Case(None, run_net, is_offloaded=True))
+    run_net(model, torch.ones(2, 12))
+    engine.step()
+    waiting: list[int] = []
+    for block in model.net.blocks:
+        block.register_forward_pre_hook(lambda *_: waiting.append(len(engine.transport._uploads)))
+    assert len(engine.transport._uploads) == 4
+    run_net(model, torch.ones(2, 12))
+    assert waiting == [2, 1, 0]
+    engine.close()
+
+
+def test_uploads_are_waited_for_by_their_own_group():
+    run_ranks(2, _gates, limit_s=60)
 
 
 def _meta(rank: int, world_size: int) -> dict[str, torch.Tensor]:
