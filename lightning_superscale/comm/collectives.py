@@ -23,6 +23,9 @@ from lightning_superscale.comm.watch import RankWatch
 _FIRST_PAUSE_S = 20e-6
 _LONGEST_PAUSE_S = 1e-3
 
+# torch 2.13 gave it a new name and warns at the old one.
+_ALL_GATHER: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 class Pending(Protocol):
     """A collective under way."""
@@ -126,14 +129,18 @@ class AxisCollectives:
         work = dist.all_reduce(tensor, group=self.axis.group, async_op=True)
         return self._in_flight([work], lambda: tensor, "all-reduce")
 
-    def all_gather(self, packed: Tensor) -> Pending:
-        """Fill every row of `packed` [size, n] with its rank's row; this rank's own row is there already."""
+    def all_gather(self, packed: Tensor, *, is_polled: bool = False) -> Pending:
+        """Fill every row of `packed` [size, n] with its rank's row; this rank's own row is there already.
+
+        Args:
+            is_polled: `is_done()` has to become true before `wait()`, which it doesn't for gloo's sends and receives.
+        """
         if self.axis.size == 1:
             return Done(packed)
         self._counts.add("all_gather", packed[0].nbytes)
-        if not self._is_gloo:
+        if is_polled or not self._is_gloo:
             own = packed[self.axis.rank]
-            work = dist.all_gather_into_tensor(packed.view(-1), own, group=self.axis.group, async_op=True)
+            work = _ALL_GATHER(packed.view(-1), own, group=self.axis.group, async_op=True)
             return self._in_flight([work], lambda: packed, "all-gather")
         return self._in_flight(self._exchange(packed), lambda: packed, "all-gather", can_poll=False)
 

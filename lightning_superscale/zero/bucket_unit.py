@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +60,7 @@ class BucketUnit:
 
     # Gradients out
 
-    def packed(self, grads: dict[int, Tensor], scale: float) -> Tensor:
+    def packed(self, grads: Mapping[int, Tensor], scale: float) -> Tensor:
         """Gradients as the reduction reads them, [shard_world_size, shard_numel] in their own dtype, times `scale`.
 
         Rows of parameters without a gradient here are zero; alignment gaps hold anything.

@@ -12,15 +12,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from lightning_superscale.comm.collectives import Pending
 from lightning_superscale.layout import ParamSlice
-from lightning_superscale.zero.bucket_unit import BucketUnit
 from lightning_superscale.zero.ranks import Ranks
-from lightning_superscale.zero.units import DeltaSink, GradientDelta, slice_view
+from lightning_superscale.zero.units import DeltaSink, GradientDelta, ShardUnit, slice_view
+
+
+class ReducedUnit(ShardUnit, Protocol):
+    """What the reducer needs of a unit, of whatever kind."""
+
+    def packed(self, grads: Mapping[int, Tensor], scale: float) -> Tensor:
+        """Whole 1D gradients by index, times `scale`, as [shard_world_size, shard_numel]; zeros where one lacks."""
 
 
 @dataclass(slots=True)
@@ -33,7 +40,7 @@ class _Flight:
         slices: what is delivered as soon as the result is there.
     """
 
-    unit: BucketUnit
+    unit: ReducedUnit
     slices: tuple[int, ...]
     over_shard: Pending | None
     over_replicas: Pending | None = None
@@ -63,20 +70,20 @@ class GradientReducer:
         self._label = label
         self._sink = sink
         self._scale = 1.0 / ranks.mesh.world.size
-        self._units: list[BucketUnit] = []
-        self._order: list[BucketUnit] = []
+        self._units: list[ReducedUnit] = []
+        self._order: list[ReducedUnit] = []
         self._expected: dict[int, set[int]] = {}
         self._num_launched = 0
         self._grads: dict[int, _UnitGrads] = {}
         self._flights: list[_Flight] = []
         self._num_steps = 0
 
-    def add_unit(self, unit: BucketUnit) -> None:
+    def add_unit(self, unit: ReducedUnit) -> None:
         self._units.append(unit)
         self._order.append(unit)
         self._expected[unit.index] = set(range(len(unit.params)))
 
-    def put(self, unit: BucketUnit, i: int, grad: Tensor) -> None:
+    def put(self, unit: ReducedUnit, i: int, grad: Tensor) -> None:
         """Take one parameter's gradient, 1D and whole, which nobody else changes. Issues nothing."""
         grads = self._grads.setdefault(unit.index, _UnitGrads())
         grads.present.add(i)
@@ -94,7 +101,7 @@ class GradientReducer:
             self._launch(unit, grads)
         self._advance(block=False)
 
-    def _launch(self, unit: BucketUnit, grads: _UnitGrads) -> None:
+    def _launch(self, unit: ReducedUnit, grads: _UnitGrads) -> None:
         slices = tuple(sorted(grads.waiting))
         packed = unit.packed(grads.waiting, self._scale)
         grads.waiting = {}
@@ -124,13 +131,16 @@ class GradientReducer:
 
     # The step
 
-    def finish(self, error: BaseException | None) -> None:
+    def finish(self, error: BaseException | None, order: str = "") -> None:
         """Reduce everything that any rank has. Every rank calls it once per step.
+
+        Args:
+            order: what must be equal on all ranks besides, e.g. the order in which modules were gathered.
 
         Raises:
             SuperScaleError: on every rank, when any passed an error or ranks went apart.
         """
-        present, late = self._agree(error)
+        present, late = self._agree(error, order)
         self._num_steps += 1
         rest = self._order[self._num_launched :]
         expected = {unit.index for unit in self._order}
@@ -145,7 +155,7 @@ class GradientReducer:
         self._expect(present, late)
         self.discard()
 
-    def _agree(self, error: BaseException | None) -> tuple[dict[int, set[int]], dict[int, set[int]]]:
+    def _agree(self, error: BaseException | None, order: str) -> tuple[dict[int, set[int]], dict[int, set[int]]]:
         agreement, flag_of = self._ranks.agreement, self._ranks.flag_of
         vector = agreement.new_flags()
         flags = agreement.flags_of(vector)
@@ -157,7 +167,7 @@ class GradientReducer:
             places = [flag_of[unit.params[i]] for i in grads.present]
             places += [num_params + flag_of[unit.params[i]] for i in grads.late]
             flags[places] = 1
-        agreed = agreement.agree(vector, label=self._label, step=self._num_steps, error=error).tolist()
+        agreed = agreement.agree(vector, label=self._label, step=self._num_steps, order=order, error=error).tolist()
         present, late = {}, {}
         for unit in self._units:
             places = [flag_of[param] for param in unit.params]

@@ -1,0 +1,343 @@
+"""FSDP2 transport (ZeRO-3): parameters live in row shards; FSDP2 gathers them, this page moves everything else.
+
+Parameters that FSDP2 can't take stay whole in buckets, as in the bucket transport, and share its reducer: what ranks
+reduce has one order, whichever kind of unit it belongs to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_superscale.errors import SuperScaleError
+from lightning_superscale.layout import ParamSpec, split_into_units
+from lightning_superscale.zero.bucket_unit import BucketUnit
+from lightning_superscale.zero.fsdp2_held import HeldWholes, show_rows
+from lightning_superscale.zero.fsdp2_sharding import ShardedModule
+from lightning_superscale.zero.fsdp2_unit import Fsdp2Unit, local_rows_of
+from lightning_superscale.zero.gather_order import OrderDeparted
+from lightning_superscale.zero.held import HeldGradients
+from lightning_superscale.zero.ranks import Ranks
+from lightning_superscale.zero.reduction import GradientReducer
+from lightning_superscale.zero.units import DeltaSink, GradientDelta, PublishEvent, ShardUnit
+
+
+class _Upload(NamedTuple):
+    """New weights on their way into a unit's inbox."""
+
+    event: PublishEvent
+    stepped: Sequence[int]
+
+
+class Fsdp2Transport:
+    """Carries the gradients of one optimizer's parameters to a sink, and new weights back.
+
+    A gradient never stays where autograd left it, in the gathered parameter. *Streamed*, it goes to the reducer at
+    once. *Held*, it waits whole for the step, so that `zero_grad()` between two backward calls means what it does
+    in plain PyTorch; and where users may look at gradients, `average_held()` makes `param.grad` this rank's rows
+    of the average, as FSDP2 would.
+
+    Args:
+        sharded: the module, already sharded; several transports may share it.
+        ranks: made after sharding, from the module's parameters of then.
+        unit_bytes: upper bound of a bucket's weights, for parameters that FSDP2 can't take.
+        no_sync: micro-batches before the last of a step accumulate whole gradients, so that ranks talk once per step;
+            False reduces each, so that no rank holds whole gradients between them.
+    """
+
+    def __init__(
+        self,
+        sharded: ShardedModule,
+        *,
+        sink: DeltaSink,
+        ranks: Ranks,
+        unit_bytes: int,
+        label: str = "optimizer",
+        no_sync: bool = True,
+    ) -> None:
+        self._sharded = sharded
+        self._ranks = ranks
+        self._label = label
+        self._unit_bytes = unit_bytes
+        self._no_sync = no_sync
+        self._sink = sink
+        self._reducer = GradientReducer(ranks, label, self._deliver)
+        self._held = HeldWholes()
+        self._held_plain = HeldGradients(ranks, label)
+        self._is_streamed = False
+        self._is_averaging = False
+        self._is_averaged = False
+        self._place: dict[nn.Parameter, tuple[Fsdp2Unit | BucketUnit, int]] = {}
+        self._is_blocked = False
+        self._hooks: list[RemovableHandle] = []
+        self._uploads: dict[int, _Upload] = {}
+        self.units: list[Fsdp2Unit | BucketUnit] = []
+        sharded.attach(self)
+
+    @property
+    def is_local(self) -> bool:
+        return False
+
+    def add_params(self, named_params: Sequence[tuple[str, nn.Parameter]]) -> list[Fsdp2Unit | BucketUnit]:
+        """Make units: sharded ones per group, later groups first, as their gradients come; then buckets."""
+        by_group: dict[tuple[int, torch.dtype], list[tuple[str, nn.Parameter]]] = {}
+        plain: dict[tuple[torch.dtype, torch.device], list[tuple[str, nn.Parameter]]] = {}
+        for fqn, param in reversed(named_params):
+            if self._sharded.holds(param):
+                key = (self._sharded.group_of(param).index, param.dtype)
+                by_group.setdefault(key, []).append((fqn, param))
+            else:
+                plain.setdefault((param.dtype, param.device), []).append((fqn, param))
+        axis = self._ranks.mesh.shard
+        added: list[Fsdp2Unit | BucketUnit] = []
+        for key in self._in_backward_order(by_group):
+            added.append(self._add(Fsdp2Unit(len(self.units), key[0], by_group[key], axis.rank, axis.size)))
+        for (dtype, _device), members in plain.items():
+            params = dict(members)
+            specs = [ParamSpec(fqn, tuple(param.shape)) for fqn, param in members]
+            for cut in split_into_units(specs, max(1, self._unit_bytes // dtype.itemsize)):
+                named = [(spec.fqn, params[spec.fqn]) for spec in cut]
+                added.append(self._add(BucketUnit(len(self.units), named, axis.rank, axis.size)))
+        for unit in added:
+            self._listen(unit)
+        return added
+
+    def _in_backward_order(self, keys: Iterable[tuple[int, torch.dtype]]) -> list[tuple[int, torch.dtype]]:
+        """Inner groups from last to first; a top group's own parameters frame them, so they end last."""
+        return sorted(keys, key=lambda key: (self._sharded.groups[key[0]].has_inner, -key[0], str(key[1])))
+
+    def _add(self, unit: Fsdp2Unit | BucketUnit) -> Fsdp2Unit | BucketUnit:
+        self.units.append(unit)
+        self._reducer.add_unit(unit)
+        for i, param in enumerate(unit.params):
+            self._place[param] = (unit, i)
+        return unit
+
+    def _listen(self, unit: Fsdp2Unit | BucketUnit) -> None:
+        if isinstance(unit, Fsdp2Unit):
+            self._sharded.give_to(self, unit.params)
+            return
+        for param in unit.params:
+            self._hooks.append(param.register_post_accumulate_grad_hook(self._on_plain_grad))  # type: ignore[no-untyped-call]
+
+    def place_of(self, param: nn.Parameter) -> tuple[ShardUnit, int] | None:
+        return self._place.get(param)
+
+    # Gradients
+
+    def stream(self) -> None:
+        """From now on, give gradients to the reducer during backward."""
+        self._is_streamed = True
+
+    def watch_edits(self) -> None:
+        """Refuse edits of held gradients at the step; sharded ones can't be edited before they are averaged."""
+        self._held_plain.watch(p for unit in self.units if isinstance(unit, BucketUnit) for p in unit.params)
+
+    @contextmanager
+    def blocked(self) -> Iterator[None]:
+        """While open, more micro-batches of the step follow.
+
+        With no_sync, whole gradients accumulate; without, and streamed, they are reduced before this returns, so that
+        every rank calls it.
+        """
+        before, self._is_blocked = self._is_blocked, self._no_sync
+        try:
+            yield
+        finally:
+            self._is_blocked = before
+        if not self._no_sync and self._is_streamed:
+            self._reduce()
+
+    def _on_plain_grad(self, param: nn.Parameter) -> None:
+        if self._is_streamed and not self._is_blocked:
+            self.take_grad(param, param)
+
+    def take_grad(self, param: nn.Parameter, whole: nn.Parameter) -> None:
+        if not self._is_streamed:
+            self._held.hold(param, self._taken(param, whole))
+        elif not self._is_blocked:
+            self._put(param, self._taken(param, whole))
+            self._reducer.launch_complete()
+
+    def _taken(self, param: nn.Parameter, whole: nn.Parameter) -> Tensor:
+        unit, i = self._place[param]
+        grad = whole.grad
+        if grad is None:
+            raise AssertionError(f"no gradient to take from {unit.full.slices[i].fqn}")
+        _check_dense(unit, i, grad)
+        whole.grad = None
+        return grad.detach()
+
+    def _put(self, param: nn.Parameter, grad: Tensor) -> None:
+        unit, i = self._place[param]
+        self._reducer.put(unit, i, grad.reshape(-1))
+
+    def _deliver(self, delta: GradientDelta) -> None:
+        if not self._is_averaging:
+            self._sink(delta)
+            return
+        for i, rows in delta.slices:
+            show_rows(delta.unit.params[i], rows, delta.unit.shard.slices[i])
+
+    def average_held(self) -> None:
+        """Make held gradients what every rank would see under FSDP2: its rows of the averages.
+
+        Every rank calls it after backward.
+        """
+        if self._is_streamed:
+            return
+        self._enter_step()
+        for unit in self.units:
+            for param in unit.params if isinstance(unit, Fsdp2Unit) else ():
+                if not self._held.holds(param):
+                    param.grad = None
+        self._is_averaging = True
+        try:
+            self._reduce(with_plain=False)
+        finally:
+            self._is_averaging = False
+        if self._buckets():
+            self._held_plain.average(self._buckets())
+        self._sharded.order.step_agreed()
+        self._is_averaged = True
+
+    def collect(self) -> None:
+        """Reduce what the step still lacks: held gradients, and units of which a part arrived.
+
+        Averaged gradients stay visible in `param.grad` until the user's `zero_grad()`; others are gone.
+        """
+        if self._is_averaged:
+            self._hand_over()
+            return
+        self._enter_step()
+        self._reduce()
+        self._sharded.order.step_agreed()
+
+    def _hand_over(self) -> None:
+        self._is_averaged = False
+        for unit in self.units:
+            if isinstance(unit, Fsdp2Unit):
+                shown = [(i, p.grad) for i, p in enumerate(unit.params) if p.grad is not None]
+                if shown:
+                    self._sink(GradientDelta(unit, [(i, local_rows_of(grad).reshape(-1)) for i, grad in shown]))
+        self._held_plain.hand_over(self._buckets(), self._sink)
+
+    def _buckets(self) -> list[BucketUnit]:
+        return [unit for unit in self.units if isinstance(unit, BucketUnit)]
+
+    def _enter_step(self) -> None:
+        try:
+            self._sharded.order.enter_step()
+        except OrderDeparted:
+            self.discard()
+            raise
+
+    def _reduce(self, *, with_plain: bool = True) -> None:
+        error: SuperScaleError | None = None
+        try:
+            for param, grad in self._held.take_all():
+                self._put(param, grad)
+            for param in self._place:
+                self._put_left(param, with_plain=with_plain)
+        except SuperScaleError as found:
+            error = found  # the other ranks are on their way into the agreement
+        self._reducer.finish(error, order=self._sharded.order.digest())
+
+    def _put_left(self, param: nn.Parameter, *, with_plain: bool) -> None:
+        """Give the reducer a gradient that still lies where autograd left it."""
+        if self._sharded.holds(param):
+            whole = self._sharded.whole_of(param)
+            if whole is not None and whole.grad is not None:
+                self._put(param, self._taken(param, whole))
+        elif with_plain and param.grad is not None:
+            if self._is_streamed:
+                self._put(param, self._taken(param, param))
+                return
+            unit, i = self._place[param]
+            _check_dense(unit, i, param.grad)
+            self._held_plain.check_unedited(param, unit.full.slices[i].fqn)
+            self._put(param, param.grad.detach())
+
+    def join_agreement(self, error: OrderDeparted) -> None:
+        self._reducer.finish(error)
+
+    def discard(self) -> None:
+        """Forget gradients of an interrupted step."""
+        self._reducer.discard()
+        self._held.clear()
+        self._held_plain.discard()
+        self._is_averaged = False
+        for param in self._place:
+            whole = self._sharded.whole_of(param) if self._sharded.holds(param) else None
+            if whole is not None:
+                whole.grad = None
+
+    # Weights
+
+    def publish(self, unit: ShardUnit, event: PublishEvent | None, stepped: Sequence[int]) -> None:
+        """Note that new weights are on their way; gathered old ones are let go of, and buckets are gathered."""
+        own = self.units[unit.index]
+        if isinstance(own, Fsdp2Unit):
+            self._sharded.reshard(own.group)
+            if event is not None:
+                self._uploads[own.index] = _Upload(event, stepped)
+            return
+        # Few and small, and anything may read them, so nothing is left under way.
+        if event is not None:
+            event.wait()
+        if own.is_whole:
+            return
+        if event is None:
+            own.pack_rows(stepped)
+        self._ranks.shard.all_gather(own.gathered()).wait()
+        own.unpack_gathered(stepped)
+
+    def wait_published(self, units: Iterable[ShardUnit]) -> None:
+        for unit in units:
+            self._land(unit.index)
+
+    def _land(self, index: int) -> bool:
+        unit, upload = self.units[index], self._uploads.pop(index, None)
+        if upload is None or not isinstance(unit, Fsdp2Unit):
+            return False
+        upload.event.wait()
+        unit.land(upload.stepped)
+        return True
+
+    def land_group(self, group: int) -> bool:
+        landed = [self._land(u.index) for u in self.units if isinstance(u, Fsdp2Unit) and u.group == group]
+        return any(landed)
+
+    def wait_all_published(self) -> None:
+        self.wait_published(self.units)
+
+    def abandon(self) -> None:
+        """Stop waiting for other ranks: one of them failed, and what is under way may never arrive."""
+        self.discard()
+        self._uploads.clear()
+
+    def close(self) -> None:
+        """Remove every hook; with the last transport of the module, its parameters become plain and whole again."""
+        self.wait_all_published()
+        self._held.clear()
+        self._held_plain.close()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        for unit in self.units:
+            if isinstance(unit, BucketUnit):
+                unit.release()
+        self._sharded.detach(self)
+
+
+def _check_dense(unit: Fsdp2Unit | BucketUnit, i: int, grad: Tensor) -> None:
+    if grad.layout != torch.strided:
+        raise SuperScaleError(
+            f"parameter {unit.full.slices[i].fqn!r} has a gradient of layout {grad.layout}; expected a dense one. "
+            "Build its module with sparse=False."
+        )

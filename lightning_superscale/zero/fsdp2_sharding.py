@@ -1,0 +1,349 @@
+"""One module sharded with FSDP2: its groups, who takes their gradients, and the way back to plain parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from lightning_superscale.errors import SuperScaleError
+from lightning_superscale.layout import ParamSlice, ParamSpec, shard_rows
+from lightning_superscale.zero.fsdp2_release import release_modules
+from lightning_superscale.zero.fsdp2_unit import local_rows_of
+from lightning_superscale.zero.gather_order import GatherOrder, OrderDeparted
+from lightning_superscale.zero.ranks import Ranks
+from lightning_superscale.zero.rows import gather_rows
+
+
+class GradientTaker(Protocol):
+    """Whoever carries the gradients of some of the module's parameters."""
+
+    def take_grad(self, param: nn.Parameter, whole: nn.Parameter) -> None:
+        """Backward accumulated a gradient into `whole`, the gathered parameter of `param`."""
+
+    def land_group(self, group: int) -> bool:
+        """Bring new weights of a group to where its gather reads them; whether there were any."""
+
+    def join_agreement(self, error: OrderDeparted) -> None:
+        """Raise an error on all ranks, in the agreement of the step at which others wait."""
+
+
+@dataclass(slots=True)
+class ShardedGroup:
+    """One FSDP2 group.
+
+    Attributes:
+        is_top: no other group is around it.
+        has_inner: other groups are inside it.
+        params: sharded parameters (DTensors), by name from the root.
+        places: where each is registered.
+        wholes: by sharded parameter, the plain one that forward sees while the group is gathered.
+    """
+
+    index: int
+    fqn: str
+    module: nn.Module
+    is_top: bool
+    has_inner: bool
+    params: dict[str, nn.Parameter]
+    places: dict[nn.Parameter, list[tuple[nn.Module, str]]]
+    wholes: dict[nn.Parameter, nn.Parameter] = field(default_factory=dict)
+
+    @property
+    def fsdp(self) -> FSDPModule:
+        return cast(FSDPModule, self.module)
+
+
+class ShardedModule:
+    """A module whose parameters FSDP2 gathers at each group's forward and frees afterwards.
+
+    FSDP2 gathers, prefetches and frees; it never reduces. [Note: Gradients of gathered parameters] Autograd
+    accumulates into the whole parameter that forward saw, which is one object for the whole run. A hook there takes
+    the gradient away before FSDP2 looks for it, so that gradients are linear deltas in the order, dtype and
+    agreement of every other transport, whatever is used twice, late, on some ranks or not at all. FSDP2's own
+    reduction assumes that all ranks have gradients for the same parameters and that a group's backward runs once
+    per forward; reentrant checkpoints and partial backward calls break that.
+
+    Args:
+        replaced: by the parameter that the caller knew, the one that took its place in the module.
+        left_out: parameters that stay whole on every rank, and why.
+    """
+
+    def __init__(
+        self,
+        root: nn.Module,
+        groups: Sequence[ShardedGroup],
+        *,
+        replaced: Mapping[nn.Parameter, nn.Parameter],
+        left_out: Mapping[nn.Parameter, str],
+        before: dict[nn.Module, frozenset[str]],
+        optimizers: Sequence[Optimizer],
+        order: GatherOrder,
+    ) -> None:
+        self.root = root
+        self.groups = list(groups)
+        self.replaced = dict(replaced)
+        self.left_out = dict(left_out)
+        self.order = order
+        self._before = before
+        self._optimizers = list(optimizers)
+        self._group_of = {param: group for group in groups for param in group.params.values()}
+        self._takers: dict[nn.Parameter, GradientTaker] = {}
+        self._transports: list[GradientTaker] = []
+        self._strays: dict[nn.Parameter, Tensor] = {}
+        self._hooks: list[RemovableHandle] = []
+        self._is_released = False
+        for group in self.groups:
+            group.fsdp.set_requires_gradient_sync(False, recurse=False)
+            self._hooks.append(group.module.register_forward_pre_hook(self._before_gather(group), prepend=True))
+            self._hooks.append(group.module.register_forward_pre_hook(self._after_gather(group)))
+
+    # Transports
+
+    def attach(self, transport: GradientTaker) -> None:
+        self._transports.append(transport)
+
+    def detach(self, transport: GradientTaker) -> None:
+        """When the last transport leaves, the module becomes plain again. Collective then."""
+        if transport in self._transports:
+            self._transports.remove(transport)
+        if not self._transports:
+            self.release()
+
+    def give_to(self, taker: GradientTaker, params: Iterable[nn.Parameter]) -> None:
+        """From now on, `taker` gets the gradients of these parameters; earlier ones it finds at `whole_of`."""
+        for param in params:
+            self._takers[param] = taker
+            if param in self._strays:
+                self.group_of(param).wholes[param].grad = self._strays.pop(param)
+                param.grad = None
+
+    def group_of(self, param: nn.Parameter) -> ShardedGroup:
+        return self._group_of[param]
+
+    def holds(self, param: nn.Parameter) -> bool:
+        return param in self._group_of
+
+    def whole_of(self, param: nn.Parameter) -> nn.Parameter | None:
+        """The gathered parameter that autograd accumulates into; None before the first forward."""
+        return self._group_of[param].wholes.get(param)
+
+    def join_agreement(self, error: OrderDeparted) -> None:
+        if self._transports:
+            self._transports[0].join_agreement(error)
+
+    # Forward
+
+    def _before_gather(self, group: ShardedGroup) -> Callable[..., None]:
+        def enter(module: nn.Module, _inputs: object) -> None:
+            if group.is_top:
+                self.order.begin_pass(group.fqn, is_inference=not torch.is_grad_enabled())
+            landed = self._land(group.index)
+            if torch.is_inference_mode_enabled():
+                # Memory that FSDP2 makes at a first gather in inference mode could never be trained with.
+                with torch.inference_mode(False), torch.no_grad():
+                    group.fsdp.unshard()
+            elif landed:
+                # FSDP2 copies rows on a stream that waited for this one at the root's forward, before the upload
+                # landed. An explicit gather copies them on this stream.
+                group.fsdp.unshard(async_op=True)
+
+        return cast(Callable[..., None], torch.compiler.disable(enter))  # type: ignore[no-untyped-call]
+
+    def _land(self, index: int) -> bool:
+        landed = [transport.land_group(index) for transport in self._transports]
+        return any(landed)
+
+    def _after_gather(self, group: ShardedGroup) -> Callable[..., None]:
+        def entered(module: nn.Module, _inputs: object) -> None:
+            self._hook_wholes(group)
+
+        return cast(Callable[..., None], torch.compiler.disable(entered))  # type: ignore[no-untyped-call]
+
+    def _hook_wholes(self, group: ShardedGroup) -> None:
+        for param in group.params.values():
+            if not param.requires_grad:
+                continue
+            owner, name = group.places[param][0]
+            whole = owner.get_parameter(name)
+            if group.wholes.get(param) is not whole:
+                if whole is param:
+                    raise AssertionError(f"{group.fqn!r} was entered, and its parameters are not gathered")
+                group.wholes[param] = whole
+                self._hooks.append(whole.register_post_accumulate_grad_hook(self._taken(param)))  # type: ignore[no-untyped-call]
+
+    def _taken(self, param: nn.Parameter) -> Callable[[nn.Parameter], None]:
+        def take(whole: nn.Parameter) -> None:
+            taker = self._takers.get(param)
+            if taker is not None:
+                taker.take_grad(param, whole)
+            else:
+                self._keep_stray(param, whole)
+
+        return take
+
+    def _keep_stray(self, param: nn.Parameter, whole: nn.Parameter) -> None:
+        """Unfrozen since the start: keep its gradient, and show the engine that there is one."""
+        grad, whole.grad = whole.grad, None
+        owned = (own for optimizer in self._optimizers for group in optimizer.param_groups for own in group["params"])
+        if grad is None or not any(own is param for own in owned):
+            return
+        self._strays[param] = self._strays[param] + grad if param in self._strays else grad
+        if param.grad is None:
+            param.grad = torch.zeros_like(param)
+
+    # Whole weights
+
+    def land_all(self) -> None:
+        for group in self.groups:
+            self._land(group.index)
+
+    def reshard(self, group: int) -> None:
+        """Let go of gathered weights, so that the next forward gathers new ones."""
+        self.groups[group].fsdp.reshard()
+
+    @contextmanager
+    def summon(self, *, writeback: bool = False) -> Iterator[None]:
+        """While open, the module's parameters are whole on every rank. Every rank enters and leaves it.
+
+        Args:
+            writeback: keep changes; each rank's rows of them, so all ranks must make the same.
+        """
+        self.land_all()
+        with torch.inference_mode(False), torch.no_grad():
+            for group in self.groups:
+                group.fsdp.unshard()
+        try:
+            yield
+            if writeback:
+                for group in self.groups:
+                    self._write_back(group)
+        finally:
+            for group in self.groups:
+                group.fsdp.reshard()
+
+    def _write_back(self, group: ShardedGroup) -> None:
+        wholes = {param: _whole_at(group, param).detach().clone() for param in group.params.values()}
+        group.fsdp.reshard()
+        for param, whole in wholes.items():
+            write_rows(param, whole)
+
+    def load_whole(self, weights: Mapping[str, Tensor]) -> None:
+        """Take over whole weights, by name, given alike on every rank. Engines follow at their next step.
+
+        Raises:
+            SuperScaleError: another shape.
+        """
+        self.land_all()
+        params = {fqn: param for group in self.groups for fqn, param in group.params.items()}
+        params.update((fqn, param) for fqn, param in self.root.named_parameters() if fqn not in params)
+        for group in self.groups:
+            group.fsdp.reshard()
+        for fqn, whole in weights.items():
+            param = params.get(fqn)
+            if param is None:
+                continue
+            if whole.shape != param.shape:
+                raise SuperScaleError(
+                    f"weight {fqn!r} has shape {tuple(whole.shape)} in the checkpoint and {tuple(param.shape)} here. "
+                    "Build the model as it was when it was saved."
+                )
+            write_rows(param, whole)
+
+    def state_dict(self, ranks: Ranks) -> dict[str, Any]:
+        """The module's state dict with whole tensors, on the host of rank 0; empty on the others. All ranks call it."""
+        self.land_all()
+        is_first = ranks.mesh.world.rank == 0
+        whole: dict[str, Any] = {}
+        for name, value in self.root.state_dict().items():
+            if isinstance(value, DTensor):
+                value = gather_whole(ranks, name, value)
+            elif isinstance(value, Tensor):
+                value = value.detach().cpu() if is_first else None
+            if is_first:
+                whole[name] = value
+        return whole
+
+    def recover(self) -> None:
+        """After an exception in forward or backward: forget what FSDP2 had under way. Every rank calls it."""
+        for group in self.groups:
+            reset = getattr(group.fsdp, "reset_iter_state", None)  # from torch 2.13 on
+            if group.is_top and reset is not None:
+                reset()
+
+    # The way back
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def release(self) -> None:
+        """Make the module plain again, with whole weights on every rank. Every rank calls it; once is enough."""
+        if self._is_released:
+            return
+        self._is_released = True
+        self.land_all()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        plain: dict[nn.Parameter, nn.Parameter] = {}
+        for group in self.groups:
+            # Also a group that is gathered now, whose weights may be older than the rows.
+            group.fsdp.reshard()
+            group.fsdp.unshard()
+            wholes = {param: _whole_at(group, param) for param in group.params.values()}
+            new = {p: nn.Parameter(w.clone(), requires_grad=p.requires_grad) for p, w in wholes.items()}
+            group.fsdp.reshard()
+            for param, own in new.items():
+                for owner, name in group.places[param]:
+                    owner.register_parameter(name, own)
+            plain.update(new)
+            group.wholes.clear()
+        release_modules(self._before)
+        self.groups.clear()
+        for optimizer in self._optimizers:
+            swap_params(optimizer, plain)
+        self.replaced = {old: plain.get(new, new) for old, new in self.replaced.items()}
+
+
+def _whole_at(group: ShardedGroup, param: nn.Parameter) -> nn.Parameter:
+    owner, name = group.places[param][0]
+    return owner.get_parameter(name)
+
+
+def write_rows(param: nn.Parameter, whole: Tensor) -> None:
+    """Overwrite a parameter with a whole weight; of a sharded one, this rank's rows."""
+    with torch.no_grad():
+        if not isinstance(param, DTensor):
+            param.copy_(whole)
+            return
+        mesh = param.device_mesh
+        start, stop = shard_rows(param.shape[0], mesh.get_local_rank(), mesh.size())
+        rows = whole[start:stop].to(param.device, param.dtype)
+        # Through the DTensor, so that its version tells the engine of the edit.
+        param.copy_(
+            DTensor.from_local(rows, mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride())
+        )
+
+
+def gather_whole(ranks: Ranks, fqn: str, sharded: Tensor) -> Tensor:
+    """The whole of a sharded tensor, on the host. Every rank of the shard axis calls it."""
+    axis = ranks.mesh.shard
+    spec = ParamSpec(fqn, tuple(sharded.shape))
+    piece = ParamSlice(spec, shard_rows(spec.num_rows, axis.rank, axis.size), 0)
+    return gather_rows(ranks, local_rows_of(sharded), piece, sharded.device)
+
+
+def swap_params(optimizer: Optimizer, new_of: Mapping[nn.Parameter, nn.Parameter]) -> None:
+    """Let an optimizer's groups and states hold the parameters that took the place of others, in place."""
+    for group in optimizer.param_groups:
+        group["params"][:] = [new_of.get(param, param) for param in group["params"]]
+    for old, new in new_of.items():
+        if old in optimizer.state:
+            optimizer.state[new] = optimizer.state.pop(old)
