@@ -22,7 +22,11 @@ from lightning_superscale.plugins.byte_classes import byte_classes
 from lightning_superscale.plugins.checks import check_optimizers_over_ranks, check_parameters, facts_of_run
 from lightning_superscale.zero.buckets import BucketTransport
 from lightning_superscale.zero.engine import OptimizerEngine
+from lightning_superscale.zero.fsdp2 import Fsdp2Transport
+from lightning_superscale.zero.fsdp2_setup import ShardingPolicy, shard_module
+from lightning_superscale.zero.fsdp2_sharding import ShardedModule
 from lightning_superscale.zero.gates import PublishGates, is_compiled
+from lightning_superscale.zero.gather_order import GatherOrder
 from lightning_superscale.zero.ranks import Ranks, ranks_of
 from lightning_superscale.zero.replicas import BufferSync, broadcast_from_first
 from lightning_superscale.zero.states import ResidentState, UnitState
@@ -40,6 +44,7 @@ class RunSettings:
         why_held: why gradients stay in `param.grad` until the step; None when they may leave during backward.
         why_awaited: why new weights are waited for right after the step; None when forward may wait for them.
         is_automatic: whether Lightning runs backward and step, or the user's training_step.
+        order: compares gathers between ranks; needed by stage 3 over several ranks.
     """
 
     mesh: DataMesh
@@ -51,6 +56,12 @@ class RunSettings:
     why_held: str | None
     why_awaited: str | None
     is_automatic: bool
+    order: GatherOrder | None
+
+    @property
+    def shards_weights(self) -> bool:
+        """Stage 3 over several ranks: FSDP2 gathers weights for forward and backward."""
+        return self.zero.stage == 3 and self.mesh.shard.size > 1
 
     @property
     def unit_bytes(self) -> int:
@@ -69,6 +80,7 @@ class Assembly:
     Attributes:
         engines: one per optimizer, in the order of `configure_optimizers`.
         link: the way to the host; None when nothing is offloaded.
+        sharded: the module's parameters, when they are sharded (stage 3).
     """
 
     module: nn.Module
@@ -78,6 +90,8 @@ class Assembly:
     link: Link | None
     update: UpdatePath
     buffers: BufferSync
+    ranks: Ranks
+    sharded: ShardedModule | None
     reasons: list[str] = field(default_factory=list)
 
     @property
@@ -104,6 +118,8 @@ class Assembly:
         """A step was interrupted, here or on another rank: wait for nobody."""
         for engine in self.engines.values():
             engine.abandon()
+        if self.sharded is not None:
+            self.sharded.recover()
 
     def close(self) -> None:
         for gates in self.gates:
@@ -148,10 +164,10 @@ def assemble(module: nn.Module, optimizers: Sequence[Optimizer], settings: RunSe
             of a dtype that no engine steps, too little host memory, or ranks that build different
             things; on every rank, before anything is changed.
     """
-    fqn_of = {param: fqn for fqn, param in module.named_parameters()}
     mesh, offload = settings.mesh, settings.offload
-    _check_on_all_ranks(module, optimizers, fqn_of, settings)
-    broadcast_from_first(mesh, [*fqn_of, *module.buffers()])
+    _check_on_all_ranks(module, optimizers, settings)
+    sharded = _sharded(module, optimizers, settings)
+    fqn_of = {param: fqn for fqn, param in module.named_parameters()}
     link = None if offload is None else link_for(settings.device)
     where = settings.device if offload is None else torch.device("cpu")
     update = update_path(where, None if offload is None or offload.cpu_threads == "auto" else offload.cpu_threads)
@@ -162,7 +178,7 @@ def assemble(module: nn.Module, optimizers: Sequence[Optimizer], settings: RunSe
             optimizer,
             fqn_of=fqn_of,
             ranks=ranks,
-            make_transport=_transport_maker(ranks, settings, f"optimizer {number}"),
+            make_transport=_transport_maker(ranks, settings, sharded, f"optimizer {number}"),
             make_state=make_state,
             submit_update=update.submit,
             error_if_nonfinite=settings.error_if_nonfinite,
@@ -178,10 +194,34 @@ def assemble(module: nn.Module, optimizers: Sequence[Optimizer], settings: RunSe
     compiled = is_compiled(module)
     gates = _gates(module, engines.values(), settings, is_model_compiled=compiled)
     reasons = _reasons(settings, is_model_compiled=compiled)
-    return Assembly(module, settings, engines, gates, link, update, BufferSync(ranks, module), reasons)
+    buffers = BufferSync(ranks, module)
+    return Assembly(module, settings, engines, gates, link, update, buffers, ranks, sharded, reasons)
 
 
-def _transport_maker(ranks: Ranks, settings: RunSettings, label: str) -> Callable[[DeltaSink], Transport]:
+def _sharded(module: nn.Module, optimizers: Sequence[Optimizer], settings: RunSettings) -> ShardedModule | None:
+    """Give every rank the same initial weights, and in stage 3 only its rows of them."""
+    mesh = settings.mesh
+    if not settings.shards_weights:
+        broadcast_from_first(mesh, [*module.parameters(), *module.buffers()])
+        return None
+    if settings.order is None:
+        raise AssertionError("stage 3 over several ranks compares their gathers")
+    wrap = None if settings.zero.wrap is None else set(settings.zero.wrap)
+    return shard_module(module, optimizers, mesh, settings.device, settings.order, ShardingPolicy(wrap=wrap))
+
+
+def _transport_maker(
+    ranks: Ranks, settings: RunSettings, sharded: ShardedModule | None, label: str
+) -> Callable[[DeltaSink], Transport]:
+    if sharded is not None:
+        return lambda sink: Fsdp2Transport(
+            sharded,
+            sink=sink,
+            ranks=ranks,
+            unit_bytes=settings.unit_bytes,
+            label=label,
+            no_sync=settings.zero.reduces_once,
+        )
     return lambda sink: BucketTransport(
         [],
         unit_bytes=settings.unit_bytes,
@@ -197,16 +237,15 @@ def _gates(
 ) -> list[PublishGates]:
     """Gates for weights that arrive after the step: from the host, or from other ranks."""
     offload, mesh = settings.offload, settings.mesh
-    if offload is None and mesh.is_single:
-        return []
+    if settings.shards_weights or (offload is None and mesh.is_single):
+        return []  # sharded weights are awaited where they are gathered
     may_be_late = mesh.shard.size > 1 or (offload is not None and offload.engine == "superoffload")
     per_module = may_be_late and settings.streams and not is_model_compiled
     return [PublishGates(module, engine.transport, per_module=per_module) for engine in engines]
 
 
-def _check_on_all_ranks(
-    module: nn.Module, optimizers: Sequence[Optimizer], fqn_of: dict[nn.Parameter, str], settings: RunSettings
-) -> None:
+def _check_on_all_ranks(module: nn.Module, optimizers: Sequence[Optimizer], settings: RunSettings) -> None:
+    fqn_of = {param: fqn for fqn, param in module.named_parameters()}
     mesh, zero, offload = settings.mesh, settings.zero, settings.offload
     error: SuperScaleError | None = None
     try:

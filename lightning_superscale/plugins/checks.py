@@ -99,6 +99,21 @@ def check_optimizers_over_ranks(optimizers: Sequence[Optimizer], zero: ZeroConfi
             )
 
 
+def refuse_averaging(callbacks: Sequence[Any]) -> None:
+    """Refuse callbacks that keep a second copy of all weights, which stage 3 shards.
+
+    Raises:
+        SuperScaleError: names the callback and the stage to use.
+    """
+    for callback in callbacks:
+        names = {cls.__name__ for cls in type(callback).__mro__}
+        if names & {"WeightAveraging", "StochasticWeightAveraging"}:
+            raise SuperScaleError(
+                f"{type(callback).__name__} averages whole weights, and with zero=3 every rank has only its rows of "
+                "them. Use zero=2, or average checkpoints after training."
+            )
+
+
 def facts_of_run(
     module: nn.Module,
     optimizers: Sequence[Optimizer],

@@ -8,17 +8,24 @@ from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
 from lightning_superscale.comm.mesh import DataMesh, build_mesh, check_shard_size, single_mesh
 from lightning_superscale.comm.watch import RankWatch, open_store
 from lightning_superscale.config import ZeroConfig
+from lightning_superscale.zero.gather_order import GatherOrder
 
 
 class RankEnvironment:
-    """What one rank has of the others, from `open` to `close`; a mesh of one rank before and without."""
+    """What one rank has of the others, from `open` to `close`; a mesh of one rank before and without.
+
+    Attributes:
+        order: compares the gathers of stage 3 between ranks.
+    """
 
     def __init__(self) -> None:
         self.mesh: DataMesh = single_mesh()
+        self.order: GatherOrder | None = None
         self._made_for: object = None
 
     def open(self, zero: ZeroConfig, host: str, broadcast: Callable[[Any], Any], timeout: timedelta) -> None:
@@ -41,6 +48,8 @@ class RankEnvironment:
         else:
             self.mesh = build_mesh(zero.shard_size_of(world_size), timeout, watch)
             self._made_for = dist.group.WORLD
+        if zero.stage == 3:
+            self.order = GatherOrder(PrefixStore("gathers", store), rank, world_size, watch=watch)
 
     def report(self, exception: BaseException) -> None:
         """Tell the other ranks that this one failed."""

@@ -17,10 +17,12 @@ from lightning_superscale.config import OffloadConfig, ZeroConfig, resolve_offlo
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.plan import ParallelPlan
 from lightning_superscale.plugins.assembly import Assembly, RunSettings, assemble
+from lightning_superscale.plugins.checks import refuse_averaging
 from lightning_superscale.plugins.precision import SuperScalePrecisionMixin, check_precision
 from lightning_superscale.plugins.rank_environment import RankEnvironment
 from lightning_superscale.plugins.timing import PhaseSeconds
 from lightning_superscale.plugins.visibility import why_gradients_are_held, why_weights_are_awaited
+from lightning_superscale.zero.initial_weights import materialise_all
 from lightning_superscale.zero.replicas import broadcast_from_first
 
 if TYPE_CHECKING:
@@ -148,7 +150,10 @@ class SuperScaleStrategyMixin(_Base):
         if trainer.state.fn == "fit" and self._layer_sync:
             model = self._layer_sync.apply(model)
         self.model = self.precision_plugin.convert_module(model)
-        self.model_to_device()
+        is_sharded = trainer.state.fn == "fit" and self.zero_config.stage == 3 and self._num_ranks > 1
+        if not is_sharded:  # then the whole model is never on one device
+            materialise_all(model, self.root_device)
+            self.model_to_device()
         if trainer.state.fn == "fit":
             self.setup_optimizers(trainer)
             self._assemble(trainer)
@@ -173,7 +178,10 @@ class SuperScaleStrategyMixin(_Base):
             why_held=held,
             why_awaited=awaited,
             is_automatic=module.automatic_optimization,
+            order=self._environment.order,
         )
+        if settings.shards_weights:
+            refuse_averaging(callbacks)
         self._assembly = assemble(module, self.optimizers, settings)
         self._awaits_weights = awaited is not None
         self.phase_seconds = PhaseSeconds()
@@ -294,11 +302,18 @@ class SuperScaleStrategyMixin(_Base):
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         self._wait_for_weights()
+        sharded = None if self._assembly is None else self._assembly.sharded
+        if self._assembly is not None and sharded is not None:
+            return sharded.state_dict(self._assembly.ranks)
         return super().lightning_module_state_dict()
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         self._wait_for_weights()
-        super().load_model_state_dict(checkpoint, strict=strict)
+        sharded = None if self._assembly is None else self._assembly.sharded
+        if sharded is None:
+            super().load_model_state_dict(checkpoint, strict=strict)
+        else:
+            sharded.load_state_dict(checkpoint["state_dict"], strict=strict)
         if self._assembly is not None:
             for engine in self._assembly.engines.values():
                 engine.reload_masters()

@@ -6,7 +6,7 @@ reduce has one order, whichever kind of unit it belongs to.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ from lightning_superscale.zero.fsdp2_held import HeldWholes, show_rows
 from lightning_superscale.zero.fsdp2_sharding import ShardedModule
 from lightning_superscale.zero.fsdp2_unit import Fsdp2Unit, local_rows_of
 from lightning_superscale.zero.gather_order import OrderDeparted
-from lightning_superscale.zero.held import HeldGradients
+from lightning_superscale.zero.held import HeldGradients, edited_in_place
 from lightning_superscale.zero.ranks import Ranks
 from lightning_superscale.zero.reduction import GradientReducer
 from lightning_superscale.zero.units import DeltaSink, GradientDelta, PublishEvent, ShardUnit
@@ -240,6 +240,10 @@ class Fsdp2Transport:
     def _reduce(self, *, with_plain: bool = True) -> None:
         error: SuperScaleError | None = None
         try:
+            edited = self._held.edited()
+            if edited is not None:
+                unit, i = self._place[edited]
+                raise edited_in_place(unit.full.slices[i].fqn, self._ranks.mesh.world.size)
             for param, grad in self._held.take_all():
                 self._put(param, grad)
             for param in self._place:
@@ -315,6 +319,10 @@ class Fsdp2Transport:
 
     def wait_all_published(self) -> None:
         self.wait_published(self.units)
+
+    def released(self, plain: Mapping[nn.Parameter, nn.Parameter]) -> None:
+        """Know the parameters by what they became: sharded states outlive the training that made them."""
+        self._place = {plain.get(param, param): place for param, place in self._place.items()}
 
     def abandon(self) -> None:
         """Stop waiting for other ranks: one of them failed, and what is under way may never arrive."""

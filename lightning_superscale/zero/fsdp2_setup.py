@@ -115,6 +115,7 @@ def _shard_group(
     originals = plan.params
     current = {fqn: made.get(param, param) for fqn, param in originals.items()}
     where = {fqn: places[param] for fqn, param in originals.items()}
+    _move(current.values(), device)
     _make_equal(mesh, current.values())
     outside = {made.get(param, param): why for param, why in plan.left_out.items()}
     left_out.update(outside)
@@ -143,8 +144,17 @@ def _initialise_rest(
     places = places_of(root)
     replaced.update(materialise(root, [m for m in root.modules() if not isinstance(m, FSDPModule)], places, device))
     in_groups = set(replaced.values())
-    _make_equal(mesh, [p for p in root.parameters() if p not in in_groups])
+    rest = [p for p in root.parameters() if p not in in_groups]
+    _move([*rest, *root.buffers()], device)
+    _make_equal(mesh, rest)
     _make_equal(mesh, root.buffers())
+
+
+def _move(tensors: Iterable[Tensor], device: torch.device) -> None:
+    """To the training device, one group at a time, since it need not hold the whole model."""
+    for tensor in tensors:
+        if tensor.device != device:
+            tensor.data = tensor.data.to(device)
 
 
 def _make_equal(mesh: DataMesh, tensors: Iterable[Tensor]) -> None:

@@ -35,6 +35,9 @@ class GradientTaker(Protocol):
     def join_agreement(self, error: OrderDeparted) -> None:
         """Raise an error on all ranks, in the agreement of the step at which others wait."""
 
+    def released(self, plain: Mapping[nn.Parameter, nn.Parameter]) -> None:
+        """The module's sharded parameters became these plain ones."""
+
 
 @dataclass(slots=True)
 class ShardedGroup:
@@ -98,6 +101,7 @@ class ShardedModule:
         self._group_of = {param: group for group in groups for param in group.params.values()}
         self._takers: dict[nn.Parameter, GradientTaker] = {}
         self._transports: list[GradientTaker] = []
+        self._attached: list[GradientTaker] = []
         self._strays: dict[nn.Parameter, Tensor] = {}
         self._hooks: list[RemovableHandle] = []
         self._is_released = False
@@ -110,6 +114,7 @@ class ShardedModule:
 
     def attach(self, transport: GradientTaker) -> None:
         self._transports.append(transport)
+        self._attached.append(transport)
 
     def detach(self, transport: GradientTaker) -> None:
         """When the last transport leaves, the module becomes plain again. Collective then."""
@@ -236,6 +241,26 @@ class ShardedModule:
         for param, whole in wholes.items():
             write_rows(param, whole)
 
+    def load_state_dict(self, state: Mapping[str, Any], *, strict: bool) -> None:
+        """Take over a state dict of whole tensors, given alike on every rank.
+
+        Raises:
+            SuperScaleError: another shape, or with `strict` missing or unexpected names; before anything changes.
+        """
+        own = {name: value for name, value in self.root.state_dict().items() if isinstance(value, Tensor)}
+        missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+        if strict and (missing or unexpected):
+            raise SuperScaleError(
+                f"the checkpoint lacks {missing[:5]} and has besides {unexpected[:5]}. Build the model as it was when "
+                "it was saved, or load with strict=False."
+            )
+        params = {name for name, _ in self.root.named_parameters(remove_duplicate=False)}
+        self.load_whole({name: value for name, value in state.items() if name in params})
+        with torch.no_grad():
+            for name, buffer in self.root.named_buffers():
+                if name in state:
+                    buffer.copy_(state[name])
+
     def load_whole(self, weights: Mapping[str, Tensor]) -> None:
         """Take over whole weights, by name, given alike on every rank. Engines follow at their next step.
 
@@ -309,6 +334,8 @@ class ShardedModule:
         self.groups.clear()
         for optimizer in self._optimizers:
             swap_params(optimizer, plain)
+        for transport in self._attached:
+            transport.released(plain)
         self.replaced = {old: plain.get(new, new) for old, new in self.replaced.items()}
 
 

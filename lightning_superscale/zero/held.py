@@ -92,11 +92,7 @@ class HeldGradients:
         grad, noted = param.grad, self._versions.get(param)
         if grad is None or noted is None or noted[0] != id(grad) or noted[1] == grad._version or not bool(grad.any()):
             return
-        raise SuperScaleError(
-            f"the gradient of {fqn!r} was changed in place between backward and step. On "
-            f"{self._ranks.mesh.world.size} ranks it is only this rank's share, and the average is taken at the step. "
-            "Clip with self.clip_gradients(optimizer, ...), and scale the loss instead of gradients."
-        )
+        raise edited_in_place(fqn, self._ranks.mesh.world.size)
 
     def discard(self) -> None:
         self.is_averaged = False
@@ -105,3 +101,12 @@ class HeldGradients:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+
+
+def edited_in_place(fqn: str, world_size: int) -> SuperScaleError:
+    """The refusal of a gradient that somebody changed before ranks averaged it."""
+    return SuperScaleError(
+        f"the gradient of {fqn!r} was changed in place between backward and step. On {world_size} ranks it is only "
+        "this rank's share, and the average is taken at the step. Clip with self.clip_gradients(optimizer, ...), and "
+        "scale the loss instead of gradients."
+    )

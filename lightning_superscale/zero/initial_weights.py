@@ -66,6 +66,17 @@ def _bound(init_weights: Callable[[nn.Module], object], module: nn.Module) -> Ca
     return lambda: init_weights(module)
 
 
+def materialise_all(root: nn.Module, device: torch.device) -> None:
+    """Give a model that is on the meta device, in part or whole, its initial weights on `device`.
+
+    Raises:
+        SuperScaleError: modules that can't initialise themselves, before anything is changed.
+    """
+    if any(tensor.is_meta for tensor in (*root.parameters(), *root.buffers())):
+        check_materialisable(root)
+        materialise(root, root.modules(), places_of(root), device)
+
+
 def materialise(
     root: nn.Module, modules: Iterable[nn.Module], places: Places, device: torch.device
 ) -> dict[nn.Parameter, nn.Parameter]:

@@ -55,9 +55,9 @@ def wrap_plan(root: nn.Module, wrap: Wrap = None, *, include_root: bool = True) 
     chosen -= set(tops)
     for module in _sharing_with_others(root, chosen):
         chosen.discard(module)
-    # Depth first, children before parents.
-    inner = [m for m in _children_first(root) if m in chosen and not isinstance(m, FSDPModule)]
-    return inner + [m for m in tops if not isinstance(m, FSDPModule)]
+    # Depth first, children before parents: a network may also be registered as a part of another one.
+    chosen.update(tops)
+    return [m for m in _children_first(root) if m in chosen and not isinstance(m, FSDPModule)]
 
 
 def outermost_callables(root: nn.Module) -> list[nn.Module]:

@@ -54,11 +54,15 @@ def superoffload():
     return "superoffload"
 
 
+def zero3():
+    return "zero3"
+
+
 def replicated():
     return "superscale"
 
 
-STRATEGIES = (replicated, zero1, zero2, superoffload)
+STRATEGIES = (replicated, zero1, zero2, zero3, superoffload)
 
 
 class Manual(Regressor):
@@ -123,7 +127,7 @@ def test_training_equals_ddp(world_size):
         for rank in range(world_size):
             by_norm = "gradient_clip_val" in flags and "gradient_clip_algorithm" not in flags
             # Stage 2 adds averages of micro-batches, DDP averages their sum.
-            each = "accumulate_grad_batches" in flags and make in (zero2, superoffload)
+            each = "accumulate_grad_batches" in flags and make in (zero2, zero3, superoffload)
             exact = world_size == 2 and not by_norm and not each
             assert_same(results[rank][k], results[rank][expected], rank, exact=exact, name=f"rank {rank}: {name}")
 

@@ -17,7 +17,7 @@ from tests.helpers.ranks import run_ranks
 from tests.helpers.trainers import Regressor, dataset, loader, trainer
 from tests.plugins.test_traps import Gan, Unpicklable
 
-STRATEGIES = ("zero1", "zero2", "superoffload")
+STRATEGIES = ("zero1", "zero2", "superoffload", "zero3")
 
 
 def ddp():
@@ -231,8 +231,12 @@ def trap_11_checkpoints_and_weight_averaging(name, rank, folder):
             return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2)
 
     def callbacks(where=folder):
-        return [ModelCheckpoint(where, monitor="val_loss", save_last=True), WeightAveraging()]
+        averages = [] if name == "zero3" else [WeightAveraging()]
+        return [ModelCheckpoint(where, monitor="val_loss", save_last=True), *averages]
 
+    if name == "zero3":
+        with pytest.raises(SuperScaleError, match="WeightAveraging averages whole weights.*Use zero=2"):
+            fit(Simple(), name, callbacks=[WeightAveraging()])
     assert_equals_ddp(Simple, name, rank, callbacks=callbacks, enable_checkpointing=True)
     assert (folder / "last.ckpt").is_file()
 

@@ -131,3 +131,10 @@ def test_networks_that_share_a_parameter_leave_it_whole():
     plans = plan_groups(root, wrap_plan(root, include_root=False))
     assert [plan.fqn for plan in plans] == ["a", "b"]
     assert plans[0].left_out == {root.a.weight: "it is shared by networks that are gathered apart"}
+
+
+def test_a_network_that_is_also_a_part_of_another_comes_first():
+    root = nn.Module()
+    root.net = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2))
+    root.backbone = root.net[0]
+    assert wrap_plan(root, include_root=False) == [root.backbone, root.net]
