@@ -119,7 +119,7 @@ class Assembly:
         for engine in self.engines.values():
             engine.abandon()
         if self.sharded is not None:
-            self.sharded.recover()
+            self.sharded.abandon()
 
     def close(self) -> None:
         for gates in self.gates:

@@ -90,7 +90,7 @@ def byte_classes(
 
 def _add_unit(rows: _Rows, unit: ShardUnit, state: UnitState, zero: ZeroConfig, shard_size: int) -> None:
     numel, share = sum(param.numel() for param in unit.params), unit.shard.shard_numel
-    weight_shares = 1 if unit.weight_numel >= numel else shard_size
+    weight_shares = 1 if unit.has_whole_weights else shard_size
     rows.add("weights", unit.dtype, numel, unit.weight_numel, num_shares=weight_shares)
     if zero.reduces_once:
         rows.add("gradients", unit.dtype, numel, numel)

@@ -32,6 +32,7 @@ class BucketUnit:
         self.full: UnitLayout = unit_layout(index, specs, 0, 1)
         self.shard: UnitLayout = unit_layout(index, specs, shard_rank, shard_world_size)
         self.is_whole = shard_world_size == 1
+        self.has_whole_weights = True
         self._shard_rank = shard_rank
         self._shard_world_size = shard_world_size
         self._gathered: Tensor | None = None

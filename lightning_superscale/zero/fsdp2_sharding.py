@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -302,7 +303,16 @@ class ShardedModule:
         for group in self.groups:
             reset = getattr(group.fsdp, "reset_iter_state", None)  # from torch 2.13 on
             if group.is_top and reset is not None:
-                reset()
+                with contextlib.suppress(AttributeError):  # a network that was never entered has nothing to reset
+                    reset()
+
+    def abandon(self) -> None:
+        """A rank failed: whole weights can't be gathered any more, so the module stays in shards."""
+        self.recover()
+        self._is_released = True
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
 
     # The way back
 

@@ -45,6 +45,7 @@ class Fsdp2Unit:
         self.full: UnitLayout = unit_layout(index, specs, 0, 1)
         self.shard: UnitLayout = unit_layout(index, specs, shard_rank, shard_world_size)
         self.is_whole = shard_world_size == 1
+        self.has_whole_weights = False
         self._shard_world_size = shard_world_size
         self._inbox: Tensor | None = None
         for piece, param in zip(self.shard.slices, self.params, strict=True):

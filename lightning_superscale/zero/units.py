@@ -28,6 +28,7 @@ class ShardUnit(Protocol):
         index: the unit's place in its transport; the same on every rank.
         shard: this rank's rows; gradients, masters and moments follow it.
         is_whole: this rank's rows are all rows.
+        has_whole_weights: every rank keeps all rows of the weights, between steps too.
         weight_numel: elements of weights that this rank keeps on the device, padding included.
     """
 
@@ -39,6 +40,8 @@ class ShardUnit(Protocol):
     def shard(self) -> UnitLayout: ...
     @property
     def is_whole(self) -> bool: ...
+    @property
+    def has_whole_weights(self) -> bool: ...
     @property
     def weight_numel(self) -> int: ...
     @property

@@ -98,7 +98,7 @@ def survivors(world_size, *args):
         return str(failure)
 
 
-@pytest.mark.parametrize("strategy", ["zero1", "superoffload"])
+@pytest.mark.parametrize("strategy", ["zero1", "zero3", "superoffload"])
 def test_an_exception_on_one_rank_is_told_to_all(strategy):
     said = run_ranks(3, misbehave, strategy, "raise", limit_s=90)
     assert said[1][0] == "bad sample 17"

@@ -42,6 +42,8 @@ def expected(tmp_path_factory):
         ("superoffload", TORCHRUN, "_SubprocessScriptLauncher"),
         ("zero1_spawn", (), "_MultiProcessingLauncher"),
         ("superoffload_fork", (), "_MultiProcessingLauncher"),
+        ("zero3_spawn", (), "_MultiProcessingLauncher"),
+        ("zero3", TORCHRUN, "_SubprocessScriptLauncher"),
     ],
 )
 def test_launcher(strategy, launcher, name, expected, tmp_path):
