@@ -142,3 +142,30 @@ def test_gradients_changed_by_hand_are_refused():
 def test_a_killed_rank_is_named_by_the_others():
     said = survivors(3, "zero2", "die")
     assert "rank 1:\nthe process ended without an answer" in said
+
+
+class Branching(Regressor):
+    """Two networks, of which each rank runs its own."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(17, 5), nn.Linear(17, 5)
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return nn.functional.mse_loss((self.left if self.global_rank == 0 else self.right)(x), y)
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW([*self.left.parameters(), *self.right.parameters()])
+
+
+def test_branches_that_depend_on_the_rank_are_refused_by_name_in_stage_3():
+    for text, seconds in run_ranks(2, misbehave, "zero3", "", Branching):
+        assert "left" in text
+        assert "right" in text
+        assert seconds < SECONDS
+
+
+def test_branches_that_depend_on_the_rank_train_in_stage_2():
+    for text, _ in run_ranks(2, misbehave, "zero2", "", Branching):
+        assert text == "nothing"
