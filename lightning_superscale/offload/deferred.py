@@ -76,7 +76,6 @@ class DeferredState:
         numel = unit.shard.shard_numel
         is_pinned = is_pinned and link.needs_pinned_host()
         self.unit = unit
-        self.num_redone = 0
         self._link = link
         self._pool = pool
         self.master = arena.zeros(numel, torch.float32, is_pinned=False)
@@ -153,13 +152,14 @@ class DeferredState:
             known = self._slices[i]
             known.pending, known.looked_at, known.stats = None, hypers[i], stats
 
-    def settle(self, hypers: Mapping[int, AdamWHyper]) -> list[GradStats]:
+    def settle(self, hypers: Mapping[int, AdamWHyper]) -> tuple[list[GradStats], int]:
         """Make this step's update final: the weights are as of `hypers`, and the gradients pending.
 
-        Returns: statistics of the gradients, for slices that were looked at.
+        Returns:
+            statistics of the gradients, and how many slices had been looked at with other numbers.
         """
         redo = {i: hyper for i, hyper in hypers.items() if self._slices[i].looked_at != hyper}
-        self.num_redone += sum(self._slices[i].looked_at is not None for i in redo)
+        num_redone = sum(self._slices[i].looked_at is not None for i in redo)
         self.look_ahead(redo)
         seen = []
         for i, hyper in hypers.items():
@@ -169,7 +169,7 @@ class DeferredState:
             known.front = 1 - known.front
             known.pending = hyper
             known.arrival = known.looked_at = known.stats = None
-        return seen
+        return seen, num_redone
 
     def flush(self) -> None:
         """Commit what is pending: masters and moments are those of the last settled step."""
@@ -228,6 +228,7 @@ class DeferredState:
         for i in slices:
             weights = torch.empty(self.unit.shard.slices[i].numel, dtype=self.unit.dtype)
             self._link.d2h(weights, self.unit.local_rows(i)).synchronize()
+            self._slices[i].looked_at = None
             follow_weights(self.master_of(i), weights)
 
     def release(self) -> None:

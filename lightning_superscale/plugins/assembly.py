@@ -27,6 +27,7 @@ from lightning_superscale.zero.fsdp2_setup import ShardingPolicy, shard_module
 from lightning_superscale.zero.fsdp2_sharding import ShardedModule
 from lightning_superscale.zero.gates import PublishGates, is_compiled
 from lightning_superscale.zero.gather_order import GatherOrder
+from lightning_superscale.zero.native_step import NativeStep
 from lightning_superscale.zero.ranks import Ranks, ranks_of
 from lightning_superscale.zero.replicas import BufferSync, broadcast_from_first
 from lightning_superscale.zero.states import ResidentState, UnitState
@@ -180,7 +181,7 @@ def assemble(module: nn.Module, optimizers: Sequence[Optimizer], settings: RunSe
             ranks=ranks,
             make_transport=_transport_maker(ranks, settings, sharded, f"optimizer {number}"),
             make_state=make_state,
-            submit_update=update.submit,
+            make_native=lambda own, guard: NativeStep(own, guard, update.submit),
             error_if_nonfinite=settings.error_if_nonfinite,
         )
         for number, optimizer in enumerate(optimizers)

@@ -31,14 +31,14 @@ from lightning_superscale.zero.clip import (
 )
 from lightning_superscale.zero.due import Due
 from lightning_superscale.zero.guard import StepGuard
-from lightning_superscale.zero.native_step import NativeStep, SubmitUpdate
 from lightning_superscale.zero.optimizer_state import MASTER_KEY, pack_state, unpack_state
 from lightning_superscale.zero.own_step import OwnStep
 from lightning_superscale.zero.ranks import Ranks
 from lightning_superscale.zero.rules import reason_not_native
 from lightning_superscale.zero.states import UnitState, master_slice
+from lightning_superscale.zero.step_rule import StepRule
 from lightning_superscale.zero.transport import Transport
-from lightning_superscale.zero.units import DeltaSink, GradientDelta, ShardUnit
+from lightning_superscale.zero.units import DeltaSink, GradientDelta, PublishEvent, ShardUnit
 
 
 @dataclass(slots=True)
@@ -61,7 +61,7 @@ class OptimizerEngine:
         make_transport: builds the empty transport that feeds a sink.
         make_state: builds the state of a unit (second argument: with moments or without); decides where
             masters and moments live.
-        submit_update: starts a native update of segments and returns a handle with `wait()`.
+        make_native: builds what steps Adam and AdamW.
         error_if_nonfinite: raise before anything changes when a gradient is NaN or infinite.
     """
 
@@ -73,7 +73,7 @@ class OptimizerEngine:
         ranks: Ranks,
         make_transport: Callable[[DeltaSink], Transport],
         make_state: Callable[[ShardUnit, bool], UnitState],
-        submit_update: SubmitUpdate,
+        make_native: Callable[[Optimizer, StepGuard], StepRule],
         error_if_nonfinite: bool = False,
     ) -> None:
         self.optimizer = optimizer
@@ -85,9 +85,9 @@ class OptimizerEngine:
         self._error_if_nonfinite = error_if_nonfinite
         self._guard = StepGuard(optimizer)
         self._own = OwnStep(optimizer, self._guard)
-        self._rule: NativeStep | OwnStep = self._own
+        self._rule: StepRule = self._own
         if self.reason_not_native is None:
-            self._rule = NativeStep(optimizer, self._guard, submit_update)
+            self._rule = make_native(optimizer, self._guard)
         self._clips: list[ClipRequest] = []
         self._last_norm: Tensor | None = None
         self._last_stats: Sequence[StatsSource] = ()
@@ -118,7 +118,7 @@ class OptimizerEngine:
     # Gradients
 
     def _receive(self, delta: GradientDelta) -> None:
-        self.states[delta.unit.index].receive(delta.slices)
+        self._rule.receive(delta, self.states[delta.unit.index])
 
     def request_clip(self, clip: ClipRequest) -> None:
         """Clip the gradients of the next step.
@@ -130,6 +130,7 @@ class OptimizerEngine:
 
     def discard_gradients(self) -> None:
         """Forget gradients and clip requests of an interrupted step."""
+        self._rule.discard()
         self.transport.discard()
         self._clips.clear()
         for state in self.states:
@@ -194,8 +195,6 @@ class OptimizerEngine:
         judged = time.perf_counter()
         published_before = self.seconds.publish
         self._last_stats = self._rule.step(due, coefficient, clip_value, self._publish)
-        for state in self.states:
-            state.clear_grads()
         self.seconds.collect += collected - start
         self.seconds.norm += judged - collected
         self.seconds.update += time.perf_counter() - judged - (self.seconds.publish - published_before)
@@ -203,6 +202,7 @@ class OptimizerEngine:
     def _settle(self) -> None:
         """Bring weights and masters to rest: uploads of the last step are through, edits are taken over."""
         self.transport.wait_all_published()
+        self._rule.come_to_rest()
         self._follow_edits()
 
     def _judge(self, due: Sequence[Due]) -> tuple[float, float | None]:
@@ -247,9 +247,11 @@ class OptimizerEngine:
             "Look for a NaN loss or an overflow; pass error_if_nonfinite=False to train on regardless."
         )
 
-    def _publish(self, unit: ShardUnit, stepped: Sequence[int]) -> None:
+    def _publish(self, unit: ShardUnit, stepped: Sequence[int], event: PublishEvent | None = None) -> None:
         start = time.perf_counter()
-        self.transport.publish(unit, self.states[unit.index].upload(stepped), stepped)
+        if event is None:
+            event = self.states[unit.index].upload(stepped)
+        self.transport.publish(unit, event, stepped)
         self.seconds.publish += time.perf_counter() - start
 
     # Optimizers that run themselves
@@ -285,8 +287,13 @@ class OptimizerEngine:
 
     # State
 
+    def flush(self) -> None:
+        """Bring the optimizer's own states up to date: some ways of stepping leave them one step behind."""
+        self._rule.flush()
+
     def state_dict(self) -> dict[str, Any]:
         """The optimizer's whole state in torch's own format, with fp32 masters (see `pack_state`)."""
+        self._rule.flush()
         return pack_state(self)
 
     def load_state_dict(self, packed: Mapping[str, Any]) -> None:
@@ -295,6 +302,7 @@ class OptimizerEngine:
         Raises:
             SuperScaleError: parameter groups of other sizes.
         """
+        self._rule.flush()
         unpack_state(self, packed)
 
     def piece_of(self, param: nn.Parameter) -> ParamSlice | None:
@@ -324,6 +332,7 @@ class OptimizerEngine:
 
     def reload_masters(self) -> None:
         """Follow the module's weights, after somebody loaded those."""
+        self._rule.flush()
         for unit, state in zip(self.transport.units, self.states, strict=True):
             state.reload(range(len(unit.params)))
 
@@ -353,6 +362,7 @@ class OptimizerEngine:
 
         Masters go into the optimizer's state, so that a checkpoint saved after training still has them.
         """
+        self._rule.close()
         for param in self.params():
             master = self.master_of(param)
             if master is not None and param in self.optimizer.state:

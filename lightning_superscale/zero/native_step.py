@@ -15,50 +15,39 @@ from lightning_superscale.zero.due import Due, by_unit
 from lightning_superscale.zero.guard import StepGuard
 from lightning_superscale.zero.rules import hyper_of
 from lightning_superscale.zero.states import UnitState
-from lightning_superscale.zero.units import ShardUnit, slice_view
+from lightning_superscale.zero.step_rule import Publish
+from lightning_superscale.zero.units import GradientDelta, ShardUnit, slice_view
 
 SubmitUpdate = Callable[[Sequence[AdamWSegment]], Update]
-Publish = Callable[[ShardUnit, Sequence[int]], None]
 
 
-class NativeStep:
-    """Steps an optimizer whose update rule the kernel knows; the optimizer's own state views our buffers."""
+class BoundStep:
+    """What every way of stepping Adam natively shares: the optimizer's own state views our buffers."""
 
     has_moments = True
 
-    def __init__(self, optimizer: Optimizer, guard: StepGuard, submit_update: SubmitUpdate) -> None:
+    def __init__(self, optimizer: Optimizer, guard: StepGuard) -> None:
         self._optimizer = optimizer
         self._guard = guard
-        self._submit_update = submit_update
 
     def attach(self, unit: ShardUnit, state: UnitState) -> None:
         """Nothing to prepare: states are bound at a parameter's first gradient, as plain AdamW makes them."""
 
-    def step(
-        self, due: Sequence[Due], grad_scale: float, clip_value: float | None, publish: Publish
-    ) -> Sequence[StatsSource]:
-        """Update every unit in the order of the next forward, publishing each as soon as it is done."""
-        counts: list[Tensor] = []
-        hypers: dict[tuple[int, int], AdamWHyper] = {}  # most parameters of a group are at the same step
-        handles = []
-        for items in by_unit(due).values():
-            segments = []
-            for item in items:
-                counts.append(self.bound_state(item)["step"])
-                key = (id(item.group), int(counts[-1]) + 1)
-                if key not in hypers:
-                    hypers[key] = hyper_of(self._optimizer, item.group, key[1], grad_scale, clip_value)
-                if item.piece.numel:  # a rank may hold no row of a small parameter
-                    segments.append(_segment(item, hypers[key]))
-            handles.append((items, self._submit_update(segments)))
-        stats: list[StatsSource] = []
-        for items, handle in handles:
-            stats.append(handle.wait())
-            publish(items[0].unit, [item.i for item in items])
-        if counts:
-            torch._foreach_add_(counts, 1.0)  # in place: they are the optimizer's own tensors
-        self._run_hooks()
-        return stats
+    def receive(self, delta: GradientDelta, state: UnitState) -> None:
+        """Take reduced gradients during backward or at the step."""
+        state.receive(delta.slices)
+
+    def come_to_rest(self) -> None:
+        """Return when nothing of this rule runs in the background."""
+
+    def flush(self) -> None:
+        """Bring masters and moments up to the last step."""
+
+    def discard(self) -> None:
+        """Forget an interrupted step."""
+
+    def close(self) -> None:
+        """No more steps."""
 
     def _run_hooks(self) -> None:
         """Run `optimizer.step()` with no gradient in sight: only its hooks and its scheduler's count."""
@@ -84,8 +73,12 @@ class NativeStep:
             own[key] = slice_view(flat, item.piece).view(item.piece.local_shape)
             if held is not None:
                 # Somebody loaded states straight into the optimizer: take them over.
+                self._before_states_change(item)
                 own[key].copy_(held)
         return own
+
+    def _before_states_change(self, item: Due) -> None:
+        """Somebody else writes an item's states next."""
 
     def load(self, param: nn.Parameter, unit: ShardUnit, state: UnitState, i: int, saved: Mapping[str, Any]) -> None:
         """Take over one parameter's saved state (step, exp_avg, exp_avg_sq)."""
@@ -93,6 +86,42 @@ class NativeStep:
             key: torch.tensor(float(value)) if key == "step" else value for key, value in saved.items()
         }
         self.bound_state(Due(param, {}, unit, state, i, param))
+
+
+class NativeStep(BoundStep):
+    """Steps an optimizer whose update rule the kernel knows, once everything about the step is known."""
+
+    def __init__(self, optimizer: Optimizer, guard: StepGuard, submit_update: SubmitUpdate) -> None:
+        super().__init__(optimizer, guard)
+        self._submit_update = submit_update
+
+    def step(
+        self, due: Sequence[Due], grad_scale: float, clip_value: float | None, publish: Publish
+    ) -> Sequence[StatsSource]:
+        """Update every unit in the order of the next forward, publishing each as soon as it is done."""
+        counts: list[Tensor] = []
+        hypers: dict[tuple[int, int], AdamWHyper] = {}  # most parameters of a group are at the same step
+        handles = []
+        for items in by_unit(due).values():
+            segments = []
+            for item in items:
+                counts.append(self.bound_state(item)["step"])
+                key = (id(item.group), int(counts[-1]) + 1)
+                if key not in hypers:
+                    hypers[key] = hyper_of(self._optimizer, item.group, key[1], grad_scale, clip_value)
+                if item.piece.numel:  # a rank may hold no row of a small parameter
+                    segments.append(_segment(item, hypers[key]))
+            handles.append((items, self._submit_update(segments)))
+        stats: list[StatsSource] = []
+        for items, handle in handles:
+            stats.append(handle.wait())
+            publish(items[0].unit, [item.i for item in items])
+        if counts:
+            torch._foreach_add_(counts, 1.0)  # in place: they are the optimizer's own tensors
+        self._run_hooks()
+        for state in {id(item.state): item.state for item in due}.values():
+            state.clear_grads()
+        return stats
 
 
 def _segment(item: Due, hyper: AdamWHyper) -> AdamWSegment:

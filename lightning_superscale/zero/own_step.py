@@ -14,9 +14,9 @@ from torch.optim import Optimizer
 from lightning_superscale.ops.update import StatsSource
 from lightning_superscale.zero.due import Due, by_unit
 from lightning_superscale.zero.guard import StepGuard
-from lightning_superscale.zero.native_step import Publish
 from lightning_superscale.zero.states import UnitState, master_slice
-from lightning_superscale.zero.units import ShardUnit
+from lightning_superscale.zero.step_rule import Publish
+from lightning_superscale.zero.units import GradientDelta, ShardUnit
 
 
 class OwnStep:
@@ -43,6 +43,22 @@ class OwnStep:
                 if isinstance(value, Tensor) and value.shape == param.shape and value.dtype == param.dtype:
                     own[key] = value.to(master.device, master.dtype, copy=True)
 
+    def receive(self, delta: GradientDelta, state: UnitState) -> None:
+        """Take reduced gradients during backward or at the step."""
+        state.receive(delta.slices)
+
+    def come_to_rest(self) -> None:
+        """Nothing runs in the background."""
+
+    def flush(self) -> None:
+        """Masters are always up to date."""
+
+    def discard(self) -> None:
+        """Nothing is kept of a step."""
+
+    def close(self) -> None:
+        """Nothing to end."""
+
     @property
     def has_stand_ins(self) -> bool:
         return bool(self._masters)
@@ -57,6 +73,8 @@ class OwnStep:
         finally:
             self._drop_grads(due)
         self._publish(due, publish)
+        for item in due:
+            item.state.clear_grads()
         return ()
 
     @property

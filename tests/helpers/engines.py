@@ -6,11 +6,15 @@ import torch
 from torch import nn
 
 from lightning_superscale.offload.cpu_step import HostState
+from lightning_superscale.offload.deferred import DeferredState
 from lightning_superscale.offload.host_memory import HostArena
 from lightning_superscale.offload.link import CpuLink
+from lightning_superscale.ops.pool import Pool
 from lightning_superscale.ops.update import update_path
 from lightning_superscale.zero.buckets import BucketTransport
+from lightning_superscale.zero.deferred_step import DeferredStep
 from lightning_superscale.zero.engine import OptimizerEngine
+from lightning_superscale.zero.native_step import NativeStep
 from lightning_superscale.zero.ranks import Ranks, single_rank
 from lightning_superscale.zero.states import ResidentState
 
@@ -21,6 +25,7 @@ def build_engine(
     *,
     is_offloaded: bool,
     is_streamed: bool = False,
+    is_deferred: bool = False,
     unit_bytes: int = 2048,
     link: CpuLink | None = None,
     num_threads: int | None = None,
@@ -30,8 +35,16 @@ def build_engine(
 ) -> OptimizerEngine:
     link = link or CpuLink()
     arena = HostArena()
+    pool = Pool(num_threads or 2)
+
+    def make_native(own, guard):
+        if is_deferred:
+            return DeferredStep(own, guard, looks_ahead=is_streamed)
+        return NativeStep(own, guard, update_path(torch.device("cpu"), num_threads).submit)
 
     def make_state(unit, has_moments):
+        if is_deferred and has_moments:
+            return DeferredState(unit, link, arena, is_pinned=True, pool=pool)
         if not is_offloaded:
             return ResidentState(unit, has_moments=has_moments)
         return HostState(unit, link, arena, has_moments=has_moments, is_pinned=True)
@@ -44,7 +57,7 @@ def build_engine(
             [], unit_bytes=unit_bytes, sink=sink, ranks=ranks or single_rank(), no_sync=no_sync
         ),
         make_state=make_state,
-        submit_update=update_path(torch.device("cpu"), num_threads).submit,
+        make_native=make_native,
         error_if_nonfinite=error_if_nonfinite,
     )
     if is_streamed:

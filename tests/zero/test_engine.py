@@ -18,6 +18,8 @@ WAYS = {
     "resident": {"is_offloaded": False},
     "host-held": {"is_offloaded": True},
     "host-streamed": {"is_offloaded": True, "is_streamed": True},
+    "deferred-held": {"is_offloaded": True, "is_deferred": True},
+    "deferred": {"is_offloaded": True, "is_streamed": True, "is_deferred": True},
 }
 
 
@@ -65,6 +67,7 @@ def test_bf16_step_equals_plain_master_adamw(way, program):
         program(model, x)
         engine.step()
     engine.transport.wait_all_published()
+    engine.flush()
     params = list(model.parameters())
     states = [oracle.optimizer.state.get(master, {}) for master in oracle.masters]
     assert_equal_states(params, optimizer, list(plain.parameters()), states)
@@ -220,6 +223,7 @@ def test_nonfinite_gradient_raises_before_anything_changes(way, bad):
     engine.step()
     engine.transport.wait_all_published()
     before = [p.detach().clone() for p in model.parameters()]
+    engine.flush()
     moments = [optimizer.state[p]["exp_avg"].clone() for p in model.parameters() if p in optimizer.state]
     optimizer.zero_grad()
     (model.trunk(x).sum() * bad).backward()
@@ -227,6 +231,7 @@ def test_nonfinite_gradient_raises_before_anything_changes(way, bad):
         engine.step()
     engine.transport.wait_all_published()
     assert all(map(torch.equal, model.parameters(), before))
+    engine.flush()
     after = [optimizer.state[p]["exp_avg"] for p in model.parameters() if p in optimizer.state]
     assert all(map(torch.equal, after, moments))
     # The next clean step is as if the bad one had not been.
@@ -421,7 +426,9 @@ def test_state_put_straight_into_the_optimizer_is_taken_over_and_stays_bound(way
         expected.zero_grad()
         plain_backward(model, x)
         engine.step()
+        engine.transport.wait_all_published()
         optimizer.zero_grad()
+    engine.flush()
     assert_equal_states(
         list(model.parameters()), optimizer, list(plain.parameters()), [expected.state[p] for p in plain.parameters()]
     )

@@ -1,0 +1,198 @@
+"""Adam and AdamW during backward: looks ahead while gradients arrive, and settles at the step.
+
+Exactness does not depend on any guess: a look ahead stores nothing of this step but new weights, and those go nowhere
+before the step's verdict ([Note: Deferred commit] in offload/deferred.py). What was looked at with other numbers than
+the verdict's (clipping, a changed learning rate, a late gradient) is looked at again.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_superscale.ops.types import AdamWHyper, GradStats
+from lightning_superscale.ops.update import StatsSource
+from lightning_superscale.zero.due import Due, by_unit
+from lightning_superscale.zero.guard import StepGuard
+from lightning_superscale.zero.native_step import BoundStep
+from lightning_superscale.zero.rules import hyper_of
+from lightning_superscale.zero.states import UnitState
+from lightning_superscale.zero.step_rule import Publish
+from lightning_superscale.zero.units import GradientDelta, PublishEvent, ShardUnit
+
+# Looking ahead is given up when this share of the last steps that tried had to look again, and tried anew later:
+# looking twice costs more than waiting for the norm and hiding the step behind the next forward.
+_REDO_SHARE = 0.3
+_REMEMBERED_STEPS = 20
+_PAUSE_STEPS = 50
+
+
+class DeferringState(UnitState, Protocol):
+    """States that can look ahead without committing."""
+
+    def look_ahead(self, hypers: Mapping[int, AdamWHyper]) -> None:
+        """Compute new weights of slices whose gradient arrived; store nothing else of this step."""
+
+    def settle(self, hypers: Mapping[int, AdamWHyper]) -> tuple[list[GradStats], int]:
+        """Make this step final with these numbers: (statistics of its gradients, slices that were looked at again)."""
+
+    def flush(self) -> None:
+        """Bring masters and moments up to the last settled step."""
+
+
+class _Settled(NamedTuple):
+    """A unit whose step is final.
+
+    Attributes:
+        num_redone: slices that had been looked at with other numbers.
+        upload: of its new weights.
+    """
+
+    stats: list[GradStats]
+    num_redone: int
+    upload: PublishEvent | None
+
+
+class SettledWeights:
+    """Completion of a settled unit's upload, which another thread starts."""
+
+    def __init__(self, settled: Future[_Settled]) -> None:
+        self._settled = settled
+
+    def wait(self) -> None:
+        upload = self._settled.result().upload
+        if upload is not None:
+            upload.wait()
+
+
+class DeferredStep(BoundStep):
+    """Steps an optimizer one commit behind; its own state views our buffers, and is up to date after `flush`.
+
+    Args:
+        looks_ahead: False waits for the verdict always, and then overlaps with the next forward.
+    """
+
+    def __init__(self, optimizer: Optimizer, guard: StepGuard, *, looks_ahead: bool = True) -> None:
+        super().__init__(optimizer, guard)
+        self._looks_ahead = looks_ahead
+        # One thread: units are worked on one after the other, each by all of the pool's threads.
+        self._worker = ThreadPoolExecutor(1, "lightning-superscale step")
+        self._states: dict[int, DeferringState] = {}
+        self._looking: dict[int, Future[None]] = {}
+        self._settling: dict[int, Future[_Settled]] = {}
+        self._group_of: dict[nn.Parameter, dict[str, Any]] = {}
+        self._clip_value: float | None = None
+        self._outcomes: deque[bool] = deque(maxlen=_REMEMBERED_STEPS)
+        self._pause = 0
+        self.num_redone = 0
+
+    def attach(self, unit: ShardUnit, state: UnitState) -> None:
+        self._states[unit.index] = cast(DeferringState, state)
+
+    # Backward
+
+    def receive(self, delta: GradientDelta, state: UnitState) -> None:
+        unit = delta.unit
+        settling, looking = self._settling.get(unit.index), self._looking.get(unit.index)
+        if settling is not None:
+            settling.result()  # the buffer that receives holds the last step's new weights until then
+        if looking is not None:
+            looking.result()  # a late gradient may not meet a running look ahead
+        state.receive(delta.slices)
+        if not self._looks_ahead or self._pause or looking is not None:
+            return
+        hypers = {}
+        for i, grad in delta.slices:
+            param = unit.params[i]
+            item = Due(param, self._group(param), unit, state, i, grad)
+            count = int(self.bound_state(item)["step"]) + 1
+            hypers[i] = hyper_of(self._optimizer, item.group, count, 1.0, self._clip_value)
+        self._looking[unit.index] = self._worker.submit(self._states[unit.index].look_ahead, hypers)
+
+    def _group(self, param: nn.Parameter) -> dict[str, Any]:
+        if param not in self._group_of:
+            self._group_of = {p: group for group in self._optimizer.param_groups for p in group["params"]}
+        return self._group_of[param]
+
+    def come_to_rest(self) -> None:
+        for looking in self._looking.values():
+            looking.result()
+        for settling in self._settling.values():
+            settling.result()
+
+    # The step
+
+    def step(
+        self, due: Sequence[Due], grad_scale: float, clip_value: float | None, publish: Publish
+    ) -> Sequence[StatsSource]:
+        """Settle every unit in the order of the next forward; new weights may still be on their way afterwards."""
+        self._clip_value = clip_value
+        self._remember_last()
+        self._looking.clear()
+        counts: list[Tensor] = []
+        made: dict[tuple[int, int], AdamWHyper] = {}
+        stats: list[StatsSource] = []
+        for items in by_unit(due).values():
+            hypers = {}
+            for item in items:
+                counts.append(self.bound_state(item)["step"])
+                key = (id(item.group), int(counts[-1]) + 1)
+                if key not in made:
+                    made[key] = hyper_of(self._optimizer, item.group, key[1], grad_scale, clip_value)
+                hypers[item.i] = made[key]
+            unit = items[0].unit
+            settled = self._worker.submit(_settle_and_upload, self._states[unit.index], hypers)
+            self._settling[unit.index] = settled
+            stats.append(_stats_of(settled))
+            publish(unit, list(hypers), SettledWeights(settled))
+        if counts:
+            torch._foreach_add_(counts, 1.0)  # in place: they are the optimizer's own tensors
+        self._run_hooks()
+        return stats
+
+    def _remember_last(self) -> None:
+        """Decide from the last step whether its successors look ahead."""
+        last = [settled.result() for settled in self._settling.values()]
+        self._settling.clear()
+        self.num_redone += sum(settled.num_redone for settled in last)
+        if self._pause:
+            self._pause -= 1
+        elif self._looks_ahead and last:
+            self._outcomes.append(any(settled.num_redone for settled in last))
+            if len(self._outcomes) == _REMEMBERED_STEPS and sum(self._outcomes) > _REDO_SHARE * _REMEMBERED_STEPS:
+                self._outcomes.clear()
+                self._pause = _PAUSE_STEPS
+
+    # State
+
+    def flush(self) -> None:
+        self.come_to_rest()
+        for state in self._states.values():
+            state.flush()
+
+    def _before_states_change(self, item: Due) -> None:
+        self._states[item.unit.index].flush()  # or what is pending would be committed on top
+
+    def discard(self) -> None:
+        for looking in self._looking.values():
+            looking.exception()  # it may be what failed
+        self._looking.clear()
+
+    def close(self) -> None:
+        self.flush()
+        self._worker.shutdown()
+
+
+def _settle_and_upload(state: DeferringState, hypers: Mapping[int, AdamWHyper]) -> _Settled:
+    stats, num_redone = state.settle(hypers)
+    return _Settled(stats, num_redone, state.upload(list(hypers)))
+
+
+def _stats_of(settled: Future[_Settled]) -> Callable[[], Sequence[GradStats]]:
+    return lambda: settled.result().stats
