@@ -418,7 +418,7 @@ def test_state_put_straight_into_the_optimizer_is_taken_over_and_stays_bound(way
     for step, x in enumerate(batches(6, torch.float32)):
         if step == 3:
             for chosen in (expected, optimizer):
-                first = next(iter(chosen.state.values()))
+                first = chosen.state[chosen.param_groups[0]["params"][0]]
                 first["exp_avg"] = torch.full_like(first["exp_avg"], 0.25)
                 first["step"] = torch.tensor(40.0)
         plain_backward(plain, x)
