@@ -76,17 +76,21 @@ class OffloadConfig:
 
     Args:
         engine: "cpu" and "superoffload" keep fp32 master weights and optimizer states in host memory
-            and step there. In this version both step synchronously, after the backward pass.
+            and step there: "cpu" after the backward pass, "superoffload" during it and the next forward.
         bucket_mb: MiB of weights that move and step together.
         pin_memory: page-lock the host side of transfers, where there is a CUDA device.
         cpu_threads: worker threads of the host optimizer; "auto" leaves one core to the launching
             thread.
+        speculate: "superoffload" steps each bucket while backward still runs, before the gradient norm is
+            known, and steps again what a clip changes; False waits for the norm, and overlaps with the
+            next forward only. The result is the same, bit for bit.
     """
 
     engine: str = "superoffload"
     bucket_mb: int = 64
     pin_memory: bool = True
     cpu_threads: Union[int, Literal["auto"]] = "auto"
+    speculate: bool = True
 
     def __post_init__(self) -> None:
         if self.engine in PLANNED_ENGINES:
@@ -99,6 +103,8 @@ class OffloadConfig:
                 f"{did_you_mean(str(self.engine), ENGINES)}"
             )
         _check_positive_int("OffloadConfig", "bucket_mb", self.bucket_mb)
+        if not isinstance(self.speculate, bool):
+            raise SuperScaleError(f"OffloadConfig.speculate must be true or false, found {self.speculate!r}.")
         if self.cpu_threads != "auto":
             _check_positive_int("OffloadConfig", "cpu_threads", self.cpu_threads)
 

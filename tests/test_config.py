@@ -20,7 +20,13 @@ def test_option_surface_is_what_the_docs_say():
         "wrap",
         "assume_elementwise",
     ]
-    assert [f.name for f in dataclasses.fields(OffloadConfig)] == ["engine", "bucket_mb", "pin_memory", "cpu_threads"]
+    assert [f.name for f in dataclasses.fields(OffloadConfig)] == [
+        "engine",
+        "bucket_mb",
+        "pin_memory",
+        "cpu_threads",
+        "speculate",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,7 @@ class HostState:
     ) -> None:
         numel, dtype = unit.shard.shard_numel, unit.dtype
         self.unit = unit
+        self.num_transfer_buffers = 1
         self._link = link
         is_low_precision = dtype != torch.float32
         is_pinned = is_pinned and link.needs_pinned_host()

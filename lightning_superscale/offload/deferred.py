@@ -76,6 +76,7 @@ class DeferredState:
         numel = unit.shard.shard_numel
         is_pinned = is_pinned and link.needs_pinned_host()
         self.unit = unit
+        self.num_transfer_buffers = 2
         self._link = link
         self._pool = pool
         self.master = arena.zeros(numel, torch.float32, is_pinned=False)

@@ -14,23 +14,28 @@ from lightning_superscale.comm.mesh import DataMesh
 from lightning_superscale.config import OffloadConfig, ZeroConfig
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.offload.cpu_step import HostState, host_bytes
+from lightning_superscale.offload.deferred import DeferredState, deferred_host_bytes
 from lightning_superscale.offload.host_memory import HostArena, check_host_memory
 from lightning_superscale.offload.link import Link, link_for
+from lightning_superscale.ops.pool import Pool, default_pool
 from lightning_superscale.ops.update import UpdatePath, update_path
 from lightning_superscale.plan import ParallelPlan
 from lightning_superscale.plugins.byte_classes import byte_classes
 from lightning_superscale.plugins.checks import check_optimizers_over_ranks, check_parameters, facts_of_run
 from lightning_superscale.zero.buckets import BucketTransport
+from lightning_superscale.zero.deferred_step import DeferredStep
 from lightning_superscale.zero.engine import OptimizerEngine
 from lightning_superscale.zero.fsdp2 import Fsdp2Transport
 from lightning_superscale.zero.fsdp2_setup import ShardingPolicy, shard_module
 from lightning_superscale.zero.fsdp2_sharding import ShardedModule
 from lightning_superscale.zero.gates import PublishGates, is_compiled
 from lightning_superscale.zero.gather_order import GatherOrder
+from lightning_superscale.zero.guard import StepGuard
 from lightning_superscale.zero.native_step import NativeStep
 from lightning_superscale.zero.ranks import Ranks, ranks_of
 from lightning_superscale.zero.replicas import BufferSync, broadcast_from_first
 from lightning_superscale.zero.states import ResidentState, UnitState
+from lightning_superscale.zero.step_rule import StepRule
 from lightning_superscale.zero.transport import Transport
 from lightning_superscale.zero.units import DeltaSink, ShardUnit
 
@@ -63,6 +68,11 @@ class RunSettings:
     def shards_weights(self) -> bool:
         """Stage 3 over several ranks: FSDP2 gathers weights for forward and backward."""
         return self.zero.stage == 3 and self.mesh.shard.size > 1
+
+    @property
+    def defers(self) -> bool:
+        """Whether Adam and AdamW on the host step one commit behind, during backward and the next forward."""
+        return self.offload is not None and self.offload.engine == "superoffload"
 
     @property
     def unit_bytes(self) -> int:
@@ -172,7 +182,8 @@ def assemble(module: nn.Module, optimizers: Sequence[Optimizer], settings: RunSe
     link = None if offload is None else link_for(settings.device)
     where = settings.device if offload is None else torch.device("cpu")
     update = update_path(where, None if offload is None or offload.cpu_threads == "auto" else offload.cpu_threads)
-    make_state = _state_maker(link, offload)
+    pool = default_pool() if offload is None or offload.cpu_threads == "auto" else Pool(offload.cpu_threads)
+    make_state = _state_maker(link, settings, pool)
     ranks = ranks_of(mesh, fqn_of, num_buffers=len(list(module.buffers())))
     engines = {
         optimizer: OptimizerEngine(
@@ -181,7 +192,7 @@ def assemble(module: nn.Module, optimizers: Sequence[Optimizer], settings: RunSe
             ranks=ranks,
             make_transport=_transport_maker(ranks, settings, sharded, f"optimizer {number}"),
             make_state=make_state,
-            make_native=lambda own, guard: NativeStep(own, guard, update.submit),
+            make_native=_native_maker(settings, update),
             error_if_nonfinite=settings.error_if_nonfinite,
         )
         for number, optimizer in enumerate(optimizers)
@@ -253,7 +264,7 @@ def _check_on_all_ranks(module: nn.Module, optimizers: Sequence[Optimizer], sett
         check_parameters(module, optimizers, fqn_of)
         check_optimizers_over_ranks(optimizers, zero, mesh.world.size)
         if offload is not None:
-            check_host_memory(_host_bytes_needed(optimizers, mesh))
+            check_host_memory(_host_bytes_needed(optimizers, settings))
     except SuperScaleError as found:
         error = found  # the other ranks are on their way into the comparison
     raise_together(mesh, error)
@@ -264,7 +275,7 @@ def _reasons(settings: RunSettings, *, is_model_compiled: bool) -> list[str]:
     """One sentence per choice, for `explain()`."""
     reasons = ["masters and optimizer states are on the device: offload is None"]
     if settings.offload is not None:
-        reasons = [f"the {settings.offload.engine!r} engine steps on the host, synchronously in this version"]
+        reasons = [_how_the_host_steps(settings)]
     elif settings.mesh.is_single:
         return reasons
     if settings.why_held is None:
@@ -279,21 +290,46 @@ def _reasons(settings: RunSettings, *, is_model_compiled: bool) -> list[str]:
     return reasons
 
 
-def _state_maker(link: Link | None, offload: OffloadConfig | None) -> Callable[[ShardUnit, bool], UnitState]:
+def _how_the_host_steps(settings: RunSettings) -> str:
+    if not settings.defers or settings.offload is None:
+        return "the 'cpu' engine steps on the host, after backward"
+    if settings.streams and settings.offload.speculate:
+        return "the host steps each bucket during backward, and again what the gradient norm then changes"
+    why = "gradients stay in param.grad" if not settings.streams else "speculate is off"
+    return f"the host steps after backward, and the next forward hides it: {why}"
+
+
+def _native_maker(settings: RunSettings, update: UpdatePath) -> Callable[[Optimizer, StepGuard], StepRule]:
+    if settings.offload is None or not settings.defers:
+        return lambda optimizer, guard: NativeStep(optimizer, guard, update.submit)
+    looks_ahead = settings.streams and settings.offload.speculate
+    return lambda optimizer, guard: DeferredStep(optimizer, guard, looks_ahead=looks_ahead)
+
+
+def _state_maker(link: Link | None, settings: RunSettings, pool: Pool) -> Callable[[ShardUnit, bool], UnitState]:
+    offload = settings.offload
     if link is None or offload is None:
         return lambda unit, has_moments: ResidentState(unit, has_moments=has_moments)
     arena = HostArena()
     pin = offload.pin_memory
-    return lambda unit, has_moments: HostState(unit, link, arena, has_moments=has_moments, is_pinned=pin)
+
+    def on_host(unit: ShardUnit, has_moments: bool) -> UnitState:
+        if settings.defers and has_moments:
+            return DeferredState(unit, link, arena, is_pinned=pin, pool=pool)
+        return HostState(unit, link, arena, has_moments=has_moments, is_pinned=pin)
+
+    return on_host
 
 
-def _host_bytes_needed(optimizers: Sequence[Optimizer], mesh: DataMesh) -> int:
+def _host_bytes_needed(optimizers: Sequence[Optimizer], settings: RunSettings) -> int:
     """Host bytes of this rank's states, but for padding."""
     whole = sum(
-        host_bytes(param.numel(), param.dtype, has_moments=True)
+        deferred_host_bytes(param.numel(), param.dtype)
+        if settings.defers
+        else host_bytes(param.numel(), param.dtype, has_moments=True)
         for optimizer in optimizers
         for group in optimizer.param_groups
         for param in group["params"]
         if param.requires_grad
     )
-    return -(-whole // mesh.shard.size)
+    return -(-whole // settings.mesh.shard.size)

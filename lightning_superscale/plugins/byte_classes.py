@@ -100,5 +100,6 @@ def _add_unit(rows: _Rows, unit: ShardUnit, state: UnitState, zero: ZeroConfig, 
         rows.add("master weights", state.master.dtype, numel, share, num_shares=shard_size)
     if state.exp_avg is not None:
         rows.add("optimizer states", state.exp_avg.dtype, numel, share, num_shares=shard_size, copies=2)
-    if rows.is_offloaded:
-        rows.add("transfer buffers", unit.dtype, numel, share, num_shares=shard_size)
+    if state.num_transfer_buffers:
+        copies = state.num_transfer_buffers
+        rows.add("transfer buffers", unit.dtype, numel, share, num_shares=shard_size, copies=copies)

@@ -28,6 +28,9 @@ class UnitState(Protocol):
     def exp_avg(self) -> Tensor | None: ...
     @property
     def exp_avg_sq(self) -> Tensor | None: ...
+    @property
+    def num_transfer_buffers(self) -> int:
+        """Host buffers of the weights' dtype beside masters and moments."""
 
     def master_of(self, i: int) -> Tensor:
         """fp32 master weights of slice i, 1D."""
@@ -60,6 +63,7 @@ class ResidentState:
     def __init__(self, unit: ShardUnit, *, has_moments: bool) -> None:
         numel = unit.shard.shard_numel
         self.unit = unit
+        self.num_transfer_buffers = 0
         self.master: Tensor | None = None
         if unit.dtype != torch.float32:
             self.master = torch.zeros(numel, dtype=torch.float32, device=unit.device)

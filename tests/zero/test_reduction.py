@@ -23,6 +23,7 @@ WAYS = {
     "sharded": {"is_sharded": True, "is_offloaded": False, "is_streamed": True},
     "sharded-held": {"is_sharded": True, "is_offloaded": False, "is_streamed": False},
     "sharded-host": {"is_sharded": True, "is_offloaded": True, "is_streamed": True},
+    "sharded-deferred": {"is_sharded": True, "is_offloaded": True, "is_streamed": True, "is_deferred": True},
     "sharded-host-every-batch": {"is_sharded": True, "is_offloaded": True, "is_streamed": True, "no_sync": False},
 }
 ONE_GRADIENT_PER_PARAMETER = PROGRAMS[:2] + PROGRAMS[4:5] + PROGRAMS[6:7]
