@@ -12,8 +12,9 @@ are packed: a message of their own would cost more than copying them.
 
 from __future__ import annotations
 
-import time
+import contextlib
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any, Protocol
 
 import torch
@@ -24,9 +25,8 @@ from lightning_superscale.comm.mesh import DataMesh, MeshAxis
 from lightning_superscale.comm.watch import RankWatch
 from lightning_superscale.ops.memory import RecycledMemory
 
-# gloo works are polled; a rank's share of a step takes longer than the first pauses.
-_FIRST_PAUSE_S = 20e-6
-_LONGEST_PAUSE_S = 1e-3
+# How often a rank that waits looks whether another one failed.
+_LOOK_EVERY = timedelta(seconds=0.1)
 # Rows of at least this many elements travel by themselves.
 _OWN_MESSAGE_NUMEL = 2**15
 
@@ -54,21 +54,21 @@ class Done:
         return self._result
 
 
-def _wait(works: list[Any], watch: RankWatch | None, what: str, *, can_poll: bool = True) -> None:
+def _wait(works: list[Any], watch: RankWatch | None, what: str, *, can_look: bool = True) -> None:
     """Wait for gloo works, giving up when another rank failed ([Note: Waiting for other ranks] in watch.py).
 
-    gloo's sends and receives say that they are complete only once they were waited for: they can't be polled.
+    gloo's sends and receives can't be waited for twice: a wait that runs out of time breaks the connection.
     """
     if watch is None:
         for work in works:
             work.wait()
         return
     with watch.waiting(what):
-        pause = _FIRST_PAUSE_S
-        while can_poll and not all(work.is_completed() for work in works):
-            watch.raise_if_failed()
-            time.sleep(pause)
-            pause = min(2 * pause, _LONGEST_PAUSE_S)
+        for work in works if can_look else ():
+            while not work.is_completed():
+                watch.raise_if_failed()
+                with contextlib.suppress(RuntimeError):  # out of time, or a failure that the last wait raises again
+                    work.wait(_LOOK_EVERY)
         watch.raise_if_failed()
         try:
             for work in works:
@@ -81,19 +81,19 @@ class InFlight:
     """Collectives that were issued, and what makes their result of what they moved."""
 
     def __init__(
-        self, works: list[Any], finish: Callable[[], Tensor], watch: RankWatch | None, what: str, *, can_poll: bool
+        self, works: list[Any], finish: Callable[[], Tensor], watch: RankWatch | None, what: str, *, can_look: bool
     ) -> None:
         self._works = works
         self._finish = finish
         self._watch = watch
         self._what = what
-        self._can_poll = can_poll
+        self._can_look = can_look
 
     def is_done(self) -> bool:
         return all(work.is_completed() for work in self._works)
 
     def wait(self) -> Tensor:
-        _wait(self._works, self._watch, self._what, can_poll=self._can_poll)
+        _wait(self._works, self._watch, self._what, can_look=self._can_look)
         self._works = []
         return self._finish()
 
@@ -152,7 +152,7 @@ class AxisCollectives:
             work = dist.all_gather_into_tensor(packed.view(-1), own, group=self.axis.group, async_op=True)
             return self._in_flight([work], lambda: packed, "all-gather")
         works = self._exchange([[row] for row in packed])
-        return self._in_flight(works, lambda: packed, "all-gather", can_poll=False)
+        return self._in_flight(works, lambda: packed, "all-gather", can_look=False)
 
     @property
     def gathers_rows(self) -> bool:
@@ -184,12 +184,12 @@ class AxisCollectives:
             return packed[self.axis.rank]
 
         sent = [[flat, *those] if flat.numel() else those for flat, those in zip(packed, large, strict=True)]
-        return self._in_flight(self._exchange(sent), finish, "all-gather", can_poll=False)
+        return self._in_flight(self._exchange(sent), finish, "all-gather", can_look=False)
 
     def _in_flight(
-        self, works: list[Any], finish: Callable[[], Tensor], kind: str, *, can_poll: bool = True
+        self, works: list[Any], finish: Callable[[], Tensor], kind: str, *, can_look: bool = True
     ) -> InFlight:
-        return InFlight(works, finish, self._watch, f"{kind} over the {self.axis.name} axis", can_poll=can_poll)
+        return InFlight(works, finish, self._watch, f"{kind} over the {self.axis.name} axis", can_look=can_look)
 
     def _exchange(self, rows: Sequence[Sequence[Tensor]]) -> list[Any]:
         """Send this rank's tensors to every other, receive theirs in place: no copy but the wire's."""
