@@ -201,7 +201,7 @@ class Table:
     def _measured(self, a: Team, b: Team, limit: float) -> dict[str, float]:
         """Ratio of two; beyond its limit, of the two alone over more rounds: some miss it by chance."""
         more = {"measured": ratio(a, b)}
-        if more["measured"] > limit and not self._options.rounds:
+        if more["measured"] > limit and not (self._options.rounds or self._options.quick):
             more["in_the_table"] = more["measured"]
             print(f"[{self.kind} {self.size}] again, for longer: {a.name}, {b.name}", file=sys.stderr, flush=True)
             a, b = self._run([a.name, b.name], argparse.Namespace(**{**vars(self._options), "rounds": AGAIN_ROUNDS}))
@@ -246,17 +246,20 @@ def show(table: dict[str, Any]) -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", default="25M,120M", help=f"of {', '.join(SHAPES)}; default 25M,120M")
-    parser.add_argument("--tables", default="fp32,clip", help="of fp32, clip (first size only); default both")
+    parser.add_argument("--sizes", default=None, help=f"of {', '.join(SHAPES)}; default 25M,120M (25M with --quick)")
+    parser.add_argument(
+        "--tables", default=None, help="of fp32, clip (first size only); default both (fp32 with --quick)"
+    )
     parser.add_argument("--only", default="", help="heats with one of these contestants, for example zero1")
     parser.add_argument("--rounds", type=int, default=None, help="default 9, of the slow 120M 7; nothing is repeated")
     parser.add_argument("--steps", type=int, default=2, help="steps per turn, default 2")
     parser.add_argument("--peers", default="none", help="environment of benchmarks/peers.sh, or none")
+    parser.add_argument("--quick", action="store_true", help="zero1 at 25M, 5 rounds: one or two minutes")
     parser.add_argument("--json", type=Path, help="also write the JSON here")
     options = parser.parse_args()
-    options.quick = False
-    options.sizes, options.tables = options.sizes.split(","), options.tables.split(",")
-    options.only = [name for name in options.only.split(",") if name]
+    options.sizes = (options.sizes or ("25M" if options.quick else "25M,120M")).split(",")
+    options.tables = (options.tables or ("fp32" if options.quick else "fp32,clip")).split(",")
+    options.only = [name for name in (options.only or ("zero1" if options.quick else "")).split(",") if name]
     known = {*SHAPES, *HEATS, *LABELS}
     unknown = [name for name in (*options.sizes, *options.tables, *options.only) if name not in known]
     if unknown:
