@@ -1,4 +1,4 @@
-"""One contestant of `step_cost.py` in a process of its own: builds it, then steps when it is told to.
+"""One contestant of `step_cost.py` or `zero.py`, or one rank of it, in a process of its own: steps when told to.
 
 Talks JSON lines: says `{"ready": ...}` once warm; answers a number on standard input with the CPU seconds (of
 all threads), wall seconds and loss of that many steps; answers "end" with a digest of its weights. CPU time is
@@ -23,6 +23,7 @@ from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -35,10 +36,15 @@ class Turns:
     """The batches of a run. Hands one out per step that the controller asks for, and clocks what lies between.
 
     Sized, so that Lightning does not prefetch: it asks for a batch only when the step before it has ended.
+
+    Attributes:
+        on_warm: called between warm-up and the first step that counts.
     """
 
     def __init__(self, shape: Shape, warmup: int, out: IO[str]) -> None:
         self._batch = batches(shape)
+        self._rank, self._num_ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        self.on_warm: Callable[[], None] = lambda: None
         self._warmup = warmup
         self._out = out
         self._losses: list[Tensor] = []
@@ -57,9 +63,10 @@ class Turns:
     def __iter__(self) -> Iterator[Tensor]:
         step = 0
         for _ in range(self._warmup):
-            yield self._batch(step)
+            yield self._batch(step * self._num_ranks + self._rank)
             step += 1
         self._losses.clear()
+        self.on_warm()
         cpu = time.process_time()
         self.say(ready=self.facts)
         for line in sys.stdin:
@@ -68,7 +75,7 @@ class Turns:
             cpus, walls = [], []
             for _ in range(int(line)):
                 start = time.perf_counter()
-                yield self._batch(step)
+                yield self._batch(step * self._num_ranks + self._rank)
                 step += 1
                 now = time.process_time()
                 walls.append(time.perf_counter() - start)
@@ -130,11 +137,20 @@ def run_trainer(
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.AdamW(self.parameters(), fused=fused or None, **ADAMW)
 
+        def on_train_start(self) -> None:
+            assembly = getattr(self.trainer.strategy, "assembly", None)
+            if assembly is not None and not assembly.mesh.is_single:
+                turns.facts["num_units"] = assembly.plan().num_units
+                turns.facts["calls"] = assembly.mesh.counts.calls  # fills as the steps go on
+                turns.on_warm = assembly.mesh.counts.clear
+                if assembly.settings.zero.stage == 3 and not any(isinstance(p, DTensor) for p in self.parameters()):
+                    raise RuntimeError("zero3 is not in this version: every rank holds whole weights")
+
     module = Module()
     trainer = L.Trainer(
         strategy=strategy(),
         accelerator="cpu",
-        devices=1,
+        devices=int(os.environ.get("WORLD_SIZE", "1")),
         precision=precision,  # type: ignore[arg-type]
         max_epochs=1,
         gradient_clip_val=clip or None,
@@ -156,10 +172,44 @@ def ours(**settings: Any) -> Callable[[], Any]:
     return build
 
 
+class WithLoss(nn.Module):
+    """The model with its loss as forward: what DeepSpeed and FSDP2 hook into."""
+
+    def __init__(self, model: Decoder) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.model.loss(ids)
+
+
+def run_fsdp2(turns: Turns, shape: Shape, precision: str, clip: float) -> nn.Module:
+    """Plain FSDP2: every block is a group, and the rest is one."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo")
+    mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
+    model = WithLoss(build_model(shape, precision))
+    for block in model.model.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True, **ADAMW)
+    for ids in turns:
+        loss = model(ids)
+        loss.backward()
+        if clip:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        turns.record(loss)
+    return model
+
+
 def run_deepspeed(turns: Turns, shape: Shape, precision: str, clip: float, *, stage: int, offload: bool) -> nn.Module:
     import deepspeed
 
-    model = build_model(shape, precision)
+    model = WithLoss(build_model(shape, precision))
     zero: dict[str, Any] = {"stage": stage, "overlap_comm": False, "reduce_bucket_size": 5_000_000}
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": shape.batch,
@@ -181,7 +231,7 @@ def run_deepspeed(turns: Turns, shape: Shape, precision: str, clip: float, *, st
     turns.facts["optimizer"] = type(getattr(inner, "optimizer", inner)).__name__
     turns.facts["deepspeed"] = deepspeed.__version__
     for ids in turns:
-        loss = engine.module.loss(ids)
+        loss = engine(ids)
         engine.backward(loss)
         engine.step()
         turns.record(loss)
@@ -201,14 +251,22 @@ CONTESTANTS: dict[str, Runner] = {
     "cpu": lambda *a: run_trainer(*a, fused=True, strategy=ours(offload="cpu")),
     "deepspeed-z1": lambda *a: run_deepspeed(*a, stage=1, offload=False),
     "deepspeed-z2-offload": lambda *a: run_deepspeed(*a, stage=2, offload=True),
+    "ddp": lambda *a: run_trainer(*a, fused=True, strategy=lambda: "ddp"),
+    "zero1": lambda *a: run_trainer(*a, fused=True, strategy=ours(zero=1)),
+    "zero2": lambda *a: run_trainer(*a, fused=True, strategy=ours(zero=2)),
+    "zero3": lambda *a: run_trainer(*a, fused=True, strategy=ours(zero=3)),
+    "fsdp2": run_fsdp2,
+    "deepspeed-z2": lambda *a: run_deepspeed(*a, stage=2, offload=False),
+    "deepspeed-z3": lambda *a: run_deepspeed(*a, stage=3, offload=False),
 }
 
 
 def digest(module: nn.Module) -> str:
-    """Of every bit of the weights."""
+    """Of every bit of the weights; of those that this rank holds, where a model is sharded."""
     sha = hashlib.sha1()
     for _, param in sorted(module.named_parameters()):
-        sha.update(param.detach().contiguous().view(torch.uint8).numpy())
+        local = param.to_local() if isinstance(param, DTensor) else param
+        sha.update(local.detach().reshape(-1).contiguous().view(torch.uint8).numpy())
     return sha.hexdigest()[:16]
 
 
@@ -229,8 +287,14 @@ def main() -> int:
     shape = SHAPES[options.size]
     turns = Turns(shape, options.warmup, answers)
     turns.facts.update(torch=torch.__version__, python=platform.python_version())
-    module = CONTESTANTS[options.name](turns, shape, options.precision, options.clip)
-    if options.name.startswith(("resident", "superoffload", "cpu")):
+    try:
+        module = CONTESTANTS[options.name](turns, shape, options.precision, options.clip)
+    except Exception as error:
+        if "not in this version" not in str(error):
+            raise
+        turns.say(absent=str(error))
+        return 0
+    if options.name.startswith(("resident", "superoffload", "cpu", "zero")):
         from lightning_superscale.ops import adamw
 
         turns.facts["kernel"] = adamw.kernel_name()

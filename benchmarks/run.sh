@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The CPU benchmarks: benchmarks/run.sh VENV. JSON goes to runs/bench/; exits with 1 when a limit is missed.
-#   BENCH_OPTIONS   passed on to step_cost.py, for example --quick
+#   BENCH_OPTIONS   passed on to step_cost.py and zero.py, for example --quick
 set -uo pipefail
 cd "$(dirname "$0")/.."
 venv=${1:?usage: benchmarks/run.sh VENV}
@@ -17,5 +17,7 @@ status=0
 "$venv/bin/python" benchmarks/ops.py --output "$out/ops.json" || status=1
 # shellcheck disable=SC2086  # several options
 "$venv/bin/python" benchmarks/step_cost.py --peers "$peers" --json "$out/step_cost.json" ${BENCH_OPTIONS:-} || status=1
+# shellcheck disable=SC2086  # several options
+"$venv/bin/python" benchmarks/zero.py --peers "$peers" --json "$out/zero.json" ${BENCH_OPTIONS:-} || status=1
 echo "JSON is in $out"
 exit $status

@@ -22,9 +22,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import psutil
 
@@ -78,14 +78,21 @@ class BenchmarkError(RuntimeError):
 
 
 class Contestant:
-    """One process that steps when asked."""
+    """One process that steps when asked.
 
-    def __init__(self, name: str, size: str, table: str, peers: Path | None) -> None:
+    Args:
+        rank: variables of its environment that make it one rank of several.
+    """
+
+    def __init__(
+        self, name: str, size: str, table: str, peers: Path | None, rank: Mapping[str, str] | None = None
+    ) -> None:
         self.name = name
         self.cpu: list[list[float]] = []  # per round, per step
         self.wall: list[list[float]] = []
         self.losses: list[float] = []
         self.end: dict[str, Any] = {}
+        self.absent: str | None = None  # why this contestant does not run
         self._log = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115  # closed with the process
         python, environment = sys.executable, _environment()
         if name.startswith("deepspeed"):
@@ -93,6 +100,7 @@ class Contestant:
                 raise BenchmarkError(f"{name} needs --peers")
             python = str(peers / "bin" / "python")
             environment |= _peer_environment(peers)
+        environment |= rank or {}
         command = [python, "-W", "ignore", str(ROOT / "benchmarks" / "contestants.py"), name, "--size", size]
         command += ["--precision", PRECISION[table], "--clip", str(CLIP[table]), "--warmup", str(WARMUP_STEPS)]
         self._process = subprocess.Popen(
@@ -111,20 +119,31 @@ class Contestant:
         answer: dict[str, Any] = json.loads(line)
         return answer
 
-    def _ask(self, text: str) -> dict[str, Any]:
+    def ready(self) -> None:
+        self.absent = self.answer(READY_SECONDS).get("absent")
+
+    def tell(self, text: str) -> None:
         assert self._process.stdin is not None
         self._process.stdin.write(text + "\n")
         self._process.stdin.flush()
-        return self.answer(ANSWER_SECONDS)
 
     def turn(self, steps: int) -> None:
-        answer = self._ask(str(steps))
+        self.tell(str(steps))
+        self.take_turn()
+
+    def take_turn(self) -> None:
+        """Wait for the end of steps that it was told to make."""
+        answer = self.answer(ANSWER_SECONDS)
         self.cpu.append(answer["cpu"])
         self.wall.append(answer["wall"])
         self.losses += answer["loss"]
 
     def finish(self) -> None:
-        self.end = self._ask("end")
+        self.tell("end")
+        self.take_end()
+
+    def take_end(self) -> None:
+        self.end = self.answer(ANSWER_SECONDS)
         self.close()
 
     def close(self) -> None:
@@ -141,15 +160,19 @@ class Contestant:
 
 def _environment() -> dict[str, str]:
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "PL_"))}
-    one = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "LSS_CPU_THREADS"), "1")
+    one = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "LSS_CPU_THREADS"), "1") | {"OMP_WAIT_POLICY": "passive"}
     path = str(ROOT) + os.pathsep + environment.get("PYTHONPATH", "")
     return environment | one | {"PYTHONPATH": path.rstrip(os.pathsep)}
 
 
-def _peer_environment(peers: Path) -> dict[str, str]:
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        port: int = free.getsockname()[1]
+        return port
+
+
+def _peer_environment(peers: Path) -> dict[str, str]:
     return {
         "DS_ACCELERATOR": "cpu",
         "TORCH_EXTENSIONS_DIR": os.environ.get("TORCH_EXTENSIONS_DIR", str(peers / "extensions")),
@@ -158,7 +181,7 @@ def _peer_environment(peers: Path) -> dict[str, str]:
         "LOCAL_RANK": "0",
         "WORLD_SIZE": "1",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(free_port()),
     }
 
 
@@ -169,14 +192,20 @@ class Series(NamedTuple):
     contestant: Contestant
 
 
+def num_weights(size: str) -> int:
+    """About how many parameters the model has."""
+    shape = SHAPES[size]
+    return 12 * shape.num_layers * shape.width**2 + 2 * shape.vocabulary * shape.width
+
+
 def process_bytes(size: str) -> int:
     """About what one contestant occupies: libraries and activations, weights, gradient, two moments, two copies."""
-    shape = SHAPES[size]
-    numel = 12 * shape.num_layers * shape.width**2 + 2 * shape.vocabulary * shape.width
-    return 700 * 2**20 + 24 * numel
+    return 700 * 2**20 + 24 * num_weights(size)
 
 
-def plan_heats(families: Iterable[Sequence[str]], need: int, available: int) -> list[list[str]]:
+def plan_heats(
+    families: Iterable[Sequence[str]], need: int, available: int, yardstick: str = YARDSTICK
+) -> list[list[str]]:
     """Merge families into as few heats as memory holds; the yardstick runs in each."""
     fits = int(0.8 * available / need)
     heats: list[list[str]] = []
@@ -184,7 +213,7 @@ def plan_heats(families: Iterable[Sequence[str]], need: int, available: int) -> 
         if heats and len(heats[-1]) + len(family) <= fits:
             heats[-1] += family
         elif 1 + len(family) <= fits:
-            heats.append([YARDSTICK, *family])
+            heats.append([yardstick, *family])
         else:
             raise BenchmarkError(
                 f"{1 + len(family)} processes of {need / 2**30:.1f} GiB need more than 80 % of the "
@@ -198,18 +227,39 @@ def num_rounds(size: str, options: argparse.Namespace) -> int:
     return rounds
 
 
-def run_heat(names: Sequence[str], size: str, table: str, options: argparse.Namespace) -> list[Contestant]:
-    contestants: list[Contestant] = []
+class Runs(Protocol):
+    """What takes part in a heat."""
+
+    absent: str | None
+
+    def ready(self) -> None: ...
+    def turn(self, steps: int) -> None: ...
+    def finish(self) -> None: ...
+    def close(self) -> None: ...
+
+
+Running = TypeVar("Running", bound=Runs)
+
+
+def run_heat(
+    names: Sequence[str],
+    size: str,
+    table: str,
+    options: argparse.Namespace,
+    start: Callable[[str, str, str, Path | None], Running],
+) -> list[Running]:
+    contestants: list[Running] = []
     try:
         for name in names:
-            contestants.append(Contestant(name, size, table, options.peers))
+            contestants.append(start(name, size, table, options.peers))
         for contestant in contestants:
-            contestant.answer(READY_SECONDS)
+            contestant.ready()
+        present = [contestant for contestant in contestants if contestant.absent is None]
         for number in range(num_rounds(size, options)):
-            shift = number % len(contestants)  # nobody always runs after the same neighbour's end of a round
-            for contestant in contestants[shift:] + contestants[:shift]:
+            shift = number % len(present)  # nobody always runs after the same neighbour's end of a round
+            for contestant in present[shift:] + present[:shift]:
                 contestant.turn(options.steps)
-        for contestant in contestants:
+        for contestant in present:
             contestant.finish()
     finally:
         for contestant in contestants:
@@ -217,7 +267,14 @@ def run_heat(names: Sequence[str], size: str, table: str, options: argparse.Name
     return contestants
 
 
-def ratio(a: Contestant, b: Contestant) -> float:
+class Timed(Protocol):
+    """CPU seconds per round, per step."""
+
+    @property
+    def cpu(self) -> list[list[float]]: ...
+
+
+def ratio(a: Timed, b: Timed) -> float:
     """CPU seconds of a over those of b: the median over rounds of both."""
     pairs = zip(a.cpu, b.cpu, strict=True)
     return statistics.median(statistics.mean(x) / statistics.mean(y) for x, y in pairs)
@@ -234,7 +291,7 @@ class Table:
         heats = plan_heats([f for f in families if f], process_bytes(size), psutil.virtual_memory().available)
         for heat, names in enumerate(heats):
             print(f"[{kind} {size}] {', '.join(names)}", file=sys.stderr, flush=True)
-            contestants = run_heat(names, size, kind, options)
+            contestants = run_heat(names, size, kind, options, Contestant)
             self.yardsticks.append(contestants[0])
             for contestant in contestants:
                 self.series.setdefault(contestant.name, Series(heat, contestant))
@@ -309,7 +366,7 @@ class Table:
         """Measure two again, over more rounds: a few of them miss a limit of 5 % by chance."""
         print(f"[{self.kind} {self.size}] again, for longer: {name}, {other}", file=sys.stderr, flush=True)
         longer = argparse.Namespace(**{**vars(self._options), "rounds": AGAIN_ROUNDS})
-        return run_heat([name, other], self.size, self.kind, longer)
+        return run_heat([name, other], self.size, self.kind, longer, Contestant)
 
     def checks(self) -> list[dict[str, Any]]:
         checks: list[dict[str, Any]] = []
@@ -389,6 +446,34 @@ def show(table: dict[str, Any]) -> None:
         )
 
 
+def conclude(report: dict[str, Any], path: Path | None) -> int:
+    """Print the checks and the JSON, also to `path`; the exit status."""
+    print()
+    for check in report["checks"]:
+        state = "met   " if check["met"] else "MISSED"
+        line = f"{state} {check['check']}: {check['measured']} (at most {check['limit']})"
+        notes = [f"{key.replace('_', ' ')} {check[key]}" for key in ("of_minima", "in_the_table") if key in check]
+        print("; ".join([line, *notes]))
+    text = json.dumps(report)
+    if path:
+        path.write_text(text + "\n")
+    print(text)
+    return 0 if all(check["met"] for check in report["checks"]) else 1
+
+
+def find_peers(parser: argparse.ArgumentParser, given: str) -> Path | None:
+    """The environment that holds DeepSpeed, ready to be used."""
+    if given == "none":
+        return None
+    peers = Path(given).absolute()
+    if not (peers / "bin" / "python").exists():
+        parser.error(f"no environment in {peers}: make it with benchmarks/peers.sh, or pass --peers none")
+    # A start of DeepSpeed that was killed leaves a lock that every later one would wait for.
+    for lock in (peers / "extensions").glob("*/lock"):
+        lock.unlink()
+    return peers
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", default=None, help=f"of {', '.join(SHAPES)}; default 25M,120M (25M with --quick)")
@@ -404,13 +489,7 @@ def parse() -> argparse.Namespace:
     unknown = [name for name in options.sizes if name not in SHAPES] + [t for t in options.tables if t not in FAMILIES]
     if unknown:
         parser.error(f"unknown: {', '.join(unknown)}")
-    options.peers = None if options.peers == "none" else Path(options.peers).absolute()
-    if options.peers is not None:
-        if not (options.peers / "bin" / "python").exists():
-            parser.error(f"no environment in {options.peers}: make it with benchmarks/peers.sh, or pass --peers none")
-        # A start of DeepSpeed that was killed leaves a lock that every later one would wait for.
-        for lock in (options.peers / "extensions").glob("*/lock"):
-            lock.unlink()
+    options.peers = find_peers(parser, options.peers)
     return options
 
 
@@ -440,17 +519,7 @@ def main() -> int:
     print(f"{machine}\n{versions}\n{report['seconds']} s in all")
     for table in reports:
         show(table)
-    print()
-    for check in checks:
-        state = "met   " if check["met"] else "MISSED"
-        line = f"{state} {check['check']}: {check['measured']} (at most {check['limit']})"
-        notes = [f"{key.replace('_', ' ')} {check[key]}" for key in ("of_minima", "in_the_table") if key in check]
-        print("; ".join([line, *notes]))
-    text = json.dumps(report)
-    if options.json:
-        options.json.write_text(text + "\n")
-    print(text)
-    return 0 if all(check["met"] for check in checks) else 1
+    return conclude(report, options.json)
 
 
 if __name__ == "__main__":

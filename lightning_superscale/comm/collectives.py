@@ -4,12 +4,17 @@
 its order of summation depends on where an element lies. Here ranks exchange their shares directly and each
 sums what it received in rank order: half the bytes, and bits that depend on nothing but the ranks' values.
 16-bit values are summed in fp32 and rounded once.
+
+[Note: Copies on gloo] There a copy costs as much as the wire. So a rank's own share of a reduce-scatter stays where
+it was packed, and an all-gather of rows sends each from where it was computed to where it is read. Only small rows
+are packed: a message of their own would cost more than copying them.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any, Protocol
 
 import torch
@@ -18,10 +23,12 @@ from torch import Tensor
 
 from lightning_superscale.comm.mesh import DataMesh, MeshAxis
 from lightning_superscale.comm.watch import RankWatch
+from lightning_superscale.ops.memory import RecycledMemory
 
-# gloo works are polled; a rank's share of a step takes longer than the first pauses.
-_FIRST_PAUSE_S = 20e-6
-_LONGEST_PAUSE_S = 1e-3
+# How often a rank that waits looks whether another one failed.
+_LOOK_EVERY = timedelta(seconds=0.1)
+# Rows of at least this many elements travel by themselves.
+_OWN_MESSAGE_NUMEL = 2**15
 
 # torch 2.13 gave it a new name and warns at the old one.
 _ALL_GATHER: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -50,21 +57,21 @@ class Done:
         return self._result
 
 
-def _wait(works: list[Any], watch: RankWatch | None, what: str, *, can_poll: bool = True) -> None:
+def _wait(works: list[Any], watch: RankWatch | None, what: str, *, can_look: bool = True) -> None:
     """Wait for gloo works, giving up when another rank failed ([Note: Waiting for other ranks] in watch.py).
 
-    gloo's sends and receives say that they are complete only once they were waited for: they can't be polled.
+    gloo's sends and receives can't be waited for twice: a wait that runs out of time breaks the connection.
     """
     if watch is None:
         for work in works:
             work.wait()
         return
     with watch.waiting(what):
-        pause = _FIRST_PAUSE_S
-        while can_poll and not all(work.is_completed() for work in works):
-            watch.raise_if_failed()
-            time.sleep(pause)
-            pause = min(2 * pause, _LONGEST_PAUSE_S)
+        for work in works if can_look else ():
+            while not work.is_completed():
+                watch.raise_if_failed()
+                with contextlib.suppress(RuntimeError):  # out of time, or a failure that the last wait raises again
+                    work.wait(_LOOK_EVERY)
         watch.raise_if_failed()
         try:
             for work in works:
@@ -77,19 +84,19 @@ class InFlight:
     """Collectives that were issued, and what makes their result of what they moved."""
 
     def __init__(
-        self, works: list[Any], finish: Callable[[], Tensor], watch: RankWatch | None, what: str, *, can_poll: bool
+        self, works: list[Any], finish: Callable[[], Tensor], watch: RankWatch | None, what: str, *, can_look: bool
     ) -> None:
         self._works = works
         self._finish = finish
         self._watch = watch
         self._what = what
-        self._can_poll = can_poll
+        self._can_look = can_look
 
     def is_done(self) -> bool:
         return all(work.is_completed() for work in self._works)
 
     def wait(self) -> Tensor:
-        _wait(self._works, self._watch, self._what, can_poll=self._can_poll)
+        _wait(self._works, self._watch, self._what, can_look=self._can_look)
         self._works = []
         return self._finish()
 
@@ -100,6 +107,7 @@ class AxisCollectives:
     def __init__(self, axis: MeshAxis, mesh: DataMesh) -> None:
         self.axis = axis
         self._counts = mesh.counts
+        self._memory = mesh.memory
         self._is_gloo = axis.group is not None and "gloo" in dist.get_backend(axis.group)
         # Waiting for NCCL orders streams and does not block, so there is nothing to watch.
         self._watch = mesh.watch if self._is_gloo else None
@@ -108,7 +116,7 @@ class AxisCollectives:
     def reduce_scatter(self, packed: Tensor) -> Pending:
         """Sum over ranks of `packed` [size, n]; this rank gets row `rank` of it, [n].
 
-        `packed` must stay untouched until the result is there.
+        `packed` must stay untouched until the result is there, and belongs to the result from then on.
         """
         if self.axis.size == 1:
             return Done(packed[0])
@@ -117,9 +125,17 @@ class AxisCollectives:
             out = packed.new_empty(packed.shape[1])
             work = dist.reduce_scatter_tensor(out, packed.view(-1), group=self.axis.group, async_op=True)
             return self._in_flight([work], lambda: out, "reduce-scatter")
-        received = torch.empty_like(packed)
-        work = dist.all_to_all_single(received, packed, group=self.axis.group, async_op=True)
-        return self._in_flight([work], lambda: _sum_of_rows(received), "reduce-scatter")
+        size, rank = self.axis.size, self.axis.rank
+        # Without this rank's own row, where the others lie in one piece ([Note: Copies on gloo]).
+        first, last = (1, size) if rank == 0 else (0, size - 1) if rank == size - 1 else (0, size)
+        sent = packed[first:last]
+        splits = [packed.shape[1] if first <= row < last else 0 for row in range(size)]
+        received = self._memory.empty(*sent.shape, dtype=packed.dtype, device=packed.device)
+        work = dist.all_to_all_single(
+            received.view(-1), sent.view(-1), splits, splits, group=self.axis.group, async_op=True
+        )
+        rows = [received[row - first] if first <= row < last else packed[row] for row in range(size)]
+        return self._in_flight([work], lambda: _sum_of_rows(rows, received[0], self._memory), "reduce-scatter")
 
     def all_reduce(self, tensor: Tensor) -> Pending:
         """Sum over ranks, in place."""
@@ -142,23 +158,56 @@ class AxisCollectives:
             own = packed[self.axis.rank]
             work = _ALL_GATHER(packed.view(-1), own, group=self.axis.group, async_op=True)
             return self._in_flight([work], lambda: packed, "all-gather")
-        return self._in_flight(self._exchange(packed), lambda: packed, "all-gather", can_poll=False)
+        works = self._exchange([[row] for row in packed])
+        return self._in_flight(works, lambda: packed, "all-gather", can_look=False)
+
+    @property
+    def gathers_rows(self) -> bool:
+        """Whether `all_gather_rows` works here: on gloo."""
+        return self._is_gloo
+
+    def all_gather_rows(self, rows: Sequence[Sequence[Tensor]]) -> Pending:
+        """Fill every other rank's tensors, `rows[its rank]`, with what that rank has there.
+
+        Args:
+            rows: by rank, contiguous tensors of one dtype, of the same shapes on every rank. Nobody reads or writes
+                the others', nor writes this rank's own, until the result is there.
+        """
+        own = rows[self.axis.rank]
+        self._counts.add("all_gather", sum(row.nbytes for row in own))
+        large = [[row for row in those if row.numel() >= _OWN_MESSAGE_NUMEL] for those in rows]
+        small = [[row for row in those if 0 < row.numel() < _OWN_MESSAGE_NUMEL] for those in rows]
+        packed = []
+        for rank, those in enumerate(small):
+            if rank == self.axis.rank and those:
+                packed.append(torch.cat(those))
+            else:
+                packed.append(torch.empty(sum(map(torch.numel, those)), dtype=own[0].dtype, device=own[0].device))
+
+        def finish() -> Tensor:
+            for rank, those in enumerate(small):
+                if rank != self.axis.rank and those:
+                    torch._foreach_copy_(those, torch.split(packed[rank], [row.numel() for row in those]))
+            return packed[self.axis.rank]
+
+        sent = [[flat, *those] if flat.numel() else those for flat, those in zip(packed, large, strict=True)]
+        return self._in_flight(self._exchange(sent), finish, "all-gather", can_look=False)
 
     def _in_flight(
-        self, works: list[Any], finish: Callable[[], Tensor], kind: str, *, can_poll: bool = True
+        self, works: list[Any], finish: Callable[[], Tensor], kind: str, *, can_look: bool = True
     ) -> InFlight:
-        return InFlight(works, finish, self._watch, f"{kind} over the {self.axis.name} axis", can_poll=can_poll)
+        return InFlight(works, finish, self._watch, f"{kind} over the {self.axis.name} axis", can_look=can_look)
 
-    def _exchange(self, packed: Tensor) -> list[Any]:
-        """Send this rank's row to every other, receive theirs in place: no copy but the wire's."""
+    def _exchange(self, rows: Sequence[Sequence[Tensor]]) -> list[Any]:
+        """Send this rank's tensors to every other, receive theirs in place: no copy but the wire's."""
         group, rank = self.axis.group, self.axis.rank
         self._exchanges += 1
         works = []
         for peer in range(self.axis.size):
             if peer != rank:
                 there = dist.get_global_rank(group, peer) if group is not None else peer
-                works.append(dist.irecv(packed[peer], there, group=group, tag=self._exchanges))
-                works.append(dist.isend(packed[rank], there, group=group, tag=self._exchanges))
+                works += [dist.irecv(row, there, group=group, tag=self._exchanges) for row in rows[peer]]
+                works += [dist.isend(row, there, group=group, tag=self._exchanges) for row in rows[rank]]
         return works
 
     def broadcast(self, tensor: Tensor) -> None:
@@ -170,16 +219,20 @@ class AxisCollectives:
         dist.broadcast(tensor, source, group=self.axis.group)
 
 
-def _sum_of_rows(rows: Tensor) -> Tensor:
-    if rows.dtype in (torch.float32, torch.float64):
-        total = rows[0]
-        for row in rows[1:]:
-            total.add_(row)
-        return total.clone() if len(rows) > 2 else total  # let go of the other rows where they are most
-    total = rows[0].float()
-    for row in rows[1:]:
+def _sum_of_rows(rows: Sequence[Tensor], scratch: Tensor, memory: RecycledMemory) -> Tensor:
+    """The sum in order; in `scratch`, one of the rows, where that holds on to no other row."""
+    first, dtype = rows[0], rows[0].dtype
+    is_wide = dtype in (torch.float32, torch.float64)
+    total = scratch
+    if not is_wide or len(rows) > 2:
+        total = memory.empty(first.numel(), dtype=dtype if is_wide else torch.float32, device=first.device)
+    if is_wide:
+        torch.add(first, rows[1], out=total)
+    else:
+        total.copy_(first).add_(rows[1])
+    for row in rows[2:]:
         total.add_(row)
-    return total.to(rows.dtype)
+    return total if is_wide else memory.empty(first.numel(), dtype=dtype, device=first.device).copy_(total)
 
 
 def control_max(mesh: DataMesh, values: Tensor, what: str) -> Tensor:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from lightning_superscale.comm.watch import RankWatch
 from lightning_superscale.errors import SuperScaleError
+from lightning_superscale.ops.memory import RecycledMemory
 
 
 @dataclass(slots=True)
@@ -55,6 +56,7 @@ class DataMesh:
         replicate: ranks that hold the same shard.
         world: all of them.
         watch: tells of ranks that failed; None on one rank.
+        memory: where temporary buffers of collectives come from.
         control: group for small agreements, on the host whatever the devices are, so that agreeing never
             waits for a device; None on one rank.
     """
@@ -65,6 +67,7 @@ class DataMesh:
     control: dist.ProcessGroup | None = None
     watch: RankWatch | None = None
     counts: CollectiveCount = field(default_factory=CollectiveCount)
+    memory: RecycledMemory = field(default_factory=RecycledMemory)
 
     @property
     def is_single(self) -> bool:

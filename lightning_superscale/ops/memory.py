@@ -1,9 +1,11 @@
-"""Host buffers from mmap, optionally pinned for CUDA, freed when no tensor uses them."""
+"""Host buffers from mmap, optionally pinned for CUDA, freed or used again when no tensor uses them."""
 
 from __future__ import annotations
 
 import ctypes
+import math
 import weakref
+from collections.abc import Callable
 from ctypes import byref, c_void_p
 
 import torch
@@ -11,6 +13,9 @@ from torch import Tensor
 
 from lightning_superscale.ops import _lib
 from lightning_superscale.ops.pool import Pool
+
+# Smaller tensors come from malloc, which keeps memory of that size by itself.
+_RECYCLED_FROM_BYTES = 2**20
 
 
 class HostBuffer:
@@ -54,6 +59,10 @@ class HostBuffer:
         return self._nbytes
 
     @property
+    def address(self) -> int:
+        return self._bytes.data_ptr()
+
+    @property
     def is_pinned(self) -> bool:
         return self._is_pinned
 
@@ -68,6 +77,57 @@ class HostBuffer:
         return self._bytes[offset_bytes:end].view(dtype)
 
 
+class RecycledMemory:
+    """Temporary host tensors whose memory is used again as soon as no tensor views it.
+
+    The first touch of a page of fresh memory costs several times what a copy does, and a buffer of a training step
+    is fresh in every step otherwise. Nobody gives a buffer back: its last view does, so one that is still read,
+    sent or received is never handed out again. Memory stays mapped between steps; blocks that turn out too small
+    go when a larger one is needed, so there is about as much of it as was in use at one time.
+    """
+
+    def __init__(self) -> None:
+        self._free: list[HostBuffer] = []
+
+    @property
+    def free_bytes(self) -> int:
+        """Mapped and in nobody's use."""
+        return sum(block.nbytes for block in self._free)
+
+    def empty(self, *shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """An uninitialised tensor. On other devices torch's allocator keeps memory by itself."""
+        nbytes = math.prod(shape) * dtype.itemsize
+        if device.type != "cpu" or nbytes < _RECYCLED_FROM_BYTES:
+            return torch.empty(shape, dtype=dtype, device=device)
+        block = self._take(nbytes)
+        return self._lend(block)[:nbytes].view(dtype).view(shape)
+
+    def _take(self, nbytes: int) -> HostBuffer:
+        fitting = [block for block in self._free if nbytes <= block.nbytes <= 2 * nbytes]
+        if fitting:
+            block = min(fitting, key=lambda block: block.nbytes)
+            self._free.remove(block)
+            return block
+        too_small, dropped = sorted((b for b in self._free if b.nbytes < nbytes), key=lambda b: b.nbytes), 0
+        for block in too_small:
+            if dropped < nbytes:
+                self._free.remove(block)
+                dropped += block.nbytes
+        return HostBuffer(nbytes, huge_pages=True)
+
+    def _lend(self, block: HostBuffer) -> Tensor:
+        # Whoever outlives this object frees the block.
+        free = weakref.WeakMethod(self._put_back)
+        return _viewed(block.address, block.nbytes, lambda: (method := free()) and method(block))
+
+    def _put_back(self, block: HostBuffer) -> None:
+        self._free.append(block)
+
+    def clear(self) -> None:
+        """Free what nobody uses."""
+        self._free.clear()
+
+
 def _mapped(lib: ctypes.CDLL, nbytes: int, pin_device: int | None, huge_pages: bool, pool: Pool | None) -> Tensor:
     memory = c_void_p()
     _lib.check(lib, lib.lss_mem_alloc(nbytes, int(huge_pages), pool.handle if pool else None, byref(memory)))
@@ -80,10 +140,17 @@ def _mapped(lib: ctypes.CDLL, nbytes: int, pin_device: int | None, huge_pages: b
             reason = lib.lss_last_error().decode()
             lib.lss_mem_free(address, nbytes)
             raise RuntimeError(f"cannot pin {nbytes} bytes of host memory: {reason}")
-    # torch.frombuffer keeps a reference to the exporter, and every view keeps the tensor's storage: when the
-    # exporter dies, nothing can reach the memory any more.
+    return _viewed(address, nbytes, _release, lib, address, nbytes, pin_device)
+
+
+def _viewed(address: int, nbytes: int, when_unused: Callable[..., object], *args: object) -> Tensor:
+    """Bytes of memory as a tensor; calls `when_unused(*args)` once neither it nor a view of it is left.
+
+    torch.frombuffer keeps a reference to the exporter, and every view (also one that a collective works on) keeps
+    the tensor's storage: when the exporter dies, nothing can reach the memory any more.
+    """
     exporter = (ctypes.c_uint8 * nbytes).from_address(address)
-    finalizer = weakref.finalize(exporter, _release, lib, address, nbytes, pin_device)
+    finalizer = weakref.finalize(exporter, when_unused, *args)
     finalizer.atexit = False  # tensors may be used until the very end; the process's exit frees the memory
     return torch.frombuffer(exporter, dtype=torch.uint8)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_superscale.layout import ParamSpec, UnitLayout, shard_rows, unit_layout
+from lightning_superscale.ops.memory import RecycledMemory
 
 
 class BucketUnit:
@@ -24,7 +25,12 @@ class BucketUnit:
     """
 
     def __init__(
-        self, index: int, named_params: Sequence[tuple[str, nn.Parameter]], shard_rank: int, shard_world_size: int
+        self,
+        index: int,
+        named_params: Sequence[tuple[str, nn.Parameter]],
+        shard_rank: int,
+        shard_world_size: int,
+        memory: RecycledMemory,
     ) -> None:
         specs = [ParamSpec(fqn, tuple(param.shape)) for fqn, param in named_params]
         self.index = index
@@ -35,7 +41,9 @@ class BucketUnit:
         self.has_whole_weights = True
         self._shard_rank = shard_rank
         self._shard_world_size = shard_world_size
+        self._memory = memory
         self._gathered: Tensor | None = None
+        self._rows_of_ranks: list[list[Tensor]] = []
         first = self.params[0]
         self.weights = torch.zeros(self.full.shard_numel, dtype=first.dtype, device=first.device)
         for piece, param in zip(self.full.slices, self.params, strict=True):
@@ -70,7 +78,7 @@ class BucketUnit:
             grads: by index of the parameter, 1D and whole.
         """
         dtype = next(iter(grads.values())).dtype if grads else self.dtype
-        packed = torch.empty(self._shard_world_size, self.shard.shard_numel, dtype=dtype, device=self.device)
+        packed = self._memory.empty(self._shard_world_size, self.shard.shard_numel, dtype=dtype, device=self.device)
         for i in range(len(self.params)):
             grad = grads.get(i)
             for here, there in self._spans(packed, grad, i):
@@ -98,7 +106,7 @@ class BucketUnit:
             return self.weights
         if self._gathered is None:
             shape = (self._shard_world_size, self.shard.shard_numel)
-            self._gathered = torch.empty(shape, dtype=self.dtype, device=self.device)
+            self._gathered = self._memory.empty(*shape, dtype=self.dtype, device=self.device)
         return self._gathered[self._shard_rank]
 
     def pack_rows(self, stepped: Sequence[int]) -> None:
@@ -125,6 +133,18 @@ class BucketUnit:
                 if here is not None:
                     here.copy_(there)
         self._gathered = None
+
+    def rows_of_ranks(self) -> list[list[Tensor]]:
+        """Every rank's rows of every weight, by rank: views of what forward reads."""
+        if not self._rows_of_ranks:
+            for rank in range(self._shard_world_size):
+                spans = []
+                for piece in self.full.slices:
+                    start, stop = shard_rows(piece.spec.num_rows, rank, self._shard_world_size)
+                    row_numel = piece.spec.row_numel
+                    spans.append(self.weights[piece.offset + start * row_numel : piece.offset + stop * row_numel])
+                self._rows_of_ranks.append(spans)
+        return self._rows_of_ranks
 
     def release(self) -> None:
         """Give every parameter a storage of its own again."""

@@ -21,10 +21,14 @@ from lightning_superscale.zero.units import DeltaSink, GradientDelta, PublishEve
 
 
 class _Gather(NamedTuple):
-    """New weights under way from the other ranks."""
+    """New weights under way from the other ranks.
+
+    Attributes:
+        packed: the stepped weights to unpack once they are there; empty where they arrive in place.
+    """
 
     pending: Pending
-    stepped: Sequence[int]
+    packed: Sequence[int]
 
 
 class BucketTransport:
@@ -87,7 +91,7 @@ class BucketTransport:
             specs = [ParamSpec(fqn, tuple(param.shape)) for fqn, param in group]
             for members in split_into_units(specs, max(1, self._unit_bytes // dtype.itemsize)):
                 named = [(spec.fqn, params[spec.fqn]) for spec in members]
-                unit = BucketUnit(len(self.units), named, axis.rank, axis.size)
+                unit = BucketUnit(len(self.units), named, axis.rank, axis.size, self._ranks.mesh.memory)
                 self.units.append(unit)
                 self._reducer.add_unit(unit)
                 added.append(unit)
@@ -229,6 +233,9 @@ class BucketTransport:
             if event is not None:
                 self._uploads[bucket.index] = event
             return
+        if event is None and self._ranks.shard.gathers_rows:
+            self._gathers[bucket.index] = _Gather(self._ranks.shard.all_gather_rows(bucket.rows_of_ranks()), ())
+            return
         if event is None:
             bucket.pack_rows(stepped)
         else:
@@ -244,7 +251,8 @@ class BucketTransport:
             gather = self._gathers.pop(unit.index, None)
             if gather is not None:
                 gather.pending.wait()
-                self.units[unit.index].unpack_gathered(gather.stepped)
+                if gather.packed:
+                    self.units[unit.index].unpack_gathered(gather.packed)
 
     def wait_all_published(self) -> None:
         self.wait_published(self.units)
@@ -263,6 +271,7 @@ class BucketTransport:
         self._hooks.clear()
         for unit in self.units:
             unit.release()
+        self._ranks.mesh.memory.clear()
 
 
 def _check_dense(unit: BucketUnit, i: int, grad: Tensor) -> None:

@@ -102,7 +102,9 @@ class Fsdp2Transport:
             specs = [ParamSpec(fqn, tuple(param.shape)) for fqn, param in members]
             for cut in split_into_units(specs, max(1, self._unit_bytes // dtype.itemsize)):
                 named = [(spec.fqn, params[spec.fqn]) for spec in cut]
-                added.append(self._add(BucketUnit(len(self.units), named, axis.rank, axis.size)))
+                added.append(
+                    self._add(BucketUnit(len(self.units), named, axis.rank, axis.size, self._ranks.mesh.memory))
+                )
         for unit in added:
             self._listen(unit)
         return added

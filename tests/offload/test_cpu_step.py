@@ -10,13 +10,14 @@ from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.offload.cpu_step import HostState, host_bytes
 from lightning_superscale.offload.host_memory import HostArena, check_host_memory
 from lightning_superscale.offload.link import CpuLink
+from lightning_superscale.ops.memory import RecycledMemory
 from lightning_superscale.zero.bucket_unit import BucketUnit
 
 
 def build(dtype, *, has_moments=True):
     torch.manual_seed(0)
     params = [("a", nn.Parameter(torch.randn(64, 3).to(dtype))), ("b", nn.Parameter(torch.randn(64).to(dtype)))]
-    unit = BucketUnit(0, params, 0, 1)
+    unit = BucketUnit(0, params, 0, 1, RecycledMemory())
     link, arena = CpuLink(), HostArena()
     return unit, link, arena, HostState(unit, link, arena, has_moments=has_moments, is_pinned=True)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lightning_superscale.ops import cuda_rt
-from lightning_superscale.ops.memory import HostBuffer
+from lightning_superscale.ops.memory import HostBuffer, RecycledMemory
 from lightning_superscale.ops.pool import Pool
 from tests.ops.paths import FALLBACK, NATIVE, running
 
@@ -68,3 +68,70 @@ def test_host_buffer_impossible_size_raises_memory_error():
 def test_host_buffer_pinned_without_cuda_says_so():
     with pytest.raises(RuntimeError, match="cannot pin 4096 bytes of host memory: no CUDA"):
         HostBuffer(4096, pin=True)
+
+
+MIB = 2**20
+CPU = torch.device("cpu")
+
+
+def recycled(memory: RecycledMemory, num_mib: int) -> torch.Tensor:
+    return memory.empty(num_mib, MIB // 4, dtype=torch.float32, device=CPU)
+
+
+@pytest.mark.parametrize("path", [*NATIVE[:1], FALLBACK])
+def test_recycled_memory_is_lent_again_when_no_view_is_left(path):
+    with running(path):
+        memory = RecycledMemory()
+        first = recycled(memory, 3)
+        address = first.data_ptr()
+        view = first[1, 5:7].detach()
+        del first
+        gc.collect()
+        second = recycled(memory, 3)
+        assert second.data_ptr() != address  # two elements of it are still seen
+        assert memory.free_bytes == 0
+        del view
+        gc.collect()
+        assert memory.free_bytes == 3 * MIB
+        third = memory.empty(MIB, dtype=torch.bfloat16, device=CPU)  # a smaller one, of another dtype
+        assert third.data_ptr() == address
+        assert third.shape == (MIB,)
+        third.fill_(1.0)
+        second.fill_(2.0)
+        assert bool((third == 1.0).all())
+
+
+def test_recycled_blocks_that_are_too_small_make_room():
+    memory = RecycledMemory()
+    small = [recycled(memory, 2) for _ in range(3)]
+    del small
+    gc.collect()
+    assert memory.free_bytes == 6 * MIB
+    large = recycled(memory, 4)
+    assert memory.free_bytes == 2 * MIB
+    del large
+    gc.collect()
+    assert memory.free_bytes == 6 * MIB
+    tiny = recycled(memory, 1)
+    assert memory.free_bytes == 4 * MIB  # the 2 MiB block serves it; 4 MiB for 1 would be waste
+    memory.clear()
+    assert memory.free_bytes == 0
+    tiny.fill_(1.0)
+
+
+def test_recycled_tensor_may_outlive_its_memory():
+    memory = RecycledMemory()
+    tensor = recycled(memory, 2)
+    del memory
+    gc.collect()
+    tensor.fill_(3.0)
+    assert float(tensor.sum()) == 3.0 * 2 * MIB / 4
+    del tensor
+
+
+def test_recycled_memory_leaves_small_tensors_and_devices_to_torch():
+    memory = RecycledMemory()
+    assert memory.empty(4, dtype=torch.float32, device=CPU).shape == (4,)
+    assert memory.empty(8, MIB, dtype=torch.float32, device=torch.device("meta")).is_meta
+    gc.collect()
+    assert memory.free_bytes == 0

@@ -7,7 +7,9 @@ from datetime import timedelta
 import pytest
 import torch
 
+from lightning_superscale.comm import collectives
 from lightning_superscale.comm.mesh import build_mesh
+from lightning_superscale.ops import memory
 from lightning_superscale.zero.clip import ClipByNorm, ClipByValue
 from lightning_superscale.zero.ranks import ranks_of
 from tests.helpers.engines import build_engine
@@ -141,14 +143,35 @@ def assert_matches(expected, per_rank, *, exact: bool, name: str) -> None:
                 assert_near(saved[i][key], value, torch.zeros(()), f"{name}: {key} of parameter {i}", mine.dtype)
 
 
-def run_matrix(world_size: int, cases, *, shard_size: int | None = None) -> None:
+def _run_cases_in_recycled_memory(rank, world_size, cases):
+    """The same with every temporary buffer recycled, and spoiled as soon as nobody views it."""
+    memory._RECYCLED_FROM_BYTES = 1
+    collectives._OWN_MESSAGE_NUMEL = 20  # some of the rows travel by themselves, some together
+    put_back, num_spoiled = memory.RecycledMemory._put_back, 0
+
+    def spoil(self, block):
+        nonlocal num_spoiled
+        num_spoiled += 1
+        block.tensor(torch.uint8, block.nbytes).fill_(0xFF)  # NaN in every floating dtype
+        put_back(self, block)
+
+    memory.RecycledMemory._put_back = spoil
+    try:
+        results = _run_cases(rank, world_size, cases)
+        assert num_spoiled > len(cases) * STEPS
+        return results
+    finally:
+        memory.RecycledMemory._put_back = put_back
+
+
+def run_matrix(world_size: int, cases, run=_run_cases, *, shard_size: int | None = None) -> None:
     expectations, arguments, names = [], [], []
     for case in cases:
         expected, args = check(case[0], case[1], world_size, *case[2:], shard_size)
         expectations.append(expected)
         arguments.append(args)
         names.append(f"{world_size} ranks, {case[0].__name__}, " + ", ".join(map(str, case[1:])))
-    results = run_ranks(world_size, _run_cases, arguments)
+    results = run_ranks(world_size, run, arguments)
     for k, (expected, case, name) in enumerate(zip(expectations, cases, names, strict=True)):
         # Clipping by norm: plain torch sums its norm in fp32 and in another order than shards do. A unit that was
         # on its way when a second gradient of it came is summed over ranks first, in one process over backwards first.
@@ -171,6 +194,17 @@ def test_every_program_in_every_way_equals_one_process(world_size):
             clip = ("none", "value", "norm")[(k + j) % 3]
             cases.append((program, dtype, way, clip, 1))
     run_matrix(world_size, cases)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_recycled_memory_is_never_handed_out_while_somebody_needs_it(world_size):
+    ways = [way for way in WAYS if way != "replicated"]
+    cases = []
+    for k, program in enumerate(PROGRAMS):
+        for j, way in enumerate(ways):
+            cases.append((program, (torch.float32, torch.bfloat16)[(k + j) % 2], way, ("none", "norm")[k % 2], 1))
+    cases += [(plain_backward, torch.float32, way, "none", 3) for way in ways if "every" not in way]
+    run_matrix(world_size, cases, _run_cases_in_recycled_memory)
 
 
 def test_accumulation_equals_one_process():
