@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lightning_superscale.errors import SuperScaleError
     from lightning_superscale.plugins.pytorch import (
         ScaleMonitor,
+        ShardedEMA,
         SuperOffloadStrategy,
         SuperScalePrecision,
         SuperScaleStrategy,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = [
     "OffloadConfig",
     "ScaleMonitor",
+    "ShardedEMA",
     "SuperOffloadStrategy",
     "SuperScaleError",
     "SuperScalePrecision",

@@ -110,7 +110,7 @@ def refuse_averaging(callbacks: Sequence[Any]) -> None:
         if names & {"WeightAveraging", "StochasticWeightAveraging"}:
             raise SuperScaleError(
                 f"{type(callback).__name__} averages whole weights, and with zero=3 every rank has only its rows of "
-                "them. Use zero=2, or average checkpoints after training."
+                "them. Use ShardedEMA, or zero=2."
             )
 
 

@@ -6,6 +6,7 @@ from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.plugins.precision import Precision
 from pytorch_lightning.strategies import DDPStrategy
 
+from lightning_superscale.plugins.averaging import ShardedEMAMixin
 from lightning_superscale.plugins.callbacks import ScaleMonitorMixin
 from lightning_superscale.plugins.precision import SuperScalePrecisionMixin
 from lightning_superscale.plugins.presets import SuperOffloadStrategyMixin, ZeroStrategyMixin
@@ -31,3 +32,7 @@ class ZeroStrategy(ZeroStrategyMixin, SuperScaleStrategy):
 
 class ScaleMonitor(ScaleMonitorMixin, Callback):
     __doc__ = ScaleMonitorMixin.__doc__
+
+
+class ShardedEMA(ShardedEMAMixin, Callback):
+    __doc__ = ShardedEMAMixin.__doc__

@@ -23,6 +23,7 @@ from lightning_superscale.plugins.rank_environment import RankEnvironment
 from lightning_superscale.plugins.timing import PhaseSeconds
 from lightning_superscale.plugins.visibility import why_gradients_are_held, why_weights_are_awaited
 from lightning_superscale.zero.initial_weights import materialise_all
+from lightning_superscale.zero.ranks import Ranks
 from lightning_superscale.zero.replicas import broadcast_from_first
 
 if TYPE_CHECKING:
@@ -297,6 +298,17 @@ class SuperScaleStrategyMixin(_Base):
     def assembly(self) -> Assembly | None:
         """The running parts, or None outside `fit()`."""
         return self._assembly
+
+    @property
+    def ranks(self) -> Ranks:
+        """The other ranks of the run.
+
+        Raises:
+            SuperScaleError: outside `fit()`.
+        """
+        if self._assembly is None:
+            raise SuperScaleError("ranks are known once trainer.fit() has set up the model and its optimizers.")
+        return self._assembly.ranks
 
     # State
 

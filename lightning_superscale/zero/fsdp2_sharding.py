@@ -216,6 +216,11 @@ class ShardedModule:
         """Let go of gathered weights, so that the next forward gathers new ones."""
         self.groups[group].fsdp.reshard()
 
+    def reshard_all(self) -> None:
+        """The same for every group."""
+        for group in self.groups:
+            group.fsdp.reshard()
+
     @contextmanager
     def summon(self, *, writeback: bool = False) -> Iterator[None]:
         """While open, the module's parameters are whole on every rank. Every rank enters and leaves it.
@@ -362,11 +367,18 @@ def write_rows(param: nn.Parameter, whole: Tensor) -> None:
             return
         mesh = param.device_mesh
         start, stop = shard_rows(param.shape[0], mesh.get_local_rank(), mesh.size())
-        rows = whole[start:stop].to(param.device, param.dtype)
+        write_local(param, whole[start:stop].to(param.device, param.dtype))
+
+
+def write_local(param: nn.Parameter, rows: Tensor) -> None:
+    """Overwrite what this rank has of a parameter, sharded or whole."""
+    with torch.no_grad():
+        if not isinstance(param, DTensor):
+            param.copy_(rows)
+            return
         # Through the DTensor, so that its version tells the engine of the edit.
-        param.copy_(
-            DTensor.from_local(rows, mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride())
-        )
+        mesh, shape, stride = param.device_mesh, param.shape, param.stride()
+        param.copy_(DTensor.from_local(rows, mesh, param.placements, run_check=False, shape=shape, stride=stride))
 
 
 def gather_whole(ranks: Ranks, fqn: str, sharded: Tensor) -> Tensor:

@@ -120,6 +120,7 @@ def test_public_names_are_what_the_docs_say():
     assert lss.__all__ == [
         "OffloadConfig",
         "ScaleMonitor",
+        "ShardedEMA",
         "SuperOffloadStrategy",
         "SuperScaleError",
         "SuperScalePrecision",

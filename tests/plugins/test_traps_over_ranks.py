@@ -235,7 +235,7 @@ def trap_11_checkpoints_and_weight_averaging(name, rank, folder):
         return [ModelCheckpoint(where, monitor="val_loss", save_last=True), *averages]
 
     if name == "zero3":
-        with pytest.raises(SuperScaleError, match="WeightAveraging averages whole weights.*Use zero=2"):
+        with pytest.raises(SuperScaleError, match="WeightAveraging averages whole weights.*Use ShardedEMA"):
             fit(Simple(), name, callbacks=[WeightAveraging()])
     assert_equals_ddp(Simple, name, rank, callbacks=callbacks, enable_checkpointing=True)
     assert (folder / "last.ckpt").is_file()
