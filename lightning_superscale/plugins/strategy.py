@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, Union
@@ -15,15 +15,14 @@ from torch.optim import Optimizer
 from lightning_superscale.comm.mesh import check_shard_size
 from lightning_superscale.config import OffloadConfig, ZeroConfig, resolve_offload, resolve_zero
 from lightning_superscale.errors import SuperScaleError
-from lightning_superscale.plan import ParallelPlan
 from lightning_superscale.plugins.assembly import Assembly, RunSettings, assemble
 from lightning_superscale.plugins.checks import refuse_averaging
 from lightning_superscale.plugins.precision import SuperScalePrecisionMixin, check_precision
 from lightning_superscale.plugins.rank_environment import RankEnvironment
+from lightning_superscale.plugins.run_state import RunStateMixin
 from lightning_superscale.plugins.timing import PhaseSeconds
 from lightning_superscale.plugins.visibility import why_gradients_are_held, why_weights_are_awaited
 from lightning_superscale.zero.initial_weights import materialise_all
-from lightning_superscale.zero.ranks import Ranks
 from lightning_superscale.zero.replicas import broadcast_from_first
 
 if TYPE_CHECKING:
@@ -38,7 +37,7 @@ else:
 DEFAULT_TIMEOUT = timedelta(minutes=30)
 
 
-class SuperScaleStrategyMixin(_Base):
+class SuperScaleStrategyMixin(RunStateMixin, _Base):
     """Data-parallel training with sharded, offloaded or plain optimizer states, exactly as plain AdamW.
 
     Args:
@@ -260,97 +259,6 @@ class SuperScaleStrategyMixin(_Base):
         if self._awaits_weights:
             self._wait_for_weights()
         return result
-
-    def _wait_for_weights(self) -> None:
-        if self._assembly is not None:
-            self._assembly.wait_all_published()
-
-    # What users ask
-
-    @property
-    def plan(self) -> ParallelPlan:
-        """The resolved plan.
-
-        Raises:
-            SuperScaleError: before `fit()` has set the strategy up.
-        """
-        if self._assembly is None:
-            raise SuperScaleError("the plan is known once trainer.fit() has set up the model and its optimizers.")
-        return self._assembly.plan()
-
-    def explain(self) -> str:
-        """What lives where, in which dtype, how large, and why. Known from `on_fit_start` on."""
-        return self.plan.table()
-
-    def grad_norm(self, optimizer_index: int = 0) -> Tensor:
-        """Global 2-norm of one optimizer's gradients at its last step, before clipping; fp32 scalar, CPU.
-
-        Every rank calls it, where states are sharded.
-
-        Raises:
-            SuperScaleError: no step has been taken yet.
-        """
-        if self._assembly is None:
-            raise SuperScaleError("grad_norm() is known after an optimizer step.")
-        return list(self._assembly.engines.values())[optimizer_index].grad_norm()
-
-    @property
-    def assembly(self) -> Assembly | None:
-        """The running parts, or None outside `fit()`."""
-        return self._assembly
-
-    @property
-    def ranks(self) -> Ranks:
-        """The other ranks of the run.
-
-        Raises:
-            SuperScaleError: outside `fit()`.
-        """
-        if self._assembly is None:
-            raise SuperScaleError("ranks are known once trainer.fit() has set up the model and its optimizers.")
-        return self._assembly.ranks
-
-    # State
-
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        self._wait_for_weights()
-        sharded = None if self._assembly is None else self._assembly.sharded
-        if self._assembly is not None and sharded is not None:
-            return sharded.state_dict(self._assembly.ranks)
-        return super().lightning_module_state_dict()
-
-    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        self._wait_for_weights()
-        sharded = None if self._assembly is None else self._assembly.sharded
-        if sharded is None:
-            super().load_model_state_dict(checkpoint, strict=strict)
-        else:
-            sharded.load_state_dict(checkpoint["state_dict"], strict=strict)
-        if self._assembly is not None:
-            for engine in self._assembly.engines.values():
-                engine.reload_masters()
-
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        engine = self._engine_of(optimizer)
-        return super().optimizer_state(optimizer) if engine is None else engine.state_dict()
-
-    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        states: Sequence[Mapping[str, Any]] = checkpoint["optimizer_states"]
-        if len(states) != len(self.optimizers):
-            raise SuperScaleError(
-                f"the checkpoint has states of {len(states)} optimizers, configure_optimizers returned "
-                f"{len(self.optimizers)}."
-            )
-        for optimizer, state in zip(self.optimizers, states, strict=True):
-            engine = self._engine_of(optimizer)
-            if engine is None:
-                optimizer.load_state_dict(dict(state))
-            else:
-                engine.load_state_dict(state)
-
-    def _engine_of(self, optimizer: Any) -> Any:
-        assembly = self._assembly or self._finished
-        return None if assembly is None else assembly.engines.get(getattr(optimizer, "_optimizer", optimizer))
 
     def teardown(self) -> None:
         self._release()

@@ -1,0 +1,122 @@
+"""What users ask of a run, and how its state is saved and loaded: the strategy's half that never trains."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_superscale.errors import SuperScaleError
+from lightning_superscale.plan import ParallelPlan
+from lightning_superscale.plugins.assembly import Assembly
+from lightning_superscale.zero.ranks import Ranks
+
+if TYPE_CHECKING:
+    from lightning.pytorch.strategies import DDPStrategy as _Base
+else:
+    _Base = object
+
+
+class RunStateMixin(_Base):
+    """Plan, norms and state of the run that is assembled, or was last.
+
+    Attributes:
+        _assembly: the running parts, between setup and teardown of `fit()`.
+        _finished: those of the run before, while their sharded states can still be saved.
+    """
+
+    _assembly: Assembly | None
+    _finished: Assembly | None
+
+    def _wait_for_weights(self) -> None:
+        if self._assembly is not None:
+            self._assembly.wait_all_published()
+
+    # What users ask
+
+    @property
+    def plan(self) -> ParallelPlan:
+        """The resolved plan.
+
+        Raises:
+            SuperScaleError: before `fit()` has set the strategy up.
+        """
+        if self._assembly is None:
+            raise SuperScaleError("the plan is known once trainer.fit() has set up the model and its optimizers.")
+        return self._assembly.plan()
+
+    def explain(self) -> str:
+        """What lives where, in which dtype, how large, and why. Known from `on_fit_start` on."""
+        return self.plan.table()
+
+    def grad_norm(self, optimizer_index: int = 0) -> Tensor:
+        """Global 2-norm of one optimizer's gradients at its last step, before clipping; fp32 scalar, CPU.
+
+        Every rank calls it, where states are sharded.
+
+        Raises:
+            SuperScaleError: no step has been taken yet.
+        """
+        if self._assembly is None:
+            raise SuperScaleError("grad_norm() is known after an optimizer step.")
+        return list(self._assembly.engines.values())[optimizer_index].grad_norm()
+
+    @property
+    def assembly(self) -> Assembly | None:
+        """The running parts, or None outside `fit()`."""
+        return self._assembly
+
+    @property
+    def ranks(self) -> Ranks:
+        """The other ranks of the run.
+
+        Raises:
+            SuperScaleError: outside `fit()`.
+        """
+        if self._assembly is None:
+            raise SuperScaleError("ranks are known once trainer.fit() has set up the model and its optimizers.")
+        return self._assembly.ranks
+
+    # State
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        self._wait_for_weights()
+        sharded = None if self._assembly is None else self._assembly.sharded
+        if self._assembly is not None and sharded is not None:
+            return sharded.state_dict(self._assembly.ranks)
+        return super().lightning_module_state_dict()
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        self._wait_for_weights()
+        sharded = None if self._assembly is None else self._assembly.sharded
+        if sharded is None:
+            super().load_model_state_dict(checkpoint, strict=strict)
+        else:
+            sharded.load_state_dict(checkpoint["state_dict"], strict=strict)
+        if self._assembly is not None:
+            for engine in self._assembly.engines.values():
+                engine.reload_masters()
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        engine = self._engine_of(optimizer)
+        return super().optimizer_state(optimizer) if engine is None else engine.state_dict()
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        states: Sequence[Mapping[str, Any]] = checkpoint["optimizer_states"]
+        if len(states) != len(self.optimizers):
+            raise SuperScaleError(
+                f"the checkpoint has states of {len(states)} optimizers, configure_optimizers returned "
+                f"{len(self.optimizers)}."
+            )
+        for optimizer, state in zip(self.optimizers, states, strict=True):
+            engine = self._engine_of(optimizer)
+            if engine is None:
+                optimizer.load_state_dict(dict(state))
+            else:
+                engine.load_state_dict(state)
+
+    def _engine_of(self, optimizer: Any) -> Any:
+        assembly = self._assembly or self._finished
+        return None if assembly is None else assembly.engines.get(getattr(optimizer, "_optimizer", optimizer))
