@@ -10,14 +10,18 @@ from torch import nn
 
 from lightning_superscale.comm.mesh import build_mesh
 from lightning_superscale.offload.cpu_step import HostState
+from lightning_superscale.offload.deferred import DeferredState
 from lightning_superscale.offload.host_memory import HostArena
 from lightning_superscale.offload.link import CpuLink
+from lightning_superscale.ops.pool import default_pool
 from lightning_superscale.ops.update import update_path
 from lightning_superscale.zero.clip import ClipByNorm
+from lightning_superscale.zero.deferred_step import DeferredStep
 from lightning_superscale.zero.engine import OptimizerEngine
 from lightning_superscale.zero.fsdp2 import Fsdp2Transport
 from lightning_superscale.zero.fsdp2_setup import ShardingPolicy, shard_module
 from lightning_superscale.zero.gather_order import GatherOrder
+from lightning_superscale.zero.native_step import NativeStep
 from lightning_superscale.zero.ranks import ranks_of
 from lightning_superscale.zero.states import ResidentState
 from tests.helpers.plain import PlainMasterAdamW
@@ -84,6 +88,10 @@ def build(model, rank, world_size, case, *, optimizer=None, **how):
     return engines[0], sharded
 
 
+def _native(optimizer, guard):
+    return NativeStep(optimizer, guard, update_path(torch.device("cpu"), None).submit)
+
+
 def build_all(model, rank, world_size, case, optimizers, *, store=None, shard_size=None, watch=None):
     mesh = build_mesh(shard_size or world_size, timedelta(seconds=60), watch)
     order = GatherOrder(store, rank, world_size, patience_s=5.0, watch=watch)
@@ -91,9 +99,13 @@ def build_all(model, rank, world_size, case, optimizers, *, store=None, shard_si
     ranks = ranks_of(mesh, model.parameters())
     link, arena = DelayedLink(), HostArena()
 
+    is_deferred = case.is_offloaded and case.is_streamed
+
     def make_state(unit, has_moments):
         if not case.is_offloaded:
             return ResidentState(unit, has_moments=has_moments)
+        if is_deferred:
+            return DeferredState(unit, link, arena, is_pinned=True, pool=default_pool())
         return HostState(unit, link, arena, has_moments=has_moments, is_pinned=True)
 
     engines = [
@@ -105,7 +117,7 @@ def build_all(model, rank, world_size, case, optimizers, *, store=None, shard_si
                 sharded, sink=sink, ranks=ranks, unit_bytes=2048, no_sync=case.no_sync
             ),
             make_state=make_state,
-            submit_update=update_path(torch.device("cpu"), None).submit,
+            make_native=DeferredStep if is_deferred else _native,
         )
         for optimizer in optimizers
     ]
