@@ -17,7 +17,7 @@ from lightning_superscale.zero.bucket_unit import BucketUnit
 from lightning_superscale.zero.held import HeldGradients
 from lightning_superscale.zero.ranks import Ranks
 from lightning_superscale.zero.reduction import GradientReducer
-from lightning_superscale.zero.units import DeltaSink, GradientDelta, PublishEvent, ShardUnit
+from lightning_superscale.zero.units import DeltaSink, GradientDelta, PublishEvent, ShardUnit, check_dense
 
 
 class _Gather(NamedTuple):
@@ -162,7 +162,7 @@ class BucketTransport:
         grad = param.grad
         if grad is None:
             raise AssertionError(f"no gradient to take from {unit.full.slices[i].fqn}")
-        _check_dense(unit, i, grad)
+        check_dense(unit.full.slices[i].fqn, grad)
         param.grad = None
         return grad.detach().reshape(-1)
 
@@ -213,7 +213,7 @@ class BucketTransport:
             if self._is_streamed:
                 slices.append((i, self._take(unit, i)))
             else:
-                _check_dense(unit, i, param.grad)
+                check_dense(unit.full.slices[i].fqn, param.grad)
                 slices.append((i, param.grad.detach().reshape(-1)))
         return slices
 
@@ -272,11 +272,3 @@ class BucketTransport:
         for unit in self.units:
             unit.release()
         self._ranks.mesh.memory.clear()
-
-
-def _check_dense(unit: BucketUnit, i: int, grad: Tensor) -> None:
-    if grad.layout != torch.strided:
-        raise SuperScaleError(
-            f"parameter {unit.full.slices[i].fqn!r} has a gradient of layout {grad.layout}; expected a dense one. "
-            "Build its module with sparse=False."
-        )

@@ -24,7 +24,7 @@ from lightning_superscale.zero.gather_order import OrderDeparted
 from lightning_superscale.zero.held import HeldGradients, edited_in_place
 from lightning_superscale.zero.ranks import Ranks
 from lightning_superscale.zero.reduction import GradientReducer
-from lightning_superscale.zero.units import DeltaSink, GradientDelta, PublishEvent, ShardUnit
+from lightning_superscale.zero.units import DeltaSink, GradientDelta, PublishEvent, ShardUnit, check_dense
 
 
 class _Upload(NamedTuple):
@@ -171,7 +171,7 @@ class Fsdp2Transport:
         grad = whole.grad
         if grad is None:
             raise AssertionError(f"no gradient to take from {unit.full.slices[i].fqn}")
-        _check_dense(unit, i, grad)
+        check_dense(unit.full.slices[i].fqn, grad)
         whole.grad = None
         return grad.detach()
 
@@ -265,7 +265,7 @@ class Fsdp2Transport:
                 self._put(param, self._taken(param, param))
                 return
             unit, i = self._place[param]
-            _check_dense(unit, i, param.grad)
+            check_dense(unit.full.slices[i].fqn, param.grad)
             self._held_plain.check_unedited(param, unit.full.slices[i].fqn)
             self._put(param, param.grad.detach())
 
@@ -343,11 +343,3 @@ class Fsdp2Transport:
             if isinstance(unit, BucketUnit):
                 unit.release()
         self._sharded.detach(self)
-
-
-def _check_dense(unit: Fsdp2Unit | BucketUnit, i: int, grad: Tensor) -> None:
-    if grad.layout != torch.strided:
-        raise SuperScaleError(
-            f"parameter {unit.full.slices[i].fqn!r} has a gradient of layout {grad.layout}; expected a dense one. "
-            "Build its module with sparse=False."
-        )

@@ -15,13 +15,13 @@ from lightning_superscale.zero.due import Due, by_unit
 from lightning_superscale.zero.guard import StepGuard
 from lightning_superscale.zero.rules import hyper_of
 from lightning_superscale.zero.states import UnitState
-from lightning_superscale.zero.step_rule import Publish
-from lightning_superscale.zero.units import GradientDelta, ShardUnit, slice_view
+from lightning_superscale.zero.step_rule import Publish, SynchronousRule
+from lightning_superscale.zero.units import ShardUnit, slice_view
 
 SubmitUpdate = Callable[[Sequence[AdamWSegment]], Update]
 
 
-class BoundStep:
+class BoundStep(SynchronousRule):
     """What every way of stepping Adam natively shares: the optimizer's own state views our buffers."""
 
     has_moments = True
@@ -32,22 +32,6 @@ class BoundStep:
 
     def attach(self, unit: ShardUnit, state: UnitState) -> None:
         """Nothing to prepare: states are bound at a parameter's first gradient, as plain AdamW makes them."""
-
-    def receive(self, delta: GradientDelta, state: UnitState) -> None:
-        """Take reduced gradients during backward or at the step."""
-        state.receive(delta.slices)
-
-    def come_to_rest(self) -> None:
-        """Return when nothing of this rule runs in the background."""
-
-    def flush(self) -> None:
-        """Bring masters and moments up to the last step."""
-
-    def discard(self) -> None:
-        """Forget an interrupted step."""
-
-    def close(self) -> None:
-        """No more steps."""
 
     def _run_hooks(self) -> None:
         """Run `optimizer.step()` with no gradient in sight: only its hooks and its scheduler's count."""

@@ -15,11 +15,11 @@ from lightning_superscale.ops.update import StatsSource
 from lightning_superscale.zero.due import Due, by_unit
 from lightning_superscale.zero.guard import StepGuard
 from lightning_superscale.zero.states import UnitState, master_slice
-from lightning_superscale.zero.step_rule import Publish
-from lightning_superscale.zero.units import GradientDelta, ShardUnit
+from lightning_superscale.zero.step_rule import Publish, SynchronousRule
+from lightning_superscale.zero.units import ShardUnit
 
 
-class OwnStep:
+class OwnStep(SynchronousRule):
     """Steps an optimizer through its own `step`."""
 
     has_moments = False
@@ -42,22 +42,6 @@ class OwnStep:
             for key, value in own.items():
                 if isinstance(value, Tensor) and value.shape == param.shape and value.dtype == param.dtype:
                     own[key] = value.to(master.device, master.dtype, copy=True)
-
-    def receive(self, delta: GradientDelta, state: UnitState) -> None:
-        """Take reduced gradients during backward or at the step."""
-        state.receive(delta.slices)
-
-    def come_to_rest(self) -> None:
-        """Nothing runs in the background."""
-
-    def flush(self) -> None:
-        """Masters are always up to date."""
-
-    def discard(self) -> None:
-        """Nothing is kept of a step."""
-
-    def close(self) -> None:
-        """Nothing to end."""
 
     @property
     def has_stand_ins(self) -> bool:

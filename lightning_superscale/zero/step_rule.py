@@ -55,3 +55,22 @@ class StepRule(Protocol):
 
     def close(self) -> None:
         """No more steps; flushed."""
+
+
+class SynchronousRule:
+    """The part of a rule that does everything inside `step`: nothing runs ahead or lags behind."""
+
+    def receive(self, delta: GradientDelta, state: UnitState) -> None:
+        state.receive(delta.slices)
+
+    def come_to_rest(self) -> None:
+        return
+
+    def flush(self) -> None:
+        return
+
+    def discard(self) -> None:
+        return
+
+    def close(self) -> None:
+        return

@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.layout import ParamSlice, UnitLayout
 
 
@@ -77,3 +78,16 @@ class DeltaSink(Protocol):
 def slice_view(flat: Tensor, piece: ParamSlice) -> Tensor:
     """The 1D view of one slice in a buffer that follows its layout."""
     return flat[piece.offset : piece.offset + piece.numel]
+
+
+def check_dense(fqn: str, grad: Tensor) -> None:
+    """Refuse a sparse gradient, by the parameter's name.
+
+    Raises:
+        SuperScaleError: names the parameter and the remedy.
+    """
+    if grad.layout != torch.strided:
+        raise SuperScaleError(
+            f"parameter {fqn!r} has a gradient of layout {grad.layout}; expected a dense one. "
+            "Build its module with sparse=False."
+        )
