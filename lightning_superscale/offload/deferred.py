@@ -28,7 +28,7 @@ from torch import Tensor
 
 from lightning_superscale.offload.cpu_step import OffloadableUnit, UploadEvent
 from lightning_superscale.offload.host_memory import HostArena
-from lightning_superscale.offload.link import Link, LinkEvent
+from lightning_superscale.offload.link import Link, LinkEvent, LinkFence
 from lightning_superscale.ops.adamw import adamw_commit, adamw_commit_peek, adamw_peek
 from lightning_superscale.ops.flat import accumulate
 from lightning_superscale.ops.masters import follow_weights
@@ -214,15 +214,19 @@ class DeferredState:
         """Settled new weights: in the buffer that receives next."""
         return self._span(self._buffers[self._slices[i].front], i)
 
-    def upload(self, stepped: Sequence[int]) -> UploadEvent:
-        """Send settled new weights to the device."""
+    def fence(self) -> LinkFence | None:
+        """The point of the device's work after which its weights may be replaced: call it when backward is over."""
+        return self._link.fence()
+
+    def upload(self, stepped: Sequence[int], after: LinkFence | None = None) -> UploadEvent:
+        """Send settled new weights to the device, from any thread."""
         inbox = self.unit.inbox()
         fronts = {self._slices[i].front for i in stepped}
         if len(stepped) == len(self._slices) and len(fronts) == 1:
-            return UploadEvent([self._link.h2d(inbox, self._buffers[fronts.pop()])])
-        return UploadEvent(
-            [self._link.h2d(self._span(inbox, i), self._span(self._buffers[self._slices[i].front], i)) for i in stepped]
-        )
+            pairs = [(inbox, self._buffers[fronts.pop()])]
+        else:
+            pairs = [(self._span(inbox, i), self._span(self._buffers[self._slices[i].front], i)) for i in stepped]
+        return UploadEvent([self._link.h2d(there, here, after) for there, here in pairs])
 
     def reload(self, slices: Sequence[int]) -> None:
         self._flush(slices)

@@ -33,6 +33,13 @@ class LinkEvent(Protocol):
         """Block the host until the copy is done."""
 
 
+class LinkFence(Protocol):
+    """A point of the device's work."""
+
+    def order(self, stream: torch.cuda.Stream) -> None:
+        """Let a stream go on only after it."""
+
+
 class Link(Protocol):
     """Copies between one device and the host. Source and destination must stay alive until the copy is done."""
 
@@ -41,8 +48,16 @@ class Link(Protocol):
     def d2h(self, dst: Tensor, src: Tensor) -> LinkEvent:
         """Start copying `src` (device) to `dst` (host); `src` is ready where the current stream is now."""
 
-    def h2d(self, dst: Tensor, src: Tensor) -> LinkEvent:
-        """Start copying `src` (host, complete) to `dst` (device), after what the current stream has queued."""
+    def fence(self) -> LinkFence | None:
+        """What the current stream has queued until now; None where there is no stream."""
+
+    def h2d(self, dst: Tensor, src: Tensor, after: LinkFence | None = None) -> LinkEvent:
+        """Start copying `src` (host, complete) to `dst` (device).
+
+        Args:
+            after: what may still read the old content of `dst`; None: what the current stream has queued. A
+                thread that does not run the model gives the fence of the one that does.
+        """
 
     def needs_pinned_host(self) -> bool:
         """Whether copies overlap only if the host side is page-locked."""
@@ -90,7 +105,10 @@ class CpuLink:
         dst.copy_(src)
         return DoneEvent()
 
-    def h2d(self, dst: Tensor, src: Tensor) -> LinkEvent:
+    def fence(self) -> None:
+        return None
+
+    def h2d(self, dst: Tensor, src: Tensor, after: LinkFence | None = None) -> LinkEvent:
         self.bytes.h2d += _check(dst, src)
         return CpuEvent(dst, src)
 
@@ -109,6 +127,15 @@ class CudaLinkEvent:
 
     def synchronize(self) -> None:
         self._event.synchronize()
+
+
+class CudaFence:
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._event.record(stream)
+
+    def order(self, stream: torch.cuda.Stream) -> None:
+        stream.wait_event(self._event)
 
 
 class CudaLink:
@@ -130,11 +157,14 @@ class CudaLink:
         src.record_stream(stream)
         return CudaLinkEvent(stream, src)
 
-    def h2d(self, dst: Tensor, src: Tensor) -> LinkEvent:
+    def fence(self) -> LinkFence:
+        return CudaFence(torch.cuda.current_stream(self._device))
+
+    def h2d(self, dst: Tensor, src: Tensor, after: LinkFence | None = None) -> LinkEvent:
         self.bytes.h2d += _check(dst, src)
         stream = self._h2d_stream
         # Earlier kernels may still read the weights that this copy replaces.
-        stream.wait_stream(torch.cuda.current_stream(self._device))
+        (after or self.fence()).order(stream)
         with torch.cuda.stream(stream):
             dst.copy_(src, non_blocking=True)
         return CudaLinkEvent(stream, src)

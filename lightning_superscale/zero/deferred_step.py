@@ -45,6 +45,12 @@ class DeferringState(UnitState, Protocol):
     def flush(self) -> None:
         """Bring masters and moments up to the last settled step."""
 
+    def fence(self) -> Any:
+        """The point of the device's work after which its weights may be replaced."""
+
+    def upload(self, stepped: Sequence[int], after: Any = None) -> PublishEvent | None:
+        """Send new weights; `after` is what `fence()` returned."""
+
 
 class _Settled(NamedTuple):
     """A unit whose step is final.
@@ -147,7 +153,8 @@ class DeferredStep(BoundStep):
                     made[key] = hyper_of(self._optimizer, item.group, key[1], grad_scale, clip_value)
                 hypers[item.i] = made[key]
             unit = items[0].unit
-            settled = self._worker.submit(_settle_and_upload, self._states[unit.index], hypers)
+            state = self._states[unit.index]
+            settled = self._worker.submit(_settle_and_upload, state, hypers, state.fence())
             self._settling[unit.index] = settled
             stats.append(_stats_of(settled))
             publish(unit, list(hypers), SettledWeights(settled))
@@ -183,15 +190,16 @@ class DeferredStep(BoundStep):
         for looking in self._looking.values():
             looking.exception()  # it may be what failed
         self._looking.clear()
+        self._settling = {index: f for index, f in self._settling.items() if f.exception() is None}
 
     def close(self) -> None:
         self.flush()
         self._worker.shutdown()
 
 
-def _settle_and_upload(state: DeferringState, hypers: Mapping[int, AdamWHyper]) -> _Settled:
+def _settle_and_upload(state: DeferringState, hypers: Mapping[int, AdamWHyper], fence: Any) -> _Settled:
     stats, num_redone = state.settle(hypers)
-    return _Settled(stats, num_redone, state.upload(list(hypers)))
+    return _Settled(stats, num_redone, state.upload(list(hypers), fence))
 
 
 def _stats_of(settled: Future[_Settled]) -> Callable[[], Sequence[GradStats]]:

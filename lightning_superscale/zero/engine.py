@@ -184,8 +184,8 @@ class OptimizerEngine:
                 masters, states and weights are unchanged).
         """
         start = time.perf_counter()
-        self._settle()
         try:
+            self._settle()
             due = self._gather_due()
             collected = time.perf_counter()
             coefficient, clip_value = self._judge(due)

@@ -32,7 +32,7 @@ ADAMW = {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.9, 0.95)}
 class DelayedLink(CpuLink):
     """Uploads happen only when somebody waits for them."""
 
-    def h2d(self, dst, src):
+    def h2d(self, dst, src, after=None):
         self.bytes.h2d += src.numel() * src.element_size()
         return _Delayed(dst, src)
 

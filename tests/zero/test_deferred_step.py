@@ -38,7 +38,7 @@ class SlowLink(CpuLink):
         self._sleep()
         return super().d2h(dst, src)
 
-    def h2d(self, dst, src):
+    def h2d(self, dst, src, after=None):
         self._sleep()
         return super().h2d(dst, src)
 
@@ -174,6 +174,70 @@ def test_an_exception_at_any_bucket_changes_nothing():
     finish(engine, optimizer, model, plain, oracle)
 
 
+class BrokenLink(CpuLink):
+    """A copy to the host fails once."""
+
+    is_broken = False
+
+    def d2h(self, dst, src):
+        if self.is_broken:
+            self.is_broken = False
+            raise MemoryError("no host memory")
+        return super().d2h(dst, src)
+
+
+def test_a_failed_copy_is_raised_once_and_training_goes_on():
+    plain, model = Programs(torch.bfloat16), Programs(torch.bfloat16)
+    oracle = PlainMasterAdamW(plain.parameters(), **ADAMW)
+    link = BrokenLink()
+    optimizer, engine = deferred_engine(model, unit_bytes=1, link=link)
+    for step in range(4):
+        if step == 2:
+            link.is_broken = True
+            with pytest.raises(MemoryError, match="no host memory"):
+                plain_backward(model, batch(step))
+            engine.discard_gradients()
+            optimizer.zero_grad()
+        oracle.zero_grad()
+        plain_backward(plain, batch(step))
+        oracle.step()
+        plain_backward(model, batch(step))
+        engine.step()
+        engine.transport.wait_all_published()
+        optimizer.zero_grad()
+    finish(engine, optimizer, model, plain, oracle)
+
+
+def test_a_failure_in_the_background_is_raised_at_the_step_and_only_there(monkeypatch):
+    plain, model = Programs(torch.bfloat16), Programs(torch.bfloat16)
+    oracle = PlainMasterAdamW(plain.parameters(), **ADAMW)
+    optimizer, engine = deferred_engine(model, unit_bytes=1)
+    original, broken = DeferredState.look_ahead, []
+
+    def look_ahead(state, hypers):
+        if broken:
+            broken.pop()
+            raise MemoryError("no host memory")
+        original(state, hypers)
+
+    monkeypatch.setattr(DeferredState, "look_ahead", look_ahead)
+    for step in range(4):
+        if step == 2:
+            broken.append(True)
+            plain_backward(model, batch(step))
+            with pytest.raises(MemoryError, match="no host memory"):
+                engine.step()
+            optimizer.zero_grad()
+        oracle.zero_grad()
+        plain_backward(plain, batch(step))
+        oracle.step()
+        plain_backward(model, batch(step))
+        engine.step()
+        engine.transport.wait_all_published()
+        optimizer.zero_grad()
+    finish(engine, optimizer, model, plain, oracle)
+
+
 class HoldBackward(torch.autograd.Function):
     """Passes through; its backward waits until it is told to go on."""
 
@@ -224,7 +288,7 @@ class GatedLink(CpuLink):
         self.outcomes: list[bool] = []
         self.is_armed = False
 
-    def h2d(self, dst, src):
+    def h2d(self, dst, src, after=None):
         if self.is_armed and dst.numel() == self.held_numel:
             self.outcomes.append(self.may_go.wait(TIMEOUT_S))
         super().h2d(dst, src).wait()

@@ -25,7 +25,7 @@ class HeldLink(CpuLink):
         self.may_go.set()
         self.num_waiting = 0
 
-    def h2d(self, dst, src):
+    def h2d(self, dst, src, after=None):
         self.bytes.h2d += src.numel() * src.element_size()
         link = self
 
