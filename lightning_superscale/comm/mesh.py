@@ -2,6 +2,10 @@
 
 Rank `r` of the world is member `r % shard_size` of its shard axis and member `r // shard_size` of its
 replicate axis, so that the ranks that shard a model together are neighbours: on one node where it fits.
+
+[Note: Two groups] Gathers of weights follow each rank's forward and backward, reductions follow an order that ranks
+agree on. Where the two interleave depends on which modules and parameters a rank's batch used, so on one group they
+would meet the wrong partner.
 """
 
 from __future__ import annotations
@@ -55,6 +59,7 @@ class DataMesh:
         shard: ranks that share one copy of what is sharded.
         replicate: ranks that hold the same shard.
         world: all of them.
+        gather: the ranks of `shard`, with a process group of their own ([Note: Two groups]).
         watch: tells of ranks that failed; None on one rank.
         memory: where temporary buffers of collectives come from.
         control: group for small agreements, on the host whatever the devices are, so that agreeing never
@@ -64,6 +69,7 @@ class DataMesh:
     shard: MeshAxis
     replicate: MeshAxis
     world: MeshAxis
+    gather: MeshAxis
     control: dist.ProcessGroup | None = None
     watch: RankWatch | None = None
     counts: CollectiveCount = field(default_factory=CollectiveCount)
@@ -76,7 +82,8 @@ class DataMesh:
 
 def single_mesh() -> DataMesh:
     """The mesh of one rank; needs no process group."""
-    return DataMesh(MeshAxis("shard", 0, 1), MeshAxis("replicate", 0, 1), MeshAxis("world", 0, 1))
+    shard, replicate, world, gather = (MeshAxis(name, 0, 1) for name in ("shard", "replicate", "world", "gather"))
+    return DataMesh(shard, replicate, world, gather)
 
 
 def check_shard_size(shard_size: int, world_size: int) -> None:
@@ -105,21 +112,25 @@ def build_mesh(shard_size: int, timeout: timedelta, watch: RankWatch | None = No
     if world_size == 1:
         return single_mesh()
     num_replicas = world_size // shard_size
-    shard_group = _own_group([[r * shard_size + s for s in range(shard_size)] for r in range(num_replicas)], rank)
-    replicate_group = _own_group([[r * shard_size + s for r in range(num_replicas)] for s in range(shard_size)], rank)
+    shards = [[r * shard_size + s for s in range(shard_size)] for r in range(num_replicas)]
+    replicas = [[r * shard_size + s for r in range(num_replicas)] for s in range(shard_size)]
     return DataMesh(
-        MeshAxis("shard", rank % shard_size, shard_size, shard_group),
-        MeshAxis("replicate", rank // shard_size, num_replicas, replicate_group),
+        MeshAxis("shard", rank % shard_size, shard_size, _group_of(shards, rank)),
+        MeshAxis("replicate", rank // shard_size, num_replicas, _group_of(replicas, rank)),
         MeshAxis("world", rank, world_size, dist.group.WORLD),
+        MeshAxis("gather", rank % shard_size, shard_size, _new_group(shards, rank)),
         control=dist.new_group(backend="gloo", timeout=timeout),
         watch=watch,
     )
 
 
-def _own_group(groups: list[list[int]], rank: int) -> dist.ProcessGroup | None:
-    """The one of these groups that holds `rank`. Every rank makes every group, as torch demands."""
-    if len(groups) == 1:
-        return dist.group.WORLD
+def _group_of(groups: list[list[int]], rank: int) -> dist.ProcessGroup | None:
+    """The one of these groups that holds `rank`; the default group where that is it."""
+    return dist.group.WORLD if len(groups) == 1 else _new_group(groups, rank)
+
+
+def _new_group(groups: list[list[int]], rank: int) -> dist.ProcessGroup | None:
+    """A new group for each of these; returns the one with `rank`. Every rank makes every group, as torch demands."""
     own = None
     for ranks in groups:
         if len(ranks) > 1:

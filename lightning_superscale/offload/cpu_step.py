@@ -45,6 +45,9 @@ class UploadEvent:
     def __init__(self, copies: Sequence[LinkEvent]) -> None:
         self._copies = copies
 
+    def is_ready(self) -> bool:
+        return all(copy.is_ready() for copy in self._copies)
+
     def wait(self) -> None:
         for copy in self._copies:
             copy.wait()

@@ -26,6 +26,9 @@ class LinkBytes:
 class LinkEvent(Protocol):
     """Completion of one copy."""
 
+    def is_ready(self) -> bool:
+        """Whether `wait` would return at once."""
+
     def wait(self) -> None:
         """Order what runs next on the *device* after the copy; blocks the host only where there is no stream."""
 
@@ -74,6 +77,9 @@ def _check(dst: Tensor, src: Tensor) -> int:
 class DoneEvent:
     """A copy that was complete when its call returned."""
 
+    def is_ready(self) -> bool:
+        return True
+
     def wait(self) -> None:
         return
 
@@ -86,6 +92,9 @@ class CpuEvent:
 
     def __init__(self, dst: Tensor, src: Tensor) -> None:
         self._ticket = submit_copy(dst, src)
+
+    def is_ready(self) -> bool:
+        return self._ticket.done()
 
     def wait(self) -> None:
         self._ticket.wait()
@@ -121,6 +130,9 @@ class CudaLinkEvent:
         self._src = src
         self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._event.record(stream)
+
+    def is_ready(self) -> bool:
+        return True  # waiting orders streams
 
     def wait(self) -> None:
         torch.cuda.current_stream().wait_event(self._event)

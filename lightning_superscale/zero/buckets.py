@@ -15,6 +15,7 @@ from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.layout import ParamSpec, split_into_units
 from lightning_superscale.zero.bucket_unit import BucketUnit
 from lightning_superscale.zero.held import HeldGradients
+from lightning_superscale.zero.late_gathers import LateGathers
 from lightning_superscale.zero.ranks import Ranks
 from lightning_superscale.zero.reduction import GradientReducer
 from lightning_superscale.zero.units import DeltaSink, GradientDelta, PublishEvent, ShardUnit, check_dense
@@ -72,6 +73,7 @@ class BucketTransport:
         self._sent: set[int] = set()
         self._uploads: dict[int, PublishEvent] = {}
         self._gathers: dict[int, _Gather] = {}
+        self._late_gathers = LateGathers(ranks.gather)
         self.units: list[BucketUnit] = []
         self.add_params(named_params)
 
@@ -137,6 +139,7 @@ class BucketTransport:
             self._collect_over_ranks()
 
     def _on_grad(self, param: nn.Parameter) -> None:
+        self._late_gathers.issue_all()
         if self._is_blocked:
             return
         unit, i = self._place[param]
@@ -174,6 +177,7 @@ class BucketTransport:
     def average_held(self) -> None:
         """Make held gradients what every rank would see under DDP: averages. Every rank calls it after backward."""
         if not self.is_local and not self._is_streamed:
+            self._late_gathers.issue_all()
             self._held.average(self.units)
 
     def collect(self) -> None:
@@ -195,6 +199,7 @@ class BucketTransport:
             self._collect_over_ranks()
 
     def _collect_over_ranks(self) -> None:
+        self._late_gathers.issue_all()
         error: SuperScaleError | None = None
         try:
             for unit in self.units:
@@ -232,15 +237,13 @@ class BucketTransport:
         if bucket.is_whole:
             if event is not None:
                 self._uploads[bucket.index] = event
-            return
-        if event is None and self._ranks.shard.gathers_rows:
+        elif event is not None:
+            self._late_gathers.add(bucket, event, stepped)
+        elif self._ranks.shard.gathers_rows:
             self._gathers[bucket.index] = _Gather(self._ranks.shard.all_gather_rows(bucket.rows_of_ranks()), ())
-            return
-        if event is None:
-            bucket.pack_rows(stepped)
         else:
-            event.wait()
-        self._gathers[bucket.index] = _Gather(self._ranks.shard.all_gather(bucket.gathered()), stepped)
+            bucket.pack_rows(stepped)
+            self._gathers[bucket.index] = _Gather(self._ranks.shard.all_gather(bucket.gathered()), stepped)
 
     def wait_published(self, units: Iterable[ShardUnit]) -> None:
         """Return when whatever runs next sees the new weights of these units."""
@@ -253,6 +256,7 @@ class BucketTransport:
                 gather.pending.wait()
                 if gather.packed:
                     self.units[unit.index].unpack_gathered(gather.packed)
+            self._late_gathers.wait(self.units[unit.index])
 
     def wait_all_published(self) -> None:
         self.wait_published(self.units)
@@ -261,6 +265,7 @@ class BucketTransport:
         """Stop waiting for other ranks: one of them failed, and what is under way may never arrive."""
         self.discard()
         self._gathers.clear()
+        self._late_gathers.clear()
 
     def close(self) -> None:
         """Remove every hook and give parameters their own storage back."""

@@ -71,6 +71,12 @@ class SettledWeights:
     def __init__(self, settled: Future[_Settled]) -> None:
         self._settled = settled
 
+    def is_ready(self) -> bool:
+        if not self._settled.done():
+            return False
+        upload = self._settled.result().upload
+        return upload is None or upload.is_ready()
+
     def wait(self) -> None:
         upload = self._settled.result().upload
         if upload is not None:

@@ -10,30 +10,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_superscale.comm.collectives import AxisCollectives
-from lightning_superscale.comm.mesh import DataMesh, MeshAxis
 from lightning_superscale.zero.gather_order import GatherOrder, OrderDeparted, Patience
 
 _FIRST_PAUSE_S = 20e-6
 _LONGEST_PAUSE_S = 1e-3
-
-
-def gather_axis(mesh: DataMesh) -> MeshAxis:
-    """The shard axis with a process group of its own. Collective: every rank of the world calls it.
-
-    [Note: Two groups] Gathers follow each rank's forward and backward, reductions follow an order that ranks agree
-    on. Where the two interleave depends on which parameters of a module a rank's batch used, so on one group they
-    would meet the wrong partner.
-    """
-    axis = mesh.shard
-    if axis.size == 1:
-        return MeshAxis("gather", axis.rank, 1)
-    own = None
-    for replica in range(mesh.replicate.size):
-        members = [replica * axis.size + member for member in range(axis.size)]
-        group = dist.new_group(members)
-        if mesh.world.rank in members:
-            own = group
-    return MeshAxis("gather", axis.rank, axis.size, own)
 
 
 class GroupGather:

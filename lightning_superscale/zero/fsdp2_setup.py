@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from lightning_superscale.comm.collectives import AxisCollectives
 from lightning_superscale.comm.mesh import DataMesh
 from lightning_superscale.errors import SuperScaleError
-from lightning_superscale.zero.fsdp2_gather import GroupGather, gather_axis
+from lightning_superscale.zero.fsdp2_gather import GroupGather
 from lightning_superscale.zero.fsdp2_release import attributes_of
 from lightning_superscale.zero.fsdp2_sharding import ShardedGroup, ShardedModule, swap_params
 from lightning_superscale.zero.gather_order import GatherOrder, OrderDeparted
@@ -59,7 +59,7 @@ def shard_module(
     policy = policy or ShardingPolicy()
     plans = plan_groups(root, wrap_plan(root, policy.wrap, include_root=policy.include_root))
     check_materialisable(root)
-    collectives = AxisCollectives(gather_axis(mesh), mesh)
+    collectives = AxisCollectives(mesh.gather, mesh)
     group_of_gathers = collectives.axis.group
     if group_of_gathers is None:
         raise SuperScaleError("ZeRO-3 needs at least two ranks on the shard axis; found one. Use zero=2 there.")

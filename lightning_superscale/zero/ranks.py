@@ -25,6 +25,7 @@ class Ranks:
     shard: AxisCollectives
     replicate: AxisCollectives
     world: AxisCollectives
+    gather: AxisCollectives
     agreement: Agreement
     flag_of: Mapping[nn.Parameter, int]
 
@@ -47,6 +48,7 @@ def ranks_of(mesh: DataMesh, params: Iterable[nn.Parameter], *, num_buffers: int
         AxisCollectives(mesh.shard, mesh),
         AxisCollectives(mesh.replicate, mesh),
         AxisCollectives(mesh.world, mesh),
+        AxisCollectives(mesh.gather, mesh),
         Agreement(mesh, max(2 * len(flag_of), num_buffers)),
         flag_of,
     )

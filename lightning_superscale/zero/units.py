@@ -15,6 +15,9 @@ from lightning_superscale.layout import ParamSlice, UnitLayout
 class PublishEvent(Protocol):
     """Completion of an upload of new weights."""
 
+    def is_ready(self) -> bool:
+        """Whether `wait` would return at once."""
+
     def wait(self) -> None:
         """Make whatever runs next on the parameters' device see the new weights."""
 

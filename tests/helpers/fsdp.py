@@ -42,6 +42,9 @@ class _Delayed:
         self._copy = (dst, src)
         self._is_done = False
 
+    def is_ready(self) -> bool:
+        return self._is_done
+
     def wait(self) -> None:
         if not self._is_done:
             self._copy[0].copy_(self._copy[1])

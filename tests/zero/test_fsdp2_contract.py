@@ -16,7 +16,6 @@ from torch.distributed.tensor import DTensor
 from lightning_superscale.comm.mesh import build_mesh
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.layout import shard_rows
-from lightning_superscale.zero.fsdp2_gather import gather_axis
 from lightning_superscale.zero.fsdp2_release import attributes_of, release_modules
 from lightning_superscale.zero.fsdp2_unit import local_rows_of
 from tests.helpers.fsdp import Case, build
@@ -180,7 +179,7 @@ def test_one_rank_is_refused():
 
 def _axes(rank: int, world_size: int) -> tuple[int, int]:
     mesh = build_mesh(2, timedelta(seconds=30))
-    axis = gather_axis(mesh)
+    axis = mesh.gather
     assert axis.group is not mesh.shard.group
     return axis.rank, axis.size
 
