@@ -22,6 +22,11 @@ def _check_positive_int(owner: str, key: str, value: object) -> None:
         raise SuperScaleError(f"{owner}.{key} must be a whole number of at least 1, found {value!r}.")
 
 
+def _check_share(owner: str, key: str, value: object) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= 1:
+        raise SuperScaleError(f"{owner}.{key} must be a number from 0 to 1 or 'auto', found {value!r}.")
+
+
 @dataclass(frozen=True)
 class ZeroConfig:
     """What is sharded over the data-parallel ranks (Rajbhandari et al. 2020, arXiv:1910.02054).
@@ -84,6 +89,9 @@ class OffloadConfig:
         speculate: "superoffload" steps each bucket while backward still runs, before the gradient norm is
             known, and steps again what a clip changes; False waits for the norm, and overlaps with the
             next forward only. The result is the same, bit for bit.
+        gpu_fraction: share of the trainable parameters, from 0 to 1, whose masters and states stay on the device and
+            step there: those whose gradients come last in backward, whose step nothing would hide. "auto": as many
+            as fit the device memory that the first step left free. The result is the same, bit for bit.
     """
 
     engine: str = "superoffload"
@@ -91,6 +99,7 @@ class OffloadConfig:
     pin_memory: bool = True
     cpu_threads: Union[int, Literal["auto"]] = "auto"
     speculate: bool = True
+    gpu_fraction: Union[float, Literal["auto"]] = "auto"
 
     def __post_init__(self) -> None:
         if self.engine in PLANNED_ENGINES:
@@ -105,6 +114,8 @@ class OffloadConfig:
         _check_positive_int("OffloadConfig", "bucket_mb", self.bucket_mb)
         if not isinstance(self.speculate, bool):
             raise SuperScaleError(f"OffloadConfig.speculate must be true or false, found {self.speculate!r}.")
+        if self.gpu_fraction != "auto":
+            _check_share("OffloadConfig", "gpu_fraction", self.gpu_fraction)
         if self.cpu_threads != "auto":
             _check_positive_int("OffloadConfig", "cpu_threads", self.cpu_threads)
 

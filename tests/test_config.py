@@ -26,6 +26,7 @@ def test_option_surface_is_what_the_docs_say():
         "pin_memory",
         "cpu_threads",
         "speculate",
+        "gpu_fraction",
     ]
 
 

@@ -69,6 +69,7 @@ class HostState:
     ) -> None:
         numel, dtype = unit.shard.shard_numel, unit.dtype
         self.unit = unit
+        self.is_on_host = True
         self.num_transfer_buffers = 1
         self._link = link
         is_low_precision = dtype != torch.float32

@@ -76,6 +76,7 @@ class DeferredState:
         numel = unit.shard.shard_numel
         is_pinned = is_pinned and link.needs_pinned_host()
         self.unit = unit
+        self.is_on_host = True
         self.num_transfer_buffers = 2
         self._link = link
         self._pool = pool

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -20,15 +21,15 @@ class _Row:
     """One class while it is summed up.
 
     Attributes:
-        held_bytes: of the tensors, padding included.
+        device_bytes, host_bytes: of the tensors, padding included.
         numel: elements of the whole parameters or buffers in it.
         num_shares: ranks that share them.
     """
 
     bytes_each: int
     num_shares: int
-    is_on_host: bool
-    held_bytes: int = 0
+    device_bytes: int = 0
+    host_bytes: int = 0
     numel: int = 0
 
     def arithmetic(self) -> str:
@@ -37,40 +38,39 @@ class _Row:
 
 
 class _Rows:
-    def __init__(self, *, is_offloaded: bool) -> None:
+    def __init__(self) -> None:
         self.rows: dict[tuple[str, str], _Row] = {}
-        self.is_offloaded = is_offloaded
 
     def add(
-        self, name: str, dtype: torch.dtype, numel: int, held_numel: int, *, num_shares: int = 1, copies: int = 1
+        self,
+        name: str,
+        dtype: torch.dtype,
+        numel: int,
+        held_numel: int,
+        *,
+        num_shares: int = 1,
+        copies: int = 1,
+        is_on_host: bool = False,
     ) -> None:
         """Args: copies: tensors of `held_numel` elements each."""
-        on_host = self.is_offloaded and name in ("master weights", "optimizer states", "transfer buffers")
         key = (name, str(dtype).removeprefix("torch."))
-        row = self.rows.setdefault(key, _Row(copies * dtype.itemsize, num_shares, on_host))
-        row.held_bytes += copies * held_numel * dtype.itemsize
+        row = self.rows.setdefault(key, _Row(copies * dtype.itemsize, num_shares))
+        held_bytes = copies * held_numel * dtype.itemsize
+        if is_on_host:
+            row.host_bytes += held_bytes
+        else:
+            row.device_bytes += held_bytes
         row.numel += numel
 
     def done(self) -> list[ByteClass]:
         return [
-            ByteClass(
-                name,
-                dtype,
-                0 if row.is_on_host else row.held_bytes,
-                row.held_bytes if row.is_on_host else 0,
-                row.arithmetic(),
-            )
+            ByteClass(name, dtype, row.device_bytes, row.host_bytes, row.arithmetic())
             for (name, dtype), row in self.rows.items()
         ]
 
 
 def byte_classes(
-    module: nn.Module,
-    engines: Iterable[OptimizerEngine],
-    zero: ZeroConfig,
-    *,
-    shard_size: int,
-    is_offloaded: bool,
+    module: nn.Module, engines: Iterable[OptimizerEngine], zero: ZeroConfig, *, shard_size: int
 ) -> list[ByteClass]:
     """Bytes of this rank by class.
 
@@ -78,7 +78,7 @@ def byte_classes(
     rank's rows otherwise.
     """
     pairs = [pair for engine in engines for pair in zip(engine.transport.units, engine.states, strict=True)]
-    rows = _Rows(is_offloaded=is_offloaded)
+    rows = _Rows()
     for unit, state in pairs:
         _add_unit(rows, unit, state, zero, shard_size)
     in_units = {param for unit, _ in pairs for param in unit.params}
@@ -96,10 +96,10 @@ def _add_unit(rows: _Rows, unit: ShardUnit, state: UnitState, zero: ZeroConfig, 
         rows.add("gradients", unit.dtype, numel, numel)
     else:
         rows.add("gradients", unit.dtype, numel, share, num_shares=shard_size)
+    add = functools.partial(rows.add, num_shares=shard_size, is_on_host=state.is_on_host)
     if state.master is not None:
-        rows.add("master weights", state.master.dtype, numel, share, num_shares=shard_size)
+        add("master weights", state.master.dtype, numel, share)
     if state.exp_avg is not None:
-        rows.add("optimizer states", state.exp_avg.dtype, numel, share, num_shares=shard_size, copies=2)
+        add("optimizer states", state.exp_avg.dtype, numel, share, copies=2)
     if state.num_transfer_buffers:
-        copies = state.num_transfer_buffers
-        rows.add("transfer buffers", unit.dtype, numel, share, num_shares=shard_size, copies=copies)
+        add("transfer buffers", unit.dtype, numel, share, copies=state.num_transfer_buffers)

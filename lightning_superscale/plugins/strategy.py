@@ -15,10 +15,11 @@ from torch.optim import Optimizer
 from lightning_superscale.comm.mesh import check_shard_size
 from lightning_superscale.config import OffloadConfig, ZeroConfig, resolve_offload, resolve_zero
 from lightning_superscale.errors import SuperScaleError
-from lightning_superscale.plugins.assembly import Assembly, RunSettings, assemble
+from lightning_superscale.plugins.assembly import Assembly, assemble
 from lightning_superscale.plugins.checks import refuse_averaging
 from lightning_superscale.plugins.precision import SuperScalePrecisionMixin, check_precision
 from lightning_superscale.plugins.rank_environment import RankEnvironment
+from lightning_superscale.plugins.run_settings import RunSettings
 from lightning_superscale.plugins.run_state import RunStateMixin
 from lightning_superscale.plugins.timing import PhaseSeconds
 from lightning_superscale.plugins.visibility import why_gradients_are_held, why_weights_are_awaited
@@ -198,6 +199,8 @@ class SuperScaleStrategyMixin(RunStateMixin, _Base):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         if self._assembly is not None:
+            if self.phase_seconds.num_steps:
+                self._assembly.settle_in()
             self._assembly.enter_step()
         start = time.perf_counter()
         try:

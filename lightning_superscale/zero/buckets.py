@@ -6,14 +6,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_superscale.comm.collectives import Pending
 from lightning_superscale.errors import SuperScaleError
-from lightning_superscale.layout import ParamSpec, split_into_units
 from lightning_superscale.zero.bucket_unit import BucketUnit
+from lightning_superscale.zero.grouping import Grouping, NamedParam
 from lightning_superscale.zero.held import HeldGradients
 from lightning_superscale.zero.late_gathers import LateGathers
 from lightning_superscale.zero.ranks import Ranks
@@ -40,7 +39,7 @@ class BucketTransport:
 
     Args:
         named_params: trainable parameters without duplicates, in registration order.
-        unit_bytes: upper bound of a unit's weights.
+        grouping: which parameters share a unit.
         sink: receives every delta.
         ranks: the other ranks.
         label: names the optimizer in errors.
@@ -52,25 +51,29 @@ class BucketTransport:
         self,
         named_params: Sequence[tuple[str, nn.Parameter]],
         *,
-        unit_bytes: int,
+        grouping: Grouping,
         sink: DeltaSink,
         ranks: Ranks,
         label: str = "optimizer",
         no_sync: bool = True,
     ) -> None:
-        self._unit_bytes = unit_bytes
+        self.grouping = grouping
         self._sink = sink
         self._ranks = ranks
+        self._label = label
         self._no_sync = no_sync or self.is_local
         self._reducer = GradientReducer(ranks, label, sink)
         self._held = HeldGradients(ranks, label)
         self._place: dict[nn.Parameter, tuple[BucketUnit, int]] = {}
-        self._hooks: list[RemovableHandle] = []
+        self._hooks: dict[nn.Parameter, RemovableHandle] = {}
+        self._observed: dict[nn.Parameter, None] = {}
         self._is_streamed = False
         self._is_blocked = False
-        # Per unit: gradients that wait for the rest of their unit, and whether it was sent this step.
+        # Per unit, on one rank: gradients that wait for the rest of their unit, and which were sent this step. The
+        # rest is whatever the last step had: an unused parameter doesn't hold its unit back.
         self._waiting: dict[int, dict[int, Tensor]] = {}
-        self._sent: set[int] = set()
+        self._sent: dict[int, set[int]] = {}
+        self._expected: dict[int, set[int]] = {}
         self._uploads: dict[int, PublishEvent] = {}
         self._gathers: dict[int, _Gather] = {}
         self._late_gathers = LateGathers(ranks.gather)
@@ -81,27 +84,34 @@ class BucketTransport:
     def is_local(self) -> bool:
         return self._ranks.mesh.is_single
 
-    def add_params(self, named_params: Sequence[tuple[str, nn.Parameter]]) -> list[BucketUnit]:
-        """Move parameters into new units, last registered first: about the order of their gradients."""
-        by_kind: dict[tuple[torch.dtype, torch.device], list[tuple[str, nn.Parameter]]] = {}
-        for fqn, param in reversed(named_params):
-            by_kind.setdefault((param.dtype, param.device), []).append((fqn, param))
+    @property
+    def observed(self) -> Sequence[nn.Parameter]:
+        return tuple(self._observed)
+
+    def units_of(self, named_params: Sequence[NamedParam], grouping: Grouping) -> list[list[NamedParam]]:
+        return grouping.units_of(named_params)
+
+    def add_params(self, named_params: Sequence[NamedParam]) -> list[BucketUnit]:
         axis = self._ranks.mesh.shard
         added = []
-        for (dtype, _), group in by_kind.items():
-            params = dict(group)
-            specs = [ParamSpec(fqn, tuple(param.shape)) for fqn, param in group]
-            for members in split_into_units(specs, max(1, self._unit_bytes // dtype.itemsize)):
-                named = [(spec.fqn, params[spec.fqn]) for spec in members]
-                unit = BucketUnit(len(self.units), named, axis.rank, axis.size, self._ranks.mesh.memory)
-                self.units.append(unit)
-                self._reducer.add_unit(unit)
-                added.append(unit)
-                for i, param in enumerate(unit.params):
-                    self._place[param] = (unit, i)
-                    if self._is_streamed:
-                        self._hooks.append(self._hooked(param))
+        for members in self.units_of(named_params, self.grouping):
+            unit = BucketUnit(len(self.units), members, axis.rank, axis.size, self._ranks.mesh.memory)
+            self.units.append(unit)
+            self._reducer.add_unit(unit)
+            added.append(unit)
+            for i, param in enumerate(unit.params):
+                self._place[param] = (unit, i)
+                if self._is_streamed:
+                    self._hook(param)
         return added
+
+    def regroup(self, grouping: Grouping) -> None:
+        self.wait_all_published()
+        self.grouping = grouping
+        self.units = []
+        self._place = {}
+        self._expected = {}
+        self._reducer = GradientReducer(self._ranks, self._label, self._sink)
 
     def place_of(self, param: nn.Parameter) -> tuple[BucketUnit, int] | None:
         """The unit of a parameter and its index there, or None when no unit holds it."""
@@ -112,16 +122,17 @@ class BucketTransport:
     def stream(self) -> None:
         """From now on, take gradients during the last backward of a step rather than at the step."""
         self._is_streamed = True
-        self._hooks += [self._hooked(param) for param in self._place]
+        for param in self._place:
+            self._hook(param)
 
     def watch_edits(self) -> None:
         """Refuse, at the step, held gradients that somebody changed in place: they are only this rank's share."""
         if not self.is_local:
             self._held.watch(self._place)
 
-    def _hooked(self, param: nn.Parameter) -> RemovableHandle:
-        hook: RemovableHandle = param.register_post_accumulate_grad_hook(self._on_grad)  # type: ignore[no-untyped-call]
-        return hook
+    def _hook(self, param: nn.Parameter) -> None:
+        if param not in self._hooks:
+            self._hooks[param] = param.register_post_accumulate_grad_hook(self._on_grad)  # type: ignore[no-untyped-call]
 
     @contextmanager
     def blocked(self) -> Iterator[None]:
@@ -142,6 +153,7 @@ class BucketTransport:
         self._late_gathers.issue_all()
         if self._is_blocked:
             return
+        self._observed.setdefault(param)
         unit, i = self._place[param]
         grad = self._take(unit, i)
         if not self.is_local:
@@ -149,7 +161,8 @@ class BucketTransport:
             self._reducer.launch_complete()
             return
         if unit.index in self._sent:
-            # A second backward of this step, or a block used again by a reentrant checkpoint.
+            # A second backward of this step, a block used again by a reentrant checkpoint, or one that nobody expected.
+            self._sent[unit.index].add(i)
             self._sink(GradientDelta(unit, [(i, grad)]))
             return
         waiting = self._waiting.setdefault(unit.index, {})
@@ -157,7 +170,7 @@ class BucketTransport:
             waiting[i].add_(grad)
         else:
             waiting[i] = grad
-        if len(waiting) == len(unit.params):
+        if self._expected.get(unit.index, set(range(len(unit.params)))) <= waiting.keys():
             self._send(unit)
 
     def _take(self, unit: BucketUnit, i: int) -> Tensor:
@@ -171,7 +184,7 @@ class BucketTransport:
 
     def _send(self, unit: BucketUnit) -> None:
         waiting = self._waiting.pop(unit.index)
-        self._sent.add(unit.index)
+        self._sent[unit.index] = set(waiting)
         self._sink(GradientDelta(unit, sorted(waiting.items())))
 
     def average_held(self) -> None:
@@ -192,7 +205,7 @@ class BucketTransport:
                 slices = self._left_in_params(unit)
                 if slices:
                     self._sink(GradientDelta(unit, slices))
-            self._sent.clear()
+            self._expected, self._sent = self._sent, {}
         elif self._held.is_averaged:
             self._held.hand_over(self.units, self._sink)
         else:
@@ -271,7 +284,7 @@ class BucketTransport:
         """Remove every hook and give parameters their own storage back."""
         self.wait_all_published()
         self._held.close()
-        for hook in self._hooks:
+        for hook in self._hooks.values():
             hook.remove()
         self._hooks.clear()
         for unit in self.units:

@@ -140,7 +140,7 @@ class DeferredStep(BoundStep):
 
     # The step
 
-    def step(
+    def apply(
         self, due: Sequence[Due], grad_scale: float, clip_value: float | None, publish: Publish
     ) -> Sequence[StatsSource]:
         """Settle every unit in the order of the next forward; new weights may still be on their way afterwards."""
@@ -166,7 +166,6 @@ class DeferredStep(BoundStep):
             publish(unit, list(hypers), SettledWeights(settled))
         if counts:
             torch._foreach_add_(counts, 1.0)  # in place: they are the optimizer's own tensors
-        self._run_hooks()
         return stats
 
     def _remember_last(self) -> None:

@@ -22,7 +22,10 @@ SubmitUpdate = Callable[[Sequence[AdamWSegment]], Update]
 
 
 class BoundStep(SynchronousRule):
-    """What every way of stepping Adam natively shares: the optimizer's own state views our buffers."""
+    """What every way of stepping Adam natively shares: the optimizer's own state views our buffers.
+
+    Subclasses say how, in `apply`.
+    """
 
     has_moments = True
 
@@ -32,6 +35,19 @@ class BoundStep(SynchronousRule):
 
     def attach(self, unit: ShardUnit, state: UnitState) -> None:
         """Nothing to prepare: states are bound at a parameter's first gradient, as plain AdamW makes them."""
+
+    def step(
+        self, due: Sequence[Due], grad_scale: float, clip_value: float | None, publish: Publish
+    ) -> Sequence[StatsSource]:
+        stats = self.apply(due, grad_scale, clip_value, publish)
+        self._run_hooks()
+        return stats
+
+    def apply(
+        self, due: Sequence[Due], grad_scale: float, clip_value: float | None, publish: Publish
+    ) -> Sequence[StatsSource]:
+        """Step and publish, without the hooks of the user's optimizer."""
+        raise NotImplementedError
 
     def _run_hooks(self) -> None:
         """Run `optimizer.step()` with no gradient in sight: only its hooks and its scheduler's count."""
@@ -79,7 +95,7 @@ class NativeStep(BoundStep):
         super().__init__(optimizer, guard)
         self._submit_update = submit_update
 
-    def step(
+    def apply(
         self, due: Sequence[Due], grad_scale: float, clip_value: float | None, publish: Publish
     ) -> Sequence[StatsSource]:
         """Update every unit in the order of the next forward, publishing each as soon as it is done."""
@@ -102,7 +118,6 @@ class NativeStep(BoundStep):
             publish(items[0].unit, [item.i for item in items])
         if counts:
             torch._foreach_add_(counts, 1.0)  # in place: they are the optimizer's own tensors
-        self._run_hooks()
         for state in {id(item.state): item.state for item in due}.values():
             state.clear_grads()
         return stats

@@ -14,8 +14,10 @@ from lightning_superscale.ops.update import update_path
 from lightning_superscale.zero.buckets import BucketTransport
 from lightning_superscale.zero.deferred_step import DeferredStep
 from lightning_superscale.zero.engine import OptimizerEngine
+from lightning_superscale.zero.grouping import Grouping
 from lightning_superscale.zero.native_step import NativeStep
 from lightning_superscale.zero.ranks import Ranks, single_rank
+from lightning_superscale.zero.split_step import SplitStep
 from lightning_superscale.zero.states import ResidentState
 
 
@@ -32,17 +34,20 @@ def build_engine(
     error_if_nonfinite: bool = False,
     ranks: Ranks | None = None,
     no_sync: bool = True,
+    on_device: frozenset[nn.Parameter] = frozenset(),
 ) -> OptimizerEngine:
     link = link or CpuLink()
     arena = HostArena()
     pool = Pool(num_threads or 2)
 
     def make_native(own, guard):
-        if is_deferred:
-            return DeferredStep(own, guard, looks_ahead=is_streamed)
-        return NativeStep(own, guard, update_path(torch.device("cpu"), num_threads).submit)
+        native = NativeStep(own, guard, update_path(torch.device("cpu"), num_threads).submit)
+        host = DeferredStep(own, guard, looks_ahead=is_streamed) if is_deferred else native
+        return SplitStep(own, guard, host=host, device=native)
 
-    def make_state(unit, has_moments):
+    def make_state(unit, *, has_moments, is_on_device):
+        if is_on_device:
+            return ResidentState(unit, has_moments=has_moments)
         if is_deferred and has_moments:
             return DeferredState(unit, link, arena, is_pinned=True, pool=pool)
         if not is_offloaded:
@@ -54,7 +59,11 @@ def build_engine(
         fqn_of={param: fqn for fqn, param in module.named_parameters()},
         ranks=ranks or single_rank(),
         make_transport=lambda sink: BucketTransport(
-            [], unit_bytes=unit_bytes, sink=sink, ranks=ranks or single_rank(), no_sync=no_sync
+            [],
+            grouping=Grouping(unit_bytes, on_device=on_device),
+            sink=sink,
+            ranks=ranks or single_rank(),
+            no_sync=no_sync,
         ),
         make_state=make_state,
         make_native=make_native,
