@@ -114,6 +114,10 @@ class DeferredState:
         known.arrival.synchronize()
         return self._span(self._buffers[known.front], i)
 
+    def has_arrived(self) -> bool:
+        """Whether every gradient that is under way is there."""
+        return all(known.arrival is None or known.arrival.is_done() for known in self._slices)
+
     def clear_grads(self) -> None:
         """Forget gradients of this step that no verdict made pending."""
         for known in self._slices:

@@ -32,6 +32,9 @@ class LinkEvent(Protocol):
     def wait(self) -> None:
         """Order what runs next on the *device* after the copy; blocks the host only where there is no stream."""
 
+    def is_done(self) -> bool:
+        """Whether `synchronize` would return at once."""
+
     def synchronize(self) -> None:
         """Block the host until the copy is done."""
 
@@ -80,6 +83,9 @@ class DoneEvent:
     def is_ready(self) -> bool:
         return True
 
+    def is_done(self) -> bool:
+        return True
+
     def wait(self) -> None:
         return
 
@@ -94,6 +100,9 @@ class CpuEvent:
         self._ticket = submit_copy(dst, src)
 
     def is_ready(self) -> bool:
+        return self._ticket.done()
+
+    def is_done(self) -> bool:
         return self._ticket.done()
 
     def wait(self) -> None:
@@ -133,6 +142,9 @@ class CudaLinkEvent:
 
     def is_ready(self) -> bool:
         return True  # waiting orders streams
+
+    def is_done(self) -> bool:
+        return bool(self._event.query())  # type: ignore[no-untyped-call]
 
     def wait(self) -> None:
         torch.cuda.current_stream().wait_event(self._event)

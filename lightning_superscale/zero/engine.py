@@ -183,9 +183,10 @@ class OptimizerEngine:
         don't raise the count, in-place operations of the user do. Changes through `param.data` raise none
         and can't be seen; they last until the next step.
         """
-        for param, seen in self._seen_versions.items():
-            if param._version == seen:
-                continue
+        edited = [param for param, seen in self._seen_versions.items() if param._version != seen]
+        if edited:
+            self._rule.come_to_rest()
+        for param in edited:
             self._seen_versions[param] = param._version
             place = self.transport.place_of(param)
             if place is not None:
@@ -206,20 +207,19 @@ class OptimizerEngine:
             due = self._gather_due()
             collected = time.perf_counter()
             verdict = self._judge.judge(due)
+            judged = time.perf_counter()
+            published_before = self.seconds.publish
+            self._judge.note(self._rule.step(due, verdict.grad_scale, verdict.clip_value, self._publish))
         except BaseException:
             self.discard_gradients()
             raise
-        judged = time.perf_counter()
-        published_before = self.seconds.publish
-        self._judge.note(self._rule.step(due, verdict.grad_scale, verdict.clip_value, self._publish))
         self.seconds.collect += collected - start
         self.seconds.norm += judged - collected
         self.seconds.update += time.perf_counter() - judged - (self.seconds.publish - published_before)
 
     def settle(self) -> None:
-        """Bring weights and masters to rest: uploads of the last step are through, edits are taken over."""
+        """Bring weights to rest: uploads of the last step are through, edits are taken over."""
         self.transport.wait_all_published()
-        self._rule.come_to_rest()
         self._follow_edits()
 
     def _publish(self, unit: ShardUnit, stepped: Sequence[int], event: PublishEvent | None = None) -> None:
