@@ -149,7 +149,7 @@ def assemble(module: nn.Module, optimizers: Sequence[Optimizer], settings: RunSe
     _check_on_all_ranks(module, optimizers, settings)
     sharded = _sharded(module, optimizers, settings)
     fqn_of = {param: fqn for fqn, param in module.named_parameters()}
-    link = None if offload is None else link_for(settings.device)
+    link = None if offload is None else link_for(settings.device, settings.timeline)
     where = settings.device if offload is None else torch.device("cpu")
     update = update_path(where, None if offload is None or offload.cpu_threads == "auto" else offload.cpu_threads)
     pool = default_pool() if offload is None or offload.cpu_threads == "auto" else Pool(offload.cpu_threads)
@@ -170,6 +170,7 @@ def assemble(module: nn.Module, optimizers: Sequence[Optimizer], settings: RunSe
             make_state=make_state,
             make_native=_native_maker(settings, update),
             error_if_nonfinite=settings.error_if_nonfinite,
+            timeline=settings.timeline,
         )
         for number, optimizer in enumerate(optimizers)
         if any(param in fqn_of for group in optimizer.param_groups for param in group["params"])
@@ -248,18 +249,22 @@ def _check_on_all_ranks(module: nn.Module, optimizers: Sequence[Optimizer], sett
 
 
 def _native_maker(settings: RunSettings, update: UpdatePath) -> Callable[[Optimizer, StepGuard], StepRule]:
-    offload = settings.offload
+    offload, timeline = settings.offload, settings.timeline
+
+    def on_device(optimizer: Optimizer, guard: StepGuard, path: UpdatePath) -> NativeStep:
+        return NativeStep(optimizer, guard, path.submit, timeline=timeline, lane="device optimizer")
+
     if offload is None:
-        return lambda optimizer, guard: NativeStep(optimizer, guard, update.submit)
+        return lambda optimizer, guard: on_device(optimizer, guard, update)
     looks_ahead = settings.streams and offload.speculate
 
     def on_host(optimizer: Optimizer, guard: StepGuard) -> BoundStep:
         if settings.defers:
-            return DeferredStep(optimizer, guard, looks_ahead=looks_ahead)
-        return NativeStep(optimizer, guard, update.submit)
+            return DeferredStep(optimizer, guard, looks_ahead=looks_ahead, timeline=timeline)
+        return NativeStep(optimizer, guard, update.submit, timeline=timeline)
 
     def split(optimizer: Optimizer, guard: StepGuard) -> StepRule:
-        device = NativeStep(optimizer, guard, update_path(settings.device, None).submit)
+        device = on_device(optimizer, guard, update_path(settings.device, None))
         return SplitStep(optimizer, guard, host=on_host(optimizer, guard), device=device)
 
     return split

@@ -36,17 +36,22 @@ def _how_the_host_steps(settings: RunSettings) -> str:
     return f"the host steps after backward, and the next forward hides it: {why}"
 
 
-def where_states_are(engines: Iterable[OptimizerEngine], settings: RunSettings, *, has_settled_in: bool) -> list[str]:
-    """Which share of the parameters steps on the device although there is a host to step on."""
-    offload = settings.offload
-    if offload is None:
-        return []
+def device_share(engines: Iterable[OptimizerEngine]) -> float:
+    """Share of the trainable parameters whose states are on the device."""
     numel_here = numel = 0
     for engine in engines:
         for unit, state in zip(engine.transport.units, engine.states, strict=True):
             numel_of_unit = sum(param.numel() for param in unit.params)
             numel += numel_of_unit
             numel_here += 0 if state.is_on_host else numel_of_unit
+    return numel_here / max(1, numel)
+
+
+def where_states_are(engines: Iterable[OptimizerEngine], settings: RunSettings, *, has_settled_in: bool) -> list[str]:
+    """Which share of the parameters steps on the device although there is a host to step on."""
+    offload = settings.offload
+    if offload is None:
+        return []
     if offload.gpu_fraction != "auto":
         why = f"gpu_fraction={offload.gpu_fraction}"
     elif settings.device.type != "cuda":
@@ -55,4 +60,4 @@ def where_states_are(engines: Iterable[OptimizerEngine], settings: RunSettings, 
         why = "gpu_fraction='auto' waits for the first step, to see what memory it leaves free"
     else:
         why = "gpu_fraction='auto': what fits the memory that the first step left free"
-    return [f"{numel_here / max(1, numel):.0%} of the trainable parameters step on the device ({why})"]
+    return [f"{device_share(engines):.0%} of the trainable parameters step on the device ({why})"]

@@ -8,6 +8,7 @@ import torch
 
 from lightning_superscale.comm.mesh import DataMesh
 from lightning_superscale.config import OffloadConfig, ZeroConfig
+from lightning_superscale.timeline import UNTIMED, Timeline
 from lightning_superscale.zero.gather_order import GatherOrder
 
 MIB = 2**20
@@ -21,6 +22,7 @@ class RunSettings:
         why_held: why gradients stay in `param.grad` until the step; None when they may leave during backward.
         why_awaited: why new weights are waited for right after the step; None when forward may wait for them.
         is_automatic: whether Lightning runs backward and step, or the user's training_step.
+        timeline: where a step is recorded, when one is.
         order: compares gathers between ranks; needed by stage 3 over several ranks.
     """
 
@@ -34,6 +36,7 @@ class RunSettings:
     why_awaited: str | None
     is_automatic: bool
     order: GatherOrder | None
+    timeline: Timeline = UNTIMED
 
     @property
     def shards_weights(self) -> bool:

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from lightning_superscale.ops.types import AdamWHyper, GradStats
 from lightning_superscale.ops.update import StatsSource
+from lightning_superscale.timeline import UNTIMED, Timeline
 from lightning_superscale.zero.due import Due, by_unit
 from lightning_superscale.zero.guard import StepGuard
 from lightning_superscale.zero.look_ahead_worker import StepThread, StepWorker
@@ -94,6 +95,7 @@ class DeferredStep(BoundStep):
     Args:
         looks_ahead: False waits for the verdict always, and then overlaps with the next forward.
         worker: where the work is done; None for a thread of its own.
+        timeline: where it is recorded.
     """
 
     def __init__(
@@ -103,10 +105,12 @@ class DeferredStep(BoundStep):
         *,
         looks_ahead: bool = True,
         worker: StepWorker | None = None,
+        timeline: Timeline = UNTIMED,
     ) -> None:
         super().__init__(optimizer, guard)
         self._looks_ahead = looks_ahead
         self._worker = worker or StepThread()
+        self._timeline = timeline
         self._states: dict[int, DeferringState] = {}
         self._looking: dict[int, Future[None]] = {}
         self._hypers: dict[int, dict[int, AdamWHyper]] = {}
@@ -140,8 +144,12 @@ class DeferredStep(BoundStep):
             count = int(self.bound_state(item)["step"]) + 1
             hypers[i] = hyper_of(self._optimizer, item.group, count, 1.0, self._clip_value)
         deferring = self._states[unit.index]
-        ahead = functools.partial(deferring.look_ahead, dict(hypers))
+        ahead = functools.partial(self._look_ahead, unit.index, dict(hypers))
         self._looking[unit.index] = self._worker.look_ahead(ahead, deferring.has_arrived)
+
+    def _look_ahead(self, index: int, hypers: Mapping[int, AdamWHyper]) -> None:
+        with self._timeline.host("host optimizer", f"unit {index}, ahead"):
+            self._states[index].look_ahead(hypers)
 
     def _group(self, param: nn.Parameter) -> dict[str, Any]:
         if param not in self._group_of:
@@ -185,13 +193,19 @@ class DeferredStep(BoundStep):
                 hypers[item.i] = made[key]
             unit = items[0].unit
             state = self._states[unit.index]
-            settled = self._worker.settle(functools.partial(_settle_and_upload, state, hypers, state.fence()))
+            settled = self._worker.settle(functools.partial(self._settle, unit.index, hypers, state.fence()))
             self._settling[unit.index] = settled
             stats.append(_stats_of(settled))
             publish(unit, list(hypers), SettledWeights(settled))
         if counts:
             torch._foreach_add_(counts, 1.0)  # in place: they are the optimizer's own tensors
         return stats
+
+    def _settle(self, index: int, hypers: Mapping[int, AdamWHyper], fence: Any) -> _Settled:
+        state = self._states[index]
+        with self._timeline.host("host optimizer", f"unit {index}"):
+            stats, num_redone = state.settle(hypers)
+        return _Settled(stats, num_redone, state.upload(list(hypers), fence))
 
     def _remember_last(self) -> None:
         """Decide from the last step whether its successors look ahead."""
@@ -230,11 +244,6 @@ class DeferredStep(BoundStep):
     def close(self) -> None:
         self.flush()
         self._worker.close()
-
-
-def _settle_and_upload(state: DeferringState, hypers: Mapping[int, AdamWHyper], fence: Any) -> _Settled:
-    stats, num_redone = state.settle(hypers)
-    return _Settled(stats, num_redone, state.upload(list(hypers), fence))
 
 
 def _stats_of(settled: Future[_Settled]) -> Callable[[], Sequence[GradStats]]:

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.layout import ParamSlice
+from lightning_superscale.timeline import UNTIMED, Timeline
 from lightning_superscale.zero.clip import ClipRequest
 from lightning_superscale.zero.due import Due
 from lightning_superscale.zero.grouping import NamedParam
@@ -60,6 +61,7 @@ class OptimizerEngine:
         make_state: builds the state of a unit; decides where masters and moments live.
         make_native: builds what steps Adam and AdamW.
         error_if_nonfinite: raise before anything changes when a gradient is NaN or infinite.
+        timeline: where its steps are recorded.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class OptimizerEngine:
         make_state: MakeState,
         make_native: Callable[[Optimizer, StepGuard], StepRule],
         error_if_nonfinite: bool = False,
+        timeline: Timeline = UNTIMED,
     ) -> None:
         self.optimizer = optimizer
         self.ranks = ranks
@@ -82,7 +85,8 @@ class OptimizerEngine:
         self._make_native = make_native
         self._judge = Judge(ranks, fqn_of, error_if_nonfinite=error_if_nonfinite)
         self._guard = StepGuard(optimizer)
-        self._own = OwnStep(optimizer, self._guard)
+        self._timeline = timeline
+        self._own = OwnStep(optimizer, self._guard, timeline)
         self._rule: StepRule = self._own
         if self.reason_not_native is None:
             self._rule = make_native(optimizer, self._guard)
@@ -206,7 +210,8 @@ class OptimizerEngine:
             self.settle()
             due = self._gather_due()
             collected = time.perf_counter()
-            verdict = self._judge.judge(due)
+            with self._timeline.device("verdict", "norm and clip coefficient"):
+                verdict = self._judge.judge(due)
             judged = time.perf_counter()
             published_before = self.seconds.publish
             self._judge.note(self._rule.step(due, verdict.grad_scale, verdict.clip_value, self._publish))
