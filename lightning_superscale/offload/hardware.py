@@ -7,6 +7,8 @@ when they train.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -31,7 +33,7 @@ _COPY_BYTES = 32 * 2**20
 # commit_peek with 16-bit weights: master and moments read and written, two gradients read, one weight written.
 BYTES_PER_PARAM = 24 + 3 * 2
 _ROUNDS = 3
-# So many threads are enough whose memory rate is this share of the best.
+# So many threads are enough whose rate is this share of the best.
 _ENOUGH = 0.95
 
 
@@ -60,6 +62,7 @@ class HardwareProfile:
         d2h_both, h2d_both: each direction while the other is busy.
         memory: (threads, bytes read and written per second) of copies within host memory, by rising threads.
         adamw_ns_per_param: of the native AdamW's commit_peek, with 16-bit weights and `adamw_threads` threads.
+        adamw_threads: the fewest that come near the kernel's best, with a CPU left for the launching thread.
     """
 
     key: HardwareKey
@@ -90,9 +93,13 @@ class HardwareProfile:
         )
 
 
-def enough_threads(memory: Sequence[tuple[int, float]], at_most: int) -> int:
-    """The fewest measured threads, of at most so many, that come near the best rate of those."""
-    allowed = [(threads, rate) for threads, rate in memory if threads <= at_most] or list(memory[:1])
+def enough_threads(rates: Sequence[tuple[int, float]], at_most: int) -> int:
+    """The fewest measured threads, of at most so many, that come near the best rate of those.
+
+    Args:
+        rates: (threads, rate), by rising threads.
+    """
+    allowed = [(threads, rate) for threads, rate in rates if threads <= at_most] or list(rates[:1])
     best = max(rate for _, rate in allowed)
     return min(threads for threads, rate in allowed if rate >= _ENOUGH * best)
 
@@ -139,23 +146,22 @@ def measure(device: torch.device, cpus: Sequence[int] = ()) -> HardwareProfile:
     # Without the native library, work runs in the thread that submits it.
     counts = _thread_counts(len(cpus)) if is_native else [1]
     link = _measure_link(link_for(device), device)
-    first = Pool(counts[-1], cpus=cpus)
-    host = HostBuffer(numel * BYTES_PER_PARAM, pool=first)
-    first.close()
+    with contextlib.closing(Pool(counts[-1], cpus=cpus)) as pool:
+        host = HostBuffer(numel * BYTES_PER_PARAM, pool=pool)
     half = host.nbytes // 2
-    memory = []
+    dst, src = (host.tensor(torch.uint8, half, offset_bytes=start) for start in (0, half))
+    copies, steps = [], []
     for threads in counts:
-        pool = Pool(threads, cpus=cpus)
-        dst, src = (host.tensor(torch.uint8, half, offset_bytes=start) for start in (0, half))
-        seconds = _best(lambda: submit_copy(dst, src, pool=pool).wait())  # noqa: B023
-        memory.append((threads, 2 * half / seconds))
-        pool.close()
-    threads = enough_threads(memory, max(1, len(cpus) - 1))
-    pool = Pool(threads, cpus=cpus)
+        with contextlib.closing(Pool(threads, cpus=cpus)) as pool:
+            copy = functools.partial(submit_copy, dst, src, pool=pool)
+            copies.append((threads, 2 * half / _best(lambda: copy().wait())))  # noqa: B023
     segment = _segment(host, numel, is_ieee=device.type == "cuda")
-    seconds = _best(lambda: submit_adamw_commit_peek([segment], stats=True, pool=pool).wait())
-    pool.close()
-    return HardwareProfile(key_of(device, cpus), *link, tuple(memory), seconds / numel * 1e9, threads)
+    for threads in counts:
+        with contextlib.closing(Pool(threads, cpus=cpus)) as pool:
+            step = functools.partial(submit_adamw_commit_peek, [segment], stats=True, pool=pool)
+            steps.append((threads, numel / _best(lambda: step().wait())))  # noqa: B023
+    threads = enough_threads(steps, max(1, len(cpus) - 1))
+    return HardwareProfile(key_of(device, cpus), *link, tuple(copies), 1e9 / dict(steps)[threads], threads)
 
 
 def _thread_counts(num_cpus: int) -> list[int]:
