@@ -113,7 +113,7 @@ def key_of(device: torch.device, cpus: Sequence[int]) -> HardwareKey:
         num_cpus=len(cpus),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         kernel=kernel_name(),
-        torch_version=torch.__version__,
+        torch_version=str(torch.__version__),
         version=__version__,
     )
 

@@ -16,11 +16,12 @@ from lightning_superscale.offload.cpu_step import HostState, host_bytes
 from lightning_superscale.offload.deferred import DeferredState, deferred_host_bytes
 from lightning_superscale.offload.host_memory import HostArena, check_host_memory
 from lightning_superscale.offload.link import Link, link_for
-from lightning_superscale.ops.pool import Pool, default_pool
+from lightning_superscale.ops.pool import Pool
 from lightning_superscale.ops.update import UpdatePath, update_path
 from lightning_superscale.plan import ParallelPlan
 from lightning_superscale.plugins.byte_classes import byte_classes
 from lightning_superscale.plugins.checks import check_optimizers_over_ranks, check_parameters, facts_of_run
+from lightning_superscale.plugins.host_plan import HostPlan, plan_host
 from lightning_superscale.plugins.placement import first_grouping, settle_in
 from lightning_superscale.plugins.reasons import reasons_of, where_states_are
 from lightning_superscale.plugins.run_settings import RunSettings
@@ -58,6 +59,7 @@ class Assembly:
     engines: dict[Optimizer, OptimizerEngine]
     gates: list[PublishGates]
     link: Link | None
+    host: HostPlan
     update: UpdatePath
     buffers: BufferSync
     ranks: Ranks
@@ -125,12 +127,13 @@ class Assembly:
             num_params=sum(p.numel() for p in params),
             num_trainable=sum(p.numel() for p in params if p.requires_grad),
             num_units=len(units),
-            unit_bytes=settings.unit_bytes,
+            unit_bytes=self.host.unit_bytes,
             cpu_threads=self.update.num_threads,
             kernel="its own code" if own else self.update.name,
             bytes=byte_classes(self.module, self.engines.values(), settings.zero, shard_size=self.mesh.shard.size),
             reasons=[
                 *self.reasons,
+                *self.host.reasons,
                 *where_states_are(self.engines.values(), settings, has_settled_in=self._has_settled_in),
                 *(f"the optimizer steps through its own code: {reason}" for reason in own),
             ],
@@ -147,13 +150,13 @@ def assemble(module: nn.Module, optimizers: Sequence[Optimizer], settings: RunSe
     """
     mesh, offload = settings.mesh, settings.offload
     _check_on_all_ranks(module, optimizers, settings)
+    host = plan_host(optimizers, settings)
     sharded = _sharded(module, optimizers, settings)
     fqn_of = {param: fqn for fqn, param in module.named_parameters()}
     link = None if offload is None else link_for(settings.device, settings.timeline)
     where = settings.device if offload is None else torch.device("cpu")
-    update = update_path(where, None if offload is None or offload.cpu_threads == "auto" else offload.cpu_threads)
-    pool = default_pool() if offload is None or offload.cpu_threads == "auto" else Pool(offload.cpu_threads)
-    make_state = _state_maker(link, settings, pool)
+    update = update_path(where, host.pool)
+    make_state = _state_maker(link, settings, host.pool)
     ranks = ranks_of(mesh, fqn_of, num_buffers=len(list(module.buffers())))
     engines = {
         optimizer: OptimizerEngine(
@@ -164,7 +167,7 @@ def assemble(module: nn.Module, optimizers: Sequence[Optimizer], settings: RunSe
                 ranks,
                 settings,
                 sharded,
-                first_grouping(optimizer, fqn_of, offload, settings.unit_bytes),
+                first_grouping(optimizer, fqn_of, offload, host.unit_bytes),
                 f"optimizer {number}",
             ),
             make_state=make_state,
@@ -184,7 +187,7 @@ def assemble(module: nn.Module, optimizers: Sequence[Optimizer], settings: RunSe
     gates = _gates(module, engines.values(), settings, is_model_compiled=compiled)
     reasons = reasons_of(settings, is_model_compiled=compiled)
     buffers = BufferSync(ranks, module)
-    return Assembly(module, settings, engines, gates, link, update, buffers, ranks, sharded, reasons)
+    return Assembly(module, settings, engines, gates, link, host, update, buffers, ranks, sharded, reasons)
 
 
 def _sharded(module: nn.Module, optimizers: Sequence[Optimizer], settings: RunSettings) -> ShardedModule | None:
@@ -264,7 +267,7 @@ def _native_maker(settings: RunSettings, update: UpdatePath) -> Callable[[Optimi
         return NativeStep(optimizer, guard, update.submit, timeline=timeline)
 
     def split(optimizer: Optimizer, guard: StepGuard) -> StepRule:
-        device = on_device(optimizer, guard, update_path(settings.device, None))
+        device = on_device(optimizer, guard, update_path(settings.device))
         return SplitStep(optimizer, guard, host=on_host(optimizer, guard), device=device)
 
     return split
@@ -272,7 +275,7 @@ def _native_maker(settings: RunSettings, update: UpdatePath) -> Callable[[Optimi
 
 def _state_maker(link: Link | None, settings: RunSettings, pool: Pool) -> MakeState:
     offload = settings.offload
-    arena = HostArena()
+    arena = HostArena(pool)
 
     def make_state(unit: ShardUnit, *, has_moments: bool, is_on_device: bool) -> UnitState:
         if link is None or offload is None or is_on_device:
