@@ -66,10 +66,16 @@ class Assembly:
     sharded: ShardedModule | None
     reasons: list[str] = field(default_factory=list)
     _has_settled_in: bool = False
+    _old_gates_seconds: float = 0.0
 
     @property
     def mesh(self) -> DataMesh:
         return self.settings.mesh
+
+    @property
+    def waited_seconds(self) -> float:
+        """How long weights that were under way kept the host inside forward, so far."""
+        return self._old_gates_seconds + sum(gates.waited_seconds for gates in self.gates)
 
     def settle_in(self) -> None:
         """Once the first step was taken, before the next one's forward: adapt to it. Every rank calls it."""
@@ -78,6 +84,7 @@ class Assembly:
             return
         self._has_settled_in = True
         if settle_in(self.engines.values(), self.mesh, offload, self.settings.device):
+            self._old_gates_seconds = self.waited_seconds
             for gates in self.gates:
                 gates.close()
             compiled = is_compiled(self.module)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -11,6 +12,8 @@ from torch.optim import Optimizer
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.plan import ParallelPlan
 from lightning_superscale.plugins.assembly import Assembly
+from lightning_superscale.plugins.exposure import exposure_of
+from lightning_superscale.plugins.timing import PhaseSeconds
 from lightning_superscale.zero.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -29,6 +32,7 @@ class RunStateMixin(_Base):
 
     _assembly: Assembly | None
     _finished: Assembly | None
+    phase_seconds: PhaseSeconds
 
     def _wait_for_weights(self) -> None:
         if self._assembly is not None:
@@ -45,7 +49,12 @@ class RunStateMixin(_Base):
         """
         if self._assembly is None:
             raise SuperScaleError("the plan is known once trainer.fit() has set up the model and its optimizers.")
-        return self._assembly.plan()
+        plan = self._assembly.plan()
+        return replace(plan, reasons=[*plan.reasons, *self.exposure()])
+
+    def exposure(self) -> list[str]:
+        """How much of a step the host optimizer should leave exposed, and does; nothing without offload."""
+        return [] if self._assembly is None else exposure_of(self._assembly, self.phase_seconds)
 
     def explain(self) -> str:
         """What lives where, in which dtype, how large, and why. Known from `on_fit_start` on."""
