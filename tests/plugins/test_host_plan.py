@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 import lightning_superscale as lss
+from lightning_superscale.offload import host_memory
 from lightning_superscale.offload.hardware import key_of
 from lightning_superscale.offload.numa import Topology
+from lightning_superscale.ops.memory import HostBuffer
 from lightning_superscale.plugins import host_plan
 from tests.helpers.ranks import run_ranks
 from tests.helpers.trainers import Regressor, assert_same_weights, fit, loader, trainer
@@ -109,6 +111,21 @@ def test_threads_are_bound_to_the_share_and_leave_its_first_core(monkeypatch, pr
     fit(Regressor(), "superoffload", callbacks=[seen])
     assert asked == [(6, (1, 5, 2, 6, 3, 7))]
     assert "those threads run on CPUs 1-3,5-7, and leave the rest to the launching thread" in seen.start
+
+
+@pytest.mark.parametrize("engine", ["cpu", "superoffload"])
+def test_the_threads_that_step_touch_the_states_first(monkeypatch, engine):
+    pools = []
+
+    def buffer(nbytes, *, pin, pool):
+        pools.append(pool)
+        return HostBuffer(nbytes, pin=pin, pool=pool)
+
+    monkeypatch.setattr(host_memory, "HostBuffer", buffer)
+    seen = Explained()
+    fit(Regressor(), lss.SuperScaleStrategy(offload={"engine": engine, "cpu_threads": 2}), callbacks=[seen])
+    assert len(pools) >= 4
+    assert all(pool is seen.host.pool for pool in pools)
 
 
 def _on_ranks(rank: int, world_size: int):
