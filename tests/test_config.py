@@ -19,6 +19,7 @@ def test_option_surface_is_what_the_docs_say():
         "no_sync",
         "wrap",
         "assume_elementwise",
+        "tensor_parallel",
     ]
     assert [f.name for f in dataclasses.fields(OffloadConfig)] == [
         "engine",

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_superscale.comm.collectives import control_sum, gather_objects
+from lightning_superscale.comm.collectives import gather_objects
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.layout import ParamSlice
 from lightning_superscale.ops.update import StatsSource
@@ -24,12 +24,10 @@ from lightning_superscale.zero.clip import (
     ClipByValue,
     ClipRequest,
     clip_coefficient,
-    grad_norms,
-    grad_sumsq,
     joined,
-    total_norm,
 )
 from lightning_superscale.zero.due import Due
+from lightning_superscale.zero.global_norm import counted_stats, norm_over_ranks, norms_of
 from lightning_superscale.zero.guard import StepGuard
 from lightning_superscale.zero.optimizer_state import MASTER_KEY, pack_state, unpack_state
 from lightning_superscale.zero.own_step import OwnStep
@@ -37,6 +35,7 @@ from lightning_superscale.zero.ranks import Ranks
 from lightning_superscale.zero.rules import reason_not_native
 from lightning_superscale.zero.states import UnitState, master_slice
 from lightning_superscale.zero.step_rule import StepRule
+from lightning_superscale.zero.tensor_axis import EqualGradients
 from lightning_superscale.zero.transport import Transport
 from lightning_superscale.zero.units import DeltaSink, GradientDelta, PublishEvent, ShardUnit
 
@@ -84,6 +83,7 @@ class OptimizerEngine:
         self._make_state = make_state
         self._error_if_nonfinite = error_if_nonfinite
         self._guard = StepGuard(optimizer)
+        self._equal_gradients = EqualGradients(ranks.mesh)
         self._own = OwnStep(optimizer, self._guard)
         self._rule: StepRule = self._own
         if self.reason_not_native is None:
@@ -187,6 +187,7 @@ class OptimizerEngine:
         try:
             self._settle()
             due = self._gather_due()
+            self._equal_gradients.check(due, [self._fqn_of[item.param] for item in due])
             collected = time.perf_counter()
             coefficient, clip_value = self._judge(due)
         except BaseException:
@@ -194,7 +195,8 @@ class OptimizerEngine:
             raise
         judged = time.perf_counter()
         published_before = self.seconds.publish
-        self._last_stats = self._rule.step(due, coefficient, clip_value, self._publish)
+        stats = self._rule.step(due, coefficient, clip_value, self._publish)
+        self._last_stats = counted_stats(self.ranks.mesh, due, stats)
         self.seconds.collect += collected - start
         self.seconds.norm += judged - collected
         self.seconds.update += time.perf_counter() - judged - (self.seconds.publish - published_before)
@@ -213,27 +215,12 @@ class OptimizerEngine:
         self._last_norm, self._last_stats = None, ()
         if not due or (max_norm is None and not self._error_if_nonfinite):
             return 1.0, clip_value
-        norms, self._last_norm = self._norms(due)
+        norms, self._last_norm = norms_of(self.ranks.mesh, due)
         if self._error_if_nonfinite and not bool(self._last_norm.isfinite()):
             self._raise_nonfinite(due, norms)
         if max_norm is None:
             return 1.0, clip_value
         return float(clip_coefficient(self._last_norm, max_norm)), clip_value
-
-    def _norms(self, due: Sequence[Due]) -> tuple[Tensor, Tensor]:
-        """The norm of each gradient, as far as this rank has it, and of all gradients on all ranks."""
-        grads = [item.grad for item in due]
-        if self.ranks.mesh.shard.size == 1:
-            norms = grad_norms(grads)
-            return norms, total_norm(norms)
-        sums = grad_sumsq(grads)
-        return sums.sqrt().float(), self._norm_over_ranks(float(sums.sum()))
-
-    def _norm_over_ranks(self, sumsq: float) -> Tensor:
-        """The 2-norm of all shards from this rank's sum of squares; fp32 scalar. Every rank calls it."""
-        mesh = self.ranks.mesh
-        total = control_sum(mesh, torch.tensor([sumsq], dtype=torch.float64), "the gradient norm") / mesh.replicate.size
-        return total[0].sqrt().float()
 
     def _raise_nonfinite(self, due: Sequence[Due], norms: Tensor) -> None:
         is_bad = (~norms.isfinite()).tolist()
@@ -348,9 +335,9 @@ class OptimizerEngine:
             return self._last_norm.detach().cpu()
         if self._last_stats:
             here = sum(s.sumsq for source in self._last_stats for s in source())
-            if self.ranks.mesh.shard.size == 1:
+            if self.ranks.mesh.num_shares == 1:
                 return torch.tensor(here**0.5)
-            self._last_norm = self._norm_over_ranks(here)
+            self._last_norm = norm_over_ranks(self.ranks.mesh, here)
             return self._last_norm
         raise SuperScaleError(
             "grad_norm() is known after an optimizer step of Adam or AdamW, or after one with clipping by norm; "

@@ -14,14 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_superscale.comm.collectives import local_grad
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.layout import ParamSpec, split_into_units
 from lightning_superscale.zero.bucket_unit import BucketUnit
 from lightning_superscale.zero.fsdp2_held import HeldWholes, show_rows
 from lightning_superscale.zero.fsdp2_sharding import ShardedModule
-from lightning_superscale.zero.fsdp2_unit import Fsdp2Unit, local_rows_of
+from lightning_superscale.zero.fsdp2_unit import Fsdp2Unit
 from lightning_superscale.zero.gather_order import OrderDeparted
 from lightning_superscale.zero.held import HeldGradients, edited_in_place
+from lightning_superscale.zero.placed import is_cut, local_rows_of
 from lightning_superscale.zero.ranks import Ranks
 from lightning_superscale.zero.reduction import GradientReducer
 from lightning_superscale.zero.units import DeltaSink, GradientDelta, PublishEvent, ShardUnit, check_dense
@@ -32,6 +34,18 @@ class _Upload(NamedTuple):
 
     event: PublishEvent
     stepped: Sequence[int]
+
+
+class _GroupKey(NamedTuple):
+    """Parameters that make one unit.
+
+    Attributes:
+        is_cut: ranks of the tensor axis hold different parts of them, so that their norms add up.
+    """
+
+    group: int
+    dtype: torch.dtype
+    is_cut: bool
 
 
 class Fsdp2Transport:
@@ -85,18 +99,18 @@ class Fsdp2Transport:
 
     def add_params(self, named_params: Sequence[tuple[str, nn.Parameter]]) -> list[Fsdp2Unit | BucketUnit]:
         """Make units: sharded ones per group, later groups first, as their gradients come; then buckets."""
-        by_group: dict[tuple[int, torch.dtype], list[tuple[str, nn.Parameter]]] = {}
+        by_group: dict[_GroupKey, list[tuple[str, nn.Parameter]]] = {}
         plain: dict[tuple[torch.dtype, torch.device], list[tuple[str, nn.Parameter]]] = {}
         for fqn, param in reversed(named_params):
             if self._sharded.holds(param):
-                key = (self._sharded.group_of(param).index, param.dtype)
+                key = _GroupKey(self._sharded.group_of(param).index, param.dtype, is_cut(param))
                 by_group.setdefault(key, []).append((fqn, param))
             else:
                 plain.setdefault((param.dtype, param.device), []).append((fqn, param))
         axis = self._ranks.mesh.shard
         added: list[Fsdp2Unit | BucketUnit] = []
         for key in self._in_backward_order(by_group):
-            added.append(self._add(Fsdp2Unit(len(self.units), key[0], by_group[key], axis.rank, axis.size)))
+            added.append(self._add(Fsdp2Unit(len(self.units), key.group, by_group[key], axis.rank, axis.size)))
         for (dtype, _device), members in plain.items():
             params = dict(members)
             specs = [ParamSpec(fqn, tuple(param.shape)) for fqn, param in members]
@@ -109,9 +123,9 @@ class Fsdp2Transport:
             self._listen(unit)
         return added
 
-    def _in_backward_order(self, keys: Iterable[tuple[int, torch.dtype]]) -> list[tuple[int, torch.dtype]]:
+    def _in_backward_order(self, keys: Iterable[_GroupKey]) -> list[_GroupKey]:
         """Inner groups from last to first; a top group's own parameters frame them, so they end last."""
-        return sorted(keys, key=lambda key: (self._sharded.groups[key[0]].has_inner, -key[0], str(key[1])))
+        return sorted(keys, key=lambda key: (self._sharded.groups[key.group].has_inner, -key.group, str(key)))
 
     def _add(self, unit: Fsdp2Unit | BucketUnit) -> Fsdp2Unit | BucketUnit:
         self.units.append(unit)
@@ -173,7 +187,7 @@ class Fsdp2Transport:
             raise AssertionError(f"no gradient to take from {unit.full.slices[i].fqn}")
         check_dense(unit.full.slices[i].fqn, grad)
         whole.grad = None
-        return grad.detach()
+        return local_grad(grad, whole)
 
     def _put(self, param: nn.Parameter, grad: Tensor) -> None:
         unit, i = self._place[param]

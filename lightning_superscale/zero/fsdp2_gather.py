@@ -8,32 +8,41 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_superscale.comm.collectives import AxisCollectives
-from lightning_superscale.comm.mesh import DataMesh, MeshAxis
+from lightning_superscale.comm.mesh import DATA_AXIS, DataMesh, MeshAxis
+from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.zero.gather_order import GatherOrder, OrderDeparted, Patience
 
 _FIRST_PAUSE_S = 20e-6
 _LONGEST_PAUSE_S = 1e-3
 
 
-def gather_axis(mesh: DataMesh) -> MeshAxis:
+def gather_axis(mesh: DataMesh, device: torch.device) -> tuple[MeshAxis, DeviceMesh]:
     """The shard axis with a process group of its own. Collective: every rank of the world calls it.
+
+    FSDP2 wants it as a DeviceMesh too: one of the mesh that tensor-parallel parameters lie on, where there is one.
 
     [Note: Two groups] Gathers follow each rank's forward and backward, reductions follow an order that ranks agree
     on. Where the two interleave depends on which parameters of a module a rank's batch used, so on one group they
     would meet the wrong partner.
     """
     axis = mesh.shard
+    if mesh.device_mesh is not None:
+        data = mesh.device_mesh[DATA_AXIS]
+        return MeshAxis("gather", axis.rank, axis.size, data.get_group()), data
     if axis.size == 1:
-        return MeshAxis("gather", axis.rank, 1)
+        raise SuperScaleError("ZeRO-3 needs at least two ranks on the shard axis; found one. Use zero=2 there.")
     own = None
     for replica in range(mesh.replicate.size):
         members = [replica * axis.size + member for member in range(axis.size)]
         group = dist.new_group(members)
         if mesh.world.rank in members:
             own = group
-    return MeshAxis("gather", axis.rank, axis.size, own)
+    if own is None:
+        raise AssertionError(f"rank {mesh.world.rank} is in no group of the shard axis")
+    return MeshAxis("gather", axis.rank, axis.size, own), DeviceMesh.from_group(own, device.type)
 
 
 class GroupGather:

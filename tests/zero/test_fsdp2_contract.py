@@ -180,7 +180,7 @@ def test_one_rank_is_refused():
 
 def _axes(rank: int, world_size: int) -> tuple[int, int]:
     mesh = build_mesh(2, timedelta(seconds=30))
-    axis = gather_axis(mesh)
+    axis, _ = gather_axis(mesh, torch.device("cpu"))
     assert axis.group is not mesh.shard.group
     return axis.rank, axis.size
 
