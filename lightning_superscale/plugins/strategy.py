@@ -117,6 +117,11 @@ class SuperScaleStrategyMixin(RunStateMixin, _Base):
         # One process needs no launcher, and without one notebooks work too.
         self._launcher = None
         check_tensor_size(self.zero_config.tensor_parallel, self._num_ranks)
+        if self.zero_config.tensor_parallel > 1 and self._start_method != "popen":
+            raise SuperScaleError(
+                f"start_method={self._start_method!r} brings the module back to the main process, which has no other "
+                "ranks to hold its tensor-parallel parts. Use start_method='popen', or torchrun."
+            )
         if self._num_ranks > 1:
             check_axes(self.zero_config, self._num_ranks)
             super()._configure_launcher()

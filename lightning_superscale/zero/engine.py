@@ -83,7 +83,7 @@ class OptimizerEngine:
         self._make_state = make_state
         self._error_if_nonfinite = error_if_nonfinite
         self._guard = StepGuard(optimizer)
-        self._equal_gradients = EqualGradients(ranks.mesh)
+        self._equal_gradients = EqualGradients(ranks.mesh, fqn_of)
         self._own = OwnStep(optimizer, self._guard)
         self._rule: StepRule = self._own
         if self.reason_not_native is None:
@@ -187,7 +187,7 @@ class OptimizerEngine:
         try:
             self._settle()
             due = self._gather_due()
-            self._equal_gradients.check(due, [self._fqn_of[item.param] for item in due])
+            self._equal_gradients.check(due)
             collected = time.perf_counter()
             coefficient, clip_value = self._judge(due)
         except BaseException:

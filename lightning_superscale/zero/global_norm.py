@@ -33,14 +33,15 @@ def norm_over_ranks(mesh: DataMesh, sumsq: float) -> Tensor:
 
 
 def counted_stats(mesh: DataMesh, due: Sequence[Due], stats: Sequence[StatsSource]) -> list[StatsSource]:
-    """Statistics of the units whose gradients count on this rank.
+    """Statistics of every unit's gradients, empty for those that do not count on this rank.
 
     Args:
         stats: of every unit of `due`, in the order of `by_unit`; or none at all.
     """
     if mesh.tensor.rank == 0:
         return list(stats)
-    return [s for s, items in zip(stats, by_unit(due).values(), strict=False) if _counts(mesh, items[0].param)]
+    units = by_unit(due).values()
+    return [s if _counts(mesh, items[0].param) else tuple for s, items in zip(stats, units, strict=False)]
 
 
 def _counts(mesh: DataMesh, param: nn.Parameter) -> bool:

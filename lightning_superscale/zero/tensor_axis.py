@@ -10,7 +10,7 @@ The plan's own styles (SequenceParallel) place such a parameter as Replicate, an
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -78,17 +78,19 @@ def check_all_sharded(root: nn.Module, taken: Collection[nn.Parameter], left_out
 
 
 class EqualGradients:
-    """Compares the gradients of what the plan left whole over the tensor axis, once per parameter."""
+    """Compares the gradients of what the plan left whole over the tensor axis, once per parameter.
 
-    def __init__(self, mesh: DataMesh) -> None:
+    Args:
+        fqn_of: names of the module's parameters.
+    """
+
+    def __init__(self, mesh: DataMesh, fqn_of: Mapping[nn.Parameter, str]) -> None:
         self._mesh = mesh
+        self._fqn_of = fqn_of
         self._seen: set[nn.Parameter] = set()
 
-    def check(self, due: Sequence[Due], fqns: Sequence[str]) -> None:
-        """Every rank calls it, with the same parameters.
-
-        Args:
-            fqns: names of the parameters that are due.
+    def check(self, due: Sequence[Due]) -> None:
+        """Every rank calls it at each step, with the same parameters.
 
         Raises:
             SuperScaleError: on every rank; names the parameter and both 2-norms.
@@ -105,9 +107,10 @@ class EqualGradients:
         self._seen.update(due[i].param for i, seen in zip(new, (low > 0).all(dim=0).tolist(), strict=True) if seen)
         for column in ((high - low) > _ROUNDOFF * high).any(dim=0).nonzero().flatten().tolist():
             row = int((high - low)[:, column].argmax())
+            fqn = self._fqn_of[due[new[column]].param]
             norms = ", ".join(f"{float(value) ** 0.5:.6g}" for value in by_data[row, :, column])
             raise SuperScaleError(
-                f"ranks of the tensor axis computed different gradients of {fqns[new[column]]!r}, which the plan left "
+                f"ranks of the tensor axis computed different gradients of {fqn!r}, which the plan left "
                 f"whole: 2-norms {norms}. Either their batches or random numbers differ (give samplers of your own the "
                 "data-parallel rank, and call seed_everything), or the parameter acts on activations that are cut: "
                 "give it SequenceParallel() or another style in the plan. No weight was changed in this step."
