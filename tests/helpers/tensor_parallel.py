@@ -14,7 +14,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 WIDTH, HIDDEN, HEADS, VOCABULARY, LENGTH = 12, 26, 2, 20, 6
 ADAMW = {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.9, 0.95)}
@@ -117,6 +117,11 @@ def token_loader(batch_size: int, num: int = 16) -> DataLoader:
     return DataLoader(tokens(num), batch_size=batch_size)
 
 
+def dealt_loader(batch_size: int) -> DataLoader:
+    """For one device: the same batches as ranks get together, since Lightning shuffles what it distributes."""
+    return DataLoader(tokens(), batch_size=batch_size, sampler=DistributedSampler(tokens(), 1, 0, shuffle=True))
+
+
 def loss_of(net: nn.Module, batch: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(net(batch[:, :-1]).float().flatten(0, 1), batch[:, 1:].flatten())
 
@@ -136,7 +141,6 @@ class LanguageModel(L.LightningModule):
         self.kind, self.optimizer = kind, optimizer
         self.is_parallel = False
         self.losses: list[float] = []
-        self.norms: list[float] = []
 
     def configure_model(self):
         if self.kind is not None and not self.is_parallel:
@@ -145,13 +149,52 @@ class LanguageModel(L.LightningModule):
 
     def training_step(self, batch, batch_idx):
         loss = loss_of(self.net, batch[0])
-        self.losses.append(float(loss))
+        self.losses.append(float(loss.detach()))
         return loss
 
     def validation_step(self, batch, batch_idx):
         self.log("val_loss", loss_of(self.net, batch[0]))
 
     def configure_optimizers(self):
-        if self.optimizer == "SGD":
-            return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
-        return torch.optim.AdamW(self.parameters(), **ADAMW)
+        return optimizer_of(self.net, self.optimizer)
+
+
+def optimizer_of(net: nn.Module, name: str = "AdamW") -> torch.optim.Optimizer:
+    if name == "SGD":
+        return torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    return torch.optim.AdamW(net.parameters(), **ADAMW)
+
+
+def rank_batches(epoch: int, num_data: int, batch_size: int) -> list[list[torch.Tensor]]:
+    """By step, the batch of every data-parallel rank, as the sampler that Lightning puts in deals them."""
+    data = tokens()
+    dealt = []
+    for rank in range(num_data):
+        sampler = DistributedSampler(data, num_data, rank, shuffle=True)
+        sampler.set_epoch(epoch)
+        dealt.append(list(sampler))
+    steps = range(0, len(dealt[0]), batch_size)
+    return [[data.tensors[0][mine[start : start + batch_size]] for mine in dealt] for start in steps]
+
+
+def train_plain(num_data: int, batch_size: int, *, optimizer: str = "AdamW", max_norm: float | None = None,
+                dtype: torch.dtype = torch.float32, trained: str = ""):  # fmt: skip
+    """The same training in one process on the global batches: (network, mean losses, gradient norms).
+
+    Args:
+        trained: what names of parameters that are not frozen contain.
+    """
+    net = LanguageModel(None).net.to(dtype)
+    for name, param in net.named_parameters():
+        param.requires_grad_(trained in name)
+    own = optimizer_of(net, optimizer)
+    losses, norms = [], []
+    for epoch in range(2):
+        for batches in rank_batches(epoch, num_data, batch_size):
+            loss = sum(F.cross_entropy(net(b[:, :-1]).flatten(0, 1), b[:, 1:].flatten()) for b in batches) / num_data
+            loss.backward()
+            losses.append(float(loss.detach()))
+            norms.append(float(nn.utils.clip_grad_norm_(net.parameters(), max_norm or float("inf"))))
+            own.step()
+            own.zero_grad()
+    return net, losses, norms
