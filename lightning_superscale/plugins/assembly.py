@@ -34,11 +34,13 @@ from lightning_superscale.zero.gates import PublishGates, is_compiled
 from lightning_superscale.zero.grouping import Grouping
 from lightning_superscale.zero.guard import StepGuard
 from lightning_superscale.zero.native_step import BoundStep, NativeStep
+from lightning_superscale.zero.placed import tensor_numel
 from lightning_superscale.zero.ranks import Ranks, ranks_of
 from lightning_superscale.zero.replicas import BufferSync, broadcast_from_first
 from lightning_superscale.zero.split_step import SplitStep
 from lightning_superscale.zero.states import ResidentState, UnitState
 from lightning_superscale.zero.step_rule import StepRule
+from lightning_superscale.zero.tensor_axis import check_placements
 from lightning_superscale.zero.transport import Transport
 from lightning_superscale.zero.units import DeltaSink, ShardUnit
 
@@ -119,6 +121,7 @@ class Assembly:
             device=str(settings.device),
             world_size=self.mesh.world.size,
             shard_size=self.mesh.shard.size,
+            tensor_size=self.mesh.tensor.size,
             zero_stage=settings.zero.stage,
             engine="resident" if settings.offload is None else settings.offload.engine,
             precision=settings.precision,
@@ -239,6 +242,7 @@ def _check_on_all_ranks(module: nn.Module, optimizers: Sequence[Optimizer], sett
     error: SuperScaleError | None = None
     try:
         check_parameters(module, optimizers, fqn_of)
+        check_placements(module, mesh)
         check_optimizers_over_ranks(optimizers, zero, mesh.world.size)
         if offload is not None:
             check_host_memory(_host_bytes_needed(optimizers, settings))
@@ -287,9 +291,9 @@ def _state_maker(link: Link | None, settings: RunSettings, pool: Pool) -> MakeSt
 def _host_bytes_needed(optimizers: Sequence[Optimizer], settings: RunSettings) -> int:
     """Host bytes of this rank's states, but for padding; what may go to the device later counts as here."""
     whole = sum(
-        deferred_host_bytes(param.numel(), param.dtype)
+        deferred_host_bytes(tensor_numel(param), param.dtype)
         if settings.defers
-        else host_bytes(param.numel(), param.dtype, has_moments=True)
+        else host_bytes(tensor_numel(param), param.dtype, has_moments=True)
         for optimizer in optimizers
         for group in optimizer.param_groups
         for param in group["params"]

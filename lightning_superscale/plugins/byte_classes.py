@@ -12,6 +12,7 @@ from torch import nn
 from lightning_superscale.config import ZeroConfig
 from lightning_superscale.plan import ByteClass
 from lightning_superscale.zero.engine import OptimizerEngine
+from lightning_superscale.zero.placed import tensor_numel
 from lightning_superscale.zero.states import UnitState
 from lightning_superscale.zero.units import ShardUnit
 
@@ -22,7 +23,7 @@ class _Row:
 
     Attributes:
         device_bytes, host_bytes: of the tensors, padding included.
-        numel: elements of the whole parameters or buffers in it.
+        numel: elements of the whole parameters or buffers in it; of those that a plan cut, this rank's part.
         num_shares: ranks that share them.
     """
 
@@ -84,12 +85,12 @@ def byte_classes(
     in_units = {param for unit, _ in pairs for param in unit.params}
     frozen = [("frozen weights", param) for param in module.parameters() if param not in in_units]
     for name, tensor in frozen + [("buffers", buffer) for buffer in module.buffers()]:
-        rows.add(name, tensor.dtype, tensor.numel(), tensor.numel())
+        rows.add(name, tensor.dtype, tensor_numel(tensor), tensor_numel(tensor))
     return rows.done()
 
 
 def _add_unit(rows: _Rows, unit: ShardUnit, state: UnitState, zero: ZeroConfig, shard_size: int) -> None:
-    numel, share = sum(param.numel() for param in unit.params), unit.shard.shard_numel
+    numel, share = sum(map(tensor_numel, unit.params)), unit.shard.shard_numel
     weight_shares = 1 if unit.has_whole_weights else shard_size
     rows.add("weights", unit.dtype, numel, unit.weight_numel, num_shares=weight_shares)
     if zero.reduces_once:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
@@ -127,7 +128,8 @@ def facts_of_run(
         facts[f"optimizer {number}"] = f"{type(optimizer).__name__}({_group_facts(optimizer)})"
     for fqn, param in module.named_parameters():
         state = "trainable" if param.requires_grad else "frozen"
-        facts[f"parameter {fqn!r}"] = f"{tuple(param.shape)} {param.dtype} {state}"
+        placed = f" {param.placements}" if isinstance(param, DTensor) else ""
+        facts[f"parameter {fqn!r}"] = f"{tuple(param.shape)} {param.dtype} {state}{placed}"
     for fqn, buffer in module.named_buffers():
         facts[f"buffer {fqn!r}"] = f"{tuple(buffer.shape)} {buffer.dtype}"
     return facts

@@ -11,6 +11,8 @@ from torch.optim import Optimizer
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.plan import ParallelPlan
 from lightning_superscale.plugins.assembly import Assembly
+from lightning_superscale.plugins.rank_environment import RankEnvironment
+from lightning_superscale.zero.placed import placed_state, whole_state
 from lightning_superscale.zero.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -25,10 +27,12 @@ class RunStateMixin(_Base):
     Attributes:
         _assembly: the running parts, between setup and teardown of `fit()`.
         _finished: those of the run before, while their sharded states can still be saved.
+        _environment: the other ranks.
     """
 
     _assembly: Assembly | None
     _finished: Assembly | None
+    _environment: RankEnvironment
 
     def _wait_for_weights(self) -> None:
         if self._assembly is not None:
@@ -86,13 +90,17 @@ class RunStateMixin(_Base):
         sharded = None if self._assembly is None else self._assembly.sharded
         if self._assembly is not None and sharded is not None:
             return sharded.state_dict(self._assembly.ranks)
-        return super().lightning_module_state_dict()
+        return whole_state(self._environment.mesh, super().lightning_module_state_dict())
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         self._wait_for_weights()
         sharded = None if self._assembly is None else self._assembly.sharded
         if sharded is None:
-            super().load_model_state_dict(checkpoint, strict=strict)
+            module = self.lightning_module
+            if module is None:
+                raise AssertionError("Lightning loads weights into a module")
+            placed = {**checkpoint, "state_dict": placed_state(module, checkpoint["state_dict"])}
+            super().load_model_state_dict(placed, strict=strict)
         else:
             sharded.load_state_dict(checkpoint["state_dict"], strict=strict)
         if self._assembly is not None:

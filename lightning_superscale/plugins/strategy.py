@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_superscale.comm.mesh import check_shard_size
+from lightning_superscale.comm.mesh import check_tensor_size
 from lightning_superscale.config import OffloadConfig, ZeroConfig, resolve_offload, resolve_zero
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.plugins.assembly import Assembly, assemble
 from lightning_superscale.plugins.checks import refuse_averaging
 from lightning_superscale.plugins.precision import SuperScalePrecisionMixin, check_precision
-from lightning_superscale.plugins.rank_environment import RankEnvironment
+from lightning_superscale.plugins.rank_environment import RankEnvironment, check_axes
 from lightning_superscale.plugins.reasons import device_share
 from lightning_superscale.plugins.run_settings import RunSettings
 from lightning_superscale.plugins.run_state import RunStateMixin
@@ -121,8 +121,14 @@ class SuperScaleStrategyMixin(RunStateMixin, _Base):
     def _configure_launcher(self) -> None:
         # One process needs no launcher, and without one notebooks work too.
         self._launcher = None
+        check_tensor_size(self.zero_config.tensor_parallel, self._num_ranks)
+        if self.zero_config.tensor_parallel > 1 and self._start_method != "popen":
+            raise SuperScaleError(
+                f"start_method={self._start_method!r} brings the module back to the main process, which has no other "
+                "ranks to hold its tensor-parallel parts. Use start_method='popen', or torchrun."
+            )
         if self._num_ranks > 1:
-            check_shard_size(self.zero_config.shard_size_of(self._num_ranks), self._num_ranks)
+            check_axes(self.zero_config, self._num_ranks)
             super()._configure_launcher()
 
     def setup_environment(self) -> None:
@@ -131,7 +137,11 @@ class SuperScaleStrategyMixin(RunStateMixin, _Base):
         if self._num_ranks > 1:
             super().setup_environment()
             host = self.cluster_environment.main_address
-            self._environment.open(self.zero_config, host, self.broadcast, self._timeout or DEFAULT_TIMEOUT)
+            timeout = self._timeout or DEFAULT_TIMEOUT
+            self._environment.open(self.zero_config, host, self.broadcast, timeout, self.root_device.type)
+            if self.lightning_module is not None and self._environment.mesh.device_mesh is not None:
+                # Lightning's own place for what configure_model() reads as self.device_mesh.
+                self.lightning_module._device_mesh = self._environment.mesh.device_mesh
             return
         self.accelerator.setup_device(self.root_device)
         self.set_world_ranks()
@@ -139,6 +149,12 @@ class SuperScaleStrategyMixin(RunStateMixin, _Base):
         module = self.lightning_module
         if module is not None and module._trainer is not None:
             module.trainer._accelerator_connector.use_distributed_sampler = False
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Ranks of one tensor axis get the same batches."""
+        size = self.zero_config.tensor_parallel
+        return {"num_replicas": self._num_ranks // size, "rank": self.global_rank // size}
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
         return decision if self._num_ranks == 1 else super().reduce_boolean_decision(decision, all)
@@ -310,5 +326,5 @@ class SuperScaleStrategyMixin(RunStateMixin, _Base):
             self._recorder = None
         if self._assembly is not None:
             self._assembly.close()
-            self._finished = self._assembly if self._assembly.mesh.shard.size > 1 else None
+            self._finished = self._assembly if self._assembly.mesh.num_shares > 1 else None
             self._assembly = None

@@ -29,6 +29,7 @@ from lightning_superscale.zero.ranks import Ranks
 from lightning_superscale.zero.rules import reason_not_native
 from lightning_superscale.zero.states import UnitState, master_slice
 from lightning_superscale.zero.step_rule import StepRule
+from lightning_superscale.zero.tensor_axis import EqualGradients
 from lightning_superscale.zero.transport import Transport
 from lightning_superscale.zero.units import DeltaSink, GradientDelta, PublishEvent, ShardUnit
 
@@ -85,6 +86,7 @@ class OptimizerEngine:
         self._make_native = make_native
         self._judge = Judge(ranks, fqn_of, error_if_nonfinite=error_if_nonfinite)
         self._guard = StepGuard(optimizer)
+        self._equal_gradients = EqualGradients(ranks.mesh, fqn_of)
         self._timeline = timeline
         self._own = OwnStep(optimizer, self._guard, timeline)
         self._rule: StepRule = self._own
@@ -209,12 +211,13 @@ class OptimizerEngine:
         try:
             self.settle()
             due = self._gather_due()
+            self._equal_gradients.check(due)
             collected = time.perf_counter()
             with self._timeline.device("verdict", "norm and clip coefficient"):
                 verdict = self._judge.judge(due)
             judged = time.perf_counter()
             published_before = self.seconds.publish
-            self._judge.note(self._rule.step(due, verdict.grad_scale, verdict.clip_value, self._publish))
+            self._judge.note(due, self._rule.step(due, verdict.grad_scale, verdict.clip_value, self._publish))
         except BaseException:
             self.discard_gradients()
             raise

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_superscale.comm.collectives import control_sum, gather_objects
+from lightning_superscale.comm.collectives import gather_objects
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.ops.update import StatsSource
 from lightning_superscale.zero.clip import (
@@ -16,12 +16,10 @@ from lightning_superscale.zero.clip import (
     ClipByValue,
     ClipRequest,
     clip_coefficient,
-    grad_norms,
-    grad_sumsq,
     joined,
-    total_norm,
 )
 from lightning_superscale.zero.due import Due
+from lightning_superscale.zero.global_norm import counted_stats, norm_over_ranks, norms_of
 from lightning_superscale.zero.ranks import Ranks
 
 
@@ -77,27 +75,12 @@ class Judge:
         self._last_norm, self._last_stats = None, ()
         if not due or (max_norm is None and not self._error_if_nonfinite):
             return Verdict(1.0, clip_value)
-        norms, self._last_norm = self._norms(due)
+        norms, self._last_norm = norms_of(self._ranks.mesh, due)
         if self._error_if_nonfinite and not bool(self._last_norm.isfinite()):
             self._raise_nonfinite(due, norms)
         if max_norm is None:
             return Verdict(1.0, clip_value)
         return Verdict(float(clip_coefficient(self._last_norm, max_norm)), clip_value)
-
-    def _norms(self, due: Sequence[Due]) -> tuple[Tensor, Tensor]:
-        """The norm of each gradient, as far as this rank has it, and of all gradients on all ranks."""
-        grads = [item.grad for item in due]
-        if self._ranks.mesh.shard.size == 1:
-            norms = grad_norms(grads)
-            return norms, total_norm(norms)
-        sums = grad_sumsq(grads)
-        return sums.sqrt().float(), self._norm_over_ranks(float(sums.sum()))
-
-    def _norm_over_ranks(self, sumsq: float) -> Tensor:
-        """The 2-norm of all shards from this rank's sum of squares; fp32 scalar. Every rank calls it."""
-        mesh = self._ranks.mesh
-        total = control_sum(mesh, torch.tensor([sumsq], dtype=torch.float64), "the gradient norm") / mesh.replicate.size
-        return total[0].sqrt().float()
 
     def _raise_nonfinite(self, due: Sequence[Due], norms: Tensor) -> None:
         is_bad = (~norms.isfinite()).tolist()
@@ -111,9 +94,9 @@ class Judge:
             "Look for a NaN loss or an overflow; pass error_if_nonfinite=False to train on regardless."
         )
 
-    def note(self, stats: Sequence[StatsSource]) -> None:
+    def note(self, due: Sequence[Due], stats: Sequence[StatsSource]) -> None:
         """Know what the step's own kernels counted, for `grad_norm` of a step that needed no norm."""
-        self._last_stats = stats
+        self._last_stats = counted_stats(self._ranks.mesh, due, stats)
 
     def grad_norm(self) -> Tensor:
         """Global 2-norm of the gradients of the last step, before clipping; fp32 scalar on the CPU.
@@ -127,9 +110,9 @@ class Judge:
             return self._last_norm.detach().cpu()
         if self._last_stats:
             here = sum(s.sumsq for source in self._last_stats for s in source())
-            if self._ranks.mesh.shard.size == 1:
+            if self._ranks.mesh.num_shares == 1:
                 return torch.tensor(here**0.5)
-            self._last_norm = self._norm_over_ranks(here)
+            self._last_norm = norm_over_ranks(self._ranks.mesh, here)
             return self._last_norm
         raise SuperScaleError(
             "grad_norm() is known after an optimizer step of Adam or AdamW, or after one with clipping by norm; "
