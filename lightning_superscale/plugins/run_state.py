@@ -12,6 +12,7 @@ from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.plan import ParallelPlan
 from lightning_superscale.plugins.assembly import Assembly
 from lightning_superscale.plugins.rank_environment import RankEnvironment
+from lightning_superscale.zero.initial_weights import is_on_meta
 from lightning_superscale.zero.placed import placed_state, whole_state
 from lightning_superscale.zero.ranks import Ranks
 
@@ -27,11 +28,13 @@ class RunStateMixin(_Base):
     Attributes:
         _assembly: the running parts, between setup and teardown of `fit()`.
         _finished: those of the run before, while their sharded states can still be saved.
+        _was_on_meta: whether any part of the module was on the meta device when `setup` began.
         _environment: the other ranks.
     """
 
     _assembly: Assembly | None
     _finished: Assembly | None
+    _was_on_meta: bool
     _environment: RankEnvironment
 
     def _wait_for_weights(self) -> None:
@@ -84,6 +87,11 @@ class RunStateMixin(_Base):
         return self._assembly.ranks
 
     # State
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        """Whether Lightning restores weights after `setup`: what is on the meta device has no memory before."""
+        return self._was_on_meta or is_on_meta(self.lightning_module)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         self._wait_for_weights()

@@ -26,7 +26,7 @@ from lightning_superscale.plugins.step_recorder import StepRecorder
 from lightning_superscale.plugins.timing import PhaseSeconds
 from lightning_superscale.plugins.visibility import why_gradients_are_held, why_weights_are_awaited
 from lightning_superscale.timeline import Lane
-from lightning_superscale.zero.initial_weights import materialise_all
+from lightning_superscale.zero.initial_weights import is_on_meta, materialise_all
 from lightning_superscale.zero.replicas import broadcast_from_first
 
 if TYPE_CHECKING:
@@ -78,6 +78,7 @@ class SuperScaleStrategyMixin(RunStateMixin, _Base):
         self._finished: Assembly | None = None
         self._environment = RankEnvironment()
         self._awaits_weights = True
+        self._was_on_meta = False
         self._is_blocked = False
         self.phase_seconds = PhaseSeconds()
         self._recorder: StepRecorder | None = None
@@ -168,6 +169,7 @@ class SuperScaleStrategyMixin(RunStateMixin, _Base):
         self._finished = None
         self.accelerator.setup(trainer)
         model: nn.Module = self.lightning_module
+        self._was_on_meta = is_on_meta(model)
         if trainer.state.fn == "fit" and self._layer_sync:
             model = self._layer_sync.apply(model)
         self.model = self.precision_plugin.convert_module(model)

@@ -74,13 +74,18 @@ def _bound(init_weights: Callable[[nn.Module], object], module: nn.Module) -> Ca
     return lambda: init_weights(module)
 
 
+def is_on_meta(root: nn.Module | None) -> bool:
+    """Whether any parameter or buffer is on the meta device."""
+    return root is not None and any(tensor.is_meta for tensor in (*root.parameters(), *root.buffers()))
+
+
 def materialise_all(root: nn.Module, device: torch.device) -> None:
     """Give a model that is on the meta device, in part or whole, its initial weights on `device`.
 
     Raises:
         SuperScaleError: modules that can't initialise themselves, before anything is changed.
     """
-    if any(tensor.is_meta for tensor in (*root.parameters(), *root.buffers())):
+    if is_on_meta(root):
         check_materialisable(root)
         places = places_of(root)
         cut_again(materialise(root, root.modules(), places, device), places)
