@@ -20,6 +20,9 @@ _ELEMENTWISE = frozenset(
 )
 
 
+_TRAINED = (torch.float32, torch.bfloat16, torch.float16)
+
+
 def check_parameters(module: nn.Module, optimizers: Sequence[Optimizer], fqn_of: Mapping[nn.Parameter, str]) -> None:
     """Refuse what can't be trained.
 
@@ -68,10 +71,10 @@ def _owners(name: str, optimizers: Sequence[Optimizer], fqn_of: Mapping[nn.Param
                         "parameter to one optimizer: two would each keep a master of it."
                     )
                 owner[param] = number
-                if param.requires_grad and param.dtype not in (torch.float32, torch.bfloat16):
+                if param.requires_grad and param.dtype not in _TRAINED:
                     raise SuperScaleError(
-                        f"trainable parameter {fqn_of[param]!r} is {param.dtype}; expected torch.float32 or "
-                        "torch.bfloat16. Convert it, or freeze it."
+                        f"trainable parameter {fqn_of[param]!r} is {param.dtype}; expected torch.float32, "
+                        "torch.bfloat16 or torch.float16. Convert it, or freeze it."
                     )
     return owner
 

@@ -17,7 +17,7 @@ from lightning_superscale.config import OffloadConfig, ZeroConfig, resolve_offlo
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.plugins.assembly import Assembly, assemble
 from lightning_superscale.plugins.checks import refuse_averaging
-from lightning_superscale.plugins.precision import SuperScalePrecisionMixin, check_precision
+from lightning_superscale.plugins.precision import PRECISIONS, SuperScalePrecisionMixin, check_precision
 from lightning_superscale.plugins.rank_environment import RankEnvironment, check_axes
 from lightning_superscale.plugins.reasons import device_share
 from lightning_superscale.plugins.run_settings import RunSettings
@@ -107,11 +107,11 @@ class SuperScaleStrategyMixin(RunStateMixin, _Base):
         if type(plugin).__name__ not in ("Precision", "HalfPrecision", "MixedPrecision", "DoublePrecision"):
             raise SuperScaleError(
                 f"{type(self).__name__} can't work with the precision plugin {type(plugin).__name__}; "
-                f"pass precision='32-true', 'bf16-mixed' or 'bf16-true', or {self.precision_class.__name__}."
+                f"pass one of {', '.join(map(repr, PRECISIONS))}, or {self.precision_class.__name__}."
             )
         precision = str(plugin.precision)
         check_precision(precision)
-        self._precision_plugin = self.precision_class(precision)  # type: ignore[arg-type]
+        self._precision_plugin = self.precision_class(precision, getattr(plugin, "scaler", None))  # type: ignore[arg-type]
 
     # Environment
 

@@ -27,12 +27,14 @@ class Verdict(NamedTuple):
     """What a step does to its gradients.
 
     Attributes:
-        grad_scale: they are multiplied by it: the clip coefficient.
+        grad_scale: they are multiplied by it: the clip coefficient over the loss scale.
         clip_value: then limited to [-clip_value, clip_value]; None for no limit.
+        has_overflowed: a gradient of a scaled loss is NaN or infinite somewhere: the step is dropped.
     """
 
     grad_scale: float
     clip_value: float | None
+    has_overflowed: bool = False
 
 
 class Judge:
@@ -63,8 +65,11 @@ class Judge:
         """Forget the requests of an interrupted step."""
         self._clips.clear()
 
-    def judge(self, due: Sequence[Due]) -> Verdict:
+    def judge(self, due: Sequence[Due], loss_scale: float | None) -> Verdict:
         """Every rank calls it.
+
+        Args:
+            loss_scale: what the loss of these gradients was multiplied by; None without a scaler.
 
         Raises:
             SuperScaleError: a NaN or infinite gradient with error_if_nonfinite, on every rank; names the parameters.
@@ -73,14 +78,21 @@ class Judge:
         max_norm = next((c.max_norm for c in clips if isinstance(c, ClipByNorm)), None)
         clip_value = next((c.clip_value for c in clips if isinstance(c, ClipByValue)), None)
         self._last_norm, self._last_stats = None, ()
-        if not due or (max_norm is None and not self._error_if_nonfinite):
-            return Verdict(1.0, clip_value)
+        unscale = 1.0 if loss_scale is None else 1.0 / loss_scale
+        if not due or (max_norm is None and not self._error_if_nonfinite and loss_scale is None):
+            return Verdict(unscale, clip_value)
         norms, self._last_norm = norms_of(self._ranks.mesh, due)
-        if self._error_if_nonfinite and not bool(self._last_norm.isfinite()):
-            self._raise_nonfinite(due, norms)
+        if loss_scale is not None:
+            self._last_norm = self._last_norm * unscale
+        if not bool(self._last_norm.isfinite()):
+            # An overflow is the scaler's business, as long as it can do something about it.
+            if self._error_if_nonfinite and (loss_scale is None or loss_scale <= 1):
+                self._raise_nonfinite(due, norms)
+            if loss_scale is not None:
+                return Verdict(unscale, clip_value, has_overflowed=True)
         if max_norm is None:
-            return Verdict(1.0, clip_value)
-        return Verdict(float(clip_coefficient(self._last_norm, max_norm)), clip_value)
+            return Verdict(unscale, clip_value)
+        return Verdict(float(clip_coefficient(self._last_norm, max_norm)) * unscale, clip_value)
 
     def _raise_nonfinite(self, due: Sequence[Due], norms: Tensor) -> None:
         is_bad = (~norms.isfinite()).tolist()

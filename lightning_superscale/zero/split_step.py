@@ -33,6 +33,10 @@ class SplitStep(BoundStep):
     def attach(self, unit: ShardUnit, state: UnitState) -> None:
         self._of(state).attach(unit, state)
 
+    def expect(self, grad_scale: float) -> None:
+        self._host.expect(grad_scale)
+        self._device.expect(grad_scale)
+
     def receive(self, delta: GradientDelta, state: UnitState) -> None:
         self._of(state).receive(delta, state)
 
