@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -32,6 +32,18 @@ class _Gather(NamedTuple):
     packed: Sequence[int]
 
 
+class Streaming(NamedTuple):
+    """Weights that come from the host when a block of modules needs them.
+
+    Attributes:
+        block_of: the block that owns a parameter, by number. Units never span blocks.
+        device: where they come to.
+    """
+
+    block_of: Mapping[nn.Parameter, int]
+    device: torch.device
+
+
 class BucketTransport:
     """Carries the gradients of one optimizer's parameters to a sink, and new weights back.
 
@@ -46,6 +58,7 @@ class BucketTransport:
         label: names the optimizer in errors.
         no_sync: micro-batches before the last of a step accumulate in `param.grad`, so that ranks talk once
             per step; False reduces each, so that no rank holds whole gradients between them.
+        streaming: parameters that are on the device only while they are used; None for none.
     """
 
     def __init__(
@@ -57,7 +70,9 @@ class BucketTransport:
         ranks: Ranks,
         label: str = "optimizer",
         no_sync: bool = True,
+        streaming: Streaming | None = None,
     ) -> None:
+        self._streaming = streaming
         self._unit_bytes = unit_bytes
         self._sink = sink
         self._ranks = ranks
@@ -83,17 +98,16 @@ class BucketTransport:
 
     def add_params(self, named_params: Sequence[tuple[str, nn.Parameter]]) -> list[BucketUnit]:
         """Move parameters into new units, last registered first: about the order of their gradients."""
-        by_kind: dict[tuple[torch.dtype, torch.device], list[tuple[str, nn.Parameter]]] = {}
-        for fqn, param in reversed(named_params):
-            by_kind.setdefault((param.dtype, param.device), []).append((fqn, param))
-        axis = self._ranks.mesh.shard
+        axis, streaming = self._ranks.mesh.shard, self._streaming
         added = []
-        for (dtype, _), group in by_kind.items():
+        for (_, block, dtype, _), group in self._kinds(named_params).items():
+            streams_to = None if streaming is None or block is None else streaming.device
             params = dict(group)
             specs = [ParamSpec(fqn, tuple(param.shape)) for fqn, param in group]
             for members in split_into_units(specs, max(1, self._unit_bytes // dtype.itemsize)):
                 named = [(spec.fqn, params[spec.fqn]) for spec in members]
-                unit = BucketUnit(len(self.units), named, axis.rank, axis.size, self._ranks.mesh.memory)
+                memory = self._ranks.mesh.memory
+                unit = BucketUnit(len(self.units), named, axis.rank, axis.size, memory, streams_to=streams_to)
                 self.units.append(unit)
                 self._reducer.add_unit(unit)
                 added.append(unit)
@@ -102,6 +116,18 @@ class BucketTransport:
                     if self._is_streamed:
                         self._hooks.append(self._hooked(param))
         return added
+
+    def _kinds(
+        self, named_params: Sequence[tuple[str, nn.Parameter]]
+    ) -> dict[tuple[int, int | None, torch.dtype, torch.device], list[tuple[str, nn.Parameter]]]:
+        """Parameters that may share a unit, last registered first; what surrounds a block shares none across it."""
+        kinds: dict[tuple[int, int | None, torch.dtype, torch.device], list[tuple[str, nn.Parameter]]] = {}
+        run, last = 0, None
+        for fqn, param in reversed(named_params):
+            block = None if self._streaming is None else self._streaming.block_of.get(param)
+            run, last = run + (block != last), block
+            kinds.setdefault((run, block, param.dtype, param.device), []).append((fqn, param))
+        return kinds
 
     def place_of(self, param: nn.Parameter) -> tuple[BucketUnit, int] | None:
         """The unit of a parameter and its index there, or None when no unit holds it."""
@@ -244,6 +270,11 @@ class BucketTransport:
         else:
             bucket.pack_rows(stepped)
             self._gathers[bucket.index] = _Gather(self._ranks.shard.all_gather(bucket.gathered()), stepped)
+
+    def is_published(self, unit: ShardUnit) -> bool:
+        """Whether waiting for a whole unit's new weights would return at once."""
+        upload = self._uploads.get(unit.index)
+        return upload is None or upload.is_ready()
 
     def wait_published(self, units: Iterable[ShardUnit]) -> None:
         """Return when whatever runs next sees the new weights of these units."""

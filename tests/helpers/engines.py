@@ -9,9 +9,10 @@ from lightning_superscale.offload.cpu_step import HostState
 from lightning_superscale.offload.deferred import DeferredState
 from lightning_superscale.offload.host_memory import HostArena
 from lightning_superscale.offload.link import CpuLink
+from lightning_superscale.offload.weight_flow import WeightFlow
 from lightning_superscale.ops.pool import Pool
 from lightning_superscale.ops.update import update_path
-from lightning_superscale.zero.buckets import BucketTransport
+from lightning_superscale.zero.buckets import BucketTransport, Streaming
 from lightning_superscale.zero.deferred_step import DeferredStep
 from lightning_superscale.zero.engine import OptimizerEngine
 from lightning_superscale.zero.native_step import NativeStep
@@ -32,6 +33,7 @@ def build_engine(
     error_if_nonfinite: bool = False,
     ranks: Ranks | None = None,
     no_sync: bool = True,
+    flow: WeightFlow | None = None,
 ) -> OptimizerEngine:
     link = link or CpuLink()
     arena = HostArena()
@@ -43,18 +45,28 @@ def build_engine(
         return NativeStep(own, guard, update_path(torch.device("cpu"), num_threads).submit)
 
     def make_state(unit, has_moments):
-        if is_deferred and has_moments:
-            return DeferredState(unit, link, arena, is_pinned=True, pool=pool)
         if not is_offloaded:
             return ResidentState(unit, has_moments=has_moments)
-        return HostState(unit, link, arena, has_moments=has_moments, is_pinned=True)
+        streamed = unit if flow is not None and unit.params[0] in flow.block_of else None
+        if is_deferred and has_moments:
+            state = DeferredState(unit, link, arena, is_pinned=True, pool=pool, streamed=streamed)
+        else:
+            state = HostState(unit, link, arena, has_moments=has_moments, is_pinned=True, streamed=streamed)
+        if streamed is not None:
+            flow.add(state.flowing)
+        return state
 
     engine = OptimizerEngine(
         optimizer,
         fqn_of={param: fqn for fqn, param in module.named_parameters()},
         ranks=ranks or single_rank(),
         make_transport=lambda sink: BucketTransport(
-            [], unit_bytes=unit_bytes, sink=sink, ranks=ranks or single_rank(), no_sync=no_sync
+            [],
+            unit_bytes=unit_bytes,
+            sink=sink,
+            ranks=ranks or single_rank(),
+            no_sync=no_sync,
+            streaming=None if flow is None else Streaming(flow.block_of, torch.device("cpu")),
         ),
         make_state=make_state,
         make_native=make_native,
@@ -62,4 +74,19 @@ def build_engine(
     )
     if is_streamed:
         engine.transport.stream()
+    if flow is not None:
+        flow.follow(Published(engine.transport))
     return engine
+
+
+class Published:
+    """What a weight flow asks of one transport."""
+
+    def __init__(self, transport: BucketTransport) -> None:
+        self._transport = transport
+
+    def is_ready(self, unit) -> bool:
+        return self._transport.is_published(unit)
+
+    def wait(self, unit) -> None:
+        self._transport.wait_published([unit])
