@@ -98,9 +98,14 @@ class WeightFlow:
     Args:
         blocks: disjoint sets of parameters; several may be nested.
         num_ahead: blocks whose copies may be under way while another one is used.
+
+    Attributes:
+        named_params: every parameter that flows.
+        block_of: the number of the block that owns it.
     """
 
     def __init__(self, blocks: Sequence[BlockParams], *, num_ahead: int = BLOCKS_AHEAD) -> None:
+        self.named_params = [item for block in blocks for item in block.params.items()]
         self.block_of = {param: i for i, block in enumerate(blocks) for param in block.params.values()}
         self._num_ahead = num_ahead
         self._publications: Publications = NothingPublished()
@@ -144,10 +149,15 @@ class WeightFlow:
         return len(self._blocks)
 
     @property
+    def most_blocks(self) -> int:
+        """Blocks that are on the device at one time, unless they are nested."""
+        return min(1 + self._num_ahead, len(self._blocks))
+
+    @property
     def most_device_bytes(self) -> int:
         """Device memory of the largest blocks that are there at one time."""
         sizes = sorted(sum(w.full_bytes for w in block.weights) for block in self._blocks)
-        return sum(sizes[-(1 + self._num_ahead) :])
+        return sum(sizes[-self.most_blocks :])
 
     # Passes
 

@@ -17,11 +17,14 @@ from lightning_superscale.offload.cpu_step import HostState, host_bytes
 from lightning_superscale.offload.deferred import DeferredState, deferred_host_bytes
 from lightning_superscale.offload.host_memory import HostArena, check_host_memory
 from lightning_superscale.offload.link import Link, link_for
+from lightning_superscale.offload.weight_flow import WeightFlow
 from lightning_superscale.ops.pool import Pool, default_pool
 from lightning_superscale.ops.update import UpdatePath, update_path
 from lightning_superscale.plan import ParallelPlan
 from lightning_superscale.plugins.byte_classes import byte_classes
 from lightning_superscale.plugins.checks import check_optimizers_over_ranks, check_parameters, facts_of_run
+from lightning_superscale.plugins.flow import EnginePublications, how_weights_flow, stream_the_rest, streaming_of
+from lightning_superscale.zero.bucket_unit import BucketUnit
 from lightning_superscale.zero.buckets import BucketTransport
 from lightning_superscale.zero.deferred_step import DeferredStep
 from lightning_superscale.zero.engine import OptimizerEngine
@@ -51,6 +54,7 @@ class RunSettings:
         why_awaited: why new weights are waited for right after the step; None when forward may wait for them.
         is_automatic: whether Lightning runs backward and step, or the user's training_step.
         order: compares gathers between ranks; needed by stage 3 over several ranks.
+        flow: brings weights from the host when they are used; None when they stay on the device.
     """
 
     mesh: DataMesh
@@ -63,6 +67,7 @@ class RunSettings:
     why_awaited: str | None
     is_automatic: bool
     order: GatherOrder | None
+    flow: WeightFlow | None
 
     @property
     def shards_weights(self) -> bool:
@@ -111,6 +116,8 @@ class Assembly:
 
     def enter_step(self) -> None:
         """Before a training step's forward. Every rank calls it."""
+        if self.settings.flow is not None:
+            self.settings.flow.enter()
         self.buffers.sync()
         for gates in self.gates:
             gates.enter_step()
@@ -127,6 +134,8 @@ class Assembly:
 
     def abandon(self) -> None:
         """A step was interrupted, here or on another rank: wait for nobody."""
+        if self.settings.flow is not None:
+            self.settings.flow.rest()
         for engine in self.engines.values():
             engine.abandon()
         if self.sharded is not None:
@@ -135,8 +144,12 @@ class Assembly:
     def close(self) -> None:
         for gates in self.gates:
             gates.close()
+        if self.settings.flow is not None:
+            self.settings.flow.rest()
         for engine in self.engines.values():
             engine.close()
+        if self.settings.flow is not None:
+            self.settings.flow.close()
 
     def plan(self) -> ParallelPlan:
         units = [unit for engine in self.engines.values() for unit in engine.transport.units]
@@ -162,6 +175,7 @@ class Assembly:
                 settings.zero,
                 shard_size=self.mesh.shard.size,
                 is_offloaded=settings.offload is not None,
+                flow=settings.flow,
             ),
             reasons=[*self.reasons, *(f"the optimizer steps through its own code: {reason}" for reason in own)],
         )
@@ -183,7 +197,8 @@ def assemble(module: nn.Module, optimizers: Sequence[Optimizer], settings: RunSe
     where = settings.device if offload is None else torch.device("cpu")
     update = update_path(where, None if offload is None or offload.cpu_threads == "auto" else offload.cpu_threads)
     pool = default_pool() if offload is None or offload.cpu_threads == "auto" else Pool(offload.cpu_threads)
-    make_state = _state_maker(link, settings, pool)
+    arena = HostArena()
+    make_state = _state_maker(link, settings, pool, arena)
     ranks = ranks_of(mesh, fqn_of, num_buffers=len(list(module.buffers())))
     engines = {
         optimizer: OptimizerEngine(
@@ -198,6 +213,9 @@ def assemble(module: nn.Module, optimizers: Sequence[Optimizer], settings: RunSe
         for number, optimizer in enumerate(optimizers)
         if any(param in fqn_of for group in optimizer.param_groups for param in group["params"])
     }
+    if settings.flow is not None and link is not None and offload is not None:
+        settings.flow.follow(EnginePublications(engines.values()))
+        stream_the_rest(settings.flow, link, settings.device, arena, is_pinned=offload.pin_memory)
     for engine in engines.values():
         if settings.streams:
             engine.transport.stream()
@@ -205,7 +223,7 @@ def assemble(module: nn.Module, optimizers: Sequence[Optimizer], settings: RunSe
             engine.transport.watch_edits()
     compiled = is_compiled(module)
     gates = _gates(module, engines.values(), settings, is_model_compiled=compiled)
-    reasons = _reasons(settings, is_model_compiled=compiled)
+    reasons = _reasons(module, settings, is_model_compiled=compiled)
     buffers = BufferSync(ranks, module)
     return Assembly(module, settings, engines, gates, link, update, buffers, ranks, sharded, reasons)
 
@@ -241,6 +259,7 @@ def _transport_maker(
         ranks=ranks,
         label=label,
         no_sync=settings.zero.reduces_once,
+        streaming=streaming_of(settings.flow, settings.device),
     )
 
 
@@ -264,18 +283,18 @@ def _check_on_all_ranks(module: nn.Module, optimizers: Sequence[Optimizer], sett
         check_parameters(module, optimizers, fqn_of)
         check_optimizers_over_ranks(optimizers, zero, mesh.world.size)
         if offload is not None:
-            check_host_memory(_host_bytes_needed(optimizers, settings))
+            check_host_memory(_host_bytes_needed(module, optimizers, settings))
     except SuperScaleError as found:
         error = found  # the other ranks are on their way into the comparison
     raise_together(mesh, error)
     check_equal_on_all_ranks(mesh, facts_of_run(module, optimizers, zero, offload, settings.precision))
 
 
-def _reasons(settings: RunSettings, *, is_model_compiled: bool) -> list[str]:
+def _reasons(module: nn.Module, settings: RunSettings, *, is_model_compiled: bool) -> list[str]:
     """One sentence per choice, for `explain()`."""
     reasons = ["masters and optimizer states are on the device: offload is None"]
     if settings.offload is not None:
-        reasons = [_how_the_host_steps(settings)]
+        reasons = [_how_the_host_steps(settings), how_weights_flow(settings.offload, settings.flow, module)]
     elif settings.mesh.is_single:
         return reasons
     if settings.why_held is None:
@@ -306,30 +325,42 @@ def _native_maker(settings: RunSettings, update: UpdatePath) -> Callable[[Optimi
     return lambda optimizer, guard: DeferredStep(optimizer, guard, looks_ahead=looks_ahead)
 
 
-def _state_maker(link: Link | None, settings: RunSettings, pool: Pool) -> Callable[[ShardUnit, bool], UnitState]:
-    offload = settings.offload
+def _state_maker(
+    link: Link | None, settings: RunSettings, pool: Pool, arena: HostArena
+) -> Callable[[ShardUnit, bool], UnitState]:
+    offload, flow = settings.offload, settings.flow
     if link is None or offload is None:
         return lambda unit, has_moments: ResidentState(unit, has_moments=has_moments)
-    arena = HostArena()
     pin = offload.pin_memory
 
     def on_host(unit: ShardUnit, has_moments: bool) -> UnitState:
+        streamed = unit if isinstance(unit, BucketUnit) and unit.is_streamed else None
+        state: DeferredState | HostState
         if settings.defers and has_moments:
-            return DeferredState(unit, link, arena, is_pinned=pin, pool=pool)
-        return HostState(unit, link, arena, has_moments=has_moments, is_pinned=pin)
+            state = DeferredState(unit, link, arena, is_pinned=pin, pool=pool, streamed=streamed)
+        else:
+            state = HostState(unit, link, arena, has_moments=has_moments, is_pinned=pin, streamed=streamed)
+        if flow is not None and state.flowing is not None:
+            flow.add(state.flowing)
+        return state
 
     return on_host
 
 
-def _host_bytes_needed(optimizers: Sequence[Optimizer], settings: RunSettings) -> int:
-    """Host bytes of this rank's states, but for padding."""
-    whole = sum(
-        deferred_host_bytes(param.numel(), param.dtype)
+def _host_bytes_needed(module: nn.Module, optimizers: Sequence[Optimizer], settings: RunSettings) -> int:
+    """Host bytes of this rank's states and of weights that flow, but for padding."""
+
+    def is_copied(param: nn.Parameter) -> bool:
+        # A copy takes the place of weights that are in host memory already.
+        return settings.flow is not None and param in settings.flow.block_of and param.device.type != "cpu"
+
+    stepped = {p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    stepped = {param for param in stepped if param.requires_grad}
+    states = sum(
+        deferred_host_bytes(param.numel(), param.dtype, flows=is_copied(param))
         if settings.defers
-        else host_bytes(param.numel(), param.dtype, has_moments=True)
-        for optimizer in optimizers
-        for group in optimizer.param_groups
-        for param in group["params"]
-        if param.requires_grad
+        else host_bytes(param.numel(), param.dtype, has_moments=True, flows=is_copied(param))
+        for param in stepped
     )
-    return -(-whole // settings.mesh.shard.size)
+    frozen = (param for param in module.parameters() if param not in stepped and is_copied(param))
+    return -(-states // settings.mesh.shard.size) + sum(param.numel() * param.element_size() for param in frozen)

@@ -9,10 +9,14 @@ import torch
 from torch import nn
 
 from lightning_superscale.config import ZeroConfig
+from lightning_superscale.offload.weight_flow import WeightFlow
 from lightning_superscale.plan import ByteClass
 from lightning_superscale.zero.engine import OptimizerEngine
 from lightning_superscale.zero.states import UnitState
 from lightning_superscale.zero.units import ShardUnit
+
+_ON_HOST = ("master weights", "optimizer states", "transfer buffers")
+_ALWAYS_ON_HOST = ("weights (host copy)", "frozen (host copy)")
 
 
 @dataclass(slots=True)
@@ -45,7 +49,7 @@ class _Rows:
         self, name: str, dtype: torch.dtype, numel: int, held_numel: int, *, num_shares: int = 1, copies: int = 1
     ) -> None:
         """Args: copies: tensors of `held_numel` elements each."""
-        on_host = self.is_offloaded and name in ("master weights", "optimizer states", "transfer buffers")
+        on_host = name in _ALWAYS_ON_HOST or (self.is_offloaded and name in _ON_HOST)
         key = (name, str(dtype).removeprefix("torch."))
         row = self.rows.setdefault(key, _Row(copies * dtype.itemsize, num_shares, on_host))
         row.held_bytes += copies * held_numel * dtype.itemsize
@@ -71,6 +75,7 @@ def byte_classes(
     *,
     shard_size: int,
     is_offloaded: bool,
+    flow: WeightFlow | None = None,
 ) -> list[ByteClass]:
     """Bytes of this rank by class.
 
@@ -79,19 +84,35 @@ def byte_classes(
     """
     pairs = [pair for engine in engines for pair in zip(engine.transport.units, engine.states, strict=True)]
     rows = _Rows(is_offloaded=is_offloaded)
+    flowing = {} if flow is None else flow.block_of
     for unit, state in pairs:
-        _add_unit(rows, unit, state, zero, shard_size)
+        _add_unit(rows, unit, state, zero, shard_size, flows=unit.params[0] in flowing)
     in_units = {param for unit, _ in pairs for param in unit.params}
-    frozen = [("frozen weights", param) for param in module.parameters() if param not in in_units]
+    frozen = [
+        ("frozen (host copy)" if param in flowing else "frozen weights", param)
+        for param in module.parameters()
+        if param not in in_units
+    ]
     for name, tensor in frozen + [("buffers", buffer) for buffer in module.buffers()]:
         rows.add(name, tensor.dtype, tensor.numel(), tensor.numel())
-    return rows.done()
+    return [*rows.done(), *([] if flow is None else [_flowing(flow)])]
 
 
-def _add_unit(rows: _Rows, unit: ShardUnit, state: UnitState, zero: ZeroConfig, shard_size: int) -> None:
+def _flowing(flow: WeightFlow) -> ByteClass:
+    dtypes = sorted({str(param.dtype).removeprefix("torch.") for param in flow.block_of})
+    most = f"at most {flow.most_blocks} of {flow.num_blocks} blocks at a time"
+    return ByteClass("weights (flowing)", "/".join(dtypes), flow.most_device_bytes, 0, most)
+
+
+def _add_unit(
+    rows: _Rows, unit: ShardUnit, state: UnitState, zero: ZeroConfig, shard_size: int, *, flows: bool
+) -> None:
     numel, share = sum(param.numel() for param in unit.params), unit.shard.shard_numel
     weight_shares = 1 if unit.has_whole_weights else shard_size
-    rows.add("weights", unit.dtype, numel, unit.weight_numel, num_shares=weight_shares)
+    if not flows:
+        rows.add("weights", unit.dtype, numel, unit.weight_numel, num_shares=weight_shares)
+    elif state.num_host_copies:
+        rows.add("weights (host copy)", unit.dtype, numel, share, copies=state.num_host_copies)
     if zero.reduces_once:
         rows.add("gradients", unit.dtype, numel, numel)
     else:

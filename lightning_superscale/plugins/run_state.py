@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_superscale.errors import SuperScaleError
+from lightning_superscale.offload.weight_flow import WeightFlow
 from lightning_superscale.plan import ParallelPlan
 from lightning_superscale.plugins.assembly import Assembly
 from lightning_superscale.zero.ranks import Ranks
@@ -25,10 +26,12 @@ class RunStateMixin(_Base):
     Attributes:
         _assembly: the running parts, between setup and teardown of `fit()`.
         _finished: those of the run before, while their sharded states can still be saved.
+        _flow: brings weights from the host when they are used, during training and evaluation; None when they stay.
     """
 
     _assembly: Assembly | None
     _finished: Assembly | None
+    _flow: WeightFlow | None
 
     def _wait_for_weights(self) -> None:
         if self._assembly is not None:
@@ -83,6 +86,8 @@ class RunStateMixin(_Base):
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         self._wait_for_weights()
+        if self._flow is not None:
+            self._flow.rest()  # weights are read where they live
         sharded = None if self._assembly is None else self._assembly.sharded
         if self._assembly is not None and sharded is not None:
             return sharded.state_dict(self._assembly.ranks)
@@ -90,6 +95,9 @@ class RunStateMixin(_Base):
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         self._wait_for_weights()
+        if self._flow is not None:
+            self._flow.rest()
+            self._flow.synchronize()
         sharded = None if self._assembly is None else self._assembly.sharded
         if sharded is None:
             super().load_model_state_dict(checkpoint, strict=strict)

@@ -15,8 +15,10 @@ from torch.optim import Optimizer
 from lightning_superscale.comm.mesh import check_shard_size
 from lightning_superscale.config import OffloadConfig, ZeroConfig, resolve_offload, resolve_zero
 from lightning_superscale.errors import SuperScaleError
+from lightning_superscale.offload.weight_flow import WeightFlow
 from lightning_superscale.plugins.assembly import Assembly, RunSettings, assemble
 from lightning_superscale.plugins.checks import refuse_averaging
+from lightning_superscale.plugins.flow import check_flow, flow_alone, flow_of, place_resident, weights_flow
 from lightning_superscale.plugins.precision import SuperScalePrecisionMixin, check_precision
 from lightning_superscale.plugins.rank_environment import RankEnvironment
 from lightning_superscale.plugins.run_state import RunStateMixin
@@ -72,6 +74,7 @@ class SuperScaleStrategyMixin(RunStateMixin, _Base):
         self.error_if_nonfinite = error_if_nonfinite
         self._assembly: Assembly | None = None
         self._finished: Assembly | None = None
+        self._flow: WeightFlow | None = None
         self._environment = RankEnvironment()
         self._awaits_weights = True
         self._is_blocked = False
@@ -152,14 +155,26 @@ class SuperScaleStrategyMixin(RunStateMixin, _Base):
         self.model = self.precision_plugin.convert_module(model)
         is_sharded = trainer.state.fn == "fit" and self.zero_config.stage == 3 and self._num_ranks > 1
         if not is_sharded:  # then the whole model is never on one device
-            materialise_all(model, self.root_device)
-            self.model_to_device()
+            self._place(model)
         if trainer.state.fn == "fit":
             self.setup_optimizers(trainer)
             self._assemble(trainer)
         else:
             broadcast_from_first(self._environment.mesh, [*self.model.parameters(), *self.model.buffers()])
+            if self._flow is not None and self.offload_config is not None:
+                flow_alone(self._flow, self.root_device, is_pinned=self.offload_config.pin_memory)
         self.setup_precision_plugin()
+
+    def _place(self, model: nn.Module) -> None:
+        """Give the model its initial weights on the device; those that flow stay in host memory."""
+        offload = self.offload_config
+        flows = weights_flow(offload)
+        if flows:
+            check_flow(self.zero_config, self._num_ranks)
+        materialise_all(model, torch.device("cpu") if flows else self.root_device)
+        if flows and offload is not None:
+            self._flow = flow_of(model, offload)
+        self.model_to_device()
 
     def _assemble(self, trainer: Trainer) -> None:
         module = self.lightning_module
@@ -179,6 +194,7 @@ class SuperScaleStrategyMixin(RunStateMixin, _Base):
             why_awaited=awaited,
             is_automatic=module.automatic_optimization,
             order=self._environment.order,
+            flow=self._flow,
         )
         if settings.shards_weights:
             refuse_averaging(callbacks)
@@ -192,7 +208,10 @@ class SuperScaleStrategyMixin(RunStateMixin, _Base):
     def model_to_device(self) -> None:
         if self.model is None:
             raise AssertionError("no model to move")
-        self.model.to(self.root_device)
+        if self._flow is None:
+            self.model.to(self.root_device)
+        else:
+            place_resident(self.model, self._flow.block_of, self.root_device)
 
     # Running
 
@@ -211,16 +230,35 @@ class SuperScaleStrategyMixin(RunStateMixin, _Base):
             self._assembly.buffers.sync()
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        self._wait_for_weights()
-        return super().validation_step(*args, **kwargs)
+        with self._evaluating():
+            return super().validation_step(*args, **kwargs)
 
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
-        self._wait_for_weights()
-        return super().test_step(*args, **kwargs)
+        with self._evaluating():
+            return super().test_step(*args, **kwargs)
 
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self._evaluating():
+            return super().predict_step(*args, **kwargs)
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
         self._wait_for_weights()
-        return super().predict_step(*args, **kwargs)
+        if self._flow is None:
+            yield
+            return
+        self._flow.enter()
+        try:
+            yield
+        finally:
+            self._rest_weights(are_visible=True)
+
+    def _rest_weights(self, *, are_visible: bool) -> None:
+        """After a forward or backward: weights that flow are in host memory, where user code may look at them."""
+        if self._flow is not None:
+            self._flow.rest()
+            if are_visible:
+                self._flow.synchronize()
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         start = time.perf_counter()
@@ -231,6 +269,7 @@ class SuperScaleStrategyMixin(RunStateMixin, _Base):
 
     def post_backward(self, closure_loss: Tensor) -> None:
         super().post_backward(closure_loss)
+        self._rest_weights(are_visible=self._awaits_weights)
         if self._assembly is not None and not self._is_blocked:
             self._assembly.after_backward()
 
@@ -254,6 +293,7 @@ class SuperScaleStrategyMixin(RunStateMixin, _Base):
         model: Union[LightningModule, nn.Module, None] = None,
         **kwargs: Any,
     ) -> Any:
+        self._rest_weights(are_visible=False)  # after a backward that Lightning did not run
         result = super().optimizer_step(optimizer, closure, model, **kwargs)
         self.phase_seconds.num_steps += 1
         if self._awaits_weights:
@@ -269,11 +309,16 @@ class SuperScaleStrategyMixin(RunStateMixin, _Base):
         self._environment.report(exception)
         if self._assembly is not None:
             self._assembly.abandon()
+        self._rest_weights(are_visible=False)
         super().on_exception(exception)
 
     def _release(self) -> None:
         """Give the module back. Sharded states stay reachable, so that a checkpoint can be saved after training."""
         if self._assembly is not None:
             self._assembly.close()
+            self._flow = None
             self._finished = self._assembly if self._assembly.mesh.shard.size > 1 else None
             self._assembly = None
+        if self._flow is not None:  # nothing was trained
+            self._flow.close()
+            self._flow = None

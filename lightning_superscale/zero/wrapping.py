@@ -66,6 +66,7 @@ def blocks_with_own_params(root: nn.Module, wrap: Wrap = None) -> list[tuple[str
     Returns:
         (name from the root, module, its parameters by name from the root): each parameter once, with the innermost
         block; blocks without any are left out. Tied weights belong to a block only if all their owners are in it.
+        Empty parameters and subclasses of `nn.Parameter`, which may keep more than one tensor, belong to none.
 
     Raises:
         SuperScaleError: as `wrap_plan`.
@@ -82,7 +83,11 @@ def blocks_with_own_params(root: nn.Module, wrap: Wrap = None) -> list[tuple[str
     blocks = []
     for module in (m for m in _children_first(root) if m in chosen):
         inside = set(module.modules())
-        own = {fqn_of[p]: p for p in module.parameters() if p not in taken and owners[p] <= inside}
+        own = {
+            fqn_of[p]: p
+            for p in module.parameters()
+            if p not in taken and owners[p] <= inside and type(p) is nn.Parameter and p.numel()
+        }
         taken.update(own.values())
         if own:
             blocks.append((fqn_of_module[module], module, own))
