@@ -278,8 +278,12 @@ class WeightFlow:
         return guard
 
     def _unpacked(self, saved: Tensor) -> None:
-        """A saved tensor is about to be read."""
-        block = self._place.get(saved.untyped_storage()._cdata)
+        """A saved tensor is about to be read: a parameter itself, a view of one, or something else."""
+        if isinstance(saved, nn.Parameter):
+            owner = self.block_of.get(saved)
+            block = None if owner is None else self._blocks[owner]
+        else:
+            block = self._place.get(saved.untyped_storage()._cdata)
         if block is not None:
             self._check_first_order(block)
             self._arrive(block)

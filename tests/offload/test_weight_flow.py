@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import nn
 from torch.autograd.graph import save_on_cpu
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from lightning_superscale.errors import SuperScaleError
@@ -303,11 +305,11 @@ def keep_on_the_host(model, x):
 
 
 def side_door(model, x):
-    """The loss reads what blocks keep to themselves; backward enters the first block without its output."""
-    side = []
+    """The loss reads what blocks keep to themselves, so that backward reaches no block through its output."""
+    side, h = [], model.inp(x)
     for block in model.blocks:
         block.up.register_forward_hook(lambda _m, _i, out: side.append(out.square().sum()))
-    model(x)
+        h = block(h).detach()
     torch.stack(side).sum().backward()
     for block in model.blocks:
         block.up._forward_hooks.clear()
@@ -363,6 +365,76 @@ DOORS = [
 @pytest.mark.parametrize("way", ["cpu, held", "deferred"])
 def test_programs_with_side_doors_equal_plain_adamw(way, program):
     assert_trains_like_plain(Stack(), Stack(), program, **WAYS[way])
+
+
+class OnlyDevice(TorchDispatchMode):
+    """What a GPU does by itself: refuse to compute with a weight that is in host memory."""
+
+    def __init__(self, flow: WeightFlow) -> None:
+        super().__init__()
+        self._weights = [weights for block in flow._blocks for weights in block.weights]
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        is_bookkeeping = func is torch.ops.aten._has_compatible_shallow_copy_type.default  # of `param.data = ...`
+        if not func.is_view and not is_bookkeeping:
+            for t in tree_leaves((args, kwargs)):
+                if isinstance(t, torch.Tensor):
+                    self._check(func, t)
+        return func(*args, **(kwargs or {}))
+
+    def _check(self, func, t) -> None:
+        for weights in self._weights:
+            for i, piece in enumerate(weights.unit.shard.slices):
+                on_host = weights.of(i)
+                inside = on_host.data_ptr() <= t.data_ptr() < on_host.data_ptr() + on_host.nbytes
+                assert not inside, f"{func} read {piece.fqn} in host memory"
+
+
+@pytest.mark.parametrize(
+    "program", [*PROGRAMS, *(p for p in DOORS if p is not weights_read_elsewhere)], ids=lambda f: f.__name__
+)
+@pytest.mark.parametrize("num_ahead", [0, 2])
+def test_nothing_is_computed_with_weights_in_host_memory(program, num_ahead):
+    model = Programs() if program in PROGRAMS else Stack()
+    wrap = PARTS if program in PROGRAMS else None
+    optimizer, engine, flow = flowing(model, wrap, num_ahead=num_ahead, is_streamed=True, is_deferred=True)
+    for x in batches(3, torch.float32):
+        enter(engine, flow)
+        optimizer.zero_grad()
+        with OnlyDevice(flow):
+            program(model, x)
+        flow.rest()
+        engine.step()
+    close(engine, flow)
+
+
+def test_reading_a_weight_where_no_block_runs_is_what_the_check_above_sees():
+    model = Stack()
+    optimizer, engine, flow = flowing(model)
+    enter(engine, flow)
+    with OnlyDevice(flow), pytest.raises(AssertionError, match=r"read blocks.0.norm.weight in host memory"):
+        weights_read_elsewhere(model, batches(1, torch.float32)[0])
+    close(engine, flow)
+
+
+@pytest.mark.parametrize("num_ahead", [0, 2])
+def test_a_block_in_a_block_leaves_the_outer_one_alone(num_ahead):
+    model, plain = Stack(), Stack()
+    optimizer, engine, flow = flowing(model, ["Block", *(f"blocks.{i}.up" for i in range(6))], num_ahead=num_ahead)
+    expected = torch.optim.AdamW(plain.parameters(), **ADAMW)
+    assert flow.num_blocks == 12
+    for x in batches(3, torch.float32):
+        expected.zero_grad()
+        train(plain, x)
+        expected.step()
+        enter(engine, flow)
+        optimizer.zero_grad()
+        with OnlyDevice(flow):
+            train(model, x)
+        flow.rest()
+        engine.step()
+    close(engine, flow)
+    assert all(map(torch.equal, model.parameters(), plain.parameters()))
 
 
 def test_a_backward_of_a_backward_is_refused_by_name():

@@ -13,6 +13,7 @@ import lightning_superscale as lss
 from lightning_superscale.config import OffloadConfig
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.plugins.averaging import ShardedEMAMixin
+from lightning_superscale.plugins.flow import place_resident
 from tests.helpers.trainers import assert_same_weights, loader, trainer
 
 BUCKET_MB = 1
@@ -314,6 +315,27 @@ def test_weights_made_on_the_meta_device_start_in_host_memory():
     torch.manual_seed(5)
     fit(plain, strategy(weights="stationary"))
     assert_same_weights(ours, plain)
+
+
+def test_what_flows_is_never_moved_to_the_device():
+    """The meta device stands for one that is not the host."""
+    module = Deep()
+    flowing = list(module.blocks.parameters())
+    kept = [(param, param.data_ptr(), param.detach().clone()) for param in flowing]
+    place_resident(module, flowing, torch.device("meta"))
+    assert all(p.data_ptr() == pointer and torch.equal(p, weight) for p, pointer, weight in kept)
+    rest = [*module.inp.parameters(), *module.out.parameters(), *module.buffers()]
+    assert all(tensor.is_meta for tensor in rest)
+    assert module.device.type == "meta"
+
+
+def test_too_little_host_memory_counts_what_is_copied(monkeypatch):
+    needed = []
+    monkeypatch.setattr("lightning_superscale.plugins.assembly.check_host_memory", needed.append)
+    module = Deep()
+    fit(module, strategy(), max_steps=1)
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    assert needed == [trained * (12 + 2 * 4)]  # the third buffer takes the place of the parameters' own memory
 
 
 def test_explain_says_what_flows_and_counts_its_bytes():
