@@ -59,7 +59,7 @@ class UploadEvent:
 def weights_on_host(unit: OffloadableUnit, i: int, flowing: FlowingWeights | None, link: Link) -> Tensor:
     """The current weights of slice i in host memory, 1D: where they flow from, or a copy."""
     if flowing is not None:
-        return flowing.of(i)
+        return flowing.settled(i)
     weights = torch.empty(unit.shard.slices[i].numel, dtype=unit.dtype)
     link.d2h(weights, unit.local_rows(i)).synchronize()
     return weights

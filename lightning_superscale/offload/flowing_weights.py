@@ -101,10 +101,17 @@ class FlowingWeights:
         self._current[i] = buffer
 
     def follow_host(self) -> None:
-        """Let parameters view the current host weights, after those changed buffers."""
-        if self.is_present:
-            raise AssertionError("new weights were published while the old ones were on the device")
+        """Let parameters view the current host weights, after those changed; old ones leave the device.
+
+        Edits of the old ones are on the host by then: the step began by asking for each (`settled`).
+        """
+        self.leave()
         self._bind_host()
+
+    def settled(self, i: int) -> Tensor:
+        """The current host weight of slice i, 1D, with edits that were made on the device."""
+        self.leave()
+        return self.of(i)
 
     def _bind_host(self) -> None:
         for i, param in self._params.items():

@@ -77,6 +77,7 @@ class SuperScaleStrategyMixin(RunStateMixin, _Base):
         self._flow: WeightFlow | None = None
         self._environment = RankEnvironment()
         self._awaits_weights = True
+        self._shows_weights = True
         self._is_blocked = False
         self.phase_seconds = PhaseSeconds()
         super().__init__(
@@ -200,6 +201,7 @@ class SuperScaleStrategyMixin(RunStateMixin, _Base):
             refuse_averaging(callbacks)
         self._assembly = assemble(module, self.optimizers, settings)
         self._awaits_weights = awaited is not None
+        self._shows_weights = awaited is not None or held is not None
         self.phase_seconds = PhaseSeconds()
         precision = self.precision_plugin
         if isinstance(precision, SuperScalePrecisionMixin):
@@ -269,7 +271,7 @@ class SuperScaleStrategyMixin(RunStateMixin, _Base):
 
     def post_backward(self, closure_loss: Tensor) -> None:
         super().post_backward(closure_loss)
-        self._rest_weights(are_visible=self._awaits_weights)
+        self._rest_weights(are_visible=self._shows_weights)
         if self._assembly is not None and not self._is_blocked:
             self._assembly.after_backward()
 

@@ -217,6 +217,18 @@ class Halved(Deep):
             param.grad.add_(param.detach(), alpha=0.01)
 
 
+class Looking(Deep):
+    """Runs the model between backward and step, and changes weights while they are still there."""
+
+    def on_before_optimizer_step(self, optimizer):
+        with torch.no_grad():
+            self(torch.ones(4, 17))
+            for block in self.blocks:
+                block.up.weight.mul_(0.99)
+            if self.global_step % 2:
+                self(torch.ones(4, 17))
+
+
 class Manual(Deep):
     def __init__(self) -> None:
         super().__init__()
@@ -264,7 +276,7 @@ class Skipping(Deep):
 
 
 @pytest.mark.filterwarnings("ignore:.*`training_step` returned `None`")
-@pytest.mark.parametrize("cls", [Clamped, Summed, Halved, Manual, Alternating, Foreign, Skipping])
+@pytest.mark.parametrize("cls", [Clamped, Summed, Halved, Looking, Manual, Alternating, Foreign, Skipping])
 @pytest.mark.parametrize("engine", ENGINES)
 def test_what_users_read_and_change(engine, cls):
     plain, ours = cls(), cls()
