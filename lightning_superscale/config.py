@@ -23,6 +23,11 @@ def _check_positive_int(owner: str, key: str, value: object) -> None:
         raise SuperScaleError(f"{owner}.{key} must be a whole number of at least 1, found {value!r}.")
 
 
+def _check_share(owner: str, key: str, value: object) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= 1:
+        raise SuperScaleError(f"{owner}.{key} must be a number from 0 to 1 or 'auto', found {value!r}.")
+
+
 @dataclass(frozen=True)
 class ZeroConfig:
     """What is sharded over the data-parallel ranks (Rajbhandari et al. 2020, arXiv:1910.02054).
@@ -90,6 +95,9 @@ class OffloadConfig:
             model need not fit there. "auto" chooses; `explain()` says what and why.
         wrap: with "flow", class names or names of the modules whose weights stream together; None finds the
             repeated blocks.
+        gpu_fraction: share of the trainable parameters, from 0 to 1, whose masters and states stay on the device and
+            step there: those whose gradients come last in backward, whose step nothing would hide. "auto": as many
+            as fit the device memory that the first step left free. The result is the same, bit for bit.
     """
 
     engine: str = "superoffload"
@@ -99,6 +107,7 @@ class OffloadConfig:
     speculate: bool = True
     weights: Literal["auto", "stationary", "flow"] = "auto"
     wrap: Optional[list[str]] = None
+    gpu_fraction: Union[float, Literal["auto"]] = "auto"
 
     def __post_init__(self) -> None:
         if self.engine in PLANNED_ENGINES:
@@ -123,6 +132,13 @@ class OffloadConfig:
                 "OffloadConfig.wrap chooses what weights='flow' streams together; found it with "
                 f"weights={self.weights!r}. Remove it."
             )
+        if self.gpu_fraction != "auto":
+            _check_share("OffloadConfig", "gpu_fraction", self.gpu_fraction)
+            if self.gpu_fraction > 0 and self.weights == "flow":
+                raise SuperScaleError(
+                    "OffloadConfig.weights='flow' keeps weights off the device, and their states with them; found "
+                    f"gpu_fraction={self.gpu_fraction}. Use 'auto' or 0, or weights='stationary'."
+                )
         if self.cpu_threads != "auto":
             _check_positive_int("OffloadConfig", "cpu_threads", self.cpu_threads)
 

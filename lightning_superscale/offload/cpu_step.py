@@ -92,6 +92,7 @@ class HostState:
     ) -> None:
         numel, dtype = unit.shard.shard_numel, unit.dtype
         self.unit = unit
+        self.is_on_host = True
         self.num_transfer_buffers = 1
         self.num_host_copies = 0 if streamed is None or dtype == torch.float32 else 1
         self._link = link

@@ -97,6 +97,7 @@ class DeferredState:
         numel = unit.shard.shard_numel
         is_pinned = is_pinned and link.needs_pinned_host()
         self.unit = unit
+        self.is_on_host = True
         self.num_transfer_buffers = 2
         self.num_host_copies = 0 if streamed is None else 1
         self._link = link
@@ -138,6 +139,10 @@ class DeferredState:
             return None
         known.arrival.synchronize()
         return self._span(self._buffers[known.front], i)
+
+    def has_arrived(self) -> bool:
+        """Whether every gradient that is under way is there."""
+        return all(known.arrival is None or known.arrival.is_done() for known in self._slices)
 
     def clear_grads(self) -> None:
         """Forget gradients of this step that no verdict made pending."""

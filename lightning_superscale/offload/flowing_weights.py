@@ -126,6 +126,11 @@ class FlowingWeights:
         """Another unit owns this parameter from now on."""
         self._params = {i: known for i, known in self._params.items() if known is not param}
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether other units own all of the parameters."""
+        return not self._params
+
     # Device side
 
     @property

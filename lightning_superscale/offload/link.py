@@ -6,6 +6,7 @@ code everywhere and can be tested without a GPU.
 
 from __future__ import annotations
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_superscale.ops.flat import submit_copy
+from lightning_superscale.timeline import UNTIMED, Timeline
 
 
 @dataclass(slots=True)
@@ -31,6 +33,9 @@ class LinkEvent(Protocol):
 
     def wait(self) -> None:
         """Order what runs next on the *device* after the copy; blocks the host only where there is no stream."""
+
+    def is_done(self) -> bool:
+        """Whether `synchronize` would return at once."""
 
     def synchronize(self) -> None:
         """Block the host until the copy is done."""
@@ -80,11 +85,33 @@ class DoneEvent:
     def is_ready(self) -> bool:
         return True
 
+    def is_done(self) -> bool:
+        return True
+
     def wait(self) -> None:
         return
 
     def synchronize(self) -> None:
         return
+
+
+class FutureEvent:
+    """A copy that a thread of the link runs and times."""
+
+    def __init__(self, future: Future[None]) -> None:
+        self._future = future
+
+    def is_ready(self) -> bool:
+        return self._future.done()
+
+    def is_done(self) -> bool:
+        return self._future.done()
+
+    def wait(self) -> None:
+        self._future.result()
+
+    def synchronize(self) -> None:
+        self._future.result()
 
 
 class CpuEvent:
@@ -94,6 +121,9 @@ class CpuEvent:
         self._ticket = submit_copy(dst, src)
 
     def is_ready(self) -> bool:
+        return self._ticket.done()
+
+    def is_done(self) -> bool:
         return self._ticket.done()
 
     def wait(self) -> None:
@@ -106,20 +136,32 @@ class CpuEvent:
 class CpuLink:
     """Host memory on both sides. Gradients go at once, while they are warm; weights come from a worker thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, timeline: Timeline = UNTIMED) -> None:
         self.bytes = LinkBytes()
+        self._timeline = timeline
+        # While a timeline records, uploads run here, because a thread of the pool does not tell when it began.
+        self._timed = ThreadPoolExecutor(1, "lightning-superscale link")
 
     def d2h(self, dst: Tensor, src: Tensor) -> LinkEvent:
-        self.bytes.d2h += _check(dst, src)
-        dst.copy_(src)
+        nbytes = _check(dst, src)
+        self.bytes.d2h += nbytes
+        with self._timeline.host("device to host", "gradients", nbytes):
+            dst.copy_(src)
         return DoneEvent()
 
     def fence(self) -> None:
         return None
 
     def h2d(self, dst: Tensor, src: Tensor, after: LinkFence | None = None) -> LinkEvent:
-        self.bytes.h2d += _check(dst, src)
-        return CpuEvent(dst, src)
+        nbytes = _check(dst, src)
+        self.bytes.h2d += nbytes
+        if not self._timeline.is_open:
+            return CpuEvent(dst, src)
+        return FutureEvent(self._timed.submit(self._copy, dst, src, nbytes))
+
+    def _copy(self, dst: Tensor, src: Tensor, nbytes: int) -> None:
+        with self._timeline.host("host to device", "weights", nbytes):
+            dst.copy_(src)
 
     def needs_pinned_host(self) -> bool:
         return False
@@ -133,6 +175,9 @@ class CudaLinkEvent:
 
     def is_ready(self) -> bool:
         return True  # waiting orders streams
+
+    def is_done(self) -> bool:
+        return bool(self._event.query())  # type: ignore[no-untyped-call]
 
     def wait(self) -> None:
         torch.cuda.current_stream().wait_event(self._event)
@@ -153,17 +198,19 @@ class CudaFence:
 class CudaLink:
     """One CUDA device: a stream for each direction, so that copies overlap compute and one another."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, timeline: Timeline = UNTIMED) -> None:
         self.bytes = LinkBytes()
+        self._timeline = timeline
         self._device = device
         self._d2h_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._h2d_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def d2h(self, dst: Tensor, src: Tensor) -> LinkEvent:
-        self.bytes.d2h += _check(dst, src)
+        nbytes = _check(dst, src)
+        self.bytes.d2h += nbytes
         stream = self._d2h_stream
         stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream), self._timeline.device("device to host", "gradients", nbytes):
             dst.copy_(src, non_blocking=True)
         # The caching allocator must not hand src's memory out before this stream has read it.
         src.record_stream(stream)
@@ -173,11 +220,12 @@ class CudaLink:
         return CudaFence(torch.cuda.current_stream(self._device))
 
     def h2d(self, dst: Tensor, src: Tensor, after: LinkFence | None = None) -> LinkEvent:
-        self.bytes.h2d += _check(dst, src)
+        nbytes = _check(dst, src)
+        self.bytes.h2d += nbytes
         stream = self._h2d_stream
         # Earlier kernels may still read the weights that this copy replaces.
         (after or self.fence()).order(stream)
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream), self._timeline.device("host to device", "weights", nbytes):
             dst.copy_(src, non_blocking=True)
         return CudaLinkEvent(stream, src)
 
@@ -185,14 +233,14 @@ class CudaLink:
         return True
 
 
-def link_for(device: torch.device) -> Link:
-    """The link of a device.
+def link_for(device: torch.device, timeline: Timeline = UNTIMED) -> Link:
+    """The link of a device; its copies go into `timeline`.
 
     Raises:
         ValueError: a device type without one.
     """
     if device.type == "cpu":
-        return CpuLink()
+        return CpuLink(timeline)
     if device.type == "cuda":
-        return CudaLink(device)
+        return CudaLink(device, timeline)
     raise ValueError(f"there is no link to a {device.type!r} device; expected 'cpu' or 'cuda'")

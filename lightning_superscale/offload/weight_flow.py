@@ -129,13 +129,20 @@ class WeightFlow:
         self._publications = publications
 
     def add(self, weights: FlowingWeights) -> None:
-        """Let weights flow with the block that owns them; another unit's hold on the same parameters ends."""
+        """Let weights flow with the block that owns them; another unit's hold on the same parameters ends.
+
+        That is so where parameters move into other units, or are unfrozen.
+        """
         params = weights.unit.params
         block = self._blocks[self.block_of[params[0]]]
         for param in params:
             before = self._owner.get(param)
             if before is not None:
                 before.forget(param)
+                if before.is_empty:
+                    before.leave()
+                    block.weights.remove(before)
+                    del self._place[before.storage_id]
             self._owner[param] = weights
         block.weights.append(weights)
         self._place[weights.storage_id] = block

@@ -11,82 +11,38 @@ from torch.optim import Optimizer
 
 from lightning_superscale.comm.agreement import check_equal_on_all_ranks, raise_together
 from lightning_superscale.comm.mesh import DataMesh
-from lightning_superscale.config import OffloadConfig, ZeroConfig
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.offload.cpu_step import HostState, host_bytes
 from lightning_superscale.offload.deferred import DeferredState, deferred_host_bytes
 from lightning_superscale.offload.host_memory import HostArena, check_host_memory
 from lightning_superscale.offload.link import Link, link_for
-from lightning_superscale.offload.weight_flow import WeightFlow
 from lightning_superscale.ops.pool import Pool, default_pool
 from lightning_superscale.ops.update import UpdatePath, update_path
 from lightning_superscale.plan import ParallelPlan
 from lightning_superscale.plugins.byte_classes import byte_classes
 from lightning_superscale.plugins.checks import check_optimizers_over_ranks, check_parameters, facts_of_run
-from lightning_superscale.plugins.flow import EnginePublications, how_weights_flow, stream_the_rest, streaming_of
+from lightning_superscale.plugins.flow import EnginePublications, how_weights_flow, stream_the_rest
+from lightning_superscale.plugins.placement import first_grouping, settle_in
+from lightning_superscale.plugins.reasons import reasons_of, where_states_are
+from lightning_superscale.plugins.run_settings import RunSettings
 from lightning_superscale.zero.bucket_unit import BucketUnit
 from lightning_superscale.zero.buckets import BucketTransport
 from lightning_superscale.zero.deferred_step import DeferredStep
-from lightning_superscale.zero.engine import OptimizerEngine
+from lightning_superscale.zero.engine import MakeState, OptimizerEngine
 from lightning_superscale.zero.fsdp2 import Fsdp2Transport
 from lightning_superscale.zero.fsdp2_setup import ShardingPolicy, shard_module
 from lightning_superscale.zero.fsdp2_sharding import ShardedModule
 from lightning_superscale.zero.gates import PublishGates, is_compiled
-from lightning_superscale.zero.gather_order import GatherOrder
+from lightning_superscale.zero.grouping import Grouping
 from lightning_superscale.zero.guard import StepGuard
-from lightning_superscale.zero.native_step import NativeStep
+from lightning_superscale.zero.native_step import BoundStep, NativeStep
 from lightning_superscale.zero.ranks import Ranks, ranks_of
 from lightning_superscale.zero.replicas import BufferSync, broadcast_from_first
+from lightning_superscale.zero.split_step import SplitStep
 from lightning_superscale.zero.states import ResidentState, UnitState
 from lightning_superscale.zero.step_rule import StepRule
 from lightning_superscale.zero.transport import Transport
 from lightning_superscale.zero.units import DeltaSink, ShardUnit
-
-MIB = 2**20
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunSettings:
-    """What a run is assembled from.
-
-    Attributes:
-        why_held: why gradients stay in `param.grad` until the step; None when they may leave during backward.
-        why_awaited: why new weights are waited for right after the step; None when forward may wait for them.
-        is_automatic: whether Lightning runs backward and step, or the user's training_step.
-        order: compares gathers between ranks; needed by stage 3 over several ranks.
-        flow: brings weights from the host when they are used; None when they stay on the device.
-    """
-
-    mesh: DataMesh
-    device: torch.device
-    zero: ZeroConfig
-    offload: OffloadConfig | None
-    precision: str
-    error_if_nonfinite: bool
-    why_held: str | None
-    why_awaited: str | None
-    is_automatic: bool
-    order: GatherOrder | None
-    flow: WeightFlow | None
-
-    @property
-    def shards_weights(self) -> bool:
-        """Stage 3 over several ranks: FSDP2 gathers weights for forward and backward."""
-        return self.zero.stage == 3 and self.mesh.shard.size > 1
-
-    @property
-    def defers(self) -> bool:
-        """Whether Adam and AdamW on the host step one commit behind, during backward and the next forward."""
-        return self.offload is not None and self.offload.engine == "superoffload"
-
-    @property
-    def unit_bytes(self) -> int:
-        return (self.zero.bucket_mb if self.offload is None else self.offload.bucket_mb) * MIB
-
-    @property
-    def streams(self) -> bool:
-        """Whether gradients leave during backward: they have somewhere to go, and nobody looks at them before."""
-        return self.why_held is None and (self.offload is not None or not self.mesh.is_single)
 
 
 @dataclass(slots=True)
@@ -109,10 +65,23 @@ class Assembly:
     ranks: Ranks
     sharded: ShardedModule | None
     reasons: list[str] = field(default_factory=list)
+    _has_settled_in: bool = False
 
     @property
     def mesh(self) -> DataMesh:
         return self.settings.mesh
+
+    def settle_in(self) -> None:
+        """Once the first step was taken, before the next one's forward: adapt to it. Every rank calls it."""
+        offload = self.settings.offload
+        if self._has_settled_in or offload is None:
+            return
+        self._has_settled_in = True
+        if settle_in(self.engines.values(), self.mesh, offload, self.settings.device):
+            for gates in self.gates:
+                gates.close()
+            compiled = is_compiled(self.module)
+            self.gates = _gates(self.module, self.engines.values(), self.settings, is_model_compiled=compiled)
 
     def enter_step(self) -> None:
         """Before a training step's forward. Every rank calls it."""
@@ -174,10 +143,13 @@ class Assembly:
                 self.engines.values(),
                 settings.zero,
                 shard_size=self.mesh.shard.size,
-                is_offloaded=settings.offload is not None,
                 flow=settings.flow,
             ),
-            reasons=[*self.reasons, *(f"the optimizer steps through its own code: {reason}" for reason in own)],
+            reasons=[
+                *self.reasons,
+                *where_states_are(self.engines.values(), settings, has_settled_in=self._has_settled_in),
+                *(f"the optimizer steps through its own code: {reason}" for reason in own),
+            ],
         )
 
 
@@ -193,22 +165,30 @@ def assemble(module: nn.Module, optimizers: Sequence[Optimizer], settings: RunSe
     _check_on_all_ranks(module, optimizers, settings)
     sharded = _sharded(module, optimizers, settings)
     fqn_of = {param: fqn for fqn, param in module.named_parameters()}
-    link = None if offload is None else link_for(settings.device)
+    link = None if offload is None else link_for(settings.device, settings.timeline)
     where = settings.device if offload is None else torch.device("cpu")
     update = update_path(where, None if offload is None or offload.cpu_threads == "auto" else offload.cpu_threads)
     pool = default_pool() if offload is None or offload.cpu_threads == "auto" else Pool(offload.cpu_threads)
     arena = HostArena()
     make_state = _state_maker(link, settings, pool, arena)
+    block_of = {} if settings.flow is None else settings.flow.block_of
     ranks = ranks_of(mesh, fqn_of, num_buffers=len(list(module.buffers())))
     engines = {
         optimizer: OptimizerEngine(
             optimizer,
             fqn_of=fqn_of,
             ranks=ranks,
-            make_transport=_transport_maker(ranks, settings, sharded, f"optimizer {number}"),
+            make_transport=_transport_maker(
+                ranks,
+                settings,
+                sharded,
+                first_grouping(optimizer, fqn_of, offload, settings.unit_bytes, block_of),
+                f"optimizer {number}",
+            ),
             make_state=make_state,
             make_native=_native_maker(settings, update),
             error_if_nonfinite=settings.error_if_nonfinite,
+            timeline=settings.timeline,
         )
         for number, optimizer in enumerate(optimizers)
         if any(param in fqn_of for group in optimizer.param_groups for param in group["params"])
@@ -223,7 +203,9 @@ def assemble(module: nn.Module, optimizers: Sequence[Optimizer], settings: RunSe
             engine.transport.watch_edits()
     compiled = is_compiled(module)
     gates = _gates(module, engines.values(), settings, is_model_compiled=compiled)
-    reasons = _reasons(module, settings, is_model_compiled=compiled)
+    reasons = reasons_of(settings, is_model_compiled=compiled)
+    if offload is not None:
+        reasons.append(how_weights_flow(offload, settings.flow, module))
     buffers = BufferSync(ranks, module)
     return Assembly(module, settings, engines, gates, link, update, buffers, ranks, sharded, reasons)
 
@@ -241,25 +223,25 @@ def _sharded(module: nn.Module, optimizers: Sequence[Optimizer], settings: RunSe
 
 
 def _transport_maker(
-    ranks: Ranks, settings: RunSettings, sharded: ShardedModule | None, label: str
+    ranks: Ranks, settings: RunSettings, sharded: ShardedModule | None, grouping: Grouping, label: str
 ) -> Callable[[DeltaSink], Transport]:
     if sharded is not None:
         return lambda sink: Fsdp2Transport(
             sharded,
             sink=sink,
             ranks=ranks,
-            unit_bytes=settings.unit_bytes,
+            grouping=grouping,
             label=label,
             no_sync=settings.zero.reduces_once,
         )
     return lambda sink: BucketTransport(
         [],
-        unit_bytes=settings.unit_bytes,
+        grouping=grouping,
         sink=sink,
         ranks=ranks,
         label=label,
         no_sync=settings.zero.reduces_once,
-        streaming=streaming_of(settings.flow, settings.device),
+        streams_to=settings.device,
     )
 
 
@@ -290,51 +272,35 @@ def _check_on_all_ranks(module: nn.Module, optimizers: Sequence[Optimizer], sett
     check_equal_on_all_ranks(mesh, facts_of_run(module, optimizers, zero, offload, settings.precision))
 
 
-def _reasons(module: nn.Module, settings: RunSettings, *, is_model_compiled: bool) -> list[str]:
-    """One sentence per choice, for `explain()`."""
-    reasons = ["masters and optimizer states are on the device: offload is None"]
-    if settings.offload is not None:
-        reasons = [_how_the_host_steps(settings), how_weights_flow(settings.offload, settings.flow, module)]
-    elif settings.mesh.is_single:
-        return reasons
-    if settings.why_held is None:
-        where_to = "for the host" if settings.offload is not None else "for the other ranks"
-        reasons.append(f"gradients leave {where_to} during backward: nothing of yours reads param.grad")
-    else:
-        reasons.append(f"gradients stay in param.grad until the step: {settings.why_held}")
-    if settings.why_awaited is not None:
-        reasons.append(f"new weights are awaited right after the step: {settings.why_awaited}")
-    if is_model_compiled:
-        reasons.append("new weights are awaited at the start of the training step: the model is compiled")
-    return reasons
-
-
-def _how_the_host_steps(settings: RunSettings) -> str:
-    if not settings.defers or settings.offload is None:
-        return "the 'cpu' engine steps on the host, after backward"
-    if settings.streams and settings.offload.speculate:
-        return "the host steps each bucket during backward, and again what the gradient norm then changes"
-    why = "gradients stay in param.grad" if not settings.streams else "speculate is off"
-    return f"the host steps after backward, and the next forward hides it: {why}"
-
-
 def _native_maker(settings: RunSettings, update: UpdatePath) -> Callable[[Optimizer, StepGuard], StepRule]:
-    if settings.offload is None or not settings.defers:
-        return lambda optimizer, guard: NativeStep(optimizer, guard, update.submit)
-    looks_ahead = settings.streams and settings.offload.speculate
-    return lambda optimizer, guard: DeferredStep(optimizer, guard, looks_ahead=looks_ahead)
+    offload, timeline = settings.offload, settings.timeline
+
+    def on_device(optimizer: Optimizer, guard: StepGuard, path: UpdatePath) -> NativeStep:
+        return NativeStep(optimizer, guard, path.submit, timeline=timeline, lane="device optimizer")
+
+    if offload is None:
+        return lambda optimizer, guard: on_device(optimizer, guard, update)
+    looks_ahead = settings.streams and offload.speculate
+
+    def on_host(optimizer: Optimizer, guard: StepGuard) -> BoundStep:
+        if settings.defers:
+            return DeferredStep(optimizer, guard, looks_ahead=looks_ahead, timeline=timeline)
+        return NativeStep(optimizer, guard, update.submit, timeline=timeline)
+
+    def split(optimizer: Optimizer, guard: StepGuard) -> StepRule:
+        device = on_device(optimizer, guard, update_path(settings.device, None))
+        return SplitStep(optimizer, guard, host=on_host(optimizer, guard), device=device)
+
+    return split
 
 
-def _state_maker(
-    link: Link | None, settings: RunSettings, pool: Pool, arena: HostArena
-) -> Callable[[ShardUnit, bool], UnitState]:
+def _state_maker(link: Link | None, settings: RunSettings, pool: Pool, arena: HostArena) -> MakeState:
     offload, flow = settings.offload, settings.flow
-    if link is None or offload is None:
-        return lambda unit, has_moments: ResidentState(unit, has_moments=has_moments)
-    pin = offload.pin_memory
 
-    def on_host(unit: ShardUnit, has_moments: bool) -> UnitState:
-        streamed = unit if isinstance(unit, BucketUnit) and unit.is_streamed else None
+    def make_state(unit: ShardUnit, *, has_moments: bool, is_on_device: bool) -> UnitState:
+        if link is None or offload is None or is_on_device:
+            return ResidentState(unit, has_moments=has_moments)
+        pin, streamed = offload.pin_memory, unit if isinstance(unit, BucketUnit) and unit.is_streamed else None
         state: DeferredState | HostState
         if settings.defers and has_moments:
             state = DeferredState(unit, link, arena, is_pinned=pin, pool=pool, streamed=streamed)
@@ -344,11 +310,14 @@ def _state_maker(
             flow.add(state.flowing)
         return state
 
-    return on_host
+    return make_state
 
 
 def _host_bytes_needed(module: nn.Module, optimizers: Sequence[Optimizer], settings: RunSettings) -> int:
-    """Host bytes of this rank's states and of weights that flow, but for padding."""
+    """Host bytes of this rank's states and of weights that flow, but for padding.
+
+    What may go to the device later counts as here.
+    """
 
     def is_copied(param: nn.Parameter) -> bool:
         # A copy takes the place of weights that are in host memory already.
@@ -363,4 +332,7 @@ def _host_bytes_needed(module: nn.Module, optimizers: Sequence[Optimizer], setti
         for param in stepped
     )
     frozen = (param for param in module.parameters() if param not in stepped and is_copied(param))
-    return -(-states // settings.mesh.shard.size) + sum(param.numel() * param.element_size() for param in frozen)
+    offload = settings.offload
+    stays = 0.0 if offload is None or offload.gpu_fraction == "auto" else offload.gpu_fraction
+    copies = sum(param.numel() * param.element_size() for param in frozen)
+    return round(states * (1 - stays) / settings.mesh.shard.size) + copies

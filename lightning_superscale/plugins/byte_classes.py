@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -15,24 +16,21 @@ from lightning_superscale.zero.engine import OptimizerEngine
 from lightning_superscale.zero.states import UnitState
 from lightning_superscale.zero.units import ShardUnit
 
-_ON_HOST = ("master weights", "optimizer states", "transfer buffers")
-_ALWAYS_ON_HOST = ("weights (host copy)", "frozen (host copy)")
-
 
 @dataclass(slots=True)
 class _Row:
     """One class while it is summed up.
 
     Attributes:
-        held_bytes: of the tensors, padding included.
+        device_bytes, host_bytes: of the tensors, padding included.
         numel: elements of the whole parameters or buffers in it.
         num_shares: ranks that share them.
     """
 
     bytes_each: int
     num_shares: int
-    is_on_host: bool
-    held_bytes: int = 0
+    device_bytes: int = 0
+    host_bytes: int = 0
     numel: int = 0
 
     def arithmetic(self) -> str:
@@ -41,29 +39,33 @@ class _Row:
 
 
 class _Rows:
-    def __init__(self, *, is_offloaded: bool) -> None:
+    def __init__(self) -> None:
         self.rows: dict[tuple[str, str], _Row] = {}
-        self.is_offloaded = is_offloaded
 
     def add(
-        self, name: str, dtype: torch.dtype, numel: int, held_numel: int, *, num_shares: int = 1, copies: int = 1
+        self,
+        name: str,
+        dtype: torch.dtype,
+        numel: int,
+        held_numel: int,
+        *,
+        num_shares: int = 1,
+        copies: int = 1,
+        is_on_host: bool = False,
     ) -> None:
         """Args: copies: tensors of `held_numel` elements each."""
-        on_host = name in _ALWAYS_ON_HOST or (self.is_offloaded and name in _ON_HOST)
         key = (name, str(dtype).removeprefix("torch."))
-        row = self.rows.setdefault(key, _Row(copies * dtype.itemsize, num_shares, on_host))
-        row.held_bytes += copies * held_numel * dtype.itemsize
+        row = self.rows.setdefault(key, _Row(copies * dtype.itemsize, num_shares))
+        held_bytes = copies * held_numel * dtype.itemsize
+        if is_on_host:
+            row.host_bytes += held_bytes
+        else:
+            row.device_bytes += held_bytes
         row.numel += numel
 
     def done(self) -> list[ByteClass]:
         return [
-            ByteClass(
-                name,
-                dtype,
-                0 if row.is_on_host else row.held_bytes,
-                row.held_bytes if row.is_on_host else 0,
-                row.arithmetic(),
-            )
+            ByteClass(name, dtype, row.device_bytes, row.host_bytes, row.arithmetic())
             for (name, dtype), row in self.rows.items()
         ]
 
@@ -74,7 +76,6 @@ def byte_classes(
     zero: ZeroConfig,
     *,
     shard_size: int,
-    is_offloaded: bool,
     flow: WeightFlow | None = None,
 ) -> list[ByteClass]:
     """Bytes of this rank by class.
@@ -83,18 +84,16 @@ def byte_classes(
     rank's rows otherwise.
     """
     pairs = [pair for engine in engines for pair in zip(engine.transport.units, engine.states, strict=True)]
-    rows = _Rows(is_offloaded=is_offloaded)
+    rows = _Rows()
     flowing = {} if flow is None else flow.block_of
     for unit, state in pairs:
         _add_unit(rows, unit, state, zero, shard_size, flows=unit.params[0] in flowing)
     in_units = {param for unit, _ in pairs for param in unit.params}
-    frozen = [
-        ("frozen (host copy)" if param in flowing else "frozen weights", param)
-        for param in module.parameters()
-        if param not in in_units
-    ]
-    for name, tensor in frozen + [("buffers", buffer) for buffer in module.buffers()]:
-        rows.add(name, tensor.dtype, tensor.numel(), tensor.numel())
+    for param in (param for param in module.parameters() if param not in in_units):
+        name = "frozen (host copy)" if param in flowing else "frozen weights"
+        rows.add(name, param.dtype, param.numel(), param.numel(), is_on_host=param in flowing)
+    for buffer in module.buffers():
+        rows.add("buffers", buffer.dtype, buffer.numel(), buffer.numel())
     return [*rows.done(), *([] if flow is None else [_flowing(flow)])]
 
 
@@ -112,15 +111,15 @@ def _add_unit(
     if not flows:
         rows.add("weights", unit.dtype, numel, unit.weight_numel, num_shares=weight_shares)
     elif state.num_host_copies:
-        rows.add("weights (host copy)", unit.dtype, numel, share, copies=state.num_host_copies)
+        rows.add("weights (host copy)", unit.dtype, numel, share, copies=state.num_host_copies, is_on_host=True)
     if zero.reduces_once:
         rows.add("gradients", unit.dtype, numel, numel)
     else:
         rows.add("gradients", unit.dtype, numel, share, num_shares=shard_size)
+    add = functools.partial(rows.add, num_shares=shard_size, is_on_host=state.is_on_host)
     if state.master is not None:
-        rows.add("master weights", state.master.dtype, numel, share, num_shares=shard_size)
+        add("master weights", state.master.dtype, numel, share)
     if state.exp_avg is not None:
-        rows.add("optimizer states", state.exp_avg.dtype, numel, share, num_shares=shard_size, copies=2)
+        add("optimizer states", state.exp_avg.dtype, numel, share, copies=2)
     if state.num_transfer_buffers:
-        copies = state.num_transfer_buffers
-        rows.add("transfer buffers", unit.dtype, numel, share, num_shares=shard_size, copies=copies)
+        add("transfer buffers", unit.dtype, numel, share, copies=state.num_transfer_buffers)

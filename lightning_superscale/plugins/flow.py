@@ -16,7 +16,7 @@ from lightning_superscale.offload.weight_flow import BlockParams, WeightFlow
 from lightning_superscale.ops.memory import RecycledMemory
 from lightning_superscale.plan import format_bytes
 from lightning_superscale.zero.bucket_unit import BucketUnit
-from lightning_superscale.zero.buckets import BucketTransport, Streaming
+from lightning_superscale.zero.buckets import BucketTransport
 from lightning_superscale.zero.engine import OptimizerEngine
 from lightning_superscale.zero.gates import is_compiled
 from lightning_superscale.zero.wrapping import blocks_with_own_params
@@ -86,10 +86,6 @@ def place_resident(module: nn.Module, flowing: Iterable[nn.Parameter], device: t
     finally:
         for param, data in kept.items():
             param.data = data
-
-
-def streaming_of(flow: WeightFlow | None, device: torch.device) -> Streaming | None:
-    return None if flow is None else Streaming(flow.block_of, device)
 
 
 def stream_the_rest(flow: WeightFlow, link: Link, device: torch.device, arena: HostArena, *, is_pinned: bool) -> None:

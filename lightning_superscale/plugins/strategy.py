@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, Union
 
@@ -16,14 +16,18 @@ from lightning_superscale.comm.mesh import check_shard_size
 from lightning_superscale.config import OffloadConfig, ZeroConfig, resolve_offload, resolve_zero
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.offload.weight_flow import WeightFlow
-from lightning_superscale.plugins.assembly import Assembly, RunSettings, assemble
+from lightning_superscale.plugins.assembly import Assembly, assemble
 from lightning_superscale.plugins.checks import refuse_averaging
 from lightning_superscale.plugins.flow import check_flow, flow_alone, flow_of, place_resident, weights_flow
 from lightning_superscale.plugins.precision import SuperScalePrecisionMixin, check_precision
 from lightning_superscale.plugins.rank_environment import RankEnvironment
+from lightning_superscale.plugins.reasons import device_share
+from lightning_superscale.plugins.run_settings import RunSettings
 from lightning_superscale.plugins.run_state import RunStateMixin
+from lightning_superscale.plugins.step_recorder import StepRecorder
 from lightning_superscale.plugins.timing import PhaseSeconds
 from lightning_superscale.plugins.visibility import why_gradients_are_held, why_weights_are_awaited
+from lightning_superscale.timeline import Lane
 from lightning_superscale.zero.initial_weights import materialise_all
 from lightning_superscale.zero.replicas import broadcast_from_first
 
@@ -80,6 +84,7 @@ class SuperScaleStrategyMixin(RunStateMixin, _Base):
         self._shows_weights = True
         self._is_blocked = False
         self.phase_seconds = PhaseSeconds()
+        self._recorder: StepRecorder | None = None
         super().__init__(
             accelerator=accelerator,
             parallel_devices=parallel_devices,
@@ -184,6 +189,7 @@ class SuperScaleStrategyMixin(RunStateMixin, _Base):
         callbacks = list(trainer.callbacks)  # type: ignore[attr-defined]
         held = why_gradients_are_held(module, callbacks, len(self.optimizers))
         awaited = why_weights_are_awaited(module, callbacks)
+        self._recorder = StepRecorder.from_environment(self.root_device, self.global_rank)
         settings = RunSettings(
             mesh=self._environment.mesh,
             device=self.root_device,
@@ -196,6 +202,7 @@ class SuperScaleStrategyMixin(RunStateMixin, _Base):
             is_automatic=module.automatic_optimization,
             order=self._environment.order,
             flow=self._flow,
+            timeline=self._recorder.timeline,
         )
         if settings.shards_weights:
             refuse_averaging(callbacks)
@@ -218,13 +225,37 @@ class SuperScaleStrategyMixin(RunStateMixin, _Base):
     # Running
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        num_steps = self.phase_seconds.num_steps
+        if self._recorder is not None:
+            self._recorder.before_forward(num_steps)
         if self._assembly is not None:
+            if num_steps:
+                self._assembly.settle_in()
             self._assembly.enter_step()
         start = time.perf_counter()
         try:
-            return super().training_step(*args, **kwargs)
+            with self._recorded("forward"):
+                return super().training_step(*args, **kwargs)
         finally:
             self.phase_seconds.forward += time.perf_counter() - start
+            if self._recorder is not None and self._recorder.timeline.is_open:
+                self._recorder.after_forward(num_steps, self._facts())
+
+    def _recorded(self, lane: Lane) -> AbstractContextManager[None]:
+        return nullcontext() if self._recorder is None else self._recorder.phase(lane, self.phase_seconds.num_steps)
+
+    def _facts(self) -> dict[str, Any]:
+        """What a trace says of its run."""
+        if self._assembly is None:
+            return {}
+        plan = self._assembly.plan()
+        return {
+            "device": plan.device,
+            "engine": plan.engine,
+            "num_params": plan.num_trainable,
+            "is_deferred": self._assembly.settings.defers,
+            "device_share": device_share(self._assembly.engines.values()),
+        }
 
     def on_validation_start(self) -> None:
         super().on_validation_start()
@@ -265,7 +296,8 @@ class SuperScaleStrategyMixin(RunStateMixin, _Base):
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         start = time.perf_counter()
         try:
-            return super().backward(closure_loss, optimizer, *args, **kwargs)
+            with self._recorded("backward"):
+                return super().backward(closure_loss, optimizer, *args, **kwargs)
         finally:
             self.phase_seconds.backward += time.perf_counter() - start
 
@@ -316,6 +348,9 @@ class SuperScaleStrategyMixin(RunStateMixin, _Base):
 
     def _release(self) -> None:
         """Give the module back. Sharded states stay reachable, so that a checkpoint can be saved after training."""
+        if self._recorder is not None:
+            self._recorder.end(self.phase_seconds.num_steps, self._facts())
+            self._recorder = None
         if self._assembly is not None:
             self._assembly.close()
             self._flow = None

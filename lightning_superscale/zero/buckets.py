@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -12,8 +12,8 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_superscale.comm.collectives import Pending
 from lightning_superscale.errors import SuperScaleError
-from lightning_superscale.layout import ParamSpec, split_into_units
 from lightning_superscale.zero.bucket_unit import BucketUnit
+from lightning_superscale.zero.grouping import Grouping, NamedParam
 from lightning_superscale.zero.held import HeldGradients
 from lightning_superscale.zero.late_gathers import LateGathers
 from lightning_superscale.zero.ranks import Ranks
@@ -32,18 +32,6 @@ class _Gather(NamedTuple):
     packed: Sequence[int]
 
 
-class Streaming(NamedTuple):
-    """Weights that come from the host when a block of modules needs them.
-
-    Attributes:
-        block_of: the block that owns a parameter, by number. Units never span blocks.
-        device: where they come to.
-    """
-
-    block_of: Mapping[nn.Parameter, int]
-    device: torch.device
-
-
 class BucketTransport:
     """Carries the gradients of one optimizer's parameters to a sink, and new weights back.
 
@@ -52,40 +40,44 @@ class BucketTransport:
 
     Args:
         named_params: trainable parameters without duplicates, in registration order.
-        unit_bytes: upper bound of a unit's weights.
+        grouping: which parameters share a unit.
         sink: receives every delta.
         ranks: the other ranks.
         label: names the optimizer in errors.
         no_sync: micro-batches before the last of a step accumulate in `param.grad`, so that ranks talk once
             per step; False reduces each, so that no rank holds whole gradients between them.
-        streaming: parameters that are on the device only while they are used; None for none.
+        streams_to: the device of parameters whose weights stream (`Grouping.block_of`).
     """
 
     def __init__(
         self,
         named_params: Sequence[tuple[str, nn.Parameter]],
         *,
-        unit_bytes: int,
+        grouping: Grouping,
         sink: DeltaSink,
         ranks: Ranks,
         label: str = "optimizer",
         no_sync: bool = True,
-        streaming: Streaming | None = None,
+        streams_to: torch.device | None = None,
     ) -> None:
-        self._streaming = streaming
-        self._unit_bytes = unit_bytes
+        self.grouping = grouping
+        self._streams_to = streams_to
         self._sink = sink
         self._ranks = ranks
+        self._label = label
         self._no_sync = no_sync or self.is_local
         self._reducer = GradientReducer(ranks, label, sink)
         self._held = HeldGradients(ranks, label)
         self._place: dict[nn.Parameter, tuple[BucketUnit, int]] = {}
-        self._hooks: list[RemovableHandle] = []
+        self._hooks: dict[nn.Parameter, RemovableHandle] = {}
+        self._observed: dict[nn.Parameter, None] = {}
         self._is_streamed = False
         self._is_blocked = False
-        # Per unit: gradients that wait for the rest of their unit, and whether it was sent this step.
+        # Per unit, on one rank: gradients that wait for the rest of their unit, and which were sent this step. The
+        # rest is whatever the last step had: an unused parameter doesn't hold its unit back.
         self._waiting: dict[int, dict[int, Tensor]] = {}
-        self._sent: set[int] = set()
+        self._sent: dict[int, set[int]] = {}
+        self._expected: dict[int, set[int]] = {}
         self._uploads: dict[int, PublishEvent] = {}
         self._gathers: dict[int, _Gather] = {}
         self._late_gathers = LateGathers(ranks.gather)
@@ -96,38 +88,36 @@ class BucketTransport:
     def is_local(self) -> bool:
         return self._ranks.mesh.is_single
 
-    def add_params(self, named_params: Sequence[tuple[str, nn.Parameter]]) -> list[BucketUnit]:
-        """Move parameters into new units, last registered first: about the order of their gradients."""
-        axis, streaming = self._ranks.mesh.shard, self._streaming
+    @property
+    def observed(self) -> Sequence[nn.Parameter]:
+        return tuple(self._observed)
+
+    def units_of(self, named_params: Sequence[NamedParam], grouping: Grouping) -> list[list[NamedParam]]:
+        return grouping.units_of(named_params)
+
+    def add_params(self, named_params: Sequence[NamedParam]) -> list[BucketUnit]:
+        axis = self._ranks.mesh.shard
         added = []
-        for (_, block, dtype, _), group in self._kinds(named_params).items():
-            streams_to = None if streaming is None or block is None else streaming.device
-            params = dict(group)
-            specs = [ParamSpec(fqn, tuple(param.shape)) for fqn, param in group]
-            for members in split_into_units(specs, max(1, self._unit_bytes // dtype.itemsize)):
-                named = [(spec.fqn, params[spec.fqn]) for spec in members]
-                memory = self._ranks.mesh.memory
-                unit = BucketUnit(len(self.units), named, axis.rank, axis.size, memory, streams_to=streams_to)
-                self.units.append(unit)
-                self._reducer.add_unit(unit)
-                added.append(unit)
-                for i, param in enumerate(unit.params):
-                    self._place[param] = (unit, i)
-                    if self._is_streamed:
-                        self._hooks.append(self._hooked(param))
+        for members in self.units_of(named_params, self.grouping):
+            streams_to = self._streams_to if members[0][1] in self.grouping.block_of else None
+            memory = self._ranks.mesh.memory
+            unit = BucketUnit(len(self.units), members, axis.rank, axis.size, memory, streams_to=streams_to)
+            self.units.append(unit)
+            self._reducer.add_unit(unit)
+            added.append(unit)
+            for i, param in enumerate(unit.params):
+                self._place[param] = (unit, i)
+                if self._is_streamed:
+                    self._hook(param)
         return added
 
-    def _kinds(
-        self, named_params: Sequence[tuple[str, nn.Parameter]]
-    ) -> dict[tuple[int, int | None, torch.dtype, torch.device], list[tuple[str, nn.Parameter]]]:
-        """Parameters that may share a unit, last registered first; what surrounds a block shares none across it."""
-        kinds: dict[tuple[int, int | None, torch.dtype, torch.device], list[tuple[str, nn.Parameter]]] = {}
-        run, last = 0, None
-        for fqn, param in reversed(named_params):
-            block = None if self._streaming is None else self._streaming.block_of.get(param)
-            run, last = run + (block != last), block
-            kinds.setdefault((run, block, param.dtype, param.device), []).append((fqn, param))
-        return kinds
+    def regroup(self, grouping: Grouping) -> None:
+        self.wait_all_published()
+        self.grouping = grouping
+        self.units = []
+        self._place = {}
+        self._expected = {}
+        self._reducer = GradientReducer(self._ranks, self._label, self._sink)
 
     def place_of(self, param: nn.Parameter) -> tuple[BucketUnit, int] | None:
         """The unit of a parameter and its index there, or None when no unit holds it."""
@@ -138,16 +128,17 @@ class BucketTransport:
     def stream(self) -> None:
         """From now on, take gradients during the last backward of a step rather than at the step."""
         self._is_streamed = True
-        self._hooks += [self._hooked(param) for param in self._place]
+        for param in self._place:
+            self._hook(param)
 
     def watch_edits(self) -> None:
         """Refuse, at the step, held gradients that somebody changed in place: they are only this rank's share."""
         if not self.is_local:
             self._held.watch(self._place)
 
-    def _hooked(self, param: nn.Parameter) -> RemovableHandle:
-        hook: RemovableHandle = param.register_post_accumulate_grad_hook(self._on_grad)  # type: ignore[no-untyped-call]
-        return hook
+    def _hook(self, param: nn.Parameter) -> None:
+        if param not in self._hooks:
+            self._hooks[param] = param.register_post_accumulate_grad_hook(self._on_grad)  # type: ignore[no-untyped-call]
 
     @contextmanager
     def blocked(self) -> Iterator[None]:
@@ -168,6 +159,7 @@ class BucketTransport:
         self._late_gathers.issue_all()
         if self._is_blocked:
             return
+        self._observed.setdefault(param)
         unit, i = self._place[param]
         grad = self._take(unit, i)
         if not self.is_local:
@@ -175,7 +167,8 @@ class BucketTransport:
             self._reducer.launch_complete()
             return
         if unit.index in self._sent:
-            # A second backward of this step, or a block used again by a reentrant checkpoint.
+            # A second backward of this step, a block used again by a reentrant checkpoint, or one that nobody expected.
+            self._sent[unit.index].add(i)
             self._sink(GradientDelta(unit, [(i, grad)]))
             return
         waiting = self._waiting.setdefault(unit.index, {})
@@ -183,7 +176,7 @@ class BucketTransport:
             waiting[i].add_(grad)
         else:
             waiting[i] = grad
-        if len(waiting) == len(unit.params):
+        if self._expected.get(unit.index, set(range(len(unit.params)))) <= waiting.keys():
             self._send(unit)
 
     def _take(self, unit: BucketUnit, i: int) -> Tensor:
@@ -197,7 +190,7 @@ class BucketTransport:
 
     def _send(self, unit: BucketUnit) -> None:
         waiting = self._waiting.pop(unit.index)
-        self._sent.add(unit.index)
+        self._sent[unit.index] = set(waiting)
         self._sink(GradientDelta(unit, sorted(waiting.items())))
 
     def average_held(self) -> None:
@@ -218,7 +211,7 @@ class BucketTransport:
                 slices = self._left_in_params(unit)
                 if slices:
                     self._sink(GradientDelta(unit, slices))
-            self._sent.clear()
+            self._expected, self._sent = self._sent, {}
         elif self._held.is_averaged:
             self._held.hand_over(self.units, self._sink)
         else:
@@ -302,7 +295,7 @@ class BucketTransport:
         """Remove every hook and give parameters their own storage back."""
         self.wait_all_published()
         self._held.close()
-        for hook in self._hooks:
+        for hook in self._hooks.values():
             hook.remove()
         self._hooks.clear()
         for unit in self.units:

@@ -50,8 +50,19 @@ def joined(requests: Sequence[ClipRequest], new: ClipRequest) -> list[ClipReques
 
 
 def grad_norms(grads: Sequence[Tensor]) -> Tensor:
-    """2-norm of each gradient, fp32 [len(grads)], as `torch.nn.utils.clip_grad_norm_` takes them of fp32 gradients."""
-    return torch.stack([torch.linalg.vector_norm(grad, 2, dtype=torch.float32) for grad in grads])
+    """2-norm of each gradient, fp32 [len(grads)], as `torch.nn.utils.clip_grad_norm_` takes them of fp32 gradients.
+
+    On the gradients' device; on the host when they are on several.
+    """
+    norms = [torch.linalg.vector_norm(grad, 2, dtype=torch.float32) for grad in grads]
+    devices = {norm.device for norm in norms}
+    if len(devices) == 1:
+        return torch.stack(norms)
+    joined = torch.empty(len(norms))
+    for device in devices:
+        here = [i for i, norm in enumerate(norms) if norm.device == device]
+        joined[here] = torch.stack([norms[i] for i in here]).cpu()
+    return joined
 
 
 def grad_sumsq(grads: Sequence[Tensor]) -> Tensor:

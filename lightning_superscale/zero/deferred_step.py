@@ -7,9 +7,10 @@ the verdict's (clipping, a changed learning rate, a late gradient) is looked at 
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
@@ -18,8 +19,10 @@ from torch.optim import Optimizer
 
 from lightning_superscale.ops.types import AdamWHyper, GradStats
 from lightning_superscale.ops.update import StatsSource
+from lightning_superscale.timeline import UNTIMED, Timeline
 from lightning_superscale.zero.due import Due, by_unit
 from lightning_superscale.zero.guard import StepGuard
+from lightning_superscale.zero.look_ahead_worker import StepThread, StepWorker
 from lightning_superscale.zero.native_step import BoundStep
 from lightning_superscale.zero.rules import hyper_of
 from lightning_superscale.zero.states import UnitState
@@ -38,6 +41,9 @@ class DeferringState(UnitState, Protocol):
 
     def look_ahead(self, hypers: Mapping[int, AdamWHyper]) -> None:
         """Compute new weights of slices whose gradient arrived; store nothing else of this step."""
+
+    def has_arrived(self) -> bool:
+        """Whether `look_ahead` would wait for no gradient."""
 
     def settle(self, hypers: Mapping[int, AdamWHyper]) -> tuple[list[GradStats], int]:
         """Make this step final with these numbers: (statistics of its gradients, slices that were looked at again)."""
@@ -88,15 +94,26 @@ class DeferredStep(BoundStep):
 
     Args:
         looks_ahead: False waits for the verdict always, and then overlaps with the next forward.
+        worker: where the work is done; None for a thread of its own.
+        timeline: where it is recorded.
     """
 
-    def __init__(self, optimizer: Optimizer, guard: StepGuard, *, looks_ahead: bool = True) -> None:
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        guard: StepGuard,
+        *,
+        looks_ahead: bool = True,
+        worker: StepWorker | None = None,
+        timeline: Timeline = UNTIMED,
+    ) -> None:
         super().__init__(optimizer, guard)
         self._looks_ahead = looks_ahead
-        # One thread: units are worked on one after the other, each by all of the pool's threads.
-        self._worker = ThreadPoolExecutor(1, "lightning-superscale step")
+        self._worker = worker or StepThread()
+        self._timeline = timeline
         self._states: dict[int, DeferringState] = {}
         self._looking: dict[int, Future[None]] = {}
+        self._hypers: dict[int, dict[int, AdamWHyper]] = {}
         self._settling: dict[int, Future[_Settled]] = {}
         self._group_of: dict[nn.Parameter, dict[str, Any]] = {}
         self._clip_value: float | None = None
@@ -114,18 +131,25 @@ class DeferredStep(BoundStep):
         settling, looking = self._settling.get(unit.index), self._looking.get(unit.index)
         if settling is not None:
             settling.result()  # the buffer that receives holds the last step's new weights until then
-        if looking is not None:
+        is_begun = looking is not None and not looking.cancel()
+        if looking is not None and is_begun:
             looking.result()  # a late gradient may not meet a running look ahead
         state.receive(delta.slices)
-        if not self._looks_ahead or self._pause or looking is not None:
+        if not self._looks_ahead or self._pause or is_begun:
             return
-        hypers = {}
+        hypers = self._hypers.setdefault(unit.index, {})
         for i, grad in delta.slices:
             param = unit.params[i]
             item = Due(param, self._group(param), unit, state, i, grad)
             count = int(self.bound_state(item)["step"]) + 1
             hypers[i] = hyper_of(self._optimizer, item.group, count, 1.0, self._clip_value)
-        self._looking[unit.index] = self._worker.submit(self._states[unit.index].look_ahead, hypers)
+        deferring = self._states[unit.index]
+        ahead = functools.partial(self._look_ahead, unit.index, dict(hypers))
+        self._looking[unit.index] = self._worker.look_ahead(ahead, deferring.has_arrived)
+
+    def _look_ahead(self, index: int, hypers: Mapping[int, AdamWHyper]) -> None:
+        with self._timeline.host("host optimizer", f"unit {index}, ahead"):
+            self._states[index].look_ahead(hypers)
 
     def _group(self, param: nn.Parameter) -> dict[str, Any]:
         if param not in self._group_of:
@@ -133,20 +157,29 @@ class DeferredStep(BoundStep):
         return self._group_of[param]
 
     def come_to_rest(self) -> None:
-        for looking in self._looking.values():
-            looking.result()
+        self._take_back()
         for settling in self._settling.values():
             settling.result()
 
+    def _take_back(self) -> None:
+        """Begin no look ahead any more; settling does what is left of them.
+
+        Raises: what a look ahead raised.
+        """
+        begun = [looking for looking in self._looking.values() if not looking.cancel()]
+        for looking in begun:
+            looking.result()
+
     # The step
 
-    def step(
+    def apply(
         self, due: Sequence[Due], grad_scale: float, clip_value: float | None, publish: Publish
     ) -> Sequence[StatsSource]:
         """Settle every unit in the order of the next forward; new weights may still be on their way afterwards."""
         self._clip_value = clip_value
+        self._take_back()
+        self._forget()
         self._remember_last()
-        self._looking.clear()
         counts: list[Tensor] = []
         made: dict[tuple[int, int], AdamWHyper] = {}
         stats: list[StatsSource] = []
@@ -160,14 +193,19 @@ class DeferredStep(BoundStep):
                 hypers[item.i] = made[key]
             unit = items[0].unit
             state = self._states[unit.index]
-            settled = self._worker.submit(_settle_and_upload, state, hypers, state.fence())
+            settled = self._worker.settle(functools.partial(self._settle, unit.index, hypers, state.fence()))
             self._settling[unit.index] = settled
             stats.append(_stats_of(settled))
             publish(unit, list(hypers), SettledWeights(settled))
         if counts:
             torch._foreach_add_(counts, 1.0)  # in place: they are the optimizer's own tensors
-        self._run_hooks()
         return stats
+
+    def _settle(self, index: int, hypers: Mapping[int, AdamWHyper], fence: Any) -> _Settled:
+        state = self._states[index]
+        with self._timeline.host("host optimizer", f"unit {index}"):
+            stats, num_redone = state.settle(hypers)
+        return _Settled(stats, num_redone, state.upload(list(hypers), fence))
 
     def _remember_last(self) -> None:
         """Decide from the last step whether its successors look ahead."""
@@ -194,18 +232,18 @@ class DeferredStep(BoundStep):
 
     def discard(self) -> None:
         for looking in self._looking.values():
-            looking.exception()  # it may be what failed
-        self._looking.clear()
+            if not looking.cancel():
+                looking.exception()  # it may be what failed
+        self._forget()
         self._settling = {index: f for index, f in self._settling.items() if f.exception() is None}
+
+    def _forget(self) -> None:
+        self._looking.clear()
+        self._hypers.clear()
 
     def close(self) -> None:
         self.flush()
-        self._worker.shutdown()
-
-
-def _settle_and_upload(state: DeferringState, hypers: Mapping[int, AdamWHyper], fence: Any) -> _Settled:
-    stats, num_redone = state.settle(hypers)
-    return _Settled(stats, num_redone, state.upload(list(hypers), fence))
+        self._worker.close()
 
 
 def _stats_of(settled: Future[_Settled]) -> Callable[[], Sequence[GradStats]]:

@@ -9,28 +9,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_superscale.comm.collectives import control_sum, gather_objects
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.layout import ParamSlice
-from lightning_superscale.ops.update import StatsSource
-from lightning_superscale.zero.clip import (
-    ClipByNorm,
-    ClipByValue,
-    ClipRequest,
-    clip_coefficient,
-    grad_norms,
-    grad_sumsq,
-    joined,
-    total_norm,
-)
+from lightning_superscale.timeline import UNTIMED, Timeline
+from lightning_superscale.zero.clip import ClipRequest
 from lightning_superscale.zero.due import Due
+from lightning_superscale.zero.grouping import NamedParam
 from lightning_superscale.zero.guard import StepGuard
+from lightning_superscale.zero.judge import Judge
 from lightning_superscale.zero.optimizer_state import MASTER_KEY, pack_state, unpack_state
 from lightning_superscale.zero.own_step import OwnStep
 from lightning_superscale.zero.ranks import Ranks
@@ -39,6 +31,13 @@ from lightning_superscale.zero.states import UnitState, master_slice
 from lightning_superscale.zero.step_rule import StepRule
 from lightning_superscale.zero.transport import Transport
 from lightning_superscale.zero.units import DeltaSink, GradientDelta, PublishEvent, ShardUnit
+
+
+class MakeState(Protocol):
+    """Builds the state of a unit."""
+
+    def __call__(self, unit: ShardUnit, *, has_moments: bool, is_on_device: bool) -> UnitState:
+        """Args: is_on_device: on the unit's device, wherever others are."""
 
 
 @dataclass(slots=True)
@@ -59,10 +58,10 @@ class OptimizerEngine:
         fqn_of: names of the module's parameters, in registration order.
         ranks: the other ranks.
         make_transport: builds the empty transport that feeds a sink.
-        make_state: builds the state of a unit (second argument: with moments or without); decides where
-            masters and moments live.
+        make_state: builds the state of a unit; decides where masters and moments live.
         make_native: builds what steps Adam and AdamW.
         error_if_nonfinite: raise before anything changes when a gradient is NaN or infinite.
+        timeline: where its steps are recorded.
     """
 
     def __init__(
@@ -72,9 +71,10 @@ class OptimizerEngine:
         fqn_of: Mapping[nn.Parameter, str],
         ranks: Ranks,
         make_transport: Callable[[DeltaSink], Transport],
-        make_state: Callable[[ShardUnit, bool], UnitState],
+        make_state: MakeState,
         make_native: Callable[[Optimizer, StepGuard], StepRule],
         error_if_nonfinite: bool = False,
+        timeline: Timeline = UNTIMED,
     ) -> None:
         self.optimizer = optimizer
         self.ranks = ranks
@@ -82,26 +82,25 @@ class OptimizerEngine:
         self.seconds = StepSeconds()
         self._fqn_of = fqn_of
         self._make_state = make_state
-        self._error_if_nonfinite = error_if_nonfinite
+        self._make_native = make_native
+        self._judge = Judge(ranks, fqn_of, error_if_nonfinite=error_if_nonfinite)
         self._guard = StepGuard(optimizer)
-        self._own = OwnStep(optimizer, self._guard)
+        self._timeline = timeline
+        self._own = OwnStep(optimizer, self._guard, timeline)
         self._rule: StepRule = self._own
         if self.reason_not_native is None:
             self._rule = make_native(optimizer, self._guard)
-        self._clips: list[ClipRequest] = []
-        self._last_norm: Tensor | None = None
-        self._last_stats: Sequence[StatsSource] = ()
         self._seen_versions: dict[nn.Parameter, int] = {}
         self.states: list[UnitState] = []
         self.transport = make_transport(self._receive)
         own = set(self.params())
-        self._adopt([p for p in fqn_of if p in own and p.requires_grad])
+        self.adopt([p for p in fqn_of if p in own and p.requires_grad])
 
     def params(self) -> Iterator[nn.Parameter]:
         for group in self.optimizer.param_groups:
             yield from group["params"]
 
-    def _adopt(self, params: Sequence[nn.Parameter]) -> None:
+    def adopt(self, params: Sequence[nn.Parameter]) -> None:
         """Move parameters into units of their own: at the start, and when some are unfrozen or added later."""
         for param in params:
             if param not in self._fqn_of:
@@ -110,10 +109,36 @@ class OptimizerEngine:
                     "LightningModule does not own. Register it on the module before add_param_group()."
                 )
         for unit in self.transport.add_params([(self._fqn_of[p], p) for p in params]):
-            state = self._make_state(unit, self._rule.has_moments)
-            self.states.append(state)
-            self._rule.attach(unit, state)
-            self._seen_versions.update((param, param._version) for param in unit.params)
+            self._attach(unit)
+
+    def _attach(self, unit: ShardUnit) -> None:
+        is_on_device = unit.params[0] in self.transport.grouping.on_device
+        state = self._make_state(unit, has_moments=self._rule.has_moments, is_on_device=is_on_device)
+        self.states.append(state)
+        self._rule.attach(unit, state)
+        self._seen_versions.update((param, param._version) for param in unit.params)
+
+    # Moving on, see regroup.py
+
+    @property
+    def can_regroup(self) -> bool:
+        """Whether states are ours to move: those of Adam and AdamW."""
+        return self.reason_not_native is None
+
+    def named_params(self) -> list[NamedParam]:
+        """Parameters that units hold, in registration order."""
+        return [(fqn, param) for param, fqn in self._fqn_of.items() if self.transport.place_of(param) is not None]
+
+    def own_state_of(self, param: nn.Parameter) -> Mapping[str, Any]:
+        """What the user's optimizer keeps of a parameter."""
+        state: Mapping[str, Any] = self.optimizer.state.get(param, {})
+        return state
+
+    def start_over(self) -> None:
+        """Know no unit any more."""
+        self._rule.close()
+        self._rule = self._make_native(self.optimizer, self._guard)
+        self.states = []
 
     # Gradients
 
@@ -121,18 +146,14 @@ class OptimizerEngine:
         self._rule.receive(delta, self.states[delta.unit.index])
 
     def request_clip(self, clip: ClipRequest) -> None:
-        """Clip the gradients of the next step.
-
-        Raises:
-            SuperScaleError: a clip by norm after one by value, which can't be fused.
-        """
-        self._clips = joined(self._clips, clip)
+        """See `Judge.request`."""
+        self._judge.request(clip)
 
     def discard_gradients(self) -> None:
         """Forget gradients and clip requests of an interrupted step."""
         self._rule.discard()
         self.transport.discard()
-        self._clips.clear()
+        self._judge.discard()
         for state in self.states:
             state.clear_grads()
 
@@ -144,7 +165,7 @@ class OptimizerEngine:
     def _gather_due(self) -> list[Due]:
         late = [p for p in self.params() if p.requires_grad and self.transport.place_of(p) is None]
         if late:
-            self._adopt(late)
+            self.adopt(late)
         self.transport.collect()
         due = []
         for group in self.optimizer.param_groups:
@@ -166,9 +187,10 @@ class OptimizerEngine:
         don't raise the count, in-place operations of the user do. Changes through `param.data` raise none
         and can't be seen; they last until the next step.
         """
-        for param, seen in self._seen_versions.items():
-            if param._version == seen:
-                continue
+        edited = [param for param, seen in self._seen_versions.items() if param._version != seen]
+        if edited:
+            self._rule.come_to_rest()
+        for param in edited:
             self._seen_versions[param] = param._version
             place = self.transport.place_of(param)
             if place is not None:
@@ -185,67 +207,25 @@ class OptimizerEngine:
         """
         start = time.perf_counter()
         try:
-            self._settle()
+            self.settle()
             due = self._gather_due()
             collected = time.perf_counter()
-            coefficient, clip_value = self._judge(due)
+            with self._timeline.device("verdict", "norm and clip coefficient"):
+                verdict = self._judge.judge(due)
+            judged = time.perf_counter()
+            published_before = self.seconds.publish
+            self._judge.note(self._rule.step(due, verdict.grad_scale, verdict.clip_value, self._publish))
         except BaseException:
             self.discard_gradients()
             raise
-        judged = time.perf_counter()
-        published_before = self.seconds.publish
-        self._last_stats = self._rule.step(due, coefficient, clip_value, self._publish)
         self.seconds.collect += collected - start
         self.seconds.norm += judged - collected
         self.seconds.update += time.perf_counter() - judged - (self.seconds.publish - published_before)
 
-    def _settle(self) -> None:
-        """Bring weights and masters to rest: uploads of the last step are through, edits are taken over."""
+    def settle(self) -> None:
+        """Bring weights to rest: uploads of the last step are through, edits are taken over."""
         self.transport.wait_all_published()
-        self._rule.come_to_rest()
         self._follow_edits()
-
-    def _judge(self, due: Sequence[Due]) -> tuple[float, float | None]:
-        """The verdict on this step's gradients: (clip coefficient, clip value)."""
-        clips, self._clips = self._clips, []
-        max_norm = next((c.max_norm for c in clips if isinstance(c, ClipByNorm)), None)
-        clip_value = next((c.clip_value for c in clips if isinstance(c, ClipByValue)), None)
-        self._last_norm, self._last_stats = None, ()
-        if not due or (max_norm is None and not self._error_if_nonfinite):
-            return 1.0, clip_value
-        norms, self._last_norm = self._norms(due)
-        if self._error_if_nonfinite and not bool(self._last_norm.isfinite()):
-            self._raise_nonfinite(due, norms)
-        if max_norm is None:
-            return 1.0, clip_value
-        return float(clip_coefficient(self._last_norm, max_norm)), clip_value
-
-    def _norms(self, due: Sequence[Due]) -> tuple[Tensor, Tensor]:
-        """The norm of each gradient, as far as this rank has it, and of all gradients on all ranks."""
-        grads = [item.grad for item in due]
-        if self.ranks.mesh.shard.size == 1:
-            norms = grad_norms(grads)
-            return norms, total_norm(norms)
-        sums = grad_sumsq(grads)
-        return sums.sqrt().float(), self._norm_over_ranks(float(sums.sum()))
-
-    def _norm_over_ranks(self, sumsq: float) -> Tensor:
-        """The 2-norm of all shards from this rank's sum of squares; fp32 scalar. Every rank calls it."""
-        mesh = self.ranks.mesh
-        total = control_sum(mesh, torch.tensor([sumsq], dtype=torch.float64), "the gradient norm") / mesh.replicate.size
-        return total[0].sqrt().float()
-
-    def _raise_nonfinite(self, due: Sequence[Due], norms: Tensor) -> None:
-        is_bad = (~norms.isfinite()).tolist()
-        here = {self._fqn_of[item.param] for item, flag in zip(due, is_bad, strict=True) if flag}
-        anywhere = here.union(*gather_objects(self.ranks.mesh, here))
-        bad = [fqn for fqn in self._fqn_of.values() if fqn in anywhere]
-        shown = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
-        raise SuperScaleError(
-            f"error_if_nonfinite: the gradients of {len(bad)} of {len(due)} parameters are NaN or infinite "
-            f"({shown}). Weights and optimizer states are as before this step. "
-            "Look for a NaN loss or an overflow; pass error_if_nonfinite=False to train on regardless."
-        )
 
     def _publish(self, unit: ShardUnit, stepped: Sequence[int], event: PublishEvent | None = None) -> None:
         start = time.perf_counter()
@@ -277,12 +257,12 @@ class OptimizerEngine:
             self.transport.wait_all_published()
             result = closure()
             due = self._gather_due()
-            coefficient, clip_value = self._judge(due)
+            verdict = self._judge.judge(due)
             for state in self.states:
                 state.clear_grads()
-            return result, due, coefficient, clip_value
+            return result, due, verdict.grad_scale, verdict.clip_value
 
-        self._settle()
+        self.settle()
         return self._own.closure_step(evaluate, self._publish)
 
     # State
@@ -320,7 +300,7 @@ class OptimizerEngine:
     def load_param_state(self, param: nn.Parameter, state: Mapping[str, Any], master: Tensor | None) -> None:
         """Take over one parameter's saved state, rows of this rank."""
         if self.transport.place_of(param) is None:
-            self._adopt([param])
+            self.adopt([param])
         place = self.transport.place_of(param)
         if place is None:
             raise AssertionError("a parameter that was just adopted has no unit")
@@ -337,25 +317,8 @@ class OptimizerEngine:
             state.reload(range(len(unit.params)))
 
     def grad_norm(self) -> Tensor:
-        """Global 2-norm of the gradients of the last step, before clipping; fp32 scalar on the CPU.
-
-        Every rank calls it, where states are sharded.
-
-        Raises:
-            SuperScaleError: no step with gradients has been taken, or the optimizer steps itself.
-        """
-        if self._last_norm is not None:
-            return self._last_norm.detach().cpu()
-        if self._last_stats:
-            here = sum(s.sumsq for source in self._last_stats for s in source())
-            if self.ranks.mesh.shard.size == 1:
-                return torch.tensor(here**0.5)
-            self._last_norm = self._norm_over_ranks(here)
-            return self._last_norm
-        raise SuperScaleError(
-            "grad_norm() is known after an optimizer step of Adam or AdamW, or after one with clipping by norm; "
-            "neither has happened yet."
-        )
+        """See `Judge.grad_norm`."""
+        return self._judge.grad_norm()
 
     def close(self) -> None:
         """Hand everything back: parameters own their storage again, the optimizer is the user's alone.

@@ -10,17 +10,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_superscale.errors import SuperScaleError
-from lightning_superscale.layout import ParamSpec, split_into_units
 from lightning_superscale.zero.bucket_unit import BucketUnit
+from lightning_superscale.zero.fsdp2_grouping import fsdp2_units_of
 from lightning_superscale.zero.fsdp2_held import HeldWholes, show_rows
 from lightning_superscale.zero.fsdp2_sharding import ShardedModule
 from lightning_superscale.zero.fsdp2_unit import Fsdp2Unit, local_rows_of
 from lightning_superscale.zero.gather_order import OrderDeparted
+from lightning_superscale.zero.grouping import Grouping, NamedParam
 from lightning_superscale.zero.held import HeldGradients, edited_in_place
 from lightning_superscale.zero.ranks import Ranks
 from lightning_superscale.zero.reduction import GradientReducer
@@ -45,7 +45,7 @@ class Fsdp2Transport:
     Args:
         sharded: the module, already sharded; several transports may share it.
         ranks: made after sharding, from the module's parameters of then.
-        unit_bytes: upper bound of a bucket's weights, for parameters that FSDP2 can't take.
+        grouping: which parameters share a bucket, of those that FSDP2 can't take, and which stay on the device.
         no_sync: micro-batches before the last of a step accumulate whole gradients, so that ranks talk once per step;
             False reduces each, so that no rank holds whole gradients between them.
     """
@@ -56,14 +56,14 @@ class Fsdp2Transport:
         *,
         sink: DeltaSink,
         ranks: Ranks,
-        unit_bytes: int,
+        grouping: Grouping,
         label: str = "optimizer",
         no_sync: bool = True,
     ) -> None:
         self._sharded = sharded
         self._ranks = ranks
         self._label = label
-        self._unit_bytes = unit_bytes
+        self.grouping = grouping
         self._no_sync = no_sync
         self._sink = sink
         self._reducer = GradientReducer(ranks, label, self._deliver)
@@ -74,7 +74,7 @@ class Fsdp2Transport:
         self._is_averaged = False
         self._place: dict[nn.Parameter, tuple[Fsdp2Unit | BucketUnit, int]] = {}
         self._is_blocked = False
-        self._hooks: list[RemovableHandle] = []
+        self._hooks: dict[nn.Parameter, RemovableHandle] = {}
         self._uploads: dict[int, _Upload] = {}
         self.units: list[Fsdp2Unit | BucketUnit] = []
         sharded.attach(self)
@@ -83,35 +83,33 @@ class Fsdp2Transport:
     def is_local(self) -> bool:
         return False
 
-    def add_params(self, named_params: Sequence[tuple[str, nn.Parameter]]) -> list[Fsdp2Unit | BucketUnit]:
-        """Make units: sharded ones per group, later groups first, as their gradients come; then buckets."""
-        by_group: dict[tuple[int, torch.dtype], list[tuple[str, nn.Parameter]]] = {}
-        plain: dict[tuple[torch.dtype, torch.device], list[tuple[str, nn.Parameter]]] = {}
-        for fqn, param in reversed(named_params):
-            if self._sharded.holds(param):
-                key = (self._sharded.group_of(param).index, param.dtype)
-                by_group.setdefault(key, []).append((fqn, param))
-            else:
-                plain.setdefault((param.dtype, param.device), []).append((fqn, param))
+    @property
+    def observed(self) -> Sequence[nn.Parameter]:
+        return ()  # FSDP2's groups decide what travels together
+
+    def units_of(self, named_params: Sequence[NamedParam], grouping: Grouping) -> list[list[NamedParam]]:
+        return fsdp2_units_of(self._sharded, named_params, grouping)
+
+    def add_params(self, named_params: Sequence[NamedParam]) -> list[Fsdp2Unit | BucketUnit]:
         axis = self._ranks.mesh.shard
         added: list[Fsdp2Unit | BucketUnit] = []
-        for key in self._in_backward_order(by_group):
-            added.append(self._add(Fsdp2Unit(len(self.units), key[0], by_group[key], axis.rank, axis.size)))
-        for (dtype, _device), members in plain.items():
-            params = dict(members)
-            specs = [ParamSpec(fqn, tuple(param.shape)) for fqn, param in members]
-            for cut in split_into_units(specs, max(1, self._unit_bytes // dtype.itemsize)):
-                named = [(spec.fqn, params[spec.fqn]) for spec in cut]
-                added.append(
-                    self._add(BucketUnit(len(self.units), named, axis.rank, axis.size, self._ranks.mesh.memory))
-                )
+        for members in self.units_of(named_params, self.grouping):
+            index, first = len(self.units), members[0][1]
+            if self._sharded.holds(first):
+                group = self._sharded.group_of(first).index
+                added.append(self._add(Fsdp2Unit(index, group, members, axis.rank, axis.size)))
+            else:
+                added.append(self._add(BucketUnit(index, members, axis.rank, axis.size, self._ranks.mesh.memory)))
         for unit in added:
             self._listen(unit)
         return added
 
-    def _in_backward_order(self, keys: Iterable[tuple[int, torch.dtype]]) -> list[tuple[int, torch.dtype]]:
-        """Inner groups from last to first; a top group's own parameters frame them, so they end last."""
-        return sorted(keys, key=lambda key: (self._sharded.groups[key[0]].has_inner, -key[0], str(key[1])))
+    def regroup(self, grouping: Grouping) -> None:
+        self.wait_all_published()
+        self.grouping = grouping
+        self.units = []
+        self._place = {}
+        self._reducer = GradientReducer(self._ranks, self._label, self._deliver)
 
     def _add(self, unit: Fsdp2Unit | BucketUnit) -> Fsdp2Unit | BucketUnit:
         self.units.append(unit)
@@ -125,7 +123,8 @@ class Fsdp2Transport:
             self._sharded.give_to(self, unit.params)
             return
         for param in unit.params:
-            self._hooks.append(param.register_post_accumulate_grad_hook(self._on_plain_grad))  # type: ignore[no-untyped-call]
+            if param not in self._hooks:
+                self._hooks[param] = param.register_post_accumulate_grad_hook(self._on_plain_grad)  # type: ignore[no-untyped-call]
 
     def place_of(self, param: nn.Parameter) -> tuple[ShardUnit, int] | None:
         return self._place.get(param)
@@ -336,7 +335,7 @@ class Fsdp2Transport:
         self.wait_all_published()
         self._held.clear()
         self._held_plain.close()
-        for hook in self._hooks:
+        for hook in self._hooks.values():
             hook.remove()
         self._hooks.clear()
         for unit in self.units:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_superscale.ops.types import AdamWHyper, AdamWSegment
 from lightning_superscale.ops.update import StatsSource, Update
+from lightning_superscale.timeline import UNTIMED, Lane, Timeline
 from lightning_superscale.zero.due import Due, by_unit
 from lightning_superscale.zero.guard import StepGuard
 from lightning_superscale.zero.rules import hyper_of
@@ -22,7 +24,10 @@ SubmitUpdate = Callable[[Sequence[AdamWSegment]], Update]
 
 
 class BoundStep(SynchronousRule):
-    """What every way of stepping Adam natively shares: the optimizer's own state views our buffers."""
+    """What every way of stepping Adam natively shares: the optimizer's own state views our buffers.
+
+    Subclasses say how, in `apply`.
+    """
 
     has_moments = True
 
@@ -32,6 +37,19 @@ class BoundStep(SynchronousRule):
 
     def attach(self, unit: ShardUnit, state: UnitState) -> None:
         """Nothing to prepare: states are bound at a parameter's first gradient, as plain AdamW makes them."""
+
+    def step(
+        self, due: Sequence[Due], grad_scale: float, clip_value: float | None, publish: Publish
+    ) -> Sequence[StatsSource]:
+        stats = self.apply(due, grad_scale, clip_value, publish)
+        self._run_hooks()
+        return stats
+
+    def apply(
+        self, due: Sequence[Due], grad_scale: float, clip_value: float | None, publish: Publish
+    ) -> Sequence[StatsSource]:
+        """Step and publish, without the hooks of the user's optimizer."""
+        raise NotImplementedError
 
     def _run_hooks(self) -> None:
         """Run `optimizer.step()` with no gradient in sight: only its hooks and its scheduler's count."""
@@ -73,13 +91,27 @@ class BoundStep(SynchronousRule):
 
 
 class NativeStep(BoundStep):
-    """Steps an optimizer whose update rule the kernel knows, once everything about the step is known."""
+    """Steps an optimizer whose update rule the kernel knows, once everything about the step is known.
 
-    def __init__(self, optimizer: Optimizer, guard: StepGuard, submit_update: SubmitUpdate) -> None:
+    Args:
+        timeline, lane: where that is recorded.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        guard: StepGuard,
+        submit_update: SubmitUpdate,
+        *,
+        timeline: Timeline = UNTIMED,
+        lane: Lane = "host optimizer",
+    ) -> None:
         super().__init__(optimizer, guard)
         self._submit_update = submit_update
+        self._timeline = timeline
+        self._lane = lane
 
-    def step(
+    def apply(
         self, due: Sequence[Due], grad_scale: float, clip_value: float | None, publish: Publish
     ) -> Sequence[StatsSource]:
         """Update every unit in the order of the next forward, publishing each as soon as it is done."""
@@ -95,17 +127,24 @@ class NativeStep(BoundStep):
                     hypers[key] = hyper_of(self._optimizer, item.group, key[1], grad_scale, clip_value)
                 if item.piece.numel:  # a rank may hold no row of a small parameter
                     segments.append(_segment(item, hypers[key]))
-            handles.append((items, self._submit_update(segments)))
+            with self._recorded(items, is_queued=True):
+                handles.append((items, self._submit_update(segments)))
         stats: list[StatsSource] = []
         for items, handle in handles:
-            stats.append(handle.wait())
+            with self._recorded(items, is_queued=False):
+                stats.append(handle.wait())
             publish(items[0].unit, [item.i for item in items])
         if counts:
             torch._foreach_add_(counts, 1.0)  # in place: they are the optimizer's own tensors
-        self._run_hooks()
         for state in {id(item.state): item.state for item in due}.values():
             state.clear_grads()
         return stats
+
+    def _recorded(self, items: Sequence[Due], *, is_queued: bool) -> AbstractContextManager[None]:
+        """A GPU's kernels are timed where they are queued, the host's where they are waited for."""
+        if is_queued != (self._lane == "device optimizer" and self._timeline.is_cuda):
+            return nullcontext()
+        return self._timeline.device(self._lane, f"unit {items[0].unit.index}")
 
 
 def _segment(item: Due, hyper: AdamWHyper) -> AdamWSegment:

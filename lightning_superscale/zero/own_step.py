@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_superscale.ops.update import StatsSource
+from lightning_superscale.timeline import UNTIMED, Lane, Timeline
 from lightning_superscale.zero.due import Due, by_unit
 from lightning_superscale.zero.guard import StepGuard
 from lightning_superscale.zero.states import UnitState, master_slice
@@ -24,9 +25,10 @@ class OwnStep(SynchronousRule):
 
     has_moments = False
 
-    def __init__(self, optimizer: Optimizer, guard: StepGuard) -> None:
+    def __init__(self, optimizer: Optimizer, guard: StepGuard, timeline: Timeline = UNTIMED) -> None:
         self._optimizer = optimizer
         self._guard = guard
+        self._timeline = timeline
         # Parameters whose master is a tensor of its own; the others are their own masters.
         self._masters: dict[nn.Parameter, nn.Parameter] = {}
 
@@ -52,7 +54,8 @@ class OwnStep(SynchronousRule):
     ) -> Sequence[StatsSource]:
         self._set_grads(due, grad_scale, clip_value)
         try:
-            with self._guard.opened(), self._masters_in_place():
+            lane: Lane = "host optimizer" if any(item.state.is_on_host for item in due) else "device optimizer"
+            with self._guard.opened(), self._masters_in_place(), self._timeline.device(lane, "its own step"):
                 self._optimizer.step()
         finally:
             self._drop_grads(due)

@@ -29,6 +29,10 @@ class UnitState(Protocol):
     @property
     def exp_avg_sq(self) -> Tensor | None: ...
     @property
+    def is_on_host(self) -> bool:
+        """Whether they live in host memory and weights on a device go there over a link."""
+
+    @property
     def num_transfer_buffers(self) -> int:
         """Host buffers of the weights' dtype beside masters and moments."""
 
@@ -67,6 +71,7 @@ class ResidentState:
     def __init__(self, unit: ShardUnit, *, has_moments: bool) -> None:
         numel = unit.shard.shard_numel
         self.unit = unit
+        self.is_on_host = False
         self.num_transfer_buffers = self.num_host_copies = 0
         self.master: Tensor | None = None
         if unit.dtype != torch.float32:

@@ -37,7 +37,10 @@ class StepRule(Protocol):
         """Take reduced gradients during backward or at the step."""
 
     def come_to_rest(self) -> None:
-        """Return when nothing of this rule runs in the background."""
+        """Return when nothing of this rule runs in the background; what only waited is left to the step.
+
+        Raises: what failed there.
+        """
 
     def step(
         self, due: Sequence[Due], grad_scale: float, clip_value: float | None, publish: Publish

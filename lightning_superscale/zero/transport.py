@@ -8,6 +8,7 @@ from typing import Protocol
 
 from torch import nn
 
+from lightning_superscale.zero.grouping import Grouping, NamedParam
 from lightning_superscale.zero.units import PublishEvent, ShardUnit
 
 
@@ -29,8 +30,25 @@ class Transport(Protocol):
     def is_local(self) -> bool:
         """Whether there is one rank: gradients are used where autograd left them."""
 
-    def add_params(self, named_params: Sequence[tuple[str, nn.Parameter]]) -> Sequence[ShardUnit]:
+    @property
+    def grouping(self) -> Grouping: ...
+
+    @property
+    def observed(self) -> Sequence[nn.Parameter]:
+        """Parameters in the order in which a gradient of theirs first left during backward; empty when none does."""
+
+    def units_of(self, named_params: Sequence[NamedParam], grouping: Grouping) -> list[list[NamedParam]]:
+        """Members of the units that `add_params` makes with this grouping.
+
+        Args:
+            named_params: in registration order.
+        """
+
+    def add_params(self, named_params: Sequence[NamedParam]) -> Sequence[ShardUnit]:
         """Move more parameters into units; returns the new units, whose indices follow the known ones."""
+
+    def regroup(self, grouping: Grouping) -> None:
+        """Forget all units, between steps; the next `add_params` makes new ones of them. Every rank calls it."""
 
     def place_of(self, param: nn.Parameter) -> tuple[ShardUnit, int] | None:
         """The unit of a parameter and its index there, or None when no unit holds it."""

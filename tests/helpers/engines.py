@@ -12,11 +12,13 @@ from lightning_superscale.offload.link import CpuLink
 from lightning_superscale.offload.weight_flow import WeightFlow
 from lightning_superscale.ops.pool import Pool
 from lightning_superscale.ops.update import update_path
-from lightning_superscale.zero.buckets import BucketTransport, Streaming
+from lightning_superscale.zero.buckets import BucketTransport
 from lightning_superscale.zero.deferred_step import DeferredStep
 from lightning_superscale.zero.engine import OptimizerEngine
+from lightning_superscale.zero.grouping import Grouping
 from lightning_superscale.zero.native_step import NativeStep
 from lightning_superscale.zero.ranks import Ranks, single_rank
+from lightning_superscale.zero.split_step import SplitStep
 from lightning_superscale.zero.states import ResidentState
 
 
@@ -33,6 +35,7 @@ def build_engine(
     error_if_nonfinite: bool = False,
     ranks: Ranks | None = None,
     no_sync: bool = True,
+    on_device: frozenset[nn.Parameter] = frozenset(),
     flow: WeightFlow | None = None,
 ) -> OptimizerEngine:
     link = link or CpuLink()
@@ -40,16 +43,18 @@ def build_engine(
     pool = Pool(num_threads or 2)
 
     def make_native(own, guard):
-        if is_deferred:
-            return DeferredStep(own, guard, looks_ahead=is_streamed)
-        return NativeStep(own, guard, update_path(torch.device("cpu"), num_threads).submit)
+        native = NativeStep(own, guard, update_path(torch.device("cpu"), num_threads).submit)
+        host = DeferredStep(own, guard, looks_ahead=is_streamed) if is_deferred else native
+        return SplitStep(own, guard, host=host, device=native)
 
-    def make_state(unit, has_moments):
-        if not is_offloaded:
+    def make_state(unit, *, has_moments, is_on_device):
+        if is_on_device:
             return ResidentState(unit, has_moments=has_moments)
-        streamed = unit if flow is not None and unit.params[0] in flow.block_of else None
+        streamed = unit if unit.is_streamed else None
         if is_deferred and has_moments:
             state = DeferredState(unit, link, arena, is_pinned=True, pool=pool, streamed=streamed)
+        elif not is_offloaded:
+            return ResidentState(unit, has_moments=has_moments)
         else:
             state = HostState(unit, link, arena, has_moments=has_moments, is_pinned=True, streamed=streamed)
         if streamed is not None:
@@ -62,11 +67,11 @@ def build_engine(
         ranks=ranks or single_rank(),
         make_transport=lambda sink: BucketTransport(
             [],
-            unit_bytes=unit_bytes,
+            grouping=Grouping(unit_bytes, on_device=on_device, block_of={} if flow is None else flow.block_of),
             sink=sink,
             ranks=ranks or single_rank(),
             no_sync=no_sync,
-            streaming=None if flow is None else Streaming(flow.block_of, torch.device("cpu")),
+            streams_to=torch.device("cpu"),
         ),
         make_state=make_state,
         make_native=make_native,

@@ -21,6 +21,7 @@ from lightning_superscale.zero.engine import OptimizerEngine
 from lightning_superscale.zero.fsdp2 import Fsdp2Transport
 from lightning_superscale.zero.fsdp2_setup import ShardingPolicy, shard_module
 from lightning_superscale.zero.gather_order import GatherOrder
+from lightning_superscale.zero.grouping import Grouping
 from lightning_superscale.zero.native_step import NativeStep
 from lightning_superscale.zero.ranks import ranks_of
 from lightning_superscale.zero.states import ResidentState
@@ -104,7 +105,7 @@ def build_all(model, rank, world_size, case, optimizers, *, store=None, shard_si
 
     is_deferred = case.is_offloaded and case.is_streamed
 
-    def make_state(unit, has_moments):
+    def make_state(unit, *, has_moments, is_on_device):
         if not case.is_offloaded:
             return ResidentState(unit, has_moments=has_moments)
         if is_deferred:
@@ -117,7 +118,7 @@ def build_all(model, rank, world_size, case, optimizers, *, store=None, shard_si
             fqn_of={param: fqn for fqn, param in model.named_parameters()},
             ranks=ranks,
             make_transport=lambda sink: Fsdp2Transport(
-                sharded, sink=sink, ranks=ranks, unit_bytes=2048, no_sync=case.no_sync
+                sharded, sink=sink, ranks=ranks, grouping=Grouping(2048), no_sync=case.no_sync
             ),
             make_state=make_state,
             make_native=DeferredStep if is_deferred else _native,

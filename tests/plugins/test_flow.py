@@ -398,6 +398,40 @@ def test_compiled_models_and_models_without_blocks_are_refused():
         fit(single, strategy())
 
 
+class Backwards(Deep):
+    """Runs its blocks in another order than it registered them, so that units move after the first step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used = nn.ModuleList(reversed(self.blocks))
+
+    def forward(self, x):
+        h = self.inp(x)
+        for block in self.used:
+            h = block(h)
+        return self.out(h)
+
+    def on_train_batch_start(self, *_):
+        strategy = self.trainer.strategy
+        if isinstance(strategy, lss.SuperScaleStrategy):
+            (engine,) = strategy.assembly.engines.values()
+            of_blocks = [{strategy._flow.block_of.get(p) for p in unit.params} for unit in engine.transport.units]
+            assert all(len(blocks) == 1 for blocks in of_blocks)
+            self.order = [blocks.pop() for blocks in of_blocks]
+            frozen = 2  # one block, and a layer of another
+            held = [weights for block in strategy._flow._blocks for weights in block.weights]
+            assert len(held) == sum(block is not None for block in self.order) + frozen
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_units_that_move_after_the_first_step_stay_within_their_blocks(engine):
+    plain, ours = Backwards(), Backwards()
+    fit(plain, "auto")
+    fit(ours, strategy(engine))
+    assert_same_weights(ours, plain)
+    assert [block for block in ours.order if block is not None] == [0, 1, 3, 4]  # as backward meets them
+
+
 def test_an_interrupted_fit_leaves_a_whole_module():
     class Failing(Deep):
         def training_step(self, batch, batch_idx):

@@ -1,0 +1,84 @@
+"""Records one training step and the forward after it, when `superscale trace` asks for it."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_superscale.errors import SuperScaleError
+from lightning_superscale.timeline import Lane, Timeline, chrome_trace
+
+FOLDER_VARIABLE, STEP_VARIABLE = "LSS_TRACE", "LSS_TRACE_STEP"
+DEFAULT_STEP = 5
+
+
+class StepRecorder:
+    """Opens a timeline at one step of a run and writes a Chrome trace when the next step's forward is over.
+
+    Uploads of new weights hide behind that forward, so that it belongs to the picture.
+
+    Args:
+        folder: where `trace-rank<r>.json` goes; None records nothing.
+        step: optimizer steps before the recorded one.
+    """
+
+    def __init__(self, device: torch.device, folder: Path | None, step: int, rank: int) -> None:
+        self.timeline = Timeline(device)
+        self._folder = folder
+        self._step = step
+        self._rank = rank
+        self._is_done = folder is None
+
+    @classmethod
+    def from_environment(cls, device: torch.device, rank: int) -> StepRecorder:
+        """As the variables LSS_TRACE (a folder) and LSS_TRACE_STEP say.
+
+        Raises:
+            SuperScaleError: a step that is no whole number of at least 1; the first one builds what later ones reuse.
+        """
+        folder, step = os.environ.get(FOLDER_VARIABLE), os.environ.get(STEP_VARIABLE, str(DEFAULT_STEP))
+        if folder and (not step.isdigit() or int(step) < 1):
+            raise SuperScaleError(f"{STEP_VARIABLE} must be a whole number of at least 1, found {step!r}.")
+        return cls(device, Path(folder) if folder else None, int(step) if folder else 0, rank)
+
+    def before_forward(self, num_steps: int) -> None:
+        """`num_steps` optimizer steps were taken."""
+        if not self._is_done and not self.timeline.is_open and num_steps == self._step:
+            self.timeline.open()
+
+    def phase(self, lane: Lane, num_steps: int) -> AbstractContextManager[None]:
+        """What the model does inside is recorded."""
+        name = f"step {self._step + 1}" if num_steps == self._step else "next step"
+        return self.timeline.device(lane, name)
+
+    def after_forward(self, num_steps: int, facts: dict[str, Any]) -> None:
+        """Write the trace if the recorded step and this forward are over."""
+        if self.timeline.is_open and num_steps > self._step:
+            self._write(facts)
+
+    def end(self, num_steps: int, facts: dict[str, Any]) -> None:
+        """Training is over."""
+        if self.timeline.is_open:
+            self._write(facts)
+        elif not self._is_done:
+            self._is_done = True
+            warnings.warn(
+                f"nothing was traced: training ended after {num_steps} optimizer steps, and step {self._step + 1} was "
+                f"to be recorded. Train longer, or choose an earlier step ({STEP_VARIABLE}, superscale trace --step).",
+                stacklevel=2,
+            )
+
+    def _write(self, facts: dict[str, Any]) -> None:
+        self._is_done = True
+        spans = self.timeline.close()
+        if self._folder is None:
+            raise AssertionError("a recording without a folder")
+        self._folder.mkdir(parents=True, exist_ok=True)
+        path = self._folder / f"trace-rank{self._rank}.json"
+        path.write_text(json.dumps(chrome_trace(spans, rank=self._rank, facts=facts)))

@@ -1,0 +1,156 @@
+"""What ran when, in lanes: recorded while open, for as long as a step and the forward after it.
+
+Closed, a timeline costs its users one look at a flag. Host work is timed by the host's clock. Work on a CUDA device is
+bracketed by events on its stream, which nobody waits for before the recording ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+
+Lane = Literal[
+    "forward", "backward", "device to host", "host optimizer", "verdict", "host to device", "device optimizer"
+]
+LANES: tuple[Lane, ...] = (
+    "forward",
+    "backward",
+    "device to host",
+    "host optimizer",
+    "verdict",
+    "host to device",
+    "device optimizer",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One piece of work.
+
+    Attributes:
+        start, end: seconds since the recording began.
+        nbytes: that it moved; 0 for work that moves none.
+    """
+
+    lane: str
+    name: str
+    start: float
+    end: float
+    nbytes: int = 0
+
+
+class Timeline:
+    """Records spans from any thread while it is open.
+
+    Args:
+        device: where the model runs.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.is_open = False
+        self.is_cuda = device.type == "cuda"
+        self._device = device
+        self._lock = threading.Lock()
+        self._start = 0.0
+        self._base: torch.cuda.Event | None = None
+        self._spans: list[Span] = []
+        self._on_device: list[tuple[Lane, str, torch.cuda.Event, torch.cuda.Event, int]] = []
+
+    def open(self) -> None:
+        """Begin to record; waits for a CUDA device, so that its clock and the host's begin together."""
+        if self.is_cuda:
+            torch.cuda.synchronize(self._device)
+            self._base = _event()
+            self._base.record(torch.cuda.current_stream(self._device))
+            self._base.synchronize()
+        self._start = time.perf_counter()
+        self.is_open = True
+
+    def close(self) -> list[Span]:
+        """End the recording, and wait for the device; the spans in order of their start."""
+        self.is_open = False
+        if self.is_cuda:
+            torch.cuda.synchronize(self._device)
+        with self._lock:
+            spans, self._spans = self._spans, []
+            on_device, self._on_device = self._on_device, []
+        for lane, name, start, end, nbytes in on_device:
+            if self._base is None:
+                raise AssertionError("device work was recorded before the recording began")
+            first, last = (self._base.elapsed_time(event) / 1e3 for event in (start, end))
+            spans.append(Span(lane, name, first, last, nbytes))
+        return sorted(spans, key=lambda span: (span.start, span.end))
+
+    @contextlib.contextmanager
+    def host(self, lane: Lane, name: str, nbytes: int = 0) -> Iterator[None]:
+        """Time what the calling thread does inside."""
+        if not self.is_open:
+            yield
+            return
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add(lane, name, start, time.perf_counter(), nbytes)
+
+    def add(self, lane: Lane, name: str, start: float, end: float, nbytes: int = 0) -> None:
+        """Note host work that is over; `start` and `end` as `time.perf_counter()` gave them."""
+        with self._lock:
+            self._spans.append(Span(lane, name, start - self._start, end - self._start, nbytes))
+
+    @contextlib.contextmanager
+    def device(self, lane: Lane, name: str, nbytes: int = 0) -> Iterator[None]:
+        """Time what is queued inside on the current stream of the device; on a CPU, what runs inside."""
+        if not self.is_open or not self.is_cuda:
+            with self.host(lane, name, nbytes):
+                yield
+            return
+        stream, start, end = torch.cuda.current_stream(self._device), _event(), _event()
+        start.record(stream)
+        try:
+            yield
+        finally:
+            end.record(stream)
+            with self._lock:
+                self._on_device.append((lane, name, start, end, nbytes))
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
+# For whoever records nothing.
+UNTIMED = Timeline(torch.device("cpu"))
+
+
+def chrome_trace(spans: list[Span], *, rank: int, facts: dict[str, Any]) -> dict[str, Any]:
+    """The Trace Event Format that chrome://tracing and Perfetto open; `facts` and the spans themselves beside it."""
+    lanes = [lane for lane in LANES if any(span.lane == lane for span in spans)]
+    events: list[dict[str, Any]] = [
+        {"name": "process_name", "ph": "M", "pid": rank, "args": {"name": f"rank {rank}"}},
+    ]
+    for number, lane in enumerate(lanes):
+        events.append({"name": "thread_name", "ph": "M", "pid": rank, "tid": number, "args": {"name": lane}})
+        events.append(
+            {"name": "thread_sort_index", "ph": "M", "pid": rank, "tid": number, "args": {"sort_index": number}}
+        )
+    for span in spans:
+        events.append(
+            {
+                "name": span.name,
+                "cat": span.lane,
+                "ph": "X",
+                "pid": rank,
+                "tid": lanes.index(span.lane),  # type: ignore[arg-type]
+                "ts": span.start * 1e6,
+                "dur": (span.end - span.start) * 1e6,
+                "args": {"bytes": span.nbytes} if span.nbytes else {},
+            }
+        )
+    return {"traceEvents": events, "superscale": {**facts, "spans": [asdict(span) for span in spans]}}

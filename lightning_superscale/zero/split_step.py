@@ -1,0 +1,65 @@
+"""Adam and AdamW where some units' states are on the host and others' on the device: each steps where they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch.optim import Optimizer
+
+from lightning_superscale.ops.update import StatsSource
+from lightning_superscale.zero.due import Due
+from lightning_superscale.zero.guard import StepGuard
+from lightning_superscale.zero.native_step import BoundStep
+from lightning_superscale.zero.states import UnitState
+from lightning_superscale.zero.step_rule import Publish
+from lightning_superscale.zero.units import GradientDelta, ShardUnit
+
+
+class SplitStep(BoundStep):
+    """Gives every unit to the rule of its home.
+
+    Args:
+        host, device: step units whose states are there.
+    """
+
+    def __init__(self, optimizer: Optimizer, guard: StepGuard, *, host: BoundStep, device: BoundStep) -> None:
+        super().__init__(optimizer, guard)
+        self._host = host
+        self._device = device
+
+    def _of(self, state: UnitState) -> BoundStep:
+        return self._host if state.is_on_host else self._device
+
+    def attach(self, unit: ShardUnit, state: UnitState) -> None:
+        self._of(state).attach(unit, state)
+
+    def receive(self, delta: GradientDelta, state: UnitState) -> None:
+        self._of(state).receive(delta, state)
+
+    def come_to_rest(self) -> None:
+        self._host.come_to_rest()
+        self._device.come_to_rest()
+
+    def apply(
+        self, due: Sequence[Due], grad_scale: float, clip_value: float | None, publish: Publish
+    ) -> Sequence[StatsSource]:
+        # The device's first: the next forward begins with them, and on a GPU they are only queued.
+        on_device = [item for item in due if not item.state.is_on_host]
+        on_host = [item for item in due if item.state.is_on_host]
+        stats = [*self._device.apply(on_device, grad_scale, clip_value, publish)]
+        return [*stats, *self._host.apply(on_host, grad_scale, clip_value, publish)]
+
+    def _before_states_change(self, item: Due) -> None:
+        self._of(item.state)._before_states_change(item)
+
+    def flush(self) -> None:
+        self._host.flush()
+        self._device.flush()
+
+    def discard(self) -> None:
+        self._host.discard()
+        self._device.discard()
+
+    def close(self) -> None:
+        self._host.close()
+        self._device.close()

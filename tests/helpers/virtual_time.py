@@ -1,0 +1,195 @@
+"""Virtual time: real engines, states and copies, whose durations are arithmetic, so that every run is the same."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+
+import torch
+from torch import nn
+
+from lightning_superscale.offload.deferred import DeferredState
+from lightning_superscale.offload.link import CpuLink
+
+
+class VirtualTime:
+    """Two actors with a time of their own: what runs the model, and the worker that steps on the host."""
+
+    def __init__(self) -> None:
+        self.model = 0.0
+        self.worker = 0.0
+        self.is_worker = False
+
+    @property
+    def now(self) -> float:
+        return self.worker if self.is_worker else self.model
+
+    def advance_to(self, when: float) -> None:
+        if self.is_worker:
+            self.worker = max(self.worker, when)
+        else:
+            self.model = max(self.model, when)
+
+
+class VirtualEvent:
+    def __init__(self, time: VirtualTime, done_at: float) -> None:
+        self._time, self._done_at = time, done_at
+
+    def is_ready(self) -> bool:
+        return self._time.now >= self._done_at
+
+    is_done = is_ready
+
+    def wait(self) -> None:
+        self._time.advance_to(self._done_at)
+
+    synchronize = wait
+
+
+class ThrottledLink(CpuLink):
+    """Copies at once, and says that it took as long as a link of this speed would: one copy at a time each way."""
+
+    def __init__(self, time: VirtualTime, d2h_seconds_per_byte: float, h2d_seconds_per_byte: float) -> None:
+        super().__init__()
+        self._time = time
+        self._seconds_per_byte = {"d2h": d2h_seconds_per_byte, "h2d": h2d_seconds_per_byte}
+        self._free_at = {"d2h": 0.0, "h2d": 0.0}
+
+    def _send(self, way: str, nbytes: int) -> VirtualEvent:
+        start = max(self._free_at[way], self._time.now)
+        self._free_at[way] = start + nbytes * self._seconds_per_byte[way]
+        return VirtualEvent(self._time, self._free_at[way])
+
+    def d2h(self, dst, src):
+        super().d2h(dst, src)
+        return self._send("d2h", src.nbytes)
+
+    def h2d(self, dst, src, after=None):
+        super().h2d(dst, src).wait()
+        return self._send("h2d", src.nbytes)
+
+
+class VirtualFuture(Future):
+    """Whoever asks for it lets the worker catch up first."""
+
+    def __init__(self, worker: VirtualWorker) -> None:
+        super().__init__()
+        self._worker = worker
+        self.done_at = 0.0
+
+    def cancel(self) -> bool:
+        self._worker.run_until(self._worker.time.model)
+        return super().cancel()
+
+    def done(self) -> bool:
+        if not super().done():
+            self._worker.run_until(self._worker.time.model)
+        return super().done() and self.done_at <= self._worker.time.model
+
+    def result(self, timeout=None):
+        self._worker.run_for(self)
+        return super().result(0)
+
+    def exception(self, timeout=None):
+        self._worker.run_for(self)
+        return super().exception(0)
+
+
+class VirtualWorker:
+    """The tasks of `StepThread` in its order, run when somebody looks, at the virtual time when it would have."""
+
+    def __init__(self, time: VirtualTime) -> None:
+        self.time = time
+        self._ahead: list[tuple[float, VirtualFuture, object, object]] = []
+        self._settles: list[tuple[float, VirtualFuture, object]] = []
+
+    def look_ahead(self, task, has_arrived):
+        future = VirtualFuture(self)
+        self._ahead.append((self.time.model, future, task, has_arrived))
+        return future
+
+    def settle(self, task):
+        future = VirtualFuture(self)
+        self._settles.append((self.time.model, future, task))
+        return future
+
+    def close(self) -> None:
+        self.run_until(float("inf"))
+
+    def _next(self):
+        """(start, queue, entry) of the task that the worker takes next; None without one."""
+        self._ahead = [entry for entry in self._ahead if not entry[1].cancelled()]
+        starts = []
+        if self._settles:
+            starts.append((max(self.time.worker, self._settles[0][0]), self._settles, self._settles[0]))
+        if self._ahead:
+            start = max(self.time.worker, self._ahead[0][0])
+            known = [entry for entry in self._ahead if entry[0] <= start]
+            self.time.worker, before, self.time.is_worker = start, self.time.worker, True
+            arrived = [entry for entry in known if entry[3]()]
+            self.time.worker, self.time.is_worker = before, False
+            starts.append((start, self._ahead, arrived[-1] if arrived else known[0]))
+        return min(starts, key=lambda found: found[0]) if starts else None
+
+    def run_until(self, when: float) -> None:
+        while (found := self._next()) is not None and found[0] < when:
+            self._run(*found)
+
+    def run_for(self, future: VirtualFuture) -> None:
+        while not Future.done(future):
+            self._run(*self._next())
+        self.time.advance_to(future.done_at)
+
+    def _run(self, start, queue, entry) -> None:
+        queue.remove(entry)
+        _, future, task = entry[:3]
+        future.set_running_or_notify_cancel()
+        self.time.worker, self.time.is_worker = start, True
+        try:
+            result = task()
+        finally:
+            self.time.is_worker = False
+        future.done_at = self.time.worker
+        future.set_result(result)
+
+
+class TimedState(DeferredState):
+    """The kernel takes a time per parameter."""
+
+    def __init__(self, *args, time: VirtualTime, seconds_per_param: float, **kwargs) -> None:
+        self._time, self._seconds_per_param = time, seconds_per_param
+        super().__init__(*args, **kwargs)
+
+    def _run(self, kernel, numbered, hypers) -> None:
+        super()._run(kernel, numbered, hypers)
+        self._time.advance_to(self._time.now + self._seconds_per_param * sum(s.param.numel() for _, s in numbered))
+
+
+class Tick(torch.autograd.Function):
+    """Passes through; its forward and its backward take a virtual time."""
+
+    @staticmethod
+    def forward(ctx, x, time, forward_s, backward_s):
+        ctx.time, ctx.backward_s = time, backward_s
+        time.advance_to(time.now + forward_s)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.time.advance_to(ctx.time.now + ctx.backward_s)
+        return grad, None, None, None
+
+
+class TimedLayers(nn.Module):
+    """Equal layers in a row."""
+
+    def __init__(self, time: VirtualTime, num_layers: int, width: int, forward_s: float, backward_s: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        layers = [nn.Linear(width, width, bias=False, dtype=torch.bfloat16) for _ in range(num_layers)]
+        self.layers = nn.ModuleList(layers)
+        self._time, self._seconds = time, (forward_s / num_layers, backward_s / num_layers)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = Tick.apply(layer(x).tanh(), self._time, *self._seconds)
+        return x

@@ -1,0 +1,71 @@
+"""What is recorded, and when nothing is."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import torch
+
+from lightning_superscale.timeline import Timeline, chrome_trace
+
+CPU = torch.device("cpu")
+
+
+def test_nothing_is_recorded_while_it_is_closed():
+    timeline = Timeline(CPU)
+    with timeline.host("forward", "before"):
+        pass
+    timeline.open()
+    assert timeline.close() == []
+    with timeline.device("forward", "after"):
+        pass
+    timeline.open()
+    assert timeline.close() == []
+
+
+def test_spans_of_all_threads_come_in_order_of_their_start():
+    timeline = Timeline(CPU)
+    timeline.open()
+
+    def work(name: str) -> None:
+        with timeline.host("host optimizer", name, nbytes=3):
+            time.sleep(0.002)
+
+    with timeline.device("backward", "outer"):
+        for name in ("first", "second"):
+            thread = threading.Thread(target=work, args=(name,))
+            thread.start()
+            thread.join()
+    spans = timeline.close()
+    assert [span.name for span in spans] == ["outer", "first", "second"]
+    outer, first, second = spans
+    assert outer.start <= first.start < first.end <= second.start < second.end <= outer.end
+    assert first.nbytes == 3
+
+
+def test_what_raises_is_recorded_too():
+    timeline = Timeline(CPU)
+    timeline.open()
+    try:
+        with timeline.host("verdict", "fails"):
+            raise ValueError("no")
+    except ValueError:
+        pass
+    assert [span.name for span in timeline.close()] == ["fails"]
+
+
+def test_a_chrome_trace_has_a_named_row_per_lane():
+    timeline = Timeline(CPU)
+    timeline.open()
+    with timeline.host("forward", "step"), timeline.host("host to device", "weights", 7):
+        pass
+    events = chrome_trace(timeline.close(), rank=2, facts={"engine": "x"})["traceEvents"]
+    rows = {event["tid"]: event["args"]["name"] for event in events if event["name"] == "thread_name"}
+    work = [event for event in events if event["ph"] == "X"]
+    assert {(rows[event["tid"]], event["name"]) for event in work} == {
+        ("forward", "step"),
+        ("host to device", "weights"),
+    }
+    assert all(event["pid"] == 2 and event["dur"] >= 0 for event in work)
+    assert [event["args"] for event in work if event["name"] == "weights"] == [{"bytes": 7}]
