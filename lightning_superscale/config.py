@@ -44,6 +44,8 @@ class ZeroConfig:
         wrap: stage 3: class names of the modules that are gathered as a whole; None finds the repeated blocks.
         assume_elementwise: let an optimizer that this package does not know step on rows of each
             parameter. Right only if it treats every element by itself, as Adam and SGD do.
+        tensor_parallel: stage 3: neighbouring ranks that compute each batch together, on modules that
+            configure_model() parallelizes over self.device_mesh["tensor_parallel"].
     """
 
     stage: int = 0
@@ -52,6 +54,7 @@ class ZeroConfig:
     no_sync: Union[bool, Literal["auto"]] = "auto"
     wrap: Optional[list[str]] = None
     assume_elementwise: bool = False
+    tensor_parallel: int = 1
 
     def __post_init__(self) -> None:
         if self.stage not in (0, 1, 2, 3) or isinstance(self.stage, bool):
@@ -59,11 +62,27 @@ class ZeroConfig:
         _check_positive_int("ZeroConfig", "bucket_mb", self.bucket_mb)
         if self.shard_size is not None:
             _check_positive_int("ZeroConfig", "shard_size", self.shard_size)
+        self._check_tensor_parallel()
         if self.no_sync not in (True, False, "auto"):
             raise SuperScaleError(f"ZeroConfig.no_sync must be true, false or 'auto', found {self.no_sync!r}.")
         if self.wrap is not None and self.stage != 3:
             raise SuperScaleError(
                 f"ZeroConfig.wrap chooses what stage 3 gathers together; found it with stage {self.stage}. Remove it."
+            )
+
+    def _check_tensor_parallel(self) -> None:
+        _check_positive_int("ZeroConfig", "tensor_parallel", self.tensor_parallel)
+        if self.tensor_parallel == 1:
+            return
+        if self.stage != 3:
+            raise SuperScaleError(
+                f"ZeroConfig.tensor_parallel={self.tensor_parallel} works in stage 3 only; found stage {self.stage}. "
+                "Use ZeroConfig(stage=3), or remove tensor_parallel."
+            )
+        if self.shard_size is not None:
+            raise SuperScaleError(
+                f"ZeroConfig.tensor_parallel={self.tensor_parallel} can't be combined with shard_size="
+                f"{self.shard_size}: shards are spread over all data-parallel ranks then. Remove shard_size."
             )
 
     @property
@@ -73,7 +92,7 @@ class ZeroConfig:
 
     def shard_size_of(self, world_size: int) -> int:
         """Ranks on the shard axis."""
-        return 1 if self.stage == 0 else (self.shard_size or world_size)
+        return 1 if self.stage == 0 else (self.shard_size or world_size // self.tensor_parallel)
 
 
 @dataclass(frozen=True)

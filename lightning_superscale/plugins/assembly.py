@@ -36,11 +36,13 @@ from lightning_superscale.zero.gates import PublishGates, is_compiled
 from lightning_superscale.zero.grouping import Grouping
 from lightning_superscale.zero.guard import StepGuard
 from lightning_superscale.zero.native_step import BoundStep, NativeStep
+from lightning_superscale.zero.placed import tensor_numel
 from lightning_superscale.zero.ranks import Ranks, ranks_of
 from lightning_superscale.zero.replicas import BufferSync, broadcast_from_first
 from lightning_superscale.zero.split_step import SplitStep
 from lightning_superscale.zero.states import ResidentState, UnitState
 from lightning_superscale.zero.step_rule import StepRule
+from lightning_superscale.zero.tensor_axis import check_placements
 from lightning_superscale.zero.transport import Transport
 from lightning_superscale.zero.units import DeltaSink, ShardUnit
 
@@ -129,6 +131,7 @@ class Assembly:
             device=str(settings.device),
             world_size=self.mesh.world.size,
             shard_size=self.mesh.shard.size,
+            tensor_size=self.mesh.tensor.size,
             zero_stage=settings.zero.stage,
             engine="resident" if settings.offload is None else settings.offload.engine,
             precision=settings.precision,
@@ -263,6 +266,7 @@ def _check_on_all_ranks(module: nn.Module, optimizers: Sequence[Optimizer], sett
     error: SuperScaleError | None = None
     try:
         check_parameters(module, optimizers, fqn_of)
+        check_placements(module, mesh)
         check_optimizers_over_ranks(optimizers, zero, mesh.world.size)
         if offload is not None:
             check_host_memory(_host_bytes_needed(module, optimizers, settings))
@@ -326,9 +330,9 @@ def _host_bytes_needed(module: nn.Module, optimizers: Sequence[Optimizer], setti
     stepped = {p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     stepped = {param for param in stepped if param.requires_grad}
     states = sum(
-        deferred_host_bytes(param.numel(), param.dtype, flows=is_copied(param))
+        deferred_host_bytes(tensor_numel(param), param.dtype, flows=is_copied(param))
         if settings.defers
-        else host_bytes(param.numel(), param.dtype, has_moments=True, flows=is_copied(param))
+        else host_bytes(tensor_numel(param), param.dtype, has_moments=True, flows=is_copied(param))
         for param in stepped
     )
     frozen = (param for param in module.parameters() if param not in stepped and is_copied(param))

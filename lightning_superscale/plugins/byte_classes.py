@@ -13,6 +13,7 @@ from lightning_superscale.config import ZeroConfig
 from lightning_superscale.offload.weight_flow import WeightFlow
 from lightning_superscale.plan import ByteClass
 from lightning_superscale.zero.engine import OptimizerEngine
+from lightning_superscale.zero.placed import tensor_numel
 from lightning_superscale.zero.states import UnitState
 from lightning_superscale.zero.units import ShardUnit
 
@@ -23,7 +24,7 @@ class _Row:
 
     Attributes:
         device_bytes, host_bytes: of the tensors, padding included.
-        numel: elements of the whole parameters or buffers in it.
+        numel: elements of the whole parameters or buffers in it; of those that a plan cut, this rank's part.
         num_shares: ranks that share them.
     """
 
@@ -91,9 +92,9 @@ def byte_classes(
     in_units = {param for unit, _ in pairs for param in unit.params}
     for param in (param for param in module.parameters() if param not in in_units):
         name = "frozen (host copy)" if param in flowing else "frozen weights"
-        rows.add(name, param.dtype, param.numel(), param.numel(), is_on_host=param in flowing)
+        rows.add(name, param.dtype, tensor_numel(param), tensor_numel(param), is_on_host=param in flowing)
     for buffer in module.buffers():
-        rows.add("buffers", buffer.dtype, buffer.numel(), buffer.numel())
+        rows.add("buffers", buffer.dtype, tensor_numel(buffer), tensor_numel(buffer))
     return [*rows.done(), *([] if flow is None else [_flowing(flow)])]
 
 
@@ -106,7 +107,7 @@ def _flowing(flow: WeightFlow) -> ByteClass:
 def _add_unit(
     rows: _Rows, unit: ShardUnit, state: UnitState, zero: ZeroConfig, shard_size: int, *, flows: bool
 ) -> None:
-    numel, share = sum(param.numel() for param in unit.params), unit.shard.shard_numel
+    numel, share = sum(map(tensor_numel, unit.params)), unit.shard.shard_numel
     weight_shares = 1 if unit.has_whole_weights else shard_size
     if not flows:
         rows.add("weights", unit.dtype, numel, unit.weight_numel, num_shares=weight_shares)

@@ -37,12 +37,14 @@ def weights_flow(offload: OffloadConfig | None) -> bool:
     return offload is not None and resolve_weights(offload)[0]
 
 
-def check_flow(zero: ZeroConfig, num_ranks: int) -> None:
+def check_flow(zero: ZeroConfig, offload: OffloadConfig | None, num_ranks: int) -> None:
     """Refuse what weights can't flow in.
 
     Raises:
         SuperScaleError: names the option and what to do.
     """
+    if not weights_flow(offload):
+        return
     if zero.stage == 3:
         raise SuperScaleError(
             "weights='flow' keeps whole weights in host memory, and zero=3 shards them over the ranks' devices; found "

@@ -15,6 +15,7 @@ from lightning_superscale.config import OffloadConfig
 from lightning_superscale.offload.device_memory import free_device_bytes
 from lightning_superscale.zero.engine import OptimizerEngine
 from lightning_superscale.zero.grouping import Grouping, NamedParam, last_ready
+from lightning_superscale.zero.placed import tensor_numel
 from lightning_superscale.zero.regroup import regroup
 from lightning_superscale.zero.rules import reason_not_native
 
@@ -47,7 +48,7 @@ def _share(grouping: Grouping, named: Sequence[NamedParam], fraction: float) -> 
 def device_bytes_of(param: nn.Parameter, shard_size: int) -> int:
     """What one parameter's states and its gradient take on the device until the step, but for padding."""
     states = 8 if param.dtype == torch.float32 else 12
-    return -(-param.numel() * (states + param.element_size()) // shard_size)
+    return -(-tensor_numel(param) * (states + param.element_size()) // shard_size)
 
 
 def settle_in(engines: Iterable[OptimizerEngine], mesh: DataMesh, offload: OffloadConfig, device: torch.device) -> bool:

@@ -43,8 +43,8 @@ class RunSettings:
 
     @property
     def shards_weights(self) -> bool:
-        """Stage 3 over several ranks: FSDP2 gathers weights for forward and backward."""
-        return self.zero.stage == 3 and self.mesh.shard.size > 1
+        """Stage 3 over several ranks: FSDP2 gathers weights for forward and backward, over data-parallel ones."""
+        return self.zero.stage == 3 and self.mesh.num_shares > 1
 
     @property
     def defers(self) -> bool:

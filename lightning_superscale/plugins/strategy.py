@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_superscale.comm.mesh import check_shard_size
+from lightning_superscale.comm.mesh import check_tensor_size
 from lightning_superscale.config import OffloadConfig, ZeroConfig, resolve_offload, resolve_zero
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.offload.weight_flow import WeightFlow
 from lightning_superscale.plugins.assembly import Assembly, assemble
 from lightning_superscale.plugins.checks import refuse_averaging
 from lightning_superscale.plugins.flow import check_flow, flow_alone, flow_of, place_resident, weights_flow
-from lightning_superscale.plugins.precision import SuperScalePrecisionMixin, check_precision
-from lightning_superscale.plugins.rank_environment import RankEnvironment
+from lightning_superscale.plugins.precision import PRECISIONS, SuperScalePrecisionMixin, check_precision
+from lightning_superscale.plugins.rank_environment import RankEnvironment, check_axes
 from lightning_superscale.plugins.reasons import device_share
 from lightning_superscale.plugins.run_settings import RunSettings
 from lightning_superscale.plugins.run_state import RunStateMixin
@@ -28,7 +28,7 @@ from lightning_superscale.plugins.step_recorder import StepRecorder
 from lightning_superscale.plugins.timing import PhaseSeconds
 from lightning_superscale.plugins.visibility import why_gradients_are_held, why_weights_are_awaited
 from lightning_superscale.timeline import Lane
-from lightning_superscale.zero.initial_weights import materialise_all
+from lightning_superscale.zero.initial_weights import is_on_meta, materialise_all
 from lightning_superscale.zero.replicas import broadcast_from_first
 
 if TYPE_CHECKING:
@@ -82,6 +82,7 @@ class SuperScaleStrategyMixin(RunStateMixin, _Base):
         self._environment = RankEnvironment()
         self._awaits_weights = True
         self._shows_weights = True
+        self._was_on_meta = False
         self._is_blocked = False
         self.phase_seconds = PhaseSeconds()
         self._recorder: StepRecorder | None = None
@@ -110,11 +111,11 @@ class SuperScaleStrategyMixin(RunStateMixin, _Base):
         if type(plugin).__name__ not in ("Precision", "HalfPrecision", "MixedPrecision", "DoublePrecision"):
             raise SuperScaleError(
                 f"{type(self).__name__} can't work with the precision plugin {type(plugin).__name__}; "
-                f"pass precision='32-true', 'bf16-mixed' or 'bf16-true', or {self.precision_class.__name__}."
+                f"pass one of {', '.join(map(repr, PRECISIONS))}, or {self.precision_class.__name__}."
             )
         precision = str(plugin.precision)
         check_precision(precision)
-        self._precision_plugin = self.precision_class(precision)  # type: ignore[arg-type]
+        self._precision_plugin = self.precision_class(precision, getattr(plugin, "scaler", None))  # type: ignore[arg-type]
 
     # Environment
 
@@ -125,8 +126,15 @@ class SuperScaleStrategyMixin(RunStateMixin, _Base):
     def _configure_launcher(self) -> None:
         # One process needs no launcher, and without one notebooks work too.
         self._launcher = None
+        check_flow(self.zero_config, self.offload_config, self._num_ranks)
+        check_tensor_size(self.zero_config.tensor_parallel, self._num_ranks)
+        if self.zero_config.tensor_parallel > 1 and self._start_method != "popen":
+            raise SuperScaleError(
+                f"start_method={self._start_method!r} brings the module back to the main process, which has no other "
+                "ranks to hold its tensor-parallel parts. Use start_method='popen', or torchrun."
+            )
         if self._num_ranks > 1:
-            check_shard_size(self.zero_config.shard_size_of(self._num_ranks), self._num_ranks)
+            check_axes(self.zero_config, self._num_ranks)
             super()._configure_launcher()
 
     def setup_environment(self) -> None:
@@ -135,7 +143,11 @@ class SuperScaleStrategyMixin(RunStateMixin, _Base):
         if self._num_ranks > 1:
             super().setup_environment()
             host = self.cluster_environment.main_address
-            self._environment.open(self.zero_config, host, self.broadcast, self._timeout or DEFAULT_TIMEOUT)
+            timeout = self._timeout or DEFAULT_TIMEOUT
+            self._environment.open(self.zero_config, host, self.broadcast, timeout, self.root_device.type)
+            if self.lightning_module is not None and self._environment.mesh.device_mesh is not None:
+                # Lightning's own place for what configure_model() reads as self.device_mesh.
+                self.lightning_module._device_mesh = self._environment.mesh.device_mesh
             return
         self.accelerator.setup_device(self.root_device)
         self.set_world_ranks()
@@ -143,6 +155,12 @@ class SuperScaleStrategyMixin(RunStateMixin, _Base):
         module = self.lightning_module
         if module is not None and module._trainer is not None:
             module.trainer._accelerator_connector.use_distributed_sampler = False
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Ranks of one tensor axis get the same batches."""
+        size = self.zero_config.tensor_parallel
+        return {"num_replicas": self._num_ranks // size, "rank": self.global_rank // size}
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
         return decision if self._num_ranks == 1 else super().reduce_boolean_decision(decision, all)
@@ -156,6 +174,7 @@ class SuperScaleStrategyMixin(RunStateMixin, _Base):
         self._finished = None
         self.accelerator.setup(trainer)
         model: nn.Module = self.lightning_module
+        self._was_on_meta = is_on_meta(model)
         if trainer.state.fn == "fit" and self._layer_sync:
             model = self._layer_sync.apply(model)
         self.model = self.precision_plugin.convert_module(model)
@@ -175,8 +194,6 @@ class SuperScaleStrategyMixin(RunStateMixin, _Base):
         """Give the model its initial weights on the device; those that flow stay in host memory."""
         offload = self.offload_config
         flows = weights_flow(offload)
-        if flows:
-            check_flow(self.zero_config, self._num_ranks)
         materialise_all(model, torch.device("cpu") if flows else self.root_device)
         if flows and offload is not None:
             self._flow = flow_of(model, offload)
@@ -274,25 +291,6 @@ class SuperScaleStrategyMixin(RunStateMixin, _Base):
         with self._evaluating():
             return super().predict_step(*args, **kwargs)
 
-    @contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        self._wait_for_weights()
-        if self._flow is None:
-            yield
-            return
-        self._flow.enter()
-        try:
-            yield
-        finally:
-            self._rest_weights(are_visible=True)
-
-    def _rest_weights(self, *, are_visible: bool) -> None:
-        """After a forward or backward: weights that flow are in host memory, where user code may look at them."""
-        if self._flow is not None:
-            self._flow.rest()
-            if are_visible:
-                self._flow.synchronize()
-
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         start = time.perf_counter()
         try:
@@ -354,7 +352,7 @@ class SuperScaleStrategyMixin(RunStateMixin, _Base):
         if self._assembly is not None:
             self._assembly.close()
             self._flow = None
-            self._finished = self._assembly if self._assembly.mesh.shard.size > 1 else None
+            self._finished = self._assembly if self._assembly.mesh.num_shares > 1 else None
             self._assembly = None
         if self._flow is not None:  # nothing was trained
             self._flow.close()

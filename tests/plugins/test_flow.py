@@ -17,6 +17,7 @@ from lightning_superscale.plugins.flow import place_resident
 from tests.helpers.trainers import assert_same_weights, loader, trainer
 
 BUCKET_MB = 1
+FLOW = OffloadConfig(weights="flow")
 
 
 class Residual(nn.Module):
@@ -120,6 +121,19 @@ def test_fit_equals_the_run_whose_weights_stay(engine, precision, flags):
     assert 0 < ours.most_device_bytes < run.num_training_batches * 10**9
     assert_same_weights(ours, plain)
     assert all(type(p) is nn.Parameter and p.untyped_storage().nbytes() == p.nbytes for p in ours.blocks.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
+@pytest.mark.parametrize("precision", ["16-true", "16-mixed"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_fp16_with_steps_that_overflow(engine, precision):
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20, growth_interval=3)  # some steps overflow
+    plain, ours = Deep(), Deep()
+    for module, how in ((plain, "superscale"), (ours, strategy(engine))):
+        plugin = lss.SuperScalePrecision(precision, scaler=scaler)
+        fit(module, how, plugins=[plugin], gradient_clip_val=0.05)
+    assert_same_weights(ours, plain)
+    assert not torch.equal(ours.out.weight, Deep().out.weight.to(ours.out.weight.dtype))
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
@@ -374,7 +388,9 @@ def test_explain_says_what_flows_and_counts_its_bytes():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: lss.SuperScaleStrategy(zero=3, offload=OffloadConfig(weights="flow")), "zero=3 shards them"),
+        (lambda: lss.SuperScaleStrategy(zero=3, offload=FLOW), "zero=3 shards them"),
+        (lambda: trainer(lss.SuperScaleStrategy(zero=3, offload=FLOW), devices=2), "zero=3 shards them"),
+        (lambda: trainer(strategy(), devices=2), "on one rank in this version, found 2.*devices=1"),
         (lambda: strategy(wrap=["Residuals"]), "wrap='Residuals' matches no module"),
     ],
 )
