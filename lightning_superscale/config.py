@@ -12,6 +12,7 @@ from typing import Any, Literal, Optional, TypeVar, Union
 from lightning_superscale.errors import SuperScaleError, did_you_mean
 
 ENGINES = ("cpu", "superoffload")
+WEIGHTS = ("auto", "stationary", "flow")
 PLANNED_ENGINES = ("zenflow",)
 
 _C = TypeVar("_C")
@@ -108,6 +109,11 @@ class OffloadConfig:
         speculate: "superoffload" steps each bucket while backward still runs, before the gradient norm is
             known, and steps again what a clip changes; False waits for the norm, and overlaps with the
             next forward only. The result is the same, bit for bit.
+        weights: "stationary" keeps the weights of forward and backward on the device. "flow" keeps them in host
+            memory too and streams them through the device block by block, in forward and in backward, so that the
+            model need not fit there. "auto" chooses; `explain()` says what and why.
+        wrap: with "flow", class names or names of the modules whose weights stream together; None finds the
+            repeated blocks.
         gpu_fraction: share of the trainable parameters, from 0 to 1, whose masters and states stay on the device and
             step there: those whose gradients come last in backward, whose step nothing would hide. "auto": as many
             as fit the device memory that the first step left free. The result is the same, bit for bit.
@@ -118,6 +124,8 @@ class OffloadConfig:
     pin_memory: bool = True
     cpu_threads: Union[int, Literal["auto"]] = "auto"
     speculate: bool = True
+    weights: Literal["auto", "stationary", "flow"] = "auto"
+    wrap: Optional[list[str]] = None
     gpu_fraction: Union[float, Literal["auto"]] = "auto"
 
     def __post_init__(self) -> None:
@@ -133,8 +141,23 @@ class OffloadConfig:
         _check_positive_int("OffloadConfig", "bucket_mb", self.bucket_mb)
         if not isinstance(self.speculate, bool):
             raise SuperScaleError(f"OffloadConfig.speculate must be true or false, found {self.speculate!r}.")
+        if self.weights not in WEIGHTS:
+            raise SuperScaleError(
+                f"OffloadConfig.weights must be one of {', '.join(map(repr, WEIGHTS))}, found {self.weights!r}"
+                f"{did_you_mean(str(self.weights), WEIGHTS)}"
+            )
+        if self.wrap is not None and self.weights != "flow":
+            raise SuperScaleError(
+                "OffloadConfig.wrap chooses what weights='flow' streams together; found it with "
+                f"weights={self.weights!r}. Remove it."
+            )
         if self.gpu_fraction != "auto":
             _check_share("OffloadConfig", "gpu_fraction", self.gpu_fraction)
+            if self.gpu_fraction > 0 and self.weights == "flow":
+                raise SuperScaleError(
+                    "OffloadConfig.weights='flow' keeps weights off the device, and their states with them; found "
+                    f"gpu_fraction={self.gpu_fraction}. Use 'auto' or 0, or weights='stationary'."
+                )
         if self.cpu_threads != "auto":
             _check_positive_int("OffloadConfig", "cpu_threads", self.cpu_threads)
 

@@ -27,6 +27,8 @@ def test_option_surface_is_what_the_docs_say():
         "pin_memory",
         "cpu_threads",
         "speculate",
+        "weights",
+        "wrap",
         "gpu_fraction",
     ]
 
@@ -40,6 +42,9 @@ def test_option_surface_is_what_the_docs_say():
         ({"engin": "cpu"}, "offload has no key 'engin'.*did you mean 'engine'"),
         ({"bucket_mb": 0}, "OffloadConfig.bucket_mb must be a whole number of at least 1, found 0"),
         ({"cpu_threads": "many"}, "OffloadConfig.cpu_threads must be a whole number"),
+        ({"weights": "flows"}, "OffloadConfig.weights must be one of 'auto', .*found 'flows'.*did you mean 'flow'"),
+        ({"weights": "flow", "gpu_fraction": 0.5}, "weights='flow' keeps weights off the device.*gpu_fraction=0.5"),
+        ({"wrap": ["Block"]}, "OffloadConfig.wrap chooses what weights='flow' streams together.*weights='auto'"),
         (3, "offload takes None, 'cpu', 'superoffload', an OffloadConfig or a mapping, found 3"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -20,15 +21,23 @@ from lightning_superscale.zero.rules import reason_not_native
 
 
 def first_grouping(
-    optimizer: Optimizer, fqn_of: Mapping[nn.Parameter, str], offload: OffloadConfig | None, unit_bytes: int
+    optimizer: Optimizer,
+    fqn_of: Mapping[nn.Parameter, str],
+    offload: OffloadConfig | None,
+    unit_bytes: int,
+    block_of: Mapping[nn.Parameter, int],
 ) -> Grouping:
-    """How an optimizer's parameters are grouped before anything is known of their gradients."""
-    grouping = Grouping(unit_bytes)
+    """How an optimizer's parameters are grouped before anything is known of their gradients.
+
+    Args:
+        block_of: parameters whose weights stream from the host, and whose states stay there.
+    """
+    grouping = Grouping(unit_bytes, block_of=block_of)
     if offload is None or offload.gpu_fraction == "auto" or reason_not_native(optimizer) is not None:
         return grouping
     own = {param for group in optimizer.param_groups for param in group["params"]}
     named = [(fqn, param) for param, fqn in fqn_of.items() if param in own and param.requires_grad]
-    return Grouping(unit_bytes, on_device=_share(grouping, named, offload.gpu_fraction))
+    return replace(grouping, on_device=_share(grouping, named, offload.gpu_fraction))
 
 
 def _share(grouping: Grouping, named: Sequence[NamedParam], fraction: float) -> frozenset[nn.Parameter]:
@@ -60,14 +69,15 @@ def settle_in(engines: Iterable[OptimizerEngine], mesh: DataMesh, offload: Offlo
         named = engine.named_params()
         by_fqn = dict(named)
         old = engine.transport.grouping
-        grouping = Grouping(old.unit_bytes, {by_fqn[fqn]: place for place, fqn in enumerate(order)})
+        grouping = replace(old, order={by_fqn[fqn]: place for place, fqn in enumerate(order)}, on_device=frozenset())
         if offload.gpu_fraction == "auto":
             costs = {param: device_bytes_of(param, mesh.shard.size) for _, param in named}
-            on_device = last_ready(grouping.in_order(named), costs, free)
+            may_move = [item for item in grouping.in_order(named) if item[1] not in grouping.block_of]
+            on_device = last_ready(may_move, costs, free)
             free -= sum(costs[param] for param in on_device)
         else:
             on_device = _share(grouping, named, offload.gpu_fraction)
-        moved |= regroup(engine, Grouping(grouping.unit_bytes, grouping.order, on_device))
+        moved |= regroup(engine, replace(grouping, on_device=on_device))
     return moved
 
 

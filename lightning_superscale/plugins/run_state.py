@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_superscale.errors import SuperScaleError
+from lightning_superscale.offload.weight_flow import WeightFlow
 from lightning_superscale.plan import ParallelPlan
 from lightning_superscale.plugins.assembly import Assembly
 from lightning_superscale.plugins.rank_environment import RankEnvironment
@@ -28,18 +30,41 @@ class RunStateMixin(_Base):
     Attributes:
         _assembly: the running parts, between setup and teardown of `fit()`.
         _finished: those of the run before, while their sharded states can still be saved.
+        _flow: brings weights from the host when they are used, during training and evaluation; None when they stay.
         _was_on_meta: whether any part of the module was on the meta device when `setup` began.
         _environment: the other ranks.
     """
 
     _assembly: Assembly | None
     _finished: Assembly | None
+    _flow: WeightFlow | None
     _was_on_meta: bool
     _environment: RankEnvironment
 
     def _wait_for_weights(self) -> None:
         if self._assembly is not None:
             self._assembly.wait_all_published()
+
+    # Weights that flow
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        self._wait_for_weights()
+        if self._flow is None:
+            yield
+            return
+        self._flow.enter()
+        try:
+            yield
+        finally:
+            self._rest_weights(are_visible=True)
+
+    def _rest_weights(self, *, are_visible: bool) -> None:
+        """After a forward or backward: weights that flow are in host memory, where user code may look at them."""
+        if self._flow is not None:
+            self._flow.rest()
+            if are_visible:
+                self._flow.synchronize()
 
     # What users ask
 
@@ -95,6 +120,7 @@ class RunStateMixin(_Base):
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         self._wait_for_weights()
+        self._rest_weights(are_visible=False)  # they are read where they live
         sharded = None if self._assembly is None else self._assembly.sharded
         if self._assembly is not None and sharded is not None:
             return sharded.state_dict(self._assembly.ranks)
@@ -102,6 +128,7 @@ class RunStateMixin(_Base):
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         self._wait_for_weights()
+        self._rest_weights(are_visible=True)
         sharded = None if self._assembly is None else self._assembly.sharded
         if sharded is None:
             module = self.lightning_module

@@ -15,8 +15,10 @@ from torch.optim import Optimizer
 from lightning_superscale.comm.mesh import check_tensor_size
 from lightning_superscale.config import OffloadConfig, ZeroConfig, resolve_offload, resolve_zero
 from lightning_superscale.errors import SuperScaleError
+from lightning_superscale.offload.weight_flow import WeightFlow
 from lightning_superscale.plugins.assembly import Assembly, assemble
 from lightning_superscale.plugins.checks import refuse_averaging
+from lightning_superscale.plugins.flow import check_flow, flow_alone, flow_of, place_resident, weights_flow
 from lightning_superscale.plugins.precision import PRECISIONS, SuperScalePrecisionMixin, check_precision
 from lightning_superscale.plugins.rank_environment import RankEnvironment, check_axes
 from lightning_superscale.plugins.reasons import device_share
@@ -76,8 +78,10 @@ class SuperScaleStrategyMixin(RunStateMixin, _Base):
         self.error_if_nonfinite = error_if_nonfinite
         self._assembly: Assembly | None = None
         self._finished: Assembly | None = None
+        self._flow: WeightFlow | None = None
         self._environment = RankEnvironment()
         self._awaits_weights = True
+        self._shows_weights = True
         self._was_on_meta = False
         self._is_blocked = False
         self.phase_seconds = PhaseSeconds()
@@ -122,6 +126,7 @@ class SuperScaleStrategyMixin(RunStateMixin, _Base):
     def _configure_launcher(self) -> None:
         # One process needs no launcher, and without one notebooks work too.
         self._launcher = None
+        check_flow(self.zero_config, self.offload_config, self._num_ranks)
         check_tensor_size(self.zero_config.tensor_parallel, self._num_ranks)
         if self.zero_config.tensor_parallel > 1 and self._start_method != "popen":
             raise SuperScaleError(
@@ -175,14 +180,24 @@ class SuperScaleStrategyMixin(RunStateMixin, _Base):
         self.model = self.precision_plugin.convert_module(model)
         is_sharded = trainer.state.fn == "fit" and self.zero_config.stage == 3 and self._num_ranks > 1
         if not is_sharded:  # then the whole model is never on one device
-            materialise_all(model, self.root_device)
-            self.model_to_device()
+            self._place(model)
         if trainer.state.fn == "fit":
             self.setup_optimizers(trainer)
             self._assemble(trainer)
         else:
             broadcast_from_first(self._environment.mesh, [*self.model.parameters(), *self.model.buffers()])
+            if self._flow is not None and self.offload_config is not None:
+                flow_alone(self._flow, self.root_device, is_pinned=self.offload_config.pin_memory)
         self.setup_precision_plugin()
+
+    def _place(self, model: nn.Module) -> None:
+        """Give the model its initial weights on the device; those that flow stay in host memory."""
+        offload = self.offload_config
+        flows = weights_flow(offload)
+        materialise_all(model, torch.device("cpu") if flows else self.root_device)
+        if flows and offload is not None:
+            self._flow = flow_of(model, offload)
+        self.model_to_device()
 
     def _assemble(self, trainer: Trainer) -> None:
         module = self.lightning_module
@@ -203,12 +218,14 @@ class SuperScaleStrategyMixin(RunStateMixin, _Base):
             why_awaited=awaited,
             is_automatic=module.automatic_optimization,
             order=self._environment.order,
+            flow=self._flow,
             timeline=self._recorder.timeline,
         )
         if settings.shards_weights:
             refuse_averaging(callbacks)
         self._assembly = assemble(module, self.optimizers, settings)
         self._awaits_weights = awaited is not None
+        self._shows_weights = awaited is not None or held is not None
         self.phase_seconds = PhaseSeconds()
         precision = self.precision_plugin
         if isinstance(precision, SuperScalePrecisionMixin):
@@ -217,7 +234,10 @@ class SuperScaleStrategyMixin(RunStateMixin, _Base):
     def model_to_device(self) -> None:
         if self.model is None:
             raise AssertionError("no model to move")
-        self.model.to(self.root_device)
+        if self._flow is None:
+            self.model.to(self.root_device)
+        else:
+            place_resident(self.model, self._flow.block_of, self.root_device)
 
     # Running
 
@@ -260,16 +280,16 @@ class SuperScaleStrategyMixin(RunStateMixin, _Base):
             self._assembly.buffers.sync()
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        self._wait_for_weights()
-        return super().validation_step(*args, **kwargs)
+        with self._evaluating():
+            return super().validation_step(*args, **kwargs)
 
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
-        self._wait_for_weights()
-        return super().test_step(*args, **kwargs)
+        with self._evaluating():
+            return super().test_step(*args, **kwargs)
 
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
-        self._wait_for_weights()
-        return super().predict_step(*args, **kwargs)
+        with self._evaluating():
+            return super().predict_step(*args, **kwargs)
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         start = time.perf_counter()
@@ -281,6 +301,7 @@ class SuperScaleStrategyMixin(RunStateMixin, _Base):
 
     def post_backward(self, closure_loss: Tensor) -> None:
         super().post_backward(closure_loss)
+        self._rest_weights(are_visible=self._shows_weights)
         if self._assembly is not None and not self._is_blocked:
             self._assembly.after_backward()
 
@@ -304,6 +325,7 @@ class SuperScaleStrategyMixin(RunStateMixin, _Base):
         model: Union[LightningModule, nn.Module, None] = None,
         **kwargs: Any,
     ) -> Any:
+        self._rest_weights(are_visible=False)  # after a backward that Lightning did not run
         result = super().optimizer_step(optimizer, closure, model, **kwargs)
         self.phase_seconds.num_steps += 1
         if self._awaits_weights:
@@ -319,6 +341,7 @@ class SuperScaleStrategyMixin(RunStateMixin, _Base):
         self._environment.report(exception)
         if self._assembly is not None:
             self._assembly.abandon()
+        self._rest_weights(are_visible=False)
         super().on_exception(exception)
 
     def _release(self) -> None:
@@ -328,5 +351,9 @@ class SuperScaleStrategyMixin(RunStateMixin, _Base):
             self._recorder = None
         if self._assembly is not None:
             self._assembly.close()
+            self._flow = None
             self._finished = self._assembly if self._assembly.mesh.num_shares > 1 else None
             self._assembly = None
+        if self._flow is not None:  # nothing was trained
+            self._flow.close()
+            self._flow = None

@@ -60,6 +60,40 @@ def wrap_plan(root: nn.Module, wrap: Wrap = None, *, include_root: bool = True) 
     return [m for m in _children_first(root) if m in chosen and not isinstance(m, FSDPModule)]
 
 
+def blocks_with_own_params(root: nn.Module, wrap: Wrap = None) -> list[tuple[str, nn.Module, dict[str, nn.Parameter]]]:
+    """The blocks that `wrap_plan` finds, innermost first, each with the parameters that nothing outside it owns.
+
+    Returns:
+        (name from the root, module, its parameters by name from the root): each parameter once, with the innermost
+        block; blocks without any are left out. Tied weights belong to a block only if all their owners are in it.
+        Empty parameters and subclasses of `nn.Parameter`, which may keep more than one tensor, belong to none.
+
+    Raises:
+        SuperScaleError: as `wrap_plan`.
+    """
+    chosen = _automatic(root) if wrap is None else _named(root, wrap)
+    chosen.discard(root)
+    fqn_of_module = {module: fqn for fqn, module in root.named_modules()}
+    fqn_of = {param: fqn for fqn, param in root.named_parameters()}
+    owners: dict[nn.Parameter, set[nn.Module]] = {}
+    for module in root.modules():
+        for param in module.parameters(recurse=False):
+            owners.setdefault(param, set()).add(module)
+    taken: set[nn.Parameter] = set()
+    blocks = []
+    for module in (m for m in _children_first(root) if m in chosen):
+        inside = set(module.modules())
+        own = {
+            fqn_of[p]: p
+            for p in module.parameters()
+            if p not in taken and owners[p] <= inside and type(p) is nn.Parameter and p.numel()
+        }
+        taken.update(own.values())
+        if own:
+            blocks.append((fqn_of_module[module], module, own))
+    return blocks
+
+
 def outermost_callables(root: nn.Module) -> list[nn.Module]:
     """The outermost modules below `root` that have parameters and a forward of their own."""
     found: dict[nn.Module, None] = {}
