@@ -12,6 +12,7 @@ from typing import Any, Literal, Optional, TypeVar, Union
 from lightning_superscale.errors import SuperScaleError, did_you_mean
 
 ENGINES = ("cpu", "superoffload")
+WEIGHTS = ("auto", "stationary", "flow")
 PLANNED_ENGINES = ("zenflow",)
 
 _C = TypeVar("_C")
@@ -43,6 +44,8 @@ class ZeroConfig:
         wrap: stage 3: class names of the modules that are gathered as a whole; None finds the repeated blocks.
         assume_elementwise: let an optimizer that this package does not know step on rows of each
             parameter. Right only if it treats every element by itself, as Adam and SGD do.
+        tensor_parallel: stage 3: neighbouring ranks that compute each batch together, on modules that
+            configure_model() parallelizes over self.device_mesh["tensor_parallel"].
     """
 
     stage: int = 0
@@ -51,6 +54,7 @@ class ZeroConfig:
     no_sync: Union[bool, Literal["auto"]] = "auto"
     wrap: Optional[list[str]] = None
     assume_elementwise: bool = False
+    tensor_parallel: int = 1
 
     def __post_init__(self) -> None:
         if self.stage not in (0, 1, 2, 3) or isinstance(self.stage, bool):
@@ -58,11 +62,27 @@ class ZeroConfig:
         _check_positive_int("ZeroConfig", "bucket_mb", self.bucket_mb)
         if self.shard_size is not None:
             _check_positive_int("ZeroConfig", "shard_size", self.shard_size)
+        self._check_tensor_parallel()
         if self.no_sync not in (True, False, "auto"):
             raise SuperScaleError(f"ZeroConfig.no_sync must be true, false or 'auto', found {self.no_sync!r}.")
         if self.wrap is not None and self.stage != 3:
             raise SuperScaleError(
                 f"ZeroConfig.wrap chooses what stage 3 gathers together; found it with stage {self.stage}. Remove it."
+            )
+
+    def _check_tensor_parallel(self) -> None:
+        _check_positive_int("ZeroConfig", "tensor_parallel", self.tensor_parallel)
+        if self.tensor_parallel == 1:
+            return
+        if self.stage != 3:
+            raise SuperScaleError(
+                f"ZeroConfig.tensor_parallel={self.tensor_parallel} works in stage 3 only; found stage {self.stage}. "
+                "Use ZeroConfig(stage=3), or remove tensor_parallel."
+            )
+        if self.shard_size is not None:
+            raise SuperScaleError(
+                f"ZeroConfig.tensor_parallel={self.tensor_parallel} can't be combined with shard_size="
+                f"{self.shard_size}: shards are spread over all data-parallel ranks then. Remove shard_size."
             )
 
     @property
@@ -72,7 +92,7 @@ class ZeroConfig:
 
     def shard_size_of(self, world_size: int) -> int:
         """Ranks on the shard axis."""
-        return 1 if self.stage == 0 else (self.shard_size or world_size)
+        return 1 if self.stage == 0 else (self.shard_size or world_size // self.tensor_parallel)
 
 
 @dataclass(frozen=True)
@@ -90,6 +110,11 @@ class OffloadConfig:
         speculate: "superoffload" steps each bucket while backward still runs, before the gradient norm is
             known, and steps again what a clip changes; False waits for the norm, and overlaps with the
             next forward only. The result is the same, bit for bit.
+        weights: "stationary" keeps the weights of forward and backward on the device. "flow" keeps them in host
+            memory too and streams them through the device block by block, in forward and in backward, so that the
+            model need not fit there. "auto" chooses; `explain()` says what and why.
+        wrap: with "flow", class names or names of the modules whose weights stream together; None finds the
+            repeated blocks.
         gpu_fraction: share of the trainable parameters, from 0 to 1, whose masters and states stay on the device and
             step there: those whose gradients come last in backward, whose step nothing would hide. "auto": as many
             as fit the device memory that the first step left free. The result is the same, bit for bit.
@@ -100,6 +125,8 @@ class OffloadConfig:
     pin_memory: bool = True
     cpu_threads: Union[int, Literal["auto"]] = "auto"
     speculate: bool = True
+    weights: Literal["auto", "stationary", "flow"] = "auto"
+    wrap: Optional[list[str]] = None
     gpu_fraction: Union[float, Literal["auto"]] = "auto"
 
     def __post_init__(self) -> None:
@@ -116,8 +143,23 @@ class OffloadConfig:
             _check_positive_int("OffloadConfig", "bucket_mb", self.bucket_mb)
         if not isinstance(self.speculate, bool):
             raise SuperScaleError(f"OffloadConfig.speculate must be true or false, found {self.speculate!r}.")
+        if self.weights not in WEIGHTS:
+            raise SuperScaleError(
+                f"OffloadConfig.weights must be one of {', '.join(map(repr, WEIGHTS))}, found {self.weights!r}"
+                f"{did_you_mean(str(self.weights), WEIGHTS)}"
+            )
+        if self.wrap is not None and self.weights != "flow":
+            raise SuperScaleError(
+                "OffloadConfig.wrap chooses what weights='flow' streams together; found it with "
+                f"weights={self.weights!r}. Remove it."
+            )
         if self.gpu_fraction != "auto":
             _check_share("OffloadConfig", "gpu_fraction", self.gpu_fraction)
+            if self.gpu_fraction > 0 and self.weights == "flow":
+                raise SuperScaleError(
+                    "OffloadConfig.weights='flow' keeps weights off the device, and their states with them; found "
+                    f"gpu_fraction={self.gpu_fraction}. Use 'auto' or 0, or weights='stationary'."
+                )
         if self.cpu_threads != "auto":
             _check_positive_int("OffloadConfig", "cpu_threads", self.cpu_threads)
 

@@ -10,6 +10,10 @@ class SuperScaleError(RuntimeError):
     """A setting, a model or a state that lightning-superscale can't train with."""
 
 
+class CheckpointError(SuperScaleError):
+    """A checkpoint that can't be written, or whose content can't be trusted or does not fit; names file and tensor."""
+
+
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """A hint such as `; did you mean 'cpu'?`, or nothing when no choice is close."""
     close = difflib.get_close_matches(word, list(choices), n=1)

@@ -27,6 +27,8 @@ class ParallelPlan:
     """The resolved plan of one rank.
 
     Attributes:
+        shard_size: ranks that share one copy of what is sharded; of what a plan cut, one part of it.
+        tensor_size: ranks that compute each batch together.
         engine: "resident", "cpu" or "superoffload".
         kernel: what steps the optimizer, in words.
         bytes: one row per class.
@@ -47,6 +49,7 @@ class ParallelPlan:
     kernel: str
     bytes: Sequence[ByteClass]
     reasons: Sequence[str]
+    tensor_size: int = 1
 
     @property
     def device_bytes(self) -> int:
@@ -59,6 +62,11 @@ class ParallelPlan:
     def _stage(self) -> str:
         if self.world_size == 1:
             return str(self.zero_stage)
+        if self.tensor_size > 1:
+            return (
+                f"{self.zero_stage}: {self.tensor_size} tensor-parallel parts, each over {self.shard_size} "
+                f"rank{'s' if self.shard_size > 1 else ''}"
+            )
         num_replicas = self.world_size // self.shard_size
         copies = f"{num_replicas} cop{'ies' if num_replicas > 1 else 'y'}"
         return f"{self.zero_stage}: {copies}, each over {self.shard_size} rank{'s' if self.shard_size > 1 else ''}"

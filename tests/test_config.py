@@ -19,6 +19,7 @@ def test_option_surface_is_what_the_docs_say():
         "no_sync",
         "wrap",
         "assume_elementwise",
+        "tensor_parallel",
     ]
     assert [f.name for f in dataclasses.fields(OffloadConfig)] == [
         "engine",
@@ -26,6 +27,8 @@ def test_option_surface_is_what_the_docs_say():
         "pin_memory",
         "cpu_threads",
         "speculate",
+        "weights",
+        "wrap",
         "gpu_fraction",
     ]
 
@@ -39,6 +42,9 @@ def test_option_surface_is_what_the_docs_say():
         ({"engin": "cpu"}, "offload has no key 'engin'.*did you mean 'engine'"),
         ({"bucket_mb": 0}, "OffloadConfig.bucket_mb must be a whole number of at least 1, found 0"),
         ({"cpu_threads": "many"}, "OffloadConfig.cpu_threads must be a whole number"),
+        ({"weights": "flows"}, "OffloadConfig.weights must be one of 'auto', .*found 'flows'.*did you mean 'flow'"),
+        ({"weights": "flow", "gpu_fraction": 0.5}, "weights='flow' keeps weights off the device.*gpu_fraction=0.5"),
+        ({"wrap": ["Block"]}, "OffloadConfig.wrap chooses what weights='flow' streams together.*weights='auto'"),
         (3, "offload takes None, 'cpu', 'superoffload', an OffloadConfig or a mapping, found 3"),
     ],
 )
@@ -57,6 +63,18 @@ def test_bad_offload_is_refused_with_the_remedy(value, message):
             "ZeroConfig.wrap chooses what stage 3 gathers together; found it with stage 2",
         ),
         ({"no_sync": "never"}, "ZeroConfig.no_sync must be true, false or 'auto', found 'never'"),
+        (
+            {"stage": 3, "tensor_parallel": 0},
+            "ZeroConfig.tensor_parallel must be a whole number of at least 1, found 0",
+        ),
+        (
+            {"stage": 2, "tensor_parallel": 2},
+            r"tensor_parallel=2 works in stage 3 only; found stage 2. Use ZeroConfig\(stage=3\), or remove",
+        ),
+        (
+            {"stage": 3, "tensor_parallel": 2, "shard_size": 2},
+            "tensor_parallel=2 can't be combined with shard_size=2.*Remove shard_size",
+        ),
         ("zero", "zero takes 0, 1, 2, 3, a ZeroConfig or a mapping, found 'zero'"),
         ({"stag": 0}, "zero has no key 'stag'.*did you mean 'stage'"),
     ],

@@ -20,6 +20,8 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed.tensor import DTensor
 
 from lightning_superscale.comm.mesh import DataMesh, MeshAxis
 from lightning_superscale.comm.watch import RankWatch
@@ -233,6 +235,21 @@ def _sum_of_rows(rows: Sequence[Tensor], scratch: Tensor, memory: RecycledMemory
     for row in rows[2:]:
         total.add_(row)
     return total if is_wide else memory.empty(first.numel(), dtype=dtype, device=first.device).copy_(total)
+
+
+def local_grad(grad: Tensor, param: Tensor) -> Tensor:
+    """This rank's gradient of a parameter, placed as the parameter is where that is a DTensor.
+
+    A gradient may be a sum that the tensor axis still owes (Partial), or be cut otherwise than its parameter: then
+    every rank of the axis calls this at the same point of its backward.
+    """
+    if not isinstance(grad, DTensor) or not isinstance(param, DTensor):
+        return grad.detach()
+    with torch.no_grad():
+        if grad.placements != param.placements:
+            grad = grad.redistribute(placements=param.placements)
+        local: Tensor = grad.to_local()
+    return local.wait() if isinstance(local, AsyncCollectiveTensor) else local.detach()
 
 
 def control_max(mesh: DataMesh, values: Tensor, what: str) -> Tensor:

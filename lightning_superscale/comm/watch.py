@@ -33,7 +33,7 @@ _SILENT_AFTER_S = 30.0
 _APART_AFTER_S = 6.0
 # How long a rank may stay in a foreign collective after somebody failed.
 _GRACE_S = 4.0
-_FAILED = "failed"
+_FAILED, _APART = "failed", "apart"
 
 
 class _Sign(NamedTuple):
@@ -137,6 +137,8 @@ class RankWatch:
             failed = json.loads(self._store.get(_FAILED))
             if failed["rank"] != self._rank:
                 self._fail(f"rank {failed['rank']} failed: {failed['reason']}")
+        if self._failure is None and self._store.check([_APART]):
+            self._fail(self._store.get(_APART).decode())
         for rank in range(self._world_size):
             if self._store.check([f"sign/{rank}"]):
                 sign = _Sign(*json.loads(self._store.get(f"sign/{rank}")))
@@ -159,7 +161,10 @@ class RankWatch:
             self._apart, self._apart_since = places, time.monotonic()
         elif time.monotonic() - self._apart_since > _APART_AFTER_S:
             listed = ", ".join(f"rank {rank} at {place}" for rank, place in enumerate(places))
-            self._fail(f"ranks went apart and wait for each other: {listed}")
+            failure = f"ranks went apart and wait for each other: {listed}"
+            # Whoever sees it first stops waiting, and nobody else could see it then.
+            self._store.set(_APART, failure)
+            self._fail(failure)
 
     def _fail(self, failure: str) -> None:
         if self._failure is None:
@@ -196,9 +201,23 @@ def _foreign_collective(frame: Any) -> str:
 
 
 def _is_in_collective(frame: Any) -> bool:
-    """Whether a thread's innermost Python frame is one that calls a collective."""
-    places = ("torch/distributed", "lightning_superscale/comm/collectives")
-    return frame is not None and any(place in frame.f_code.co_filename.replace(os.sep, "/") for place in places)
+    """Whether a thread's innermost Python frame is one that calls a collective, or the operator of one."""
+    frame = _behind_dispatch(frame)
+    if frame is None:
+        return False
+    file = frame.f_code.co_filename.replace(os.sep, "/")
+    if "torch/distributed/tensor/" in file:
+        return False  # a DTensor's operation on its own part
+    return "torch/distributed" in file or "lightning_superscale/comm/collectives" in file
+
+
+def _behind_dispatch(frame: Any) -> Any:
+    """The innermost frame that is not torch's own way to an operator: DTensor's collectives are operators."""
+    while frame is not None and any(
+        part in frame.f_code.co_filename.replace(os.sep, "/") for part in ("torch/_ops.py", "torch/_library/")
+    ):
+        frame = frame.f_back
+    return frame
 
 
 def _named(ranks: list[int]) -> str:

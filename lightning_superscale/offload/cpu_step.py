@@ -2,7 +2,8 @@
 
 Bytes per host-side parameter with 16-bit weights: fp32 master, exp_avg and exp_avg_sq (12), and one
 16-bit buffer (2) that holds the gradient until the step has read it and the new weight from then on.
-With fp32 weights: 12 and an fp32 gradient buffer (4); the master itself is uploaded.
+With fp32 weights: 12 and an fp32 gradient buffer (4); the master itself is uploaded. Weights that flow have one
+more buffer (2) on the host, which the step writes and forward streams from; with fp32 weights that is the master.
 
 The class satisfies the optimizer engine's `UnitState` without importing it: siblings meet in `plugins`.
 """
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_superscale.layout import UnitLayout
+from lightning_superscale.offload.flowing_weights import FlowingWeights, HostBound, StreamedUnit
 from lightning_superscale.offload.host_memory import HostArena
 from lightning_superscale.offload.link import Link, LinkEvent
 from lightning_superscale.ops.flat import accumulate
@@ -33,10 +35,11 @@ class OffloadableUnit(Protocol):
     def inbox(self) -> Tensor: ...
 
 
-def host_bytes(numel: int, dtype: torch.dtype, *, has_moments: bool) -> int:
+def host_bytes(numel: int, dtype: torch.dtype, *, has_moments: bool, flows: bool = False) -> int:
     """Host bytes that `HostState` allocates for a unit of `numel` elements of `dtype` weights."""
     states = 12 if has_moments else 4
-    return numel * (states + dtype.itemsize)
+    copy = dtype.itemsize if flows and dtype != torch.float32 else 0
+    return numel * (states + dtype.itemsize + copy)
 
 
 class UploadEvent:
@@ -53,6 +56,15 @@ class UploadEvent:
             copy.wait()
 
 
+def weights_on_host(unit: OffloadableUnit, i: int, flowing: FlowingWeights | None, link: Link) -> Tensor:
+    """The current weights of slice i in host memory, 1D: where they flow from, or a copy."""
+    if flowing is not None:
+        return flowing.settled(i)
+    weights = torch.empty(unit.shard.slices[i].numel, dtype=unit.dtype)
+    link.d2h(weights, unit.local_rows(i)).synchronize()
+    return weights
+
+
 class HostState:
     """fp32 master and moments of one unit on the host; gradients come and weights go over the link.
 
@@ -62,15 +74,27 @@ class HostState:
         arena: where host buffers come from.
         has_moments: False for an optimizer that keeps states of its own.
         is_pinned: page-lock the transfer buffers.
+        streamed: the same unit, if its weights flow; None if they stay on the device.
+
+    Attributes:
+        flowing: its weights, if they flow.
     """
 
     def __init__(
-        self, unit: OffloadableUnit, link: Link, arena: HostArena, *, has_moments: bool, is_pinned: bool
+        self,
+        unit: OffloadableUnit,
+        link: Link,
+        arena: HostArena,
+        *,
+        has_moments: bool,
+        is_pinned: bool,
+        streamed: StreamedUnit | None = None,
     ) -> None:
         numel, dtype = unit.shard.shard_numel, unit.dtype
         self.unit = unit
         self.is_on_host = True
         self.num_transfer_buffers = 1
+        self.num_host_copies = 0 if streamed is None or dtype == torch.float32 else 1
         self._link = link
         is_low_precision = dtype != torch.float32
         is_pinned = is_pinned and link.needs_pinned_host()
@@ -80,19 +104,24 @@ class HostState:
         self.exp_avg_sq = arena.zeros(numel, torch.float32, is_pinned=False) if has_moments else None
         self._grads = arena.zeros(numel, dtype, is_pinned=is_pinned)
         self._weight_out = self._grads if is_low_precision else None
+        self.flowing: FlowingWeights | None = None
+        if streamed is not None:
+            if is_low_precision:
+                self._weight_out = arena.zeros(numel, dtype, is_pinned=is_pinned)
+            weights = self.master if self._weight_out is None else self._weight_out
+            self.flowing = FlowingWeights(streamed, link, [weights])
         self._arrivals: dict[int, LinkEvent] = {}
         self.reload(range(len(unit.shard.slices)))
 
     def master_of(self, i: int) -> Tensor:
-        piece = self.unit.shard.slices[i]
-        return self.master[piece.offset : piece.offset + piece.numel]
+        return self._slice(self.master, i)
 
     def weight_out_of(self, i: int) -> Tensor | None:
-        return None if self._weight_out is None else self._grad_slice(i)
+        return None if self._weight_out is None else self._slice(self._weight_out, i)
 
     def receive(self, slices: Sequence[tuple[int, Tensor]]) -> None:
         for i, grad in slices:
-            here = self._grad_slice(i)
+            here = self._slice(self._grads, i)
             if i in self._arrivals:
                 staged = torch.empty_like(here)
                 arrival = self._link.d2h(staged, grad)
@@ -106,17 +135,19 @@ class HostState:
         if i not in self._arrivals:
             return None
         self._arrivals[i].synchronize()
-        return self._grad_slice(i)
+        return self._slice(self._grads, i)
 
-    def _grad_slice(self, i: int) -> Tensor:
+    def _slice(self, flat: Tensor, i: int) -> Tensor:
         piece = self.unit.shard.slices[i]
-        return self._grads[piece.offset : piece.offset + piece.numel]
+        return flat[piece.offset : piece.offset + piece.numel]
 
     def clear_grads(self) -> None:
         self._arrivals.clear()
 
-    def upload(self, stepped: Sequence[int]) -> UploadEvent:
+    def upload(self, stepped: Sequence[int]) -> UploadEvent | HostBound:
         """Send new weights. Only of stepped slices: elsewhere the shared buffer may hold anything."""
+        if self.flowing is not None:
+            return HostBound(self.flowing)
         source = self.master if self._weight_out is None else self._weight_out
         inbox = self.unit.inbox()
         if len(stepped) == len(self.unit.shard.slices):
@@ -127,11 +158,7 @@ class HostState:
 
     def reload(self, slices: Sequence[int]) -> None:
         for i in slices:
-            piece = self.unit.shard.slices[i]
-            span = slice(piece.offset, piece.offset + piece.numel)
-            weights = torch.empty(piece.numel, dtype=self._grads.dtype)
-            self._link.d2h(weights, self.unit.local_rows(i)).synchronize()
-            follow_weights(self.master[span], weights)
+            follow_weights(self.master_of(i), weights_on_host(self.unit, i, self.flowing, self._link))
 
     def release(self) -> None:
         self._arrivals.clear()

@@ -15,6 +15,9 @@ receives this step's gradient. The pass reads both and writes the new weights ov
     verdict     A is uploaded                          B is pending
     next step   A receives gradient t+1                B is committed
 
+Where weights flow, A is not uploaded but streamed from until the next verdict, and a third buffer C, which held the
+weights until this one, receives gradient t+1 ([Note: Which host buffer] in flowing_weights.py).
+
 The class satisfies the optimizer engine's protocols without importing it: siblings meet in `plugins`.
 """
 
@@ -26,7 +29,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lightning_superscale.offload.cpu_step import OffloadableUnit, UploadEvent
+from lightning_superscale.offload.cpu_step import OffloadableUnit, UploadEvent, weights_on_host
+from lightning_superscale.offload.flowing_weights import FlowingWeights, HostBound, StreamedUnit
 from lightning_superscale.offload.host_memory import HostArena
 from lightning_superscale.offload.link import Link, LinkEvent, LinkFence
 from lightning_superscale.ops.adamw import adamw_commit, adamw_commit_peek, adamw_peek
@@ -38,9 +42,9 @@ from lightning_superscale.ops.types import AdamWHyper, AdamWSegment, GradStats
 _Kernel = Callable[..., list[GradStats] | None]
 
 
-def deferred_host_bytes(numel: int, dtype: torch.dtype) -> int:
+def deferred_host_bytes(numel: int, dtype: torch.dtype, *, flows: bool = False) -> int:
     """Host bytes that `DeferredState` allocates for a unit of `numel` elements of `dtype` weights."""
-    return numel * (12 + 2 * dtype.itemsize)
+    return numel * (12 + (3 if flows else 2) * dtype.itemsize)
 
 
 @dataclass(slots=True)
@@ -49,12 +53,16 @@ class _Slice:
 
     Attributes:
         front: which buffer receives this step's gradient.
+        back: which one holds the pending gradient, and then the new weights.
+        resting: which one holds the weights that flow; None where they don't.
         arrival: of this step's gradient; None without one.
         looked_at: the numbers with which new weights were computed from this step's gradient; None before.
         pending: the numbers of the gradient in the other buffer, which waits for its commit; None without one.
     """
 
     front: int = 0
+    back: int = 1
+    resting: int | None = None
     arrival: LinkEvent | None = None
     looked_at: AdamWHyper | None = None
     pending: AdamWHyper | None = None
@@ -70,21 +78,39 @@ class DeferredState:
         arena: where host buffers come from.
         is_pinned: page-lock the transfer buffers.
         pool: runs the kernel.
+        streamed: the same unit, if its weights flow; None if they stay on the device.
+
+    Attributes:
+        flowing: its weights, if they flow.
     """
 
-    def __init__(self, unit: OffloadableUnit, link: Link, arena: HostArena, *, is_pinned: bool, pool: Pool) -> None:
+    def __init__(
+        self,
+        unit: OffloadableUnit,
+        link: Link,
+        arena: HostArena,
+        *,
+        is_pinned: bool,
+        pool: Pool,
+        streamed: StreamedUnit | None = None,
+    ) -> None:
         numel = unit.shard.shard_numel
         is_pinned = is_pinned and link.needs_pinned_host()
         self.unit = unit
         self.is_on_host = True
         self.num_transfer_buffers = 2
+        self.num_host_copies = 0 if streamed is None else 1
         self._link = link
         self._pool = pool
         self.master = arena.zeros(numel, torch.float32, is_pinned=False)
         self.exp_avg = arena.zeros(numel, torch.float32, is_pinned=False)
         self.exp_avg_sq = arena.zeros(numel, torch.float32, is_pinned=False)
-        self._buffers = tuple(arena.zeros(numel, unit.dtype, is_pinned=is_pinned) for _ in range(2))
-        self._slices = [_Slice() for _ in unit.shard.slices]
+        num_buffers, resting = (2, None) if streamed is None else (3, 2)
+        self._buffers = tuple(arena.zeros(numel, unit.dtype, is_pinned=is_pinned) for _ in range(num_buffers))
+        self._slices = [_Slice(resting=resting) for _ in unit.shard.slices]
+        self.flowing: FlowingWeights | None = None
+        if streamed is not None:
+            self.flowing = FlowingWeights(streamed, link, self._buffers, first=2)
         self.reload(range(len(self._slices)))
 
     # Gradients
@@ -172,10 +198,19 @@ class DeferredState:
             known = self._slices[i]
             if known.stats is not None:
                 seen.append(known.stats)
-            known.front = 1 - known.front
+            self._take_turns(i)
             known.pending = hyper
             known.arrival = known.looked_at = known.stats = None
         return seen, num_redone
+
+    def _take_turns(self, i: int) -> None:
+        known = self._slices[i]
+        if known.resting is None:
+            known.front, known.back = known.back, known.front
+            return
+        known.front, known.back, known.resting = known.resting, known.front, known.back
+        if self.flowing is not None:
+            self.flowing.switch(i, known.resting)
 
     def flush(self) -> None:
         """Commit what is pending: masters and moments are those of the last settled step."""
@@ -207,7 +242,7 @@ class DeferredState:
 
     def _back(self, i: int) -> Tensor:
         """The buffer that does not receive: the pending gradient's, then the new weights'."""
-        return self._span(self._buffers[1 - self._slices[i].front], i)
+        return self._span(self._buffers[self._slices[i].back], i)
 
     # Weights
 
@@ -216,15 +251,18 @@ class DeferredState:
         return self._span(self.master, i)
 
     def weight_out_of(self, i: int) -> Tensor | None:
-        """Settled new weights: in the buffer that receives next."""
-        return self._span(self._buffers[self._slices[i].front], i)
+        """Settled new weights: in the buffer that receives next, unless they flow."""
+        known = self._slices[i]
+        return self._span(self._buffers[known.front if known.resting is None else known.resting], i)
 
     def fence(self) -> LinkFence | None:
         """The point of the device's work after which its weights may be replaced: call it when backward is over."""
         return self._link.fence()
 
-    def upload(self, stepped: Sequence[int], after: LinkFence | None = None) -> UploadEvent:
+    def upload(self, stepped: Sequence[int], after: LinkFence | None = None) -> UploadEvent | HostBound:
         """Send settled new weights to the device, from any thread."""
+        if self.flowing is not None:
+            return HostBound(self.flowing)
         inbox = self.unit.inbox()
         fronts = {self._slices[i].front for i in stepped}
         if len(stepped) == len(self._slices) and len(fronts) == 1:
@@ -236,10 +274,8 @@ class DeferredState:
     def reload(self, slices: Sequence[int]) -> None:
         self._flush(slices)
         for i in slices:
-            weights = torch.empty(self.unit.shard.slices[i].numel, dtype=self.unit.dtype)
-            self._link.d2h(weights, self.unit.local_rows(i)).synchronize()
             self._slices[i].looked_at = None
-            follow_weights(self.master_of(i), weights)
+            follow_weights(self.master_of(i), weights_on_host(self.unit, i, self.flowing, self._link))
 
     def release(self) -> None:
         self.clear_grads()

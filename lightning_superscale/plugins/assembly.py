@@ -21,10 +21,12 @@ from lightning_superscale.ops.update import UpdatePath, update_path
 from lightning_superscale.plan import ParallelPlan
 from lightning_superscale.plugins.byte_classes import byte_classes
 from lightning_superscale.plugins.checks import check_optimizers_over_ranks, check_parameters, facts_of_run
+from lightning_superscale.plugins.flow import EnginePublications, how_weights_flow, stream_the_rest
 from lightning_superscale.plugins.host_plan import HostPlan, plan_host
 from lightning_superscale.plugins.placement import first_grouping, settle_in
 from lightning_superscale.plugins.reasons import reasons_of, where_states_are
 from lightning_superscale.plugins.run_settings import RunSettings
+from lightning_superscale.zero.bucket_unit import BucketUnit
 from lightning_superscale.zero.buckets import BucketTransport
 from lightning_superscale.zero.deferred_step import DeferredStep
 from lightning_superscale.zero.engine import MakeState, OptimizerEngine
@@ -35,11 +37,13 @@ from lightning_superscale.zero.gates import PublishGates, is_compiled
 from lightning_superscale.zero.grouping import Grouping
 from lightning_superscale.zero.guard import StepGuard
 from lightning_superscale.zero.native_step import BoundStep, NativeStep
+from lightning_superscale.zero.placed import tensor_numel
 from lightning_superscale.zero.ranks import Ranks, ranks_of
 from lightning_superscale.zero.replicas import BufferSync, broadcast_from_first
 from lightning_superscale.zero.split_step import SplitStep
 from lightning_superscale.zero.states import ResidentState, UnitState
 from lightning_superscale.zero.step_rule import StepRule
+from lightning_superscale.zero.tensor_axis import check_placements
 from lightning_superscale.zero.transport import Transport
 from lightning_superscale.zero.units import DeltaSink, ShardUnit
 
@@ -92,6 +96,8 @@ class Assembly:
 
     def enter_step(self) -> None:
         """Before a training step's forward. Every rank calls it."""
+        if self.settings.flow is not None:
+            self.settings.flow.enter()
         self.buffers.sync()
         for gates in self.gates:
             gates.enter_step()
@@ -108,6 +114,8 @@ class Assembly:
 
     def abandon(self) -> None:
         """A step was interrupted, here or on another rank: wait for nobody."""
+        if self.settings.flow is not None:
+            self.settings.flow.rest()
         for engine in self.engines.values():
             engine.abandon()
         if self.sharded is not None:
@@ -116,8 +124,12 @@ class Assembly:
     def close(self) -> None:
         for gates in self.gates:
             gates.close()
+        if self.settings.flow is not None:
+            self.settings.flow.rest()
         for engine in self.engines.values():
             engine.close()
+        if self.settings.flow is not None:
+            self.settings.flow.close()
 
     def plan(self) -> ParallelPlan:
         units = [unit for engine in self.engines.values() for unit in engine.transport.units]
@@ -128,6 +140,7 @@ class Assembly:
             device=str(settings.device),
             world_size=self.mesh.world.size,
             shard_size=self.mesh.shard.size,
+            tensor_size=self.mesh.tensor.size,
             zero_stage=settings.zero.stage,
             engine="resident" if settings.offload is None else settings.offload.engine,
             precision=settings.precision,
@@ -137,7 +150,13 @@ class Assembly:
             unit_bytes=self.host.unit_bytes,
             cpu_threads=self.update.num_threads,
             kernel="its own code" if own else self.update.name,
-            bytes=byte_classes(self.module, self.engines.values(), settings.zero, shard_size=self.mesh.shard.size),
+            bytes=byte_classes(
+                self.module,
+                self.engines.values(),
+                settings.zero,
+                shard_size=self.mesh.shard.size,
+                flow=settings.flow,
+            ),
             reasons=[
                 *self.reasons,
                 *self.host.reasons,
@@ -163,7 +182,9 @@ def assemble(module: nn.Module, optimizers: Sequence[Optimizer], settings: RunSe
     link = None if offload is None else link_for(settings.device, settings.timeline)
     where = settings.device if offload is None else torch.device("cpu")
     update = update_path(where, host.pool)
-    make_state = _state_maker(link, settings, host.pool)
+    arena = HostArena(host.pool)
+    make_state = _state_maker(link, settings, host.pool, arena)
+    block_of = {} if settings.flow is None else settings.flow.block_of
     ranks = ranks_of(mesh, fqn_of, num_buffers=len(list(module.buffers())))
     engines = {
         optimizer: OptimizerEngine(
@@ -174,7 +195,7 @@ def assemble(module: nn.Module, optimizers: Sequence[Optimizer], settings: RunSe
                 ranks,
                 settings,
                 sharded,
-                first_grouping(optimizer, fqn_of, offload, host.unit_bytes),
+                first_grouping(optimizer, fqn_of, offload, host.unit_bytes, block_of),
                 f"optimizer {number}",
             ),
             make_state=make_state,
@@ -185,6 +206,9 @@ def assemble(module: nn.Module, optimizers: Sequence[Optimizer], settings: RunSe
         for number, optimizer in enumerate(optimizers)
         if any(param in fqn_of for group in optimizer.param_groups for param in group["params"])
     }
+    if settings.flow is not None and link is not None and offload is not None:
+        settings.flow.follow(EnginePublications(engines.values()))
+        stream_the_rest(settings.flow, link, settings.device, arena, is_pinned=offload.pin_memory)
     for engine in engines.values():
         if settings.streams:
             engine.transport.stream()
@@ -193,6 +217,8 @@ def assemble(module: nn.Module, optimizers: Sequence[Optimizer], settings: RunSe
     compiled = is_compiled(module)
     gates = _gates(module, engines.values(), settings, is_model_compiled=compiled)
     reasons = reasons_of(settings, is_model_compiled=compiled)
+    if offload is not None:
+        reasons.append(how_weights_flow(offload, settings.flow, module))
     buffers = BufferSync(ranks, module)
     return Assembly(module, settings, engines, gates, link, host, update, buffers, ranks, sharded, reasons)
 
@@ -228,6 +254,7 @@ def _transport_maker(
         ranks=ranks,
         label=label,
         no_sync=settings.zero.reduces_once,
+        streams_to=settings.device,
     )
 
 
@@ -249,9 +276,10 @@ def _check_on_all_ranks(module: nn.Module, optimizers: Sequence[Optimizer], sett
     error: SuperScaleError | None = None
     try:
         check_parameters(module, optimizers, fqn_of)
+        check_placements(module, mesh)
         check_optimizers_over_ranks(optimizers, zero, mesh.world.size)
         if offload is not None:
-            check_host_memory(_host_bytes_needed(optimizers, settings))
+            check_host_memory(_host_bytes_needed(module, optimizers, settings))
     except SuperScaleError as found:
         error = found  # the other ranks are on their way into the comparison
     raise_together(mesh, error)
@@ -280,31 +308,45 @@ def _native_maker(settings: RunSettings, update: UpdatePath) -> Callable[[Optimi
     return split
 
 
-def _state_maker(link: Link | None, settings: RunSettings, pool: Pool) -> MakeState:
-    offload = settings.offload
-    arena = HostArena(pool)
+def _state_maker(link: Link | None, settings: RunSettings, pool: Pool, arena: HostArena) -> MakeState:
+    offload, flow = settings.offload, settings.flow
 
     def make_state(unit: ShardUnit, *, has_moments: bool, is_on_device: bool) -> UnitState:
         if link is None or offload is None or is_on_device:
             return ResidentState(unit, has_moments=has_moments)
+        pin, streamed = offload.pin_memory, unit if isinstance(unit, BucketUnit) and unit.is_streamed else None
+        state: DeferredState | HostState
         if settings.defers and has_moments:
-            return DeferredState(unit, link, arena, is_pinned=offload.pin_memory, pool=pool)
-        return HostState(unit, link, arena, has_moments=has_moments, is_pinned=offload.pin_memory)
+            state = DeferredState(unit, link, arena, is_pinned=pin, pool=pool, streamed=streamed)
+        else:
+            state = HostState(unit, link, arena, has_moments=has_moments, is_pinned=pin, streamed=streamed)
+        if flow is not None and state.flowing is not None:
+            flow.add(state.flowing)
+        return state
 
     return make_state
 
 
-def _host_bytes_needed(optimizers: Sequence[Optimizer], settings: RunSettings) -> int:
-    """Host bytes of this rank's states, but for padding; what may go to the device later counts as here."""
-    whole = sum(
-        deferred_host_bytes(param.numel(), param.dtype)
+def _host_bytes_needed(module: nn.Module, optimizers: Sequence[Optimizer], settings: RunSettings) -> int:
+    """Host bytes of this rank's states and of weights that flow, but for padding.
+
+    What may go to the device later counts as here.
+    """
+
+    def is_copied(param: nn.Parameter) -> bool:
+        # A copy takes the place of weights that are in host memory already.
+        return settings.flow is not None and param in settings.flow.block_of and param.device.type != "cpu"
+
+    stepped = {p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    stepped = {param for param in stepped if param.requires_grad}
+    states = sum(
+        deferred_host_bytes(tensor_numel(param), param.dtype, flows=is_copied(param))
         if settings.defers
-        else host_bytes(param.numel(), param.dtype, has_moments=True)
-        for optimizer in optimizers
-        for group in optimizer.param_groups
-        for param in group["params"]
-        if param.requires_grad
+        else host_bytes(tensor_numel(param), param.dtype, has_moments=True, flows=is_copied(param))
+        for param in stepped
     )
+    frozen = (param for param in module.parameters() if param not in stepped and is_copied(param))
     offload = settings.offload
     stays = 0.0 if offload is None or offload.gpu_fraction == "auto" else offload.gpu_fraction
-    return round(whole * (1 - stays) / settings.mesh.shard.size)
+    copies = sum(param.numel() * param.element_size() for param in frozen)
+    return round(states * (1 - stays) / settings.mesh.shard.size) + copies

@@ -11,8 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.plugins.strategy import SuperScaleStrategyMixin
-from lightning_superscale.zero.fsdp2_sharding import gather_whole, write_local
-from lightning_superscale.zero.fsdp2_unit import local_rows_of
+from lightning_superscale.zero.placed import gather_whole, local_of, local_part, placed_like, write_local
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -53,10 +52,10 @@ class ShardedEMAMixin(_Base):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._last_step = trainer.global_step
-        self._averages = {fqn: _rows(param).float().clone() for fqn, param in _trainable(pl_module)}
+        self._averages = {fqn: local_of(param).float().clone() for fqn, param in _trainable(pl_module)}
         for fqn, param in _trainable(pl_module):
             if fqn in self._restored:
-                self._averages[fqn].copy_(_rows_of_whole(self._restored[fqn], param))
+                self._averages[fqn].copy_(local_part(self._restored[fqn], param))
         self._restored, self._whole = {}, {}
 
     def on_train_batch_end(
@@ -68,9 +67,9 @@ class ShardedEMAMixin(_Base):
         self._last_step = step
         params = dict(_trainable(pl_module))
         for fqn in params.keys() - self._averages.keys():  # unfrozen since
-            self._averages[fqn] = _rows(params[fqn]).float().clone()
+            self._averages[fqn] = local_of(params[fqn]).float().clone()
         averages = [self._averages[fqn] for fqn in params]
-        torch._foreach_lerp_(averages, [_rows(param).float() for param in params.values()], 1 - self.decay)
+        torch._foreach_lerp_(averages, [local_of(param).float() for param in params.values()], 1 - self.decay)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._whole = self._gathered(trainer, pl_module)  # a checkpoint may be saved once nothing is sharded any more
@@ -81,7 +80,7 @@ class ShardedEMAMixin(_Base):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.validates and self._averages and trainer.state.fn == "fit":
-            self._kept = {fqn: _rows(param).clone() for fqn, param in _trainable(pl_module)}
+            self._kept = {fqn: local_of(param).clone() for fqn, param in _trainable(pl_module)}
             self._write(trainer, pl_module, self._averages)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -117,8 +116,7 @@ class ShardedEMAMixin(_Base):
                 continue
             average = self._averages[fqn]
             if isinstance(param, DTensor) and sharded is not None and isinstance(strategy, SuperScaleStrategyMixin):
-                like = _like(param, average)
-                whole[fqn] = gather_whole(strategy.ranks, fqn, like)
+                whole[fqn] = gather_whole(strategy.ranks, fqn, placed_like(average, param))
             else:
                 whole[fqn] = average.detach().cpu().clone()
         return whole
@@ -129,27 +127,6 @@ _KEY = "sharded_ema"
 
 def _trainable(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(fqn, param) for fqn, param in module.named_parameters() if param.requires_grad]
-
-
-def _rows(param: nn.Parameter) -> Tensor:
-    return local_rows_of(param) if isinstance(param, DTensor) else param.detach()
-
-
-def _like(param: nn.Parameter, rows: Tensor) -> Tensor:
-    """Rows as a DTensor placed as a parameter is."""
-    sharded: Any = param
-    return DTensor.from_local(
-        rows, sharded.device_mesh, sharded.placements, run_check=False, shape=sharded.shape, stride=sharded.stride()
-    )
-
-
-def _rows_of_whole(whole: Tensor, param: nn.Parameter) -> Tensor:
-    if not isinstance(param, DTensor):
-        return whole
-    mesh = param.device_mesh
-    chunks = whole.chunk(mesh.size())
-    rank = mesh.get_local_rank()
-    return chunks[rank] if rank < len(chunks) else whole[:0]
 
 
 def _sharded(trainer: Trainer) -> Any:

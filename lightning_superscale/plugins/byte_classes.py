@@ -10,8 +10,10 @@ import torch
 from torch import nn
 
 from lightning_superscale.config import ZeroConfig
+from lightning_superscale.offload.weight_flow import WeightFlow
 from lightning_superscale.plan import ByteClass
 from lightning_superscale.zero.engine import OptimizerEngine
+from lightning_superscale.zero.placed import tensor_numel
 from lightning_superscale.zero.states import UnitState
 from lightning_superscale.zero.units import ShardUnit
 
@@ -22,7 +24,7 @@ class _Row:
 
     Attributes:
         device_bytes, host_bytes: of the tensors, padding included.
-        numel: elements of the whole parameters or buffers in it.
+        numel: elements of the whole parameters or buffers in it; of those that a plan cut, this rank's part.
         num_shares: ranks that share them.
     """
 
@@ -70,7 +72,12 @@ class _Rows:
 
 
 def byte_classes(
-    module: nn.Module, engines: Iterable[OptimizerEngine], zero: ZeroConfig, *, shard_size: int
+    module: nn.Module,
+    engines: Iterable[OptimizerEngine],
+    zero: ZeroConfig,
+    *,
+    shard_size: int,
+    flow: WeightFlow | None = None,
 ) -> list[ByteClass]:
     """Bytes of this rank by class.
 
@@ -79,19 +86,33 @@ def byte_classes(
     """
     pairs = [pair for engine in engines for pair in zip(engine.transport.units, engine.states, strict=True)]
     rows = _Rows()
+    flowing = {} if flow is None else flow.block_of
     for unit, state in pairs:
-        _add_unit(rows, unit, state, zero, shard_size)
+        _add_unit(rows, unit, state, zero, shard_size, flows=unit.params[0] in flowing)
     in_units = {param for unit, _ in pairs for param in unit.params}
-    frozen = [("frozen weights", param) for param in module.parameters() if param not in in_units]
-    for name, tensor in frozen + [("buffers", buffer) for buffer in module.buffers()]:
-        rows.add(name, tensor.dtype, tensor.numel(), tensor.numel())
-    return rows.done()
+    for param in (param for param in module.parameters() if param not in in_units):
+        name = "frozen (host copy)" if param in flowing else "frozen weights"
+        rows.add(name, param.dtype, tensor_numel(param), tensor_numel(param), is_on_host=param in flowing)
+    for buffer in module.buffers():
+        rows.add("buffers", buffer.dtype, tensor_numel(buffer), tensor_numel(buffer))
+    return [*rows.done(), *([] if flow is None else [_flowing(flow)])]
 
 
-def _add_unit(rows: _Rows, unit: ShardUnit, state: UnitState, zero: ZeroConfig, shard_size: int) -> None:
-    numel, share = sum(param.numel() for param in unit.params), unit.shard.shard_numel
+def _flowing(flow: WeightFlow) -> ByteClass:
+    dtypes = sorted({str(param.dtype).removeprefix("torch.") for param in flow.block_of})
+    most = f"at most {flow.most_blocks} of {flow.num_blocks} blocks at a time"
+    return ByteClass("weights (flowing)", "/".join(dtypes), flow.most_device_bytes, 0, most)
+
+
+def _add_unit(
+    rows: _Rows, unit: ShardUnit, state: UnitState, zero: ZeroConfig, shard_size: int, *, flows: bool
+) -> None:
+    numel, share = sum(map(tensor_numel, unit.params)), unit.shard.shard_numel
     weight_shares = 1 if unit.has_whole_weights else shard_size
-    rows.add("weights", unit.dtype, numel, unit.weight_numel, num_shares=weight_shares)
+    if not flows:
+        rows.add("weights", unit.dtype, numel, unit.weight_numel, num_shares=weight_shares)
+    elif state.num_host_copies:
+        rows.add("weights (host copy)", unit.dtype, numel, share, copies=state.num_host_copies, is_on_host=True)
     if zero.reduces_once:
         rows.add("gradients", unit.dtype, numel, numel)
     else:

@@ -160,7 +160,8 @@ def bytes_table(strategy: SuperScaleStrategyMixin, link_start: tuple[int, int]) 
     table.add_section()
     table.add_row("total", "", format_bytes(plan.device_bytes), format_bytes(plan.host_bytes))
     link = None if strategy.assembly is None else strategy.assembly.link
-    if link is not None:
+    if strategy.assembly is not None and link is not None:
+        strategy.assembly.wait_all_published()  # the last step's weights may not have left yet
         steps = max(1, strategy.phase_seconds.num_steps)
         table.caption = (
             f"{plan.engine}: {format_bytes((link.bytes.d2h - link_start[0]) / steps)} of gradients to the host and "

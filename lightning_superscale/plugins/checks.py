@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
@@ -17,6 +18,9 @@ from lightning_superscale.errors import SuperScaleError
 _ELEMENTWISE = frozenset(
     {"ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD"}
 )
+
+
+_TRAINED = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_parameters(module: nn.Module, optimizers: Sequence[Optimizer], fqn_of: Mapping[nn.Parameter, str]) -> None:
@@ -67,10 +71,10 @@ def _owners(name: str, optimizers: Sequence[Optimizer], fqn_of: Mapping[nn.Param
                         "parameter to one optimizer: two would each keep a master of it."
                     )
                 owner[param] = number
-                if param.requires_grad and param.dtype not in (torch.float32, torch.bfloat16):
+                if param.requires_grad and param.dtype not in _TRAINED:
                     raise SuperScaleError(
-                        f"trainable parameter {fqn_of[param]!r} is {param.dtype}; expected torch.float32 or "
-                        "torch.bfloat16. Convert it, or freeze it."
+                        f"trainable parameter {fqn_of[param]!r} is {param.dtype}; expected torch.float32, "
+                        "torch.bfloat16 or torch.float16. Convert it, or freeze it."
                     )
     return owner
 
@@ -127,7 +131,8 @@ def facts_of_run(
         facts[f"optimizer {number}"] = f"{type(optimizer).__name__}({_group_facts(optimizer)})"
     for fqn, param in module.named_parameters():
         state = "trainable" if param.requires_grad else "frozen"
-        facts[f"parameter {fqn!r}"] = f"{tuple(param.shape)} {param.dtype} {state}"
+        placed = f" {param.placements}" if isinstance(param, DTensor) else ""
+        facts[f"parameter {fqn!r}"] = f"{tuple(param.shape)} {param.dtype} {state}{placed}"
     for fqn, buffer in module.named_buffers():
         facts[f"buffer {fqn!r}"] = f"{tuple(buffer.shape)} {buffer.dtype}"
     return facts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -14,20 +15,29 @@ from lightning_superscale.config import OffloadConfig
 from lightning_superscale.offload.device_memory import free_device_bytes
 from lightning_superscale.zero.engine import OptimizerEngine
 from lightning_superscale.zero.grouping import Grouping, NamedParam, last_ready
+from lightning_superscale.zero.placed import tensor_numel
 from lightning_superscale.zero.regroup import regroup
 from lightning_superscale.zero.rules import reason_not_native
 
 
 def first_grouping(
-    optimizer: Optimizer, fqn_of: Mapping[nn.Parameter, str], offload: OffloadConfig | None, unit_bytes: int
+    optimizer: Optimizer,
+    fqn_of: Mapping[nn.Parameter, str],
+    offload: OffloadConfig | None,
+    unit_bytes: int,
+    block_of: Mapping[nn.Parameter, int],
 ) -> Grouping:
-    """How an optimizer's parameters are grouped before anything is known of their gradients."""
-    grouping = Grouping(unit_bytes)
+    """How an optimizer's parameters are grouped before anything is known of their gradients.
+
+    Args:
+        block_of: parameters whose weights stream from the host, and whose states stay there.
+    """
+    grouping = Grouping(unit_bytes, block_of=block_of)
     if offload is None or offload.gpu_fraction == "auto" or reason_not_native(optimizer) is not None:
         return grouping
     own = {param for group in optimizer.param_groups for param in group["params"]}
     named = [(fqn, param) for param, fqn in fqn_of.items() if param in own and param.requires_grad]
-    return Grouping(unit_bytes, on_device=_share(grouping, named, offload.gpu_fraction))
+    return replace(grouping, on_device=_share(grouping, named, offload.gpu_fraction))
 
 
 def _share(grouping: Grouping, named: Sequence[NamedParam], fraction: float) -> frozenset[nn.Parameter]:
@@ -38,7 +48,7 @@ def _share(grouping: Grouping, named: Sequence[NamedParam], fraction: float) -> 
 def device_bytes_of(param: nn.Parameter, shard_size: int) -> int:
     """What one parameter's states and its gradient take on the device until the step, but for padding."""
     states = 8 if param.dtype == torch.float32 else 12
-    return -(-param.numel() * (states + param.element_size()) // shard_size)
+    return -(-tensor_numel(param) * (states + param.element_size()) // shard_size)
 
 
 def settle_in(engines: Iterable[OptimizerEngine], mesh: DataMesh, offload: OffloadConfig, device: torch.device) -> bool:
@@ -59,14 +69,15 @@ def settle_in(engines: Iterable[OptimizerEngine], mesh: DataMesh, offload: Offlo
         named = engine.named_params()
         by_fqn = dict(named)
         old = engine.transport.grouping
-        grouping = Grouping(old.unit_bytes, {by_fqn[fqn]: place for place, fqn in enumerate(order)})
+        grouping = replace(old, order={by_fqn[fqn]: place for place, fqn in enumerate(order)}, on_device=frozenset())
         if offload.gpu_fraction == "auto":
             costs = {param: device_bytes_of(param, mesh.shard.size) for _, param in named}
-            on_device = last_ready(grouping.in_order(named), costs, free)
+            may_move = [item for item in grouping.in_order(named) if item[1] not in grouping.block_of]
+            on_device = last_ready(may_move, costs, free)
             free -= sum(costs[param] for param in on_device)
         else:
             on_device = _share(grouping, named, offload.gpu_fraction)
-        moved |= regroup(engine, Grouping(grouping.unit_bytes, grouping.order, on_device))
+        moved |= regroup(engine, replace(grouping, on_device=on_device))
     return moved
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_superscale.errors import SuperScaleError, did_you_mean
+from lightning_superscale.plugins.loss_scaler import LossScaler
 from lightning_superscale.zero.clip import ClipByNorm, ClipByValue
 from lightning_superscale.zero.engine import OptimizerEngine
 
@@ -27,7 +28,10 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
-PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
+PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-mixed", "16-true")
+PrecisionName = Literal["32-true", "bf16-mixed", "bf16-true", "16-mixed", "16-true"]
+_WEIGHTS = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
+_AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
 @contextmanager
@@ -49,11 +53,6 @@ def check_precision(precision: str) -> None:
     if precision in PRECISIONS:
         return
     names = ", ".join(map(repr, PRECISIONS))
-    if precision in ("16-mixed", "16-true"):
-        raise SuperScaleError(
-            f"precision={precision!r} needs a loss scaler, which this version's engines do not have yet. "
-            f"Use one of {names}."
-        )
     raise SuperScaleError(f"precision={precision!r} is not one of {names}{did_you_mean(precision, PRECISIONS)}")
 
 
@@ -61,16 +60,28 @@ class SuperScalePrecisionMixin(_Base):
     """Precision plugin of the superscale strategies.
 
     Args:
-        precision: "32-true": fp32 throughout. "bf16-mixed": fp32 weights, forward under
-            `torch.autocast`. "bf16-true": bf16 weights, gradients and activations, with fp32 master
-            weights and optimizer states in the engine.
+        precision: "32-true": fp32 throughout. "bf16-mixed", "16-mixed": fp32 weights, forward under
+            `torch.autocast`. "bf16-true", "16-true": 16-bit weights, gradients and activations, with fp32 master
+            weights and optimizer states in the engine. With fp16 losses are scaled; a step whose gradients
+            overflow is dropped on all ranks, and the scale is halved.
+        scaler: whose scale and factors losses take with fp16; None for GradScaler's defaults.
+
+    Raises:
+        SuperScaleError: another precision, or a scaler where nothing is fp16.
     """
 
-    precision: Literal["32-true", "bf16-mixed", "bf16-true"]
+    precision: PrecisionName
 
-    def __init__(self, precision: Literal["32-true", "bf16-mixed", "bf16-true"] = "32-true") -> None:
+    def __init__(self, precision: PrecisionName = "32-true", scaler: Union[torch.amp.GradScaler, None] = None) -> None:
         check_precision(precision)
         self.precision = precision
+        self.scaler: LossScaler | None = None
+        if precision in ("16-mixed", "16-true"):
+            self.scaler = LossScaler()
+            if scaler is not None:
+                self.scaler.load_state_dict(scaler.state_dict())
+        elif scaler is not None:
+            raise SuperScaleError(f"precision={precision!r} scales no losses; found a scaler. Remove it.")
         self._device_type = "cpu"
         self._engines: Mapping[Optimizer, OptimizerEngine] = {}
 
@@ -80,36 +91,63 @@ class SuperScalePrecisionMixin(_Base):
         """Called by the strategy in setup, once its device and optimizers are known."""
         self._device_type = device_type
         self._engines = engines
+        self._announce_scale()
 
     def _engine_of(self, optimizer: Any) -> OptimizerEngine | None:
         return self._engines.get(getattr(optimizer, "_optimizer", optimizer))
 
     # Dtypes
 
-    @property
-    def _weight_dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.precision == "bf16-true" else torch.float32
-
     def convert_module(self, module: nn.Module) -> nn.Module:
-        return module.to(torch.bfloat16) if self.precision == "bf16-true" else module
+        dtype = _WEIGHTS.get(self.precision)
+        return module if dtype is None else module.to(dtype)
 
     def convert_input(self, data: Any) -> Any:
-        if self.precision != "bf16-true":
+        dtype = _WEIGHTS.get(self.precision)
+        if dtype is None:
             return data
         return apply_to_collection(
-            data, function=lambda t: t.to(torch.bfloat16) if torch.is_floating_point(t) else t, dtype=Tensor
+            data, function=lambda t: t.to(dtype) if torch.is_floating_point(t) else t, dtype=Tensor
         )
 
     def tensor_init_context(self) -> AbstractContextManager[Any]:
-        return _default_dtype(torch.bfloat16) if self.precision == "bf16-true" else nullcontext()
+        dtype = _WEIGHTS.get(self.precision)
+        return nullcontext() if dtype is None else _default_dtype(dtype)
 
     def module_init_context(self) -> AbstractContextManager[Any]:
         return self.tensor_init_context()
 
     def forward_context(self) -> AbstractContextManager[Any]:
-        if self.precision == "bf16-mixed":
-            return torch.autocast(self._device_type, dtype=torch.bfloat16, cache_enabled=False)
+        dtype = _AUTOCAST.get(self.precision)
+        if dtype is not None:
+            return torch.autocast(self._device_type, dtype=dtype, cache_enabled=False)
         return self.tensor_init_context()
+
+    # Scaled losses
+
+    def pre_backward(self, tensor: Tensor, module: LightningModule) -> Tensor:  # type: ignore[override]
+        self._announce_scale()
+        if self.scaler is not None:
+            # The factor is a tensor of fp32, so that a loss in fp16 does not overflow before its gradients do.
+            tensor = tensor * torch.tensor(self.scaler.scale, device=tensor.device)
+        return super().pre_backward(tensor, module)
+
+    def _announce_scale(self) -> None:
+        if self.scaler is not None:
+            for engine in self._engines.values():
+                engine.scale_losses(self.scaler.scale)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.scaler is None else self.scaler.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self.scaler is not None:
+            self.scaler.load_state_dict(state_dict)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with the scale of a run under Lightning's own plugin."""
+        if type(self).__qualname__ not in checkpoint and checkpoint.get("MixedPrecision"):
+            self.load_state_dict(checkpoint["MixedPrecision"])
 
     # The step
 
@@ -128,13 +166,20 @@ class SuperScalePrecisionMixin(_Base):
         if engine.is_passthrough:
             return engine.passthrough_step(evaluate)
         if engine.needs_closure:
+            if self.scaler is not None:
+                raise SuperScaleError(
+                    f"{type(engine.optimizer).__name__} evaluates the loss itself, which precision={self.precision!r} "
+                    "can't scale. Use 'bf16-mixed' or 'bf16-true'."
+                )
             return engine.closure_step(evaluate)
         try:
             result = evaluate()
         except BaseException:
             engine.discard_gradients()
             raise
-        engine.step()
+        has_stepped = engine.step()
+        if self.scaler is not None and not (result is None and model.automatic_optimization):
+            self.scaler.update(has_overflowed=not has_stepped)
         return result
 
     def clip_gradients(

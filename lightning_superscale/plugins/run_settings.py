@@ -8,6 +8,7 @@ import torch
 
 from lightning_superscale.comm.mesh import DataMesh
 from lightning_superscale.config import OffloadConfig, ZeroConfig
+from lightning_superscale.offload.weight_flow import WeightFlow
 from lightning_superscale.timeline import UNTIMED, Timeline
 from lightning_superscale.zero.gather_order import GatherOrder
 
@@ -22,6 +23,7 @@ class RunSettings:
         is_automatic: whether Lightning runs backward and step, or the user's training_step.
         timeline: where a step is recorded, when one is.
         order: compares gathers between ranks; needed by stage 3 over several ranks.
+        flow: brings weights from the host when they are used; None when they stay on the device.
     """
 
     mesh: DataMesh
@@ -34,12 +36,13 @@ class RunSettings:
     why_awaited: str | None
     is_automatic: bool
     order: GatherOrder | None
+    flow: WeightFlow | None = None
     timeline: Timeline = UNTIMED
 
     @property
     def shards_weights(self) -> bool:
-        """Stage 3 over several ranks: FSDP2 gathers weights for forward and backward."""
-        return self.zero.stage == 3 and self.mesh.shard.size > 1
+        """Stage 3 over several ranks: FSDP2 gathers weights for forward and backward, over data-parallel ones."""
+        return self.zero.stage == 3 and self.mesh.num_shares > 1
 
     @property
     def defers(self) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +11,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_superscale.errors import SuperScaleError
+from lightning_superscale.offload.weight_flow import WeightFlow
 from lightning_superscale.plan import ParallelPlan
 from lightning_superscale.plugins.assembly import Assembly
 from lightning_superscale.plugins.exposure import exposure_of
+from lightning_superscale.plugins.rank_environment import RankEnvironment
 from lightning_superscale.plugins.timing import PhaseSeconds
+from lightning_superscale.zero.initial_weights import is_on_meta
+from lightning_superscale.zero.placed import placed_state, whole_state
 from lightning_superscale.zero.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -28,15 +33,42 @@ class RunStateMixin(_Base):
     Attributes:
         _assembly: the running parts, between setup and teardown of `fit()`.
         _finished: those of the run before, while their sharded states can still be saved.
+        _flow: brings weights from the host when they are used, during training and evaluation; None when they stay.
+        _was_on_meta: whether any part of the module was on the meta device when `setup` began.
+        _environment: the other ranks.
     """
 
     _assembly: Assembly | None
     _finished: Assembly | None
     phase_seconds: PhaseSeconds
+    _flow: WeightFlow | None
+    _was_on_meta: bool
+    _environment: RankEnvironment
 
     def _wait_for_weights(self) -> None:
         if self._assembly is not None:
             self._assembly.wait_all_published()
+
+    # Weights that flow
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        self._wait_for_weights()
+        if self._flow is None:
+            yield
+            return
+        self._flow.enter()
+        try:
+            yield
+        finally:
+            self._rest_weights(are_visible=True)
+
+    def _rest_weights(self, *, are_visible: bool) -> None:
+        """After a forward or backward: weights that flow are in host memory, where user code may look at them."""
+        if self._flow is not None:
+            self._flow.rest()
+            if are_visible:
+                self._flow.synchronize()
 
     # What users ask
 
@@ -90,18 +122,29 @@ class RunStateMixin(_Base):
 
     # State
 
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        """Whether Lightning restores weights after `setup`: what is on the meta device has no memory before."""
+        return self._was_on_meta or is_on_meta(self.lightning_module)
+
     def lightning_module_state_dict(self) -> dict[str, Any]:
         self._wait_for_weights()
+        self._rest_weights(are_visible=False)  # they are read where they live
         sharded = None if self._assembly is None else self._assembly.sharded
         if self._assembly is not None and sharded is not None:
             return sharded.state_dict(self._assembly.ranks)
-        return super().lightning_module_state_dict()
+        return whole_state(self._environment.mesh, super().lightning_module_state_dict())
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         self._wait_for_weights()
+        self._rest_weights(are_visible=True)
         sharded = None if self._assembly is None else self._assembly.sharded
         if sharded is None:
-            super().load_model_state_dict(checkpoint, strict=strict)
+            module = self.lightning_module
+            if module is None:
+                raise AssertionError("Lightning loads weights into a module")
+            placed = {**checkpoint, "state_dict": placed_state(module, checkpoint["state_dict"])}
+            super().load_model_state_dict(placed, strict=strict)
         else:
             sharded.load_state_dict(checkpoint["state_dict"], strict=strict)
         if self._assembly is not None:

@@ -12,13 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_superscale.comm.mesh import check_shard_size
+from lightning_superscale.comm.mesh import check_tensor_size
 from lightning_superscale.config import OffloadConfig, ZeroConfig, resolve_offload, resolve_zero
 from lightning_superscale.errors import SuperScaleError
+from lightning_superscale.offload.weight_flow import WeightFlow
 from lightning_superscale.plugins.assembly import Assembly, assemble
 from lightning_superscale.plugins.checks import refuse_averaging
-from lightning_superscale.plugins.precision import SuperScalePrecisionMixin, check_precision
-from lightning_superscale.plugins.rank_environment import RankEnvironment
+from lightning_superscale.plugins.flow import check_flow, flow_alone, flow_of, place_resident, weights_flow
+from lightning_superscale.plugins.precision import PRECISIONS, SuperScalePrecisionMixin, check_precision
+from lightning_superscale.plugins.rank_environment import RankEnvironment, check_axes
 from lightning_superscale.plugins.reasons import device_share
 from lightning_superscale.plugins.run_settings import RunSettings
 from lightning_superscale.plugins.run_state import RunStateMixin
@@ -26,7 +28,7 @@ from lightning_superscale.plugins.step_recorder import StepRecorder
 from lightning_superscale.plugins.timing import PhaseSeconds
 from lightning_superscale.plugins.visibility import why_gradients_are_held, why_weights_are_awaited
 from lightning_superscale.timeline import Lane
-from lightning_superscale.zero.initial_weights import materialise_all
+from lightning_superscale.zero.initial_weights import is_on_meta, materialise_all
 from lightning_superscale.zero.replicas import broadcast_from_first
 
 if TYPE_CHECKING:
@@ -76,8 +78,11 @@ class SuperScaleStrategyMixin(RunStateMixin, _Base):
         self.error_if_nonfinite = error_if_nonfinite
         self._assembly: Assembly | None = None
         self._finished: Assembly | None = None
+        self._flow: WeightFlow | None = None
         self._environment = RankEnvironment()
         self._awaits_weights = True
+        self._shows_weights = True
+        self._was_on_meta = False
         self._is_blocked = False
         self.phase_seconds = PhaseSeconds()
         self._recorder: StepRecorder | None = None
@@ -106,11 +111,11 @@ class SuperScaleStrategyMixin(RunStateMixin, _Base):
         if type(plugin).__name__ not in ("Precision", "HalfPrecision", "MixedPrecision", "DoublePrecision"):
             raise SuperScaleError(
                 f"{type(self).__name__} can't work with the precision plugin {type(plugin).__name__}; "
-                f"pass precision='32-true', 'bf16-mixed' or 'bf16-true', or {self.precision_class.__name__}."
+                f"pass one of {', '.join(map(repr, PRECISIONS))}, or {self.precision_class.__name__}."
             )
         precision = str(plugin.precision)
         check_precision(precision)
-        self._precision_plugin = self.precision_class(precision)  # type: ignore[arg-type]
+        self._precision_plugin = self.precision_class(precision, getattr(plugin, "scaler", None))  # type: ignore[arg-type]
 
     # Environment
 
@@ -121,8 +126,15 @@ class SuperScaleStrategyMixin(RunStateMixin, _Base):
     def _configure_launcher(self) -> None:
         # One process needs no launcher, and without one notebooks work too.
         self._launcher = None
+        check_flow(self.zero_config, self.offload_config, self._num_ranks)
+        check_tensor_size(self.zero_config.tensor_parallel, self._num_ranks)
+        if self.zero_config.tensor_parallel > 1 and self._start_method != "popen":
+            raise SuperScaleError(
+                f"start_method={self._start_method!r} brings the module back to the main process, which has no other "
+                "ranks to hold its tensor-parallel parts. Use start_method='popen', or torchrun."
+            )
         if self._num_ranks > 1:
-            check_shard_size(self.zero_config.shard_size_of(self._num_ranks), self._num_ranks)
+            check_axes(self.zero_config, self._num_ranks)
             super()._configure_launcher()
 
     def setup_environment(self) -> None:
@@ -131,7 +143,11 @@ class SuperScaleStrategyMixin(RunStateMixin, _Base):
         if self._num_ranks > 1:
             super().setup_environment()
             host = self.cluster_environment.main_address
-            self._environment.open(self.zero_config, host, self.broadcast, self._timeout or DEFAULT_TIMEOUT)
+            timeout = self._timeout or DEFAULT_TIMEOUT
+            self._environment.open(self.zero_config, host, self.broadcast, timeout, self.root_device.type)
+            if self.lightning_module is not None and self._environment.mesh.device_mesh is not None:
+                # Lightning's own place for what configure_model() reads as self.device_mesh.
+                self.lightning_module._device_mesh = self._environment.mesh.device_mesh
             return
         self.accelerator.setup_device(self.root_device)
         self.set_world_ranks()
@@ -139,6 +155,12 @@ class SuperScaleStrategyMixin(RunStateMixin, _Base):
         module = self.lightning_module
         if module is not None and module._trainer is not None:
             module.trainer._accelerator_connector.use_distributed_sampler = False
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Ranks of one tensor axis get the same batches."""
+        size = self.zero_config.tensor_parallel
+        return {"num_replicas": self._num_ranks // size, "rank": self.global_rank // size}
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
         return decision if self._num_ranks == 1 else super().reduce_boolean_decision(decision, all)
@@ -152,19 +174,30 @@ class SuperScaleStrategyMixin(RunStateMixin, _Base):
         self._finished = None
         self.accelerator.setup(trainer)
         model: nn.Module = self.lightning_module
+        self._was_on_meta = is_on_meta(model)
         if trainer.state.fn == "fit" and self._layer_sync:
             model = self._layer_sync.apply(model)
         self.model = self.precision_plugin.convert_module(model)
         is_sharded = trainer.state.fn == "fit" and self.zero_config.stage == 3 and self._num_ranks > 1
         if not is_sharded:  # then the whole model is never on one device
-            materialise_all(model, self.root_device)
-            self.model_to_device()
+            self._place(model)
         if trainer.state.fn == "fit":
             self.setup_optimizers(trainer)
             self._assemble(trainer)
         else:
             broadcast_from_first(self._environment.mesh, [*self.model.parameters(), *self.model.buffers()])
+            if self._flow is not None and self.offload_config is not None:
+                flow_alone(self._flow, self.root_device, is_pinned=self.offload_config.pin_memory)
         self.setup_precision_plugin()
+
+    def _place(self, model: nn.Module) -> None:
+        """Give the model its initial weights on the device; those that flow stay in host memory."""
+        offload = self.offload_config
+        flows = weights_flow(offload)
+        materialise_all(model, torch.device("cpu") if flows else self.root_device)
+        if flows and offload is not None:
+            self._flow = flow_of(model, offload)
+        self.model_to_device()
 
     def _assemble(self, trainer: Trainer) -> None:
         module = self.lightning_module
@@ -185,12 +218,14 @@ class SuperScaleStrategyMixin(RunStateMixin, _Base):
             why_awaited=awaited,
             is_automatic=module.automatic_optimization,
             order=self._environment.order,
+            flow=self._flow,
             timeline=self._recorder.timeline,
         )
         if settings.shards_weights:
             refuse_averaging(callbacks)
         self._assembly = assemble(module, self.optimizers, settings)
         self._awaits_weights = awaited is not None
+        self._shows_weights = awaited is not None or held is not None
         self.phase_seconds = PhaseSeconds()
         precision = self.precision_plugin
         if isinstance(precision, SuperScalePrecisionMixin):
@@ -199,7 +234,10 @@ class SuperScaleStrategyMixin(RunStateMixin, _Base):
     def model_to_device(self) -> None:
         if self.model is None:
             raise AssertionError("no model to move")
-        self.model.to(self.root_device)
+        if self._flow is None:
+            self.model.to(self.root_device)
+        else:
+            place_resident(self.model, self._flow.block_of, self.root_device)
 
     # Running
 
@@ -246,16 +284,16 @@ class SuperScaleStrategyMixin(RunStateMixin, _Base):
             self._assembly.buffers.sync()
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        self._wait_for_weights()
-        return super().validation_step(*args, **kwargs)
+        with self._evaluating():
+            return super().validation_step(*args, **kwargs)
 
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
-        self._wait_for_weights()
-        return super().test_step(*args, **kwargs)
+        with self._evaluating():
+            return super().test_step(*args, **kwargs)
 
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
-        self._wait_for_weights()
-        return super().predict_step(*args, **kwargs)
+        with self._evaluating():
+            return super().predict_step(*args, **kwargs)
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         start = time.perf_counter()
@@ -267,6 +305,7 @@ class SuperScaleStrategyMixin(RunStateMixin, _Base):
 
     def post_backward(self, closure_loss: Tensor) -> None:
         super().post_backward(closure_loss)
+        self._rest_weights(are_visible=self._shows_weights)
         if self._assembly is not None and not self._is_blocked:
             self._assembly.after_backward()
 
@@ -291,6 +330,7 @@ class SuperScaleStrategyMixin(RunStateMixin, _Base):
         **kwargs: Any,
     ) -> Any:
         start, inside = time.perf_counter(), self.phase_seconds.inside
+        self._rest_weights(are_visible=False)  # after a backward that Lightning did not run
         result = super().optimizer_step(optimizer, closure, model, **kwargs)
         if self._awaits_weights:
             self._wait_for_weights()
@@ -307,6 +347,7 @@ class SuperScaleStrategyMixin(RunStateMixin, _Base):
         self._environment.report(exception)
         if self._assembly is not None:
             self._assembly.abandon()
+        self._rest_weights(are_visible=False)
         super().on_exception(exception)
 
     def _release(self) -> None:
@@ -316,5 +357,9 @@ class SuperScaleStrategyMixin(RunStateMixin, _Base):
             self._recorder = None
         if self._assembly is not None:
             self._assembly.close()
-            self._finished = self._assembly if self._assembly.mesh.shard.size > 1 else None
+            self._flow = None
+            self._finished = self._assembly if self._assembly.mesh.num_shares > 1 else None
             self._assembly = None
+        if self._flow is not None:  # nothing was trained
+            self._flow.close()
+            self._flow = None

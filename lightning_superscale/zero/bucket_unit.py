@@ -20,8 +20,13 @@ class BucketUnit:
     they are reduced, and new weights are unpacked from such a buffer after they were gathered; it
     exists only in between.
 
+    A unit whose weights stream to the device is given `streams_to`: its parameters keep the memory they have, the
+    buffer is empty, and whoever fills it lets parameters view it for that long.
+
     Attributes:
-        weights: [full.shard_numel], the parameters' dtype, on their device.
+        weights: [full.shard_numel], the parameters' dtype, on their device or on `streams_to`.
+        views: each parameter's whole weight in it.
+        is_streamed: whether it was given `streams_to`.
     """
 
     def __init__(
@@ -31,6 +36,8 @@ class BucketUnit:
         shard_rank: int,
         shard_world_size: int,
         memory: RecycledMemory,
+        *,
+        streams_to: torch.device | None = None,
     ) -> None:
         specs = [ParamSpec(fqn, tuple(param.shape)) for fqn, param in named_params]
         self.index = index
@@ -39,21 +46,28 @@ class BucketUnit:
         self.shard: UnitLayout = unit_layout(index, specs, shard_rank, shard_world_size)
         self.is_whole = shard_world_size == 1
         self.has_whole_weights = True
+        self.is_streamed = streams_to is not None
         self._shard_rank = shard_rank
         self._shard_world_size = shard_world_size
         self._memory = memory
         self._gathered: Tensor | None = None
         self._rows_of_ranks: list[list[Tensor]] = []
         first = self.params[0]
-        self.weights = torch.zeros(self.full.shard_numel, dtype=first.dtype, device=first.device)
-        for piece, param in zip(self.full.slices, self.params, strict=True):
-            view = self.weights[piece.offset : piece.offset + piece.numel].view(piece.local_shape)
+        self.weights = torch.zeros(self.full.shard_numel, dtype=first.dtype, device=streams_to or first.device)
+        self.views = tuple(
+            self.weights[piece.offset : piece.offset + piece.numel].view(piece.local_shape)
+            for piece in self.full.slices
+        )
+        if streams_to is not None:
+            self.weights.untyped_storage().resize_(0)
+            return
+        for view, param in zip(self.views, self.params, strict=True):
             view.copy_(param.detach())
             param.data = view
 
     @property
     def weight_numel(self) -> int:
-        return self.full.shard_numel
+        return 0 if self.is_streamed else self.full.shard_numel
 
     @property
     def dtype(self) -> torch.dtype:

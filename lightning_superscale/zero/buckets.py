@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -45,6 +46,7 @@ class BucketTransport:
         label: names the optimizer in errors.
         no_sync: micro-batches before the last of a step accumulate in `param.grad`, so that ranks talk once
             per step; False reduces each, so that no rank holds whole gradients between them.
+        streams_to: the device of parameters whose weights stream (`Grouping.block_of`).
     """
 
     def __init__(
@@ -56,8 +58,10 @@ class BucketTransport:
         ranks: Ranks,
         label: str = "optimizer",
         no_sync: bool = True,
+        streams_to: torch.device | None = None,
     ) -> None:
         self.grouping = grouping
+        self._streams_to = streams_to
         self._sink = sink
         self._ranks = ranks
         self._label = label
@@ -95,7 +99,9 @@ class BucketTransport:
         axis = self._ranks.mesh.shard
         added = []
         for members in self.units_of(named_params, self.grouping):
-            unit = BucketUnit(len(self.units), members, axis.rank, axis.size, self._ranks.mesh.memory)
+            streams_to = self._streams_to if members[0][1] in self.grouping.block_of else None
+            memory = self._ranks.mesh.memory
+            unit = BucketUnit(len(self.units), members, axis.rank, axis.size, memory, streams_to=streams_to)
             self.units.append(unit)
             self._reducer.add_unit(unit)
             added.append(unit)
@@ -257,6 +263,11 @@ class BucketTransport:
         else:
             bucket.pack_rows(stepped)
             self._gathers[bucket.index] = _Gather(self._ranks.shard.all_gather(bucket.gathered()), stepped)
+
+    def is_published(self, unit: ShardUnit) -> bool:
+        """Whether waiting for a whole unit's new weights would return at once."""
+        upload = self._uploads.get(unit.index)
+        return upload is None or upload.is_ready()
 
     def wait_published(self, units: Iterable[ShardUnit]) -> None:
         """Return when whatever runs next sees the new weights of these units."""

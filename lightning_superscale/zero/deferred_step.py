@@ -117,6 +117,7 @@ class DeferredStep(BoundStep):
         self._settling: dict[int, Future[_Settled]] = {}
         self._group_of: dict[nn.Parameter, dict[str, Any]] = {}
         self._clip_value: float | None = None
+        self._grad_scale = 1.0
         self._outcomes: deque[bool] = deque(maxlen=_REMEMBERED_STEPS)
         self._pause = 0
         self.num_redone = 0
@@ -125,6 +126,9 @@ class DeferredStep(BoundStep):
         self._states[unit.index] = cast(DeferringState, state)
 
     # Backward
+
+    def expect(self, grad_scale: float) -> None:
+        self._grad_scale = grad_scale
 
     def receive(self, delta: GradientDelta, state: UnitState) -> None:
         unit = delta.unit
@@ -142,7 +146,7 @@ class DeferredStep(BoundStep):
             param = unit.params[i]
             item = Due(param, self._group(param), unit, state, i, grad)
             count = int(self.bound_state(item)["step"]) + 1
-            hypers[i] = hyper_of(self._optimizer, item.group, count, 1.0, self._clip_value)
+            hypers[i] = hyper_of(self._optimizer, item.group, count, self._grad_scale, self._clip_value)
         deferring = self._states[unit.index]
         ahead = functools.partial(self._look_ahead, unit.index, dict(hypers))
         self._looking[unit.index] = self._worker.look_ahead(ahead, deferring.has_arrived)

@@ -29,6 +29,7 @@ from lightning_superscale.zero.ranks import Ranks
 from lightning_superscale.zero.rules import reason_not_native
 from lightning_superscale.zero.states import UnitState, master_slice
 from lightning_superscale.zero.step_rule import StepRule
+from lightning_superscale.zero.tensor_axis import EqualGradients
 from lightning_superscale.zero.transport import Transport
 from lightning_superscale.zero.units import DeltaSink, GradientDelta, PublishEvent, ShardUnit
 
@@ -85,7 +86,9 @@ class OptimizerEngine:
         self._make_native = make_native
         self._judge = Judge(ranks, fqn_of, error_if_nonfinite=error_if_nonfinite)
         self._guard = StepGuard(optimizer)
+        self._equal_gradients = EqualGradients(ranks.mesh, fqn_of)
         self._timeline = timeline
+        self._loss_scale: float | None = None
         self._own = OwnStep(optimizer, self._guard, timeline)
         self._rule: StepRule = self._own
         if self.reason_not_native is None:
@@ -198,8 +201,16 @@ class OptimizerEngine:
 
     # The step
 
-    def step(self) -> None:
+    def scale_losses(self, loss_scale: float) -> None:
+        """The backward that follows is of a loss times `loss_scale`; steps undo it ([Note: Scale of a step])."""
+        self._loss_scale = loss_scale
+        self._rule.expect(1.0 / loss_scale)
+
+    def step(self) -> bool:
         """Apply this step's gradients. Called once per `optimizer.step()` of the user, after backward.
+
+        Returns:
+            whether it did: gradients of a scaled loss that overflowed are dropped, on every rank, and nothing changes.
 
         Raises:
             SuperScaleError: a NaN or infinite gradient with error_if_nonfinite (names the parameters;
@@ -209,18 +220,23 @@ class OptimizerEngine:
         try:
             self.settle()
             due = self._gather_due()
+            self._equal_gradients.check(due)
             collected = time.perf_counter()
             with self._timeline.device("verdict", "norm and clip coefficient"):
-                verdict = self._judge.judge(due)
+                verdict = self._judge.judge(due, self._loss_scale)
             judged = time.perf_counter()
+            if verdict.has_overflowed:
+                self.discard_gradients()
+                return False
             published_before = self.seconds.publish
-            self._judge.note(self._rule.step(due, verdict.grad_scale, verdict.clip_value, self._publish))
+            self._judge.note(due, self._rule.step(due, verdict.grad_scale, verdict.clip_value, self._publish))
         except BaseException:
             self.discard_gradients()
             raise
         self.seconds.collect += collected - start
         self.seconds.norm += judged - collected
         self.seconds.update += time.perf_counter() - judged - (self.seconds.publish - published_before)
+        return True
 
     def settle(self) -> None:
         """Bring weights to rest: uploads of the last step are through, edits are taken over."""
@@ -239,7 +255,8 @@ class OptimizerEngine:
     @property
     def is_passthrough(self) -> bool:
         """Whether the user's optimizer can step the module's own parameters as if we were not there."""
-        return self._rule is self._own and self.transport.is_local and not self._own.has_stand_ins
+        is_plain = self.transport.is_local and not self._own.has_stand_ins and self._loss_scale is None
+        return self._rule is self._own and is_plain
 
     def passthrough_step(self, closure: Callable[[], Any]) -> Any:
         """Let it."""
@@ -257,7 +274,7 @@ class OptimizerEngine:
             self.transport.wait_all_published()
             result = closure()
             due = self._gather_due()
-            verdict = self._judge.judge(due)
+            verdict = self._judge.judge(due, None)
             for state in self.states:
                 state.clear_grads()
             return result, due, verdict.grad_scale, verdict.clip_value

@@ -13,15 +13,17 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_superscale.comm.collectives import local_grad
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.zero.bucket_unit import BucketUnit
 from lightning_superscale.zero.fsdp2_grouping import fsdp2_units_of
 from lightning_superscale.zero.fsdp2_held import HeldWholes, show_rows
 from lightning_superscale.zero.fsdp2_sharding import ShardedModule
-from lightning_superscale.zero.fsdp2_unit import Fsdp2Unit, local_rows_of
+from lightning_superscale.zero.fsdp2_unit import Fsdp2Unit
 from lightning_superscale.zero.gather_order import OrderDeparted
 from lightning_superscale.zero.grouping import Grouping, NamedParam
 from lightning_superscale.zero.held import HeldGradients, edited_in_place
+from lightning_superscale.zero.placed import local_rows_of
 from lightning_superscale.zero.ranks import Ranks
 from lightning_superscale.zero.reduction import GradientReducer
 from lightning_superscale.zero.units import DeltaSink, GradientDelta, PublishEvent, ShardUnit, check_dense
@@ -172,7 +174,7 @@ class Fsdp2Transport:
             raise AssertionError(f"no gradient to take from {unit.full.slices[i].fqn}")
         check_dense(unit.full.slices[i].fqn, grad)
         whole.grad = None
-        return grad.detach()
+        return local_grad(grad, whole)
 
     def _put(self, param: nn.Parameter, grad: Tensor) -> None:
         unit, i = self._place[param]

@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
 from lightning_superscale.zero.fsdp2_sharding import ShardedModule
 from lightning_superscale.zero.grouping import Grouping, NamedParam
+from lightning_superscale.zero.placed import is_cut
 
-_Key = tuple[int, torch.dtype, bool]
+
+class _GroupKey(NamedTuple):
+    """Parameters that make one unit.
+
+    Attributes:
+        is_cut: ranks of the tensor axis hold different parts of them, so that their norms add up.
+    """
+
+    group: int
+    dtype: torch.dtype
+    is_on_device: bool
+    is_cut: bool
 
 
 def fsdp2_units_of(
@@ -19,14 +32,15 @@ def fsdp2_units_of(
 
     A top group's own parameters frame the inner ones, so their gradients are complete last.
     """
-    by_group: dict[_Key, list[NamedParam]] = {}
+    by_group: dict[_GroupKey, list[NamedParam]] = {}
     for fqn, param in reversed(named_params):
         if sharded.holds(param):
-            key = (sharded.group_of(param).index, param.dtype, param in grouping.on_device)
+            group, is_on_device = sharded.group_of(param).index, param in grouping.on_device
+            key = _GroupKey(group, param.dtype, is_on_device, is_cut(param))
             by_group.setdefault(key, []).append((fqn, param))
 
-    def place(key: _Key) -> tuple[bool, int, str, bool]:
-        return sharded.groups[key[0]].has_inner, -key[0], str(key[1]), key[2]
+    def place(key: _GroupKey) -> tuple[bool, int, str]:
+        return sharded.groups[key.group].has_inner, -key.group, str(key)
 
     plain = [(fqn, param) for fqn, param in named_params if not sharded.holds(param)]
     return [by_group[key] for key in sorted(by_group, key=place)] + grouping.units_of(plain)

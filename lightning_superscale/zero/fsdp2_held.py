@@ -10,14 +10,12 @@ and scaling all change a large finite number, and to none of them it becomes zer
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from lightning_superscale.layout import ParamSlice
-from lightning_superscale.zero.fsdp2_unit import local_rows_of
+from lightning_superscale.zero.placed import local_rows_of, placed_like
 
 _MARK = 1e12
 
@@ -87,12 +85,4 @@ def show_rows(param: nn.Parameter, rows: Tensor, piece: ParamSlice) -> None:
     if param.grad is not None:
         local_rows_of(param.grad).view(-1).add_(rows)
         return
-    sharded = cast(DTensor, param)
-    param.grad = DTensor.from_local(
-        rows.view(piece.local_shape),
-        sharded.device_mesh,
-        sharded.placements,
-        run_check=False,
-        shape=sharded.shape,
-        stride=sharded.stride(),
-    )
+    param.grad = placed_like(rows.view(piece.local_shape), param)

@@ -13,15 +13,16 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim import Optimizer
 
 from lightning_superscale.comm.collectives import AxisCollectives
-from lightning_superscale.comm.mesh import DataMesh
+from lightning_superscale.comm.mesh import DATA_AXIS, DataMesh
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.zero.fsdp2_gather import GroupGather
 from lightning_superscale.zero.fsdp2_release import attributes_of
 from lightning_superscale.zero.fsdp2_sharding import ShardedGroup, ShardedModule, swap_params
 from lightning_superscale.zero.gather_order import GatherOrder, OrderDeparted
-from lightning_superscale.zero.initial_weights import check_materialisable, materialise, places_of
+from lightning_superscale.zero.initial_weights import check_materialisable, cut_again, materialise, places_of
 from lightning_superscale.zero.replicas import broadcast_from_first
-from lightning_superscale.zero.wrapping import GroupPlan, Wrap, plan_groups, wrap_plan
+from lightning_superscale.zero.tensor_axis import check_all_sharded, check_placements
+from lightning_superscale.zero.wrapping import GroupPlan, Wrap, left_out_of, plan_groups, wrap_plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,19 +52,17 @@ def shard_module(
 
     Parameters become other objects: names of parameters have to be looked up again afterwards, while `optimizers`
     follow in place. Real weights become rank 0's on every rank; meta ones are initialised group by group,
-    so that no device ever holds the whole model.
+    so that no device ever holds the whole model. Parameters that a plan cut over the tensor axis are cut once more.
 
     Raises:
         SuperScaleError: what can't be sharded, before anything is changed.
     """
     policy = policy or ShardingPolicy()
+    check_placements(root, mesh)
     plans = plan_groups(root, wrap_plan(root, policy.wrap, include_root=policy.include_root))
+    check_all_sharded(root, {p for plan in plans for p in plan.params.values()}, left_out_of(plans))
     check_materialisable(root)
-    collectives = AxisCollectives(mesh.gather, mesh)
-    group_of_gathers = collectives.axis.group
-    if group_of_gathers is None:
-        raise SuperScaleError("ZeRO-3 needs at least two ranks on the shard axis; found one. Use zero=2 there.")
-    device_mesh = DeviceMesh.from_group(group_of_gathers, device.type)
+    collectives, device_mesh = AxisCollectives(mesh.gather, mesh), _mesh_of_gathers(mesh, device)
     inner = {m for plan in plans for m in plan.module.modules() if m is not plan.module}
     before = attributes_of(m for plan in plans if plan.module not in inner for m in plan.module.modules())
     sharded: ShardedModule | None = None
@@ -113,10 +112,11 @@ def _shard_group(
     places = places_of(root)
     made = materialise(root, own, places, device)
     originals = plan.params
-    current = {fqn: made.get(param, param) for fqn, param in originals.items()}
     where = {fqn: places[param] for fqn, param in originals.items()}
-    _move(current.values(), device)
-    _make_equal(mesh, current.values())
+    _move((made.get(param, param) for param in originals.values()), device)
+    _make_equal(mesh, (made.get(param, param) for param in originals.values()))
+    made = cut_again(made, places)
+    current = {fqn: made.get(param, param) for fqn, param in originals.items()}
     outside = {made.get(param, param): why for param, why in plan.left_out.items()}
     left_out.update(outside)
     fully_shard(
@@ -148,6 +148,15 @@ def _initialise_rest(
     _move([*rest, *root.buffers()], device)
     _make_equal(mesh, rest)
     _make_equal(mesh, root.buffers())
+
+
+def _mesh_of_gathers(mesh: DataMesh, device: torch.device) -> DeviceMesh:
+    """The gather axis as FSDP2 wants it: of the mesh that tensor-parallel parameters lie on, where there is one."""
+    if mesh.device_mesh is not None:
+        return mesh.device_mesh[DATA_AXIS]
+    if mesh.gather.group is None:
+        raise SuperScaleError("ZeRO-3 needs at least two ranks on the shard axis; found one. Use zero=2 there.")
+    return DeviceMesh.from_group(mesh.gather.group, device.type)
 
 
 def _move(tensors: Iterable[Tensor], device: torch.device) -> None:

@@ -16,12 +16,10 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_superscale.errors import SuperScaleError
-from lightning_superscale.layout import ParamSlice, ParamSpec, shard_rows
 from lightning_superscale.zero.fsdp2_release import release_modules
-from lightning_superscale.zero.fsdp2_unit import local_rows_of
 from lightning_superscale.zero.gather_order import GatherOrder, OrderDeparted
+from lightning_superscale.zero.placed import gather_whole, local_of, rows_of_part, write_local, write_whole
 from lightning_superscale.zero.ranks import Ranks
-from lightning_superscale.zero.rows import gather_rows
 
 
 class GradientTaker(Protocol):
@@ -49,7 +47,8 @@ class ShardedGroup:
         has_inner: other groups are inside it.
         params: sharded parameters (DTensors), by name from the root.
         places: where each is registered.
-        wholes: by sharded parameter, the plain one that forward sees while the group is gathered.
+        wholes: by sharded parameter, the one that forward sees while the group is gathered: plain, or cut over the
+            tensor axis alone.
     """
 
     index: int
@@ -223,7 +222,7 @@ class ShardedModule:
 
     @contextmanager
     def summon(self, *, writeback: bool = False) -> Iterator[None]:
-        """While open, the module's parameters are whole on every rank. Every rank enters and leaves it.
+        """While open, every rank has the module's parameters as `release` leaves them. Every rank enters and leaves it.
 
         Args:
             writeback: keep changes; each rank's rows of them, so all ranks must make the same.
@@ -242,10 +241,10 @@ class ShardedModule:
                 group.fsdp.reshard()
 
     def _write_back(self, group: ShardedGroup) -> None:
-        wholes = {param: _whole_at(group, param).detach().clone() for param in group.params.values()}
+        wholes = {param: local_of(_whole_at(group, param)).clone() for param in group.params.values()}
         group.fsdp.reshard()
         for param, whole in wholes.items():
-            write_rows(param, whole)
+            write_local(param, rows_of_part(whole, param))
 
     def load_state_dict(self, state: Mapping[str, Any], *, strict: bool) -> None:
         """Take over a state dict of whole tensors, given alike on every rank.
@@ -265,7 +264,7 @@ class ShardedModule:
         with torch.no_grad():
             for name, buffer in self.root.named_buffers():
                 if name in state:
-                    buffer.copy_(state[name])
+                    write_whole(buffer, state[name])
 
     def load_whole(self, weights: Mapping[str, Tensor]) -> None:
         """Take over whole weights, by name, given alike on every rank. Engines follow at their next step.
@@ -287,7 +286,7 @@ class ShardedModule:
                     f"weight {fqn!r} has shape {tuple(whole.shape)} in the checkpoint and {tuple(param.shape)} here. "
                     "Build the model as it was when it was saved."
                 )
-            write_rows(param, whole)
+            write_whole(param, whole)
 
     def state_dict(self, ranks: Ranks) -> dict[str, Any]:
         """The module's state dict with whole tensors, on the host of rank 0; empty on the others. All ranks call it."""
@@ -324,7 +323,10 @@ class ShardedModule:
     @torch.inference_mode(False)
     @torch.no_grad()
     def release(self) -> None:
-        """Make the module plain again, with whole weights on every rank. Every rank calls it; once is enough."""
+        """Make the module what it was before, with whole weights on every rank. Every rank calls it; once is enough.
+
+        What a plan had cut over the tensor axis stays cut over that.
+        """
         if self._is_released:
             return
         self._is_released = True
@@ -357,36 +359,6 @@ class ShardedModule:
 def _whole_at(group: ShardedGroup, param: nn.Parameter) -> nn.Parameter:
     owner, name = group.places[param][0]
     return owner.get_parameter(name)
-
-
-def write_rows(param: nn.Parameter, whole: Tensor) -> None:
-    """Overwrite a parameter with a whole weight; of a sharded one, this rank's rows."""
-    with torch.no_grad():
-        if not isinstance(param, DTensor):
-            param.copy_(whole)
-            return
-        mesh = param.device_mesh
-        start, stop = shard_rows(param.shape[0], mesh.get_local_rank(), mesh.size())
-        write_local(param, whole[start:stop].to(param.device, param.dtype))
-
-
-def write_local(param: nn.Parameter, rows: Tensor) -> None:
-    """Overwrite what this rank has of a parameter, sharded or whole."""
-    with torch.no_grad():
-        if not isinstance(param, DTensor):
-            param.copy_(rows)
-            return
-        # Through the DTensor, so that its version tells the engine of the edit.
-        mesh, shape, stride = param.device_mesh, param.shape, param.stride()
-        param.copy_(DTensor.from_local(rows, mesh, param.placements, run_check=False, shape=shape, stride=stride))
-
-
-def gather_whole(ranks: Ranks, fqn: str, sharded: Tensor) -> Tensor:
-    """The whole of a sharded tensor, on the host. Every rank of the shard axis calls it."""
-    axis = ranks.mesh.shard
-    spec = ParamSpec(fqn, tuple(sharded.shape))
-    piece = ParamSlice(spec, shard_rows(spec.num_rows, axis.rank, axis.size), 0)
-    return gather_rows(ranks, local_rows_of(sharded), piece, sharded.device)
 
 
 def swap_params(optimizer: Optimizer, new_of: Mapping[nn.Parameter, nn.Parameter]) -> None:

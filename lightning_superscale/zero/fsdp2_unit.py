@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from lightning_superscale.layout import ParamSpec, UnitLayout, shard_rows, unit_layout
+from lightning_superscale.zero.placed import local_rows_of, tensor_shape
 from lightning_superscale.zero.units import slice_view
-
-
-def local_rows_of(sharded: Tensor) -> Tensor:
-    """This rank's rows of a DTensor that FSDP2 shards: the memory that its gathers read."""
-    with torch.no_grad():
-        return cast(DTensor, sharded).to_local().detach()
 
 
 class Fsdp2Unit:
@@ -27,7 +20,7 @@ class Fsdp2Unit:
 
     Attributes:
         group: index of the FSDP2 group that gathers these parameters.
-        full: whole parameters; only names and shapes are of use.
+        full: whole parameters, as the tensor axis cuts them; only names and shapes are of use.
     """
 
     def __init__(
@@ -38,13 +31,13 @@ class Fsdp2Unit:
         shard_rank: int,
         shard_world_size: int,
     ) -> None:
-        specs = [ParamSpec(fqn, tuple(param.shape)) for fqn, param in named_params]
+        specs = [ParamSpec(fqn, tensor_shape(param)) for fqn, param in named_params]
         self.index = index
         self.group = group
         self.params = tuple(param for _, param in named_params)
         self.full: UnitLayout = unit_layout(index, specs, 0, 1)
         self.shard: UnitLayout = unit_layout(index, specs, shard_rank, shard_world_size)
-        self.is_whole = shard_world_size == 1
+        self.is_whole = False  # even the only shard is not what the module's parameter is
         self.has_whole_weights = False
         self._shard_world_size = shard_world_size
         self._inbox: Tensor | None = None

@@ -27,11 +27,14 @@ class Grouping:
         order: a parameter's place among the gradients of a step, as observed; those that it lacks come before all,
             last registered first.
         on_device: parameters whose states stay on the device though others' are on the host; they share no unit.
+        block_of: parameters whose weights stream from the host with a block of modules, by its number. Blocks share no
+            unit, nor does what comes before one with what comes after it.
     """
 
     unit_bytes: int
     order: Mapping[nn.Parameter, int] = field(default_factory=dict)
     on_device: frozenset[nn.Parameter] = frozenset()
+    block_of: Mapping[nn.Parameter, int] = field(default_factory=dict)
 
     def in_order(self, named_params: Sequence[NamedParam]) -> list[NamedParam]:
         """Parameters in the order of their gradients."""
@@ -46,12 +49,15 @@ class Grouping:
         """
         ordered = self.in_order(named_params)
         place = {param: place for place, (_, param) in enumerate(ordered)}
-        kinds: dict[tuple[bool, torch.dtype, torch.device], list[NamedParam]] = {}
+        kinds: dict[tuple[bool, int, torch.dtype, torch.device], list[NamedParam]] = {}
+        run, last = 0, None
         for fqn, param in ordered:
-            kinds.setdefault((param in self.on_device, param.dtype, param.device), []).append((fqn, param))
+            block = self.block_of.get(param)
+            run, last = run + (block != last), block
+            kinds.setdefault((param in self.on_device, run, param.dtype, param.device), []).append((fqn, param))
         numbered = [
             (is_on_device, max(place[param] for _, param in unit), unit)
-            for (is_on_device, dtype, _), members in kinds.items()
+            for (is_on_device, _, dtype, _), members in kinds.items()
             for unit in self._cut(members, dtype)
         ]
         return [unit for _, _, unit in sorted(numbered, key=lambda entry: entry[:2])]

@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from lightning_superscale.errors import SuperScaleError
+from lightning_superscale.zero.placed import placed_like, take_part
 
 Places = Mapping[nn.Parameter, Sequence[tuple[nn.Module, str]]]
 
@@ -29,6 +31,12 @@ def check_materialisable(root: nn.Module) -> None:
     """
     fqn_of = {module: fqn for fqn, module in root.named_modules()}
     initialisers = _initialisers(root)
+    for fqn, buffer in root.named_buffers():
+        if buffer.is_meta and isinstance(buffer, DTensor):
+            raise SuperScaleError(
+                f"buffer {fqn!r} is on the meta device, and a tensor-parallel plan placed it over ranks. Build buffers "
+                "on the CPU before parallelize_module()."
+            )
     lacking = [fqn_of[m] or type(m).__name__ for m in root.modules() if _is_meta(m) and m not in initialisers]
     if lacking:
         shown = ", ".join(repr(name) for name in lacking[:5])
@@ -66,21 +74,50 @@ def _bound(init_weights: Callable[[nn.Module], object], module: nn.Module) -> Ca
     return lambda: init_weights(module)
 
 
+def is_on_meta(root: nn.Module | None) -> bool:
+    """Whether any parameter or buffer is on the meta device."""
+    return root is not None and any(tensor.is_meta for tensor in (*root.parameters(), *root.buffers()))
+
+
 def materialise_all(root: nn.Module, device: torch.device) -> None:
     """Give a model that is on the meta device, in part or whole, its initial weights on `device`.
 
     Raises:
         SuperScaleError: modules that can't initialise themselves, before anything is changed.
     """
-    if any(tensor.is_meta for tensor in (*root.parameters(), *root.buffers())):
+    if is_on_meta(root):
         check_materialisable(root)
-        materialise(root, root.modules(), places_of(root), device)
+        places = places_of(root)
+        cut_again(materialise(root, root.modules(), places, device), places)
+
+
+def cut_again(made: Mapping[nn.Parameter, nn.Parameter], places: Places) -> dict[nn.Parameter, nn.Parameter]:
+    """Give every rank its part of the whole parameters that took the place of ones cut over the tensor axis.
+
+    Args:
+        made: what `materialise` returned.
+        places: of all parameters of the root, before that.
+
+    Returns:
+        the new parameter of each meta parameter.
+    """
+    cut = dict(made)
+    for old, whole in made.items():
+        if isinstance(old, DTensor):
+            own = placed_like(take_part(whole.detach(), old).clone(), old)
+            cut[old] = nn.Parameter(own, requires_grad=old.requires_grad)
+            for owner, name in places[old]:
+                owner.register_parameter(name, cut[old])
+    return cut
 
 
 def materialise(
     root: nn.Module, modules: Iterable[nn.Module], places: Places, device: torch.device
 ) -> dict[nn.Parameter, nn.Parameter]:
     """Give the meta parameters and buffers of these modules memory and initial values, whole.
+
+    Also what a tensor-parallel plan has cut is whole and plain, so that its values are those of one device;
+    `cut_again` gives every rank its part.
 
     Args:
         root: the whole model, for what Hugging Face models initialise from above.
@@ -95,7 +132,10 @@ def materialise(
     for module in touched:
         for param in list(module.parameters(recurse=False)):
             if param.is_meta:
-                new = nn.Parameter(torch.empty_like(param, device=device), requires_grad=param.requires_grad)
+                whole = torch.empty_like(param, device=device)
+                if isinstance(param, DTensor):
+                    whole = torch.empty(param.shape, dtype=param.dtype, device=device)
+                new = nn.Parameter(whole, requires_grad=param.requires_grad)
                 replaced[param] = new
                 for owner, name in places[param]:
                     owner.register_parameter(name, new)

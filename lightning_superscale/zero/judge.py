@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_superscale.comm.collectives import control_sum, gather_objects
+from lightning_superscale.comm.collectives import gather_objects
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.ops.update import StatsSource
 from lightning_superscale.zero.clip import (
@@ -16,12 +16,10 @@ from lightning_superscale.zero.clip import (
     ClipByValue,
     ClipRequest,
     clip_coefficient,
-    grad_norms,
-    grad_sumsq,
     joined,
-    total_norm,
 )
 from lightning_superscale.zero.due import Due
+from lightning_superscale.zero.global_norm import counted_stats, norm_over_ranks, norms_of
 from lightning_superscale.zero.ranks import Ranks
 
 
@@ -29,12 +27,14 @@ class Verdict(NamedTuple):
     """What a step does to its gradients.
 
     Attributes:
-        grad_scale: they are multiplied by it: the clip coefficient.
+        grad_scale: they are multiplied by it: the clip coefficient over the loss scale.
         clip_value: then limited to [-clip_value, clip_value]; None for no limit.
+        has_overflowed: a gradient of a scaled loss is NaN or infinite somewhere: the step is dropped.
     """
 
     grad_scale: float
     clip_value: float | None
+    has_overflowed: bool = False
 
 
 class Judge:
@@ -65,8 +65,11 @@ class Judge:
         """Forget the requests of an interrupted step."""
         self._clips.clear()
 
-    def judge(self, due: Sequence[Due]) -> Verdict:
+    def judge(self, due: Sequence[Due], loss_scale: float | None) -> Verdict:
         """Every rank calls it.
+
+        Args:
+            loss_scale: what the loss of these gradients was multiplied by; None without a scaler.
 
         Raises:
             SuperScaleError: a NaN or infinite gradient with error_if_nonfinite, on every rank; names the parameters.
@@ -75,29 +78,21 @@ class Judge:
         max_norm = next((c.max_norm for c in clips if isinstance(c, ClipByNorm)), None)
         clip_value = next((c.clip_value for c in clips if isinstance(c, ClipByValue)), None)
         self._last_norm, self._last_stats = None, ()
-        if not due or (max_norm is None and not self._error_if_nonfinite):
-            return Verdict(1.0, clip_value)
-        norms, self._last_norm = self._norms(due)
-        if self._error_if_nonfinite and not bool(self._last_norm.isfinite()):
-            self._raise_nonfinite(due, norms)
+        unscale = 1.0 if loss_scale is None else 1.0 / loss_scale
+        if not due or (max_norm is None and not self._error_if_nonfinite and loss_scale is None):
+            return Verdict(unscale, clip_value)
+        norms, self._last_norm = norms_of(self._ranks.mesh, due)
+        if loss_scale is not None:
+            self._last_norm = self._last_norm * unscale
+        if not bool(self._last_norm.isfinite()):
+            # An overflow is the scaler's business, as long as it can do something about it.
+            if self._error_if_nonfinite and (loss_scale is None or loss_scale <= 1):
+                self._raise_nonfinite(due, norms)
+            if loss_scale is not None:
+                return Verdict(unscale, clip_value, has_overflowed=True)
         if max_norm is None:
-            return Verdict(1.0, clip_value)
-        return Verdict(float(clip_coefficient(self._last_norm, max_norm)), clip_value)
-
-    def _norms(self, due: Sequence[Due]) -> tuple[Tensor, Tensor]:
-        """The norm of each gradient, as far as this rank has it, and of all gradients on all ranks."""
-        grads = [item.grad for item in due]
-        if self._ranks.mesh.shard.size == 1:
-            norms = grad_norms(grads)
-            return norms, total_norm(norms)
-        sums = grad_sumsq(grads)
-        return sums.sqrt().float(), self._norm_over_ranks(float(sums.sum()))
-
-    def _norm_over_ranks(self, sumsq: float) -> Tensor:
-        """The 2-norm of all shards from this rank's sum of squares; fp32 scalar. Every rank calls it."""
-        mesh = self._ranks.mesh
-        total = control_sum(mesh, torch.tensor([sumsq], dtype=torch.float64), "the gradient norm") / mesh.replicate.size
-        return total[0].sqrt().float()
+            return Verdict(unscale, clip_value)
+        return Verdict(float(clip_coefficient(self._last_norm, max_norm)) * unscale, clip_value)
 
     def _raise_nonfinite(self, due: Sequence[Due], norms: Tensor) -> None:
         is_bad = (~norms.isfinite()).tolist()
@@ -111,9 +106,9 @@ class Judge:
             "Look for a NaN loss or an overflow; pass error_if_nonfinite=False to train on regardless."
         )
 
-    def note(self, stats: Sequence[StatsSource]) -> None:
+    def note(self, due: Sequence[Due], stats: Sequence[StatsSource]) -> None:
         """Know what the step's own kernels counted, for `grad_norm` of a step that needed no norm."""
-        self._last_stats = stats
+        self._last_stats = counted_stats(self._ranks.mesh, due, stats)
 
     def grad_norm(self) -> Tensor:
         """Global 2-norm of the gradients of the last step, before clipping; fp32 scalar on the CPU.
@@ -127,9 +122,9 @@ class Judge:
             return self._last_norm.detach().cpu()
         if self._last_stats:
             here = sum(s.sumsq for source in self._last_stats for s in source())
-            if self._ranks.mesh.shard.size == 1:
+            if self._ranks.mesh.num_shares == 1:
                 return torch.tensor(here**0.5)
-            self._last_norm = self._norm_over_ranks(here)
+            self._last_norm = norm_over_ranks(self._ranks.mesh, here)
             return self._last_norm
         raise SuperScaleError(
             "grad_norm() is known after an optimizer step of Adam or AdamW, or after one with clipping by norm; "

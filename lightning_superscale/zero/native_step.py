@@ -61,7 +61,7 @@ class BoundStep(SynchronousRule):
                 self._optimizer.step()
         finally:
             for param, grad in parked:
-                param.grad = grad
+                _give_grad(param, grad)
 
     def bound_state(self, item: Due) -> dict[str, Any]:
         """The optimizer's own state of a parameter, made of views into our buffers."""
@@ -157,6 +157,17 @@ def _segment(item: Due, hyper: AdamWHyper) -> AdamWSegment:
         hyper=hyper,
         weight_out=state.weight_out_of(item.i),
     )
+
+
+def _give_grad(param: nn.Parameter, grad: Tensor) -> None:
+    """Set `param.grad`, also where the weight is in host memory between its uses and the gradient is on the device."""
+    if param.device == grad.device:
+        param.grad = grad
+        return
+    weight = param.data
+    param.data = grad  # torch compares the devices of a parameter and the gradient that it is given
+    param.grad = grad
+    param.data = weight
 
 
 def _present(moments: Tensor | None) -> Tensor:

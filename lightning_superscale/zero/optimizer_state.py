@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.layout import ParamSlice
+from lightning_superscale.zero.placed import join_parts, take_part
 from lightning_superscale.zero.ranks import Ranks
 from lightning_superscale.zero.rows import gather_rows, take_rows
 
@@ -41,7 +41,7 @@ def pack_state(engine: StateHolder) -> dict[str, Any]:
         master = engine.master_of(param)
         if master is not None:
             states.setdefault(index, {})[MASTER_KEY] = master
-    if engine.ranks.mesh.shard.size > 1:
+    if engine.ranks.mesh.num_shares > 1:
         states = _whole(engine, states)
     packed["state"] = states
     return packed
@@ -58,12 +58,16 @@ def _whole(engine: StateHolder, states: dict[int, dict[str, Any]]) -> dict[int, 
             gathered = state  # rank 0 holds the only row of a scalar
         else:
             gathered = {
-                key: gather_rows(engine.ranks, value, piece, param.device) if _is_rows(value, piece) else value
+                key: _gathered(engine.ranks, value, piece, param) if _is_rows(value, piece) else value
                 for key, value in state.items()
             }
         if is_first:
             whole[index] = gathered
     return whole
+
+
+def _gathered(ranks: Ranks, rows: Tensor, piece: ParamSlice, param: nn.Parameter) -> Tensor:
+    return join_parts(ranks.tensor, gather_rows(ranks.shard, rows, piece, param.device), param)
 
 
 def _is_rows(value: Any, piece: ParamSlice) -> bool:
@@ -100,11 +104,10 @@ def _load_one(engine: StateHolder, param: nn.Parameter, saved: Mapping[str, Any]
     if piece is None:
         engine.load_param_state(param, rest, master)
         return
-    shape = torch.Size(piece.spec.shape)
 
     def local(key: str, value: Any) -> Any:
-        is_rows = isinstance(value, Tensor) and key != "step" and value.shape == shape
-        return take_rows(value, piece) if is_rows else value
+        is_rows = isinstance(value, Tensor) and key != "step" and value.shape == param.shape
+        return take_rows(take_part(value, param), piece) if is_rows else value
 
     rows = {key: local(key, value) for key, value in rest.items()}
-    engine.load_param_state(param, rows, None if master is None else take_rows(master, piece))
+    engine.load_param_state(param, rows, None if master is None else take_rows(take_part(master, param), piece))

@@ -24,7 +24,8 @@ class Ranks:
     mesh: DataMesh
     shard: AxisCollectives
     replicate: AxisCollectives
-    world: AxisCollectives
+    data: AxisCollectives
+    tensor: AxisCollectives
     gather: AxisCollectives
     agreement: Agreement
     flag_of: Mapping[nn.Parameter, int]
@@ -47,7 +48,8 @@ def ranks_of(mesh: DataMesh, params: Iterable[nn.Parameter], *, num_buffers: int
         mesh,
         AxisCollectives(mesh.shard, mesh),
         AxisCollectives(mesh.replicate, mesh),
-        AxisCollectives(mesh.world, mesh),
+        AxisCollectives(mesh.data, mesh),
+        AxisCollectives(mesh.tensor, mesh),
         AxisCollectives(mesh.gather, mesh),
         Agreement(mesh, max(2 * len(flag_of), num_buffers)),
         flag_of,

@@ -58,7 +58,7 @@ class _UnitGrads:
 
 
 class GradientReducer:
-    """Averages gradients over all ranks and gives each rank its rows.
+    """Averages gradients over all data-parallel ranks and gives each rank its rows.
 
     Args:
         label: names the optimizer in errors.
@@ -69,7 +69,7 @@ class GradientReducer:
         self._ranks = ranks
         self._label = label
         self._sink = sink
-        self._scale = 1.0 / ranks.mesh.world.size
+        self._scale = 1.0 / ranks.mesh.data.size
         self._units: list[ReducedUnit] = []
         self._order: list[ReducedUnit] = []
         self._expected: dict[int, set[int]] = {}
@@ -197,7 +197,7 @@ class GradientReducer:
 
 
 def average_whole(ranks: Ranks, grads: Mapping[int, Tensor], pieces: Sequence[ParamSlice], numel: int) -> Tensor:
-    """Average whole gradients over all ranks, [numel], laid out like `pieces`; zeros where one has none.
+    """Average whole gradients over all data-parallel ranks, [numel], laid out like `pieces`; zeros where one has none.
 
     Args:
         grads: by index into `pieces`, 1D, at least one.
@@ -205,5 +205,5 @@ def average_whole(ranks: Ranks, grads: Mapping[int, Tensor], pieces: Sequence[Pa
     first = next(iter(grads.values()))
     flat = torch.zeros(numel, dtype=first.dtype, device=first.device)
     for i, grad in grads.items():
-        torch.mul(grad, 1.0 / ranks.mesh.world.size, out=slice_view(flat, pieces[i]))
-    return ranks.world.all_reduce(flat).wait()
+        torch.mul(grad, 1.0 / ranks.mesh.data.size, out=slice_view(flat, pieces[i]))
+    return ranks.data.all_reduce(flat).wait()

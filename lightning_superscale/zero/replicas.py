@@ -10,34 +10,39 @@ from torch import Tensor, nn
 from lightning_superscale.comm.collectives import AxisCollectives
 from lightning_superscale.comm.mesh import DataMesh
 from lightning_superscale.errors import SuperScaleError
+from lightning_superscale.zero.placed import is_cut, local_of
 from lightning_superscale.zero.ranks import Ranks
 
 
 def broadcast_from_first(mesh: DataMesh, tensors: Iterable[Tensor]) -> None:
-    """Overwrite every tensor with rank 0's, in place. Every rank calls it with tensors of the same shapes."""
+    """Overwrite every tensor with rank 0's, in place. Every rank calls it with tensors of the same shapes.
+
+    Parts of one that is cut over the tensor axis become those of the first data-parallel rank.
+    """
     if mesh.is_single:
         return
-    world = AxisCollectives(mesh.world, mesh)
-    by_kind: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    world, data = AxisCollectives(mesh.world, mesh), AxisCollectives(mesh.data, mesh)
+    by_kind: dict[tuple[torch.dtype, torch.device, bool], list[Tensor]] = {}
     for tensor in tensors:
-        by_kind.setdefault((tensor.dtype, tensor.device), []).append(tensor.detach())
-    for group in by_kind.values():
+        by_kind.setdefault((tensor.dtype, tensor.device, is_cut(tensor)), []).append(local_of(tensor))
+    for (_, _, is_part), group in by_kind.items():
+        axis = data if is_part else world
         small = [tensor for tensor in group if tensor.numel() < _COALESCE_BELOW_NUMEL or not tensor.is_contiguous()]
         for tensor in group:
             if not any(tensor is other for other in small):
-                world.broadcast(tensor)
-        _broadcast_coalesced(world, small)
+                axis.broadcast(tensor)
+        _broadcast_coalesced(axis, small)
 
 
 # Smaller tensors travel together: a collective each would cost more than copying them.
 _COALESCE_BELOW_NUMEL = 2**18
 
 
-def _broadcast_coalesced(world: AxisCollectives, tensors: Sequence[Tensor]) -> None:
+def _broadcast_coalesced(axis: AxisCollectives, tensors: Sequence[Tensor]) -> None:
     if not tensors:
         return
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-    world.broadcast(flat)
+    axis.broadcast(flat)
     for tensor, piece in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
         tensor.copy_(piece.view(tensor.shape))
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch.optim import Optimizer
 
 from lightning_superscale.ops.update import StatsSource
-from lightning_superscale.zero.due import Due
+from lightning_superscale.zero.due import Due, by_unit
 from lightning_superscale.zero.guard import StepGuard
 from lightning_superscale.zero.native_step import BoundStep
 from lightning_superscale.zero.states import UnitState
@@ -33,6 +33,10 @@ class SplitStep(BoundStep):
     def attach(self, unit: ShardUnit, state: UnitState) -> None:
         self._of(state).attach(unit, state)
 
+    def expect(self, grad_scale: float) -> None:
+        self._host.expect(grad_scale)
+        self._device.expect(grad_scale)
+
     def receive(self, delta: GradientDelta, state: UnitState) -> None:
         self._of(state).receive(delta, state)
 
@@ -44,10 +48,11 @@ class SplitStep(BoundStep):
         self, due: Sequence[Due], grad_scale: float, clip_value: float | None, publish: Publish
     ) -> Sequence[StatsSource]:
         # The device's first: the next forward begins with them, and on a GPU they are only queued.
-        on_device = [item for item in due if not item.state.is_on_host]
-        on_host = [item for item in due if item.state.is_on_host]
-        stats = [*self._device.apply(on_device, grad_scale, clip_value, publish)]
-        return [*stats, *self._host.apply(on_host, grad_scale, clip_value, publish)]
+        found: dict[int, StatsSource] = {}
+        for rule, is_on_host in ((self._device, False), (self._host, True)):
+            items = [item for item in due if item.state.is_on_host == is_on_host]
+            found.update(zip(by_unit(items), rule.apply(items, grad_scale, clip_value, publish), strict=True))
+        return [found[index] for index in by_unit(due)]
 
     def _before_states_change(self, item: Due) -> None:
         self._of(item.state)._before_states_change(item)

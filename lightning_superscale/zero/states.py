@@ -36,6 +36,10 @@ class UnitState(Protocol):
     def num_transfer_buffers(self) -> int:
         """Host buffers of the weights' dtype beside masters and moments."""
 
+    @property
+    def num_host_copies(self) -> int:
+        """Host buffers of weights that are on the device only while they are used; 0 where masters are these."""
+
     def master_of(self, i: int) -> Tensor:
         """fp32 master weights of slice i, 1D."""
 
@@ -68,7 +72,7 @@ class ResidentState:
         numel = unit.shard.shard_numel
         self.unit = unit
         self.is_on_host = False
-        self.num_transfer_buffers = 0
+        self.num_transfer_buffers = self.num_host_copies = 0
         self.master: Tensor | None = None
         if unit.dtype != torch.float32:
             self.master = torch.zeros(numel, dtype=torch.float32, device=unit.device)

@@ -33,6 +33,9 @@ class StepRule(Protocol):
     def attach(self, unit: ShardUnit, state: UnitState) -> None:
         """Know a new unit."""
 
+    def expect(self, grad_scale: float) -> None:
+        """What this step's gradients will be multiplied by if they are not clipped: the inverse of a loss scale."""
+
     def receive(self, delta: GradientDelta, state: UnitState) -> None:
         """Take reduced gradients during backward or at the step."""
 
@@ -62,6 +65,9 @@ class StepRule(Protocol):
 
 class SynchronousRule:
     """The part of a rule that does everything inside `step`: nothing runs ahead or lags behind."""
+
+    def expect(self, grad_scale: float) -> None:
+        return
 
     def receive(self, delta: GradientDelta, state: UnitState) -> None:
         state.receive(delta.slices)

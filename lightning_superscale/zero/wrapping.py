@@ -14,9 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from lightning_superscale.errors import SuperScaleError, did_you_mean
+from lightning_superscale.zero.placed import local_of
 
 Wrap = Iterable[type[nn.Module] | str] | None
 
@@ -58,6 +58,40 @@ def wrap_plan(root: nn.Module, wrap: Wrap = None, *, include_root: bool = True) 
     # Depth first, children before parents: a network may also be registered as a part of another one.
     chosen.update(tops)
     return [m for m in _children_first(root) if m in chosen and not isinstance(m, FSDPModule)]
+
+
+def blocks_with_own_params(root: nn.Module, wrap: Wrap = None) -> list[tuple[str, nn.Module, dict[str, nn.Parameter]]]:
+    """The blocks that `wrap_plan` finds, innermost first, each with the parameters that nothing outside it owns.
+
+    Returns:
+        (name from the root, module, its parameters by name from the root): each parameter once, with the innermost
+        block; blocks without any are left out. Tied weights belong to a block only if all their owners are in it.
+        Empty parameters and subclasses of `nn.Parameter`, which may keep more than one tensor, belong to none.
+
+    Raises:
+        SuperScaleError: as `wrap_plan`.
+    """
+    chosen = _automatic(root) if wrap is None else _named(root, wrap)
+    chosen.discard(root)
+    fqn_of_module = {module: fqn for fqn, module in root.named_modules()}
+    fqn_of = {param: fqn for fqn, param in root.named_parameters()}
+    owners: dict[nn.Parameter, set[nn.Module]] = {}
+    for module in root.modules():
+        for param in module.parameters(recurse=False):
+            owners.setdefault(param, set()).add(module)
+    taken: set[nn.Parameter] = set()
+    blocks = []
+    for module in (m for m in _children_first(root) if m in chosen):
+        inside = set(module.modules())
+        own = {
+            fqn_of[p]: p
+            for p in module.parameters()
+            if p not in taken and owners[p] <= inside and type(p) is nn.Parameter and p.numel()
+        }
+        taken.update(own.values())
+        if own:
+            blocks.append((fqn_of_module[module], module, own))
+    return blocks
 
 
 def outermost_callables(root: nn.Module) -> list[nn.Module]:
@@ -197,11 +231,7 @@ def _sharing_with_others(root: nn.Module, chosen: set[nn.Module]) -> set[nn.Modu
 
 
 def plan_groups(root: nn.Module, modules: Sequence[nn.Module]) -> list[GroupPlan]:
-    """Distribute the root's parameters over the groups, in the order of `modules` (innermost first).
-
-    Raises:
-        SuperScaleError: a parameter is sharded already, by a tensor-parallel plan or otherwise.
-    """
+    """Distribute the root's parameters over the groups, in the order of `modules` (innermost first)."""
     fqn_of_module = {m: fqn for fqn, m in root.named_modules()}
     fqn_of = {p: fqn for fqn, p in root.named_parameters()}
     owners = _owning_tops(modules)
@@ -218,6 +248,11 @@ def plan_groups(root: nn.Module, modules: Sequence[nn.Module]) -> list[GroupPlan
     return groups
 
 
+def left_out_of(groups: Iterable[GroupPlan]) -> dict[nn.Parameter, str]:
+    """What no group shards although it is in one, and why."""
+    return {param: why for group in groups for param, why in group.left_out.items()}
+
+
 def _owning_tops(modules: Sequence[nn.Module]) -> dict[nn.Parameter, set[nn.Module]]:
     """By parameter, the groups below no other group that hold it."""
     inner = {m for module in modules for m in module.modules() if m is not module}
@@ -232,18 +267,12 @@ def _owning_tops(modules: Sequence[nn.Module]) -> dict[nn.Parameter, set[nn.Modu
 def _left_out(params: dict[str, nn.Parameter]) -> dict[nn.Parameter, str]:
     left_out: dict[nn.Parameter, str] = {}
     numel_of: dict[torch.dtype, int] = {}
-    for fqn, param in params.items():
-        if isinstance(param, DTensor):
-            raise SuperScaleError(
-                f"parameter {fqn!r} is a DTensor already, placed {param.placements} by a tensor-parallel plan or by "
-                "fully_shard in configure_model(). Sharding it further is not supported: build it plain, and leave "
-                "sharding to the strategy."
-            )
+    for param in params.values():
         if not param.shape:
             left_out[param] = "it is a scalar"
         elif param.numel() == 0:
             left_out[param] = "it is empty"
-        elif not param.is_contiguous():
+        elif not local_of(param).is_contiguous():
             left_out[param] = "it is not contiguous"
         elif param.requires_grad:
             numel_of[param.dtype] = numel_of.get(param.dtype, 0) + param.numel()

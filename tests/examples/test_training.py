@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
-import lightning_superscale  # noqa: F401
+import lightning_superscale as lss
 from examples.language_model.data import TextData
 from examples.language_model.model import GPTConfig
 from examples.language_model.module import LanguageModel
@@ -50,6 +52,20 @@ def test_schedule_rises_to_the_peak_and_falls_to_the_minimum():
     assert max(ratios) == ratios[9] == ratios[10] == 1.0
     assert ratios[100] == pytest.approx(0.1)
     assert all(a >= b for a, b in zip(ratios[10:], ratios[11:], strict=False))
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_weights_that_flow_train_to_the_same_bits(texts, precision):
+    trained = {}
+    for weights in ("stationary", "flow"):
+        torch.manual_seed(0)
+        module = LanguageModel(replace(TINY, num_layers=4), warmup_steps=2)
+        data = TextData(texts, seq_len=16, batch_size=4, num_val_windows=8)
+        strategy = lss.SuperScaleStrategy(offload={"engine": "superoffload", "weights": weights})
+        run = trainer(strategy, max_steps=6, max_epochs=-1, precision=precision, gradient_clip_val=0.5)
+        run.fit(module, data)
+        trained[weights] = module
+    assert_same_weights(trained["flow"], trained["stationary"])
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true"])

@@ -9,6 +9,7 @@ from lightning_superscale.offload.cpu_step import HostState
 from lightning_superscale.offload.deferred import DeferredState
 from lightning_superscale.offload.host_memory import HostArena
 from lightning_superscale.offload.link import CpuLink
+from lightning_superscale.offload.weight_flow import WeightFlow
 from lightning_superscale.ops.pool import Pool
 from lightning_superscale.ops.update import update_path
 from lightning_superscale.zero.buckets import BucketTransport
@@ -35,6 +36,7 @@ def build_engine(
     ranks: Ranks | None = None,
     no_sync: bool = True,
     on_device: frozenset[nn.Parameter] = frozenset(),
+    flow: WeightFlow | None = None,
 ) -> OptimizerEngine:
     link = link or CpuLink()
     arena = HostArena()
@@ -50,11 +52,16 @@ def build_engine(
     def make_state(unit, *, has_moments, is_on_device):
         if is_on_device:
             return ResidentState(unit, has_moments=has_moments)
+        streamed = unit if unit.is_streamed else None
         if is_deferred and has_moments:
-            return DeferredState(unit, link, arena, is_pinned=True, pool=pool)
-        if not is_offloaded:
+            state = DeferredState(unit, link, arena, is_pinned=True, pool=pool, streamed=streamed)
+        elif not is_offloaded:
             return ResidentState(unit, has_moments=has_moments)
-        return HostState(unit, link, arena, has_moments=has_moments, is_pinned=True)
+        else:
+            state = HostState(unit, link, arena, has_moments=has_moments, is_pinned=True, streamed=streamed)
+        if streamed is not None:
+            flow.add(state.flowing)
+        return state
 
     engine = OptimizerEngine(
         optimizer,
@@ -62,10 +69,11 @@ def build_engine(
         ranks=ranks or single_rank(),
         make_transport=lambda sink: BucketTransport(
             [],
-            grouping=Grouping(unit_bytes, on_device=on_device),
+            grouping=Grouping(unit_bytes, on_device=on_device, block_of={} if flow is None else flow.block_of),
             sink=sink,
             ranks=ranks or single_rank(),
             no_sync=no_sync,
+            streams_to=torch.device("cpu"),
         ),
         make_state=make_state,
         make_native=make_native,
@@ -73,4 +81,19 @@ def build_engine(
     )
     if is_streamed:
         engine.transport.stream()
+    if flow is not None:
+        flow.follow(Published(engine.transport))
     return engine
+
+
+class Published:
+    """What a weight flow asks of one transport."""
+
+    def __init__(self, transport: BucketTransport) -> None:
+        self._transport = transport
+
+    def is_ready(self, unit) -> bool:
+        return self._transport.is_published(unit)
+
+    def wait(self, unit) -> None:
+        self._transport.wait_published([unit])

@@ -18,10 +18,11 @@ class PlainMasterAdamW:
         self.optimizer = torch.optim.AdamW(self.masters, **adamw)
         self.max_norm = max_norm
         self.clip_value = clip_value
+        self.grad_scale = 1.0  # the inverse of a loss scale
 
     def step(self) -> None:
         for param, master in zip(self.params, self.masters, strict=True):
-            master.grad = None if param.grad is None else param.grad.float()
+            master.grad = None if param.grad is None else param.grad.float() * self.grad_scale
         if self.max_norm is not None:
             nn.utils.clip_grad_norm_(self.masters, self.max_norm)
         if self.clip_value is not None:

@@ -32,6 +32,8 @@ def _run(rank: int, world_size: int, folder: str, limit_s: float, payload: bytes
     faulthandler.dump_traceback_later(limit_s, file=stacks)
     torch.set_num_threads(1)
     os.environ["OMP_WAIT_POLICY"] = "passive"
+    # An earlier test's seed_everything() leaves its seed here, and every Trainer of several ranks would start from it.
+    os.environ.pop("PL_GLOBAL_SEED", None)
     try:
         function, args = pickle.loads(payload)
         # A Trainer in a rank finds the process group there, as under torchrun.

@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.offload.cpu_step import HostState, host_bytes
+from lightning_superscale.offload.deferred import DeferredState, deferred_host_bytes
 from lightning_superscale.offload.host_memory import HostArena, check_host_memory
 from lightning_superscale.offload.link import CpuLink
 from lightning_superscale.ops import _lib
@@ -34,6 +35,27 @@ def test_host_bytes_equal_the_arithmetic(dtype, has_moments):
     expected = {torch.float32: (4 + 4), torch.bfloat16: (4 + 2)}[dtype] + (8 if has_moments else 0)
     assert arena.pageable_bytes + arena.pinned_bytes == numel * expected
     assert host_bytes(numel, dtype, has_moments=has_moments) == numel * expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("is_deferred", [True, False])
+def test_host_bytes_of_weights_that_flow_equal_the_arithmetic(dtype, is_deferred):
+    torch.manual_seed(0)
+    params = [("a", nn.Parameter(torch.randn(64, 3).to(dtype))), ("b", nn.Parameter(torch.randn(64).to(dtype)))]
+    before = [param.detach().clone() for _, param in params]
+    unit = BucketUnit(0, params, 0, 1, RecycledMemory(), streams_to=torch.device("cpu"))
+    arena = HostArena()
+    if is_deferred:
+        state = DeferredState(unit, CpuLink(), arena, is_pinned=True, pool=Pool(1), streamed=unit)
+        counted, expected = deferred_host_bytes(256, dtype, flows=True), 12 + 3 * dtype.itemsize
+    else:
+        state = HostState(unit, CpuLink(), arena, has_moments=True, is_pinned=True, streamed=unit)
+        counted = host_bytes(256, dtype, has_moments=True, flows=True)
+        expected = 12 + {torch.float32: 4, torch.bfloat16: 2 + 2}[dtype]  # an fp32 master is what flows
+    assert arena.pageable_bytes + arena.pinned_bytes == counted == 256 * expected
+    assert unit.weights.untyped_storage().nbytes() == 0
+    assert all(torch.equal(param, weight) for (_, param), weight in zip(params, before, strict=True))
+    assert torch.equal(state.master[:192].to(dtype), before[0].view(-1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -101,6 +101,7 @@ def test_precision_plugin_by_class_path(tmp_path, mode):
         ({"offload": {"engin": "cpu"}}, "engin"),
         ({"offload": "superofload"}, "superofload"),
         ({"offload": {"bucket_mb": 0}}, "OffloadConfig.bucket_mb must be a whole number of at least 1, found 0"),
+        ({"zero": {"stage": 2, "tensor_parallel": 2}}, "tensor_parallel=2 works in stage 3 only; found stage 2"),
         ({"zero": 4}, "ZeroConfig.stage must be 0, 1, 2 or 3, found 4"),
     ],
 )

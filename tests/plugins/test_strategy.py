@@ -315,7 +315,7 @@ def test_misspelt_strategy_name_gets_lightnings_error():
         trainer("superofload")
 
 
-@pytest.mark.parametrize("precision", ["64-true", "16-true"])
+@pytest.mark.parametrize("precision", ["64-true"])
 def test_precision_without_an_engine_is_refused_in_the_trainers_constructor(precision):
     with pytest.raises(lss.SuperScaleError, match=f"precision='{precision}'"):
         trainer("superoffload", precision=precision)

@@ -279,3 +279,30 @@ def test_a_model_on_the_meta_device_is_initialised_alike_on_all_ranks():
             assert value.device.type == "cpu"
             assert torch.equal(value, second[0][key])
         assert first[1][0] < 10
+
+
+def _resumed_on_meta(rank: int, world_size: int, folder: str):
+    """Weights after two epochs, once in one piece and once saved after the first and resumed."""
+    results = []
+    for zero in (0, 2, 3):
+        for precision in ("32-true", "bf16-true"):
+            flags = {"devices": world_size, "precision": precision}
+            once, half, module = OnMeta(), OnMeta(), OnMeta()
+            torch.manual_seed(3)
+            trainer(lss.SuperScaleStrategy(zero=zero), max_epochs=2, **flags).fit(once, loader(46))
+            torch.manual_seed(3)
+            first = trainer(lss.SuperScaleStrategy(zero=zero), max_epochs=1, **flags)
+            first.fit(half, loader(46))
+            path = f"{folder}/{zero}-{precision}.ckpt"
+            first.save_checkpoint(path)
+            trainer(lss.SuperScaleStrategy(zero=zero), max_epochs=2, **flags).fit(module, loader(46), ckpt_path=path)
+            results.append((once.state_dict(), module.state_dict()))
+    return results
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_model_on_the_meta_device_resumes_from_a_checkpoint(tmp_path, world_size):
+    for result in run_ranks(world_size, _resumed_on_meta, str(tmp_path), limit_s=120):
+        for once, resumed in result:
+            for key, value in once.items():
+                assert torch.equal(value, resumed[key]), key

@@ -1,0 +1,1 @@
+"""Universal checkpoints: written on any layout, read on any other."""
