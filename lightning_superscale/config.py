@@ -102,10 +102,11 @@ class OffloadConfig:
     Args:
         engine: "cpu" and "superoffload" keep fp32 master weights and optimizer states in host memory
             and step there: "cpu" after the backward pass, "superoffload" during it and the next forward.
-        bucket_mb: MiB of weights that move and step together.
+        bucket_mb: MiB of weights that move and step together; "auto": at most 64, and fewer where that gives a small
+            model about 16 buckets.
         pin_memory: page-lock the host side of transfers, where there is a CUDA device.
-        cpu_threads: worker threads of the host optimizer; "auto" leaves one core to the launching
-            thread.
+        cpu_threads: worker threads of the host optimizer; "auto": as few as step about as fast as all of this rank's
+            cores but one, which stays with the launching thread.
         speculate: "superoffload" steps each bucket while backward still runs, before the gradient norm is
             known, and steps again what a clip changes; False waits for the norm, and overlaps with the
             next forward only. The result is the same, bit for bit.
@@ -120,7 +121,7 @@ class OffloadConfig:
     """
 
     engine: str = "superoffload"
-    bucket_mb: int = 64
+    bucket_mb: Union[int, Literal["auto"]] = "auto"
     pin_memory: bool = True
     cpu_threads: Union[int, Literal["auto"]] = "auto"
     speculate: bool = True
@@ -138,7 +139,8 @@ class OffloadConfig:
                 f"unknown offload engine {self.engine!r}: expected one of {', '.join(map(repr, ENGINES))}"
                 f"{did_you_mean(str(self.engine), ENGINES)}"
             )
-        _check_positive_int("OffloadConfig", "bucket_mb", self.bucket_mb)
+        if self.bucket_mb != "auto":
+            _check_positive_int("OffloadConfig", "bucket_mb", self.bucket_mb)
         if not isinstance(self.speculate, bool):
             raise SuperScaleError(f"OffloadConfig.speculate must be true or false, found {self.speculate!r}.")
         if self.weights not in WEIGHTS:

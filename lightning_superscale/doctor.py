@@ -11,13 +11,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Literal
 
 import psutil
 import torch
 from rich.table import Table
 
+from lightning_superscale.offload.hardware import key_of
+from lightning_superscale.offload.hardware_cache import is_switched_off, profile_path, stored_profile
+from lightning_superscale.offload.numa import available_cpus, read_topology
 from lightning_superscale.ops import _lib, cuda, cuda_rt, torch_root
 from lightning_superscale.ops.pool import default_pool
 from lightning_superscale.plan import format_bytes
@@ -101,13 +103,26 @@ def _root(name: str) -> Check:
 
 
 def _cores(name: str) -> Check:
-    nodes = sorted(Path("/sys/devices/system/node").glob("node[0-9]*"))
-    usable = len(os.sched_getaffinity(0))
+    cpus = available_cpus()
+    num_nodes = len(set(read_topology(cpus).node_of.values()))
     threads = default_pool().num_threads
-    found = (
-        f"{usable} usable cores, {max(1, len(nodes))} NUMA node{'s' if len(nodes) > 1 else ''}; {threads} step threads"
-    )
+    found = f"{len(cpus)} usable cores, {num_nodes} NUMA node{'s' if num_nodes > 1 else ''}; {threads} step threads"
     return Check(name, "ok", found, "LSS_CPU_THREADS, or OffloadConfig(cpu_threads=...), changes the step threads")
+
+
+def _profile(name: str) -> Check:
+    if is_switched_off():
+        return Check(name, "note", "switched off by LSS_PROFILE", "unset it, so that offloading can choose by it")
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    key = key_of(device, available_cpus())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        stored = stored_profile(key)
+    if caught:
+        return Check(name, "note", str(caught[0].message))
+    if stored is None:
+        return Check(name, "note", f"none for one rank on {key.device}", "the first run that offloads measures it")
+    return Check(name, "ok", stored.summary(), f"delete {profile_path(key)} to measure again")
 
 
 def _memory(name: str) -> Check:
@@ -168,6 +183,7 @@ _CHECKS: tuple[tuple[str, Callable[[str], Check]], ...] = (
     ("native CPU library", _native),
     ("square root", _root),
     ("cores", _cores),
+    ("hardware profile", _profile),
     ("host memory", _memory),
     ("pinned memory", _pinned),
     ("CUDA devices", _cuda_devices),

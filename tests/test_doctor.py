@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
 
+import torch
+
 from lightning_superscale import doctor
 from lightning_superscale.cli import main
+from lightning_superscale.offload import hardware_cache
+from lightning_superscale.offload.hardware import key_of
+from lightning_superscale.offload.numa import available_cpus
+from tests.offload.test_planner import H100
 
 
 def test_doctor_prints_every_row_and_exits_0(capsys):
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
-    names = ("versions", "torch", "lightning", "native CPU library", "square root", "cores", "host memory")
-    names += ("pinned memory", "CUDA devices", "CUDA library", "Triton", "strategy names", "autoload")
+    names = ("versions", "torch", "lightning", "native CPU library", "square root", "cores", "hardware profile")
+    names += ("host memory", "pinned memory", "CUDA devices", "CUDA library", "Triton", "strategy names", "autoload")
     for name in names:
         assert name.split()[0] in out
 
@@ -26,6 +33,26 @@ def test_a_row_that_fails_to_look_is_an_error_row(monkeypatch):
     monkeypatch.setattr(doctor, "_CHECKS", (("broken", broken),))
     (check,) = doctor.examine()
     assert (check.status, check.found) == ("error", "OSError: no such thing")
+
+
+def test_the_profile_row_shows_what_is_filed_and_measures_nothing(monkeypatch, tmp_path):
+    def profile_row():
+        (row,) = (check for check in doctor.examine() if check.name == "hardware profile")
+        return row
+
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    key = key_of(device, available_cpus())  # finds the native library before the cache folder moves
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("LSS_PROFILE", raising=False)
+    assert profile_row().remedy == "the first run that offloads measures it"
+    assert not list(tmp_path.rglob("*.json"))
+    profile = dataclasses.replace(H100, key=key)
+    hardware_cache._write(hardware_cache.profile_path(key), profile)
+    assert (profile_row().status, profile_row().found) == ("ok", profile.summary())
+    hardware_cache.profile_path(key).write_text("{")
+    assert "is damaged" in profile_row().found
+    monkeypatch.setenv("LSS_PROFILE", "off")
+    assert profile_row().found == "switched off by LSS_PROFILE"
 
 
 def test_without_a_native_library_the_row_says_how_to_get_it():

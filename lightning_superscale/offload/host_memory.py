@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.ops.memory import HostBuffer
+from lightning_superscale.ops.pool import Pool
 
 
 @dataclass(slots=True)
@@ -18,9 +19,11 @@ class HostArena:
     """Allocates zeroed host buffers and counts them.
 
     Attributes:
+        pool: threads that touch each buffer first, so that it lies on their NUMA node; None: whoever writes first.
         pageable_bytes, pinned_bytes: what has been allocated and not been released.
     """
 
+    pool: Pool | None = None
     pageable_bytes: int = 0
     pinned_bytes: int = 0
 
@@ -31,7 +34,7 @@ class HostArena:
             self.pinned_bytes += nbytes
         else:
             self.pageable_bytes += nbytes
-        return HostBuffer(max(nbytes, 1), pin=is_pinned).tensor(dtype, numel)
+        return HostBuffer(max(nbytes, 1), pin=is_pinned, pool=self.pool).tensor(dtype, numel)
 
 
 def check_host_memory(needed_bytes: int) -> None:

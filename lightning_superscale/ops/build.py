@@ -37,12 +37,14 @@ def source_hash(root: Path) -> str:
     return digest.hexdigest()[:16]
 
 
+def user_cache() -> Path:
+    """The folder for what this package may make again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lightning_superscale"
+
+
 def cache_dir(root: Path) -> Path:
     """Where the libraries of the sources in `root` are, or would be."""
-    base = os.environ.get("LSS_BUILD_CACHE")
-    if not base:
-        base = str(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lightning_superscale")
-    return Path(base) / source_hash(root)
+    return Path(os.environ.get("LSS_BUILD_CACHE") or user_cache()) / source_hash(root)
 
 
 def _tool(name: str) -> str | None:

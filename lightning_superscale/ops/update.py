@@ -59,11 +59,11 @@ class UpdatePath:
     num_threads: int
 
 
-def update_path(device: torch.device, num_threads: int | None) -> UpdatePath:
-    """The best exact path for states on `device`; `num_threads` None leaves one core to the launching thread."""
+def update_path(device: torch.device, pool: Pool | None = None) -> UpdatePath:
+    """The best exact path for states on `device`; on the host it runs in `pool`, None for the process's."""
     if device.type == "cuda":
         return _cuda_path()
-    pool = default_pool() if num_threads is None else Pool(num_threads)
+    pool = pool or default_pool()
 
     def host_update(segments: Sequence[AdamWSegment]) -> HostUpdate:
         return HostUpdate(adamw.submit_adamw_commit(segments, stats=True, pool=pool))

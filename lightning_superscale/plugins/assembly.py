@@ -16,12 +16,13 @@ from lightning_superscale.offload.cpu_step import HostState, host_bytes
 from lightning_superscale.offload.deferred import DeferredState, deferred_host_bytes
 from lightning_superscale.offload.host_memory import HostArena, check_host_memory
 from lightning_superscale.offload.link import Link, link_for
-from lightning_superscale.ops.pool import Pool, default_pool
+from lightning_superscale.ops.pool import Pool
 from lightning_superscale.ops.update import UpdatePath, update_path
 from lightning_superscale.plan import ParallelPlan
 from lightning_superscale.plugins.byte_classes import byte_classes
 from lightning_superscale.plugins.checks import check_optimizers_over_ranks, check_parameters, facts_of_run
 from lightning_superscale.plugins.flow import EnginePublications, how_weights_flow, stream_the_rest
+from lightning_superscale.plugins.host_plan import HostPlan, plan_host
 from lightning_superscale.plugins.placement import first_grouping, settle_in
 from lightning_superscale.plugins.reasons import reasons_of, where_states_are
 from lightning_superscale.plugins.run_settings import RunSettings
@@ -62,16 +63,23 @@ class Assembly:
     engines: dict[Optimizer, OptimizerEngine]
     gates: list[PublishGates]
     link: Link | None
+    host: HostPlan
     update: UpdatePath
     buffers: BufferSync
     ranks: Ranks
     sharded: ShardedModule | None
     reasons: list[str] = field(default_factory=list)
     _has_settled_in: bool = False
+    _old_gates_seconds: float = 0.0
 
     @property
     def mesh(self) -> DataMesh:
         return self.settings.mesh
+
+    @property
+    def waited_seconds(self) -> float:
+        """How long weights that were under way kept the host inside forward, so far."""
+        return self._old_gates_seconds + sum(gates.waited_seconds for gates in self.gates)
 
     def settle_in(self) -> None:
         """Once the first step was taken, before the next one's forward: adapt to it. Every rank calls it."""
@@ -80,6 +88,7 @@ class Assembly:
             return
         self._has_settled_in = True
         if settle_in(self.engines.values(), self.mesh, offload, self.settings.device):
+            self._old_gates_seconds = self.waited_seconds
             for gates in self.gates:
                 gates.close()
             compiled = is_compiled(self.module)
@@ -138,7 +147,7 @@ class Assembly:
             num_params=sum(p.numel() for p in params),
             num_trainable=sum(p.numel() for p in params if p.requires_grad),
             num_units=len(units),
-            unit_bytes=settings.unit_bytes,
+            unit_bytes=self.host.unit_bytes,
             cpu_threads=self.update.num_threads,
             kernel="its own code" if own else self.update.name,
             bytes=byte_classes(
@@ -150,6 +159,7 @@ class Assembly:
             ),
             reasons=[
                 *self.reasons,
+                *self.host.reasons,
                 *where_states_are(self.engines.values(), settings, has_settled_in=self._has_settled_in),
                 *(f"the optimizer steps through its own code: {reason}" for reason in own),
             ],
@@ -166,14 +176,14 @@ def assemble(module: nn.Module, optimizers: Sequence[Optimizer], settings: RunSe
     """
     mesh, offload = settings.mesh, settings.offload
     _check_on_all_ranks(module, optimizers, settings)
+    host = plan_host(optimizers, settings)
     sharded = _sharded(module, optimizers, settings)
     fqn_of = {param: fqn for fqn, param in module.named_parameters()}
     link = None if offload is None else link_for(settings.device, settings.timeline)
     where = settings.device if offload is None else torch.device("cpu")
-    update = update_path(where, None if offload is None or offload.cpu_threads == "auto" else offload.cpu_threads)
-    pool = default_pool() if offload is None or offload.cpu_threads == "auto" else Pool(offload.cpu_threads)
-    arena = HostArena()
-    make_state = _state_maker(link, settings, pool, arena)
+    update = update_path(where, host.pool)
+    arena = HostArena(host.pool)
+    make_state = _state_maker(link, settings, host.pool, arena)
     block_of = {} if settings.flow is None else settings.flow.block_of
     ranks = ranks_of(mesh, fqn_of, num_buffers=len(list(module.buffers())))
     engines = {
@@ -185,7 +195,7 @@ def assemble(module: nn.Module, optimizers: Sequence[Optimizer], settings: RunSe
                 ranks,
                 settings,
                 sharded,
-                first_grouping(optimizer, fqn_of, offload, settings.unit_bytes, block_of),
+                first_grouping(optimizer, fqn_of, offload, host.unit_bytes, block_of),
                 f"optimizer {number}",
             ),
             make_state=make_state,
@@ -210,7 +220,7 @@ def assemble(module: nn.Module, optimizers: Sequence[Optimizer], settings: RunSe
     if offload is not None:
         reasons.append(how_weights_flow(offload, settings.flow, module))
     buffers = BufferSync(ranks, module)
-    return Assembly(module, settings, engines, gates, link, update, buffers, ranks, sharded, reasons)
+    return Assembly(module, settings, engines, gates, link, host, update, buffers, ranks, sharded, reasons)
 
 
 def _sharded(module: nn.Module, optimizers: Sequence[Optimizer], settings: RunSettings) -> ShardedModule | None:
@@ -292,7 +302,7 @@ def _native_maker(settings: RunSettings, update: UpdatePath) -> Callable[[Optimi
         return NativeStep(optimizer, guard, update.submit, timeline=timeline)
 
     def split(optimizer: Optimizer, guard: StepGuard) -> StepRule:
-        device = on_device(optimizer, guard, update_path(settings.device, None))
+        device = on_device(optimizer, guard, update_path(settings.device))
         return SplitStep(optimizer, guard, host=on_host(optimizer, guard), device=device)
 
     return split

@@ -85,6 +85,9 @@ class ScaleMonitorMixin(_Base):
         if isinstance(trainer.strategy, SuperScaleStrategyMixin):
             console.print(bytes_table(trainer.strategy, self._link_start))
         console.print(self.time_table(trainer))
+        if isinstance(trainer.strategy, SuperScaleStrategyMixin):
+            for line in trainer.strategy.exposure():
+                console.print(f"- {line}", soft_wrap=True)
 
     def time_table(self, trainer: Trainer) -> Table:
         """How the run's wall time divided, per batch and as a share, and tokens/s."""

@@ -12,8 +12,6 @@ from lightning_superscale.offload.weight_flow import WeightFlow
 from lightning_superscale.timeline import UNTIMED, Timeline
 from lightning_superscale.zero.gather_order import GatherOrder
 
-MIB = 2**20
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunSettings:
@@ -50,10 +48,6 @@ class RunSettings:
     def defers(self) -> bool:
         """Whether Adam and AdamW on the host step one commit behind, during backward and the next forward."""
         return self.offload is not None and self.offload.engine == "superoffload"
-
-    @property
-    def unit_bytes(self) -> int:
-        return (self.zero.bucket_mb if self.offload is None else self.offload.bucket_mb) * MIB
 
     @property
     def streams(self) -> bool:

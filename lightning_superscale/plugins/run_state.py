@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -13,7 +14,9 @@ from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.offload.weight_flow import WeightFlow
 from lightning_superscale.plan import ParallelPlan
 from lightning_superscale.plugins.assembly import Assembly
+from lightning_superscale.plugins.exposure import exposure_of
 from lightning_superscale.plugins.rank_environment import RankEnvironment
+from lightning_superscale.plugins.timing import PhaseSeconds
 from lightning_superscale.zero.initial_weights import is_on_meta
 from lightning_superscale.zero.placed import placed_state, whole_state
 from lightning_superscale.zero.ranks import Ranks
@@ -37,6 +40,7 @@ class RunStateMixin(_Base):
 
     _assembly: Assembly | None
     _finished: Assembly | None
+    phase_seconds: PhaseSeconds
     _flow: WeightFlow | None
     _was_on_meta: bool
     _environment: RankEnvironment
@@ -77,7 +81,12 @@ class RunStateMixin(_Base):
         """
         if self._assembly is None:
             raise SuperScaleError("the plan is known once trainer.fit() has set up the model and its optimizers.")
-        return self._assembly.plan()
+        plan = self._assembly.plan()
+        return replace(plan, reasons=[*plan.reasons, *self.exposure()])
+
+    def exposure(self) -> list[str]:
+        """How much of a step the host optimizer should leave exposed, and does; nothing without offload."""
+        return [] if self._assembly is None else exposure_of(self._assembly, self.phase_seconds)
 
     def explain(self) -> str:
         """What lives where, in which dtype, how large, and why. Known from `on_fit_start` on."""

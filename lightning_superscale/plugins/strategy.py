@@ -243,6 +243,7 @@ class SuperScaleStrategyMixin(RunStateMixin, _Base):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         num_steps = self.phase_seconds.num_steps
+        entered = time.perf_counter()
         if self._recorder is not None:
             self._recorder.before_forward(num_steps)
         if self._assembly is not None:
@@ -250,11 +251,14 @@ class SuperScaleStrategyMixin(RunStateMixin, _Base):
                 self._assembly.settle_in()
             self._assembly.enter_step()
         start = time.perf_counter()
+        self.phase_seconds.before += start - entered
         try:
             with self._recorded("forward"):
                 return super().training_step(*args, **kwargs)
         finally:
             self.phase_seconds.forward += time.perf_counter() - start
+            if self._assembly is not None:
+                self.phase_seconds.gates = self._assembly.waited_seconds
             if self._recorder is not None and self._recorder.timeline.is_open:
                 self._recorder.after_forward(num_steps, self._facts())
 
@@ -325,11 +329,13 @@ class SuperScaleStrategyMixin(RunStateMixin, _Base):
         model: Union[LightningModule, nn.Module, None] = None,
         **kwargs: Any,
     ) -> Any:
+        start, inside = time.perf_counter(), self.phase_seconds.inside
         self._rest_weights(are_visible=False)  # after a backward that Lightning did not run
         result = super().optimizer_step(optimizer, closure, model, **kwargs)
-        self.phase_seconds.num_steps += 1
         if self._awaits_weights:
             self._wait_for_weights()
+        self.phase_seconds.step += time.perf_counter() - start - (self.phase_seconds.inside - inside)
+        self.phase_seconds.end_step()
         return result
 
     def teardown(self) -> None:

@@ -2,13 +2,66 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+# The first steps warm caches up, and states may move after the first.
+WARM_UP_STEPS, LEAST_STEPS = 2, 3
+
+
+class StepSeconds(NamedTuple):
+    """Host seconds of one optimizer step, the mean over `num_steps`.
+
+    Attributes:
+        forward, backward: of the model, without what it waited for at its gates.
+        exposed: what the step took beyond both.
+    """
+
+    forward: float
+    backward: float
+    exposed: float
+    num_steps: int
 
 
 @dataclass(slots=True)
 class PhaseSeconds:
-    """Host seconds in forward and backward, summed over `num_steps` optimizer steps."""
+    """Host seconds, summed over `num_steps` optimizer steps.
+
+    Attributes:
+        forward: in training steps; `gates` of it waited for weights.
+        before: waited for weights before forward began.
+        step: in optimizer steps, beyond the forward and backward that run inside.
+        warm: the sums when the first steps were over.
+    """
 
     forward: float = 0.0
     backward: float = 0.0
+    gates: float = 0.0
+    before: float = 0.0
+    step: float = 0.0
     num_steps: int = 0
+    warm: PhaseSeconds | None = None
+
+    @property
+    def inside(self) -> float:
+        """Seconds that an optimizer step's closure accounts for itself."""
+        return self.forward + self.backward + self.before
+
+    def end_step(self) -> None:
+        """An optimizer step is over."""
+        self.num_steps += 1
+        if self.num_steps == WARM_UP_STEPS:
+            self.warm = replace(self)
+
+    def steady(self) -> StepSeconds | None:
+        """A step's seconds after the warm-up; None before enough steps were taken."""
+        warm = self.warm
+        if warm is None or self.num_steps < warm.num_steps + LEAST_STEPS:
+            return None
+        num_steps = self.num_steps - warm.num_steps
+        gates = self.gates - warm.gates
+        forward = self.forward - warm.forward - gates
+        exposed = gates + self.before - warm.before + self.step - warm.step
+        return StepSeconds(
+            forward / num_steps, (self.backward - warm.backward) / num_steps, exposed / num_steps, num_steps
+        )

@@ -9,6 +9,7 @@ a module that owns it had run. A unit seen otherwise stays at the root gate for 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import torch
@@ -26,9 +27,13 @@ class PublishGates:
         root: the module whose submodules own the transport's parameters.
         per_module: False keeps every unit at the root gate (compiled models: a hook per module would
             break their graphs; held gradients: nothing observes them).
+
+    Attributes:
+        waited_seconds: how long modules' gates kept the host inside forward, so far.
     """
 
     def __init__(self, root: nn.Module, transport: Transport, *, per_module: bool) -> None:
+        self.waited_seconds = 0.0
         self._transport = transport
         self._hooks: list[RemovableHandle] = []
         self._owners: dict[nn.Parameter, list[nn.Module]] = {}
@@ -53,7 +58,9 @@ class PublishGates:
     def _hook(self, units: tuple[ShardUnit, ...]) -> Callable[[nn.Module, object], None]:
         def wait(module: nn.Module, _inputs: object) -> None:
             self._entered.add(module)
+            start = time.perf_counter()
             self._transport.wait_published(units)
+            self.waited_seconds += time.perf_counter() - start
 
         return wait
 

@@ -43,7 +43,9 @@ def build_engine(
     pool = Pool(num_threads or 2)
 
     def make_native(own, guard):
-        native = NativeStep(own, guard, update_path(torch.device("cpu"), num_threads).submit)
+        native = NativeStep(
+            own, guard, update_path(torch.device("cpu"), Pool(num_threads) if num_threads else None).submit
+        )
         host = DeferredStep(own, guard, looks_ahead=is_streamed) if is_deferred else native
         return SplitStep(own, guard, host=host, device=native)
 

@@ -93,7 +93,7 @@ def build(model, rank, world_size, case, *, optimizer=None, **how):
 
 
 def _native(optimizer, guard):
-    return NativeStep(optimizer, guard, update_path(torch.device("cpu"), None).submit)
+    return NativeStep(optimizer, guard, update_path(torch.device("cpu")).submit)
 
 
 def build_all(model, rank, world_size, case, optimizers, *, store=None, shard_size=None, watch=None):

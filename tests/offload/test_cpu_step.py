@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import psutil
 import pytest
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from lightning_superscale.offload.cpu_step import HostState, host_bytes
 from lightning_superscale.offload.deferred import DeferredState, deferred_host_bytes
 from lightning_superscale.offload.host_memory import HostArena, check_host_memory
 from lightning_superscale.offload.link import CpuLink
+from lightning_superscale.ops import _lib
 from lightning_superscale.ops.memory import RecycledMemory
 from lightning_superscale.ops.pool import Pool
 from lightning_superscale.zero.bucket_unit import BucketUnit
@@ -99,6 +101,18 @@ def test_masters_keep_lower_bits_where_the_weight_was_not_edited():
     state.reload([0])
     assert state.master[0] == 3.0
     assert torch.equal(state.master[1:192], kept)
+
+
+@pytest.mark.skipif(_lib.native() is None, reason="torch allocates without the native library")
+def test_the_pool_touches_buffers_first():
+    """Resident memory: a mapping that nobody has written to takes none."""
+    nbytes, resident = 2**26, psutil.Process().memory_info
+    before = resident().rss
+    untouched = HostArena().zeros(nbytes, torch.uint8, is_pinned=False)
+    between = resident().rss
+    touched = HostArena(Pool(1)).zeros(nbytes, torch.uint8, is_pinned=False)
+    assert between - before < nbytes // 2 < resident().rss - between
+    assert untouched.shape == touched.shape
 
 
 def test_too_little_host_memory_is_refused_with_both_numbers():

@@ -55,7 +55,7 @@ def simulate(times: StepTimes) -> tuple[float, list[torch.Tensor]]:
         return TimedState(unit, link, arena, is_pinned=False, pool=default_pool(), time=time, seconds_per_param=seconds)
 
     def make_native(own, guard):
-        device = NativeStep(own, guard, update_path(torch.device("cpu"), None).submit)
+        device = NativeStep(own, guard, update_path(torch.device("cpu")).submit)
         return SplitStep(own, guard, host=DeferredStep(own, guard, worker=VirtualWorker(time)), device=device)
 
     engine = OptimizerEngine(

@@ -1,0 +1,130 @@
+"""Which CPUs the host optimizer of one rank should run on: near its device, and no other rank's.
+
+[Note: Share of the cores] Ranks of one host that may all run on the same CPUs divide them among themselves, those whose
+devices hang on one NUMA node that node's. A launcher that bound ranks has decided already. Hardware threads
+of one core stay together, because two ranks on one core would halve one another. Of its share a rank leaves the first
+core to the thread that launches the model's work.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+_SYS = Path("/sys")
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """Where CPUs are.
+
+    Attributes:
+        node_of: NUMA node of each CPU; 0 where the system does not say.
+        core_of: the first hardware thread of each CPU's core; the CPU itself where the system does not say.
+    """
+
+    node_of: Mapping[int, int]
+    core_of: Mapping[int, int]
+
+    def in_order(self, cpus: Iterable[int]) -> tuple[int, ...]:
+        """CPUs by node, then by core: a contiguous piece is as near together as can be."""
+        return tuple(sorted(cpus, key=lambda cpu: (self.node_of.get(cpu, 0), self.core_of.get(cpu, cpu), cpu)))
+
+
+def parse_cpulist(text: str) -> tuple[int, ...]:
+    """CPUs of a list as the kernel writes it, such as `0-3,8,10-11`; none for an empty one.
+
+    Raises:
+        ValueError: not such a list.
+    """
+    cpus: list[int] = []
+    for part in filter(None, text.strip().split(",")):
+        first, _, last = part.partition("-")
+        cpus.extend(range(int(first), int(last or first) + 1))
+    return tuple(cpus)
+
+
+def read_topology(cpus: Iterable[int], root: Path = _SYS) -> Topology:
+    """Where some CPUs are, as far as the files under `root` (/sys) say."""
+    wanted = set(cpus)
+    node_of, core_of = dict.fromkeys(wanted, 0), {cpu: cpu for cpu in wanted}
+    for folder in sorted((root / "devices/system/node").glob("node[0-9]*")):
+        for cpu in wanted.intersection(_cpulist_in(folder / "cpulist")):
+            node_of[cpu] = int(folder.name.removeprefix("node"))
+    for cpu in wanted:
+        siblings = _cpulist_in(root / f"devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        core_of[cpu] = min(siblings, default=cpu)
+    return Topology(node_of, core_of)
+
+
+def _cpulist_in(path: Path) -> tuple[int, ...]:
+    try:
+        return parse_cpulist(path.read_text())
+    except (OSError, ValueError):
+        return ()  # not Linux, or a container that hides it: then nothing is known
+
+
+def node_of_pci_device(address: str, root: Path = _SYS) -> int | None:
+    """NUMA node of a PCI device such as `0000:65:00.0`; None where it has none, or nobody says."""
+    try:
+        node = int((root / "bus/pci/devices" / address.lower() / "numa_node").read_text())
+    except (OSError, ValueError):
+        return None
+    return None if node < 0 else node
+
+
+def available_cpus() -> tuple[int, ...]:
+    """CPUs that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return tuple(sorted(os.sched_getaffinity(0)))
+    return tuple(range(os.cpu_count() or 1))
+
+
+@dataclass(frozen=True, slots=True)
+class RankPlace:
+    """Where one rank runs.
+
+    Attributes:
+        host: the machine's name.
+        cpus: that the rank may run on.
+        node: NUMA node of its device; None where that has none.
+    """
+
+    host: str
+    cpus: tuple[int, ...]
+    node: int | None
+
+
+def share_of_cpus(places: Sequence[RankPlace], rank: int, topology: Topology) -> tuple[int, ...]:
+    """CPUs that one rank should use ([Note: Share of the cores]), never none.
+
+    Args:
+        places: of all ranks.
+        topology: of this rank's CPUs.
+    """
+    own = places[rank]
+    peers = [other for other, place in enumerate(places) if (place.host, place.cpus) == (own.host, own.cpus)]
+    near = topology.in_order(cpu for cpu in own.cpus if topology.node_of.get(cpu) == own.node)
+    if near:
+        peers = [other for other in peers if places[other].node == own.node]
+    cpus = near or topology.in_order(own.cpus)
+    cores = list(dict.fromkeys(topology.core_of.get(cpu, cpu) for cpu in cpus))
+    if len(cores) < len(peers):
+        return cpus  # too few for a core each
+    mine = peers.index(rank)
+    first, end = (len(cores) * place // len(peers) for place in (mine, mine + 1))
+    kept = set(cores[first:end])
+    return tuple(cpu for cpu in cpus if topology.core_of.get(cpu, cpu) in kept)
+
+
+def worker_cpus(share: Sequence[int], topology: Topology) -> tuple[int, ...]:
+    """CPUs to bind the host optimizer's threads to: the share without its first core.
+
+    None with fewer than three cores: a worker that is bound to the only core left could give way to nobody.
+    """
+    cores = list(dict.fromkeys(topology.core_of.get(cpu, cpu) for cpu in share))
+    if len(cores) < 3:
+        return ()
+    return tuple(cpu for cpu in share if topology.core_of.get(cpu, cpu) != cores[0])
