@@ -218,7 +218,7 @@ def assemble(module: nn.Module, optimizers: Sequence[Optimizer], settings: RunSe
     gates = _gates(module, engines.values(), settings, is_model_compiled=compiled)
     reasons = reasons_of(settings, is_model_compiled=compiled)
     if offload is not None:
-        reasons.append(how_weights_flow(offload, settings.flow, module))
+        reasons.append(how_weights_flow(settings.weights, settings.flow, module))
     buffers = BufferSync(ranks, module)
     return Assembly(module, settings, engines, gates, link, host, update, buffers, ranks, sharded, reasons)
 

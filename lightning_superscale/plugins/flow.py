@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from lightning_superscale.config import OffloadConfig, ZeroConfig
 from lightning_superscale.errors import SuperScaleError
+from lightning_superscale.offload.device_memory import free_device_bytes
 from lightning_superscale.offload.flowing_weights import FlowingWeights, StreamedUnit
 from lightning_superscale.offload.host_memory import HostArena
 from lightning_superscale.offload.link import Link, link_for
@@ -24,17 +26,48 @@ from lightning_superscale.zero.wrapping import blocks_with_own_params
 _STATIONARY = "Use OffloadConfig(weights='stationary')."
 
 
-def resolve_weights(offload: OffloadConfig) -> tuple[bool, str]:
-    """Whether weights flow, and why: what "auto" means is decided here."""
-    if offload.weights == "flow":
-        return True, "OffloadConfig.weights is 'flow'"
-    if offload.weights == "stationary":
-        return False, "OffloadConfig.weights is 'stationary'"
-    return False, "OffloadConfig.weights is 'auto', which does not weigh sizes yet; 'flow' streams them from the host"
+# The rest of the device is for activations, gradients under way and buffers.
+_MOST_OF_DEVICE = 0.75
 
 
-def weights_flow(offload: OffloadConfig | None) -> bool:
-    return offload is not None and resolve_weights(offload)[0]
+@dataclass(frozen=True, slots=True)
+class WeightsChoice:
+    """Whether weights flow, and the clause of `explain()` that says why."""
+
+    flow: bool
+    reason: str
+
+
+def choose_weights(
+    offload: OffloadConfig | None, zero: ZeroConfig, module: nn.Module, device: torch.device, num_ranks: int
+) -> WeightsChoice:
+    """What `OffloadConfig.weights` means for a model that is not on the device yet. No rank asks another one."""
+    if offload is None:
+        return WeightsChoice(False, "nothing is offloaded")
+    if offload.weights != "auto":
+        return WeightsChoice(offload.weights == "flow", f"OffloadConfig.weights is {offload.weights!r}")
+    free = free_device_bytes(device)
+    if free is None:
+        return WeightsChoice(False, "device memory is host memory here, so that flowing would save none")
+    needed = sum(param.nbytes for param in module.parameters())
+    free += sum(param.nbytes for param in module.parameters() if param.device == device)
+    share = f"they take {format_bytes(needed)} of {format_bytes(free)} that are free there"
+    if needed <= _MOST_OF_DEVICE * free:
+        return WeightsChoice(False, share)
+    why_not = _why_not_flow(offload, zero, module, num_ranks)
+    if why_not is not None:
+        return WeightsChoice(False, f"{share}, but {why_not}")
+    return WeightsChoice(True, share)
+
+
+def _why_not_flow(offload: OffloadConfig, zero: ZeroConfig, module: nn.Module, num_ranks: int) -> str | None:
+    if num_ranks > 1 or zero.stage == 3:
+        return "weights flow on one rank only; zero=3 shards them over ranks"
+    if is_compiled(module) or getattr(module, "_compiler_ctx", None) is not None:
+        return "a compiled graph keeps views of weights"
+    if offload.gpu_fraction not in ("auto", 0):
+        return f"gpu_fraction={offload.gpu_fraction} keeps states there, and their weights with them"
+    return None if blocks_with_own_params(module) else "the model has no repeated blocks to stream"
 
 
 def check_flow(zero: ZeroConfig, offload: OffloadConfig | None, num_ranks: int) -> None:
@@ -43,7 +76,7 @@ def check_flow(zero: ZeroConfig, offload: OffloadConfig | None, num_ranks: int) 
     Raises:
         SuperScaleError: names the option and what to do.
     """
-    if not weights_flow(offload):
+    if offload is None or offload.weights != "flow":
         return
     if zero.stage == 3:
         raise SuperScaleError(
@@ -108,17 +141,16 @@ def flow_alone(flow: WeightFlow, device: torch.device, *, is_pinned: bool) -> No
     stream_the_rest(flow, link_for(device), device, HostArena(), is_pinned=is_pinned)
 
 
-def how_weights_flow(offload: OffloadConfig, flow: WeightFlow | None, module: nn.Module) -> str:
+def how_weights_flow(choice: WeightsChoice, flow: WeightFlow | None, module: nn.Module) -> str:
     """One sentence for `explain()`."""
-    why = resolve_weights(offload)[1]
     if flow is None:
-        return f"weights stay on the device: {why}"
+        return f"weights stay on the device: {choice.reason}"
     flowing = sum(param.numel() * param.element_size() for param in flow.block_of)
     whole = sum(param.numel() * param.element_size() for param in module.parameters())
     return (
         f"weights of {flow.num_blocks} blocks ({format_bytes(flowing)} of {format_bytes(whole)}) flow from host memory "
         f"through at most {format_bytes(flow.most_device_bytes)} of the device, in forward and in backward; weights "
-        f"that no block or more than one owns stay there: {why}"
+        f"that no block or more than one owns stay there: {choice.reason}"
     )
 
 

@@ -9,6 +9,7 @@ import torch
 from lightning_superscale.comm.mesh import DataMesh
 from lightning_superscale.config import OffloadConfig, ZeroConfig
 from lightning_superscale.offload.weight_flow import WeightFlow
+from lightning_superscale.plugins.flow import WeightsChoice
 from lightning_superscale.timeline import UNTIMED, Timeline
 from lightning_superscale.zero.gather_order import GatherOrder
 
@@ -23,7 +24,8 @@ class RunSettings:
         is_automatic: whether Lightning runs backward and step, or the user's training_step.
         timeline: where a step is recorded, when one is.
         order: compares gathers between ranks; needed by stage 3 over several ranks.
-        flow: brings weights from the host when they are used; None when they stay on the device.
+        weights: whether weights flow from the host, and why.
+        flow: brings them when they are used; None when they stay on the device.
     """
 
     mesh: DataMesh
@@ -36,6 +38,7 @@ class RunSettings:
     why_awaited: str | None
     is_automatic: bool
     order: GatherOrder | None
+    weights: WeightsChoice
     flow: WeightFlow | None = None
     timeline: Timeline = UNTIMED
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_superscale.errors import SuperScaleError
-from lightning_superscale.offload.weight_flow import WeightFlow
 from lightning_superscale.plan import ParallelPlan
 from lightning_superscale.plugins.assembly import Assembly
+from lightning_superscale.plugins.evaluation import EvaluationMixin
 from lightning_superscale.plugins.exposure import exposure_of
 from lightning_superscale.plugins.rank_environment import RankEnvironment
 from lightning_superscale.plugins.timing import PhaseSeconds
@@ -21,54 +20,20 @@ from lightning_superscale.zero.initial_weights import is_on_meta
 from lightning_superscale.zero.placed import placed_state, whole_state
 from lightning_superscale.zero.ranks import Ranks
 
-if TYPE_CHECKING:
-    from lightning.pytorch.strategies import DDPStrategy as _Base
-else:
-    _Base = object
 
-
-class RunStateMixin(_Base):
+class RunStateMixin(EvaluationMixin):
     """Plan, norms and state of the run that is assembled, or was last.
 
     Attributes:
-        _assembly: the running parts, between setup and teardown of `fit()`.
-        _finished: those of the run before, while their sharded states can still be saved.
-        _flow: brings weights from the host when they are used, during training and evaluation; None when they stay.
+        _finished: the parts of the run before, while their sharded states can still be saved.
         _was_on_meta: whether any part of the module was on the meta device when `setup` began.
         _environment: the other ranks.
     """
 
-    _assembly: Assembly | None
     _finished: Assembly | None
     phase_seconds: PhaseSeconds
-    _flow: WeightFlow | None
     _was_on_meta: bool
     _environment: RankEnvironment
-
-    def _wait_for_weights(self) -> None:
-        if self._assembly is not None:
-            self._assembly.wait_all_published()
-
-    # Weights that flow
-
-    @contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        self._wait_for_weights()
-        if self._flow is None:
-            yield
-            return
-        self._flow.enter()
-        try:
-            yield
-        finally:
-            self._rest_weights(are_visible=True)
-
-    def _rest_weights(self, *, are_visible: bool) -> None:
-        """After a forward or backward: weights that flow are in host memory, where user code may look at them."""
-        if self._flow is not None:
-            self._flow.rest()
-            if are_visible:
-                self._flow.synchronize()
 
     # What users ask
 

@@ -18,7 +18,14 @@ from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.offload.weight_flow import WeightFlow
 from lightning_superscale.plugins.assembly import Assembly, assemble
 from lightning_superscale.plugins.checks import refuse_averaging
-from lightning_superscale.plugins.flow import check_flow, flow_alone, flow_of, place_resident, weights_flow
+from lightning_superscale.plugins.flow import (
+    WeightsChoice,
+    check_flow,
+    choose_weights,
+    flow_alone,
+    flow_of,
+    place_resident,
+)
 from lightning_superscale.plugins.precision import PRECISIONS, SuperScalePrecisionMixin, check_precision
 from lightning_superscale.plugins.rank_environment import RankEnvironment, check_axes
 from lightning_superscale.plugins.reasons import device_share
@@ -79,6 +86,7 @@ class SuperScaleStrategyMixin(RunStateMixin, _Base):
         self._assembly: Assembly | None = None
         self._finished: Assembly | None = None
         self._flow: WeightFlow | None = None
+        self._weights = WeightsChoice(False, "zero=3 shards them over ranks")
         self._environment = RankEnvironment()
         self._awaits_weights = True
         self._shows_weights = True
@@ -193,10 +201,11 @@ class SuperScaleStrategyMixin(RunStateMixin, _Base):
     def _place(self, model: nn.Module) -> None:
         """Give the model its initial weights on the device; those that flow stay in host memory."""
         offload = self.offload_config
-        flows = weights_flow(offload)
-        materialise_all(model, torch.device("cpu") if flows else self.root_device)
-        if flows and offload is not None:
+        chosen = choose_weights(offload, self.zero_config, model, self.root_device, self._num_ranks)
+        materialise_all(model, torch.device("cpu") if chosen.flow else self.root_device)
+        if chosen.flow and offload is not None:
             self._flow = flow_of(model, offload)
+        self._weights = chosen
         self.model_to_device()
 
     def _assemble(self, trainer: Trainer) -> None:
@@ -218,6 +227,7 @@ class SuperScaleStrategyMixin(RunStateMixin, _Base):
             why_awaited=awaited,
             is_automatic=module.automatic_optimization,
             order=self._environment.order,
+            weights=self._weights,
             flow=self._flow,
             timeline=self._recorder.timeline,
         )
@@ -277,23 +287,6 @@ class SuperScaleStrategyMixin(RunStateMixin, _Base):
             "is_deferred": self._assembly.settings.defers,
             "device_share": device_share(self._assembly.engines.values()),
         }
-
-    def on_validation_start(self) -> None:
-        super().on_validation_start()
-        if self._assembly is not None:
-            self._assembly.buffers.sync()
-
-    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        with self._evaluating():
-            return super().validation_step(*args, **kwargs)
-
-    def test_step(self, *args: Any, **kwargs: Any) -> Any:
-        with self._evaluating():
-            return super().test_step(*args, **kwargs)
-
-    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
-        with self._evaluating():
-            return super().predict_step(*args, **kwargs)
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         start = time.perf_counter()

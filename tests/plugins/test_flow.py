@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import lightning as L
 import pytest
 import torch
@@ -382,7 +384,45 @@ def test_explain_says_what_flows_and_counts_its_bytes():
     assert rows["weights"].arithmetic == f"2 B x {resident:,}"
     plain = Told()
     fit(plain, strategy(weights="auto"))
-    assert "weights stay on the device: OffloadConfig.weights is 'auto'" in plain.told
+    assert "weights stay on the device: device memory is host memory here" in plain.told
+
+
+class Blockless(L.LightningModule):
+    loss, training_step, configure_optimizers = Deep.loss, Deep.training_step, Deep.configure_optimizers
+
+    def __init__(self):
+        super().__init__()
+        self.out = nn.Linear(17, 5)
+
+    def forward(self, x):
+        return self.out(x)
+
+
+@pytest.mark.parametrize(
+    ("module", "share_of_need", "options", "flows", "reason"),
+    [
+        (Deep, 1.3, {}, True, "of the device, in forward and in backward.* they take .* of .* that are free there"),
+        (Deep, 1.4, {}, False, "weights stay on the device: they take .* that are free there"),
+        (Deep, 1.0, {"gpu_fraction": 0.5}, False, r"free there, but gpu_fraction=0\.5 keeps states there"),
+        (Blockless, 1.0, {}, False, "free there, but the model has no repeated blocks to stream"),
+    ],
+)
+def test_auto_lets_weights_flow_that_would_crowd_the_device(monkeypatch, module, share_of_need, options, flows, reason):
+    """The device's free memory is made up."""
+    trained = module()
+    needed = sum(p.nbytes for p in trained.parameters())
+    free = int((share_of_need - 1) * needed)  # beside the weights, which are in this device's memory already
+    monkeypatch.setattr("lightning_superscale.plugins.flow.free_device_bytes", lambda device: free)
+    told = []
+
+    class Tells(L.Callback):
+        def on_train_end(self, trainer, pl_module):
+            told.append((trainer.strategy.explain(), trainer.strategy._flow is not None))
+
+    fit(trained, strategy(weights="auto", **options), callbacks=[Tells()])
+    [(explained, has_flow)] = told
+    assert has_flow == flows
+    assert re.search(reason, explained)
 
 
 @pytest.mark.parametrize(
