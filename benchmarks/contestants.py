@@ -1,8 +1,9 @@
-"""One contestant of `step_cost.py` or `zero.py`, or one rank of it, in a process of its own: steps when told to.
+"""One contestant of `step_cost.py`, `zero.py` or `superoffload.py`, or one rank of it, in a process of its own.
 
-Talks JSON lines: says `{"ready": ...}` once warm; answers a number on standard input with the CPU seconds (of
-all threads), wall seconds and loss of that many steps; answers "end" with a digest of its weights. CPU time is
-read at the end of each step, so what a step leaves to worker threads is counted in the next one.
+Steps when told to. Talks JSON lines: says `{"ready": ...}` once warm; answers a number on standard input with the CPU
+seconds (of all threads), wall seconds and loss of that many steps; answers "end" with a digest of its weights. CPU time
+is read at the end of each step, so what a step leaves to worker threads is counted in the next one; with `--settle` a
+turn ends only when nothing is under way any more.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.models import SHAPES, Decoder, Shape, batches, num_params
 
+CPU = torch.device("cpu")
 ADAMW = {"lr": 3e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
 
@@ -38,13 +40,18 @@ class Turns:
     Sized, so that Lightning does not prefetch: it asks for a batch only when the step before it has ended.
 
     Attributes:
-        on_warm: called between warm-up and the first step that counts.
+        device: where the model trains.
+        on_warm, on_end: called between warm-up and the first step that counts, and after the last.
+        settle: returns when the last step's work is done; None where the next step may go on with it.
     """
 
-    def __init__(self, shape: Shape, warmup: int, out: IO[str]) -> None:
+    def __init__(self, shape: Shape, warmup: int, out: IO[str], device: str = "cpu") -> None:
+        self.device = torch.device(device)
+        self.settle: Callable[[], None] | None = None
         self._batch = batches(shape)
         self._rank, self._num_ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         self.on_warm: Callable[[], None] = lambda: None
+        self.on_end: Callable[[], None] = lambda: None
         self._warmup = warmup
         self._out = out
         self._losses: list[Tensor] = []
@@ -63,20 +70,25 @@ class Turns:
     def __iter__(self) -> Iterator[Tensor]:
         step = 0
         for _ in range(self._warmup):
-            yield self._batch(step * self._num_ranks + self._rank)
+            yield self._next(step)
             step += 1
         self._losses.clear()
+        if self.settle is not None:
+            self.settle()
         self.on_warm()
         cpu = time.process_time()
         self.say(ready=self.facts)
         for line in sys.stdin:
             if line.strip() == "end":
+                self.on_end()
                 return
             cpus, walls = [], []
             for _ in range(int(line)):
                 start = time.perf_counter()
-                yield self._batch(step * self._num_ranks + self._rank)
+                yield self._next(step)
                 step += 1
+                if self.settle is not None and len(walls) + 1 == int(line):
+                    self.settle()
                 now = time.process_time()
                 walls.append(time.perf_counter() - start)
                 cpus.append(now - cpu)
@@ -85,9 +97,12 @@ class Turns:
             self._losses.clear()
             self.say(cpu=cpus, wall=walls, loss=losses)
 
+    def _next(self, step: int) -> Tensor:
+        return self._batch(step * self._num_ranks + self._rank).to(self.device)
 
-def build_model(shape: Shape, precision: str) -> Decoder:
-    model = Decoder(shape)
+
+def build_model(shape: Shape, precision: str, device: torch.device = CPU) -> Decoder:
+    model = Decoder(shape).to(device)
     return model.to(torch.bfloat16) if precision == "bf16-true" else model
 
 
@@ -119,6 +134,41 @@ def run_loop(turns: Turns, shape: Shape, precision: str, clip: float, *, fused: 
     return model
 
 
+def run_passes(turns: Turns, shape: Shape, precision: str, clip: float) -> nn.Module:
+    """Forward and backward without any optimizer: what every step costs at least."""
+    model = build_model(shape, precision, turns.device)
+    for ids in turns:
+        loss = model.loss(ids)
+        loss.backward()
+        for param in model.parameters():
+            param.grad = None
+        turns.record(loss)
+    return model
+
+
+def watch_offload(turns: Turns, assembly: Any) -> None:
+    """Count what goes over the link, and let `--settle` wait for our host steps too."""
+    link = assembly.link
+
+    def start_counting() -> None:
+        turns.facts["d2h"], turns.facts["h2d"] = -link.bytes.d2h, -link.bytes.h2d
+
+    def stop_counting() -> None:
+        turns.facts["d2h"] += link.bytes.d2h
+        turns.facts["h2d"] += link.bytes.h2d
+        rows = assembly.plan().bytes
+        turns.facts["host_bytes"] = sum(row.host_bytes for row in rows)
+
+    def settle() -> None:
+        assembly.wait_all_published()
+        synchronize()
+
+    turns.on_warm = start_counting
+    turns.on_end = stop_counting
+    if turns.settle is not None:
+        synchronize, turns.settle = turns.settle, settle
+
+
 def run_trainer(
     turns: Turns, shape: Shape, precision: str, clip: float, *, fused: bool, strategy: Callable[[], Any]
 ) -> nn.Module:
@@ -139,6 +189,8 @@ def run_trainer(
 
         def on_train_start(self) -> None:
             assembly = getattr(self.trainer.strategy, "assembly", None)
+            if assembly is not None and assembly.link is not None:
+                watch_offload(turns, assembly)
             if assembly is not None and not assembly.mesh.is_single:
                 turns.facts["num_units"] = assembly.plan().num_units
                 turns.facts["calls"] = assembly.mesh.counts.calls  # fills as the steps go on
@@ -149,7 +201,7 @@ def run_trainer(
     module = Module()
     trainer = L.Trainer(
         strategy=strategy(),
-        accelerator="cpu",
+        accelerator="cpu" if turns.device.type == "cpu" else "gpu",
         devices=int(os.environ.get("WORLD_SIZE", "1")),
         precision=precision,  # type: ignore[arg-type]
         max_epochs=1,
@@ -206,10 +258,58 @@ def run_fsdp2(turns: Turns, shape: Shape, precision: str, clip: float) -> nn.Mod
     return model
 
 
-def run_deepspeed(turns: Turns, shape: Shape, precision: str, clip: float, *, stage: int, offload: bool) -> nn.Module:
+def run_fsdp2_offload(turns: Turns, shape: Shape, precision: str, clip: float) -> nn.Module:
+    """FSDP2 with its CPUOffloadPolicy, states and fp32 masters on the host; needs CUDA."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+
+    dist.init_process_group("cpu:gloo,cuda:nccl", rank=0, world_size=1, store=dist.HashStore())
+    mesh = dist.init_device_mesh("cuda", (1,))
+    half = torch.bfloat16 if precision == "bf16-true" else torch.float32
+    how = {
+        "mesh": mesh,
+        "offload_policy": CPUOffloadPolicy(),
+        "mp_policy": MixedPrecisionPolicy(param_dtype=half, reduce_dtype=half),
+    }
+    model = WithLoss(build_model(shape, "32-true"))
+    for block in model.model.blocks:
+        fully_shard(block, **how)
+    fully_shard(model, **how)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True, **ADAMW)
+    for ids in turns:
+        loss = model(ids)
+        loss.backward()
+        if clip:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        turns.record(loss)
+    return model
+
+
+def run_torchao(turns: Turns, shape: Shape, precision: str, clip: float) -> nn.Module:
+    """torchao's CPUOffloadOptimizer, which can't clip by norm: it steps during backward; needs CUDA."""
+    try:
+        from torchao.optim import CPUOffloadOptimizer
+    except ImportError:
+        raise RuntimeError("torchao is not in this version of the environment") from None
+    model = build_model(shape, precision, turns.device)
+    optimizer = CPUOffloadOptimizer(model.parameters(), torch.optim.AdamW, fused=True, **ADAMW)
+    for ids in turns:
+        loss = model.loss(ids)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        turns.record(loss)
+    return model
+
+
+def run_deepspeed(
+    turns: Turns, shape: Shape, precision: str, clip: float, *, stage: int, offload: bool, is_super: bool = False
+) -> nn.Module:
     import deepspeed
 
-    model = WithLoss(build_model(shape, precision))
+    model = WithLoss(build_model(shape, precision, turns.device))
     zero: dict[str, Any] = {"stage": stage, "overlap_comm": False, "reduce_bucket_size": 5_000_000}
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": shape.batch,
@@ -220,7 +320,9 @@ def run_deepspeed(turns: Turns, shape: Shape, precision: str, clip: float, *, st
         config["bf16"] = {"enabled": True}
     optimizer = None
     if offload:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": turns.device.type == "cuda"}
+        if is_super:
+            zero["offload_optimizer"] |= {"super_offload": True, "ratio": 1.0}
         config["optimizer"] = {"type": "AdamW", "params": ADAMW}
     else:
         config["zero_allow_untested_optimizer"] = True
@@ -230,10 +332,13 @@ def run_deepspeed(turns: Turns, shape: Shape, precision: str, clip: float, *, st
     )
     turns.facts["optimizer"] = type(getattr(inner, "optimizer", inner)).__name__
     turns.facts["deepspeed"] = deepspeed.__version__
+    threads = int(os.environ.get("BENCH_OPTIMIZER_THREADS", "1"))
     for ids in turns:
         loss = engine(ids)
         engine.backward(loss)
+        torch.set_num_threads(threads)  # nothing else runs beside its step
         engine.step()
+        torch.set_num_threads(1)
         turns.record(loss)
     return model
 
@@ -256,6 +361,10 @@ CONTESTANTS: dict[str, Runner] = {
     "zero2": lambda *a: run_trainer(*a, fused=True, strategy=ours(zero=2)),
     "zero3": lambda *a: run_trainer(*a, fused=True, strategy=ours(zero=3)),
     "fsdp2": run_fsdp2,
+    "passes": run_passes,
+    "fsdp2-offload": run_fsdp2_offload,
+    "torchao-offload": run_torchao,
+    "deepspeed-superoffload": lambda *a: run_deepspeed(*a, stage=3, offload=True, is_super=True),
     "deepspeed-z2": lambda *a: run_deepspeed(*a, stage=2, offload=False),
     "deepspeed-z3": lambda *a: run_deepspeed(*a, stage=3, offload=False),
 }
@@ -266,7 +375,7 @@ def digest(module: nn.Module) -> str:
     sha = hashlib.sha1()
     for _, param in sorted(module.named_parameters()):
         local = param.to_local() if isinstance(param, DTensor) else param
-        sha.update(local.detach().reshape(-1).contiguous().view(torch.uint8).numpy())
+        sha.update(local.detach().reshape(-1).contiguous().view(torch.uint8).cpu().numpy())
     return sha.hexdigest()[:16]
 
 
@@ -277,6 +386,8 @@ def main() -> int:
     parser.add_argument("--precision", choices=("32-true", "bf16-true"), default="32-true")
     parser.add_argument("--clip", type=float, default=0.0)
     parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--settle", action="store_true", help="a turn ends when nothing is under way any more")
     options = parser.parse_args()
     # Libraries print what they like; the controller reads JSON only.
     answers = os.fdopen(os.dup(1), "w")
@@ -285,7 +396,9 @@ def main() -> int:
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     shape = SHAPES[options.size]
-    turns = Turns(shape, options.warmup, answers)
+    turns = Turns(shape, options.warmup, answers, options.device)
+    if options.settle:
+        turns.settle = torch.cuda.synchronize if options.device == "cuda" else lambda: None
     turns.facts.update(torch=torch.__version__, python=platform.python_version())
     try:
         module = CONTESTANTS[options.name](turns, shape, options.precision, options.clip)

@@ -57,8 +57,8 @@ FAMILIES = {
     "clip": (("superoffload",), ("auto-fused", "resident-fused")),
 }
 QUICK = {"superoffload", "deepspeed-z2-offload", "auto-fused", "resident-fused"}
-PRECISION = {"fp32": "32-true", "bf16": "bf16-true", "clip": "32-true"}
-CLIP = {"fp32": 0.0, "bf16": 0.0, "clip": 1.0}
+PRECISION = {"fp32": "32-true", "bf16": "bf16-true", "clip": "32-true", "offload": "bf16-true"}
+CLIP = {"fp32": 0.0, "bf16": 0.0, "clip": 1.0, "offload": 1.0}
 # Whose weights must have exactly the bits of whose.
 EXACT = {
     "auto-fused": "loop-fused",
@@ -81,11 +81,18 @@ class Contestant:
     """One process that steps when asked.
 
     Args:
-        rank: variables of its environment that make it one rank of several.
+        rank: variables of its environment, such as those that make it one rank of several.
+        more: options of `contestants.py` beside the usual ones.
     """
 
     def __init__(
-        self, name: str, size: str, table: str, peers: Path | None, rank: Mapping[str, str] | None = None
+        self,
+        name: str,
+        size: str,
+        table: str,
+        peers: Path | None,
+        rank: Mapping[str, str] | None = None,
+        more: Sequence[str] = (),
     ) -> None:
         self.name = name
         self.cpu: list[list[float]] = []  # per round, per step
@@ -103,6 +110,7 @@ class Contestant:
         environment |= rank or {}
         command = [python, "-W", "ignore", str(ROOT / "benchmarks" / "contestants.py"), name, "--size", size]
         command += ["--precision", PRECISION[table], "--clip", str(CLIP[table]), "--warmup", str(WARMUP_STEPS)]
+        command += more
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, env=environment
         )
