@@ -49,28 +49,18 @@ def joined(requests: Sequence[ClipRequest], new: ClipRequest) -> list[ClipReques
     ]
 
 
-def grad_norms(grads: Sequence[Tensor]) -> Tensor:
-    """2-norm of each gradient, fp32 [len(grads)], as `torch.nn.utils.clip_grad_norm_` takes them of fp32 gradients.
-
-    On the gradients' device; on the host when they are on several.
-    """
-    norms = [torch.linalg.vector_norm(grad, 2, dtype=torch.float32) for grad in grads]
-    devices = {norm.device for norm in norms}
-    if len(devices) == 1:
-        return torch.stack(norms)
-    joined = torch.empty(len(norms))
-    for device in devices:
-        here = [i for i, norm in enumerate(norms) if norm.device == device]
-        joined[here] = torch.stack([norms[i] for i in here]).cpu()
-    return joined
+def grad_norm(grad: Tensor) -> Tensor:
+    """2-norm of one gradient, fp32 scalar on its device, as `torch.nn.utils.clip_grad_norm_` takes it of fp32 ones."""
+    norm: Tensor = torch.linalg.vector_norm(grad, 2, dtype=torch.float32)
+    return norm
 
 
-def grad_sumsq(grads: Sequence[Tensor]) -> Tensor:
-    """Sum of squares of each gradient, fp64 [len(grads)], on the host: shards add up to the same norm however cut."""
-    host = [torch.tensor(sumsq(g.contiguous()), dtype=torch.float64) if g.device.type == "cpu" else None for g in grads]
-    rest = [torch.linalg.vector_norm(g, 2, dtype=torch.float64) ** 2 for g in grads if g.device.type != "cpu"]
-    on_host = iter(torch.stack(rest).cpu() if rest else ())
-    return torch.stack([value if value is not None else next(on_host) for value in host])
+def grad_sumsq(grad: Tensor) -> Tensor:
+    """Sum of squares of one gradient, fp64 scalar on its device: shards add up to the same norm however cut."""
+    if grad.device.type == "cpu":
+        return torch.tensor(sumsq(grad.contiguous()), dtype=torch.float64)
+    norm: Tensor = torch.linalg.vector_norm(grad, 2, dtype=torch.float64)
+    return norm.square()
 
 
 def total_norm(norms: Tensor) -> Tensor:

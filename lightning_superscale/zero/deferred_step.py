@@ -29,11 +29,10 @@ from lightning_superscale.zero.states import UnitState
 from lightning_superscale.zero.step_rule import Publish
 from lightning_superscale.zero.units import GradientDelta, PublishEvent, ShardUnit
 
-# Looking ahead is given up when this share of the last steps that tried had to look again, and tried anew later:
-# looking twice costs more than waiting for the norm and hiding the step behind the next forward.
-_REDO_SHARE = 0.3
-_REMEMBERED_STEPS = 20
-_PAUSE_STEPS = 50
+# Looking ahead is given up for a while when more than so many of the last steps that tried had to look again: looking
+# twice costs more than waiting for the norm and hiding the step behind the next forward. After a pause the first such
+# step begins the next one.
+_REMEMBERED_STEPS, _MOST_REDONE, _PAUSE_STEPS = 20, 6, 50
 
 
 class DeferringState(UnitState, Protocol):
@@ -120,6 +119,7 @@ class DeferredStep(BoundStep):
         self._grad_scale = 1.0
         self._outcomes: deque[bool] = deque(maxlen=_REMEMBERED_STEPS)
         self._pause = 0
+        self._patience = _MOST_REDONE
         self.num_redone = 0
 
     def attach(self, unit: ShardUnit, state: UnitState) -> None:
@@ -220,9 +220,11 @@ class DeferredStep(BoundStep):
             self._pause -= 1
         elif self._looks_ahead and last:
             self._outcomes.append(any(settled.num_redone for settled in last))
-            if len(self._outcomes) == _REMEMBERED_STEPS and sum(self._outcomes) > _REDO_SHARE * _REMEMBERED_STEPS:
+            if sum(self._outcomes) > self._patience:
                 self._outcomes.clear()
-                self._pause = _PAUSE_STEPS
+                self._pause, self._patience = _PAUSE_STEPS, 0
+            elif len(self._outcomes) == _REMEMBERED_STEPS:
+                self._patience = _MOST_REDONE
 
     # State
 

@@ -146,7 +146,10 @@ class OptimizerEngine:
     # Gradients
 
     def _receive(self, delta: GradientDelta) -> None:
-        self._rule.receive(delta, self.states[delta.unit.index])
+        state = self.states[delta.unit.index]
+        if state.is_on_host:
+            self._judge.receive(delta)
+        self._rule.receive(delta, state)
 
     def request_clip(self, clip: ClipRequest) -> None:
         """See `Judge.request`."""

@@ -10,18 +10,18 @@ from torch import Tensor, nn
 from lightning_superscale.comm.collectives import control_sum
 from lightning_superscale.comm.mesh import DataMesh
 from lightning_superscale.ops.update import StatsSource
-from lightning_superscale.zero.clip import grad_norms, grad_sumsq, total_norm
+from lightning_superscale.zero.clip import total_norm
 from lightning_superscale.zero.due import Due, by_unit
+from lightning_superscale.zero.early_norms import EarlyNorms
 from lightning_superscale.zero.placed import is_cut
 
 
-def norms_of(mesh: DataMesh, due: Sequence[Due]) -> tuple[Tensor, Tensor]:
+def norms_of(mesh: DataMesh, due: Sequence[Due], early: EarlyNorms) -> tuple[Tensor, Tensor]:
     """The norm of each gradient, as far as this rank has it, and of all gradients on all ranks. Every rank calls it."""
-    grads = [item.grad for item in due]
+    measures = early.of(due)
     if mesh.num_shares == 1:
-        norms = grad_norms(grads)
-        return norms, total_norm(norms)
-    sums = grad_sumsq(grads)
+        return measures, total_norm(measures)
+    sums = measures.cpu()
     counted = torch.tensor([_counts(mesh, item.param) for item in due])
     return sums.sqrt().float(), norm_over_ranks(mesh, float(sums[counted].sum()))
 

@@ -19,8 +19,10 @@ from lightning_superscale.zero.clip import (
     joined,
 )
 from lightning_superscale.zero.due import Due
+from lightning_superscale.zero.early_norms import EarlyNorms
 from lightning_superscale.zero.global_norm import counted_stats, norm_over_ranks, norms_of
 from lightning_superscale.zero.ranks import Ranks
+from lightning_superscale.zero.units import GradientDelta
 
 
 class Verdict(NamedTuple):
@@ -52,6 +54,11 @@ class Judge:
         self._clips: list[ClipRequest] = []
         self._last_norm: Tensor | None = None
         self._last_stats: Sequence[StatsSource] = ()
+        self._early = EarlyNorms(ranks.mesh)
+
+    def receive(self, delta: GradientDelta) -> None:
+        """Gradients that leave for the host; where steps need norms, they are measured before."""
+        self._early.take(delta)
 
     def request(self, clip: ClipRequest) -> None:
         """Clip the gradients of the next step.
@@ -62,8 +69,9 @@ class Judge:
         self._clips = joined(self._clips, clip)
 
     def discard(self) -> None:
-        """Forget the requests of an interrupted step."""
+        """Forget requests and gradients of an interrupted step."""
         self._clips.clear()
+        self._early.clear()
 
     def judge(self, due: Sequence[Due], loss_scale: float | None) -> Verdict:
         """Every rank calls it.
@@ -79,9 +87,11 @@ class Judge:
         clip_value = next((c.clip_value for c in clips if isinstance(c, ClipByValue)), None)
         self._last_norm, self._last_stats = None, ()
         unscale = 1.0 if loss_scale is None else 1.0 / loss_scale
-        if not due or (max_norm is None and not self._error_if_nonfinite and loss_scale is None):
+        self._early.are_wanted = max_norm is not None or self._error_if_nonfinite or loss_scale is not None
+        if not due or not self._early.are_wanted:
             return Verdict(unscale, clip_value)
-        norms, self._last_norm = norms_of(self._ranks.mesh, due)
+        norms, self._last_norm = norms_of(self._ranks.mesh, due, self._early)
+        self._early.clear()
         if loss_scale is not None:
             self._last_norm = self._last_norm * unscale
         if not bool(self._last_norm.isfinite()):

@@ -45,6 +45,7 @@ def test_host_buffer_wrong_range_is_refused(path):
 @pytest.mark.skipif(not NATIVE, reason="no native library")
 def test_host_buffer_lives_as_long_as_its_tensors():
     size = 256 << 20
+    gc.collect()  # or what earlier tests left behind goes in between
     before = mapped_kib()
     buffer = HostBuffer(size)
     view = buffer.tensor(torch.float32, 1000)[10:20]
