@@ -1,0 +1,43 @@
+"""`benchmarks/superoffload.py` end to end on a tiny model: bytes, bits, the JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks import superoffload
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.slow
+def test_superoffload_tiny_run_counts_its_bytes(tmp_path: Path) -> None:
+    out = tmp_path / "superoffload.json"
+    command = [sys.executable, "benchmarks/superoffload.py", "--sizes", "1M", "--rounds", "2", "--json", str(out)]
+    done = subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr  # nothing in it is a matter of time without peers
+    report = json.loads(out.read_text())
+    assert report == json.loads(done.stdout.splitlines()[-1])
+    [table] = report["tables"]
+    rows = {row["name"]: row for row in table["rows"]}
+    assert list(rows) == ["passes", "superoffload", "cpu"]
+    assert rows["passes"]["exposed_s"] == 0
+    assert rows["superoffload"]["final_loss"] == rows["cpu"]["final_loss"]
+    assert 4 <= rows["superoffload"]["link_bytes_per_param"] < 4.04
+    assert 16 <= rows["superoffload"]["host_bytes_per_param"] < 16.16
+    assert len(report["checks"]) == 3
+
+
+def test_exposed_is_the_median_over_rounds_of_what_lies_beyond_forward_and_backward() -> None:
+    passes = Namespace(wall=[[1.0, 3.0], [4.0, 4.0], [1.0, 1.0]])
+    run = Namespace(wall=[[2.0, 4.0], [5.0, 5.5], [9.0, 9.0]])
+    assert superoffload.exposed(run, passes) == 1.25
+    assert superoffload.wall_ratio(run, passes) == 1.5
