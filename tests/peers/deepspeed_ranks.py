@@ -43,10 +43,11 @@ class Tiny(nn.Module):
         return nn.functional.cross_entropy(self.head(hidden).float().flatten(0, 1), ids.roll(-1, 1).flatten())
 
 
-def groups(model: nn.Module) -> list[dict[str, Any]]:
+def groups(model: nn.Module, rate: float = 1.0) -> list[dict[str, Any]]:
     decayed = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
     rest = [p for p in model.parameters() if p.requires_grad and p.dim() <= 1]
-    return [{"params": decayed, **GROUPS[0]}, {"params": rest, **GROUPS[1]}]
+    options = [{"lr": rate * group["lr"], "weight_decay": rate * group["weight_decay"]} for group in GROUPS]
+    return [{"params": params, **own} for params, own in zip((decayed, rest), options, strict=True)]
 
 
 def make_engine(
@@ -55,15 +56,19 @@ def make_engine(
     bf16: bool,
     universal: bool = False,
     seed: int = 0,
+    rate: float = 1.0,
     cpu_adam: bool = False,
     zero: dict[str, Any] | None = None,
 ) -> Any:
-    """An engine of DeepSpeed around a fresh model. Every rank calls it."""
+    """An engine of DeepSpeed around a fresh model, of weights by `seed`, lr and weight decay by `rate`.
+
+    Every rank calls it.
+    """
     import deepspeed
 
     torch.manual_seed(seed)
     model = Tiny()
-    config = {
+    config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 2,
         "gradient_clipping": 1.0,
         "zero_allow_untested_optimizer": True,
@@ -75,9 +80,9 @@ def make_engine(
     if cpu_adam:
         config["optimizer"] = {"type": "AdamW", "params": {"lr": 1e-3}}
         config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
-        engine, *_ = deepspeed.initialize(model=model, model_parameters=groups(model), config=config)
+        engine, *_ = deepspeed.initialize(model=model, model_parameters=groups(model, rate), config=config)
     else:
-        optimizer = torch.optim.AdamW(groups(model), foreach=False)
+        optimizer = torch.optim.AdamW(groups(model, rate), foreach=False)
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     return engine
 
@@ -158,7 +163,7 @@ def load(rank: int, folder: str, case: dict[str, Any], out: str) -> None:
     """Load `folder` (its latest tag) into an engine of other weights, and write what it then holds."""
     from safetensors.torch import save_file
 
-    engine = make_engine(**case, seed=1)
+    engine = make_engine(**case, seed=1, rate=0.5)
     path, _ = engine.load_checkpoint(folder)
     if path is None:
         raise AssertionError(f"DeepSpeed loaded nothing from {folder}")

@@ -85,7 +85,7 @@ class DcpFolder:
     Attributes:
         folder: where it is.
         paths: key -> where it was in the nested state, such as ("model", "layer.weight"); (key,) where unknown.
-        tensors: by key; role "extra", for the caller to decide.
+        tensors: by key, as weights; the caller knows which are not.
         blobs: keys of what is not a tensor.
     """
 
@@ -179,4 +179,4 @@ def _fill(found: DcpFolder, metadata: Any) -> None:
             place = places[key, box.offset] if (key, box.offset) in places else places[key, None]
             pieces.append(Piece(box, found.reader(place, key), f"{found.folder / place[0]}@{place[1]:020d}"))
         dtype = item.properties.args[0] if item.properties.args else item.properties.dtype
-        found.tensors[key] = Entry(TensorInfo(dtype, shape, "extra"), tuple(pieces))
+        found.tensors[key] = Entry(TensorInfo(dtype, shape, "model"), tuple(pieces))

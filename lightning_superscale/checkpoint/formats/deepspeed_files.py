@@ -20,7 +20,7 @@ from lightning_superscale.checkpoint.state import MODEL, TensorInfo, TensorKey
 from lightning_superscale.errors import CheckpointError
 
 _MODEL_FILE = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
-_OWN_KEYS = {
+OWN_KEYS = {
     "module", "buffer_names", "optimizer", "param_shapes", "frozen_param_shapes", "shared_params",
     "frozen_param_fragments", "lr_scheduler", "data_sampler", "random_ltd", "skipped_steps", "global_steps",
     "global_samples", "dp_world_size", "mp_world_size", "checkpoint_parallel_dimensions", "ds_config", "ds_version",
@@ -188,7 +188,7 @@ def _check_layout(folder: Path, files: Mapping[tuple[int | None, int], Path]) ->
 
 
 def _rest(head: Mapping[str, Any]) -> dict[str, Any]:
-    rest = {key: value for key, value in head.items() if key not in _OWN_KEYS}
+    rest = {key: value for key, value in head.items() if key not in OWN_KEYS}
     own = (
         "lr_scheduler",
         "data_sampler",

@@ -80,7 +80,7 @@ def open_deepspeed_native(folder: Path) -> PieceSource:
     names = _names(files, groups)
     record = OptimizerRecord(class_name(files.config), options_of(groups), names, values)
     rest = {**files.rest, "deepspeed": {**files.rest["deepspeed"], "loss_scaler": _loss_scaler(states[0])}}
-    return PieceSource(str(folder), {**model, **table}, files.step, (record,), files.aliases, rest)
+    return PieceSource(str(folder), {**model, **table}, files.step, (record,), files.aliases, lambda: rest)
 
 
 def _optimizer_files(files: ModelFiles) -> list[tuple[str, Mapping[str, Any]]]:

@@ -71,7 +71,7 @@ def open_deepspeed_universal(folder: Path) -> PieceSource:
             table[TensorKey(_SECTION, name, MASTER)] = master
     groups = saved["param_groups"]
     record = OptimizerRecord(class_name(files.config), options_of(groups), _names(files, groups, state_file), values)
-    return PieceSource(str(folder), {**model, **table}, files.step, (record,), files.aliases, files.rest)
+    return PieceSource(str(folder), {**model, **table}, files.step, (record,), files.aliases, lambda: files.rest)
 
 
 def _parameter(folder: Path, name: str, shape: tuple[int, ...]) -> dict[str, Entry]:

@@ -41,7 +41,7 @@ def open_lightning(path: Path, names: Names | None = None) -> PieceSource:
     packed = checkpoint.get("optimizer_states", [])
     records, missing = _optimizers(packed, table, aliases, file, names)
     rest = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
-    return PieceSource(file, table, checkpoint.get("global_step"), records, aliases, rest, names_missing=missing)
+    return PieceSource(file, table, checkpoint.get("global_step"), records, aliases, lambda: rest, missing)
 
 
 def _weights(weights: Mapping[str, Tensor], file: str, preferred: set[str]) -> tuple[Table, dict[str, str]]:

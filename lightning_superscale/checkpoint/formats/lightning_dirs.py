@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from lightning_superscale.checkpoint.box import whole_box
 from lightning_superscale.checkpoint.formats.dcp import METADATA, DcpFolder, open_dcp_folder
 from lightning_superscale.checkpoint.formats.lightning import Names, mark_trainable
 from lightning_superscale.checkpoint.formats.pieces import Entry, PieceSource, Table
 from lightning_superscale.checkpoint.formats.torch_files import load_torch_file
 from lightning_superscale.checkpoint.formats.torch_optimizer import NamesMissing, read_optimizer
-from lightning_superscale.checkpoint.state import MODEL, OptimizerRecord, Role, TensorKey
+from lightning_superscale.checkpoint.state import MODEL, OptimizerRecord, TensorKey
 from lightning_superscale.errors import CheckpointError
 
 META = "meta.pt"
@@ -40,25 +43,35 @@ def open_sharded(folder: Path, names: Names | None = None) -> PieceSource:
     if not isinstance(meta, Mapping):
         raise CheckpointError(f"{folder / META} should hold a dict, found {type(meta).__name__}.")
     root, roots = _model_root(found)
-    table, rest = Table(), dict(meta)
+    table, others = Table(), dict[str, tuple[Any, ...]]()
     numbered: dict[int, dict[str, Any]] = {}
     for key, full_path in found.paths.items():
         path = full_path[len(root) :] if full_path[: len(root)] == root else full_path
         owner = _OPTIMIZER_ROOT.fullmatch(str(path[0])) if roots and len(path) > 1 else None
         if owner is not None:
             _put(numbered.setdefault(int(owner[1] or 0), {}), path[1:], _item(found, key))
-        elif not roots or path[0] in roots:
-            if key in found.tensors:  # a module's extra state need not be one
-                name = ".".join(map(str, path[1:] if roots else path))
-                table[TensorKey(MODEL, name)] = _as(found.tensors[key], "model")
-        elif key in found.tensors:
-            table[TensorKey("extra", key)] = found.tensors[key]
-        else:
-            _put(rest, path, found.value(key))
+        elif roots and path[0] not in roots:
+            others[key] = path
+        elif key in found.tensors:  # a module's extra state need not be one
+            table[TensorKey(MODEL, ".".join(map(str, path[1:] if roots else path)))] = found.tensors[key]
     if not table:
         raise CheckpointError(f"{folder / METADATA} names no weights.")
     records, missing = _optimizers(numbered, table, str(folder), names)
-    return PieceSource(str(folder), table, rest.get("global_step"), records, {}, rest, names_missing=missing)
+
+    def rest() -> dict[str, Any]:
+        tree = dict(meta)
+        for key, path in others.items():
+            _put(tree, path, _whole(found.tensors[key]) if key in found.tensors else found.value(key))
+        return tree
+
+    return PieceSource(str(folder), table, meta.get("global_step"), records, {}, rest, missing)
+
+
+def _whole(entry: Entry) -> Tensor:
+    tensor, box = torch.empty(entry.info.shape, dtype=entry.info.dtype), whole_box(entry.info.shape)
+    for piece in entry.pieces:
+        tensor[piece.box.within(box)] = piece.read(piece.box.within(piece.box)).detach()
+    return tensor
 
 
 def _model_root(found: DcpFolder) -> tuple[tuple[Any, ...], tuple[str, ...]]:
@@ -79,10 +92,6 @@ def _model_root(found: DcpFolder) -> tuple[tuple[Any, ...], tuple[str, ...]]:
 
 def _item(found: DcpFolder, key: str) -> Any:
     return found.tensors[key] if key in found.tensors else found.value(key)
-
-
-def _as(entry: Entry, role: Role) -> Entry:
-    return replace(entry, info=replace(entry.info, role=role))
 
 
 def _put(tree: dict[Any, Any], path: tuple[Any, ...], value: Any) -> None:

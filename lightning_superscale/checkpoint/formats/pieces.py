@@ -72,6 +72,7 @@ class PieceSource:
     """A StateSource over mapped files; the values of a tensor are read when they are asked for.
 
     Attributes:
+        make_rest: reads what is neither weights nor optimizers; called once, by who asks for it.
         names_missing: why the optimizers can't be told, where the file has states without parameters' names; raised
             when somebody asks for them. Weights are readable all the same.
     """
@@ -81,8 +82,9 @@ class PieceSource:
     step: int | None = None
     records: tuple[OptimizerRecord, ...] = ()
     aliases: Mapping[str, str] = field(default_factory=dict)
-    rest: dict[str, Any] = field(default_factory=dict)
+    make_rest: Callable[[], dict[str, Any]] = dict
     names_missing: str = ""
+    _rest: dict[str, Any] | None = field(init=False, default=None)
     _tensors: dict[TensorKey, TensorInfo] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -99,6 +101,12 @@ class PieceSource:
         if self.names_missing:
             raise CheckpointError(self.names_missing)
         return self.records
+
+    @property
+    def rest(self) -> dict[str, Any]:
+        if self._rest is None:
+            self._rest = self.make_rest()
+        return self._rest
 
     def read(self, requests: Sequence[ReadRequest]) -> None:
         """Fill each request.
@@ -122,7 +130,7 @@ class PieceSource:
                     f"{request.key} in {piece.file} should have {part.size} values at {part.offset}, found "
                     f"{tuple(values.shape)}. The file is damaged."
                 )
-            target.copy_(values)
+            target.copy_(values.detach())  # DeepSpeed saves masters that require gradients
 
     def close(self) -> None:
         """Let go of the files; nothing can be read afterwards."""

@@ -52,6 +52,7 @@ def test_everything_is_read_bit_for_bit(checkpoint):
         for key, value in wanted.items():
             assert found[key].dtype == value.dtype, str(key)
             assert torch.equal(found[key], value), str(key)
+            assert not found[key].requires_grad  # DeepSpeed's masters do
 
 
 @every
