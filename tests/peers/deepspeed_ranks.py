@@ -59,6 +59,7 @@ def make_engine(
     rate: float = 1.0,
     cpu_adam: bool = False,
     zero: dict[str, Any] | None = None,
+    accumulate: str | None = None,
 ) -> Any:
     """An engine of DeepSpeed around a fresh model, of weights by `seed`, lr and weight decay by `rate`.
 
@@ -77,6 +78,8 @@ def make_engine(
     }
     if bf16:
         config["bf16"] = {"enabled": True}
+    if accumulate:
+        config["data_types"] = {"grad_accum_dtype": accumulate}
     if cpu_adam:
         config["optimizer"] = {"type": "AdamW", "params": {"lr": 1e-3}}
         config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from lightning_superscale.checkpoint.formats.deepspeed_files import OWN_KEYS, step_tensor
+from lightning_superscale.checkpoint.formats.lightning import EXTRA_STATE
 from lightning_superscale.checkpoint.formats.staging import copies_on_disk, read_tensor, staged
 from lightning_superscale.checkpoint.state import (
     MASTER,
@@ -170,7 +170,7 @@ def _model_state(source: StateSource, record: OptimizerRecord, dialect: Dialect,
         for key, tensor in copies_on_disk(source, [k for k in infos if not is_placeholder[k]], scratch).items()
     }
     frozen = [k.name for k, info in infos.items() if info.role != "buffer" and k.name not in trained]
-    module: dict[str, Tensor] = {}
+    module: dict[str, Any] = {}
     for key, info in infos.items():
         if dialect == "zero3" and info.role != "buffer":
             module[key.name] = torch.empty(0, dtype=info.dtype)
@@ -179,6 +179,7 @@ def _model_state(source: StateSource, record: OptimizerRecord, dialect: Dialect,
     module.update({alias: module[name] for alias, name in source.aliases.items()})
     rest = dict(source.rest)
     own = rest.pop("deepspeed", {})
+    module.update(rest.pop(EXTRA_STATE, {}))
     clash = sorted(rest.keys() & OWN_KEYS)
     if clash:
         raise CheckpointError(f"{source.path} has entries named as DeepSpeed's own: {clash}.")

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_superscale.checkpoint.formats.lightning import extra_state
 from lightning_superscale.checkpoint.formats.pieces import Entry, Piece, Table, flat_pieces, whole_entry
 from lightning_superscale.checkpoint.formats.torch_files import Inert, load_torch_file
 from lightning_superscale.checkpoint.state import MODEL, TensorInfo, TensorKey
@@ -145,7 +146,7 @@ def read_model_files(folder: Path) -> ModelFiles:
         is_sharded=is_sharded,
         ranks=ranks,
         file=first,
-        module=_named(head["module"]),
+        module=_named({name: value for name, value in head["module"].items() if isinstance(value, Tensor)}),
         shapes=tuple({clean(n): tuple(shape) for n, shape in group.items()} for group in head["param_shapes"]),
         buffers=frozenset(map(clean, head["buffer_names"])),
         frozen_shapes={clean(n): tuple(shape) for n, shape in (head.get("frozen_param_shapes") or {}).items()},
@@ -198,7 +199,13 @@ def _rest(head: Mapping[str, Any]) -> dict[str, Any]:
         "global_samples",
         "ds_version",
     )
-    return {**rest, "deepspeed": {key: head.get(key) for key in own}}
+    extra = extra_state({clean(name): value for name, value in head["module"].items()})
+    return {**rest, **extra, "deepspeed": {key: head.get(key) for key in own}}
+
+
+def loss_scaler(state: Mapping[str, Any]) -> dict[str, Any]:
+    """An fp16 run's loss scale and what it counts; nothing where there is none."""
+    return dict(vars(state["loss_scaler"])) if "loss_scaler" in state else {}
 
 
 def model_entries(files: ModelFiles, masters: Mapping[str, Entry]) -> Table:

@@ -20,6 +20,7 @@ from lightning_superscale.checkpoint.formats.deepspeed_files import (
     class_name,
     clean,
     load_deepspeed_file,
+    loss_scaler,
     model_entries,
     options_of,
     rank_range,
@@ -79,7 +80,7 @@ def open_deepspeed_native(folder: Path) -> PieceSource:
             table[TensorKey(_SECTION, name, MASTER)] = master
     names = _names(files, groups)
     record = OptimizerRecord(class_name(files.config), options_of(groups), names, values)
-    rest = {**files.rest, "deepspeed": {**files.rest["deepspeed"], "loss_scaler": _loss_scaler(states[0])}}
+    rest = {**files.rest, "deepspeed": {**files.rest["deepspeed"], "loss_scaler": loss_scaler(states[0][1])}}
     return PieceSource(str(folder), {**model, **table}, files.step, (record,), files.aliases, lambda: rest)
 
 
@@ -238,7 +239,3 @@ def _names(files: ModelFiles, groups: Sequence[Mapping[str, Any]]) -> tuple[tupl
     if files.is_sharded:
         return tuple(tuple(n for sub in group["params"] for n in files.shapes[sub]) for group in groups)
     return tuple(tuple(shapes) for shapes in files.shapes)
-
-
-def _loss_scaler(state: tuple[str, Mapping[str, Any]]) -> dict[str, Any]:
-    return dict(vars(state[1]["loss_scaler"])) if "loss_scaler" in state[1] else {}

@@ -18,6 +18,7 @@ from lightning_superscale.checkpoint.formats.deepspeed_files import (
     ModelFiles,
     class_name,
     load_deepspeed_file,
+    loss_scaler,
     model_entries,
     options_of,
     read_model_files,
@@ -71,7 +72,8 @@ def open_deepspeed_universal(folder: Path) -> PieceSource:
             table[TensorKey(_SECTION, name, MASTER)] = master
     groups = saved["param_groups"]
     record = OptimizerRecord(class_name(files.config), options_of(groups), _names(files, groups, state_file), values)
-    return PieceSource(str(folder), {**model, **table}, files.step, (record,), files.aliases, lambda: files.rest)
+    rest = {**files.rest, "deepspeed": {**files.rest["deepspeed"], "loss_scaler": loss_scaler(saved)}}
+    return PieceSource(str(folder), {**model, **table}, files.step, (record,), files.aliases, lambda: rest)
 
 
 def _parameter(folder: Path, name: str, shape: tuple[int, ...]) -> dict[str, Entry]:

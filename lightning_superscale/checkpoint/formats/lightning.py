@@ -21,6 +21,8 @@ from lightning_superscale.errors import CheckpointError
 
 Names = Sequence[Sequence[str]]
 
+EXTRA_STATE = "extra_state"
+
 
 def open_lightning(path: Path, names: Names | None = None) -> PieceSource:
     """Open a Lightning checkpoint file.
@@ -35,12 +37,14 @@ def open_lightning(path: Path, names: Names | None = None) -> PieceSource:
     file = str(path)
     checkpoint = load_torch_file(path)
     weights = checkpoint.get("state_dict") if isinstance(checkpoint, Mapping) else None
-    if not isinstance(weights, Mapping) or not all(isinstance(value, Tensor) for value in weights.values()):
+    if not isinstance(weights, Mapping):
         raise CheckpointError(f'{file} is no Lightning checkpoint: it has no "state_dict" of tensors.')
-    table, aliases = _weights(weights, file, {name for group in names or () for name in group})
+    tensors = {name: value for name, value in weights.items() if isinstance(value, Tensor)}
+    table, aliases = _weights(tensors, file, {name for group in names or () for name in group})
     packed = checkpoint.get("optimizer_states", [])
     records, missing = _optimizers(packed, table, aliases, file, names)
     rest = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
+    rest.update(extra_state(weights))
     return PieceSource(file, table, checkpoint.get("global_step"), records, aliases, lambda: rest, missing)
 
 
@@ -81,6 +85,12 @@ def _optimizers(
     table.update(states)
     mark_trainable(table, records)
     return tuple(records), ""
+
+
+def extra_state(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """What a module's state_dict has beside tensors (`nn.Module.get_extra_state`), as an entry of the rest."""
+    extra = {name: value for name, value in weights.items() if not isinstance(value, Tensor)}
+    return {EXTRA_STATE: extra} if extra else {}
 
 
 def mark_trainable(table: Table, records: Sequence[OptimizerRecord]) -> None:

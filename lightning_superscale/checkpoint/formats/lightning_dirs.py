@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightning_superscale.checkpoint.box import whole_box
 from lightning_superscale.checkpoint.formats.dcp import METADATA, DcpFolder, open_dcp_folder
-from lightning_superscale.checkpoint.formats.lightning import Names, mark_trainable
+from lightning_superscale.checkpoint.formats.lightning import EXTRA_STATE, Names, mark_trainable
 from lightning_superscale.checkpoint.formats.pieces import Entry, PieceSource, Table
 from lightning_superscale.checkpoint.formats.torch_files import load_torch_file
 from lightning_superscale.checkpoint.formats.torch_optimizer import NamesMissing, read_optimizer
@@ -52,8 +52,10 @@ def open_sharded(folder: Path, names: Names | None = None) -> PieceSource:
             _put(numbered.setdefault(int(owner[1] or 0), {}), path[1:], _item(found, key))
         elif roots and path[0] not in roots:
             others[key] = path
-        elif key in found.tensors:  # a module's extra state need not be one
+        elif key in found.tensors:
             table[TensorKey(MODEL, ".".join(map(str, path[1:] if roots else path)))] = found.tensors[key]
+        else:  # of nn.Module.get_extra_state
+            others[key] = (EXTRA_STATE, ".".join(map(str, path[1:] if roots else path)))
     if not table:
         raise CheckpointError(f"{folder / METADATA} names no weights.")
     records, missing = _optimizers(numbered, table, str(folder), names)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from lightning_superscale.checkpoint.formats.lightning import EXTRA_STATE
 from lightning_superscale.checkpoint.formats.staging import copies_on_disk, staged
 from lightning_superscale.checkpoint.formats.torch_optimizer import pack_optimizer
 from lightning_superscale.checkpoint.state import MODEL, StateSource
@@ -25,7 +26,8 @@ def export_lightning(source: StateSource, path: Path) -> None:
     Raises:
         CheckpointError: `path` exists, the source is damaged, or its optimizers can't be told.
     """
-    records = source.optimizers
+    records, rest = source.optimizers, dict(source.rest)
+    extra = rest.pop(EXTRA_STATE, {})
     with staged(path) as staging:
         tensors = copies_on_disk(source, source.tensors, staging / "tensors")
         weights = {key.name: tensor for key, tensor in tensors.items() if key.section == MODEL}
@@ -33,8 +35,8 @@ def export_lightning(source: StateSource, path: Path) -> None:
         checkpoint = {
             **_DEFAULTS,
             **({} if source.step is None else {"global_step": source.step, "loops": _loops(source.step)}),
-            **source.rest,
-            "state_dict": weights,
+            **rest,
+            "state_dict": {**weights, **extra},
             "optimizer_states": [pack_optimizer(record, tensors, index) for index, record in enumerate(records)],
         }
         torch.save(checkpoint, staging / path.name)

@@ -38,6 +38,8 @@ class Inert:
 def load_torch_file(path: Path, stand_ins: Sequence[StandIn] = ()) -> Any:
     """What `torch.save` wrote to `path`; its tensors are mapped, on the CPU, and private to this process.
 
+    While they are, the file may be replaced or removed, but not rewritten in place.
+
     Args:
         path: a zip archive of torch >= 1.6, or an older stream, whose tensors are read into memory.
         stand_ins: (class, full name in the file), for classes that the format is known to hold.

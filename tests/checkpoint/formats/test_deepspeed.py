@@ -5,13 +5,16 @@ import shutil
 import pytest
 import torch
 
+from lightning_superscale.checkpoint.box import whole_box
+from lightning_superscale.checkpoint.formats.deepspeed_files import load_deepspeed_file
 from lightning_superscale.checkpoint.formats.sniff import detect, open_foreign
-from lightning_superscale.checkpoint.state import MASTER, MODEL, TensorKey, optimizer_section
+from lightning_superscale.checkpoint.formats.torch_files import Inert
+from lightning_superscale.checkpoint.state import MASTER, MODEL, ReadRequest, TensorKey, optimizer_section
 from lightning_superscale.errors import CheckpointError
 from tests.helpers.foreign import Payload, read_all, read_in_parts, truth, unpack
 
-NATIVE = ["zero1", "zero2", "zero2-cpu-adam", "zero2-elastic", "zero3", "zero3-fp32"]
-UNIVERSAL = [f"{name}/universal" for name in ("zero1", "zero2", "zero2-cpu-adam", "zero3")]
+NATIVE = ["zero1", "zero1-accumulate", "zero2", "zero2-cpu-adam", "zero2-elastic", "zero3", "zero3-fp32"]
+UNIVERSAL = [f"{name}/universal" for name in ("zero1", "zero1-accumulate", "zero2", "zero2-cpu-adam", "zero3")]
 FROZEN = ("frozen.weight", "frozen.bias")
 OPTIM = optimizer_section(0)
 
@@ -137,6 +140,55 @@ def test_weights_that_lightning_wrapped_have_their_names(tmp_path):
     state["module"] = {f"_forward_module.{name}": value for name, value in state["module"].items()}
     torch.save(state, file)
     assert open_foreign(case).tensors == open_foreign(unpack("zero2", tmp_path / "again")).tensors
+
+
+def test_a_weight_that_stage_3_did_not_save_is_its_rounded_master(tmp_path):
+    source, held = open_foreign(unpack("zero3", tmp_path)), truth(tmp_path / "zero3")
+    wide = torch.zeros(7, 5)
+    source.read([ReadRequest(TensorKey(MODEL, "inner.weight"), whole_box((7, 5)), wide)])
+    assert torch.equal(wide, held["model/inner.weight"].float())
+    assert not torch.equal(wide, held["master/inner.weight"])
+
+
+@pytest.mark.parametrize("case", ["zero1", "zero1/universal", "zero3", "zero3/universal"])
+def test_the_step_that_deepspeeds_fused_adam_counts_in_groups_is_read(tmp_path, case):
+    """It runs on GPUs only: a checkpoint of its kind is made of one of another."""
+    case, _, kind = case.partition("/")
+    folder = unpack(case, tmp_path)
+    for file in [*folder.rglob("*optim_states.pt"), folder / "universal" / "zero" / "optimizer_state.pt"]:
+        state = load_deepspeed_file(file)
+        own = state.get("optimizer_state_dict", state)
+        for inner in (own, own.get("base_optimizer_state", {}), own.get("optimizer_state_dict", {})):
+            for group in inner.get("param_groups", []):
+                group["step"] = 41
+            for values in inner.get("state", {}).values():
+                values.pop("step", None)
+        file.unlink()  # what is read of it is mapped
+        torch.save(state, file)
+    for file in folder.rglob("step.pt"):
+        file.unlink()
+    with torch.serialization.safe_globals([Inert]):
+        source = open_foreign(folder / kind)
+    steps = [value for key, value in read_all(source).items() if key.state == "step"]
+    assert len(steps) == 5
+    assert all(step == 41 and step.dtype == torch.float32 for step in steps)
+    assert not any("step" in group for group in source.optimizers[0].groups)
+
+
+def test_what_a_module_saves_beside_tensors_is_in_the_rest(tmp_path):
+    folder = unpack("zero2", tmp_path)
+    edited(
+        folder, "checkpoint/mp_rank_00_model_states.pt", lambda s: s["module"].update({"norm._extra_state": {"a": 1}})
+    )
+    source = open_foreign(folder)
+    assert source.rest["extra_state"] == {"norm._extra_state": {"a": 1}}
+    assert not any("extra" in key.name for key in source.tensors)
+
+
+def test_the_loss_scale_is_in_the_rest(tmp_path):
+    case = unpack("zero2", tmp_path)
+    for kind in ("", "universal"):
+        assert open_foreign(case / kind).rest["deepspeed"]["loss_scaler"]["cur_scale"] == 1.0
 
 
 # What is refused

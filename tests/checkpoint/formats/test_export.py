@@ -134,6 +134,15 @@ def test_every_dtype_survives(tmp_path):
         export_hf(open_foreign(tmp_path / "y.ckpt"), tmp_path / "other")
 
 
+def test_what_a_module_saves_beside_tensors_comes_back(tmp_path):
+    torch.save({"state_dict": {"w": torch.ones(2), "_extra_state": {"a": 1}}}, tmp_path / "x.ckpt")
+    source = open_foreign(tmp_path / "x.ckpt")
+    assert source.rest == {"extra_state": {"_extra_state": {"a": 1}}}
+    export_lightning(source, tmp_path / "out.ckpt")
+    assert torch.load(tmp_path / "out.ckpt")["state_dict"]["_extra_state"] == {"a": 1}
+    assert "extra_state" not in torch.load(tmp_path / "out.ckpt")
+
+
 # A plain Trainer
 
 
