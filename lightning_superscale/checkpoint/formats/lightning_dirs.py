@@ -52,10 +52,12 @@ def open_sharded(folder: Path, names: Names | None = None) -> PieceSource:
             _put(numbered.setdefault(int(owner[1] or 0), {}), path[1:], _item(found, key))
         elif roots and path[0] not in roots:
             others[key] = path
-        elif key in found.tensors:
-            table[TensorKey(MODEL, ".".join(map(str, path[1:] if roots else path)))] = found.tensors[key]
-        else:  # of nn.Module.get_extra_state
-            others[key] = (EXTRA_STATE, ".".join(map(str, path[1:] if roots else path)))
+        else:
+            name = path[1:] if roots else path
+            if key in found.tensors and len(name) == 1:
+                table[TensorKey(MODEL, str(name[0]))] = found.tensors[key]
+            else:  # of nn.Module.get_extra_state
+                others[key] = (EXTRA_STATE, *name)
     if not table:
         raise CheckpointError(f"{folder / METADATA} names no weights.")
     records, missing = _optimizers(numbered, table, str(folder), names)

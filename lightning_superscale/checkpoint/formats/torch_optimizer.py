@@ -13,6 +13,9 @@ from lightning_superscale.checkpoint.formats.pieces import Entry, Table, whole_e
 from lightning_superscale.checkpoint.state import MASTER, OptimizerRecord, Role, TensorKey, optimizer_section
 from lightning_superscale.errors import CheckpointError
 
+# States of torch's optimizers that have the parameter's shape: where they do not, names are in the wrong order.
+_PER_ELEMENT = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", MASTER}
+
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -54,7 +57,8 @@ def read_optimizer(
 
     Raises:
         NamesMissing: nobody says them.
-        CheckpointError: as many names as parameters were expected, or a state of no known parameter.
+        CheckpointError: as many names as parameters were expected, a state of no known parameter, or one of another
+            shape than its parameter.
     """
     groups = list(packed["param_groups"])
     ids = [number for group in groups for number in group["params"]]
@@ -76,6 +80,11 @@ def read_optimizer(
             if isinstance(value, (Tensor, Entry)):
                 entry = whole_entry(value, "state", file) if isinstance(value, Tensor) else value
                 role = state_role(key, entry.info.shape, shapes[name])
+                if key in _PER_ELEMENT and role == "scalar":
+                    raise CheckpointError(
+                        f"{key} of parameter {number!r} in {file} has shape {entry.info.shape}, and {name!r} has "
+                        f"{shapes[name]}. Pass the names in the order in which the optimizer was given its parameters."
+                    )
                 table[TensorKey(section, name, key)] = replace(entry, info=replace(entry.info, role=role))
             else:
                 values.setdefault(name, {})[key] = value
@@ -90,9 +99,9 @@ def read_optimizer(
 
 def state_role(key: str, shape: tuple[int, ...], weight_shape: tuple[int, ...]) -> Role:
     """What a tensor in a parameter's state is."""
-    if key == MASTER:
-        return "master"
-    return "state" if shape == weight_shape and key != "step" else "scalar"
+    if shape != weight_shape or key == "step":
+        return "scalar"
+    return "master" if key == MASTER else "state"
 
 
 def _names(

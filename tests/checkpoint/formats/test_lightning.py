@@ -120,6 +120,14 @@ def test_numbered_states_without_names_are_refused_only_when_asked_for(tmp_path)
         open_foreign(path, [["mid.bias", "mid.wait"], ["embed.weight"]])
 
 
+def test_names_in_the_wrong_order_are_refused_where_shapes_tell(tmp_path):
+    path, _ = fit(Tied(), tmp_path)
+    with pytest.raises(
+        CheckpointError, match=r"exp_avg of parameter 0 .* has shape \(3,\), and 'mid.weight' has \(3, 3\)"
+    ):
+        open_foreign(path, [["mid.weight", "mid.bias"], ["embed.weight"]])
+
+
 def test_a_tied_weight_is_under_the_name_that_its_optimizer_has(tmp_path):
     path, _ = fit(Tied(), tmp_path)
     source = open_foreign(path, [["mid.bias", "mid.weight"], ["head.weight"]])

@@ -89,6 +89,17 @@ def test_one_chunk_is_read_once_for_many_requests(written, monkeypatch):
     assert len(places) == len(set(places)) > 10
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_what_a_module_saves_beside_tensors_is_in_the_rest(tmp_path):
+    extra = {"a": 1, "b": torch.arange(3)}
+    dcp.save({"model": {"w": torch.ones(2), "x._extra_state": extra}}, checkpoint_id=tmp_path / "x", no_dist=True)
+    source = open_foreign(tmp_path / "x")
+    assert [str(key) for key in source.tensors] == ["model: w"]
+    found = source.rest["extra_state"]["x._extra_state"]
+    assert found["a"] == 1
+    assert torch.equal(found["b"], extra["b"])
+
+
 # What is refused
 
 
