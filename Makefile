@@ -8,7 +8,9 @@ export PYTHONUNBUFFERED := 1
 # torch's threads spin while they wait, which on busy cores slows a step many times over; let them sleep.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: setup demo test test-fast test-all check format wheel bench gpu clean
+PEERS ?= .venv-peers
+
+.PHONY: setup demo test test-fast test-all test-peers check format wheel bench gpu clean
 
 setup: $(STAMP)
 
@@ -34,6 +36,12 @@ test-fast: setup
 
 test-all: setup
 	LSS_TEST_ALL=1 $(BIN)/python -m pytest
+
+# DeepSpeed itself, in an environment of its own: it writes and we read, we export and it loads.
+test-peers:
+	bash benchmarks/peers.sh $(PEERS)
+	TORCH_EXTENSIONS_DIR="$(CURDIR)/$(PEERS)/extensions" DS_ACCELERATOR=cpu PATH="$(CURDIR)/$(PEERS)/bin:$$PATH" \
+		$(PEERS)/bin/python -m pytest tests/peers
 
 check: setup
 	$(BIN)/ruff check .
