@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import random
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from lightning_superscale.checkpoint.box import Box, flat_boxes, row_box, whole_box
+from lightning_superscale.checkpoint.load import open_checkpoint
 from lightning_superscale.checkpoint.state import (
     LocalState,
     OptimizerRecord,
@@ -18,7 +21,9 @@ from lightning_superscale.checkpoint.state import (
     TensorKey,
     optimizer_section,
 )
+from lightning_superscale.checkpoint.verify import verify
 from lightning_superscale.comm.mesh import DataMesh, build_mesh, single_mesh
+from lightning_superscale.errors import CheckpointError
 
 LAYOUTS = ("whole", "rows", "columns", "flat", "boxes")
 
@@ -154,3 +159,35 @@ def assert_filled(requests: list[ReadRequest], tensors: dict[TensorKey, Tensor])
 
 def mesh_of(world_size: int) -> DataMesh:
     return single_mesh() if world_size == 1 else build_mesh(world_size, timedelta(seconds=60))
+
+
+ONE_SHAPE = (6, 3)
+ONE_KEY = TensorKey("model", "w")
+
+
+def one_tensor(value: float, rank: int = 0, world_size: int = 1) -> LocalState:
+    """A small state that holds one value everywhere, cut by rows."""
+    box = row_box(ONE_SHAPE, ONE_SHAPE[0] * rank // world_size, ONE_SHAPE[0] * (rank + 1) // world_size)
+    shard = Shard(box, torch.full(box.size, value))
+    return LocalState(
+        {ONE_KEY: TensorInfo(torch.float32, ONE_SHAPE, "model")}, {ONE_KEY: (shard,)}, rest={"value": value}
+    )
+
+
+def value_at(path: str) -> float | None:
+    """The value that loads, None where there is no checkpoint; a mixture or damage is an error."""
+    if not os.path.lexists(path) and not [name for name in os.listdir(Path(path).parent) if name.startswith(".ucp")]:
+        return None
+    try:
+        source = open_checkpoint(path)
+    except CheckpointError as error:
+        if "is no checkpoint folder: No such file" in str(error):
+            return None
+        raise
+    out = torch.empty(ONE_SHAPE)
+    source.read([ReadRequest(ONE_KEY, whole_box(ONE_SHAPE), out)])
+    value = source.rest["value"]
+    assert torch.equal(out, torch.full(ONE_SHAPE, value))
+    assert source.step == int(value)
+    assert verify(path) == []
+    return value
