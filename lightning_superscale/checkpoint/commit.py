@@ -37,6 +37,8 @@ STAGING, STORE, OWNER = ".ucp-staging-", ".ucp-store", "owner.json"
 _CONTENT, _LINK, _REPLACED = "checkpoint", "link", "replaced"
 # Staging folders of another host, whose processes can't be seen from here, are dead after this long without a write.
 _STALE_AFTER_S = 24 * 3600.0
+# A staging folder with nothing in it that is older than this will not get an owner any more.
+_OWNED_WITHIN_S = 60.0
 # How long another host's new folder may take to be seen here (attribute caches of NFS).
 _VISIBLE_WITHIN_S = 30.0
 
@@ -255,8 +257,13 @@ def _delete_old(staging: str) -> None:
         if os.path.dirname(folder) == store and os.path.isdir(folder) and not _is_linked(parent, folder):
             shutil.rmtree(folder, ignore_errors=True)
     # The owner goes last: what is left when this process dies is known to be dead.
-    for name in (_CONTENT, _REPLACED):
-        shutil.rmtree(os.path.join(staging, name), ignore_errors=True)
+    for name in (_CONTENT, _REPLACED, _LINK):
+        path = os.path.join(staging, name)
+        if os.path.islink(path) or os.path.isfile(path):
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
     shutil.rmtree(staging, ignore_errors=True)
 
 
@@ -318,4 +325,6 @@ def _is_alive(owner: dict[str, Any], staging: str) -> bool:
                 newest = max(newest, os.lstat(os.path.join(folder, name)).st_mtime)
             except OSError:
                 continue
-    return time.time() - newest < _STALE_AFTER_S
+    # The owner is noted before anything else is made, and deleted after everything else.
+    is_bare = not owner and set(os.listdir(staging)) <= {OWNER}
+    return time.time() - newest < (_OWNED_WITHIN_S if is_bare else _STALE_AFTER_S)
