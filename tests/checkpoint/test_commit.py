@@ -182,6 +182,22 @@ def test_a_replacement_that_can_not_be_finished_is_taken_back(tmp_path, monkeypa
     assert value_at(str(tmp_path / "a")) == 3.0
 
 
+def manifest_file(events: list[str]) -> str:
+    return next(event for event in events if event.endswith("/MANIFEST.json"))
+
+
+def test_a_folder_whose_replacement_died_is_taken_back_by_the_next_save(tmp_path):
+    """Between two renames, where names can't be swapped; opening takes it back too."""
+    for use in (lambda: put(tmp_path / "b", 2.0), lambda: open_checkpoint(str(tmp_path / "a"))):
+        put(tmp_path / "a", 1.0)
+        staging = leftover(tmp_path, "dead", pid=2**22 + 1, target="a")
+        os.rename(tmp_path / "a", tmp_path / staging / "replaced")
+        use()
+        assert value_at(str(tmp_path / "a")) == 1.0
+        put(tmp_path / "b", 3.0)
+        assert sorted(os.listdir(tmp_path)) == ["a", "b"]
+
+
 def test_every_file_and_folder_is_synchronized_before_the_name_changes(tmp_path, monkeypatch):
     """fsync of all that was written comes before the rename, and one of the parent after it."""
     events = []
@@ -203,5 +219,6 @@ def test_every_file_and_folder_is_synchronized_before_the_name_changes(tmp_path,
     before = {event.split("/", 2)[2] if event.count("/") > 1 else event for event in events[:at]}
     manifest = open_checkpoint(str(tmp_path / "a")).manifest
     assert {"MANIFEST.json", "data", "blocks", *manifest.files} <= before
-    assert any(event.endswith("/checkpoint") for event in events[:at])
+    # The folder itself after the last name in it.
+    assert any(event.endswith("/checkpoint") for event in events[events.index(manifest_file(events)) : at])
     assert events[at + 1] == "."

@@ -28,8 +28,8 @@ def folder():
         yield Path(path) / "at"
 
 
-def save_and_die(rank, world_size, path, value, deadly, dying, can_exchange, is_in_background) -> int:
-    """Save; killed at call `deadly` if this is one of the `dying` ranks. How many calls there were."""
+def save_and_die(rank, world_size, path, value, deadly, dying, can_exchange, is_in_background) -> tuple[int, list[int]]:
+    """Save; killed at call `deadly` if this is one of the `dying` ranks. How many calls there were, and the renames."""
     if deadly is None:
         commit._OWNED_WITHIN_S = 0.0  # nobody else saves here
     mesh = mesh_of(world_size)
@@ -42,7 +42,7 @@ def save_and_die(rank, world_size, path, value, deadly, dying, can_exchange, is_
     else:
         saver.save(path, state, step=int(value))
         saver.wait()
-    return countdown.count
+    return countdown.count, countdown.renames
 
 
 def before(folder: Path, case: str, can_exchange: bool) -> str:
@@ -66,12 +66,12 @@ def kill_everywhere(folder, case, world_size, dying, can_exchange, is_in_backgro
     counts = forked(world_size, save_and_die, path, 2.0, None, dying, *how)
     assert value_at(path) == 2.0, counts
     num_old = num_new = 0
-    for deadly in deaths(counts[dying[0]], stride):
+    for deadly in deaths(*counts[dying[0]], stride):
         path = before(folder, case, can_exchange)
         answers = forked(world_size, save_and_die, path, 2.0, deadly, dying, *how)
         for rank, answer in enumerate(answers):
             if rank not in dying:  # told, not left waiting
-                assert isinstance(answer, (CheckpointError, int)), answer
+                assert isinstance(answer, (CheckpointError, tuple)), answer
         found = None if case == "file" and os.path.isfile(path) else value_at(path)
         old = 1.0 if case in ("ours", "folder") else None
         assert found in (old, 2.0), (deadly, found)
@@ -86,7 +86,7 @@ def kill_everywhere(folder, case, world_size, dying, can_exchange, is_in_backgro
         assert set(os.listdir(folder)) == left, (deadly, os.listdir(folder))
         if not can_exchange:
             assert len(os.listdir(folder / ".ucp-store")) == 1
-    return num_old, num_new, counts[dying[0]]
+    return num_old, num_new, counts[dying[0]][0]
 
 
 @pytest.mark.parametrize("is_in_background", [False, True], ids=["sync", "background"])

@@ -26,6 +26,7 @@ class Countdown:
 
     def __init__(self, deadly: int | None) -> None:
         self.count = 0
+        self.renames: list[int] = []  # which of the calls change names
         self._deadly = deadly
         self._lock = threading.Lock()
 
@@ -44,6 +45,8 @@ class Countdown:
                 return call(*args, **kwargs)
             with self._lock:
                 self.count += 1
+                if name in ("rename", "replace", "exchange", "symlink"):
+                    self.renames.append(self.count)
                 if self.count == self._deadly:
                     if name == "write":
                         call(args[0], args[1][: len(args[1]) // 2])
@@ -127,6 +130,7 @@ def _answer(pid: int, pipe: int) -> Any:
     return pickle.loads(data)
 
 
-def deaths(count: int, stride: int) -> Iterator[int]:
-    """Every `stride`-th of `count` calls, and always the last few, where names change."""
-    return (k for k in range(1, count + 2) if k % stride == 0 or k > count - 3)
+def deaths(count: int, renames: list[int], stride: int) -> Iterator[int]:
+    """Every `stride`-th of `count` calls, and always those around a change of names, and the last ones."""
+    near = {k + d for k in renames for d in (0, 1)}
+    return (k for k in range(1, count + 2) if k % stride == 0 or k in near or k > count - 1)
