@@ -70,8 +70,13 @@ class BackgroundSaver:
         self.wait()
         prepared = prepare(state, self._mesh, step=step)
         self._borrowed = []
-        values = [self._snapshot(one, prepared) for one in prepared.own]
-        self._slabs.record()
+        values: list[Values] = []
+
+        def copy() -> None:
+            values.extend(self._snapshot(one, prepared) for one in prepared.own)
+            self._slabs.record()
+
+        attempt(self._mesh, copy, "the snapshot failed")
         snapshot = with_values(prepared, values)
         self._is_writing = True
         self._thread = threading.Thread(

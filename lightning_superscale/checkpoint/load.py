@@ -22,6 +22,7 @@ from lightning_superscale.checkpoint.box import whole_box
 from lightning_superscale.checkpoint.commit import restore
 from lightning_superscale.checkpoint.filling import READ_THREADS, Buffers, Filling
 from lightning_superscale.checkpoint.manifest import MANIFEST_NAME, REST_NAME, Manifest, blocks_name
+from lightning_superscale.checkpoint.payload import is_wrapper
 from lightning_superscale.checkpoint.phases import attempt
 from lightning_superscale.checkpoint.reshard import (
     Segment,
@@ -197,6 +198,11 @@ class SavedState:
     # Requests
 
     def _check_request(self, request: ReadRequest) -> None:
+        if is_wrapper(request.out):
+            raise CheckpointError(
+                f"{request.key}: a plain tensor is filled, found a {type(request.out).__name__}. Give the part that "
+                "this rank holds, such as a DTensor's to_local(), and its box."
+            )
         record = self.manifest.tensors.get(request.key)
         if record is None:
             raise CheckpointError(f"{request.key} is not in the checkpoint.")

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lightning_superscale.checkpoint.blocks import BlockHasher, FileDigest
 from lightning_superscale.checkpoint.box import flat_boxes, whole_box
@@ -100,6 +101,11 @@ class PayloadWriter:
         """Make the file durable."""
         self._file.close()
         return self._hasher.digest()
+
+
+def is_wrapper(tensor: Tensor) -> bool:
+    """Whether a tensor only stands for others, as a DTensor does, and has no bytes of its own."""
+    return is_traceable_wrapper_subclass(tensor)
 
 
 def host_chunks(tensor: Tensor) -> Iterator[Tensor]:

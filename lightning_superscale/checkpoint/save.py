@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from lightning_superscale.checkpoint import rest as rest_json
@@ -31,7 +32,7 @@ from lightning_superscale.checkpoint.manifest import (
     TensorRecord,
     blocks_name,
 )
-from lightning_superscale.checkpoint.payload import Entry, PayloadWriter, layout, sort_entries
+from lightning_superscale.checkpoint.payload import Entry, PayloadWriter, is_wrapper, layout, sort_entries
 from lightning_superscale.checkpoint.phases import attempt
 from lightning_superscale.checkpoint.plan import Part, divide, fill_files
 from lightning_superscale.checkpoint.state import EXTRA, LocalState, TensorInfo, TensorKey
@@ -194,6 +195,11 @@ def _check_shards(key: TensorKey, state: LocalState) -> None:
     info = state.tensors[key]
     dtype_name(info.dtype, key)
     for shard in state.shards.get(key, ()):
+        if is_wrapper(shard.tensor) or shard.tensor.layout is not torch.strided:
+            raise CheckpointError(
+                f"{key}: a plain dense tensor was expected, found a {type(shard.tensor).__name__} with layout "
+                f"{shard.tensor.layout}. Give the part that this rank holds, such as a DTensor's to_local()."
+            )
         if tuple(shard.tensor.shape) != shard.box.size or shard.tensor.dtype != info.dtype:
             raise CheckpointError(
                 f"{key}: a shard of shape {shard.box.size} and {info.dtype} was announced, found "

@@ -128,17 +128,20 @@ class LocalFolder:
         except OSError as error:
             raise CheckpointError(f"{path} is no checkpoint folder: {error.strerror}.") from error
 
+    def _opened(self) -> int:
+        if self._descriptor is None:
+            raise CheckpointError(f"{self.path} was closed; open it again.")
+        return self._descriptor
+
     def size(self, name: str) -> int | None:
         try:
-            return os.stat(name, dir_fd=self._descriptor).st_size
+            return os.stat(name, dir_fd=self._opened()).st_size
         except (FileNotFoundError, NotADirectoryError):
             return None
 
     def names(self) -> set[str]:
-        if self._descriptor is None:
-            raise CheckpointError(f"{self.path} was closed; open it again.")
         found = set()
-        for folder, _, files, _ in os.fwalk(".", dir_fd=self._descriptor):
+        for folder, _, files, _ in os.fwalk(".", dir_fd=self._opened()):
             found |= {os.path.normpath(os.path.join(folder, file)) for file in files}
         return found
 
@@ -149,10 +152,9 @@ class LocalFolder:
         return bytes(data)
 
     def read_into(self, name: str, start: int, out: memoryview) -> None:
-        if self._descriptor is None:
-            raise CheckpointError(f"{self.path} was closed; open it again.")
+        descriptor = self._opened()
         try:
-            file = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._descriptor)
+            file = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=descriptor)
             try:
                 while out:
                     count = os.preadv(file, [out], start)

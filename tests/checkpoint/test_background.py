@@ -185,6 +185,30 @@ def test_an_error_surfaces_once_at_the_next_call_and_the_next_save_works(tmp_pat
     saver.close()
 
 
+def fail_to_copy(rank: int, world_size: int, folder: str) -> str:
+    saver = BackgroundSaver(mesh_of(world_size))
+    clone = torch.Tensor.clone
+
+    def broken(tensor, **options):
+        raise MemoryError("no memory left")
+
+    torch.Tensor.clone = broken if rank == 1 else clone
+    tensors = state_tensors(1, scale=2000)
+    with pytest.raises(CheckpointError) as error:
+        saver.save(f"{folder}/a.ckpt", local_state(tensors, "rows", rank, world_size))
+    torch.Tensor.clone = clone
+    saver.save(f"{folder}/a.ckpt", local_state(state_tensors(2), "rows", rank, world_size), step=2)
+    saver.close()
+    assert open_checkpoint(f"{folder}/a.ckpt").step == 2
+    return str(error.value)
+
+
+def test_a_rank_that_can_not_copy_fails_the_snapshot_of_all(tmp_path):
+    for told in run_ranks(2, fail_to_copy, str(tmp_path)):
+        assert "the snapshot failed: rank 1 " in told
+        assert "no memory left" in told
+
+
 def train_and_save(rank: int, world_size: int, folder: str) -> int:
     """Collectives of training between those of the writer; a failure of one rank; bytes that were copied."""
     mesh = mesh_of(world_size)

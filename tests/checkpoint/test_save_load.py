@@ -121,6 +121,7 @@ def test_what_does_not_fit_a_request_is_refused_before_anything_is_read(tmp_path
             ),
             "model: w.*float16",
         ),
+        (simple(w=torch.ones(2).to_sparse()), "model: w: a plain dense tensor was expected"),
         (LocalState({}, {}, rest={"callbacks": {"mine": object()}}), "rest/callbacks/mine"),
         (LocalState({}, {}, rest={"t": torch.ones(2, dtype=torch.complex128)}), "extra: rest/t has dtype"),
     ],
@@ -129,6 +130,15 @@ def test_what_can_not_be_saved_is_refused_and_leaves_nothing(tmp_path, state, me
     with pytest.raises(CheckpointError, match=message):
         save(str(tmp_path / "a"), state, MESH)
     assert os.listdir(tmp_path) == []
+
+
+def test_a_closed_checkpoint_says_so(tmp_path):
+    save(str(tmp_path / "a"), simple(w=torch.ones(2)), MESH)
+    source = open_checkpoint(str(tmp_path / "a"))
+    source.close()
+    for use in (lambda: source.read(read_requests(source.tensors)), lambda: source.rest):
+        with pytest.raises(CheckpointError, match="was closed"):
+            use()
 
 
 def test_what_is_no_checkpoint_is_told_apart(tmp_path):
