@@ -19,6 +19,7 @@ Role = Literal["model", "buffer", "master", "state", "scalar", "extra"]
 
 MODEL = "model"
 MASTER = "master_param"
+EXTRA = "extra"
 
 
 def optimizer_section(index: int) -> str:

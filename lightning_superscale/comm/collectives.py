@@ -276,3 +276,26 @@ def gather_objects(mesh: DataMesh, value: object) -> list[Any]:
     gathered: list[Any] = [None] * mesh.world.size
     dist.all_gather_object(gathered, value, group=mesh.control)
     return gathered
+
+
+def exchange(
+    mesh: DataMesh,
+    sent: Sequence[tuple[Tensor, Sequence[int]]],
+    received: Sequence[tuple[Tensor, int]],
+    what: str,
+) -> None:
+    """Send host tensors to some ranks and fill others from some ranks, over the control group.
+
+    Between two ranks tensors arrive in the order in which they are listed here, which both must list alike.
+
+    Args:
+        sent: contiguous tensors, and the world ranks that get each.
+        received: contiguous tensors, and the world rank that sends each.
+        what: names it, while this rank waits.
+    """
+    if mesh.control is None:
+        return
+    mesh.counts.add("exchange", sum(tensor.nbytes * len(ranks) for tensor, ranks in sent))
+    works: list[Any] = [dist.irecv(tensor, rank, group=mesh.control) for tensor, rank in received]
+    works += [dist.isend(tensor, rank, group=mesh.control) for tensor, ranks in sent for rank in ranks]
+    _wait(works, mesh.watch, what, can_look=False)

@@ -12,7 +12,7 @@ would meet the wrong partner.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -168,6 +168,18 @@ def build_mesh(
         control=dist.new_group(backend="gloo", timeout=timeout),
         watch=watch,
     )
+
+
+def with_own_control(mesh: DataMesh, timeout: timedelta | None = None) -> DataMesh:
+    """The same ranks with a control group of their own, for a thread whose agreements must not meet others'.
+
+    Collective: every rank calls it. The watch stays with the main thread, whose places it knows; a lost rank breaks
+    the new group's connections.
+    """
+    if mesh.control is None:
+        return mesh
+    group = dist.new_group(backend="gloo", timeout=timeout)
+    return replace(mesh, control=group, watch=None, counts=CollectiveCount(), memory=RecycledMemory())
 
 
 def _build_tensor_mesh(tensor_size: int, timeout: timedelta, watch: RankWatch | None, device_type: str) -> DataMesh:

@@ -1,0 +1,111 @@
+"""Checksums per block of a file, so that a part of a file can be verified without reading the rest.
+
+Block `i` of a file is its bytes [i, i + 1) MiB, headers included; the last one is shorter. Checksums are xxh3-64,
+written one after the other as little-endian 64-bit numbers.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+import xxhash
+
+from lightning_superscale.errors import CheckpointError
+
+BLOCK_BYTES = 2**20
+_SUM_BYTES = 8
+
+
+def hex_digest(data: bytes | bytearray | memoryview) -> str:
+    """xxh3-64 of some bytes, as the manifest writes it."""
+    return xxhash.xxh3_64_hexdigest(data)
+
+
+def num_blocks(size: int) -> int:
+    """Blocks of a file of `size` bytes."""
+    return -(-size // BLOCK_BYTES)
+
+
+@dataclass(frozen=True, slots=True)
+class FileDigest:
+    """What is known of a file that was written.
+
+    Attributes:
+        size: in bytes.
+        xxh3: of all bytes, hexadecimal.
+        blocks: checksums of its blocks, as its blocks file holds them.
+    """
+
+    size: int
+    xxh3: str
+    blocks: bytes
+
+
+class BlockHasher:
+    """Checksums of a file and its blocks, computed while the file is written front to back."""
+
+    def __init__(self) -> None:
+        self._whole = xxhash.xxh3_64()
+        self._block = xxhash.xxh3_64()
+        self._sums: list[int] = []
+        self._size = 0
+
+    @property
+    def size(self) -> int:
+        """Bytes seen so far."""
+        return self._size
+
+    def update(self, data: memoryview) -> None:
+        """Take the next bytes, flat and of itemsize 1."""
+        self._whole.update(data)
+        while data:
+            room = BLOCK_BYTES - self._size % BLOCK_BYTES
+            part, data = data[:room], data[room:]
+            self._block.update(part)
+            self._size += len(part)
+            if self._size % BLOCK_BYTES == 0:
+                self._end_block()
+
+    def _end_block(self) -> None:
+        self._sums.append(self._block.intdigest())
+        self._block.reset()
+
+    def digest(self) -> FileDigest:
+        """Of the whole file; nothing may be added after it."""
+        if self._size % BLOCK_BYTES:
+            self._end_block()
+        return FileDigest(self._size, self._whole.hexdigest(), struct.pack(f"<{len(self._sums)}Q", *self._sums))
+
+
+class BlockSums:
+    """The checksums of one file's blocks, as read back.
+
+    Args:
+        data: content of its blocks file.
+        size: bytes of the file itself.
+        where: the file, for messages.
+
+    Raises:
+        CheckpointError: not as many checksums as the file has blocks.
+    """
+
+    def __init__(self, data: bytes, size: int, where: str) -> None:
+        if len(data) != num_blocks(size) * _SUM_BYTES:
+            raise CheckpointError(
+                f"{where}: {num_blocks(size)} blocks were expected for its {size} bytes, found checksums of "
+                f"{len(data) / _SUM_BYTES:g}."
+            )
+        self._sums = struct.unpack(f"<{len(data) // _SUM_BYTES}Q", data)
+
+    def first_damaged(self, first_block: int, data: memoryview) -> int | None:
+        """The first block that does not have its checksum, or None.
+
+        Args:
+            data: bytes of the file from block `first_block` on; ends at the end of a block, or of the file.
+        """
+        for start in range(0, len(data), BLOCK_BYTES):
+            block = first_block + start // BLOCK_BYTES
+            if xxhash.xxh3_64_intdigest(data[start : start + BLOCK_BYTES]) != self._sums[block]:
+                return block
+        return None

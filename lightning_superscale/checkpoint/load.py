@@ -1,0 +1,342 @@
+"""Loading: a checkpoint as a source of boxes, for any number of ranks with any layout.
+
+[Note: Reading once] Ranks say which blocks of which files they need. A block that several need is read by one of them,
+which sends it to the others, in rounds of bounded size. So however many ranks there are, the files are read once, and
+a rank needs no more memory than a few segments beside what it fills.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
+from threading import Lock
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_superscale.checkpoint import rest as rest_json
+from lightning_superscale.checkpoint.blocks import BLOCK_BYTES, BlockSums, hex_digest
+from lightning_superscale.checkpoint.box import whole_box
+from lightning_superscale.checkpoint.commit import restore
+from lightning_superscale.checkpoint.filling import READ_THREADS, Buffers, Filling
+from lightning_superscale.checkpoint.manifest import MANIFEST_NAME, REST_NAME, Manifest, blocks_name
+from lightning_superscale.checkpoint.payload import is_wrapper
+from lightning_superscale.checkpoint.phases import attempt
+from lightning_superscale.checkpoint.reshard import (
+    Segment,
+    copies_of,
+    rounds_of,
+    segments_of,
+)
+from lightning_superscale.checkpoint.state import EXTRA, OptimizerRecord, ReadRequest, TensorInfo, TensorKey
+from lightning_superscale.checkpoint.storage import Folder, is_remote, open_folder
+from lightning_superscale.comm.collectives import exchange
+from lightning_superscale.comm.mesh import DataMesh, single_mesh
+from lightning_superscale.errors import CheckpointError
+
+
+def is_checkpoint(path: str) -> bool:
+    """Whether a checkpoint of this format lies at a path or URL; its content is not looked at."""
+    try:
+        folder = open_folder(path)
+    except CheckpointError:
+        return False
+    try:
+        return folder.size(MANIFEST_NAME) is not None
+    finally:
+        folder.close()
+
+
+def open_checkpoint(path: str, mesh: DataMesh | None = None, *, check_first: bool | None = None) -> SavedState:
+    """Open a checkpoint. Every rank of the mesh calls it; none reads values yet.
+
+    Args:
+        mesh: ranks that are going to read together; None reads alone.
+        check_first: let `read` verify every block that it needs before it fills the first tensor, so that damage is
+            found while nothing has changed. Costs a second pass over the bytes, from the page cache where they fit.
+            None: on local file systems. Without it blocks are verified as they are read.
+
+    Raises:
+        CheckpointError: on every rank: there is none, it is damaged or incomplete, or it needs a newer reader.
+    """
+    mesh = mesh or single_mesh()
+    failed = f"{path} can't be loaded"
+    if not is_remote(path):
+        attempt(mesh, lambda: mesh.world.rank == 0 and restore(path), failed)
+    opened: list[SavedState] = []
+
+    def look() -> str:
+        folder = open_folder(path)
+        if folder.size(MANIFEST_NAME) is None:
+            raise CheckpointError(f"{path} has no {MANIFEST_NAME}, so it is no checkpoint of this format.")
+        manifest = Manifest.from_bytes(folder.read(MANIFEST_NAME), f"{path}/{MANIFEST_NAME}")
+        if manifest.root:
+            folder.close()
+            folder = open_folder(path, manifest.root)
+        if mesh.world.rank == 0:
+            check_sizes(folder, manifest)
+        opened.append(
+            SavedState(path, mesh, folder, manifest, not is_remote(path) if check_first is None else check_first)
+        )
+        return manifest.uuid
+
+    uuids = attempt(mesh, look, failed)
+    if len(set(uuids)) > 1:
+        raise CheckpointError(
+            f"{failed}: ranks see different checkpoints there, as if it was replaced while they opened it, or each "
+            "host has its own. Use a file system that all hosts share."
+        )
+    return opened[0]
+
+
+def check_sizes(folder: Folder, manifest: Manifest) -> None:
+    """Raises: CheckpointError: a file that the manifest names is missing, or has another size."""
+    for name, file in manifest.files.items():
+        size = folder.size(name)
+        if size != file.size:
+            found = "is missing" if size is None else f"has {size} bytes"
+            raise CheckpointError(
+                f"{folder.path}: {name} {found}, {file.size} bytes were expected. Load an earlier checkpoint."
+            )
+
+
+class SavedState:
+    """A checkpoint of our own format, as a `StateSource`.
+
+    Attributes:
+        path: what was opened.
+        manifest: all that is known without reading values.
+        bytes_read: bytes of data files that this rank has read to fill tensors.
+        bytes_checked: bytes that it has read before only to verify them.
+    """
+
+    def __init__(self, path: str, mesh: DataMesh, folder: Folder, manifest: Manifest, check_first: bool) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.bytes_read = 0
+        self.bytes_checked = 0
+        self._mesh = mesh
+        self._folder = folder
+        self._check_first = check_first
+        self._sums: dict[str, BlockSums] = {}
+        self._lock = Lock()
+
+    @property
+    def step(self) -> int | None:
+        return self.manifest.step
+
+    @cached_property
+    def tensors(self) -> Mapping[TensorKey, TensorInfo]:
+        """All but those within `rest`."""
+        return {key: record.info for key, record in self.manifest.tensors.items() if key.section != EXTRA}
+
+    @property
+    def aliases(self) -> Mapping[str, str]:
+        return self.manifest.aliases
+
+    @cached_property
+    def optimizers(self) -> tuple[OptimizerRecord, ...]:
+        """Reads the few tensors within them; each rank for itself."""
+        return tuple(
+            OptimizerRecord(
+                class_name=str(fields["class"]),
+                groups=tuple(rest_json.decode(fields["groups"], f"optimizers[{i}]/groups", self._extra)),
+                names=tuple(tuple(names) for names in fields["names"]),
+                values=rest_json.decode(fields["values"], f"optimizers[{i}]/values", self._extra),
+            )
+            for i, fields in enumerate(self.manifest.optimizers)
+        )
+
+    @cached_property
+    def rest(self) -> dict[str, Any]:
+        """Lightning's part of the state, with its tensors on the host; each rank reads it for itself.
+
+        Raises:
+            CheckpointError: damage, or a class that is not known as safe; says how to allow it.
+        """
+        value = rest_json.decode(self.rest_json, "rest", self._extra)
+        if not isinstance(value, dict):
+            raise CheckpointError(f"{self.path}: {REST_NAME} holds a {type(value).__name__}, a dict was expected.")
+        return value
+
+    @cached_property
+    def rest_json(self) -> Any:
+        """`rest` in its JSON form, which can be looked at without constructing anything."""
+        return rest_json.parse(self._whole_file(REST_NAME), f"{self.path}/{REST_NAME}")
+
+    def read(self, requests: Sequence[ReadRequest]) -> None:
+        """Fill each request. Every rank of the mesh calls it, with its own requests, also with none.
+
+        Raises:
+            CheckpointError: on every rank: something the checkpoint does not have, or damage (which file, block and
+                tensor).
+        """
+        mine = Filling(requests)
+
+        def look() -> dict[str, list[tuple[int, int]]]:
+            for request in requests:
+                self._check_request(request)
+            return mine.take(copies_of([(r.key, r.box) for r in requests], self.manifest.tensors))
+
+        failed = f"{self.path} can't be loaded"
+        segments = segments_of(attempt(self._mesh, look, failed))
+        rank = self._mesh.world.rank
+        own = [segment for segment in segments if segment.reader == rank]
+        if self._check_first:
+            attempt(self._mesh, lambda: self._check(own), failed)
+        errors: list[Exception] = []
+        with ThreadPoolExecutor(READ_THREADS, thread_name_prefix="checkpoint reader") as threads:
+            self._read_shared(rounds_of(segments), mine, threads, errors)
+            alone = [segment for segment in own if len(segment.ranks) == 1]
+            attempt(self._mesh, lambda: self._read_alone(alone, mine, threads, errors), failed)
+
+    def close(self) -> None:
+        self._folder.close()
+
+    # Requests
+
+    def _check_request(self, request: ReadRequest) -> None:
+        if is_wrapper(request.out):
+            raise CheckpointError(
+                f"{request.key}: a plain tensor is filled, found a {type(request.out).__name__}. Give the part that "
+                "this rank holds, such as a DTensor's to_local(), and its box."
+            )
+        record = self.manifest.tensors.get(request.key)
+        if record is None:
+            raise CheckpointError(f"{request.key} is not in the checkpoint.")
+        if not request.box.lies_in(record.info.shape) or tuple(request.out.shape) != request.box.size:
+            raise CheckpointError(
+                f"{request.key} has shape {record.info.shape}; its part at {request.box.offset} of size "
+                f"{request.box.size} was asked for, to fill a tensor of shape {tuple(request.out.shape)}."
+            )
+
+    # Reading
+
+    def _check(self, segments: Sequence[Segment]) -> None:
+        with ThreadPoolExecutor(READ_THREADS, thread_name_prefix="checkpoint reader") as threads:
+            buffers = Buffers(is_pinned=False)
+
+            def check(segment: Segment) -> int:
+                with buffers.take() as buffer:
+                    return len(self._read_segment(segment, buffer))
+
+            self.bytes_checked += sum(threads.map(check, segments))
+
+    def _read_alone(
+        self, segments: Sequence[Segment], mine: Filling, threads: ThreadPoolExecutor, errors: list[Exception]
+    ) -> None:
+        if errors:
+            raise errors[0]
+        buffers = Buffers(mine.is_pinned)
+
+        def read(segment: Segment) -> int:
+            with buffers.take() as buffer:
+                nbytes = len(self._read_segment(segment, buffer))
+                mine.scatter(segment, buffer[:nbytes])
+                return nbytes
+
+        self.bytes_read += sum(threads.map(read, segments))
+
+    def _read_shared(
+        self,
+        rounds: Sequence[Sequence[Segment]],
+        mine: Filling,
+        threads: ThreadPoolExecutor,
+        errors: list[Exception],
+    ) -> None:
+        """Rounds of reading and exchanging ([Note: Reading once]). A rank that can't read sends what it has, so that
+        nobody waits, and adds its error to `errors`.
+        """
+        rank = self._mesh.world.rank
+
+        def start(segment: Segment) -> tuple[Tensor, Future[Any] | None]:
+            buffer = torch.empty(self._nbytes(segment), dtype=torch.uint8, pin_memory=mine.is_pinned)
+            is_reader = segment.reader == rank
+            return buffer, threads.submit(self._read_segment, segment, buffer) if is_reader else None
+
+        def begin(segments: Sequence[Segment]) -> list[tuple[Segment, Tensor, Future[Any] | None]]:
+            return [(segment, *start(segment)) for segment in segments if rank in segment.ranks]
+
+        coming = begin(rounds[0]) if rounds else []
+        for i in range(len(rounds)):
+            now, coming = coming, begin(rounds[i + 1]) if i + 1 < len(rounds) else []
+            for _, _, task in now:
+                try:
+                    self.bytes_read += len(task.result()) if task is not None else 0
+                except Exception as error:
+                    errors.append(error)
+            exchange(
+                self._mesh,
+                [(data, [r for r in segment.ranks if r != rank]) for segment, data, task in now if task is not None],
+                [(data, segment.reader) for segment, data, task in now if task is None],
+                "the exchange of a checkpoint's blocks",
+            )
+            if not errors:
+                for _ in threads.map(mine.scatter, [one[0] for one in now], [one[1] for one in now]):
+                    pass
+
+    def _nbytes(self, segment: Segment) -> int:
+        return min(segment.stop * BLOCK_BYTES, self.manifest.files[segment.file].size) - segment.first * BLOCK_BYTES
+
+    def _read_segment(self, segment: Segment, buffer: Tensor) -> memoryview:
+        """Fill the beginning of `buffer` with a segment's bytes, verified."""
+        data: memoryview = buffer.numpy().data[: self._nbytes(segment)]
+        sums = self._block_sums(segment.file)
+        self._folder.read_into(segment.file, segment.first * BLOCK_BYTES, data)
+        damaged = sums.first_damaged(segment.first, data)
+        if damaged is not None:
+            holds = tensors_in_block(self.manifest, segment.file, damaged)
+            raise CheckpointError(
+                f"{self.path}: {segment.file} is damaged in block {damaged} (bytes {damaged * BLOCK_BYTES} to "
+                f"{(damaged + 1) * BLOCK_BYTES}), which holds {holds}. "
+                "Load an earlier checkpoint."
+            )
+        return data
+
+    def _block_sums(self, file: str) -> BlockSums:
+        with self._lock:
+            if file not in self._sums:
+                name = blocks_name(file)
+                size = self.manifest.files[file].size
+                self._sums[file] = BlockSums(self._whole_file(name), size, f"{self.path}/{name}")
+            return self._sums[file]
+
+    def _whole_file(self, name: str) -> bytes:
+        if name not in self.manifest.files:
+            raise CheckpointError(f"{self.path}/{MANIFEST_NAME} does not list {name}, so it can't be verified.")
+        data = self._folder.read(name)
+        if hex_digest(data) != self.manifest.files[name].xxh3:
+            raise CheckpointError(f"{self.path}: {name} is damaged. Load an earlier checkpoint.")
+        return data
+
+    def _extra(self, name: str) -> Tensor:
+        """A tensor within `rest` or an optimizer's groups."""
+        key = TensorKey(EXTRA, name)
+        if key not in self.manifest.tensors:
+            raise CheckpointError(f"{key} is not in the checkpoint.")
+        info = self.manifest.tensors[key].info
+        request = ReadRequest(key, whole_box(info.shape), torch.empty(info.shape, dtype=info.dtype))
+        mine = Filling([request])
+        wanted = mine.take(copies_of([(key, request.box)], self.manifest.tensors))
+        for segment in segments_of([wanted]):
+            buffer = torch.empty(self._nbytes(segment), dtype=torch.uint8)
+            self._read_segment(segment, buffer)
+            mine.scatter(segment, buffer)
+        return request.out
+
+
+def tensors_in_block(manifest: Manifest, file: str, block: int) -> str:
+    """What a block of a file holds, for messages."""
+    low, high = block * BLOCK_BYTES, (block + 1) * BLOCK_BYTES
+    found = [
+        str(key)
+        for key, record in manifest.tensors.items()
+        for piece in record.pieces
+        if piece.file == file
+        and piece.start < high
+        and piece.start + piece.box.numel * record.info.dtype.itemsize > low
+    ]
+    shown = ", ".join(found[:3]) or "the file's header"
+    return shown + (f" and {len(found) - 3} more" if len(found) > 3 else "")

@@ -1,0 +1,237 @@
+"""Files of a checkpoint: created once, made durable, read in parts. Local file systems, and whatever fsspec reaches.
+
+Every call that changes a disk is a plain function of `os`, looked up when it is called, so that tests can count them
+and stop a process at any one.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import Any, Protocol
+
+import fsspec
+
+from lightning_superscale.errors import CheckpointError
+
+
+class FileWriter(Protocol):
+    """A new file."""
+
+    def write(self, data: memoryview) -> None: ...
+    def close(self) -> None:
+        """Make it durable."""
+
+
+class Folder(Protocol):
+    """The files of one checkpoint, for reading.
+
+    Attributes:
+        path: for messages.
+    """
+
+    path: str
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file; None where there is none."""
+
+    def names(self) -> set[str]:
+        """Every file in it, by name relative to it."""
+
+    def read(self, name: str) -> bytes:
+        """All of a file."""
+
+    def read_into(self, name: str, start: int, out: memoryview) -> None:
+        """Fill `out` with a file's bytes from `start` on."""
+
+    def close(self) -> None: ...
+
+
+def is_remote(path: str) -> bool:
+    """Whether fsspec has to reach it. "local://" is this machine's file system through fsspec."""
+    return "://" in path and not path.startswith("file://")
+
+
+def local_path(path: str) -> str:
+    """The path without "file://", absolute."""
+    return os.path.abspath(os.path.expanduser(path.removeprefix("file://")))
+
+
+def open_folder(path: str, root: str = "") -> Folder:
+    """A checkpoint's files.
+
+    Args:
+        root: folder within it in which they are.
+
+    Raises:
+        CheckpointError: there is no such folder.
+    """
+    if is_remote(path):
+        return RemoteFolder(path, root)
+    return LocalFolder(path, root)
+
+
+class LocalFile:
+    """A new file on this machine's file systems. Its writer is the only one: an existing file is an error."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+
+    def write(self, data: memoryview) -> None:
+        try:
+            while data:
+                data = data[os.write(self._descriptor, data) :]
+        except OSError as error:
+            self._give_up(error)
+
+    def close(self) -> None:
+        try:
+            os.fsync(self._descriptor)
+        except OSError as error:
+            self._give_up(error)
+        os.close(self._descriptor)
+
+    def _give_up(self, error: OSError) -> None:
+        os.close(self._descriptor)
+        raise OSError(error.errno, os.strerror(error.errno or 0), self._path) from error
+
+
+def write_file(path: str, data: bytes) -> None:
+    """A new, durable file; its folder is not synchronized."""
+    file = LocalFile(path)
+    file.write(memoryview(data))
+    file.close()
+
+
+def sync_folder(path: str) -> None:
+    """Make the names in a folder durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # file systems that have no such thing
+            raise
+    finally:
+        os.close(descriptor)
+
+
+class LocalFolder:
+    """Holds on to the folder itself: one that takes its name later is not mixed up with it."""
+
+    def __init__(self, path: str, root: str = "") -> None:
+        self.path = path
+        try:
+            self._descriptor: int | None = os.open(
+                os.path.join(local_path(path), root), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+            )
+        except OSError as error:
+            raise CheckpointError(f"{path} is no checkpoint folder: {error.strerror}.") from error
+
+    def _opened(self) -> int:
+        if self._descriptor is None:
+            raise CheckpointError(f"{self.path} was closed; open it again.")
+        return self._descriptor
+
+    def size(self, name: str) -> int | None:
+        try:
+            return os.stat(name, dir_fd=self._opened()).st_size
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def names(self) -> set[str]:
+        found = set()
+        for folder, _, files, _ in os.fwalk(".", dir_fd=self._opened()):
+            found |= {os.path.normpath(os.path.join(folder, file)) for file in files}
+        return found
+
+    def read(self, name: str) -> bytes:
+        size = self.size(name)
+        data = bytearray(size or 0)
+        self.read_into(name, 0, memoryview(data))
+        return bytes(data)
+
+    def read_into(self, name: str, start: int, out: memoryview) -> None:
+        descriptor = self._opened()
+        try:
+            file = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=descriptor)
+            try:
+                while out:
+                    count = os.preadv(file, [out], start)
+                    if count == 0:
+                        raise CheckpointError(f"{self.path}: {name} ends at byte {start}; it was cut off.")
+                    start, out = start + count, out[count:]
+            finally:
+                os.close(file)
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: {name} can't be read: {error.strerror}.") from error
+
+    def close(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def __del__(self) -> None:
+        if getattr(self, "_descriptor", None) is not None:
+            self.close()
+
+
+def remote_filesystem(path: str) -> tuple[Any, str]:
+    """The file system of a URL, fsspec's, and the path on it."""
+    try:
+        if path.startswith("local://"):
+            return fsspec.filesystem("local", auto_mkdir=True), os.path.abspath(path.removeprefix("local://"))
+        filesystem, plain = fsspec.core.url_to_fs(path)
+    except (ImportError, ValueError) as error:
+        raise CheckpointError(f"{path} can't be reached through fsspec: {error}") from error
+    return filesystem, plain.rstrip("/")
+
+
+class RemoteFile:
+    """A new object, uploaded as it is written and there once it is closed."""
+
+    def __init__(self, filesystem: Any, path: str) -> None:
+        self._file = filesystem.open(path, "wb")
+
+    def write(self, data: memoryview) -> None:
+        self._file.write(data)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class RemoteFolder:
+    """Objects under a common prefix."""
+
+    def __init__(self, path: str, root: str = "") -> None:
+        self.path = path
+        self._filesystem, prefix = remote_filesystem(path)
+        self._prefix = f"{prefix}/{root}" if root else prefix
+
+    def size(self, name: str) -> int | None:
+        try:
+            return int(self._filesystem.info(f"{self._prefix}/{name}")["size"])
+        except FileNotFoundError:
+            return None
+
+    def names(self) -> set[str]:
+        start = len(self._prefix.lstrip("/")) + 1
+        return {found.lstrip("/")[start:] for found in self._filesystem.find(self._prefix)}
+
+    def read(self, name: str) -> bytes:
+        try:
+            return bytes(self._filesystem.cat_file(f"{self._prefix}/{name}"))
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: {name} can't be read: {error}") from error
+
+    def read_into(self, name: str, start: int, out: memoryview) -> None:
+        try:
+            data = self._filesystem.cat_file(f"{self._prefix}/{name}", start=start, end=start + len(out))
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: {name} can't be read: {error}") from error
+        if len(data) != len(out):
+            raise CheckpointError(f"{self.path}: {name} ends at byte {start + len(data)}; it was cut off.")
+        out[:] = data
+
+    def close(self) -> None:
+        return
