@@ -12,18 +12,24 @@ from typing import TYPE_CHECKING, Any
 import _lightning_superscale_autoload
 
 if TYPE_CHECKING:
-    from lightning_superscale.config import OffloadConfig, ZeroConfig
-    from lightning_superscale.errors import SuperScaleError
+    from lightning_superscale.config import CheckpointConfig, OffloadConfig, ZeroConfig
+    from lightning_superscale.errors import CheckpointError, SuperScaleError
+    from lightning_superscale.plugins.load_from_checkpoint import load_from_checkpoint
     from lightning_superscale.plugins.pytorch import (
+        CheckpointBinder,
         ScaleMonitor,
         ShardedEMA,
         SuperOffloadStrategy,
         SuperScalePrecision,
         SuperScaleStrategy,
+        UniversalCheckpointIO,
         ZeroStrategy,
     )
 
 __all__ = [
+    "CheckpointBinder",
+    "CheckpointConfig",
+    "CheckpointError",
     "OffloadConfig",
     "ScaleMonitor",
     "ShardedEMA",
@@ -31,8 +37,10 @@ __all__ = [
     "SuperScaleError",
     "SuperScalePrecision",
     "SuperScaleStrategy",
+    "UniversalCheckpointIO",
     "ZeroConfig",
     "ZeroStrategy",
+    "load_from_checkpoint",
 ]
 
 try:
@@ -41,9 +49,12 @@ except PackageNotFoundError:
     __version__ = "0.0.0"
 
 _HOMES = {
+    "CheckpointConfig": "lightning_superscale.config",
+    "CheckpointError": "lightning_superscale.errors",
     "OffloadConfig": "lightning_superscale.config",
     "ZeroConfig": "lightning_superscale.config",
     "SuperScaleError": "lightning_superscale.errors",
+    "load_from_checkpoint": "lightning_superscale.plugins.load_from_checkpoint",
 }
 
 

@@ -164,6 +164,28 @@ class OffloadConfig:
             _check_positive_int("OffloadConfig", "cpu_threads", self.cpu_threads)
 
 
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """How universal checkpoints are written and read.
+
+    Args:
+        asynchronous: training goes on while a snapshot is written; one is in flight at a time, and its errors are
+            raised by the next save or at the end.
+        allow: patterns (as of shell globs) of names of weights that a checkpoint may lack, or may have besides.
+    """
+
+    asynchronous: bool = False
+    allow: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.asynchronous, bool):
+            raise SuperScaleError(f"CheckpointConfig.asynchronous must be true or false, found {self.asynchronous!r}.")
+        patterns: object = self.allow
+        if not isinstance(patterns, (list, tuple)) or not all(isinstance(pattern, str) for pattern in patterns):
+            raise SuperScaleError(f"CheckpointConfig.allow must be a list of patterns, found {self.allow!r}.")
+        object.__setattr__(self, "allow", tuple(self.allow))
+
+
 def config_from_mapping(config_class: type[_C], values: Mapping[str, Any], where: str) -> _C:
     """Build a config from a mapping, refusing keys that it does not have.
 
@@ -200,3 +222,13 @@ def resolve_offload(value: Union[str, OffloadConfig, Mapping[str, Any], None]) -
     raise SuperScaleError(
         f"offload takes None, {', '.join(map(repr, ENGINES))}, an OffloadConfig or a mapping, found {value!r}."
     )
+
+
+def resolve_checkpoint(value: Union[CheckpointConfig, Mapping[str, Any], None]) -> CheckpointConfig:
+    if value is None:
+        return CheckpointConfig()
+    if isinstance(value, CheckpointConfig):
+        return value
+    if isinstance(value, Mapping):
+        return config_from_mapping(CheckpointConfig, value, "checkpoint")
+    raise SuperScaleError(f"checkpoint takes None, a CheckpointConfig or a mapping, found {value!r}.")

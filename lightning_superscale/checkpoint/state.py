@@ -134,9 +134,10 @@ class StateSource(Protocol):
         step: optimizer steps taken; None where the format does not say.
     """
 
-    path: str
-    step: int | None
-
+    @property
+    def path(self) -> str: ...
+    @property
+    def step(self) -> int | None: ...
     @property
     def tensors(self) -> Mapping[TensorKey, TensorInfo]: ...
     @property

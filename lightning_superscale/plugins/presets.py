@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Literal, Union
 
 import torch
 
-from lightning_superscale.config import OffloadConfig, ZeroConfig
-from lightning_superscale.plugins.strategy import DEFAULT_TIMEOUT, SuperScaleStrategyMixin
+from lightning_superscale.config import CheckpointConfig, OffloadConfig, ZeroConfig
+from lightning_superscale.plugins.rank_environment import DEFAULT_TIMEOUT
+from lightning_superscale.plugins.strategy import SuperScaleStrategyMixin
 
 if TYPE_CHECKING:
     from lightning.fabric.plugins import ClusterEnvironment
@@ -29,6 +30,7 @@ class SuperOffloadStrategyMixin(SuperScaleStrategyMixin):
         zero: Union[int, ZeroConfig] = 2,
         offload: Union[Literal["cpu", "superoffload"], OffloadConfig, None] = "superoffload",
         error_if_nonfinite: bool = False,
+        checkpoint: Union[CheckpointConfig, None] = None,
         accelerator: Union[Accelerator, None] = None,
         parallel_devices: Union[list[torch.device], None] = None,
         cluster_environment: Union[ClusterEnvironment, None] = None,
@@ -42,6 +44,7 @@ class SuperOffloadStrategyMixin(SuperScaleStrategyMixin):
             zero=zero,
             offload=offload,
             error_if_nonfinite=error_if_nonfinite,
+            checkpoint=checkpoint,
             accelerator=accelerator,
             parallel_devices=parallel_devices,
             cluster_environment=cluster_environment,
@@ -64,6 +67,7 @@ class ZeroStrategyMixin(SuperScaleStrategyMixin):
         zero: Union[int, ZeroConfig] = 3,
         offload: Union[Literal["cpu", "superoffload"], OffloadConfig, None] = None,
         error_if_nonfinite: bool = False,
+        checkpoint: Union[CheckpointConfig, None] = None,
         accelerator: Union[Accelerator, None] = None,
         parallel_devices: Union[list[torch.device], None] = None,
         cluster_environment: Union[ClusterEnvironment, None] = None,
@@ -77,6 +81,7 @@ class ZeroStrategyMixin(SuperScaleStrategyMixin):
             zero=zero,
             offload=offload,
             error_if_nonfinite=error_if_nonfinite,
+            checkpoint=checkpoint,
             accelerator=accelerator,
             parallel_devices=parallel_devices,
             cluster_environment=cluster_environment,

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_superscale.plugins.averaging import ShardedEMAMixin
+from lightning_superscale.plugins.binder import CheckpointBinderMixin
 from lightning_superscale.plugins.callbacks import ScaleMonitorMixin
+from lightning_superscale.plugins.checkpoint_io import UniversalCheckpointIOMixin
 from lightning_superscale.plugins.precision import SuperScalePrecisionMixin
 from lightning_superscale.plugins.presets import SuperOffloadStrategyMixin, ZeroStrategyMixin
 from lightning_superscale.plugins.strategy import SuperScaleStrategyMixin
@@ -17,9 +20,14 @@ class SuperScalePrecision(SuperScalePrecisionMixin, Precision):
     __doc__ = SuperScalePrecisionMixin.__doc__
 
 
+class UniversalCheckpointIO(UniversalCheckpointIOMixin, CheckpointIO):
+    __doc__ = UniversalCheckpointIOMixin.__doc__
+
+
 class SuperScaleStrategy(SuperScaleStrategyMixin, DDPStrategy):
     __doc__ = SuperScaleStrategyMixin.__doc__
     precision_class = SuperScalePrecision
+    checkpoint_io_class = UniversalCheckpointIO
 
 
 class SuperOffloadStrategy(SuperOffloadStrategyMixin, SuperScaleStrategy):
@@ -36,3 +44,7 @@ class ScaleMonitor(ScaleMonitorMixin, Callback):
 
 class ShardedEMA(ShardedEMAMixin, Callback):
     __doc__ = ShardedEMAMixin.__doc__
+
+
+class CheckpointBinder(CheckpointBinderMixin, Callback):
+    __doc__ = CheckpointBinderMixin.__doc__

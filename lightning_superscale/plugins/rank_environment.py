@@ -15,6 +15,9 @@ from lightning_superscale.comm.watch import RankWatch, open_store
 from lightning_superscale.config import ZeroConfig
 from lightning_superscale.zero.gather_order import GatherOrder
 
+# Of collectives; a rank that fails is heard of much sooner.
+DEFAULT_TIMEOUT = timedelta(minutes=30)
+
 
 def check_axes(zero: ZeroConfig, world_size: int) -> None:
     """Refuse mesh axes that do not divide the ranks.

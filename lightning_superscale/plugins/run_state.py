@@ -6,14 +6,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.plan import ParallelPlan
 from lightning_superscale.plugins.assembly import Assembly
+from lightning_superscale.plugins.checkpoint_io import UniversalCheckpointIOMixin
+from lightning_superscale.plugins.engine_states import has_names, load_engine_state, names_of
 from lightning_superscale.plugins.evaluation import EvaluationMixin
 from lightning_superscale.plugins.exposure import exposure_of
+from lightning_superscale.plugins.opened_checkpoint import aligned, check_fits, fill, is_lazy, read_whole, with_masters
 from lightning_superscale.plugins.rank_environment import RankEnvironment
 from lightning_superscale.plugins.timing import PhaseSeconds
 from lightning_superscale.zero.initial_weights import is_on_meta
@@ -92,10 +95,42 @@ class RunStateMixin(EvaluationMixin):
         """Whether Lightning restores weights after `setup`: what is on the meta device has no memory before."""
         return self._was_on_meta or is_on_meta(self.lightning_module)
 
+    @property
+    def _io(self) -> UniversalCheckpointIOMixin | None:
+        """The universal checkpoint IO, bound to this run's ranks; None where the Trainer has another one."""
+        io = self.checkpoint_io
+        if not isinstance(io, UniversalCheckpointIOMixin):
+            return None
+        io.bind(self._environment.mesh)
+        return io
+
+    @property
+    def _module(self) -> nn.Module:
+        if self.lightning_module is None:
+            raise AssertionError("state is that of a module")
+        return self.lightning_module
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        io = self._io
+        if io is None:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+        else:
+            io.save_on_all_ranks(checkpoint, str(self.broadcast(filepath)), self._module, self.optimizers)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        io = self._io
+        if io is None:
+            return super().load_checkpoint(checkpoint_path, weights_only=weights_only)
+        module = self.lightning_module
+        is_fit = module is not None and module.trainer.state.fn == "fit"
+        return io.load_on_all_ranks(str(self.broadcast(checkpoint_path)), is_all_used=is_fit)
+
     def lightning_module_state_dict(self) -> dict[str, Any]:
         self._wait_for_weights()
         self._rest_weights(are_visible=False)  # they are read where they live
         sharded = None if self._assembly is None else self._assembly.sharded
+        if self._io is not None:
+            return super().lightning_module_state_dict() if sharded is None else sharded.local_state_dict()
         if self._assembly is not None and sharded is not None:
             return sharded.state_dict(self._assembly.ranks)
         return whole_state(self._environment.mesh, super().lightning_module_state_dict())
@@ -103,22 +138,39 @@ class RunStateMixin(EvaluationMixin):
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         self._wait_for_weights()
         self._rest_weights(are_visible=True)
+        weights, io = checkpoint["state_dict"], self._io
         sharded = None if self._assembly is None else self._assembly.sharded
-        if sharded is None:
-            module = self.lightning_module
-            if module is None:
-                raise AssertionError("Lightning loads weights into a module")
-            placed = {**checkpoint, "state_dict": placed_state(module, checkpoint["state_dict"])}
+        if io is not None:
+            weights = aligned(weights, self._module.state_dict())
+            check_fits(self._module, weights, strict=strict, allow=io.config.allow)
+            strict = strict and not io.config.allow
+        if is_lazy(weights):
+            own = self._module.state_dict() if sharded is None else sharded.local_state_dict()
+            weights = with_masters(weights, own)
+            if sharded is not None:
+                fill(own, weights)
+                weights = None
+            else:
+                weights = read_whole(weights)
+        if weights is None:
+            pass  # filled in place
+        elif sharded is None:
+            placed = {**checkpoint, "state_dict": placed_state(self._module, weights)}
             super().load_model_state_dict(placed, strict=strict)
         else:
-            sharded.load_state_dict(checkpoint["state_dict"], strict=strict)
+            sharded.load_state_dict(weights, strict=strict)
         if self._assembly is not None:
             for engine in self._assembly.engines.values():
                 engine.reload_masters()
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         engine = self._engine_of(optimizer)
-        return super().optimizer_state(optimizer) if engine is None else engine.state_dict()
+        if engine is None:
+            return super().optimizer_state(optimizer)
+        state: dict[str, Any] = (
+            engine.state_dict() if self._io is None else engine.local_state_dict(names_of(self._module))
+        )
+        return state
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         states: Sequence[Mapping[str, Any]] = checkpoint["optimizer_states"]
@@ -129,8 +181,10 @@ class RunStateMixin(EvaluationMixin):
             )
         for optimizer, state in zip(self.optimizers, states, strict=True):
             engine = self._engine_of(optimizer)
-            if engine is None:
-                optimizer.load_state_dict(dict(state))
+            if has_names(state) and engine is not None:
+                load_engine_state(engine, state, names_of(self._module))
+            elif engine is None:
+                optimizer.load_state_dict(dict(read_whole(state)))
             else:
                 engine.load_state_dict(state)
 

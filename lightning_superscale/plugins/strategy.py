@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_superscale.comm.mesh import check_tensor_size
-from lightning_superscale.config import OffloadConfig, ZeroConfig, resolve_offload, resolve_zero
+from lightning_superscale.config import CheckpointConfig, OffloadConfig, ZeroConfig, resolve_offload, resolve_zero
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.offload.weight_flow import WeightFlow
 from lightning_superscale.plugins.assembly import Assembly, assemble
+from lightning_superscale.plugins.checkpoint_io import UniversalCheckpointIOMixin, before_step
 from lightning_superscale.plugins.checks import refuse_averaging
 from lightning_superscale.plugins.flow import (
     WeightsChoice,
@@ -27,7 +28,7 @@ from lightning_superscale.plugins.flow import (
     place_resident,
 )
 from lightning_superscale.plugins.precision import PRECISIONS, SuperScalePrecisionMixin, check_precision
-from lightning_superscale.plugins.rank_environment import RankEnvironment, check_axes
+from lightning_superscale.plugins.rank_environment import DEFAULT_TIMEOUT, RankEnvironment, check_axes
 from lightning_superscale.plugins.reasons import device_share
 from lightning_superscale.plugins.run_settings import RunSettings
 from lightning_superscale.plugins.run_state import RunStateMixin
@@ -47,8 +48,6 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
-DEFAULT_TIMEOUT = timedelta(minutes=30)
-
 
 class SuperScaleStrategyMixin(RunStateMixin, _Base):
     """Data-parallel training with sharded, offloaded or plain optimizer states, exactly as plain AdamW.
@@ -60,17 +59,21 @@ class SuperScaleStrategyMixin(RunStateMixin, _Base):
             memory), an OffloadConfig or a mapping with its keys.
         error_if_nonfinite: raise before weights or states change when a gradient is NaN or infinite,
             naming the parameters.
+        checkpoint: write universal checkpoints, as plugins=[UniversalCheckpointIO(...)] does: a CheckpointConfig or a
+            mapping with its keys. None: as the Trainer's checkpoint IO does.
         accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin,
             process_group_backend, timeout, start_method: as in Lightning's DDPStrategy.
     """
 
     precision_class: type[SuperScalePrecisionMixin]
+    checkpoint_io_class: type[UniversalCheckpointIOMixin]
 
     def __init__(
         self,
         zero: Union[int, ZeroConfig] = 0,
         offload: Union[Literal["cpu", "superoffload"], OffloadConfig, None] = None,
         error_if_nonfinite: bool = False,
+        checkpoint: Union[CheckpointConfig, None] = None,
         accelerator: Union[Accelerator, None] = None,
         parallel_devices: Union[list[torch.device], None] = None,
         cluster_environment: Union[ClusterEnvironment, None] = None,
@@ -83,6 +86,10 @@ class SuperScaleStrategyMixin(RunStateMixin, _Base):
         self.zero_config = resolve_zero(zero)
         self.offload_config = resolve_offload(offload)
         self.error_if_nonfinite = error_if_nonfinite
+        if checkpoint is not None:
+            if checkpoint_io is not None:
+                raise SuperScaleError("pass either checkpoint, which is of UniversalCheckpointIO, or checkpoint_io.")
+            checkpoint_io = self.checkpoint_io_class(checkpoint)
         self._assembly: Assembly | None = None
         self._finished: Assembly | None = None
         self._flow: WeightFlow | None = None
@@ -324,6 +331,9 @@ class SuperScaleStrategyMixin(RunStateMixin, _Base):
     ) -> Any:
         start, inside = time.perf_counter(), self.phase_seconds.inside
         self._rest_weights(are_visible=False)  # after a backward that Lightning did not run
+        io = self._io
+        if io is not None:
+            closure = before_step(io, closure)
         result = super().optimizer_step(optimizer, closure, model, **kwargs)
         if self._awaits_weights:
             self._wait_for_weights()

@@ -23,7 +23,7 @@ from lightning_superscale.zero.due import Due
 from lightning_superscale.zero.grouping import NamedParam
 from lightning_superscale.zero.guard import StepGuard
 from lightning_superscale.zero.judge import Judge
-from lightning_superscale.zero.optimizer_state import MASTER_KEY, pack_state, unpack_state
+from lightning_superscale.zero.optimizer_state import MASTER_KEY, pack_local_state, pack_state, unpack_state
 from lightning_superscale.zero.own_step import OwnStep
 from lightning_superscale.zero.ranks import Ranks
 from lightning_superscale.zero.rules import reason_not_native
@@ -296,6 +296,11 @@ class OptimizerEngine:
         self._rule.flush()
         return pack_state(self)
 
+    def local_state_dict(self, name_of: Mapping[nn.Parameter, str]) -> dict[str, Any]:
+        """This rank's rows of the optimizer's state, parameters by name (see `pack_local_state`)."""
+        self._rule.flush()
+        return pack_local_state(self, name_of)
+
     def load_state_dict(self, packed: Mapping[str, Any]) -> None:
         """Load what `state_dict()` of this or of a plain optimizer of the same type returned.
 
@@ -304,6 +309,14 @@ class OptimizerEngine:
         """
         self._rule.flush()
         unpack_state(self, packed)
+
+    def take_states(self, states: Mapping[nn.Parameter, Mapping[str, Any]]) -> None:
+        """Forget all states and take over these: this rank's rows, with masters under MASTER_KEY."""
+        self._rule.flush()
+        self.optimizer.state.clear()
+        for param, state in states.items():
+            rest = {key: value for key, value in state.items() if key != MASTER_KEY}
+            self.load_param_state(param, rest, state.get(MASTER_KEY))
 
     def piece_of(self, param: nn.Parameter) -> ParamSlice | None:
         """This rank's rows of a parameter; None for one that is not trained."""

@@ -288,6 +288,16 @@ class ShardedModule:
                 )
             write_whole(param, whole)
 
+    def local_state_dict(self) -> dict[str, Any]:
+        """The module's state dict as it is cut: what this rank writes into its DTensors, the module has. No rank waits.
+
+        Engines follow changed weights when they are told (`reload_masters`).
+        """
+        self.land_all()
+        for group in self.groups:
+            group.fsdp.reshard()
+        return dict(self.root.state_dict())
+
     def state_dict(self, ranks: Ranks) -> dict[str, Any]:
         """The module's state dict with whole tensors, on the host of rank 0; empty on the others. All ranks call it."""
         self.land_all()

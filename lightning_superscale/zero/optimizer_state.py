@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.layout import ParamSlice
-from lightning_superscale.zero.placed import join_parts, take_part
+from lightning_superscale.zero.placed import join_parts, local_rows, take_part
 from lightning_superscale.zero.ranks import Ranks
 from lightning_superscale.zero.rows import gather_rows, take_rows
 
@@ -45,6 +45,34 @@ def pack_state(engine: StateHolder) -> dict[str, Any]:
         states = _whole(engine, states)
     packed["state"] = states
     return packed
+
+
+def pack_local_state(engine: StateHolder, name_of: Mapping[nn.Parameter, str]) -> dict[str, Any]:
+    """`optimizer.state_dict()` with parameters by name, and of each tensor this rank's rows (`LocalRows`).
+
+    No rank asks another one. Tensors of a shape of their own, and those of parameters of which this rank has no rows
+    in common with others, are as they are.
+
+    Args:
+        name_of: names of the module's parameters as they are now; those of sharded ones change when it is given back.
+    """
+    packed: dict[str, Any] = engine.optimizer.state_dict()
+    params = list(engine.params())
+    states: dict[str, dict[str, Any]] = {}
+    for index, param in enumerate(params):
+        state, master, piece = dict(packed["state"].get(index, {})), engine.master_of(param), engine.piece_of(param)
+        if master is not None:
+            state[MASTER_KEY] = master
+        if piece is not None:
+            state = {
+                key: local_rows(value, piece, param) if key != "step" and _is_rows(value, piece) else value
+                for key, value in state.items()
+            }
+        if state:
+            states[name_of[param]] = state
+    names = [name_of[param] for param in params]
+    groups = [{**group, "params": [names[index] for index in group["params"]]} for group in packed["param_groups"]]
+    return {"state": states, "param_groups": groups}
 
 
 def _whole(engine: StateHolder, states: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:

@@ -9,7 +9,7 @@ go on to the user's whole, and only this page knows the first cut.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,35 @@ from lightning_superscale.comm.mesh import TENSOR_AXIS, DataMesh
 from lightning_superscale.layout import ParamSlice, ParamSpec, shard_rows
 from lightning_superscale.zero.ranks import Ranks
 from lightning_superscale.zero.rows import gather_rows
+
+
+class LocalRows(NamedTuple):
+    """What one rank has of a tensor of a parameter's shape, and where in the user's whole it lies.
+
+    Attributes:
+        shape: of the whole.
+        offset: first index along each tensor dim.
+        tensor: the part's values.
+    """
+
+    shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    tensor: Tensor
+
+
+def local_rows(rows: Tensor, piece: ParamSlice, like: Tensor) -> LocalRows:
+    """Where this rank's rows of a tensor that is cut as the parameter `like` lie; issues nothing.
+
+    Args:
+        rows: of `piece.local_shape`.
+    """
+    shape = tuple(like.shape)
+    offset = [piece.rows[0], *(0 for _ in shape[1:])] if shape else []
+    place = _tensor_place(like)
+    if place is not None:
+        dim, rank, size = place
+        offset[dim] += shard_rows(shape[dim], rank, size)[0]
+    return LocalRows(shape, tuple(offset), rows)
 
 
 def local_rows_of(placed: Tensor) -> Tensor:

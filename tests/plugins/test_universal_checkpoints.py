@@ -1,0 +1,71 @@
+"""Universal checkpoints under Trainers: any strategy at any number of ranks writes, any other reads, bit for bit."""
+
+from __future__ import annotations
+
+import itertools
+import os
+
+import pytest
+import torch
+
+from tests.helpers.ranks import run_ranks
+from tests.helpers.universal import (
+    OURS,
+    STRATEGIES,
+    assert_same_content,
+    content,
+    load_and_save,
+    train_and_save,
+)
+
+IS_ALL = bool(os.environ.get("LSS_TEST_ALL"))
+WORLDS = (1, 2, 3, 4) if IS_ALL else (1, 2, 3)
+
+
+def everywhere(folder, worlds, precision, names):
+    """A checkpoint of every strategy at every number of ranks."""
+    for world_size in worlds:
+        run_ranks(world_size, train_and_save, names, str(folder), precision, limit_s=240)
+    return [f"{folder}/{name}-{world_size}.ckpt" for world_size in worlds for name in names]
+
+
+def pairs_for(world_size, written, names):
+    """What is read at this number of ranks: everything by everyone, or by each reader one of them."""
+    if IS_ALL:
+        return list(itertools.product(written, names))
+    start = world_size
+    return [(written[(start + 5 * i) % len(written)], names[i % len(names)]) for i in range(len(names))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("precision", "names"), [("32-true", list(STRATEGIES)), ("bf16-true", OURS)])
+def test_what_any_strategy_writes_any_other_reads_at_any_number_of_ranks(tmp_path, precision, names):
+    worlds = WORLDS if precision == "32-true" or IS_ALL else (1, 2)
+    written = everywhere(tmp_path, worlds, precision, names)
+    expected = {path: content(path) for path in written}
+    for found in expected.values():
+        states = {key.state for key in found["tensors"]}
+        assert {"exp_avg", "exp_avg_sq", "step"} <= states
+        assert ("master_param" in states) == (precision == "bf16-true")
+        assert found["aliases"] == {"again.weight": "head.weight"}
+        roles = {info.role for info in found["infos"].values()}
+        assert {"model", "buffer", "state", "scalar"} <= roles
+    for world_size in worlds:
+        pairs = pairs_for(world_size, written, names)
+        run_ranks(world_size, load_and_save, pairs, str(tmp_path), precision, limit_s=600)
+        for path, name in pairs:
+            stem = os.path.basename(path).removesuffix(".ckpt")
+            found = content(tmp_path / f"{stem}--{name}-{world_size}.ckpt")
+            assert_same_content(found, expected[path], name=f"{stem} read by {name} at {world_size}")
+
+
+def test_one_state_is_one_checkpoint_whatever_wrote_it(tmp_path):
+    """Ranks that hold the same values write the same ones: stages differ in who holds what, not in what there is."""
+    run_ranks(2, train_and_save, ["ddp", "zero1", "zero2", "zero3", "superoffload"], str(tmp_path), limit_s=120)
+    first = content(tmp_path / "ddp-2.ckpt")
+    for name in ("zero1", "zero2", "zero3", "superoffload"):
+        found = content(tmp_path / f"{name}-2.ckpt")
+        assert found["tensors"].keys() == first["tensors"].keys()
+        for key, tensor in first["tensors"].items():
+            if "running" not in key.name:
+                assert torch.equal(found["tensors"][key], tensor), f"{name}: {key}"
