@@ -218,6 +218,11 @@ class AxisCollectives:
             return
         self._counts.add("broadcast", tensor.nbytes)
         source = 0 if self.axis.group is None else dist.get_global_rank(self.axis.group, 0)
+        if tensor.device.type == "cpu" and not self._is_gloo:  # NCCL knows device memory only
+            staged = tensor.to(torch.device("cuda", torch.cuda.current_device()))
+            dist.broadcast(staged, source, group=self.axis.group)
+            tensor.copy_(staged)
+            return
         dist.broadcast(tensor, source, group=self.axis.group)
 
 

@@ -61,8 +61,8 @@ def choose_weights(
 
 
 def _why_not_flow(offload: OffloadConfig, zero: ZeroConfig, module: nn.Module, num_ranks: int) -> str | None:
-    if num_ranks > 1 or zero.stage == 3:
-        return "weights flow on one rank only; zero=3 shards them over ranks"
+    if zero.stage == 3 or zero.shard_size_of(num_ranks) > 1:
+        return "weights that several ranks share don't flow; zero=3 shards them over ranks"
     if is_compiled(module) or getattr(module, "_compiler_ctx", None) is not None:
         return "a compiled graph keeps views of weights"
     if offload.gpu_fraction not in ("auto", 0):
@@ -81,12 +81,15 @@ def check_flow(zero: ZeroConfig, offload: OffloadConfig | None, num_ranks: int) 
     if zero.stage == 3:
         raise SuperScaleError(
             "weights='flow' keeps whole weights in host memory, and zero=3 shards them over the ranks' devices; found "
-            "both. Use zero=0, 1 or 2 on one rank, or zero=3 with weights='stationary'."
+            "both. Use zero=0, or zero=3 with weights='stationary'."
         )
-    if num_ranks > 1:
+    shard_size = zero.shard_size_of(num_ranks)
+    if shard_size > 1:
         raise SuperScaleError(
-            f"weights='flow' trains on one rank in this version, found {num_ranks}. Use devices=1, or zero=3, which "
-            "shards weights over ranks, with weights='stationary'."
+            "weights='flow' keeps a step's new weights in the host memory of the rank that made them, and "
+            f"zero={zero.stage} shares steps among {shard_size} ranks, which would gather weights on their devices. "
+            "Use zero=0, whose ranks step all weights each, or zero=3, which shards weights, with "
+            "weights='stationary'."
         )
 
 

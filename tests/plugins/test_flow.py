@@ -8,6 +8,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import BaseFinetuning, EMAWeightAveraging
+from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -16,6 +17,7 @@ from lightning_superscale.config import OffloadConfig
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.plugins.averaging import ShardedEMAMixin
 from lightning_superscale.plugins.flow import place_resident
+from tests.helpers.ranks import run_ranks
 from tests.helpers.trainers import assert_same_weights, loader, trainer
 
 BUCKET_MB = 1
@@ -430,7 +432,7 @@ def test_auto_lets_weights_flow_that_would_crowd_the_device(monkeypatch, module,
     [
         (lambda: lss.SuperScaleStrategy(zero=3, offload=FLOW), "zero=3 shards them"),
         (lambda: trainer(lss.SuperScaleStrategy(zero=3, offload=FLOW), devices=2), "zero=3 shards them"),
-        (lambda: trainer(strategy(), devices=2), "on one rank in this version, found 2.*devices=1"),
+        (lambda: trainer(lss.SuperScaleStrategy(zero=2, offload=FLOW), devices=2), "zero=2 shares steps among 2 ranks"),
         (lambda: strategy(wrap=["Residuals"]), "wrap='Residuals' matches no module"),
     ],
 )
@@ -511,3 +513,22 @@ def test_named_modules_flow_and_the_rest_stays():
     fit(plain, "auto")
     fit(ours, strategy(wrap=["inp", "Residual"]))
     assert_same_weights(ours, plain)
+
+
+def _on_ranks(rank: int, world_size: int):
+    """What differs between DDP and flowing weights, each rank with batches of its own."""
+    differing = []
+    for engine in ENGINES:
+        for flags in (FLAGS["plain"], FLAGS["clip"], FLAGS["accumulate and clip by value"]):
+            plain, ours = Deep(), Deep()
+            fit(plain, DDPStrategy(), devices=world_size, **flags)
+            fit(ours, strategy(engine), devices=world_size, **flags)
+            assert ours.most_device_bytes > 0
+            for (name, expected), found in zip(plain.state_dict().items(), ours.state_dict().values(), strict=True):
+                if "running" not in name and not torch.equal(found, expected):
+                    differing.append((engine, flags, name))
+    return differing
+
+
+def test_several_ranks_with_states_of_their_own_equal_ddp():
+    assert run_ranks(2, _on_ranks) == [[], []]
