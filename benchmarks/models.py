@@ -30,6 +30,8 @@ SHAPES = {
     "1M": Shape(width=128, num_layers=4, num_heads=4, vocabulary=1024, batch=2, sequence=64),
     "25M": Shape(width=512, num_layers=6, num_heads=8, vocabulary=6144, batch=4, sequence=128),
     "120M": Shape(width=768, num_layers=12, num_heads=12, vocabulary=23040, batch=2, sequence=128),
+    # For GPUs: 16,384 tokens per step.
+    "1B": Shape(width=2048, num_layers=20, num_heads=16, vocabulary=32000, batch=8, sequence=2048),
 }
 
 

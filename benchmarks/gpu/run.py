@@ -219,9 +219,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         log.step("tests", lambda: run_tests(options.out, options.tests, max(log.left_s - 120, 30)))
     for name in options.only or BENCHMARKS:
         log.step(name, partial(_benchmark, log, name, setting))
+    if not options.dry_run and not options.only:
+        log.step("superoffload", lambda: _run(_offload_command(options.out), max(log.left_s, 30)))
     if log.failed:
         print("failed:", ", ".join(log.failed), flush=True)
     return 1 if log.failed else 0
+
+
+def _offload_command(out: Path) -> list[str]:
+    """Whole training steps; systems that this machine does not have are left out."""
+    command = [sys.executable, "benchmarks/superoffload.py", "--device", "cuda", "--sizes", "1B", "--rounds", "5"]
+    return [*command, "--json", str(out / "superoffload.json")]
 
 
 def _no_gpu() -> None:
