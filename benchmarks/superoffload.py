@@ -4,7 +4,7 @@ One model with bf16 weights and fp32 masters on the host, gradients clipped at n
 `superoffload`, its synchronous sibling `cpu`, DeepSpeed's ZeRO-2 with offload; with `--device cuda` DeepSpeed's
 SuperOffload, torchao's CPUOffloadOptimizer (which can't clip) and FSDP2's CPUOffloadPolicy too. Forward and backward
 use one thread; the optimizer has all cores that are left, or all of them where nothing runs beside it. Contestants
-take turns of a few steps, as in `step_cost.py`; a turn ends when nothing of it is under way any more, weights on their
+take turns of a few steps, as in `step_cost.py`, on a GPU one after the other; a turn ends when nothing of it is under way any more, weights on their
 way included, so that nobody works in another's time.
 
 Wall time is what counts here: exposed is a step's wall time less that of a contestant that runs forward and backward
@@ -160,7 +160,10 @@ def main() -> int:
     versions: dict[str, str] = {}
     for size in options.sizes:
         print(f"[{size}] {', '.join(names)}", file=sys.stderr, flush=True)
-        runs = run_heat(names, size, "offload", options, functools.partial(Contestant, rank=threads, more=more))
+        start_one = functools.partial(Contestant, rank=threads, more=more)
+        # A device's memory holds one contestant's activations, and nothing else runs there.
+        heats = [names] if options.device == "cpu" else [[name] for name in names]
+        runs = [run for heat in heats for run in run_heat(heat, size, "offload", options, start_one)]
         tokens = SHAPES[size].batch * SHAPES[size].sequence
         rows = rows_of(runs, tokens, options.steps)
         num_params = runs[0].end["num_params"]
