@@ -4,8 +4,8 @@ One model with bf16 weights and fp32 masters on the host, gradients clipped at n
 `superoffload`, its synchronous sibling `cpu`, DeepSpeed's ZeRO-2 with offload; with `--device cuda` DeepSpeed's
 SuperOffload, torchao's CPUOffloadOptimizer (which can't clip) and FSDP2's CPUOffloadPolicy too. Forward and backward
 use one thread; the optimizer has all cores that are left, or all of them where nothing runs beside it. Contestants
-take turns of a few steps, as in `step_cost.py`, on a GPU one after the other; a turn ends when nothing of it is under way any more, weights on their
-way included, so that nobody works in another's time.
+take turns of a few steps, as in `step_cost.py`, on a GPU one after the other; a turn ends when nothing of it is under
+way any more, weights on their way included, so that nobody works in another's time.
 
 Wall time is what counts here: exposed is a step's wall time less that of a contestant that runs forward and backward
 only, in the same round. Link bytes are counted by the link. The last line is JSON. Exits with 1 when a limit is missed.
