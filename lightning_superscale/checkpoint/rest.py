@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import Container, OmegaConf
+from omegaconf import Container, DictConfig, ListConfig, OmegaConf
 from torch import Tensor
 
 from lightning_superscale.errors import CheckpointError
@@ -85,6 +85,17 @@ def _class_name(cls: type) -> str:
     return f"{cls.__module__}:{cls.__qualname__}"
 
 
+# Lightning saves the class of hyperparameters that are omegaconf's beside them.
+_KNOWN_CLASSES = {_class_name(cls): cls for cls in (DictConfig, ListConfig)}
+
+
+def _class_form(cls: type) -> dict[str, Any] | None:
+    """The form of a class itself; None for one that loading would not know."""
+    name = _class_name(cls)
+    is_trusted = any(cls is (e[0] if isinstance(e, tuple) else e) for e in torch.serialization.get_safe_globals())
+    return {_TAG: "class", "v": name} if name in _KNOWN_CLASSES or is_trusted else None
+
+
 def _safe_class(name: str, where: str) -> Any:
     """The trusted class of this name."""
     for entry in torch.serialization.get_safe_globals():
@@ -109,6 +120,8 @@ class _Encoder:
         if type(value) is float:
             return value if math.isfinite(value) else {_TAG: "float", "v": repr(value)}
         simple = _simple(value)
+        if simple is None and isinstance(value, type):
+            simple = _class_form(value)
         if simple is not None:
             return simple
         if isinstance(value, Tensor):
@@ -304,6 +317,7 @@ _DECODERS: dict[str, _Decoder] = {
     "omegaconf": _with_items(_decode_config),
     "namedtuple": _with_class(lambda cls, v: cls(*v)),
     "dataclass": _with_class(lambda cls, v: cls(**v)),
+    "class": lambda value, where, _: _KNOWN_CLASSES.get(value["v"]) or _safe_class(value["v"], where),
     "enum": lambda value, where, _: _decode_enum(value, where),
     "tensor": lambda value, _, tensor: _decode_tensor(value, tensor),
     "parameter": lambda value, _, tensor: _decode_tensor(value, tensor),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import lightning as L
@@ -13,6 +14,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.strategies import SingleDeviceStrategy
+from omegaconf import OmegaConf
 from torch import nn
 
 import lightning_superscale as lss
@@ -268,6 +270,23 @@ def test_a_module_is_built_from_any_checkpoint(tmp_path):
     assert lss.load_from_checkpoint(Sized, path, hparams={"name": "y"}).hparams.name == "y"
     with pytest.raises(CheckpointError, match="no LightningModule"):
         lss.load_from_checkpoint(nn.Linear, path)
+
+
+@pytest.mark.parametrize(
+    "hparams", [OmegaConf.create({"a": 1, "b": {"c": "${a}"}}), Namespace(x=1), {"q": [2.5, (1, "x")]}]
+)
+def test_hyperparameters_of_every_kind_come_back(tmp_path, hparams):
+    class Configured(Mixed):
+        def __init__(self, conf):
+            super().__init__()
+            self.save_hyperparameters(conf)
+
+    path = saved(tmp_path, Configured(hparams))
+    expected = Configured(hparams).hparams
+    built = lss.load_from_checkpoint(Configured, path)
+    assert type(built.hparams) is type(expected)
+    assert built.hparams == expected
+    run(Configured(hparams), "superoffload", path, max_epochs=3)
 
 
 def test_it_is_chosen_by_the_strategy_or_in_yaml(tmp_path, monkeypatch):
