@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from lightning_superscale.plugins.checkpoint_io import UniversalCheckpointIOMixi
 from lightning_superscale.plugins.engine_states import has_names, load_engine_state, names_of
 from lightning_superscale.plugins.evaluation import EvaluationMixin
 from lightning_superscale.plugins.exposure import exposure_of
+from lightning_superscale.plugins.full_params import full_params
 from lightning_superscale.plugins.opened_checkpoint import aligned, check_fits, fill, is_lazy, read_whole, with_masters
 from lightning_superscale.plugins.rank_environment import RankEnvironment
 from lightning_superscale.plugins.timing import PhaseSeconds
@@ -71,6 +73,29 @@ class RunStateMixin(EvaluationMixin):
         if self._assembly is None:
             raise SuperScaleError("grad_norm() is known after an optimizer step.")
         return list(self._assembly.engines.values())[optimizer_index].grad_norm()
+
+    @contextmanager
+    def full_params(self, *, writes: bool = False) -> Iterator[dict[str, Tensor]]:
+        """Every weight whole, by name, between two steps: `with strategy.full_params() as weights:`.
+
+        Every rank calls it. Weights that every rank has whole are the module's own memory; of sharded ones every rank
+        gets copies in host memory, all of them at once.
+
+        Args:
+            writes: take rank 0's tensors, which were edited in place, as the new weights on every rank. Masters follow;
+                optimizer states stay.
+
+        Raises:
+            SuperScaleError: outside `fit()`, or a tensor was edited without `writes`.
+        """
+        if self._assembly is None:
+            raise SuperScaleError(
+                "full_params() gives weights while trainer.fit() runs; before and after, they are whole."
+            )
+        self._wait_for_weights()
+        self._rest_weights(are_visible=True)
+        with full_params(self._assembly, writes=writes) as weights:
+            yield weights
 
     @property
     def assembly(self) -> Assembly | None:
