@@ -89,10 +89,19 @@ class UniversalCheckpointIOMixin(_Base):
         return key.section.startswith("optimizer.")
 
     def before_step(self) -> None:
-        """Weights and states are about to change: a snapshot that is being written keeps its values."""
-        if self._saver is not None and self._saver.is_busy:
+        """Weights and states are about to change: a snapshot that is being written keeps its values.
+
+        Raises:
+            CheckpointError: of a single rank, that the last save failed. Several ranks hear of it at the next save and
+                at the end: they would raise at different steps, and the others wait.
+        """
+        if self._saver is None:
+            return
+        if self._saver.is_busy:
             self._saver.order_after_snapshot()
             self._saver.release()
+        elif self.mesh.is_single:
+            self._saver.wait()
 
     # CheckpointIO
 

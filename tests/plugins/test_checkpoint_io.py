@@ -216,6 +216,33 @@ def test_a_save_that_fails_in_the_background_is_heard_of(tmp_path):
         runner.strategy.checkpoint_io.wait()
 
 
+def test_training_ends_at_the_step_after_a_save_that_failed(tmp_path):
+    class Saves(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if trainer.global_step == 2:
+                trainer.save_checkpoint(target / "x.ckpt")
+                trainer.strategy.checkpoint_io._saver._thread.join()
+
+    target = tmp_path / "folder"
+    target.write_text("in the way")
+    module = Mixed()
+    for strategy in ("auto", "superoffload"):
+        with pytest.raises(CheckpointError, match="earlier save failed"):
+            run(module, strategy, checkpoint={"asynchronous": True}, callbacks=[Saves()], max_steps=9)
+        assert module.trainer.global_step == 2
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_checkpoints_go_to_any_file_system_that_fsspec_reaches():
+    path = "memory://runs/one.ckpt"
+    keeper = ModelCheckpoint("memory://runs/kept", save_last=True, save_top_k=1, monitor="val_loss")
+    run(Mixed(), "superoffload", enable_checkpointing=True, callbacks=[keeper]).save_checkpoint(path)
+    for name in (path, "memory://runs/kept/last.ckpt", keeper.best_model_path):
+        module = Mixed()
+        run(module, "superscale", name, max_epochs=4)
+        assert_same_weights(module, trained("superscale", 4))
+
+
 def test_a_strategy_that_would_write_past_it_is_refused_at_the_start():
     class Own(SingleDeviceStrategy):
         def save_checkpoint(self, checkpoint, filepath, storage_options=None):
