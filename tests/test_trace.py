@@ -42,15 +42,15 @@ def trace(out: Path, script: Path, *arguments: str, step: str = "3") -> subproce
     )
 
 
-@pytest.mark.parametrize(
-    ("name", "lanes"),
-    [
-        ("superoffload", set(LANES) - {"device optimizer"}),
-        ("cpu", set(LANES) - {"device optimizer"}),
-        ("split", set(LANES)),
-        ("superscale", {"forward", "backward", "verdict", "device optimizer"}),
-    ],
-)
+RUNS = [
+    ("superoffload", set(LANES) - {"device optimizer"}),
+    ("split", set(LANES)),
+    ("cpu", set(LANES) - {"device optimizer"}),
+    ("superscale", {"forward", "backward", "verdict", "device optimizer"}),
+]
+
+
+@pytest.mark.parametrize(("name", "lanes"), RUNS if os.environ.get("LSS_TEST_ALL") else RUNS[:2])
 def test_a_step_of_any_engine_is_drawn(tmp_path, name, lanes):
     done = trace(tmp_path / "out", tmp_path / "train.py", name, "2", "bf16-true")
     assert done.returncode == 0, done.stderr
