@@ -216,9 +216,9 @@ def _meta(rank, world_size):
     return fit(world_size, module, max_steps=1)[1]
 
 
-PARTS = {2: (_against_torch, _against_one_process, _bytes, _norms_only), 4: (
-    _against_torch, _against_one_process, _bytes, _bf16, _meta,
-)}  # fmt: skip
+IS_ALL = bool(os.environ.get("LSS_TEST_ALL"))
+_ALWAYS = (_against_torch, _against_one_process, _bytes)
+PARTS = {2: (*(_ALWAYS if IS_ALL else ()), _norms_only), 4: (*_ALWAYS, _bf16, _meta)}
 
 
 def everything(rank, world_size):
@@ -237,7 +237,7 @@ def four():
     return run_ranks(4, everything, limit_s=150)
 
 
-@pytest.fixture(params=["four", "two"] if os.environ.get("LSS_TEST_ALL") else ["four"])
+@pytest.fixture(params=["four", "two"] if IS_ALL else ["four"])
 def ran(request):
     return request.getfixturevalue(request.param)
 
