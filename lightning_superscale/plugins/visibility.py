@@ -32,6 +32,7 @@ _WEIGHT_HOOKS = (
 # Lightning's callbacks that read no weights (ModelCheckpoint reads them through the strategy, which waits).
 _BLIND_CALLBACKS = frozenset(
     {
+        "CheckpointBinder",
         "DeviceStatsMonitor",
         "EarlyStopping",
         "LearningRateMonitor",

@@ -187,14 +187,15 @@ def test_writers_that_race_never_leave_a_torn_file(measured):
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
-def _measure_on_rank(rank: int, world_size: int, folder: str):
-    os.environ["XDG_CACHE_HOME"] = folder  # the server that ranks are forked from has an environment of its own
+def _measure_on_rank(rank: int, world_size: int, folder: str, build_cache: str):
+    # The server that ranks are forked from has an environment of its own.
+    os.environ |= {"XDG_CACHE_HOME": folder, "LSS_BUILD_CACHE": build_cache}
     os.environ.pop("LSS_PROFILE", None)
     return json.dumps(dataclasses.asdict(cached_profile(CPU)))
 
 
 def test_ranks_measure_at_once_and_one_whole_file_stays(empty_cache, tmp_path):
-    found = run_ranks(2, _measure_on_rank, str(tmp_path), limit_s=60)
+    found = run_ranks(2, _measure_on_rank, str(tmp_path), os.environ["LSS_BUILD_CACHE"], limit_s=60)
     assert [path.suffix for path in (tmp_path / "lightning_superscale").iterdir()] == [".json"]
     kept = json.dumps(dataclasses.asdict(stored_profile(key_of(CPU, available_cpus()))))
     assert kept in found

@@ -118,6 +118,9 @@ def test_public_names_are_what_the_docs_say():
     import lightning_superscale as lss
 
     assert lss.__all__ == [
+        "CheckpointBinder",
+        "CheckpointConfig",
+        "CheckpointError",
         "OffloadConfig",
         "ScaleMonitor",
         "ShardedEMA",
@@ -125,8 +128,10 @@ def test_public_names_are_what_the_docs_say():
         "SuperScaleError",
         "SuperScalePrecision",
         "SuperScaleStrategy",
+        "UniversalCheckpointIO",
         "ZeroConfig",
         "ZeroStrategy",
+        "load_from_checkpoint",
     ]
     assert all(getattr(lss, name).__name__ == name for name in lss.__all__)
     with pytest.raises(AttributeError, match="no attribute 'SuperOfload'"):
