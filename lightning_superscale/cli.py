@@ -96,7 +96,8 @@ def _checkpoint(chosen: argparse.Namespace) -> int:
         print(f"{command}: {error}", file=sys.stderr)
         return 2 if chosen.action == "diff" else 1
     except KeyboardInterrupt:
-        written = f"; {chosen.dst} is as it was" if hasattr(chosen, "dst") else ""
+        # What had begun to take its name has it now; everything before that is gone.
+        written = f"; nothing half-written is left at {chosen.dst}" if hasattr(chosen, "dst") else ""
         print(f"{command}: interrupted{written}", file=sys.stderr)
         return 130
 

@@ -7,15 +7,18 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
 from lightning_superscale.checkpoint.formats.lightning import OPTIMIZER_NAMES
+from lightning_superscale.checkpoint.formats.pieces import PieceSource
 from lightning_superscale.checkpoint.formats.sniff import open_foreign
 from lightning_superscale.checkpoint.formats.torch_optimizer import parameter_names
 from lightning_superscale.checkpoint.load import SavedState, open_checkpoint
@@ -25,6 +28,7 @@ from lightning_superscale.checkpoint.state import MODEL, LocalState, TensorInfo,
 from lightning_superscale.checkpoint.verify import verify
 from lightning_superscale.cli import main
 from lightning_superscale.comm.mesh import single_mesh
+from lightning_superscale.errors import CheckpointError
 from tests.helpers.checkpoints import bits, local_state, state_tensors
 from tests.helpers.foreign import Payload, read_all, truth, unpack
 from tests.helpers.trainers import Regressor, fit
@@ -199,7 +203,39 @@ def test_verify_finds_what_is_missing_and_what_is_too_many(run, ours):
     assert out.splitlines() == ["stray: is not listed in the manifest", "rest.json: is missing"]
 
 
-def test_verify_reads_formats_without_checksums_once(run, tmp_path, monkeypatch):
+def test_verify_names_each_tensor_that_cannot_be_read(run, tmp_path, monkeypatch):
+    torch.save({"state_dict": {"u": torch.ones(2), "v": torch.ones(2), "w": torch.ones(2)}}, tmp_path / "x.ckpt")
+    read = PieceSource.read
+
+    def broken(self, requests):
+        if any(request.key.name in "uw" for request in requests):
+            raise CheckpointError("its file is gone.")
+        read(self, requests)
+
+    monkeypatch.setattr(PieceSource, "read", broken)
+    code, out, err = run("verify", tmp_path / "x.ckpt")
+    assert code == 1
+    assert out.splitlines() == [f"{tmp_path}/x.ckpt: its file is gone. (holds model: {name})" for name in "uw"]
+    assert "is damaged: 2 findings" in err
+
+
+def test_a_folder_of_torch_distributed_checkpoint_is_read_by_all(run, tmp_path):
+    weights = {"w": torch.randn(7, 3), "b": torch.randn(7).bfloat16()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save({"model": weights}, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    code, out, _ = run("inspect", tmp_path / "dcp", "--json")
+    found = json.loads(out)
+    assert (code, found["format"], found["rest"]) == (0, "dcp", None)
+    assert found["classes"]["weights"]["numel"] == 28
+    assert run("verify", tmp_path / "dcp")[0] == 0
+    assert run("convert", tmp_path / "dcp", tmp_path / "ours.ckpt")[0] == 0
+    expected = {TensorKey(MODEL, name): value for name, value in weights.items()}
+    assert_same(read_all(open_checkpoint(str(tmp_path / "ours.ckpt"))), expected)
+    assert run("diff", tmp_path / "dcp", tmp_path / "ours.ckpt")[0] == 0
+
+
+def test_verify_reads_formats_without_checksums_once(run, tmp_path):
     torch.save({"state_dict": {"w": torch.ones(3, 4), "v": torch.ones(2)}}, tmp_path / "x.ckpt")
     code, out, err = run("verify", tmp_path / "x.ckpt")
     assert code == 0
@@ -250,7 +286,7 @@ def test_diff_looks_at_every_box_of_a_tensor(run, tmp_path, monkeypatch):
     assert code == 1
     assert out.splitlines()[0] == f"model: w: 2 of 300 elements, by at most {float(2**53):.6g}"
     last = torch.arange(300).view(3, 100) + (two[0, 1] - 1)
-    last[1, 1] += 1  # beyond what double precision tells apart
+    last[1, 0] += 1  # beyond what double precision tells apart
     save(str(tmp_path / "d"), _one(key, last), single_mesh())
     assert run("diff", tmp_path / "c", tmp_path / "d")[1].splitlines()[0].startswith("model: w: 1 of 300 elements")
 
@@ -505,7 +541,7 @@ def test_an_interrupted_export_leaves_nothing(run, ours, tmp_path, monkeypatch, 
     monkeypatch.setattr(SavedState, "read", interrupt)
     code, _, err = run(*command, ours, tmp_path / "out")
     assert code == 130
-    assert err.splitlines()[-1].endswith(f"interrupted; {tmp_path}/out is as it was")
+    assert err.splitlines()[-1].endswith(f"interrupted; nothing half-written is left at {tmp_path}/out")
     assert os.listdir(tmp_path) == ["ours.ckpt"]
 
 
@@ -543,7 +579,7 @@ def test_ctrl_c_leaves_what_was_there(ours, tmp_path, tensors):
         process.kill()
     assert process.returncode == 130, err
     assert out.count("reading") <= 2
-    assert err.splitlines()[-1].endswith(f"interrupted; {old} is as it was")
+    assert err.splitlines()[-1].endswith(f"interrupted; nothing half-written is left at {old}")
     assert sorted(os.listdir(tmp_path)) == ["old.ckpt", "ours.ckpt"]
     assert verify(str(old)) == []
     assert torch.equal(read_all(open_checkpoint(str(old)))[TensorKey(MODEL, "one")], torch.ones(3))

@@ -21,7 +21,8 @@ from lightning_superscale.errors import CheckpointError
 def convert(source: StateSource, path: str) -> None:
     """Write `source` at `path`, over what is there; one process calls it. Memory stays at two slabs.
 
-    An exception, also a KeyboardInterrupt, leaves what was at `path` as it was and nothing beside it.
+    An exception, also a KeyboardInterrupt, leaves nothing beside `path`, and there what was there; an interrupt while
+    the checkpoint takes its name lets it.
 
     Raises:
         CheckpointError: the source is damaged, its optimizers can't be told, or the disk is full.
