@@ -7,12 +7,16 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 import xxhash
 
 from lightning_superscale.checkpoint.blocks import BLOCK_BYTES, BlockSums, hex_digest
+from lightning_superscale.checkpoint.box import Box
 from lightning_superscale.checkpoint.dtypes import dtype_name
 from lightning_superscale.checkpoint.load import tensors_in_block
 from lightning_superscale.checkpoint.manifest import MANIFEST_NAME, Manifest, blocks_name, is_data
+from lightning_superscale.checkpoint.slabs import batches
+from lightning_superscale.checkpoint.state import ReadRequest, StateSource, TensorKey
 from lightning_superscale.checkpoint.storage import Folder, open_folder
 from lightning_superscale.errors import CheckpointError
 
@@ -66,6 +70,28 @@ def verify(path: str, progress: Callable[[int, int], None] | None = None) -> lis
         return _Verification(folder, manifest, progress).run()
     finally:
         folder.close()
+
+
+def read_through(source: StateSource) -> list[Finding]:
+    """Read every tensor of a checkpoint once, for formats without checksums: what can't be read is found, and no more.
+
+    One process calls it; memory stays at one slab.
+    """
+    findings: dict[TensorKey, Finding] = {}
+    for batch in batches(source.tensors, sorted(source.tensors)):
+        try:
+            _read(source, batch)
+        except CheckpointError:
+            for key, box in batch:
+                try:
+                    _read(source, [(key, box)])
+                except CheckpointError as error:
+                    findings.setdefault(key, Finding(source.path, str(error), None, str(key)))
+    return list(findings.values())
+
+
+def _read(source: StateSource, batch: list[tuple[TensorKey, Box]]) -> None:
+    source.read([ReadRequest(key, box, torch.empty(box.size, dtype=source.tensors[key].dtype)) for key, box in batch])
 
 
 class _Verification:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_superscale.checkpoint.box import Box, whole_box
+from lightning_superscale.checkpoint.formats.lightning import EXTRA_STATE
 from lightning_superscale.checkpoint.formats.sniff import detect, open_foreign
 from lightning_superscale.checkpoint.formats.torch_files import load_torch_file
 from lightning_superscale.checkpoint.formats.torch_optimizer import pack_optimizer
@@ -22,7 +23,7 @@ from lightning_superscale.checkpoint.storage import is_remote
 from lightning_superscale.comm.mesh import DataMesh, single_mesh
 from lightning_superscale.errors import CheckpointError
 from lightning_superscale.plugins.lazy_tensor import LazyTensor
-from lightning_superscale.plugins.saved_state import EXTRA_STATE, canonical
+from lightning_superscale.plugins.saved_state import canonical
 
 
 class OpenedCheckpoint:
@@ -58,8 +59,7 @@ class OpenedCheckpoint:
         lazies = {key: self.lazy(key) for key in self.source.tensors}
         weights: dict[str, Any] = {key.name: lazy for key, lazy in lazies.items() if key.section == MODEL}
         weights.update({name: weights[first] for name, first in self.source.aliases.items() if first in weights})
-        for key in (EXTRA_STATE, "extra_state"):  # ours, and that of readers of other formats
-            weights.update(rest.pop(key, {}))
+        weights.update(rest.pop(EXTRA_STATE, {}))
         checkpoint = {"pytorch-lightning_version": _layout_version(), **rest, "state_dict": weights}
         if self.source.step is not None:
             checkpoint.setdefault("global_step", self.source.step)

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_superscale.checkpoint.formats.lightning import EXTRA_STATE
 from lightning_superscale.checkpoint.formats.torch_optimizer import parameter_names, state_role
 from lightning_superscale.checkpoint.local_shards import is_tensor_like, local_shards
 from lightning_superscale.checkpoint.state import (
@@ -23,10 +24,6 @@ from lightning_superscale.checkpoint.state import (
 from lightning_superscale.comm.collectives import gather_objects
 from lightning_superscale.comm.mesh import DataMesh
 from lightning_superscale.errors import CheckpointError
-
-# Entries of a state_dict that are no tensors (`get_extra_state`), within the rest.
-EXTRA_STATE = "lightning_superscale.extra_state"
-
 
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 

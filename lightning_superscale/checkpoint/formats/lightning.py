@@ -22,6 +22,9 @@ from lightning_superscale.errors import CheckpointError
 Names = Sequence[Sequence[str]]
 
 EXTRA_STATE = "extra_state"
+# By optimizer, its parameters' names in its order: an entry of our exports, beside those that Lightning looks at.
+# torch's own "param_names" would turn an optimizer that loads them into one of named parameters only.
+OPTIMIZER_NAMES = "lightning_superscale.optimizer_names"
 
 
 def open_lightning(path: Path, names: Names | None = None) -> PieceSource:
@@ -40,10 +43,12 @@ def open_lightning(path: Path, names: Names | None = None) -> PieceSource:
     if not isinstance(weights, Mapping):
         raise CheckpointError(f'{file} is no Lightning checkpoint: it has no "state_dict" of tensors.')
     tensors = {name: value for name, value in weights.items() if isinstance(value, Tensor)}
+    names = checkpoint.get(OPTIMIZER_NAMES) if names is None else names
     table, aliases = _weights(tensors, file, {name for group in names or () for name in group})
     packed = checkpoint.get("optimizer_states", [])
     records, missing = _optimizers(packed, table, aliases, file, names)
-    rest = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
+    apart = ("state_dict", "optimizer_states", OPTIMIZER_NAMES)
+    rest = {key: value for key, value in checkpoint.items() if key not in apart}
     rest.update(extra_state(weights))
     return PieceSource(file, table, checkpoint.get("global_step"), records, aliases, lambda: rest, missing)
 

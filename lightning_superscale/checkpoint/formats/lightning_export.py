@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lightning_superscale.checkpoint.formats.lightning import EXTRA_STATE
+from lightning_superscale.checkpoint.formats.lightning import EXTRA_STATE, OPTIMIZER_NAMES
 from lightning_superscale.checkpoint.formats.staging import copies_on_disk, staged
 from lightning_superscale.checkpoint.formats.torch_optimizer import pack_optimizer
 from lightning_superscale.checkpoint.state import MODEL, StateSource
@@ -15,21 +15,28 @@ from lightning_superscale.checkpoint.state import MODEL, StateSource
 # What Trainer.fit(ckpt_path=...) can't do without, for states that were not Lightning's. The version is that of the
 # layout, for Lightning's migrations.
 _DEFAULTS: dict[str, Any] = {"epoch": 0, "global_step": 0, "pytorch-lightning_version": "2.6.0", "lr_schedulers": []}
+_OF_OPTIMIZERS = ("optimizer_states", OPTIMIZER_NAMES, "lr_schedulers", "callbacks")
 
 
-def export_lightning(source: StateSource, path: Path) -> None:
+def export_lightning(source: StateSource, path: Path, *, weights_only: bool = False) -> None:
     """Write `path`, a Lightning checkpoint with integer keys, and masters beside moments, as this package saves them.
 
-    Beside tensors it is `source.rest`. Memory stays at a few pages: tensors pass through files beside `path`, which
-    take as much disk as the result while it is written. One process calls it.
+    Beside tensors it is `source.rest`, and the names of the numbered parameters, which `open_lightning` finds. Memory
+    stays at a few pages: tensors pass through files beside `path`, which take as much disk as the result while it is
+    written. One process calls it.
+
+    Args:
+        weights_only: write neither optimizers nor schedulers and callbacks, nor their keys: as Lightning's
+            `save_weights_only`, from which a Trainer loads weights and refuses to resume.
 
     Raises:
         CheckpointError: `path` exists, the source is damaged, or its optimizers can't be told.
     """
-    records, rest = source.optimizers, dict(source.rest)
+    records, rest = () if weights_only else source.optimizers, dict(source.rest)
     extra = rest.pop(EXTRA_STATE, {})
     with staged(path) as staging:
-        tensors = copies_on_disk(source, source.tensors, staging / "tensors")
+        keys = [key for key in source.tensors if key.section == MODEL or not weights_only]
+        tensors = copies_on_disk(source, keys, staging / "tensors")
         weights = {key.name: tensor for key, tensor in tensors.items() if key.section == MODEL}
         weights.update({alias: weights[name] for alias, name in source.aliases.items()})
         checkpoint = {
@@ -38,7 +45,10 @@ def export_lightning(source: StateSource, path: Path) -> None:
             **rest,
             "state_dict": {**weights, **extra},
             "optimizer_states": [pack_optimizer(record, tensors, index) for index, record in enumerate(records)],
+            OPTIMIZER_NAMES: [[name for names in record.names for name in names] for record in records],
         }
+        if weights_only:
+            checkpoint = {key: value for key, value in checkpoint.items() if key not in _OF_OPTIMIZERS}
         torch.save(checkpoint, staging / path.name)
 
 

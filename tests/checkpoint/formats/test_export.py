@@ -46,6 +46,7 @@ def equal(one, other):
 def test_lightning_file_is_the_same_state(case, tmp_path):
     export_lightning(case, tmp_path / "out.ckpt")
     back = open_foreign(tmp_path / "out.ckpt", NAMES)
+    equal(open_foreign(tmp_path / "out.ckpt"), case)  # the names are in the file, too
     assert detect(tmp_path / "out.ckpt") == "lightning"
     equal(back, case)
     for key, value in case.rest.items():
