@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_superscale.checkpoint.box import Box, flat_boxes, whole_box
+from lightning_superscale.checkpoint.coverage import uncovered
 from lightning_superscale.checkpoint.state import OptimizerRecord, ReadRequest, Role, TensorInfo, TensorKey
 from lightning_superscale.errors import CheckpointError, did_you_mean
 
@@ -153,28 +154,6 @@ class PieceSource:
 
 def _check_covers(path: str, key: TensorKey, entry: Entry) -> None:
     """Every element of a tensor must be in exactly one piece."""
-    shape, boxes = entry.info.shape, sorted(piece.box for piece in entry.pieces)
-    outside = [box for box in boxes if not box.lies_in(shape)]
-    expected, found = whole_box(shape).numel, sum(box.numel for box in boxes)
-    if outside or found != expected or _overlap(boxes):
-        what = f"its {len(boxes)} pieces hold {found} values, " + (
-            "some twice" if found >= expected else "some nowhere"
-        )
-        if outside:
-            what = f"a piece at {outside[0].offset} of {outside[0].size} lies outside"
-        raise CheckpointError(f"{key} in {path} has shape {shape}, but {what}. A file is missing or damaged.")
-
-
-def _overlap(boxes: Sequence[Box]) -> bool:
-    """Whether any two of some sorted boxes share an element."""
-    active: list[Box] = []
-    for box in boxes:
-        if not box.numel:
-            continue
-        if not box.size:
-            return len(boxes) > 1
-        active = [other for other in active if other.stop[0] > box.offset[0]]
-        if any(other.intersect(box) is not None for other in active):
-            return True
-        active.append(box)
-    return False
+    why = uncovered(entry.info.shape, [piece.box for piece in entry.pieces])
+    if why is not None:
+        raise CheckpointError(f"{key} in {path} is not complete: {why}. A file is missing or damaged.")

@@ -177,5 +177,5 @@ def test_a_chunk_that_metadata_forgot_is_refused(copy):
     metadata = dcp.FileSystemReader(copy).read_metadata()
     metadata.state_dict_metadata["model.one.weight"].chunks.pop()
     (copy / ".metadata").write_bytes(pickle.dumps(metadata))
-    with pytest.raises(CheckpointError, match=r"one.weight.*some nowhere"):
+    with pytest.raises(CheckpointError, match=r"one.weight.*hold .* of the"):
         open_foreign(copy)
