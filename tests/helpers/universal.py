@@ -143,3 +143,23 @@ def assert_same_content(found: dict, expected: dict, *, name: str) -> None:
         assert found["infos"][key] == expected["infos"][key], f"{name}: {key}"
     for part in ("groups", "names", "aliases", "step"):
         assert found[part] == expected[part], f"{name}: {part}"
+
+
+def differing_after_resume(rank, world_size, names, folder, precision="32-true") -> list[str]:
+    """What a run that was stopped and went on has otherwise than one that never stopped, on this rank."""
+    found = []
+    for name in names:
+        path, ends = f"{folder}/{name}-half.ckpt", []
+        for epochs, ckpt_path in ((4, None), (2, None), (4, path)):
+            run, module = universal_trainer(name, world_size, max_epochs=epochs, precision=precision)
+            run.fit(module, loader(24), ckpt_path=ckpt_path)
+            if epochs == 2:
+                run.save_checkpoint(path)
+                continue
+            run.save_checkpoint(f"{folder}/{name}-{len(ends)}.ckpt")
+            ends.append(content(f"{folder}/{name}-{len(ends)}.ckpt"))
+        found += [
+            f"{name}: {key}" for key, end in ends[0]["tensors"].items() if not torch.equal(end, ends[1]["tensors"][key])
+        ]
+        found += [f"{name}: {part}" for part in ("groups", "names", "step") if ends[0][part] != ends[1][part]]
+    return found

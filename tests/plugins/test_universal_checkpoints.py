@@ -8,14 +8,18 @@ import os
 import pytest
 import torch
 
+import lightning_superscale as lss
 from tests.helpers.ranks import run_ranks
+from tests.helpers.trainers import loader
 from tests.helpers.universal import (
     OURS,
     STRATEGIES,
     assert_same_content,
     content,
+    differing_after_resume,
     load_and_save,
     train_and_save,
+    universal_trainer,
 )
 
 IS_ALL = bool(os.environ.get("LSS_TEST_ALL"))
@@ -69,3 +73,30 @@ def test_one_state_is_one_checkpoint_whatever_wrote_it(tmp_path):
         for key, tensor in first["tensors"].items():
             if "running" not in key.name:
                 assert torch.equal(found["tensors"][key], tensor), f"{name}: {key}"
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_on_ends_as_one_that_never_stopped(tmp_path):
+    assert run_ranks(2, differing_after_resume, list(STRATEGIES), str(tmp_path), limit_s=240) == [[], []]
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")  # the first steps overflow
+@pytest.mark.parametrize("precision", ["16-mixed", "16-true"])
+def test_the_loss_scale_goes_on_too(tmp_path, precision):
+    """Some steps overflow, so the scale that a run ends with is another than that it begins with."""
+
+    def plugin():
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20, growth_interval=2)
+        return lss.SuperScalePrecision(precision, scaler=scaler)
+
+    ends = []
+    for epochs, ckpt_path in ((4, None), (2, None), (4, str(tmp_path / "half.ckpt"))):
+        precise = plugin()
+        flags = {"max_epochs": epochs, "plugins": [lss.UniversalCheckpointIO(), precise]}
+        run, module = universal_trainer("superoffload", 1, **flags)
+        run.fit(module, loader(), ckpt_path=ckpt_path)
+        run.save_checkpoint(tmp_path / "half.ckpt")
+        ends.append((module.state_dict(), precise.scaler.state_dict()))
+    assert ends[0][1] == ends[2][1]
+    assert ends[0][1]["scale"] != 2.0**20
+    assert all(torch.equal(ends[0][0][name], weight) for name, weight in ends[2][0].items())
