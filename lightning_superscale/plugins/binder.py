@@ -6,6 +6,7 @@ Lightning adds it to every Trainer, through an entry point. It does nothing wher
 from __future__ import annotations
 
 import importlib
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from lightning_superscale.errors import CheckpointError
@@ -60,9 +61,26 @@ def bind(strategy: Any) -> None:
 
 def lightning_callbacks() -> list[Any]:
     """What the entry point gives `lightning.pytorch`."""
-    return [importlib.import_module("lightning_superscale.plugins.pytorch").CheckpointBinder()]
+    return _binders("lightning_superscale.plugins.pytorch")
 
 
 def pytorch_lightning_callbacks() -> list[Any]:
     """What the entry point gives `pytorch_lightning`."""
-    return [importlib.import_module("lightning_superscale.plugins.pytorch_lightning").CheckpointBinder()]
+    return _binders("lightning_superscale.plugins.pytorch_lightning")
+
+
+def _binders(module: str) -> list[Any]:
+    """One binder. Every Trainer asks, so a package that can't be imported here must not stop those that don't use it.
+
+    Warns:
+        UserWarning: it can't; an IO that nobody bound refuses to write.
+    """
+    try:
+        return [importlib.import_module(module).CheckpointBinder()]
+    except Exception as error:
+        warnings.warn(
+            f"lightning-superscale could not be imported ({type(error).__name__}: {error}); UniversalCheckpointIO won't "
+            "work in this Trainer. Reinstall or uninstall it.",
+            stacklevel=2,
+        )
+        return []

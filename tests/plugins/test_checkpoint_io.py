@@ -21,6 +21,7 @@ import lightning_superscale as lss
 from lightning_superscale.checkpoint.load import SavedState, is_checkpoint, open_checkpoint
 from lightning_superscale.checkpoint.state import TensorKey
 from lightning_superscale.errors import CheckpointError, SuperScaleError
+from lightning_superscale.plugins import binder
 from tests.helpers.trainers import Regressor, assert_same_weights, loader, trainer
 from tests.helpers.universal import Mixed, content
 
@@ -351,3 +352,13 @@ def test_lightning_binds_it_without_an_import_of_ours(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "x.ckpt" / "MANIFEST.json").exists()
+
+
+def test_a_broken_package_breaks_no_trainer(monkeypatch):
+    def broken(name):
+        raise ImportError("no kernel")
+
+    monkeypatch.setattr(binder.importlib, "import_module", broken)
+    for callbacks in (binder.lightning_callbacks, binder.pytorch_lightning_callbacks):
+        with pytest.warns(UserWarning, match="could not be imported .ImportError: no kernel."):
+            assert callbacks() == []
