@@ -79,8 +79,8 @@ def _binders(module: str) -> list[Any]:
         return [importlib.import_module(module).CheckpointBinder()]
     except Exception as error:
         warnings.warn(
-            f"lightning-superscale could not be imported ({type(error).__name__}: {error}); UniversalCheckpointIO won't "
-            "work in this Trainer. Reinstall or uninstall it.",
+            f"lightning-superscale could not be imported ({type(error).__name__}: {error}); UniversalCheckpointIO "
+            "won't work in this Trainer. Reinstall or uninstall it.",
             stacklevel=2,
         )
         return []
