@@ -546,6 +546,8 @@ def test_an_interrupted_export_leaves_nothing(run, ours, tmp_path, monkeypatch, 
 
 
 SLOW = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job's children ignore it
 import sys, time
 from lightning_superscale.checkpoint.load import SavedState
 from lightning_superscale.cli import main
