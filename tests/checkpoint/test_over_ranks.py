@@ -63,7 +63,7 @@ def big_tensors() -> dict[TensorKey, torch.Tensor]:
 
 
 def read_once(rank: int, world_size: int, folder: str) -> dict[str, list[int]]:
-    """Bytes read by each way of reading, and what was wanted of all ranks together."""
+    """Bytes read by each way of reading: to fill, to check, and those sent to others."""
     reshard.ROUND_BYTES = 3 * 2**23  # several rounds
     mesh = mesh_of(world_size)
     tensors = big_tensors()
@@ -74,9 +74,11 @@ def read_once(rank: int, world_size: int, folder: str) -> dict[str, list[int]]:
         for check_first in (True, False):
             source = open_checkpoint(f"{folder}/big.ckpt", mesh, check_first=check_first)
             requests = read_requests(source.tensors, layout, rank, world_size)
+            mesh.counts.clear()
             source.read(requests)
             assert_filled(requests, tensors)
-            read[f"{layout} {check_first}"] = [source.bytes_read, source.bytes_checked]
+            sent = mesh.counts.nbytes.get("exchange", 0)
+            read[f"{layout} {check_first}"] = [source.bytes_read, source.bytes_checked, sent]
     assert len(source.manifest.files) == 2 * world_size + 1  # replicas were divided between all ranks
     return read
 
@@ -86,10 +88,14 @@ def test_each_byte_is_read_once_by_all_ranks_together(tmp_path, world_size):
     needed = sum(tensor.nbytes for tensor in big_tensors().values())
     answers = run_ranks(world_size, read_once, str(tmp_path))
     for way in answers[0]:
-        total, checked = (sum(answer[way][i] for answer in answers) for i in (0, 1))
+        total, checked, sent = (sum(answer[way][i] for answer in answers) for i in (0, 1, 2))
         assert needed <= total <= 1.05 * needed, way
         assert checked == (total if way.endswith("True") else 0)
         assert max(answer[way][0] for answer in answers) < 1.3 * needed / world_size + 2**24
+        # What ranks want alike goes to each other one, of what they divide each part to one at most.
+        is_divided = way.startswith(("rows", "columns", "flat"))
+        assert sent <= (1.001 * needed if is_divided else (world_size - 1) * total), way
+        assert sent > 0.4 * needed or not way.startswith("columns")
 
 
 def one_tensor(rank: int, world_size: int, value: float, rows: int = 8) -> LocalState:
