@@ -26,7 +26,7 @@ from lightning_superscale.checkpoint.filling import READ_THREADS, Buffers, Filli
 from lightning_superscale.checkpoint.manifest import MANIFEST_NAME, REST_NAME, Manifest, blocks_name
 from lightning_superscale.checkpoint.payload import is_wrapper
 from lightning_superscale.checkpoint.phases import attempt
-from lightning_superscale.checkpoint.reshard import Parcel, Segment, copies_of, parcel_of, segments_of
+from lightning_superscale.checkpoint.reshard import Parcel, Segment, copies_of, mapped_parcel_of, parcel_of, segments_of
 from lightning_superscale.checkpoint.sharing import Sharing
 from lightning_superscale.checkpoint.state import EXTRA, OptimizerRecord, ReadRequest, TensorInfo, TensorKey
 from lightning_superscale.checkpoint.storage import Folder, is_remote, open_folder
@@ -188,13 +188,17 @@ class SavedState:
         own = [segment for segment in segments if segment.reader == rank]
         if self._check_first:
             attempt(self._mesh, lambda: self._check(own), failed)
-        parcels = self._parcels([segment for segment in segments if len(segment.ranks) > 1], mine, failed)
+        shared = [segment for segment in segments if len(segment.ranks) > 1]
         errors: list[Exception] = []
         with ThreadPoolExecutor(READ_THREADS, thread_name_prefix="checkpoint reader") as threads:
-            if parcels:
-                others = Others([wanted for _, wanted in looked], self.manifest.tensors)
-                sharing = Sharing(self._mesh, mine, others, self._read_segment, threads, errors)
-                self.bytes_read += sharing.run(parcels)
+            if shared:
+                sharing = Sharing(self._mesh, mine, self._read_segment, threads, errors)
+                world_size = self._mesh.world.size
+                nbytes = sharing.run_mapped([mapped_parcel_of(s, self._nbytes(s), world_size) for s in shared])
+                if nbytes is None:
+                    others = Others([wanted for _, wanted in looked], self.manifest.tensors)
+                    nbytes = sharing.run(self._parcels(shared, mine, failed), others)
+                self.bytes_read += nbytes
             alone = [segment for segment in own if len(segment.ranks) == 1]
             attempt(self._mesh, lambda: self._read_alone(alone, mine, threads, errors), failed)
 
@@ -262,8 +266,6 @@ class SavedState:
 
     def _parcels(self, shared: Sequence[Segment], mine: Filling, failed: str) -> list[Parcel]:
         """How shared segments travel; every rank hears what each wants of them."""
-        if not shared:
-            return []
         rank = self._mesh.world.rank
 
         def wanted_bytes() -> array[int]:

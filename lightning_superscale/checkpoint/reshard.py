@@ -202,13 +202,25 @@ def parcel_of(segment: Segment, size: int, packed: Sequence[int]) -> Parcel:
     return Parcel(segment, tuple(size if is_whole and count else count for count in nbytes), is_whole)
 
 
-def rounds_of(parcels: Sequence[Parcel]) -> list[list[Parcel]]:
-    """Parcels, in rounds in which no rank holds more than ROUND_BYTES (or one segment)."""
+def mapped_parcel_of(segment: Segment, size: int, num_ranks: int) -> Parcel:
+    """How a segment of `size` bytes travels where ranks look into one another's memory: not at all."""
+    getters = set(segment.ranks) - {segment.reader}
+    return Parcel(segment, tuple(size if rank in getters else 0 for rank in range(num_ranks)), is_whole=True)
+
+
+def rounds_of(parcels: Sequence[Parcel], limit: int | None = None, *, is_mapped: bool = False) -> list[list[Parcel]]:
+    """Parcels, in rounds in which no rank holds more than a limit (or one segment), by default ROUND_BYTES.
+
+    Args:
+        is_mapped: only who reads a parcel holds it.
+    """
+    limit = ROUND_BYTES if limit is None else limit
     rounds: list[list[Parcel]] = []
     held: dict[int, int] = {}
     for parcel in parcels:
-        more = {rank: parcel.held(rank) for rank in parcel.segment.ranks}
-        if not rounds or any(held.get(rank, 0) + count > ROUND_BYTES for rank, count in more.items()):
+        holders = (parcel.segment.reader,) if is_mapped else parcel.segment.ranks
+        more = {rank: parcel.held(rank) for rank in holders}
+        if not rounds or any(held.get(rank, 0) + count > limit for rank, count in more.items()):
             rounds.append([])
             held = {}
         rounds[-1].append(parcel)
