@@ -1,29 +1,32 @@
-"""What checkpoints cost: `python benchmarks/checkpoint.py [--mib 800] [--rounds 3] [--json FILE]`.
+"""What checkpoints cost: `python benchmarks/checkpoint.py [--mib 800] [--rounds 3] [--peers DIR] [--json FILE]`.
 
 One training state (16-bit weights, fp32 masters and two moments) is saved, loaded into memory that is there already,
 and read on 3 ranks by columns after 2 ranks saved it by rows. Ours, torch.save, torch's distributed checkpoint (DCP)
 and safetensors take turns, each in a process of its own, on the same file system. A save is timed until it returns
 and until its files are durable, which ours always are. Memory is what a loading process' peak grew by. The files are
-in the page cache when they are read. The last line is JSON. Exits with 1 when ours misses a limit: bytes read by all
-ranks together 1.05 times the state, 256 MiB of memory to load, disk 1.02 times the state.
+in the page cache when they are read. With --peers, DeepSpeed ZeRO-3 saves on 2 ranks, converts to its universal
+checkpoint and loads on 3, beside ours (`benchmarks/checkpoint_peers.py`). The last line is JSON. Exits with 1 when ours
+misses a limit: bytes read by all ranks together 1.05 times the state, 256 MiB of memory to load, disk 1.02 times the
+state.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import multiprocessing
 import os
-import platform
 import resource
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +40,8 @@ from torch.distributed.tensor import DTensor, Shard
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.checkpoint_peers import COLUMNS, READERS, ROWS, WRITERS, PeakDisk, rank_bytes_read, through_universal
+from benchmarks.step_cost import find_peers, hardware, peer_environment
 from lightning_superscale.checkpoint import state as states
 from lightning_superscale.checkpoint.background import BackgroundSaver
 from lightning_superscale.checkpoint.box import Box, row_box, whole_box
@@ -44,9 +49,17 @@ from lightning_superscale.checkpoint.load import open_checkpoint
 from lightning_superscale.checkpoint.save import save
 from lightning_superscale.comm.mesh import DataMesh, build_mesh, single_mesh
 
+warnings.filterwarnings("ignore", message=".*torch.distributed is disabled.*")
+
 Tensors = dict[str, Tensor]
-SHAPE = (2048, 1024)
-WRITERS, READERS = 2, 3
+SHAPE = (ROWS, COLUMNS)
+# What takes long to import, once for all processes that are measured.
+PRELOADED = ["torch.distributed.checkpoint", "torch.distributed.tensor", "lightning_superscale.checkpoint.background"]
+
+
+def num_weights(mib: int) -> int:
+    """Weights whose state takes about `mib` MiB, 14 bytes per element."""
+    return max(1, round(mib * 2**20 / (ROWS * COLUMNS * 14)))
 
 
 def state_tensors(mib: int) -> Tensors:
@@ -54,7 +67,7 @@ def state_tensors(mib: int) -> Tensors:
     generator = torch.Generator().manual_seed(0)
     base = torch.randn(SHAPE, generator=generator)
     tensors: Tensors = {}
-    for i in range(max(1, round(mib * 2**20 / (base.numel() * 14)))):
+    for i in range(num_weights(mib)):
         master = base + i
         tensors |= {f"{i}.weight": master.bfloat16(), f"{i}.master": master}
         tensors |= {f"{i}.exp_avg": base * (i + 1), f"{i}.exp_avg_sq": base.square() + i}
@@ -173,49 +186,56 @@ def time_load(name: str, path: str, mib: int) -> dict[str, Any]:
     return {"seconds": seconds, "extra_bytes": extra}
 
 
-def bytes_read() -> int:
-    return int(Path("/proc/self/io").read_text().split()[1])
+def part_of(rank: int, size: int, dim: int) -> Box:
+    """This rank's part along a dim, as DTensor cuts."""
+    first, stop = (min(SHAPE[dim], r * -(-SHAPE[dim] // size)) for r in (rank, rank + 1))
+    offset, extent = [0, 0], list(SHAPE)
+    offset[dim], extent[dim] = first, stop - first
+    return Box((offset[0], offset[1]), (extent[0], extent[1]))
 
 
-def run_rank(name: str, path: str, mib: int, folder: str, is_writer: bool) -> dict[str, Any]:
-    """One rank that saves rows, or one that reads columns."""
+def run_rank(what: str, name: str, path: str, mib: int, folder: str) -> dict[str, Any]:
+    """One rank that saves rows ("write"), or one that reads columns ("read") or rows ("read rows")."""
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store = dist.FileStore(f"{folder}/store", size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(minutes=5))
     mesh = build_mesh(size, timedelta(minutes=5))
     tensors = state_tensors(mib)
-    edges = [min(SHAPE[1], r * -(-SHAPE[1] // size)) for r in range(size + 1)]  # as DTensor cuts
-    columns = Box((0, edges[rank]), (SHAPE[0], edges[rank + 1] - edges[rank]))
-    at = columns.within(whole_box(SHAPE))
-    if name == "ours":
-        work = _ours_at_rank(path, tensors, mesh, columns, is_writer)
-    else:
+    is_writer = what == "write"
+    wanted = part_of(rank, size, 0 if what == "read rows" else 1)
+    at = wanted.within(whole_box(SHAPE))
+    if name == "DCP":
         work = _dcp_at_rank(path, tensors, size, is_writer)
+    else:
+        work = _ours_at_rank(path, tensors, mesh, wanted, is_writer, check_first="before" in name)
     dist.barrier()
-    start, before = time.perf_counter(), bytes_read()
+    peak, start, before = peak_bytes(), time.perf_counter(), rank_bytes_read()
     outs, counted = work()
-    nbytes = bytes_read() - before if counted is None else counted
+    nbytes = rank_bytes_read() - before if counted is None else counted
     dist.barrier()
     seconds = time.perf_counter() - start
+    extra = peak_bytes() - peak
     if not is_writer and not all(torch.equal(outs[key], tensors[key][at]) for key in tensors):
         raise SystemExit(f"{name} did not read what was saved")
     dist.destroy_process_group()
-    return {"seconds": seconds, "bytes": nbytes}
+    return {"seconds": seconds, "bytes": nbytes, "extra_bytes": extra}
 
 
 _Work = Callable[[], tuple[Tensors, "int | None"]]
 
 
-def _ours_at_rank(path: str, tensors: Tensors, mesh: DataMesh, columns: Box, is_writer: bool) -> _Work:
-    outs = {} if is_writer else {key: torch.empty(columns.size, dtype=t.dtype) for key, t in tensors.items()}
+def _ours_at_rank(
+    path: str, tensors: Tensors, mesh: DataMesh, wanted: Box, is_writer: bool, *, check_first: bool
+) -> _Work:
+    outs = {} if is_writer else {key: torch.zeros(wanted.size, dtype=t.dtype) for key, t in tensors.items()}
 
     def work() -> tuple[Tensors, int | None]:
         if is_writer:
             save(path, local_state(tensors, mesh.world.rank, mesh.world.size), mesh)
             return {}, 0
-        source = open_checkpoint(path, mesh, check_first=False)
-        source.read([states.ReadRequest(key_of(key), columns, out) for key, out in outs.items()])
-        return outs, source.bytes_read
+        source = open_checkpoint(path, mesh, check_first=check_first)
+        source.read([states.ReadRequest(key_of(key), wanted, out) for key, out in outs.items()])
+        return outs, source.bytes_read + source.bytes_checked
 
     return work
 
@@ -227,7 +247,7 @@ def _dcp_at_rank(path: str, tensors: Tensors, size: int, is_writer: bool) -> _Wo
     parts = {}
     for key, tensor in tensors.items():
         part = torch.chunk(tensor, size, dim)[rank] if is_writer else None
-        local = part if part is not None else torch.empty_like(torch.chunk(tensor, size, dim)[rank])
+        local = part if part is not None else torch.zeros_like(torch.chunk(tensor, size, dim)[rank])
         parts[key] = DTensor.from_local(local, mesh, [Shard(dim)], shape=tensor.shape, stride=tensor.stride())
 
     def work() -> tuple[Tensors, int | None]:
@@ -244,24 +264,69 @@ def _dcp_at_rank(path: str, tensors: Tensors, size: int, is_writer: bool) -> _Wo
 
 
 def ask(*args: str, ranks: int = 1) -> list[dict[str, Any]]:
-    """What processes of this script answered, one per rank."""
+    """What fresh processes answered, one per rank. They are forked from one that has imported everything."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    answers: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        processes = [
-            subprocess.Popen(
-                [sys.executable, __file__, "--worker", *args, folder],
-                env={**os.environ, "RANK": str(rank), "WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "2"},
-                stdout=subprocess.PIPE,
-            )
-            for rank in range(ranks)
-        ]
-        answers = [process.communicate()[0] for process in processes]
-    if any(process.returncode for process in processes):
+        processes, receivers = [], []
+        for rank in range(ranks):
+            receiver, sender = context.Pipe(duplex=False)
+            processes.append(context.Process(target=_answer, args=(sender, rank, ranks, folder, *args)))
+            processes[-1].start()
+            sender.close()
+            receivers.append(receiver)
+        for receiver in receivers:
+            with contextlib.suppress(EOFError):  # it ended without an answer
+                answers.append(receiver.recv())
+        for process in processes:
+            process.join()
+    if len(answers) < ranks:
         raise SystemExit(f"{' '.join(args)} failed")
-    return [json.loads(answer.splitlines()[-1]) for answer in answers]
+    return answers
 
 
-def measure(folder: str, mib: int, rounds: int) -> dict[str, Any]:
-    runs: dict[str, dict[str, list[Any]]] = {"save": {}, "load": {}, "reshard": {}, "background": {}}
+def _answer(sender: Connection, rank: int, ranks: int, folder: str, what: str, name: str, path: str, mib: str) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks))
+    if what.startswith(("write", "read")):
+        sender.send(run_rank(what, name, path, int(mib), folder))
+    else:
+        timed = {"save": time_save, "load": time_load, "background": time_background}[what]
+        sender.send(timed(name, path, int(mib)))
+
+
+def ours_at_other_size(folder: str, mib: int) -> dict[str, dict[str, Any]]:
+    """What DeepSpeed's universal checkpoint is for: saved by some ranks, loaded by others."""
+    path = f"{folder}/other-size"
+    os.makedirs(path)
+    with PeakDisk(path) as peak:
+        saved = ask("write", "ours", f"{path}/ckpt", str(mib), ranks=WRITERS)
+    found = {}
+    for name in ("ours, checked before", "ours, checked as read"):
+        loaded = ask("read rows", name, f"{path}/ckpt", str(mib), ranks=READERS)
+        found[name] = {
+            "save_seconds": saved[0]["seconds"],
+            "convert_seconds": 0.0,
+            "load_seconds": loaded[0]["seconds"],
+            "load_bytes": sum(answer["bytes"] for answer in loaded),
+            "peak_disk": peak.bytes,
+        }
+    shutil.rmtree(path)
+    return found
+
+
+def deepspeed_at_other_size(folder: str, mib: int, peers: Path) -> dict[str, Any]:
+    path = f"{folder}/deepspeed"
+    os.makedirs(path)
+    environment = {**os.environ, **peer_environment(peers)}
+    found = through_universal(environment, str(peers / "bin" / "python"), path, num_weights(mib))
+    shutil.rmtree(path)
+    return found
+
+
+def measure(folder: str, mib: int, rounds: int, peers: Path | None) -> dict[str, Any]:
+    parts = ("save", "load", "reshard", "other size", "background")
+    runs: dict[str, dict[str, list[Any]]] = {part: {} for part in parts}
     for _ in range(rounds):
         for name in SAVES:
             shutil.rmtree(f"{folder}/{name}", ignore_errors=True)
@@ -273,12 +338,21 @@ def measure(folder: str, mib: int, rounds: int) -> dict[str, Any]:
             shutil.rmtree(path, ignore_errors=True)
             ask("write", name, path, str(mib), ranks=WRITERS)
             answers = ask("read", name, path, str(mib), ranks=READERS)
-            total = sum(answer["bytes"] for answer in answers)
-            runs["reshard"].setdefault(name, []).append({"seconds": answers[0]["seconds"], "bytes": total})
+            found = {
+                "seconds": answers[0]["seconds"],
+                "bytes": sum(answer["bytes"] for answer in answers),
+                "extra_bytes": max(answer["extra_bytes"] for answer in answers),
+            }
+            runs["reshard"].setdefault(name, []).append(found)
+        for name, found in ours_at_other_size(folder, mib).items():
+            runs["other size"].setdefault(name, []).append(found)
+        if peers is not None:
+            found = deepspeed_at_other_size(folder, mib, peers)
+            runs["other size"].setdefault(f"DeepSpeed {found['deepspeed']}, ZeRO-3", []).append(found)
         runs["background"].setdefault("ours", []).append(ask("background", "ours", f"{folder}/bg", str(mib))[0])
     return {
         part: {
-            name: {key: statistics.median(one[key] for one in answers) for key in answers[0]}
+            name: {key: statistics.median(one[key] for one in answers) for key in answers[0] if key != "deepspeed"}
             for name, answers in names.items()
         }
         for part, names in runs.items()
@@ -287,10 +361,13 @@ def measure(folder: str, mib: int, rounds: int) -> dict[str, Any]:
 
 def report(results: dict[str, Any], nbytes: int) -> list[str]:
     """Print tables; which limits were missed."""
-    for part in ("save", "load", "reshard"):
+    for part in ("save", "load", "reshard", "other size"):
         print(f"\n{part}")
         for name, found in results[part].items():
-            found["gb_per_second"] = nbytes / found["seconds"] / 1e9
+            if part == "other size":
+                found |= {"read": found["load_bytes"] / nbytes, "disk": found["peak_disk"] / nbytes}
+            else:
+                found["gb_per_second"] = nbytes / found["seconds"] / 1e9
             if part == "reshard":
                 found["read"] = found["bytes"] / nbytes
             shown = (f"{key} {value:.4g}" for key, value in found.items())
@@ -301,6 +378,10 @@ def report(results: dict[str, Any], nbytes: int) -> list[str]:
         missed.append("bytes read")
     if max(found["extra_bytes"] for name, found in results["load"].items() if name.startswith("ours")) > 2**28:
         missed.append("memory to load")
+    if results["reshard"]["ours"]["extra_bytes"] > 2**28:
+        missed.append("memory to reshard")
+    if results["other size"]["ours, checked as read"]["read"] > 1.05:
+        missed.append("bytes read by rows")
     if results["save"]["ours"]["disk"] > 1.02:
         missed.append("disk")
     return missed
@@ -310,26 +391,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mib", type=int, default=800)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--peers", default="none", help="environment of benchmarks/peers.sh, or none")
+    parser.add_argument("--quick", action="store_true", help="28 MiB, one round")
     parser.add_argument("--json", type=Path)
-    warnings.filterwarnings("ignore", message=".*torch.distributed is disabled.*")
-    parser.add_argument("--worker", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.worker:
-        what, name, path, mib, folder = options.worker
-        if what in ("write", "read"):
-            answer = run_rank(name, path, int(mib), folder, what == "write")
-        else:
-            answer = {"save": time_save, "load": time_load, "background": time_background}[what](name, path, int(mib))
-        print(json.dumps(answer))
-        return
+    # Of every process that is measured. Threads that wait spin otherwise, on cores that others need.
+    os.environ.update(OMP_NUM_THREADS="2", OMP_WAIT_POLICY="passive")
+    if options.quick:
+        options.mib, options.rounds = 28, 1
+    peers = find_peers(parser, options.peers)
+    load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="checkpoint-bench-") as at:
-        results = measure(at, options.mib, options.rounds)
+        results = measure(at, options.mib, options.rounds, peers)
     nbytes = nbytes_of(state_tensors(options.mib))
     missed = report(results, nbytes)
     facts = {
         "torch": torch.__version__,
-        "processor": platform.processor() or platform.machine(),
-        "cpus": os.cpu_count(),
+        "hardware": hardware(),
+        "load_before_and_after": [round(load, 2), round(os.getloadavg()[0], 2)],
     }
     line = json.dumps({"bytes": nbytes, "rounds": options.rounds, "missed": missed, **facts, **results})
     if options.json:

@@ -106,7 +106,7 @@ class Contestant:
             if peers is None:
                 raise BenchmarkError(f"{name} needs --peers")
             python = str(peers / "bin" / "python")
-            environment |= _peer_environment(peers)
+            environment |= peer_environment(peers)
         environment |= rank or {}
         command = [python, "-W", "ignore", str(ROOT / "benchmarks" / "contestants.py"), name, "--size", size]
         command += ["--precision", PRECISION[table], "--clip", str(CLIP[table]), "--warmup", str(WARMUP_STEPS)]
@@ -180,7 +180,7 @@ def free_port() -> int:
         return port
 
 
-def _peer_environment(peers: Path) -> dict[str, str]:
+def peer_environment(peers: Path) -> dict[str, str]:
     return {
         "DS_ACCELERATOR": "cpu",
         "TORCH_EXTENSIONS_DIR": os.environ.get("TORCH_EXTENSIONS_DIR", str(peers / "extensions")),

@@ -1,24 +1,56 @@
-"""Scatters verified bytes of files to where they were asked for."""
+"""Who wants which verified bytes of files, and where they go."""
 
 from __future__ import annotations
 
 import os
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from lightning_superscale.checkpoint.blocks import BLOCK_BYTES
-from lightning_superscale.checkpoint.reshard import SEGMENT_BLOCKS, Copy, Segment, blocks_of, windows
-from lightning_superscale.checkpoint.state import ReadRequest
+from lightning_superscale.checkpoint.box import Box
+from lightning_superscale.checkpoint.manifest import Piece, TensorRecord
+from lightning_superscale.checkpoint.reshard import SEGMENT_BLOCKS, Copy, Segment, Window, blocks_of, windows
+from lightning_superscale.checkpoint.state import ReadRequest, TensorKey
 
 # Threads that read, each with a buffer of one segment, which so stays in a core's cache between its checksum and its
 # copy.
 READ_THREADS = min(4, os.cpu_count() or 1)
+
+
+# Boxes that a rank wants, as it tells the others: which tensor of the manifest, offset and size.
+Wanted = Sequence[tuple[int, tuple[int, ...], tuple[int, ...]]]
+
+_Item = TypeVar("_Item")
+
+
+class _Spans(Generic[_Item]):
+    """Things that lie somewhere in files, found by where they lie."""
+
+    def __init__(self, items: Iterable[tuple[str, int, int, _Item]]) -> None:
+        self._by_file: dict[str, tuple[list[int], list[tuple[int, _Item]]]] = {}
+        self._longest: dict[str, int] = {}
+        for file, start, stop, item in sorted(items, key=lambda each: each[1]):
+            starts, those = self._by_file.setdefault(file, ([], []))
+            starts.append(start)
+            those.append((stop, item))
+            self._longest[file] = max(self._longest.get(file, 0), stop - start)
+
+    def over(self, file: str, start: int, stop: int) -> Iterator[_Item]:
+        """What covers any of the bytes [start, stop) of a file, by where it begins, then in the order it was given."""
+        starts, those = self._by_file.get(file, ([], []))
+        for i in range(bisect_left(starts, start - self._longest.get(file, 0)), bisect_left(starts, stop)):
+            if those[i][0] > start:
+                yield those[i][1]
+
+
+def _bytes_of(segment: Segment) -> tuple[int, int]:
+    return segment.first * BLOCK_BYTES, segment.stop * BLOCK_BYTES
 
 
 class Filling:
@@ -30,8 +62,7 @@ class Filling:
 
     def __init__(self, requests: Sequence[ReadRequest]) -> None:
         self._requests = requests
-        self._by_file: dict[str, tuple[list[int], list[Copy]]] = {}
-        self._longest: dict[str, int] = {}
+        self._copies: _Spans[Copy] = _Spans(())
         devices = {request.out.device for request in requests if request.out.is_cuda}
         self.is_pinned = bool(devices)
         # Reader threads have streams of their own; values must be there for what the caller runs next.
@@ -39,31 +70,66 @@ class Filling:
 
     def take(self, copies: Sequence[Copy]) -> dict[str, list[tuple[int, int]]]:
         """Take what fills the requests, and say which blocks hold it, as `blocks_of` does."""
-        for copy in sorted(copies, key=lambda copy: copy.start):
-            starts, those = self._by_file.setdefault(copy.piece.file, ([], []))
-            starts.append(copy.start)
-            those.append(copy)
-            self._longest[copy.piece.file] = max(self._longest.get(copy.piece.file, 0), copy.stop - copy.start)
+        self._copies = _Spans((copy.piece.file, copy.start, copy.stop, copy) for copy in copies)
         return blocks_of(copies)
+
+    def windows(self, segment: Segment) -> Iterator[Window]:
+        """What is wanted of a segment, in the order in which `Others` of its reader has it."""
+        start, stop = _bytes_of(segment)
+        for copy in self._copies.over(segment.file, start, stop):
+            yield from windows(copy, start, stop)
 
     def scatter(self, segment: Segment, data: Tensor) -> None:
         """Copy what lies in a segment to where it was asked for."""
-        start = segment.first * BLOCK_BYTES
-        stop = start + data.numel()
-        starts, copies = self._by_file.get(segment.file, ([], []))
-        for i in range(bisect_left(starts, start - self._longest.get(segment.file, 0)), bisect_left(starts, stop)):
-            copy = copies[i]
-            if copy.stop <= start:
-                continue
-            request = self._requests[copy.request]
-            for at, part, both in windows(copy, start, stop):
-                source = data[at - start : at - start + part.numel * copy.dtype.itemsize]
-                values = source.view(copy.dtype).view(part.size)
-                with self._on(request.out.device):
-                    request.out[both.within(request.box)].copy_(values[both.within(part)])
+        for window in self.windows(segment):
+            self._fill(window, window.values(data, segment.first * BLOCK_BYTES))
+
+    def scatter_packed(self, segment: Segment, message: Tensor) -> None:
+        """Copy what was wanted of a segment, and came packed, to where it was asked for."""
+        at = 0
+        for window in self.windows(segment):
+            self._fill(window, window.packed_values(message, at))
+            at += window.packed_bytes
+
+    def _fill(self, window: Window, values: Tensor) -> None:
+        request = self._requests[window.copy.request]
+        with self._on(request.out.device):
+            request.out[window.wanted.within(request.box)].copy_(values)
 
     def _on(self, device: torch.device) -> AbstractContextManager[Any]:
         return torch.cuda.stream(self._streams[device]) if device in self._streams else nullcontext()
+
+
+class Others:
+    """What other ranks want of the segments that this one reads.
+
+    Args:
+        wanted: by rank, its boxes of each tensor, in the order of its requests.
+    """
+
+    def __init__(self, wanted: Sequence[Wanted], tensors: Mapping[TensorKey, TensorRecord]) -> None:
+        self._pieces: _Spans[tuple[TensorKey, Piece]] = _Spans(
+            (piece.file, piece.start, piece.start + piece.box.numel * record.info.dtype.itemsize, (key, piece))
+            for key, record in tensors.items()
+            for piece in record.pieces
+        )
+        self._dtypes = {key: record.info.dtype for key, record in tensors.items()}
+        self._boxes: list[dict[TensorKey, list[tuple[int, Box]]]] = []
+        keys = list(tensors)
+        for boxes in wanted:
+            own: dict[TensorKey, list[tuple[int, Box]]] = {}
+            for i, (at, offset, size) in enumerate(boxes):
+                own.setdefault(keys[at], []).append((i, Box(offset, size)))
+            self._boxes.append(own)
+
+    def windows(self, rank: int, segment: Segment) -> Iterator[Window]:
+        """What a rank wants of a segment, as its `Filling` has it."""
+        start, stop = _bytes_of(segment)
+        for key, piece in self._pieces.over(segment.file, start, stop):
+            for i, box in self._boxes[rank].get(key, ()):
+                both = piece.box.intersect(box)
+                if both is not None:
+                    yield from windows(Copy(i, piece, both, self._dtypes[key]), start, stop)
 
 
 class Buffers:

@@ -1,14 +1,16 @@
 """Loading: a checkpoint as a source of boxes, for any number of ranks with any layout.
 
-[Note: Reading once] Ranks say which blocks of which files they need. A block that several need is read by one of them,
-which sends it to the others, in rounds of bounded size. So however many ranks there are, the files are read once, and
-a rank needs no more memory than a few segments beside what it fills.
+[Note: Reading once] Ranks say which boxes they need, and which blocks of which files hold them. A block that several
+need is read by one of them, which sends each other rank what that needs of it, in rounds of bounded size
+([Note: Rounds] in `sharing.py`). So however many ranks there are, the files are read once, and a rank needs no more
+memory than a few segments beside what it fills.
 """
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from threading import Lock
 from typing import Any
@@ -20,19 +22,14 @@ from lightning_superscale.checkpoint import rest as rest_json
 from lightning_superscale.checkpoint.blocks import BLOCK_BYTES, BlockSums, hex_digest
 from lightning_superscale.checkpoint.box import whole_box
 from lightning_superscale.checkpoint.commit import restore
-from lightning_superscale.checkpoint.filling import READ_THREADS, Buffers, Filling
+from lightning_superscale.checkpoint.filling import READ_THREADS, Buffers, Filling, Others, Wanted
 from lightning_superscale.checkpoint.manifest import MANIFEST_NAME, REST_NAME, Manifest, blocks_name
 from lightning_superscale.checkpoint.payload import is_wrapper
 from lightning_superscale.checkpoint.phases import attempt
-from lightning_superscale.checkpoint.reshard import (
-    Segment,
-    copies_of,
-    rounds_of,
-    segments_of,
-)
+from lightning_superscale.checkpoint.reshard import Parcel, Segment, copies_of, mapped_parcel_of, parcel_of, segments_of
+from lightning_superscale.checkpoint.sharing import Sharing
 from lightning_superscale.checkpoint.state import EXTRA, OptimizerRecord, ReadRequest, TensorInfo, TensorKey
 from lightning_superscale.checkpoint.storage import Folder, is_remote, open_folder
-from lightning_superscale.comm.collectives import exchange
 from lightning_superscale.comm.mesh import DataMesh, single_mesh
 from lightning_superscale.errors import CheckpointError
 
@@ -175,20 +172,33 @@ class SavedState:
         """
         mine = Filling(requests)
 
-        def look() -> dict[str, list[tuple[int, int]]]:
+        def look() -> tuple[dict[str, list[tuple[int, int]]], Wanted]:
             for request in requests:
                 self._check_request(request)
-            return mine.take(copies_of([(r.key, r.box) for r in requests], self.manifest.tensors))
+            blocks = mine.take(copies_of([(r.key, r.box) for r in requests], self.manifest.tensors))
+            if self._mesh.is_single:
+                return blocks, ()
+            number = {key: i for i, key in enumerate(self.manifest.tensors)}
+            return blocks, [(number[r.key], r.box.offset, r.box.size) for r in requests]
 
         failed = f"{self.path} can't be loaded"
-        segments = segments_of(attempt(self._mesh, look, failed))
+        looked = attempt(self._mesh, look, failed)
+        segments = segments_of([blocks for blocks, _ in looked])
         rank = self._mesh.world.rank
         own = [segment for segment in segments if segment.reader == rank]
         if self._check_first:
             attempt(self._mesh, lambda: self._check(own), failed)
+        shared = [segment for segment in segments if len(segment.ranks) > 1]
         errors: list[Exception] = []
         with ThreadPoolExecutor(READ_THREADS, thread_name_prefix="checkpoint reader") as threads:
-            self._read_shared(rounds_of(segments), mine, threads, errors)
+            if shared:
+                sharing = Sharing(self._mesh, mine, self._read_segment, threads, errors)
+                world_size = self._mesh.world.size
+                nbytes = sharing.run_mapped([mapped_parcel_of(s, self._nbytes(s), world_size) for s in shared])
+                if nbytes is None:
+                    others = Others([wanted for _, wanted in looked], self.manifest.tensors)
+                    nbytes = sharing.run(self._parcels(shared, mine, failed), others)
+                self.bytes_read += nbytes
             alone = [segment for segment in own if len(segment.ranks) == 1]
             attempt(self._mesh, lambda: self._read_alone(alone, mine, threads, errors), failed)
 
@@ -235,7 +245,7 @@ class SavedState:
 
             def check(segment: Segment) -> int:
                 with buffers.take() as buffer:
-                    return len(self._read_segment(segment, buffer))
+                    return self._read_segment(segment, buffer)
 
             self.bytes_checked += sum(threads.map(check, segments))
 
@@ -248,55 +258,30 @@ class SavedState:
 
         def read(segment: Segment) -> int:
             with buffers.take() as buffer:
-                nbytes = len(self._read_segment(segment, buffer))
+                nbytes = self._read_segment(segment, buffer)
                 mine.scatter(segment, buffer[:nbytes])
                 return nbytes
 
         self.bytes_read += sum(threads.map(read, segments))
 
-    def _read_shared(
-        self,
-        rounds: Sequence[Sequence[Segment]],
-        mine: Filling,
-        threads: ThreadPoolExecutor,
-        errors: list[Exception],
-    ) -> None:
-        """Rounds of reading and exchanging ([Note: Reading once]). A rank that can't read sends what it has, so that
-        nobody waits, and adds its error to `errors`.
-        """
+    def _parcels(self, shared: Sequence[Segment], mine: Filling, failed: str) -> list[Parcel]:
+        """How shared segments travel; every rank hears what each wants of them."""
         rank = self._mesh.world.rank
 
-        def start(segment: Segment) -> tuple[Tensor, Future[Any] | None]:
-            buffer = torch.empty(self._nbytes(segment), dtype=torch.uint8, pin_memory=mine.is_pinned)
-            is_reader = segment.reader == rank
-            return buffer, threads.submit(self._read_segment, segment, buffer) if is_reader else None
+        def wanted_bytes() -> array[int]:
+            return array("q", (sum(w.packed_bytes for w in mine.windows(s)) if rank in s.ranks else 0 for s in shared))
 
-        def begin(segments: Sequence[Segment]) -> list[tuple[Segment, Tensor, Future[Any] | None]]:
-            return [(segment, *start(segment)) for segment in segments if rank in segment.ranks]
-
-        coming = begin(rounds[0]) if rounds else []
-        for i in range(len(rounds)):
-            now, coming = coming, begin(rounds[i + 1]) if i + 1 < len(rounds) else []
-            for _, _, task in now:
-                try:
-                    self.bytes_read += len(task.result()) if task is not None else 0
-                except Exception as error:
-                    errors.append(error)
-            exchange(
-                self._mesh,
-                [(data, [r for r in segment.ranks if r != rank]) for segment, data, task in now if task is not None],
-                [(data, segment.reader) for segment, data, task in now if task is None],
-                "the exchange of a checkpoint's blocks",
-            )
-            if not errors:
-                for _ in threads.map(mine.scatter, [one[0] for one in now], [one[1] for one in now]):
-                    pass
+        wanted = attempt(self._mesh, wanted_bytes, failed)
+        return [
+            parcel_of(segment, self._nbytes(segment), [counts[i] for counts in wanted])
+            for i, segment in enumerate(shared)
+        ]
 
     def _nbytes(self, segment: Segment) -> int:
         return min(segment.stop * BLOCK_BYTES, self.manifest.files[segment.file].size) - segment.first * BLOCK_BYTES
 
-    def _read_segment(self, segment: Segment, buffer: Tensor) -> memoryview:
-        """Fill the beginning of `buffer` with a segment's bytes, verified."""
+    def _read_segment(self, segment: Segment, buffer: Tensor) -> int:
+        """Fill the beginning of `buffer` with a segment's bytes, verified; how many these are."""
         data: memoryview = buffer.numpy().data[: self._nbytes(segment)]
         sums = self._block_sums(segment.file)
         self._folder.read_into(segment.file, segment.first * BLOCK_BYTES, data)
@@ -308,7 +293,7 @@ class SavedState:
                 f"{(damaged + 1) * BLOCK_BYTES}), which holds {holds}. "
                 "Load an earlier checkpoint."
             )
-        return data
+        return len(data)
 
     def _block_sums(self, file: str) -> BlockSums:
         with self._lock:

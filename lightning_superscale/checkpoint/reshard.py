@@ -1,12 +1,13 @@
 """From boxes that are wanted to bytes of files: pure geometry.
 
-Files are read in whole blocks, since only those can be verified. What several ranks want is read by one of them.
+Files are read in whole blocks, since only those can be verified. What several ranks want is read by one of them, which
+sends each other rank what that wants of it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,9 +18,12 @@ from lightning_superscale.checkpoint.manifest import Piece, TensorRecord
 from lightning_superscale.checkpoint.plan import boxes_between
 from lightning_superscale.checkpoint.state import TensorKey
 
-# Blocks of one read, and bytes that a rank sends and receives in one round of an exchange.
+# Blocks of one read, and bytes that a rank sends or receives in one round of an exchange. Three rounds are in memory:
+# one that is read, one that travels and one that is scattered.
 SEGMENT_BLOCKS = 4
-ROUND_BYTES = 2**26
+ROUND_BYTES = 2**25
+# Boxes within a message begin at multiples of this, so that their bytes can be seen as elements of any dtype.
+ALIGN_BYTES = 64
 
 Blocks = Mapping[str, Sequence[tuple[int, int]]]
 
@@ -165,33 +169,117 @@ class _Cursor:
         return self._at < len(self._intervals) and self._intervals[self._at][0] <= block
 
 
-def rounds_of(segments: Sequence[Segment]) -> list[list[Segment]]:
-    """Shared segments, in rounds in which no rank holds more than ROUND_BYTES (or one segment)."""
-    rounds: list[list[Segment]] = []
+@dataclass(frozen=True, slots=True)
+class Parcel:
+    """A segment that several ranks want, on its way from its reader.
+
+    Attributes:
+        segment: what is read.
+        nbytes: by rank, how long the message to it is; 0 for the reader, and for who wants nothing of it.
+        is_whole: every message is the segment itself; else each is what its rank wants, packed.
+    """
+
+    segment: Segment
+    nbytes: tuple[int, ...]
+    is_whole: bool
+
+    def held(self, rank: int) -> int:
+        """Bytes of messages that a rank sends or receives; a whole segment is sent from one place to all who get it."""
+        if rank != self.segment.reader:
+            return self.nbytes[rank]
+        return max(self.nbytes) if self.is_whole else sum(self.nbytes)
+
+
+def parcel_of(segment: Segment, size: int, packed: Sequence[int]) -> Parcel:
+    """How a segment travels: packed where its reader then holds no more than the segment, else whole.
+
+    Args:
+        size: bytes of the segment.
+        packed: by rank, the bytes of what it wants of the segment, packed.
+    """
+    nbytes = [0 if rank == segment.reader else count for rank, count in enumerate(packed)]
+    is_whole = sum(nbytes) > size
+    return Parcel(segment, tuple(size if is_whole and count else count for count in nbytes), is_whole)
+
+
+def mapped_parcel_of(segment: Segment, size: int, num_ranks: int) -> Parcel:
+    """How a segment of `size` bytes travels where ranks look into one another's memory: not at all."""
+    getters = set(segment.ranks) - {segment.reader}
+    return Parcel(segment, tuple(size if rank in getters else 0 for rank in range(num_ranks)), is_whole=True)
+
+
+def rounds_of(parcels: Sequence[Parcel], limit: int | None = None, *, is_mapped: bool = False) -> list[list[Parcel]]:
+    """Parcels, in rounds in which no rank holds more than a limit (or one segment), by default ROUND_BYTES.
+
+    Args:
+        is_mapped: only who reads a parcel holds it.
+    """
+    limit = ROUND_BYTES if limit is None else limit
+    rounds: list[list[Parcel]] = []
     held: dict[int, int] = {}
-    for segment in segments:
-        if len(segment.ranks) < 2:
-            continue
-        if not rounds or any(held.get(rank, 0) + segment.nbytes > ROUND_BYTES for rank in segment.ranks):
+    for parcel in parcels:
+        holders = (parcel.segment.reader,) if is_mapped else parcel.segment.ranks
+        more = {rank: parcel.held(rank) for rank in holders}
+        if not rounds or any(held.get(rank, 0) + count > limit for rank, count in more.items()):
             rounds.append([])
             held = {}
-        rounds[-1].append(segment)
-        for rank in segment.ranks:
-            held[rank] = held.get(rank, 0) + segment.nbytes
+        rounds[-1].append(parcel)
+        for rank, count in more.items():
+            held[rank] = held.get(rank, 0) + count
     return rounds
 
 
-def windows(copy: Copy, start: int, stop: int) -> Iterator[tuple[int, Box, Box]]:
-    """What of a copy lies in bytes [start, stop) of its file, which begin and end between elements.
+@dataclass(frozen=True, slots=True)
+class Window:
+    """A box of consecutive elements in a file, of which a part is copied.
 
-    Yields:
-        The first byte of a box of consecutive elements, that box, and what of it is copied.
+    Attributes:
+        at: its first byte in the file.
+        box: the consecutive elements, in the tensor.
+        wanted: what of them is copied.
     """
+
+    copy: Copy
+    at: int
+    box: Box
+    wanted: Box
+
+    def values(self, data: torch.Tensor, start: int) -> torch.Tensor:
+        """What is copied, as a view of the file's bytes from `start` on."""
+        first = self.at - start
+        source = data[first : first + self.box.numel * self.copy.itemsize]
+        return source.view(self.copy.dtype).view(self.box.size)[self.wanted.within(self.box)]
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes that it takes in a message."""
+        return -(-self.wanted.numel * self.copy.itemsize // ALIGN_BYTES) * ALIGN_BYTES
+
+    def packed_values(self, message: torch.Tensor, start: int) -> torch.Tensor:
+        """Where they are, or come to be, in a message in which they begin at byte `start`."""
+        packed = message[start : start + self.wanted.numel * self.copy.itemsize]
+        return packed.view(self.copy.dtype).view(self.wanted.size)
+
+
+def windows(copy: Copy, start: int, stop: int) -> Iterator[Window]:
+    """What of a copy lies in bytes [start, stop) of its file, which begin and end between elements."""
     first = (max(start, copy.start) - copy.start) // copy.itemsize
     last = (min(stop, copy.stop) - copy.start) // copy.itemsize
     at = copy.start + first * copy.itemsize
-    for part in boxes_between(copy.piece.box, first, last):
-        both = part.intersect(copy.box)
-        if both is not None:
-            yield at, part, both
-        at += part.numel * copy.itemsize
+    for box in boxes_between(copy.piece.box, first, last):
+        wanted = box.intersect(copy.box)
+        if wanted is not None:
+            yield Window(copy, at, box, wanted)
+        at += box.numel * copy.itemsize
+
+
+def pack(packed: Iterable[Window], data: torch.Tensor, start: int, message: torch.Tensor) -> None:
+    """Copy windows into a message, one after the other.
+
+    Args:
+        data: the file's bytes from `start` on.
+    """
+    at = 0
+    for window in packed:
+        window.packed_values(message, at).copy_(window.values(data, start))
+        at += window.packed_bytes

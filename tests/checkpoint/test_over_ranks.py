@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_superscale.checkpoint import reshard, storage
+from lightning_superscale.checkpoint import reshard, sharing, storage
 from lightning_superscale.checkpoint.box import whole_box
 from lightning_superscale.checkpoint.load import open_checkpoint
 from lightning_superscale.checkpoint.save import save
 from lightning_superscale.checkpoint.state import LocalState, ReadRequest, Shard, TensorInfo, TensorKey
+from lightning_superscale.comm.host_memory import map_host_memory
 from lightning_superscale.errors import CheckpointError
 from tests.helpers.checkpoints import LAYOUTS, assert_filled, local_state, mesh_of, read_requests, state_tensors
 from tests.helpers.ranks import run_ranks
@@ -31,10 +32,16 @@ def save_all(rank: int, world_size: int, folder: str) -> None:
         save(f"{folder}/{world_size}-{layout}.ckpt", state, mesh, step=world_size)
 
 
+def map_or_send(is_mapped: bool) -> None:
+    """Ranks of one host look into one another's memory, or send as they do between hosts."""
+    sharing.map_host_memory = map_host_memory if is_mapped else lambda mesh, nbytes: None
+
+
 def load_all(rank: int, world_size: int, folder: str) -> None:
     mesh = mesh_of(world_size)
     for writers in WORLDS:
         for seed, layout in enumerate(LAYOUTS):
+            map_or_send((writers + seed) % 2 == 0)
             source = open_checkpoint(f"{folder}/{writers}-{layout}.ckpt", mesh)
             assert (source.step, source.rest, source.manifest.world) == (writers, {"world": writers}, writers)
             targets = LAYOUTS if ALL else random.Random(f"{writers} {seed} {world_size}").sample(LAYOUTS, 1)
@@ -62,9 +69,10 @@ def big_tensors() -> dict[TensorKey, torch.Tensor]:
     }
 
 
-def read_once(rank: int, world_size: int, folder: str) -> dict[str, list[int]]:
-    """Bytes read by each way of reading, and what was wanted of all ranks together."""
+def read_once(rank: int, world_size: int, folder: str, is_mapped: bool) -> dict[str, list[int]]:
+    """Bytes read by each way of reading: to fill, to check, and those sent to others."""
     reshard.ROUND_BYTES = 3 * 2**23  # several rounds
+    map_or_send(is_mapped)
     mesh = mesh_of(world_size)
     tensors = big_tensors()
     state = local_state(tensors, "whole", rank, world_size)
@@ -74,22 +82,32 @@ def read_once(rank: int, world_size: int, folder: str) -> dict[str, list[int]]:
         for check_first in (True, False):
             source = open_checkpoint(f"{folder}/big.ckpt", mesh, check_first=check_first)
             requests = read_requests(source.tensors, layout, rank, world_size)
+            mesh.counts.clear()
             source.read(requests)
             assert_filled(requests, tensors)
-            read[f"{layout} {check_first}"] = [source.bytes_read, source.bytes_checked]
+            sent = mesh.counts.nbytes.get("exchange", 0)
+            read[f"{layout} {check_first}"] = [source.bytes_read, source.bytes_checked, sent]
     assert len(source.manifest.files) == 2 * world_size + 1  # replicas were divided between all ranks
     return read
 
 
+@pytest.mark.parametrize("is_mapped", [True, False], ids=["mapped", "sent"])
 @pytest.mark.parametrize("world_size", [2, 4] if ALL else [3])
-def test_each_byte_is_read_once_by_all_ranks_together(tmp_path, world_size):
+def test_each_byte_is_read_once_by_all_ranks_together(tmp_path, world_size, is_mapped):
     needed = sum(tensor.nbytes for tensor in big_tensors().values())
-    answers = run_ranks(world_size, read_once, str(tmp_path))
+    answers = run_ranks(world_size, read_once, str(tmp_path), is_mapped)
     for way in answers[0]:
-        total, checked = (sum(answer[way][i] for answer in answers) for i in (0, 1))
+        total, checked, sent = (sum(answer[way][i] for answer in answers) for i in (0, 1, 2))
         assert needed <= total <= 1.05 * needed, way
         assert checked == (total if way.endswith("True") else 0)
         assert max(answer[way][0] for answer in answers) < 1.3 * needed / world_size + 2**24
+        if is_mapped:
+            assert sent == 0, way
+            continue
+        # What ranks want alike goes to each other one, of what they divide each part to one at most.
+        is_divided = way.startswith(("rows", "columns", "flat"))
+        assert sent <= (1.001 * needed if is_divided else (world_size - 1) * total), way
+        assert sent > 0.4 * needed or not way.startswith("columns")
 
 
 def one_tensor(rank: int, world_size: int, value: float, rows: int = 8) -> LocalState:
@@ -165,7 +183,8 @@ def failing_ranks(rank: int, world_size: int, folder: str) -> list[str]:
     tensors = big_tensors()
     save(f"{folder}/big.ckpt", local_state(tensors, "rows", rank, world_size), mesh)
     storage.LocalFolder.read_into = broken
-    for check_first in (True, False):
+    for check_first, is_mapped in ((True, True), (False, True), (False, False)):
+        map_or_send(is_mapped)
         source = open_checkpoint(f"{folder}/big.ckpt", mesh, check_first=check_first)
         told.append(message_of(lambda: source.read(read_requests(source.tensors, "whole", rank, world_size))))  # noqa: B023
     storage.LocalFolder.read_into = read_into
@@ -185,6 +204,7 @@ def test_a_failure_of_one_rank_is_raised_on_all_and_leaves_the_old_checkpoint(tm
         r"rank 0 .*rest/mine",
         r"model: w is .*\(8, 4\).* on rank 0 and .*\(9, 4\).* on rank 1",
         r"rank 1 .*elsewhere.* is not the same folder",
+        r"rank 1 .*the disk is gone",
         r"rank 1 .*the disk is gone",
         r"rank 1 .*the disk is gone",
         r"different checkpoints",
