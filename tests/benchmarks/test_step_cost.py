@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks import step_cost
 from benchmarks.models import SHAPES, Decoder, num_params
+from tests.helpers.extent import only_in_test_all
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -25,9 +26,10 @@ def _run(*options: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
+@only_in_test_all
 def test_step_cost_tiny_run_reports_exact_contestants(tmp_path: Path) -> None:
     out = tmp_path / "step_cost.json"
-    tables = ["fp32", "bf16"] if os.environ.get("LSS_TEST_ALL") else ["bf16"]
+    tables = ["fp32", "bf16"]
     options = ["--quick", "--sizes", "1M", "--tables", ",".join(tables), "--rounds", "2", "--peers", "none"]
     done = _run(*options, "--json", str(out))
     # A model of a few milliseconds per step proves nothing about cost: limits may be missed, exactness may not.
@@ -48,7 +50,7 @@ def test_step_cost_tiny_run_reports_exact_contestants(tmp_path: Path) -> None:
             assert row["to_plain_fused"] > 0
             assert row["final_loss"] == table["rows"][0]["final_loss"]
     exact = [check for check in report["checks"] if "equals" in check["check"]]
-    assert len(exact) == (5 if "fp32" in tables else 2)
+    assert len(exact) == 5
     assert all(check["met"] and check["measured"] == 0 for check in exact)
     assert (done.returncode == 0) == all(check["met"] for check in report["checks"])
 

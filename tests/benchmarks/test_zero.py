@@ -14,18 +14,18 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks import zero
+from tests.helpers.extent import only_in_test_all
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.slow
+@only_in_test_all
 def test_zero_tiny_run_reports_exact_contestants_and_their_collectives(tmp_path: Path) -> None:
     out = tmp_path / "zero.json"
-    # Every heat starts up to six processes; the default suite runs one of two contestants.
-    is_all = bool(os.environ.get("LSS_TEST_ALL"))
-    tables = ["fp32", "clip"] if is_all else ["fp32"]
+    tables = ["fp32", "clip"]
     command = [sys.executable, "benchmarks/zero.py", "--sizes", "1M", "--rounds", "2", "--steps", "1"]
-    command += ["--tables", ",".join(tables), "--json", str(out), *([] if is_all else ["--only", "zero2"])]
+    command += ["--tables", ",".join(tables), "--json", str(out)]
     done = subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, timeout=280)
     # A model of a few milliseconds per step proves nothing about cost: limits may be missed, exactness may not.
     assert done.returncode in (0, 1), done.stderr
@@ -35,14 +35,14 @@ def test_zero_tiny_run_reports_exact_contestants_and_their_collectives(tmp_path:
     assert [table["kind"] for table in report["tables"]] == tables
     names = {"fp32": {"ddp", "zero1", "zero2", "fsdp2", "zero3"}, "clip": {"ddp", "zero1", "zero2"}}
     for table in report["tables"]:
-        assert {row["name"] for row in table["rows"]} == (names[table["kind"]] if is_all else {"ddp", "zero2"})
+        assert {row["name"] for row in table["rows"]} == names[table["kind"]]
         num_control = 2 if table["kind"] == "clip" else 1
         for row in table["rows"]:
             assert 0 < row["cpu_s_min"] <= row["cpu_s"] <= row["cpu_s_max"]
             if row["name"] in ("zero1", "zero2"):
                 assert row["collectives"] == {"reduce_scatter": 1, "all_gather": 1, "control": num_control}
     rest = [check for check in report["checks"] if " / " not in check["check"]]
-    assert sum("equals ddp" in check["check"] for check in rest) == (2 if is_all else 1)
+    assert sum("equals ddp" in check["check"] for check in rest) == 2
     assert all(check["met"] for check in rest), rest
 
 

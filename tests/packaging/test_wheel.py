@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.extent import only_in_test_all
+
 ROOT = Path(__file__).resolve().parents[2]
 NO_COMPILER = {"CXX": "/nonexistent", "CC": "/nonexistent"}
 
@@ -61,6 +63,7 @@ def contents(out: Path) -> tuple[str, set[str]]:
         return path.name, set(archive.namelist())
 
 
+@only_in_test_all  # make wheel does the same in every run of the checks
 def test_wheel_has_the_library_and_needs_no_torch(python, source, tmp_path):
     result = wheel(python, source, tmp_path, LSS_REQUIRE_NATIVE="1")
     log = result.stdout + result.stderr
