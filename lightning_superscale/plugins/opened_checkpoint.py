@@ -236,11 +236,10 @@ def check_fits(
 
 
 def _converts(module: nn.Module) -> bool:
-    own = type(module)
-    return (
-        own._load_from_state_dict is not nn.Module._load_from_state_dict
-        and not own.__module__.startswith("torch.nn.modules.")
-    ) or bool(module._load_state_dict_pre_hooks)
+    """Whether code that is not torch's has a say in what a module loads; torch's keeps names and shapes."""
+    hooks = module._load_state_dict_pre_hooks.values()
+    loaders = [type(module)._load_from_state_dict, *(getattr(hook, "hook", hook) for hook in hooks)]
+    return not all(str(getattr(loader, "__module__", "")).startswith("torch.") for loader in loaders)
 
 
 def _listed(names: Sequence[str]) -> str:

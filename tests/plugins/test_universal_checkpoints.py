@@ -7,8 +7,11 @@ import os
 
 import pytest
 import torch
+from torch.distributed.fsdp import fully_shard
 
 import lightning_superscale as lss
+from lightning_superscale.errors import CheckpointError
+from lightning_superscale.plugins.opened_checkpoint import check_fits
 from tests.helpers.ranks import run_ranks
 from tests.helpers.trainers import loader
 from tests.helpers.universal import (
@@ -100,3 +103,28 @@ def test_the_loss_scale_goes_on_too(tmp_path, precision):
     assert ends[0][1] == ends[2][1]
     assert ends[0][1]["scale"] != 2.0**20
     assert all(torch.equal(ends[0][0][name], weight) for name, weight in ends[2][0].items())
+
+
+def _misfits_of_sharded_norms(rank, world_size):
+    """What is said of a checkpoint that lacks a weight of modules that FSDP2 has sharded, and has run."""
+    module = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
+    said = []
+    whole = {name: value.clone() for name, value in module.state_dict().items()}
+    for part in module:
+        fully_shard(part)
+    for _ in range(2):
+        lacking = {name: value for name, value in whole.items() if name != "0.weight"}
+        try:
+            check_fits(module, lacking, strict=True, allow=())
+            said.append("nothing")
+        except CheckpointError as error:
+            said.append(str(error))
+        for part in module:
+            part(torch.ones(2, 4))  # FSDP2 adds hooks of its own
+    return said
+
+
+def test_modules_that_fsdp2_shards_are_checked_too():
+    for said in run_ranks(2, _misfits_of_sharded_norms):
+        assert len(said) == 2
+        assert all("it lacks 0.weight" in one for one in said)
