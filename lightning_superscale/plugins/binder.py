@@ -61,22 +61,26 @@ def bind(strategy: Any) -> None:
 
 def lightning_callbacks() -> list[Any]:
     """What the entry point gives `lightning.pytorch`."""
-    return _binders("lightning_superscale.plugins.pytorch")
+    return _binders("lightning.pytorch.callbacks")
 
 
 def pytorch_lightning_callbacks() -> list[Any]:
     """What the entry point gives `pytorch_lightning`."""
-    return _binders("lightning_superscale.plugins.pytorch_lightning")
+    return _binders("pytorch_lightning.callbacks")
 
 
-def _binders(module: str) -> list[Any]:
-    """One binder. Every Trainer asks, so a package that can't be imported here must not stop those that don't use it.
+def _binders(callbacks: str) -> list[Any]:
+    """One binder, of the Lightning that has these callbacks.
+
+    Every Trainer asks. So the rest of this package, which takes a quarter of a second, is imported by those that use
+    it; and if it can't be, it must not stop those that don't.
 
     Warns:
         UserWarning: it can't; an IO that nobody bound refuses to write.
     """
     try:
-        return [importlib.import_module(module).CheckpointBinder()]
+        base = importlib.import_module(callbacks).Callback
+        return [type("CheckpointBinder", (CheckpointBinderMixin, base), {})()]
     except Exception as error:
         warnings.warn(
             f"lightning-superscale could not be imported ({type(error).__name__}: {error}); UniversalCheckpointIO "
