@@ -592,6 +592,14 @@ void roof(float *p, float *m, float *v, const float *g, int64_t n) {
     }
 }
 
+}  // namespace
+}  // namespace lss
+
+#include "low_kernels.h"
+
+namespace lss {
+namespace {
+
 #define LSS_WEIGHTS(fn, G, M, V) {fn<G, M, V, F32>, fn<G, M, V, BF16>, fn<G, M, V, F16>, nullptr}
 #define LSS_WEIGHTS_OR_NONE(fn, G, M, V) {fn<G, M, V, F32>, fn<G, M, V, BF16>, fn<G, M, V, F16>, fn<G, M, V, None>}
 #define LSS_MOMENTS(row, fn, G) \
@@ -623,6 +631,10 @@ const KernelTable LSS_CONCAT(table_, LSS_ISA) = {
     LSS_BY_TYPES(cast_scale),
     LSS_BY_TYPES(accumulate),
     LSS_BY_TYPE(colnorm),
+    low_update,
+    random_words,
+    round_stochastic,
+    compensate,
     roof,
 };
 

@@ -10,6 +10,7 @@ constexpr int64_t kStatsBlock = 4096;  // [Note: Sum of squares] in reference.py
 constexpr int kLanes = 16;
 constexpr int64_t kChunk = 65536;      // elements per pool item; a multiple of kStatsBlock
 constexpr int64_t kColnormRows = 64;
+constexpr int64_t kLow = 512;          // elements that a low-precision update works on at a time; even
 constexpr int32_t kPreparedGrad = 3;   // index into KernelTable::adamw: a gradient that `prepare` made
 
 // lss_adamw_hyper rounded to fp32, with the lerp branch decided.
@@ -23,6 +24,18 @@ struct Scalars {
     bool product_is_right;  // also in that Note
     bool plain;  // no l2, clip, sign, lerp_base or odd bias correction: the kernel needs no prepared gradient
     bool has_l2, has_clip, maximize, installed_root;
+};
+
+// The same without torch's order of operations.
+struct LowScalars {
+    float weight_decay_factor, l2, lerp_weight, beta2, one_minus_beta2, bias_correction2_sqrt, eps, neg_step_size;
+    bool has_l2;
+};
+
+// The two 32-bit words of each element of at most kLow, from `skip` on: [Note: Stochastic rounding] in reference.py.
+struct RandomWords {
+    int64_t skip;
+    alignas(64) uint32_t first[kLow + 2 * kLanes], second[kLow + 2 * kLanes];
 };
 
 struct BlockStats {
@@ -49,6 +62,11 @@ using PrepareFn = void (*)(float *out, const void *g, const float *p, int64_t n,
 using CountFn = int64_t (*)(const void *x, int64_t n);
 using CastFn = void (*)(void *dst, const void *src, int64_t n, float scale);
 using ColnormFn = void (*)(const void *x, int64_t rows, int64_t stride, int64_t cols, float *block, float *total);
+// [Note: Low-precision update] in reference.py, in pieces over buffers of at most kLow elements.
+using LowUpdateFn = void (*)(float *p, float *m, float *v, const float *g, int64_t n, const LowScalars *k);
+using RandomFn = void (*)(RandomWords *out, uint64_t key, int64_t first_element, int64_t step, int64_t n);
+using RoundFn = void (*)(void *bf16, const float *x, const uint32_t *words, int32_t shift, int64_t n);
+using CompensateFn = void (*)(void *bf16, void *lost, const float *x, int64_t n);
 using RoofFn = void (*)(float *p, float *m, float *v, const float *g, int64_t n);
 
 struct KernelTable {
@@ -61,6 +79,10 @@ struct KernelTable {
     CastFn cast_scale[3][3];  // dst, src
     CastFn accumulate[3][3];  // acc, delta
     ColnormFn colnorm[3];
+    LowUpdateFn low_update;
+    RandomFn random_words;
+    RoundFn round_stochastic;
+    CompensateFn compensate;
     RoofFn roof;
 };
 

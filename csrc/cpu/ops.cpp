@@ -6,8 +6,10 @@
 #include <new>
 #include <vector>
 
+#include "elements.h"
 #include "error.h"
 #include "kernels.h"
+#include "low_step.h"
 #include "pool.h"
 #include "wide.h"
 
@@ -46,14 +48,6 @@ class OneRootThread {
 int64_t num_chunks(int64_t numel, int64_t chunk) { return (numel + chunk - 1) / chunk; }
 
 bool is_dtype(int32_t dtype) { return dtype == LSS_F32 || dtype == LSS_BF16 || dtype == LSS_F16; }
-int64_t item_bytes(int32_t dtype) { return dtype == LSS_F32 ? 4 : 2; }
-
-const char *at(const void *base, int32_t dtype, int64_t i) {
-    return base ? static_cast<const char *>(base) + i * item_bytes(dtype) : nullptr;
-}
-char *at(void *base, int32_t dtype, int64_t i) {
-    return base ? static_cast<char *>(base) + i * item_bytes(dtype) : nullptr;
-}
 
 double sum_in_order(const std::vector<BlockStats> &blocks) {
     double total = 0.0;
@@ -181,6 +175,11 @@ struct AdamW : lss_ticket {
         Plan &plan = plans[static_cast<size_t>(s)];
         BlockStats unused[kChunk / kStatsBlock];
         BlockStats *const out = with_stats ? &plan.blocks[static_cast<size_t>(offset / kStatsBlock)] : unused;
+        if (seg.rounding != LSS_AS_TORCH) {
+            if (with_stats) see(seg, plan, offset, n, out);
+            low_step(*table, seg, mode, offset, n);
+            return;
+        }
         if (plan.k.installed_root || (mode == LSS_COMMIT_PEEK && plan.next_k.installed_root)) {
             if (with_stats) see(seg, plan, offset, n, out);
             const OneRootThread one;
@@ -209,7 +208,7 @@ struct AdamW : lss_ticket {
     }
 
     static AdamwArgs args(const lss_adamw_segment &seg, const Plan &plan, int64_t offset) {
-        return {seg.param + offset,
+        return {static_cast<float *>(seg.param) + offset,
                 at(seg.exp_avg, seg.exp_avg_dtype, offset),
                 at(seg.exp_avg_sq, seg.exp_avg_sq_dtype, offset),
                 at(seg.grad, seg.grad_dtype, offset),
@@ -226,7 +225,7 @@ struct AdamW : lss_ticket {
         alignas(64) float prepared[kPrepared];
         BlockStats unused[1];
         const auto run_mode = [&](int32_t which, const void *grad, int32_t dtype, const Scalars &k, int32_t out) {
-            table->prepare[dtype](prepared, grad, seg.param + offset, n, &k);
+            table->prepare[dtype](prepared, grad, static_cast<float *>(seg.param) + offset, n, &k);
             Scalars rest = k;
             rest.grad_scale = 1.0f;
             AdamwArgs with_prepared = args(seg, plan, offset);
@@ -257,7 +256,7 @@ struct AdamW : lss_ticket {
     void half_steps(const lss_adamw_segment &seg, int64_t offset, int64_t n, const void *grad, int32_t dtype,
                     const Scalars &k, bool stored, int32_t out) {
         alignas(64) float new_m[kRooted], root[kRooted], prepared[kRooted];
-        float *const p = seg.param + offset;
+        float *const p = static_cast<float *>(seg.param) + offset;
         const void *g = at(grad, dtype, offset);
         Scalars rest = k;
         if (!k.plain) {
@@ -291,8 +290,13 @@ int32_t check_segment(int32_t mode, const lss_adamw_segment &seg, int64_t s) {
     const bool moments = (seg.exp_avg_dtype == LSS_F32 || seg.exp_avg_dtype == LSS_BF16) &&
                          (seg.exp_avg_sq_dtype == LSS_F32 || seg.exp_avg_sq_dtype == LSS_BF16);
     const bool out = is_dtype(seg.weight_out_dtype) || (mode == LSS_COMMIT && seg.weight_out_dtype == LSS_NONE);
+    const bool is_low = seg.rounding == LSS_NEAREST || seg.rounding == LSS_STOCHASTIC;
+    const bool is_bf16 = seg.param_dtype == LSS_BF16;
+    const bool master =
+        is_bf16 ? is_low && (seg.weight_out_dtype == LSS_BF16 || seg.weight_out_dtype == LSS_NONE)
+                : seg.param_dtype == LSS_F32 && !seg.compensation && (is_low || seg.rounding == LSS_AS_TORCH);
     const bool grads = is_dtype(seg.grad_dtype) && (mode != LSS_COMMIT_PEEK || is_dtype(seg.next_grad_dtype));
-    if (seg.numel < 0 || !moments || !out || !grads) {
+    if (seg.numel < 0 || !moments || !out || !grads || !master) {
         return fail(LSS_ERR_ARGUMENT, "segment %lld has a negative size or a dtype that mode %d does not take",
                     static_cast<long long>(s), mode);
     }

@@ -21,7 +21,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define LSS_ABI_VERSION 1
+#define LSS_ABI_VERSION 2
 
 #if defined(__GNUC__)
 #define LSS_API __attribute__((visibility("default")))
@@ -70,11 +70,15 @@ typedef struct {
     int32_t has_clip;
     int32_t maximize;
     int32_t installed_root; /* non-zero: take the root that lss_install_root gave, if any; else IEEE's */
+    int64_t step;           /* of the update, from 1; read by stochastic rounding */
 } lss_adamw_hyper;
+
+/* ---- how an update of low-precision states rounds: [Note: Low-precision update] in reference.py ---- */
+enum { LSS_AS_TORCH = 0, LSS_NEAREST = 1, LSS_STOCHASTIC = 2 };
 
 /* One AdamWSegment of types.py. sumsq and nonfinite are results, valid when the work is done. */
 typedef struct {
-    float *param;
+    void *param;
     void *exp_avg;
     void *exp_avg_sq;
     const void *grad;
@@ -86,6 +90,11 @@ typedef struct {
     int32_t grad_dtype;
     int32_t next_grad_dtype;
     int32_t weight_out_dtype; /* LSS_NONE: no output */
+    int32_t param_dtype;      /* LSS_F32, or with a rounding LSS_BF16; weight_out is then LSS_BF16 or none */
+    void *compensation;       /* bf16, or NULL; of a bf16 param */
+    uint64_t key;             /* of stochastic rounding's random numbers */
+    int64_t first_element;    /* number of the first element among them */
+    int32_t rounding;         /* LSS_AS_TORCH: an update of fp32 masters in torch's order of operations */
     int32_t reserved;
     lss_adamw_hyper hyper;
     lss_adamw_hyper next_hyper;

@@ -22,11 +22,12 @@ import torch
 
 from lightning_superscale.ops import build, torch_root
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 _PLACE = Path("lightning_superscale", "ops", "_native")
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 NO_DTYPE = 3
+AS_TORCH, NEAREST, STOCHASTIC = 0, 1, 2
 
 _ERRORS: dict[int, type[Exception]] = {-1: ValueError, -2: MemoryError, -3: ValueError}
 
@@ -49,6 +50,7 @@ class AdamWHyperStruct(ctypes.Structure):
         ("has_clip", c_int32),
         ("maximize", c_int32),
         ("installed_root", c_int32),
+        ("step", c_int64),
     )
 
 
@@ -68,6 +70,11 @@ class AdamWSegmentStruct(ctypes.Structure):
         ("grad_dtype", c_int32),
         ("next_grad_dtype", c_int32),
         ("weight_out_dtype", c_int32),
+        ("param_dtype", c_int32),
+        ("compensation", c_void_p),
+        ("key", c_uint64),
+        ("first_element", c_int64),
+        ("rounding", c_int32),
         ("reserved", c_int32),
         ("hyper", AdamWHyperStruct),
         ("next_hyper", AdamWHyperStruct),

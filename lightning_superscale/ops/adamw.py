@@ -165,16 +165,19 @@ def _tensors(mode: _Mode, seg: AdamWSegment) -> list[tuple[str, Tensor]]:
         named.append(("next_grad", seg.next_grad))
     if seg.weight_out is not None:
         named.append(("weight_out", seg.weight_out))
+    if seg.compensation is not None:
+        named.append(("compensation", seg.compensation))
     return named
 
 
 _DTYPES: dict[str, tuple[torch.dtype, ...]] = {
-    "param": (torch.float32,),
+    "param": STATE_DTYPES,
     "exp_avg": STATE_DTYPES,
     "exp_avg_sq": STATE_DTYPES,
     "grad": GRAD_DTYPES,
     "next_grad": GRAD_DTYPES,
     "weight_out": (*WEIGHT_DTYPES, torch.float32),
+    "compensation": (torch.bfloat16,),
 }
 
 
@@ -186,6 +189,7 @@ def _check_segments(mode: _Mode, segments: Sequence[AdamWSegment]) -> None:
             raise ValueError(f"{where}: expected weight_out, found None: it is what this op writes")
         if mode.takes_next and (seg.next_grad is None or seg.next_hyper is None):
             raise ValueError(f"{where}: expected next_grad and next_hyper, found None: give both, or use adamw_commit")
+        _check_rounding(where, seg)
         _check_hyper(where, seg.hyper)
         if mode.takes_next and seg.next_hyper is not None:
             _check_hyper(where, seg.next_hyper)
@@ -204,6 +208,23 @@ def _check_hyper(where: str, hyper: AdamWHyper) -> None:
         raise ValueError(f"{where}: expected step >= 1, found {hyper.step}: the first update has step 1")
     if hyper.clip_value is not None and not hyper.clip_value >= 0:
         raise ValueError(f"{where}: expected clip_value None or >= 0, found {hyper.clip_value}")
+
+
+def _check_rounding(where: str, seg: AdamWSegment) -> None:
+    is_bf16, rounding = seg.param.dtype == torch.bfloat16, seg.rounding
+    if is_bf16 and rounding is None:
+        raise TypeError(
+            f"{where}: param: expected torch.float32, or a rounding, found torch.bfloat16 without: give one"
+        )
+    if is_bf16 and seg.weight_out is not None and seg.weight_out.dtype != torch.bfloat16:
+        raise TypeError(f"{where}: weight_out: expected torch.bfloat16 like param, found {seg.weight_out.dtype}")
+    if seg.compensation is not None and not is_bf16:
+        raise TypeError(f"{where}: compensation: expected with a bf16 param only, found {seg.param.dtype}")
+    if rounding is not None and not (0 <= rounding.key < 2**63 and 0 <= rounding.first_element < 2**62):
+        raise ValueError(
+            f"{where}: expected a key in [0, 2**63) and a first_element in [0, 2**62), found {rounding.key} and "
+            f"{rounding.first_element}"
+        )
 
 
 def _check_tensor(where: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], numel: int) -> None:
@@ -251,7 +272,13 @@ def _structs(mode: _Mode, segments: Sequence[AdamWSegment]) -> ctypes.Array[_lib
         struct.exp_avg_dtype = _lib.DTYPE_CODES[seg.exp_avg.dtype]
         struct.exp_avg_sq_dtype = _lib.DTYPE_CODES[seg.exp_avg_sq.dtype]
         struct.grad_dtype = _lib.DTYPE_CODES[seg.grad.dtype]
+        struct.param_dtype = _lib.DTYPE_CODES[seg.param.dtype]
         struct.weight_out_dtype = _lib.NO_DTYPE
+        if seg.rounding is not None:
+            struct.rounding = _lib.STOCHASTIC if seg.rounding.is_stochastic else _lib.NEAREST
+            struct.key, struct.first_element = seg.rounding.key, seg.rounding.first_element
+        if seg.compensation is not None:
+            struct.compensation = seg.compensation.data_ptr()
         if seg.weight_out is not None:
             struct.weight_out = seg.weight_out.data_ptr()
             struct.weight_out_dtype = _lib.DTYPE_CODES[seg.weight_out.dtype]
@@ -279,6 +306,7 @@ def _fill_hyper(struct: _lib.AdamWHyperStruct, hyper: AdamWHyper) -> None:
     struct.clip_value = hyper.clip_value if hyper.clip_value is not None else 0.0
     struct.maximize = int(hyper.maximize)
     struct.installed_root = int(not hyper.ieee_sqrt)
+    struct.step = hyper.step
 
 
 def _stats(structs: ctypes.Array[_lib.AdamWSegmentStruct]) -> list[GradStats]:

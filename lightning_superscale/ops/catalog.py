@@ -62,7 +62,7 @@ _OPS = (
     Op("cols_scatter", reference.cols_scatter, flat.cols_scatter, "lss_cols_scatter"),
     Op("colnorm", reference.colnorm, flat.colnorm, "lss_colnorm"),
     Op("copy", reference.copy, None, "lss_copy", flat.submit_copy),
-    Op("adamw_sr", reference.adamw_sr, None, None),
+    Op("adamw_low", reference.adamw_low, None, None),
 )
 
 OPS: Mapping[str, Op] = MappingProxyType({op.name: op for op in _OPS})

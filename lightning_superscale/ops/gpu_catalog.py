@@ -28,6 +28,6 @@ TRITON_OPS: Final[Mapping[str, str]] = MappingProxyType(
         "colnorm": f"{_TRITON}.reductions:colnorm",
         "sumsq": f"{_TRITON}.reductions:sumsq",
         "count_nonfinite": f"{_TRITON}.reductions:count_nonfinite",
-        "adamw_sr": f"{_TRITON}.adamw_sr:adamw_sr",
+        "adamw_low": f"{_TRITON}.adamw_low:adamw_low",
     }
 )

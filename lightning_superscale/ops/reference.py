@@ -7,12 +7,14 @@ tuned. It is also what runs where no native library was built.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_superscale.ops.types import AdamWHyper, AdamWSegment, GradStats
+from lightning_superscale.ops.types import AdamWHyper, AdamWSegment, GradStats, Rounding
 
 # [Note: Sum of squares] A segment is cut into blocks of 4096 elements from its own start. Within a
 # block, lane j of 16 adds the squares of elements j, j+16, j+32, ... in that order, in fp32; the 16
@@ -66,16 +68,36 @@ def _stats(grad: Tensor, hyper: AdamWHyper) -> GradStats:
     return GradStats(sumsq(g), int((~g.isfinite()).sum()))
 
 
+class _Updated(NamedTuple):
+    """What an update stores: new master, moments and compensation, and the weight that forward gets."""
+
+    param: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    compensation: Tensor | None
+
+    def store(self, seg: AdamWSegment) -> None:
+        seg.param.copy_(self.param)
+        seg.exp_avg.copy_(self.exp_avg)
+        seg.exp_avg_sq.copy_(self.exp_avg_sq)
+        if seg.compensation is not None and self.compensation is not None:
+            seg.compensation.copy_(self.compensation)
+
+
+def _updated(seg: AdamWSegment, grad: Tensor, hyper: AdamWHyper) -> _Updated:
+    if seg.rounding is not None:
+        return _low_precision_update(seg, grad, hyper, seg.rounding)
+    return _Updated(*_adamw_math(seg.param, seg.exp_avg, seg.exp_avg_sq, grad, hyper), None)
+
+
 def adamw_commit(segments: Sequence[AdamWSegment], *, stats: bool = False) -> list[GradStats] | None:
     """Apply `grad` to param, exp_avg, exp_avg_sq in place; write `weight_out` if present."""
     seen = [_stats(seg.grad, seg.hyper) for seg in segments] if stats else None
     for seg in segments:
-        p, m, v = _adamw_math(seg.param, seg.exp_avg, seg.exp_avg_sq, seg.grad, seg.hyper)
-        seg.param.copy_(p)
-        seg.exp_avg.copy_(m)
-        seg.exp_avg_sq.copy_(v)
+        new = _updated(seg, seg.grad, seg.hyper)
+        new.store(seg)
         if seg.weight_out is not None:
-            seg.weight_out.copy_(p)
+            seg.weight_out.copy_(new.param)
     return seen
 
 
@@ -85,8 +107,7 @@ def adamw_peek(segments: Sequence[AdamWSegment], *, stats: bool = False) -> list
     for seg in segments:
         if seg.weight_out is None:
             raise ValueError("adamw_peek writes only weight_out, and this segment has none")
-        p, _, _ = _adamw_math(seg.param, seg.exp_avg, seg.exp_avg_sq, seg.grad, seg.hyper)
-        seg.weight_out.copy_(p)
+        seg.weight_out.copy_(_updated(seg, seg.grad, seg.hyper).param)
     return seen
 
 
@@ -96,20 +117,8 @@ def adamw_commit_peek(segments: Sequence[AdamWSegment], *, stats: bool = False) 
     for seg in segments:
         if seg.next_grad is None or seg.next_hyper is None:
             raise ValueError("adamw_commit_peek needs next_grad and next_hyper in every segment")
-        ahead.append(
-            AdamWSegment(
-                param=seg.param,
-                exp_avg=seg.exp_avg,
-                exp_avg_sq=seg.exp_avg_sq,
-                grad=seg.next_grad,
-                hyper=seg.next_hyper,
-                weight_out=seg.weight_out,
-            )
-        )
-        p, m, v = _adamw_math(seg.param, seg.exp_avg, seg.exp_avg_sq, seg.grad, seg.hyper)
-        seg.param.copy_(p)
-        seg.exp_avg.copy_(m)
-        seg.exp_avg_sq.copy_(v)
+        ahead.append(dataclasses.replace(seg, grad=seg.next_grad, hyper=seg.next_hyper))
+        _updated(seg, seg.grad, seg.hyper).store(seg)
     return adamw_peek(ahead, stats=stats)
 
 
@@ -191,20 +200,31 @@ def copy(dst: Tensor, src: Tensor) -> None:
     dst.copy_(src)
 
 
+# [Note: Low-precision update] Where master weights or moments are bf16, an update is computed in fp32 from what is
+# stored and rounded once for each tensor that it stores. Every operation is rounded by itself (no fused
+# multiply-add) and the square root correctly, so that each path can give these bits: AVX-512, a GPU, PyTorch.
+# What it stores is rounded
+#   - to nearest even; or
+#   - stochastically ([Note: Stochastic rounding]); or
+#   - with compensation (Kahan 1965): param to nearest, and what that lost, rounded to bf16 too, beside it.
+# A bf16 exp_avg_sq needs the second: with beta2 = 0.999 it shrinks by less than half a step of bf16, and rounding to
+# nearest keeps it where it is forever.
+#
 # [Note: Stochastic rounding] A 32-bit float is rounded to bf16 by adding 16 random bits below the bf16
 # mantissa and cutting: up with exactly the probability that the dropped bits tell, so that the mean
 # is kept. The bits come from Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as
-# 1, 2, 3") with key = seed and counter = (global element number, step, 0); its words 0, 1, 2 serve
-# param, exp_avg and exp_avg_sq. So they depend on which element of which step it is, and not on
-# the world size, the shard or the chunk that it was computed in.
+# 1, 2, 3"), whose 128 bits serve two neighbouring elements e: key = that of the parameter, counter =
+# (e // 2, step, 0). An even e takes words 0 and 1, an odd one words 2 and 3: param the lower half of the first, exp_avg
+# its upper half, exp_avg_sq the lower half of the second. So they depend on which element of which parameter at which
+# step it is, and not on the world size, the shard or the chunk that it was computed in.
 
 
-def philox(seed: int, element: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10 words as int64 in [0, 2**32), one of each per int64 element number."""
+def philox(key: int, counter: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-10 words as int64 in [0, 2**32), one of each per int64 counter."""
     mask = 0xFFFFFFFF
-    c0, c1 = element & mask, (element >> 32) & mask
-    c2, c3 = torch.full_like(element, step), torch.zeros_like(element)
-    k0, k1 = seed & mask, (seed >> 32) & mask
+    c0, c1 = counter & mask, (counter >> 32) & mask
+    c2, c3 = torch.full_like(counter, step), torch.zeros_like(counter)
+    k0, k1 = key & mask, (key >> 32) & mask
     for _ in range(10):
         # The 64-bit products wrap into int64's sign, which the mask after the shift removes.
         product0, product2 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
@@ -214,37 +234,33 @@ def philox(seed: int, element: Tensor, step: int) -> tuple[Tensor, Tensor, Tenso
     return c0, c1, c2, c3
 
 
+def random_halves(rounding: Rounding, numel: int, step: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """The 16 random bits of each of `numel` elements, for param, exp_avg and exp_avg_sq, int64."""
+    element = torch.arange(rounding.first_element, rounding.first_element + numel, device=device)
+    words = philox(rounding.key, element >> 1, step)
+    is_odd = (element & 1).bool()
+    first, second = torch.where(is_odd, words[2], words[0]), torch.where(is_odd, words[3], words[1])
+    return first & 0xFFFF, first >> 16, second & 0xFFFF
+
+
 def round_stochastic(x: Tensor, random: Tensor) -> Tensor:
-    """fp32 to bf16 with the low 16 bits of `random`; infinities stay, NaN becomes 0x7fc0."""
+    """fp32 to bf16 with 16 random bits; infinities stay, NaN becomes 0x7fc0."""
     bits = x.view(torch.int32).to(torch.int64) & 0xFFFFFFFF
-    rounded = torch.where(x.isinf(), bits >> 16, (bits + (random & 0xFFFF)) >> 16)
+    rounded = torch.where(x.isinf(), bits >> 16, (bits + random) >> 16)
     rounded = torch.where(x.isnan(), 0x7FC0, rounded)
     return torch.where(rounded >= 0x8000, rounded - 0x10000, rounded).to(torch.int16).view(torch.bfloat16)
 
 
-def adamw_sr(
-    param: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    grad: Tensor,
-    hyper: AdamWHyper,
-    *,
-    seed: int,
-    offset: int,
-) -> None:
-    """AdamW on bf16 weights and moments with stochastic rounding, in place.
+def adamw_low(seg: AdamWSegment) -> None:
+    """Commit one segment with a rounding: what `adamw_commit` does with it, as an op of its own for GPUs."""
+    adamw_commit([seg])
 
-    Every operation is rounded to fp32 by itself (no fused multiply-add), the square root correctly,
-    so that each path can give these bits; see [Note: Stochastic rounding].
 
-    Args:
-        param, exp_avg, exp_avg_sq: bf16, of one shape.
-        grad: fp32, bf16 or fp16, of the same shape.
-        seed: of the whole run, in [0, 2**63).
-        offset: the first element's number among all elements of the run, whoever holds them.
-    """
+def _low_precision_update(seg: AdamWSegment, grad: Tensor, hyper: AdamWHyper, rounding: Rounding) -> _Updated:
     s = hyper.scalars()
-    p, g = param.float(), scaled_grad(grad, hyper)
+    p, g = seg.param.float(), scaled_grad(grad, hyper)
+    if seg.compensation is not None:
+        p = p + seg.compensation.float()
     if hyper.clip_value is not None:
         g = g.clamp(-hyper.clip_value, hyper.clip_value)
     if hyper.maximize:
@@ -254,13 +270,20 @@ def adamw_sr(
             p = p * s.weight_decay_factor
         else:
             g = g + p * s.l2
-    m, v = exp_avg.float(), exp_avg_sq.float()
+    m, v = seg.exp_avg.float(), seg.exp_avg_sq.float()
     m = m + (g - m) * s.lerp_weight
     v = v * s.beta2 + (g * s.one_minus_beta2) * g
-    denom = v.double().sqrt().float() / s.bias_correction2_sqrt + s.eps
+    denom = _sqrt(v, is_ieee=True) / s.bias_correction2_sqrt + s.eps
     p = p + (m * s.neg_step_size) / denom
-    element = torch.arange(offset, offset + param.numel(), device=param.device).view(param.shape)
-    random_p, random_m, random_v, _ = philox(seed, element, hyper.step)
-    param.copy_(round_stochastic(p, random_p))
-    exp_avg.copy_(round_stochastic(m, random_m))
-    exp_avg_sq.copy_(round_stochastic(v, random_v))
+    if seg.compensation is not None:
+        rounded = p.to(seg.param.dtype)
+        lost = (p - rounded.float()).to(seg.compensation.dtype)
+    else:
+        rounded, lost = p, None
+    if rounding.is_stochastic:
+        for_p, for_m, for_v = random_halves(rounding, p.numel(), hyper.step, p.device)
+        if lost is None and seg.param.dtype == torch.bfloat16:
+            rounded = round_stochastic(p, for_p)
+        m = round_stochastic(m, for_m) if seg.exp_avg.dtype == torch.bfloat16 else m
+        v = round_stochastic(v, for_v) if seg.exp_avg_sq.dtype == torch.bfloat16 else v
+    return _Updated(rounded.to(seg.param.dtype), m, v, lost)

@@ -75,6 +75,22 @@ class AdamWHyper:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Rounding:
+    """How an update of low-precision states rounds what it stores ([Note: Low-precision update] in reference.py).
+
+    Attributes:
+        is_stochastic: bf16 master weights and moments are rounded up or down at random, so that their mean is
+            kept; otherwise to nearest even.
+        key: of the random numbers, in [0, 2**63): of the run's seed and the parameter.
+        first_element: the number of the segment's first element within its whole parameter.
+    """
+
+    is_stochastic: bool
+    key: int = 0
+    first_element: int = 0
+
+
 @dataclass(slots=True, kw_only=True)
 class AdamWSegment:
     """The tensors of one contiguous run of elements that share one `AdamWHyper`.
@@ -84,7 +100,7 @@ class AdamWSegment:
     an element's gradient before it writes its weight).
 
     Attributes:
-        param: fp32 master weights; written by commit and commit_peek.
+        param: fp32 master weights, bf16 only with `rounding`; written by commit and commit_peek.
         exp_avg, exp_avg_sq: fp32 or bf16 moments (each its own dtype); written by commit and
             commit_peek. The parameter update uses the unrounded fp32 moments; storage rounds to
             nearest even.
@@ -94,6 +110,10 @@ class AdamWSegment:
             commit_peek: the rounded master that a commit of the peeked gradient would give.
         next_grad, next_hyper: commit_peek only: the gradient to look ahead to, after `grad` is
             committed.
+        rounding: the update is one of low-precision states; None for torch's own order of operations. Then
+            `weight_out` of a bf16 `param` is bf16, and gets the very value that `param` gets.
+        compensation: with `rounding` and a bf16 `param`: bf16, what rounding `param` lost (Kahan's), which
+            the next update adds; written by commit and commit_peek.
     """
 
     param: torch.Tensor
@@ -104,6 +124,8 @@ class AdamWSegment:
     weight_out: torch.Tensor | None = None
     next_grad: torch.Tensor | None = None
     next_hyper: AdamWHyper | None = None
+    rounding: Rounding | None = None
+    compensation: torch.Tensor | None = None
 
 
 class GradStats(NamedTuple):

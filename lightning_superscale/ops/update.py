@@ -72,19 +72,29 @@ def update_path(device: torch.device, pool: Pool | None = None) -> UpdatePath:
 
 
 def _cuda_path() -> UpdatePath:
-    from lightning_superscale.ops import cuda  # looks for a library that few machines have
+    from lightning_superscale.ops import cuda  # looks for libraries that few machines have
+    from lightning_superscale.ops.triton import adamw_low, launch
+
+    reason, why_no_triton = cuda.unavailable_reason(), launch.unavailable_reason()
+
+    def by_triton(segments: Sequence[AdamWSegment]) -> None:
+        for seg in segments:
+            adamw_low.adamw_low(seg)
 
     def cuda_update(segments: Sequence[AdamWSegment]) -> QueuedUpdate:
+        if any(seg.rounding is not None for seg in segments):  # then all have one: they are of one run
+            return _beside_norms(by_triton if why_no_triton is None else reference.adamw_commit, segments)
+        if reason is not None:
+            return _beside_norms(reference.adamw_commit, segments)
         stats = cuda.adamw_commit(segments, stats=True)
         return QueuedUpdate(lambda: [] if stats is None else stats.to_host())
 
-    def torch_update(segments: Sequence[AdamWSegment]) -> QueuedUpdate:
-        # The oracle's own statistics would be thousands of small kernels.
-        norms = [torch.linalg.vector_norm(seg.grad, dtype=torch.float32) * seg.hyper.grad_scale for seg in segments]
-        reference.adamw_commit(segments)
-        return QueuedUpdate(lambda: [GradStats(float(n) ** 2, int(not n.isfinite())) for n in norms])
+    name = "CUDA AdamW" if reason is None else f"PyTorch operations on the GPU, not fused ({reason})"
+    return UpdatePath(name, cuda_update, 0)
 
-    reason = cuda.unavailable_reason()
-    if reason is None:
-        return UpdatePath("CUDA AdamW", cuda_update, 0)
-    return UpdatePath(f"PyTorch operations on the GPU, not fused ({reason})", torch_update, 0)
+
+def _beside_norms(step: Callable[[Sequence[AdamWSegment]], object], segments: Sequence[AdamWSegment]) -> QueuedUpdate:
+    """Queue an update, and torch's own norms as its statistics: the oracle's would be thousands of small kernels."""
+    norms = [torch.linalg.vector_norm(seg.grad, dtype=torch.float32) * seg.hyper.grad_scale for seg in segments]
+    step(segments)
+    return QueuedUpdate(lambda: [GradStats(float(n) ** 2, int(not n.isfinite())) for n in norms])

@@ -15,11 +15,11 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from lightning_superscale.ops.triton.kernels import adamw_sr, elementwise, index, reductions  # noqa: E402
+from lightning_superscale.ops.triton.kernels import adamw_low, elementwise, index, reductions  # noqa: E402
 from lightning_superscale.ops.types import AdamWScalars  # noqa: E402
 
 POINTERS = {1: "*fp32", 2: "*i16", 3: "*fp16"}
-SR_FLOATS = (*AdamWScalars._fields, "grad_scale", "clip_value")
+LOW_FLOATS = (*AdamWScalars._fields, "grad_scale", "clip_value")
 
 
 def _cases() -> list[tuple[str, Any, dict[str, str], dict[str, int | bool]]]:
@@ -48,17 +48,24 @@ def _cases() -> list[tuple[str, Any, dict[str, str], dict[str, int | bool]]]:
         cases.append(
             (f"count_nonfinite-{code}", reductions.count_nonfinite_kernel, types, {"DTYPE": code, "BLOCK": 4096})
         )
-        types = {"param": "*i16", "exp_avg": "*i16", "exp_avg_sq": "*i16", "grad": pointer, "numel": "i32"}
-        types |= {"seed": "i64", "offset": "i64", "step": "i32"} | dict.fromkeys(SR_FLOATS, "fp32")
-        constants = {
+    for state, code, is_compensated in ((1, 3, False), (2, 1, False), (2, 2, False), (2, 2, True)):
+        tensors = ("param", "exp_avg", "exp_avg_sq")
+        types = dict.fromkeys(tensors, POINTERS[state]) | {"grad": POINTERS[code]}
+        types |= dict.fromkeys(("weight_out", "compensation"), "*i16") | {"numel": "i32"}
+        types |= {"key": "i64", "first_element": "i64", "step": "i32"} | dict.fromkeys(LOW_FLOATS, "fp32")
+        constants = dict.fromkeys(("PARAM", "EXP_AVG", "EXP_AVG_SQ"), state) | {
             "GRAD": code,
+            "WEIGHT_OUT": 2,
+            "STOCHASTIC": True,
+            "COMPENSATED": is_compensated,
             "HAS_DECAY": True,
             "HAS_L2": False,
             "HAS_CLIP": True,
             "MAXIMIZE": False,
             "BLOCK": 512,
         }
-        cases.append((f"adamw_sr-{code}", adamw_sr.adamw_sr_kernel, types, constants))
+        label = f"adamw_low-{state}{code}{'-compensated' if is_compensated else ''}"
+        cases.append((label, adamw_low.adamw_low_kernel, types, constants))
     types = {"sums": "*fp32", "out": "*fp32", "cols": "i32"}
     cases.append(("colnorm_total", reductions.colnorm_total_kernel, types, {"BLOCKS": 9, "BLOCK_COLS": 128}))
     return cases
@@ -84,7 +91,7 @@ def test_kernel_compiles_to_machine_code(
 def test_every_kernel_has_a_compile_case() -> None:
     kernels = {
         name
-        for module in (adamw_sr, elementwise, index, reductions)
+        for module in (adamw_low, elementwise, index, reductions)
         for name, value in vars(module).items()
         if isinstance(value, triton.runtime.JITFunction) and name.endswith("_kernel")
     }

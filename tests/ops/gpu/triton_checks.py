@@ -16,9 +16,9 @@ from collections.abc import Callable
 import torch
 
 from lightning_superscale.ops import reference
-from lightning_superscale.ops.triton import adamw_sr as adamw_sr_op
+from lightning_superscale.ops.triton import adamw_low as adamw_low_op
 from lightning_superscale.ops.triton import elementwise, index, reductions
-from lightning_superscale.ops.types import GRAD_DTYPES
+from lightning_superscale.ops.types import GRAD_DTYPES, STATE_DTYPES, AdamWHyper, AdamWSegment, Rounding
 from tests.ops.gpu.adamw_cases import HYPERS
 from tests.ops.gpu.helpers import assert_same_bits
 
@@ -108,19 +108,43 @@ def check_count_nonfinite(device: str) -> None:
         assert reductions.count_nonfinite(x.to(device)) == reference.count_nonfinite(x), (numel, dtype)
 
 
-def check_adamw_sr(device: str) -> None:
-    for (name, hyper), dtype in itertools.product(HYPERS.items(), GRAD_DTYPES):
-        numel = 1300
-        p, m, v = (_draw((numel,), torch.bfloat16, seed, special=seed == 1) for seed in (1, 2, 3))
-        v = v.abs() * 0.01
-        grad = _draw((numel,), dtype, 4)
-        moved = (p.to(device, copy=True), m.to(device, copy=True), v.to(device, copy=True))
-        for step in (hyper.step, hyper.step + 1):
-            now = dataclasses.replace(hyper, step=step)
-            adamw_sr_op.adamw_sr(*moved, grad.to(device), now, seed=2**61 + 17, offset=2**33 + 5)
-            reference.adamw_sr(p, m, v, grad, now, seed=2**61 + 17, offset=2**33 + 5)
-        for what, found, expected in zip(("param", "exp_avg", "exp_avg_sq"), moved, (p, m, v), strict=True):
-            assert_same_bits(found, expected, f"{name} {dtype} {what}")
+def _low_segment(
+    master: torch.dtype, moments: tuple[torch.dtype, torch.dtype], grad: torch.dtype, rounding: Rounding, kahan: bool
+) -> AdamWSegment:
+    numel = 1300
+    m, v = (_draw((numel,), dtype, seed, special=False) for seed, dtype in zip((2, 3), moments, strict=True))
+    return AdamWSegment(
+        param=_draw((numel,), master, 1),
+        exp_avg=m,
+        exp_avg_sq=v.abs() * 0.01,
+        grad=_draw((numel,), grad, 4),
+        hyper=HYPERS["adamw"],
+        weight_out=torch.zeros(numel, dtype=torch.bfloat16),
+        rounding=rounding,
+        compensation=_draw((numel,), torch.bfloat16, 5, special=False) * 1e-3 if kahan else None,
+    )
+
+
+def _check_low(name: str, hyper: AdamWHyper, expected: AdamWSegment, device: str) -> None:
+    fields = ("param", "exp_avg", "exp_avg_sq", "grad", "weight_out", "compensation")
+    moved = {key: getattr(expected, key).to(device, copy=True) for key in fields if getattr(expected, key) is not None}
+    found = dataclasses.replace(expected, **moved)
+    for step in (hyper.step, hyper.step + 1):
+        found.hyper = expected.hyper = dataclasses.replace(hyper, step=step)
+        adamw_low_op.adamw_low(found)
+        reference.adamw_low(expected)
+    for field in moved:
+        assert_same_bits(getattr(found, field), getattr(expected, field), f"{name} {expected.rounding} {field}")
+
+
+def check_adamw_low(device: str) -> None:
+    bf16, far = torch.bfloat16, 2**33 + 5
+    for (name, hyper), grad in itertools.product(HYPERS.items(), GRAD_DTYPES):
+        _check_low(name, hyper, _low_segment(bf16, (bf16, bf16), grad, Rounding(True, 2**61 + 17, far), False), device)
+    for master, m, v, is_stochastic in itertools.product(STATE_DTYPES, STATE_DTYPES, STATE_DTYPES, (False, True)):
+        for kahan in (False, True) if master == bf16 else (False,):
+            segment = _low_segment(master, (m, v), bf16, Rounding(is_stochastic, 7, far - 1), kahan)
+            _check_low(f"{master} {m} {v}", HYPERS["adamw"], segment, device)
 
 
 CHECKS: dict[str, Callable[[str], None]] = {
@@ -133,7 +157,7 @@ CHECKS: dict[str, Callable[[str], None]] = {
     "colnorm": check_colnorm,
     "sumsq": check_sumsq,
     "count_nonfinite": check_count_nonfinite,
-    "adamw_sr": check_adamw_sr,
+    "adamw_low": check_adamw_low,
 }
 
 
