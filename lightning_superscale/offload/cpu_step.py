@@ -2,8 +2,9 @@
 
 Bytes per host-side parameter with 16-bit weights: fp32 master, exp_avg and exp_avg_sq (12), and one
 16-bit buffer (2) that holds the gradient until the step has read it and the new weight from then on.
-With fp32 weights: 12 and an fp32 gradient buffer (4); the master itself is uploaded. Weights that flow have one
-more buffer (2) on the host, which the step writes and forward streams from; with fp32 weights that is the master.
+Where masters have the weights' dtype (fp32 weights; bf16 masters): masters and moments, and a gradient buffer; the
+master itself is uploaded. Weights that flow have one more buffer (2) on the host, which the step writes and forward
+streams from; where masters have their dtype that is the master.
 
 The class satisfies the optimizer engine's `UnitState` without importing it: siblings meet in `plugins`.
 """
@@ -22,6 +23,8 @@ from lightning_superscale.offload.host_memory import HostArena
 from lightning_superscale.offload.link import Link, LinkEvent
 from lightning_superscale.ops.flat import accumulate
 from lightning_superscale.ops.masters import follow_weights
+from lightning_superscale.ops.state_dtypes import FP32_STATES, StateDtypes
+from lightning_superscale.ops.types import Rounding
 
 
 class OffloadableUnit(Protocol):
@@ -35,11 +38,14 @@ class OffloadableUnit(Protocol):
     def inbox(self) -> Tensor: ...
 
 
-def host_bytes(numel: int, dtype: torch.dtype, *, has_moments: bool, flows: bool = False) -> int:
+def host_bytes(
+    numel: int, dtype: torch.dtype, *, has_moments: bool, flows: bool = False, dtypes: StateDtypes = FP32_STATES
+) -> int:
     """Host bytes that `HostState` allocates for a unit of `numel` elements of `dtype` weights."""
-    states = 12 if has_moments else 4
-    copy = dtype.itemsize if flows and dtype != torch.float32 else 0
-    return numel * (states + dtype.itemsize + copy)
+    master = dtypes.master_of(dtype)
+    own_master = master.itemsize if master == dtype else 0  # the host has a copy of the weights for a master
+    copy = dtype.itemsize if flows and master != dtype else 0
+    return numel * (own_master + dtypes.state_bytes(dtype, has_moments=has_moments) + dtype.itemsize + copy)
 
 
 class UploadEvent:
@@ -65,8 +71,13 @@ def weights_on_host(unit: OffloadableUnit, i: int, flowing: FlowingWeights | Non
     return weights
 
 
+def compensation_of(arena: HostArena, numel: int, dtype: torch.dtype, dtypes: StateDtypes) -> Tensor | None:
+    """A unit's compensation of 16-bit masters, if it has one."""
+    return arena.zeros(numel, torch.bfloat16, is_pinned=False) if dtypes.compensates(dtype) else None
+
+
 class HostState:
-    """fp32 master and moments of one unit on the host; gradients come and weights go over the link.
+    """Master and moments of one unit on the host; gradients come and weights go over the link.
 
     Args:
         unit: the unit; its weights stay on the device.
@@ -75,6 +86,8 @@ class HostState:
         has_moments: False for an optimizer that keeps states of its own.
         is_pinned: page-lock the transfer buffers.
         streamed: the same unit, if its weights flow; None if they stay on the device.
+        dtypes: of masters and moments.
+        roundings: how updates of each slice round; empty where all states are fp32.
 
     Attributes:
         flowing: its weights, if they flow.
@@ -89,24 +102,28 @@ class HostState:
         has_moments: bool,
         is_pinned: bool,
         streamed: StreamedUnit | None = None,
+        dtypes: StateDtypes = FP32_STATES,
+        roundings: Sequence[Rounding | None] = (),
     ) -> None:
         numel, dtype = unit.shard.shard_numel, unit.dtype
+        has_own_weights = dtypes.master_of(dtype) != dtype
         self.unit = unit
         self.is_on_host = True
         self.num_transfer_buffers = 1
-        self.num_host_copies = 0 if streamed is None or dtype == torch.float32 else 1
+        self.num_host_copies = 0 if streamed is None or not has_own_weights else 1
         self._link = link
-        is_low_precision = dtype != torch.float32
+        self._roundings = roundings
         is_pinned = is_pinned and link.needs_pinned_host()
-        # With fp32 weights the master is an end of the upload.
-        self.master = arena.zeros(numel, torch.float32, is_pinned=is_pinned and not is_low_precision)
-        self.exp_avg = arena.zeros(numel, torch.float32, is_pinned=False) if has_moments else None
-        self.exp_avg_sq = arena.zeros(numel, torch.float32, is_pinned=False) if has_moments else None
+        # A master of the weights' dtype is an end of the upload.
+        self.master = arena.zeros(numel, dtypes.master_of(dtype), is_pinned=is_pinned and not has_own_weights)
+        self.exp_avg = arena.zeros(numel, dtypes.moments, is_pinned=False) if has_moments else None
+        self.exp_avg_sq = arena.zeros(numel, dtypes.moments, is_pinned=False) if has_moments else None
+        self.compensation = compensation_of(arena, numel, dtype, dtypes)
         self._grads = arena.zeros(numel, dtype, is_pinned=is_pinned)
-        self._weight_out = self._grads if is_low_precision else None
+        self._weight_out = self._grads if has_own_weights else None
         self.flowing: FlowingWeights | None = None
         if streamed is not None:
-            if is_low_precision:
+            if has_own_weights:
                 self._weight_out = arena.zeros(numel, dtype, is_pinned=is_pinned)
             weights = self.master if self._weight_out is None else self._weight_out
             self.flowing = FlowingWeights(streamed, link, [weights])
@@ -116,12 +133,16 @@ class HostState:
     def master_of(self, i: int) -> Tensor:
         return self._slice(self.master, i)
 
+    def rounding_of(self, i: int) -> Rounding | None:
+        return self._roundings[i] if self._roundings else None
+
     def weight_out_of(self, i: int) -> Tensor | None:
         return None if self._weight_out is None else self._slice(self._weight_out, i)
 
     def receive(self, slices: Sequence[tuple[int, Tensor]]) -> None:
         for i, grad in slices:
             here = self._slice(self._grads, i)
+            grad = grad.to(here.dtype)  # summed up in a wider dtype, perhaps
             if i in self._arrivals:
                 staged = torch.empty_like(here)
                 arrival = self._link.d2h(staged, grad)
@@ -158,6 +179,8 @@ class HostState:
 
     def reload(self, slices: Sequence[int]) -> None:
         for i in slices:
+            if self.compensation is not None:
+                self._slice(self.compensation, i).zero_()
             follow_weights(self.master_of(i), weights_on_host(self.unit, i, self.flowing, self._link))
 
     def release(self) -> None:

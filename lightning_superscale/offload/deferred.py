@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lightning_superscale.offload.cpu_step import OffloadableUnit, UploadEvent, weights_on_host
+from lightning_superscale.offload.cpu_step import OffloadableUnit, UploadEvent, compensation_of, weights_on_host
 from lightning_superscale.offload.flowing_weights import FlowingWeights, HostBound, StreamedUnit
 from lightning_superscale.offload.host_memory import HostArena
 from lightning_superscale.offload.link import Link, LinkEvent, LinkFence
@@ -37,14 +37,19 @@ from lightning_superscale.ops.adamw import adamw_commit, adamw_commit_peek, adam
 from lightning_superscale.ops.flat import accumulate
 from lightning_superscale.ops.masters import follow_weights
 from lightning_superscale.ops.pool import Pool
-from lightning_superscale.ops.types import AdamWHyper, AdamWSegment, GradStats
+from lightning_superscale.ops.state_dtypes import FP32_STATES, StateDtypes
+from lightning_superscale.ops.types import AdamWHyper, AdamWSegment, GradStats, Rounding
 
 _Kernel = Callable[..., list[GradStats] | None]
 
 
-def deferred_host_bytes(numel: int, dtype: torch.dtype, *, flows: bool = False) -> int:
+def deferred_host_bytes(
+    numel: int, dtype: torch.dtype, *, flows: bool = False, dtypes: StateDtypes = FP32_STATES
+) -> int:
     """Host bytes that `DeferredState` allocates for a unit of `numel` elements of `dtype` weights."""
-    return numel * (12 + (3 if flows else 2) * dtype.itemsize)
+    master = dtypes.master_of(dtype)
+    own_master = master.itemsize if master == dtype else 0  # the host has a copy of the weights for a master
+    return numel * (own_master + dtypes.state_bytes(dtype, has_moments=True) + (3 if flows else 2) * dtype.itemsize)
 
 
 @dataclass(slots=True)
@@ -70,7 +75,7 @@ class _Slice:
 
 
 class DeferredState:
-    """fp32 master and moments of one unit on the host, one commit behind.
+    """Master and moments of one unit on the host, one commit behind.
 
     Args:
         unit: the unit; its weights stay on the device.
@@ -79,6 +84,8 @@ class DeferredState:
         is_pinned: page-lock the transfer buffers.
         pool: runs the kernel.
         streamed: the same unit, if its weights flow; None if they stay on the device.
+        dtypes: of masters and moments.
+        roundings: how updates of each slice round; empty where all states are fp32.
 
     Attributes:
         flowing: its weights, if they flow.
@@ -93,6 +100,8 @@ class DeferredState:
         is_pinned: bool,
         pool: Pool,
         streamed: StreamedUnit | None = None,
+        dtypes: StateDtypes = FP32_STATES,
+        roundings: Sequence[Rounding | None] = (),
     ) -> None:
         numel = unit.shard.shard_numel
         is_pinned = is_pinned and link.needs_pinned_host()
@@ -102,9 +111,11 @@ class DeferredState:
         self.num_host_copies = 0 if streamed is None else 1
         self._link = link
         self._pool = pool
-        self.master = arena.zeros(numel, torch.float32, is_pinned=False)
-        self.exp_avg = arena.zeros(numel, torch.float32, is_pinned=False)
-        self.exp_avg_sq = arena.zeros(numel, torch.float32, is_pinned=False)
+        self._roundings = roundings
+        self.master = arena.zeros(numel, dtypes.master_of(unit.dtype), is_pinned=False)
+        self.exp_avg = arena.zeros(numel, dtypes.moments, is_pinned=False)
+        self.exp_avg_sq = arena.zeros(numel, dtypes.moments, is_pinned=False)
+        self.compensation = compensation_of(arena, numel, unit.dtype, dtypes)
         num_buffers, resting = (2, None) if streamed is None else (3, 2)
         self._buffers = tuple(arena.zeros(numel, unit.dtype, is_pinned=is_pinned) for _ in range(num_buffers))
         self._slices = [_Slice(resting=resting) for _ in unit.shard.slices]
@@ -123,6 +134,7 @@ class DeferredState:
         for i, grad in slices:
             known = self._slices[i]
             here = self._span(self._buffers[known.front], i)
+            grad = grad.to(here.dtype)  # summed up in a wider dtype, perhaps
             if known.arrival is None:
                 known.arrival = self._link.d2h(here, grad)
                 continue
@@ -234,6 +246,8 @@ class DeferredState:
             grad=grad,
             hyper=hyper,
             weight_out=weight_out,
+            rounding=self.rounding_of(i),
+            compensation=None if self.compensation is None else self._span(self.compensation, i),
         )
 
     def _span(self, flat: Tensor, i: int) -> Tensor:
@@ -249,6 +263,9 @@ class DeferredState:
     def master_of(self, i: int) -> Tensor:
         """As of the last commit; `flush()` first where it must be of the last step."""
         return self._span(self.master, i)
+
+    def rounding_of(self, i: int) -> Rounding | None:
+        return self._roundings[i] if self._roundings else None
 
     def weight_out_of(self, i: int) -> Tensor | None:
         """Settled new weights: in the buffer that receives next, unless they flow."""
@@ -275,6 +292,8 @@ class DeferredState:
         self._flush(slices)
         for i in slices:
             self._slices[i].looked_at = None
+            if self.compensation is not None:
+                self._span(self.compensation, i).zero_()
             follow_weights(self.master_of(i), weights_on_host(self.unit, i, self.flowing, self._link))
 
     def release(self) -> None:

@@ -24,6 +24,7 @@ from lightning_superscale.plugins.checks import check_optimizers_over_ranks, che
 from lightning_superscale.plugins.flow import EnginePublications, how_weights_flow, stream_the_rest
 from lightning_superscale.plugins.host_plan import HostPlan, plan_host
 from lightning_superscale.plugins.placement import first_grouping, settle_in
+from lightning_superscale.plugins.precision_choices import check_with_run
 from lightning_superscale.plugins.reasons import reasons_of, where_states_are
 from lightning_superscale.plugins.run_settings import RunSettings
 from lightning_superscale.zero.bucket_unit import BucketUnit
@@ -34,6 +35,7 @@ from lightning_superscale.zero.fsdp2 import Fsdp2Transport
 from lightning_superscale.zero.fsdp2_setup import ShardingPolicy, shard_module
 from lightning_superscale.zero.fsdp2_sharding import ShardedModule
 from lightning_superscale.zero.gates import PublishGates, is_compiled
+from lightning_superscale.zero.gradient_dtypes import narrow_gradients, widen_gradients
 from lightning_superscale.zero.grouping import Grouping
 from lightning_superscale.zero.guard import StepGuard
 from lightning_superscale.zero.native_step import BoundStep, NativeStep
@@ -41,7 +43,7 @@ from lightning_superscale.zero.placed import tensor_numel
 from lightning_superscale.zero.ranks import Ranks, ranks_of
 from lightning_superscale.zero.replicas import BufferSync, broadcast_from_first
 from lightning_superscale.zero.split_step import SplitStep
-from lightning_superscale.zero.states import ResidentState, UnitState
+from lightning_superscale.zero.states import ResidentState, UnitState, roundings_of
 from lightning_superscale.zero.step_rule import StepRule
 from lightning_superscale.zero.tensor_axis import check_placements
 from lightning_superscale.zero.transport import Transport
@@ -87,7 +89,7 @@ class Assembly:
         if self._has_settled_in or offload is None:
             return
         self._has_settled_in = True
-        if settle_in(self.engines.values(), self.mesh, offload, self.settings.device):
+        if settle_in(self.engines.values(), self.mesh, offload, self.settings.device, self.settings.precision.states):
             self._old_gates_seconds = self.waited_seconds
             for gates in self.gates:
                 gates.close()
@@ -130,6 +132,8 @@ class Assembly:
             engine.close()
         if self.settings.flow is not None:
             self.settings.flow.close()
+        if self.settings.precision.gradients.accumulation is not None:
+            narrow_gradients(self.module.parameters())
 
     def plan(self) -> ParallelPlan:
         units = [unit for engine in self.engines.values() for unit in engine.transport.units]
@@ -143,7 +147,7 @@ class Assembly:
             tensor_size=self.mesh.tensor.size,
             zero_stage=settings.zero.stage,
             engine="resident" if settings.offload is None else settings.offload.engine,
-            precision=settings.precision,
+            precision=settings.precision.describe(),
             num_params=sum(p.numel() for p in params),
             num_trainable=sum(p.numel() for p in params if p.requires_grad),
             num_units=len(units),
@@ -178,6 +182,9 @@ def assemble(module: nn.Module, optimizers: Sequence[Optimizer], settings: RunSe
     _check_on_all_ranks(module, optimizers, settings)
     host = plan_host(optimizers, settings)
     sharded = _sharded(module, optimizers, settings)
+    widened = [p for p in module.parameters() if p.requires_grad and p.dtype == settings.precision.weights]
+    if settings.precision.gradients.accumulation is not None:
+        widen_gradients(widened, settings.precision.gradients.accumulation)
     fqn_of = {param: fqn for fqn, param in module.named_parameters()}
     link = None if offload is None else link_for(settings.device, settings.timeline)
     where = settings.device if offload is None else torch.device("cpu")
@@ -246,6 +253,7 @@ def _transport_maker(
             grouping=grouping,
             label=label,
             no_sync=settings.zero.reduces_once,
+            dtypes=settings.precision.gradients,
         )
     return lambda sink: BucketTransport(
         [],
@@ -254,6 +262,7 @@ def _transport_maker(
         ranks=ranks,
         label=label,
         no_sync=settings.zero.reduces_once,
+        dtypes=settings.precision.gradients,
         streams_to=settings.device,
     )
 
@@ -278,12 +287,13 @@ def _check_on_all_ranks(module: nn.Module, optimizers: Sequence[Optimizer], sett
         check_parameters(module, optimizers, fqn_of)
         check_placements(module, mesh)
         check_optimizers_over_ranks(optimizers, zero, mesh.world.size)
+        check_with_run(settings.precision, optimizers, zero, offload, mesh.world.size)
         if offload is not None:
             check_host_memory(_host_bytes_needed(module, optimizers, settings))
     except SuperScaleError as found:
         error = found  # the other ranks are on their way into the comparison
     raise_together(mesh, error)
-    check_equal_on_all_ranks(mesh, facts_of_run(module, optimizers, zero, offload, settings.precision))
+    check_equal_on_all_ranks(mesh, facts_of_run(module, optimizers, zero, offload, settings.precision.describe()))
 
 
 def _native_maker(settings: RunSettings, update: UpdatePath) -> Callable[[Optimizer, StepGuard], StepRule]:
@@ -309,17 +319,29 @@ def _native_maker(settings: RunSettings, update: UpdatePath) -> Callable[[Optimi
 
 
 def _state_maker(link: Link | None, settings: RunSettings, pool: Pool, arena: HostArena) -> MakeState:
-    offload, flow = settings.offload, settings.flow
+    offload, flow, dtypes = settings.offload, settings.flow, settings.precision.states
 
     def make_state(unit: ShardUnit, *, has_moments: bool, is_on_device: bool) -> UnitState:
         if link is None or offload is None or is_on_device:
-            return ResidentState(unit, has_moments=has_moments)
+            return ResidentState(unit, has_moments=has_moments, dtypes=dtypes)
+        roundings = roundings_of(unit, dtypes)
         pin, streamed = offload.pin_memory, unit if isinstance(unit, BucketUnit) and unit.is_streamed else None
         state: DeferredState | HostState
         if settings.defers and has_moments:
-            state = DeferredState(unit, link, arena, is_pinned=pin, pool=pool, streamed=streamed)
+            state = DeferredState(
+                unit, link, arena, is_pinned=pin, pool=pool, streamed=streamed, dtypes=dtypes, roundings=roundings
+            )
         else:
-            state = HostState(unit, link, arena, has_moments=has_moments, is_pinned=pin, streamed=streamed)
+            state = HostState(
+                unit,
+                link,
+                arena,
+                has_moments=has_moments,
+                is_pinned=pin,
+                streamed=streamed,
+                dtypes=dtypes,
+                roundings=roundings,
+            )
         if flow is not None and state.flowing is not None:
             flow.add(state.flowing)
         return state
@@ -339,10 +361,11 @@ def _host_bytes_needed(module: nn.Module, optimizers: Sequence[Optimizer], setti
 
     stepped = {p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     stepped = {param for param in stepped if param.requires_grad}
+    dtypes = settings.precision.states
     states = sum(
-        deferred_host_bytes(tensor_numel(param), param.dtype, flows=is_copied(param))
+        deferred_host_bytes(tensor_numel(param), param.dtype, flows=is_copied(param), dtypes=dtypes)
         if settings.defers
-        else host_bytes(tensor_numel(param), param.dtype, has_moments=True, flows=is_copied(param))
+        else host_bytes(tensor_numel(param), param.dtype, has_moments=True, flows=is_copied(param), dtypes=dtypes)
         for param in stepped
     )
     frozen = (param for param in module.parameters() if param not in stepped and is_copied(param))

@@ -13,6 +13,7 @@ from lightning_superscale.config import ZeroConfig
 from lightning_superscale.offload.weight_flow import WeightFlow
 from lightning_superscale.plan import ByteClass
 from lightning_superscale.zero.engine import OptimizerEngine
+from lightning_superscale.zero.gradient_dtypes import grad_dtype_of
 from lightning_superscale.zero.placed import tensor_numel
 from lightning_superscale.zero.states import UnitState
 from lightning_superscale.zero.units import ShardUnit
@@ -114,12 +115,14 @@ def _add_unit(
     elif state.num_host_copies:
         rows.add("weights (host copy)", unit.dtype, numel, share, copies=state.num_host_copies, is_on_host=True)
     if zero.reduces_once:
-        rows.add("gradients", unit.dtype, numel, numel)
+        rows.add("gradients", grad_dtype_of(unit.params[0]), numel, numel)
     else:
-        rows.add("gradients", unit.dtype, numel, share, num_shares=shard_size)
+        rows.add("gradients", grad_dtype_of(unit.params[0]), numel, share, num_shares=shard_size)
     add = functools.partial(rows.add, num_shares=shard_size, is_on_host=state.is_on_host)
     if state.master is not None:
         add("master weights", state.master.dtype, numel, share)
+    if state.compensation is not None:
+        add("compensation", state.compensation.dtype, numel, share)
     if state.exp_avg is not None:
         add("optimizer states", state.exp_avg.dtype, numel, share, copies=2)
     if state.num_transfer_buffers:

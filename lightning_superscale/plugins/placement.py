@@ -13,7 +13,9 @@ from lightning_superscale.comm.collectives import gather_objects
 from lightning_superscale.comm.mesh import DataMesh
 from lightning_superscale.config import OffloadConfig
 from lightning_superscale.offload.device_memory import free_device_bytes
+from lightning_superscale.ops.state_dtypes import FP32_STATES, StateDtypes
 from lightning_superscale.zero.engine import OptimizerEngine
+from lightning_superscale.zero.gradient_dtypes import grad_dtype_of
 from lightning_superscale.zero.grouping import Grouping, NamedParam, last_ready
 from lightning_superscale.zero.placed import tensor_numel
 from lightning_superscale.zero.regroup import regroup
@@ -45,13 +47,19 @@ def _share(grouping: Grouping, named: Sequence[NamedParam], fraction: float) -> 
     return last_ready(grouping.in_order(named), numels, round(fraction * sum(numels.values())))
 
 
-def device_bytes_of(param: nn.Parameter, shard_size: int) -> int:
+def device_bytes_of(param: nn.Parameter, shard_size: int, dtypes: StateDtypes) -> int:
     """What one parameter's states and its gradient take on the device until the step, but for padding."""
-    states = 8 if param.dtype == torch.float32 else 12
-    return -(-tensor_numel(param) * (states + param.element_size()) // shard_size)
+    states = dtypes.state_bytes(param.dtype, has_moments=True)
+    return -(-tensor_numel(param) * (states + grad_dtype_of(param).itemsize) // shard_size)
 
 
-def settle_in(engines: Iterable[OptimizerEngine], mesh: DataMesh, offload: OffloadConfig, device: torch.device) -> bool:
+def settle_in(
+    engines: Iterable[OptimizerEngine],
+    mesh: DataMesh,
+    offload: OffloadConfig,
+    device: torch.device,
+    dtypes: StateDtypes = FP32_STATES,
+) -> bool:
     """After the first step: follow the order of its gradients, and use the device memory that it left free.
 
     Every rank calls it, between two steps. All take rank 0's order and the smallest free memory.
@@ -71,7 +79,7 @@ def settle_in(engines: Iterable[OptimizerEngine], mesh: DataMesh, offload: Offlo
         old = engine.transport.grouping
         grouping = replace(old, order={by_fqn[fqn]: place for place, fqn in enumerate(order)}, on_device=frozenset())
         if offload.gpu_fraction == "auto":
-            costs = {param: device_bytes_of(param, mesh.shard.size) for _, param in named}
+            costs = {param: device_bytes_of(param, mesh.shard.size, dtypes) for _, param in named}
             may_move = [item for item in grouping.in_order(named) if item[1] not in grouping.block_of]
             on_device = last_ready(may_move, costs, free)
             free -= sum(costs[param] for param in on_device)

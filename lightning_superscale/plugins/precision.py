@@ -10,15 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, Union
+from typing import TYPE_CHECKING, Any, Literal, Optional, Union
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_superscale.errors import SuperScaleError, did_you_mean
+from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.plugins.loss_scaler import LossScaler
+from lightning_superscale.plugins.precision_choices import PrecisionName, choose
 from lightning_superscale.zero.clip import ClipByNorm, ClipByValue
 from lightning_superscale.zero.engine import OptimizerEngine
 
@@ -27,11 +28,6 @@ if TYPE_CHECKING:
     from lightning.pytorch.plugins.precision import Precision as _Base
 else:
     _Base = object
-
-PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-mixed", "16-true")
-PrecisionName = Literal["32-true", "bf16-mixed", "bf16-true", "16-mixed", "16-true"]
-_WEIGHTS = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
-_AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
 @contextmanager
@@ -44,18 +40,6 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def check_precision(precision: str) -> None:
-    """Refuse precisions that the engines don't step, before anything is built.
-
-    Raises:
-        SuperScaleError: names the precision and the ones to use.
-    """
-    if precision in PRECISIONS:
-        return
-    names = ", ".join(map(repr, PRECISIONS))
-    raise SuperScaleError(f"precision={precision!r} is not one of {names}{did_you_mean(precision, PRECISIONS)}")
-
-
 class SuperScalePrecisionMixin(_Base):
     """Precision plugin of the superscale strategies.
 
@@ -65,15 +49,53 @@ class SuperScalePrecisionMixin(_Base):
             weights and optimizer states in the engine. With fp16 losses are scaled; a step whose gradients
             overflow is dropped on all ranks, and the scale is halved.
         scaler: whose scale and factors losses take with fp16; None for GradScaler's defaults.
+        master_weights: "fp32", or with "bf16-true" "bf16": the weights are their own masters, and no fp32 copy
+            of them exists anywhere.
+        optimizer_states: "fp32" or "bf16", of Adam's exp_avg and exp_avg_sq.
+        gradient_accumulation: dtype of `param.grad`, in which micro-batches and several backward calls of a step are
+            summed up: "fp32", or "auto" for the weights' own.
+        gradient_reduction: dtype in which ranks average gradients; "auto" for that of `param.grad`.
+        stochastic_rounding: round what is stored in bf16 up or down at random, so that small updates are kept in
+            the mean; False rounds to nearest, as DeepSpeed does. None: where anything is kept in bf16.
+        kahan: keep what rounding bf16 master weights loses beside them, in bf16 (2 more bytes per parameter).
+        autocast: run forward of "bf16-true" or "16-true" under `torch.autocast`, which computes what suffers most from
+            16 bits (losses; on a GPU norms and softmax too) in fp32; inputs are not converted then. None: in the
+            "-mixed" precisions.
+        seed: of stochastic rounding. A run depends on it alone: not on the number of ranks, nor on a resume.
 
     Raises:
-        SuperScaleError: another precision, or a scaler where nothing is fp16.
+        SuperScaleError: another precision, a scaler where nothing is fp16, or a combination that can't work; it says
+            why, and what to use.
+
+    Stochastic rounding: [Note: Stochastic rounding] in ops/reference.py.
     """
 
     precision: PrecisionName
 
-    def __init__(self, precision: PrecisionName = "32-true", scaler: Union[torch.amp.GradScaler, None] = None) -> None:
-        check_precision(precision)
+    def __init__(
+        self,
+        precision: PrecisionName = "32-true",
+        scaler: Union[torch.amp.GradScaler, None] = None,
+        master_weights: Literal["fp32", "bf16"] = "fp32",
+        optimizer_states: Literal["fp32", "bf16"] = "fp32",
+        gradient_accumulation: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
+        gradient_reduction: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
+        stochastic_rounding: Optional[bool] = None,
+        kahan: bool = False,
+        autocast: Optional[bool] = None,
+        seed: int = 0,
+    ) -> None:
+        self.choices = choose(
+            precision,
+            master_weights=master_weights,
+            optimizer_states=optimizer_states,
+            gradient_accumulation=gradient_accumulation,
+            gradient_reduction=gradient_reduction,
+            stochastic_rounding=stochastic_rounding,
+            kahan=kahan,
+            autocast=autocast,
+            seed=seed,
+        )
         self.precision = precision
         self.scaler: LossScaler | None = None
         if precision in ("16-mixed", "16-true"):
@@ -98,29 +120,31 @@ class SuperScalePrecisionMixin(_Base):
 
     # Dtypes
 
+    @property
+    def _keeps_weights(self) -> bool:
+        """Whether weights and inputs have the dtype that the user gave them."""
+        return self.choices.weights == torch.float32
+
     def convert_module(self, module: nn.Module) -> nn.Module:
-        dtype = _WEIGHTS.get(self.precision)
-        return module if dtype is None else module.to(dtype)
+        return module if self._keeps_weights else module.to(self.choices.weights)
 
     def convert_input(self, data: Any) -> Any:
-        dtype = _WEIGHTS.get(self.precision)
-        if dtype is None:
+        if self._keeps_weights or self.choices.autocast is not None:
             return data
+        dtype = self.choices.weights
         return apply_to_collection(
             data, function=lambda t: t.to(dtype) if torch.is_floating_point(t) else t, dtype=Tensor
         )
 
     def tensor_init_context(self) -> AbstractContextManager[Any]:
-        dtype = _WEIGHTS.get(self.precision)
-        return nullcontext() if dtype is None else _default_dtype(dtype)
+        return nullcontext() if self._keeps_weights else _default_dtype(self.choices.weights)
 
     def module_init_context(self) -> AbstractContextManager[Any]:
         return self.tensor_init_context()
 
     def forward_context(self) -> AbstractContextManager[Any]:
-        dtype = _AUTOCAST.get(self.precision)
-        if dtype is not None:
-            return torch.autocast(self._device_type, dtype=dtype, cache_enabled=False)
+        if self.choices.autocast is not None:
+            return torch.autocast(self._device_type, dtype=self.choices.autocast, cache_enabled=False)
         return self.tensor_init_context()
 
     # Scaled losses

@@ -10,6 +10,7 @@ from lightning_superscale.comm.mesh import DataMesh
 from lightning_superscale.config import OffloadConfig, ZeroConfig
 from lightning_superscale.offload.weight_flow import WeightFlow
 from lightning_superscale.plugins.flow import WeightsChoice
+from lightning_superscale.plugins.precision_choices import PrecisionChoices
 from lightning_superscale.timeline import UNTIMED, Timeline
 from lightning_superscale.zero.gather_order import GatherOrder
 
@@ -22,6 +23,7 @@ class RunSettings:
         why_held: why gradients stay in `param.grad` until the step; None when they may leave during backward.
         why_awaited: why new weights are waited for right after the step; None when forward may wait for them.
         is_automatic: whether Lightning runs backward and step, or the user's training_step.
+        precision: dtypes of everything.
         timeline: where a step is recorded, when one is.
         order: compares gathers between ranks; needed by stage 3 over several ranks.
         weights: whether weights flow from the host, and why.
@@ -32,7 +34,7 @@ class RunSettings:
     device: torch.device
     zero: ZeroConfig
     offload: OffloadConfig | None
-    precision: str
+    precision: PrecisionChoices
     error_if_nonfinite: bool
     why_held: str | None
     why_awaited: str | None

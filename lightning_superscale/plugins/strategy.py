@@ -27,7 +27,8 @@ from lightning_superscale.plugins.flow import (
     flow_of,
     place_resident,
 )
-from lightning_superscale.plugins.precision import PRECISIONS, SuperScalePrecisionMixin, check_precision
+from lightning_superscale.plugins.precision import SuperScalePrecisionMixin
+from lightning_superscale.plugins.precision_choices import PRECISIONS, check_precision, choose
 from lightning_superscale.plugins.rank_environment import DEFAULT_TIMEOUT, RankEnvironment, check_axes
 from lightning_superscale.plugins.reasons import device_share
 from lightning_superscale.plugins.run_settings import RunSettings
@@ -228,7 +229,7 @@ class SuperScaleStrategyMixin(RunStateMixin, _Base):
             device=self.root_device,
             zero=self.zero_config,
             offload=self.offload_config,
-            precision=str(self.precision_plugin.precision),
+            precision=getattr(self.precision_plugin, "choices", None) or choose(str(self.precision_plugin.precision)),
             error_if_nonfinite=self.error_if_nonfinite,
             why_held=held,
             why_awaited=awaited,

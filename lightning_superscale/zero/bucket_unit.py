@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_superscale.layout import ParamSpec, UnitLayout, shard_rows, unit_layout
 from lightning_superscale.ops.memory import RecycledMemory
+from lightning_superscale.zero.gradient_dtypes import packed_into
 
 
 class BucketUnit:
@@ -83,15 +84,14 @@ class BucketUnit:
 
     # Gradients out
 
-    def packed(self, grads: Mapping[int, Tensor], scale: float) -> Tensor:
-        """Gradients as the reduction reads them, [shard_world_size, shard_numel] in their own dtype, times `scale`.
+    def packed(self, grads: Mapping[int, Tensor], scale: float, dtype: torch.dtype) -> Tensor:
+        """Gradients as the reduction reads them, [shard_world_size, shard_numel] in `dtype`, times `scale`.
 
         Rows of parameters without a gradient here are zero; alignment gaps hold anything.
 
         Args:
             grads: by index of the parameter, 1D and whole.
         """
-        dtype = next(iter(grads.values())).dtype if grads else self.dtype
         packed = self._memory.empty(self._shard_world_size, self.shard.shard_numel, dtype=dtype, device=self.device)
         for i in range(len(self.params)):
             grad = grads.get(i)
@@ -99,7 +99,7 @@ class BucketUnit:
                 if there is None:
                     here.zero_()
                 else:
-                    torch.mul(there, scale, out=here)
+                    packed_into(here, there, scale)
         return packed
 
     def _spans(self, packed: Tensor, flat: Tensor | None, i: int) -> Iterable[tuple[Tensor, Tensor | None]]:

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_superscale.comm.collectives import Pending
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.zero.bucket_unit import BucketUnit
+from lightning_superscale.zero.gradient_dtypes import AS_WEIGHTS, GradientDtypes
 from lightning_superscale.zero.grouping import Grouping, NamedParam
 from lightning_superscale.zero.held import HeldGradients
 from lightning_superscale.zero.late_gathers import LateGathers
@@ -46,6 +47,7 @@ class BucketTransport:
         label: names the optimizer in errors.
         no_sync: micro-batches before the last of a step accumulate in `param.grad`, so that ranks talk once
             per step; False reduces each, so that no rank holds whole gradients between them.
+        dtypes: of gradients on their way to other ranks.
         streams_to: the device of parameters whose weights stream (`Grouping.block_of`).
     """
 
@@ -58,16 +60,18 @@ class BucketTransport:
         ranks: Ranks,
         label: str = "optimizer",
         no_sync: bool = True,
+        dtypes: GradientDtypes = AS_WEIGHTS,
         streams_to: torch.device | None = None,
     ) -> None:
         self.grouping = grouping
         self._streams_to = streams_to
         self._sink = sink
+        self._dtypes = dtypes
         self._ranks = ranks
         self._label = label
         self._no_sync = no_sync or self.is_local
-        self._reducer = GradientReducer(ranks, label, sink)
-        self._held = HeldGradients(ranks, label)
+        self._reducer = GradientReducer(ranks, label, sink, dtypes)
+        self._held = HeldGradients(ranks, label, dtypes)
         self._place: dict[nn.Parameter, tuple[BucketUnit, int]] = {}
         self._hooks: dict[nn.Parameter, RemovableHandle] = {}
         self._observed: dict[nn.Parameter, None] = {}
@@ -117,7 +121,7 @@ class BucketTransport:
         self.units = []
         self._place = {}
         self._expected = {}
-        self._reducer = GradientReducer(self._ranks, self._label, self._sink)
+        self._reducer = GradientReducer(self._ranks, self._label, self._sink, self._dtypes)
 
     def place_of(self, param: nn.Parameter) -> tuple[BucketUnit, int] | None:
         """The unit of a parameter and its index there, or None when no unit holds it."""

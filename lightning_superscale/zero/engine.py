@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -27,7 +26,7 @@ from lightning_superscale.zero.optimizer_state import MASTER_KEY, pack_local_sta
 from lightning_superscale.zero.own_step import OwnStep
 from lightning_superscale.zero.ranks import Ranks
 from lightning_superscale.zero.rules import reason_not_native
-from lightning_superscale.zero.states import UnitState, master_slice
+from lightning_superscale.zero.states import UnitState, master_slice, settle_master
 from lightning_superscale.zero.step_rule import StepRule
 from lightning_superscale.zero.tensor_axis import EqualGradients
 from lightning_superscale.zero.transport import Transport
@@ -324,11 +323,12 @@ class OptimizerEngine:
         return None if place is None else place[0].shard.slices[place[1]]
 
     def master_of(self, param: nn.Parameter) -> Tensor | None:
-        """This rank's rows of a parameter's fp32 master; None for one that is its own."""
+        """This rank's rows of a parameter's master; None for one that has the weights' dtype, and so their values."""
         place = self.transport.place_of(param)
-        if place is None or param.dtype == torch.float32:
+        if place is None:
             return None
-        return master_slice(place[0], self.states[place[0].index], place[1])
+        master = master_slice(place[0], self.states[place[0].index], place[1])
+        return None if master.dtype == param.dtype else master
 
     def load_param_state(self, param: nn.Parameter, state: Mapping[str, Any], master: Tensor | None) -> None:
         """Take over one parameter's saved state, rows of this rank."""
@@ -338,10 +338,10 @@ class OptimizerEngine:
         if place is None:
             raise AssertionError("a parameter that was just adopted has no unit")
         unit, i = place
-        if master is not None:
-            master_slice(unit, self.states[unit.index], i).copy_(master)
-        if state:
-            self._rule.load(param, unit, self.states[unit.index], i, state)
+        kept, rest = self.states[unit.index], dict(state)
+        settle_master(unit, kept, i, master, rest)
+        if rest:
+            self._rule.load(param, unit, kept, i, rest)
 
     def reload_masters(self) -> None:
         """Follow the module's weights, after somebody loaded those."""

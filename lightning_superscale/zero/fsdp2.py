@@ -21,6 +21,7 @@ from lightning_superscale.zero.fsdp2_held import HeldWholes, show_rows
 from lightning_superscale.zero.fsdp2_sharding import ShardedModule
 from lightning_superscale.zero.fsdp2_unit import Fsdp2Unit
 from lightning_superscale.zero.gather_order import OrderDeparted
+from lightning_superscale.zero.gradient_dtypes import AS_WEIGHTS, GradientDtypes
 from lightning_superscale.zero.grouping import Grouping, NamedParam
 from lightning_superscale.zero.held import HeldGradients, edited_in_place
 from lightning_superscale.zero.placed import local_rows_of
@@ -50,6 +51,7 @@ class Fsdp2Transport:
         grouping: which parameters share a bucket, of those that FSDP2 can't take, and which stay on the device.
         no_sync: micro-batches before the last of a step accumulate whole gradients, so that ranks talk once per step;
             False reduces each, so that no rank holds whole gradients between them.
+        dtypes: of gradients on their way to other ranks.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Fsdp2Transport:
         grouping: Grouping,
         label: str = "optimizer",
         no_sync: bool = True,
+        dtypes: GradientDtypes = AS_WEIGHTS,
     ) -> None:
         self._sharded = sharded
         self._ranks = ranks
@@ -68,9 +71,10 @@ class Fsdp2Transport:
         self.grouping = grouping
         self._no_sync = no_sync
         self._sink = sink
-        self._reducer = GradientReducer(ranks, label, self._deliver)
+        self._dtypes = dtypes
+        self._reducer = GradientReducer(ranks, label, self._deliver, dtypes)
         self._held = HeldWholes()
-        self._held_plain = HeldGradients(ranks, label)
+        self._held_plain = HeldGradients(ranks, label, dtypes)
         self._is_streamed = False
         self._is_averaging = False
         self._is_averaged = False
@@ -111,7 +115,7 @@ class Fsdp2Transport:
         self.grouping = grouping
         self.units = []
         self._place = {}
-        self._reducer = GradientReducer(self._ranks, self._label, self._deliver)
+        self._reducer = GradientReducer(self._ranks, self._label, self._deliver, self._dtypes)
 
     def _add(self, unit: Fsdp2Unit | BucketUnit) -> Fsdp2Unit | BucketUnit:
         self.units.append(unit)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_superscale.layout import ParamSlice
+from lightning_superscale.zero.gradient_dtypes import grad_dtype_of
 from lightning_superscale.zero.placed import local_rows_of, placed_like
 
 _MARK = 1e12
@@ -35,7 +36,7 @@ class HeldWholes:
             return
         self._note_edit(param)
         self._grads[param] = grad
-        mark = torch.full_like(param.detach(), _MARK)
+        mark = torch.full_like(param.detach(), _MARK, dtype=grad_dtype_of(param))
         param.grad = mark
         self._marks[param] = (mark, mark._version)
 

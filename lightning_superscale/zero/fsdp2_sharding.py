@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.zero.fsdp2_release import release_modules
 from lightning_superscale.zero.gather_order import GatherOrder, OrderDeparted
+from lightning_superscale.zero.gradient_dtypes import grad_dtype_of
 from lightning_superscale.zero.placed import gather_whole, local_of, rows_of_part, write_local, write_whole
 from lightning_superscale.zero.ranks import Ranks
 
@@ -183,6 +184,8 @@ class ShardedModule:
                 if whole is param:
                     raise AssertionError(f"{group.fqn!r} was entered, and its parameters are not gathered")
                 group.wholes[param] = whole
+                if grad_dtype_of(param) != grad_dtype_of(whole):
+                    whole.grad_dtype = grad_dtype_of(param)
                 self._hooks.append(whole.register_post_accumulate_grad_hook(self._taken(param)))  # type: ignore[no-untyped-call]
 
     def _taken(self, param: nn.Parameter) -> Callable[[nn.Parameter], None]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_superscale.layout import ParamSpec, UnitLayout, shard_rows, unit_layout
+from lightning_superscale.zero.gradient_dtypes import packed_into
 from lightning_superscale.zero.placed import local_rows_of, tensor_shape
 from lightning_superscale.zero.units import slice_view
 
@@ -73,8 +74,8 @@ class Fsdp2Unit:
             self.local_rows(i).copy_(slice_view(inbox, self.shard.slices[i]))
         self._inbox = None
 
-    def packed(self, grads: Mapping[int, Tensor], scale: float) -> Tensor:
-        """Gradients as the reduction reads them, [shard_world_size, shard_numel] in their own dtype, times `scale`.
+    def packed(self, grads: Mapping[int, Tensor], scale: float, dtype: torch.dtype) -> Tensor:
+        """Gradients as the reduction reads them, [shard_world_size, shard_numel] in `dtype`, times `scale`.
 
         Rows of parameters without a gradient here are zero; alignment gaps hold anything.
 
@@ -82,7 +83,6 @@ class Fsdp2Unit:
             grads: by index of the parameter, 1D and whole.
         """
         size = self._shard_world_size
-        dtype = next(iter(grads.values())).dtype if grads else self.dtype
         packed = torch.empty(size, self.shard.shard_numel, dtype=dtype, device=self.device)
         for i, piece in enumerate(self.shard.slices):
             grad, spec = grads.get(i), piece.spec
@@ -92,5 +92,5 @@ class Fsdp2Unit:
                 if grad is None:
                     here.zero_()
                 else:
-                    torch.mul(grad[start:stop], scale, out=here)
+                    packed_into(here, grad[start:stop], scale)
         return packed

@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.zero.bucket_unit import BucketUnit
+from lightning_superscale.zero.gradient_dtypes import AS_WEIGHTS, GradientDtypes, grad_dtype_of
 from lightning_superscale.zero.ranks import Ranks
 from lightning_superscale.zero.reduction import average_whole
 from lightning_superscale.zero.units import DeltaSink, GradientDelta
@@ -23,8 +24,9 @@ from lightning_superscale.zero.units import DeltaSink, GradientDelta
 class HeldGradients:
     """What one transport does about gradients in `param.grad` on several ranks."""
 
-    def __init__(self, ranks: Ranks, label: str) -> None:
+    def __init__(self, ranks: Ranks, label: str, dtypes: GradientDtypes = AS_WEIGHTS) -> None:
         self._ranks = ranks
+        self._dtypes = dtypes
         self._label = f"{label}, gradients kept in param.grad"
         self._num_averages = 0
         self._hooks: list[RemovableHandle] = []
@@ -54,9 +56,10 @@ class HeldGradients:
         for i in present:
             param = unit.params[i]
             if param.grad is None:
-                param.grad = torch.zeros_like(param)
+                param.grad = torch.zeros_like(param, dtype=grad_dtype_of(param))
             grads[i] = param.grad.detach().reshape(-1)
-        averaged = average_whole(self._ranks, grads, unit.full.slices, unit.full.shard_numel)
+        dtype = self._dtypes.reduced(unit.params[0])
+        averaged = average_whole(self._ranks, grads, unit.full.slices, unit.full.shard_numel, dtype)
         for i, grad in grads.items():
             piece = unit.full.slices[i]
             grad.copy_(averaged[piece.offset : piece.offset + piece.numel])

@@ -16,7 +16,7 @@ from lightning_superscale.timeline import UNTIMED, Lane, Timeline
 from lightning_superscale.zero.due import Due, by_unit
 from lightning_superscale.zero.guard import StepGuard
 from lightning_superscale.zero.rules import hyper_of
-from lightning_superscale.zero.states import UnitState
+from lightning_superscale.zero.states import COMPENSATION_KEY, UnitState
 from lightning_superscale.zero.step_rule import Publish, SynchronousRule
 from lightning_superscale.zero.units import ShardUnit, slice_view
 
@@ -68,8 +68,12 @@ class BoundStep(SynchronousRule):
         own: dict[str, Any] = self._optimizer.state[item.param]
         if "step" not in own:
             own["step"] = torch.tensor(0.0)
-        for key, moments in (("exp_avg", item.state.exp_avg), ("exp_avg_sq", item.state.exp_avg_sq)):
-            flat, held = _present(moments), own.get(key)
+        state = item.state
+        flats = {"exp_avg": _present(state.exp_avg), "exp_avg_sq": _present(state.exp_avg_sq)}
+        if state.compensation is not None:
+            flats[COMPENSATION_KEY] = state.compensation
+        for key, flat in flats.items():
+            held = own.get(key)
             if held is not None and held.data_ptr() == flat.data_ptr() + item.piece.offset * flat.element_size():
                 continue  # bound at an earlier step; a view per parameter and step would cost more than this
             own[key] = slice_view(flat, item.piece).view(item.piece.local_shape)
@@ -156,6 +160,8 @@ def _segment(item: Due, hyper: AdamWHyper) -> AdamWSegment:
         grad=item.grad,
         hyper=hyper,
         weight_out=state.weight_out_of(item.i),
+        rounding=state.rounding_of(item.i),
+        compensation=None if state.compensation is None else slice_view(state.compensation, piece),
     )
 
 
@@ -165,7 +171,8 @@ def _give_grad(param: nn.Parameter, grad: Tensor) -> None:
         param.grad = grad
         return
     weight = param.data
-    param.data = grad  # torch compares the devices of a parameter and the gradient that it is given
+    # torch compares the devices of a parameter and the gradient that it is given.
+    param.data = torch.empty_like(grad, dtype=weight.dtype)
     param.grad = grad
     param.data = weight
 

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from lightning_superscale.ops.update import StatsSource
 from lightning_superscale.timeline import UNTIMED, Lane, Timeline
 from lightning_superscale.zero.due import Due, by_unit
+from lightning_superscale.zero.gradient_dtypes import grad_dtype_of
 from lightning_superscale.zero.guard import StepGuard
 from lightning_superscale.zero.states import UnitState, master_slice
 from lightning_superscale.zero.step_rule import Publish, SynchronousRule
@@ -109,12 +110,13 @@ class OwnStep(SynchronousRule):
 
     def _set_grads(self, due: Sequence[Due], grad_scale: float, clip_value: float | None) -> None:
         for item in due:
+            master = self._masters.get(item.param, item.param)
             grad = item.grad.to(torch.float32, copy=True)
             if grad_scale != 1.0:
                 grad.mul_(grad_scale)
             if clip_value is not None:
                 grad.clamp_(-clip_value, clip_value)
-            self._masters.get(item.param, item.param).grad = grad.view(item.piece.local_shape)
+            master.grad = grad.view(item.piece.local_shape).to(grad_dtype_of(master))
 
     def _drop_grads(self, due: Sequence[Due]) -> None:
         for item in due:

@@ -82,6 +82,12 @@ def is_cut(tensor: Tensor) -> bool:
     return _tensor_place(tensor) is not None
 
 
+def tensor_part_name(tensor: Tensor, fqn: str) -> str:
+    """A name of this rank's tensor-axis part of a parameter, the same for all ranks that hold the same part."""
+    place = _tensor_place(tensor)
+    return fqn if place is None else f"{fqn}[{place[1]} of {place[2]}]"
+
+
 def tensor_shape(tensor: Tensor) -> tuple[int, ...]:
     """Shape of the tensor axis' part: of everything that data-parallel ranks hold together here."""
     shape, place = tuple(tensor.shape), _tensor_place(tensor)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lightning_superscale.comm.collectives import Pending
 from lightning_superscale.layout import ParamSlice
+from lightning_superscale.zero.gradient_dtypes import AS_WEIGHTS, GradientDtypes, packed_into
 from lightning_superscale.zero.ranks import Ranks
 from lightning_superscale.zero.units import DeltaSink, GradientDelta, ShardUnit, slice_view
 
@@ -26,7 +27,7 @@ from lightning_superscale.zero.units import DeltaSink, GradientDelta, ShardUnit,
 class ReducedUnit(ShardUnit, Protocol):
     """What the reducer needs of a unit, of whatever kind."""
 
-    def packed(self, grads: Mapping[int, Tensor], scale: float) -> Tensor:
+    def packed(self, grads: Mapping[int, Tensor], scale: float, dtype: torch.dtype) -> Tensor:
         """Whole 1D gradients by index, times `scale`, as [shard_world_size, shard_numel]; zeros where one lacks."""
 
 
@@ -63,12 +64,14 @@ class GradientReducer:
     Args:
         label: names the optimizer in errors.
         sink: receives this rank's rows of the averages.
+        dtypes: of gradients on their way.
     """
 
-    def __init__(self, ranks: Ranks, label: str, sink: DeltaSink) -> None:
+    def __init__(self, ranks: Ranks, label: str, sink: DeltaSink, dtypes: GradientDtypes = AS_WEIGHTS) -> None:
         self._ranks = ranks
         self._label = label
         self._sink = sink
+        self._dtypes = dtypes
         self._scale = 1.0 / ranks.mesh.data.size
         self._units: list[ReducedUnit] = []
         self._order: list[ReducedUnit] = []
@@ -103,7 +106,7 @@ class GradientReducer:
 
     def _launch(self, unit: ReducedUnit, grads: _UnitGrads) -> None:
         slices = tuple(sorted(grads.waiting))
-        packed = unit.packed(grads.waiting, self._scale)
+        packed = unit.packed(grads.waiting, self._scale, self._dtypes.reduced(unit.params[0]))
         grads.waiting = {}
         grads.is_launched = True
         self._flights.append(_Flight(unit, slices, self._ranks.shard.reduce_scatter(packed)))
@@ -180,7 +183,7 @@ class GradientReducer:
         for unit in self._units:
             if late[unit.index]:
                 grads = self._grads[unit.index] if unit.index in self._grads else _UnitGrads()
-                packed = unit.packed(grads.late, self._scale)
+                packed = unit.packed(grads.late, self._scale, self._dtypes.reduced(unit.params[0]))
                 slices = tuple(sorted(late[unit.index]))
                 self._flights.append(_Flight(unit, slices, self._ranks.shard.reduce_scatter(packed)))
         self._advance(block=True)
@@ -196,14 +199,17 @@ class GradientReducer:
         self._flights.clear()
 
 
-def average_whole(ranks: Ranks, grads: Mapping[int, Tensor], pieces: Sequence[ParamSlice], numel: int) -> Tensor:
+def average_whole(
+    ranks: Ranks, grads: Mapping[int, Tensor], pieces: Sequence[ParamSlice], numel: int, dtype: torch.dtype
+) -> Tensor:
     """Average whole gradients over all data-parallel ranks, [numel], laid out like `pieces`; zeros where one has none.
 
     Args:
         grads: by index into `pieces`, 1D, at least one.
+        dtype: in which they travel.
     """
     first = next(iter(grads.values()))
-    flat = torch.zeros(numel, dtype=first.dtype, device=first.device)
+    flat = torch.zeros(numel, dtype=dtype, device=first.device)
     for i, grad in grads.items():
-        torch.mul(grad, 1.0 / ranks.mesh.data.size, out=slice_view(flat, pieces[i]))
+        packed_into(slice_view(flat, pieces[i]), grad, 1.0 / ranks.mesh.data.size)
     return ranks.data.all_reduce(flat).wait()

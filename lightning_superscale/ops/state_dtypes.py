@@ -1,0 +1,59 @@
+"""In which dtypes an optimizer's masters and moments are kept, and how updates round them."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+
+from lightning_superscale.ops.types import Rounding
+
+
+@dataclass(frozen=True, slots=True)
+class StateDtypes:
+    """Dtypes of what the engine keeps between steps.
+
+    Attributes:
+        masters: of bf16 weights: fp32, or bf16, which makes the weights their own masters. Other weights have
+            fp32 masters always.
+        moments: fp32 or bf16.
+        is_stochastic: bf16 masters and moments are rounded stochastically, otherwise to nearest even.
+        is_compensated: what rounding a bf16 master lost is kept beside it, in bf16 (Kahan).
+        seed: of the random numbers, in [0, 2**63).
+    """
+
+    masters: torch.dtype = torch.float32
+    moments: torch.dtype = torch.float32
+    is_stochastic: bool = False
+    is_compensated: bool = False
+    seed: int = 0
+
+    def master_of(self, weights: torch.dtype) -> torch.dtype:
+        """Dtype of the masters of such weights; the weights' own where they are their masters."""
+        return self.masters if weights == torch.bfloat16 else torch.float32
+
+    def compensates(self, weights: torch.dtype) -> bool:
+        """Whether masters of such weights have a compensation."""
+        return self.is_compensated and self.master_of(weights) == torch.bfloat16
+
+    def rounding(self, weights: torch.dtype, fqn: str, first_element: int) -> Rounding | None:
+        """How updates of a parameter round, from its given element on; None where all states are fp32."""
+        if self.master_of(weights) == torch.float32 and self.moments == torch.float32:
+            return None
+        if not self.is_stochastic:
+            return Rounding(False)
+        digest = hashlib.blake2b(f"{self.seed}:{fqn}".encode(), digest_size=8).digest()
+        return Rounding(True, int.from_bytes(digest, "little") >> 1, first_element)
+
+    def state_bytes(self, weights: torch.dtype, *, has_moments: bool) -> int:
+        """Bytes per parameter beside the weights themselves: a master of its own, compensation, moments."""
+        master = self.master_of(weights)
+        return (
+            (0 if master == weights else master.itemsize)
+            + (2 if self.compensates(weights) else 0)
+            + (2 * self.moments.itemsize if has_moments else 0)
+        )
+
+
+FP32_STATES = StateDtypes()
