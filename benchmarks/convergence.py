@@ -1,4 +1,4 @@
-"""What low-precision states cost in quality: `python benchmarks/convergence.py [--picture docs/pictures/convergence.png]`.
+"""What low-precision states cost in quality: `python benchmarks/convergence.py [--picture curves.png]`.
 
 The demo's language model on the demo's text, the same tokens in the same order for everybody: bf16 weights with fp32
 masters and states, and with everything in bf16, rounded stochastically, with Kahan's compensation, or to nearest as
