@@ -20,6 +20,8 @@ status=0
 # shellcheck disable=SC2086  # several options
 "$venv/bin/python" benchmarks/zero.py --peers "$peers" --json "$out/zero.json" ${BENCH_OPTIONS:-} || status=1
 "$venv/bin/python" benchmarks/superoffload.py --peers "$peers" --json "$out/superoffload.json" || status=1
+"$venv/bin/python" benchmarks/precision.py --ranks 2 --peers "$peers" --json "$out/precision.json" || status=1
+"$venv/bin/python" benchmarks/convergence.py --json "$out/convergence.json" --picture "$out/convergence.png" || status=1
 "$venv/bin/python" benchmarks/checkpoint.py --peers "$peers" --json "$out/checkpoint.json" || status=1
 echo "JSON is in $out"
 exit $status

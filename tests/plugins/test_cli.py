@@ -94,6 +94,25 @@ def test_precision_plugin_by_class_path(tmp_path, mode):
     assert cli.trainer.precision_plugin.precision == "bf16-mixed"
 
 
+def test_low_precision_states_by_class_path_and_override(tmp_path, mode):
+    choices = {"precision": "bf16-true", "master_weights": "bf16", "optimizer_states": "bf16", "kahan": True, "seed": 5}
+    plugin = {"class_path": "lightning_superscale.SuperScalePrecision", "init_args": choices}
+    cli = run(tmp_path, {"strategy": "superoffload", "plugins": [plugin]}, mode=mode)
+    expected = lss.SuperScalePrecision(**choices).choices
+    assert cli.trainer.precision_plugin.choices == expected
+    assert {state["exp_avg"].dtype for state in cli.trainer.optimizers[0].state.values()} == {torch.bfloat16}
+
+
+def test_low_precision_that_cannot_work_is_refused_with_the_reason(tmp_path, mode, capsys):
+    plugin = {
+        "class_path": "lightning_superscale.SuperScalePrecision",
+        "init_args": {"precision": "bf16-mixed", "master_weights": "bf16"},
+    }
+    with pytest.raises((SystemExit, ValueError)) as refused:
+        run(tmp_path, {"strategy": "superoffload", "plugins": [plugin]}, mode=mode)
+    assert "are fp32 and their own masters" in capsys.readouterr().err + str(refused.value)
+
+
 @pytest.mark.parametrize(
     ("init_args", "names"),
     [
