@@ -2,7 +2,7 @@
 
 [Note: Second order] A backward with `create_graph=True` saves the gathered weights once more, for a backward through
 itself that no hook on a module's output announces; freed memory would be read there. So groups that such a backward
-reaches stay gathered until their weights change. Only memory is lost by that.
+reaches stay gathered until their weights change; those of frozen groups, until training ends. Only memory is lost.
 """
 
 from __future__ import annotations
@@ -82,6 +82,13 @@ class UsersHooks:
         """Those of `register_hook`, oldest first."""
         owners = (self._original_of.get(param), param)
         return [hooks for owner in owners if owner is not None and (hooks := getattr(owner, "_backward_hooks", None))]
+
+    def hand_back(self, plain: Mapping[nn.Parameter, nn.Parameter]) -> None:
+        """Give hooks of sharded parameters to the plain ones that take their place; handles don't remove those."""
+        for param, own in plain.items():
+            for hooks in self.hooks_of(param):
+                for hook in hooks.values():
+                    own.register_hook(hook)  # type: ignore[no-untyped-call]
 
     def follow(self, param: nn.Parameter, whole: nn.Parameter, fqn: str) -> RemovableHandle | None:
         """Let hooks of a sharded parameter see the gradient of the gathered one, before anybody takes it.

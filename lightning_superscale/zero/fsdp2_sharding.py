@@ -369,6 +369,7 @@ class ShardedModule:
                     owner.register_parameter(name, own)
             plain.update(new)
             group.wholes.clear()
+        self._users_hooks.hand_back(plain)
         release_modules(self._before)
         self.groups.clear()
         for optimizer in self._optimizers:

@@ -34,6 +34,7 @@ class Run:
         clip: ("norm" or "value", limit); None for no clipping.
         is_watched: hooks of the module may look at gradients before the step.
         is_twice: the module's own `backward` runs two.
+        is_hooked: a parameter got a hook when the model was made.
     """
 
     pattern: str
@@ -41,6 +42,14 @@ class Run:
     clip: tuple[str, float] | None = None
     is_watched: bool = False
     is_twice: bool = False
+    is_hooked: bool = False
+
+    def make(self) -> TwoTowers:
+        model = TwoTowers()
+        if self.is_hooked:
+            model.vision.first.weight.register_hook(lambda grad: grad * 0.25)
+            model.vision.scale.register_hook(lambda grad: grad * 0.5)
+        return model
 
     @property
     def is_automatic(self) -> bool:
@@ -77,7 +86,7 @@ class Module(L.LightningModule):
     def __init__(self, run: Run) -> None:
         super().__init__()
         self.automatic_optimization = run.is_automatic
-        self.net, self.run = TwoTowers(), run
+        self.net, self.run = run.make(), run
 
     def configure_optimizers(self):
         return self.run.optimizers_of(self.net)
@@ -157,7 +166,7 @@ class _Replica:
 
     def __init__(self, run: Run, rank: int) -> None:
         self.run, self.rank = run, rank
-        self.model = TwoTowers()
+        self.model = run.make()
         self.params = list(self.model.parameters())
         self.optimizers = run.optimizers_of(self.model)
 

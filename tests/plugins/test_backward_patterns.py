@@ -6,11 +6,14 @@ import re
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
-from tests.helpers.backward_patterns import AUTOMATIC, TwoTowers
-from tests.helpers.backward_runs import PATTERNS, Run, outcome, outcomes, plain
+import lightning_superscale as lss
+from tests.helpers.backward_patterns import AUTOMATIC, TwoTowers, loss_of
+from tests.helpers.backward_runs import PATTERNS, Batches, Module, Run, outcome, outcomes, plain
 from tests.helpers.extent import IS_ALL
 from tests.helpers.ranks import run_ranks
+from tests.helpers.trainers import trainer
 
 OFFLOADED = "superoffload"
 STRATEGIES = {
@@ -108,6 +111,8 @@ def all_runs(name: str, *, is_halved: bool = False) -> list[Run]:
             found += runs_of(pattern, clip)
             if pattern in ("plain_loss", "loss_after_a_backward"):
                 found.append(Run(pattern, 2, clip, is_watched=True))
+            if pattern in ("plain_loss", "one_loss"):
+                found.append(Run(pattern, 1, clip, is_hooked=True))
             if pattern == "plain_loss":
                 found.append(Run(pattern, 1, clip, is_twice=True))
     return found
@@ -140,3 +145,41 @@ def test_refusals_at_two_ranks_are_heard_on_both_and_training_goes_on(name):
     for rank, found in enumerate(results):
         for run, weights in zip(runs, found, strict=True):
             assert_same(weights, run, strategy, 2, name=f"rank {rank}, {name}: {run}")
+
+
+class Filled(Module):
+    """Puts a gradient into `param.grad` between backward and step, or hooks into where gradients never are."""
+
+    is_hooked = False
+
+    def __init__(self) -> None:
+        super().__init__(Run("one_loss"))
+        if self.is_hooked:
+            self.net.vision.first.weight.register_post_accumulate_grad_hook(lambda param: None)
+
+    def training_step(self, x, batch_idx):
+        optimizer = self.optimizers()
+        self.manual_backward(loss_of(self.net.vision(x)))
+        weight = self.net.text.first.weight
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+
+
+class Hooked(Filled):
+    is_hooked = True
+
+
+def _refused_by_sharded_weights(rank: int, world_size: int) -> list[str]:
+    said = []
+    for module_class in (Filled, Hooked):
+        run = trainer(lss.SuperScaleStrategy(zero=3), devices=world_size, max_epochs=1, use_distributed_sampler=False)
+        with pytest.raises(lss.SuperScaleError) as caught:
+            run.fit(module_class(), DataLoader(Batches(2, rank), batch_size=None))
+        said.append(str(caught.value))
+    return said
+
+
+def test_what_sharded_parameters_have_no_place_for_is_refused_by_name():
+    for by_hand, hook in run_ranks(2, _refused_by_sharded_weights):
+        assert "the gradient of 'net.text.first.weight' was put into param.grad by hand" in by_hand
+        assert "'net.vision.first.weight' has a hook of register_post_accumulate_grad_hook()" in hook
