@@ -15,6 +15,9 @@ from tests.helpers.extent import IS_ALL
 from tests.helpers.ranks import run_ranks
 from tests.helpers.trainers import trainer
 
+# The oracle says so, too, once per process.
+pytestmark = pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
+
 OFFLOADED = "superoffload"
 STRATEGIES = {
     "superscale": {"zero": 0},
