@@ -46,6 +46,9 @@ class StreamedUnit(Protocol):
     @property
     def shard(self) -> UnitLayout: ...
 
+    def edits_of(self, i: int) -> int:
+        """A number that grows when anybody but a step changes a weight in place."""
+
     weights: Tensor
     views: tuple[Tensor, ...]
 
@@ -84,7 +87,7 @@ class FlowingWeights:
         self._storage = unit.weights.untyped_storage()
         self._fence: LinkFence | None = None
         self._copies: list[LinkEvent] = []
-        self._versions: dict[int, int] = {}
+        self._edits: dict[int, int] = {}
         for i, param in self._params.items():
             self._on_host[first][i].copy_(param.detach())
         self._bind_host()
@@ -181,7 +184,7 @@ class FlowingWeights:
         self._check_bound([self._on_host[at][i] for i, at in enumerate(self._current)])
         for i, param in self._params.items():
             param.data = self.unit.views[i]
-        self._versions = {i: param._version for i, param in self._params.items()}
+        self._edits = {i: self.unit.edits_of(i) for i in self._params}
         self.is_present = True
 
     def leave(self) -> None:
@@ -204,8 +207,8 @@ class FlowingWeights:
             self._storage.resize_(0)
 
     def _keep_edits(self) -> None:
-        for i, param in self._params.items():
-            if param._version != self._versions[i]:
+        for i in self._params:
+            if self.unit.edits_of(i) != self._edits[i]:
                 self._link.d2h(self.of(i), self.unit.views[i].view(-1)).synchronize()
 
     def _check_bound(self, expected: Sequence[Tensor]) -> None:

@@ -220,7 +220,7 @@ def assemble(module: nn.Module, optimizers: Sequence[Optimizer], settings: RunSe
         if settings.streams:
             engine.transport.stream()
         elif not settings.is_automatic:
-            engine.transport.watch_edits()
+            engine.transport.watch_edits(settings.is_scaling)
     compiled = is_compiled(module)
     gates = _gates(module, engines.values(), settings, is_model_compiled=compiled)
     reasons = reasons_of(settings, is_model_compiled=compiled)

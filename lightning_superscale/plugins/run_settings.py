@@ -13,6 +13,7 @@ from lightning_superscale.plugins.flow import WeightsChoice
 from lightning_superscale.plugins.precision_choices import PrecisionChoices
 from lightning_superscale.timeline import UNTIMED, Timeline
 from lightning_superscale.zero.gather_order import GatherOrder
+from lightning_superscale.zero.held import IsScaling
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +28,7 @@ class RunSettings:
         timeline: where a step is recorded, when one is.
         order: compares gathers between ranks; needed by stage 3 over several ranks.
         weights: whether weights flow from the host, and why.
+        is_scaling: whether losses are scaled by a backward that runs now; None where none ever is.
         flow: brings them when they are used; None when they stay on the device.
     """
 
@@ -42,6 +44,7 @@ class RunSettings:
     order: GatherOrder | None
     weights: WeightsChoice
     flow: WeightFlow | None = None
+    is_scaling: IsScaling | None = None
     timeline: Timeline = UNTIMED
 
     @property

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, Union
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from lightning_superscale.comm.mesh import check_tensor_size
@@ -17,6 +17,7 @@ from lightning_superscale.config import CheckpointConfig, OffloadConfig, ZeroCon
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.offload.weight_flow import WeightFlow
 from lightning_superscale.plugins.assembly import Assembly, assemble
+from lightning_superscale.plugins.backward import BackwardMixin
 from lightning_superscale.plugins.checkpoint_io import UniversalCheckpointIOMixin, before_step
 from lightning_superscale.plugins.checks import refuse_averaging
 from lightning_superscale.plugins.flow import (
@@ -37,6 +38,7 @@ from lightning_superscale.plugins.step_recorder import StepRecorder
 from lightning_superscale.plugins.timing import PhaseSeconds
 from lightning_superscale.plugins.visibility import why_gradients_are_held, why_weights_are_awaited
 from lightning_superscale.timeline import Lane
+from lightning_superscale.zero.flag import Flag
 from lightning_superscale.zero.initial_weights import is_on_meta, materialise_all
 from lightning_superscale.zero.replicas import broadcast_from_first
 
@@ -50,7 +52,7 @@ else:
     _Base = object
 
 
-class SuperScaleStrategyMixin(RunStateMixin, _Base):
+class SuperScaleStrategyMixin(BackwardMixin, RunStateMixin, _Base):
     """Data-parallel training with sharded, offloaded or plain optimizer states, exactly as plain AdamW.
 
     Args:
@@ -100,6 +102,7 @@ class SuperScaleStrategyMixin(RunStateMixin, _Base):
         self._shows_weights = True
         self._was_on_meta = False
         self._is_blocked = False
+        self._in_backward = Flag()
         self.phase_seconds = PhaseSeconds()
         self._recorder: StepRecorder | None = None
         super().__init__(
@@ -237,6 +240,7 @@ class SuperScaleStrategyMixin(RunStateMixin, _Base):
             order=self._environment.order,
             weights=self._weights,
             flow=self._flow,
+            is_scaling=self._is_scaling,
             timeline=self._recorder.timeline,
         )
         if settings.shards_weights:
@@ -271,7 +275,7 @@ class SuperScaleStrategyMixin(RunStateMixin, _Base):
         start = time.perf_counter()
         self.phase_seconds.before += start - entered
         try:
-            with self._recorded("forward"):
+            with self._recorded("forward"), self._in_training_step():
                 return super().training_step(*args, **kwargs)
         finally:
             self.phase_seconds.forward += time.perf_counter() - start
@@ -295,33 +299,6 @@ class SuperScaleStrategyMixin(RunStateMixin, _Base):
             "is_deferred": self._assembly.settings.defers,
             "device_share": device_share(self._assembly.engines.values()),
         }
-
-    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        start = time.perf_counter()
-        try:
-            with self._recorded("backward"):
-                return super().backward(closure_loss, optimizer, *args, **kwargs)
-        finally:
-            self.phase_seconds.backward += time.perf_counter() - start
-
-    def post_backward(self, closure_loss: Tensor) -> None:
-        super().post_backward(closure_loss)
-        self._rest_weights(are_visible=self._shows_weights)
-        if self._assembly is not None and not self._is_blocked:
-            self._assembly.after_backward()
-
-    @contextmanager
-    def block_backward_sync(self) -> Iterator[None]:
-        """While open, more micro-batches of the same step follow: gradients accumulate where they are."""
-        before, self._is_blocked = self._is_blocked, True
-        try:
-            with ExitStack() as stack:
-                if self._assembly is not None:
-                    for engine in self._assembly.engines.values():
-                        stack.enter_context(engine.transport.blocked())
-                yield
-        finally:
-            self._is_blocked = before
 
     def optimizer_step(
         self,

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from lightning_superscale.layout import ParamSpec, UnitLayout, shard_rows, unit_layout
 from lightning_superscale.ops.memory import RecycledMemory
@@ -53,6 +54,7 @@ class BucketUnit:
         self._memory = memory
         self._gathered: Tensor | None = None
         self._rows_of_ranks: list[list[Tensor]] = []
+        self._num_steps = [0] * len(self.params)
         first = self.params[0]
         self.weights = torch.zeros(self.full.shard_numel, dtype=first.dtype, device=streams_to or first.device)
         self.views = tuple(
@@ -81,6 +83,16 @@ class BucketUnit:
     def local_rows(self, i: int) -> Tensor:
         start = self.full.slices[i].offset + self.shard.slices[i].global_offset
         return self.weights[start : start + self.shard.slices[i].numel]
+
+    def mark_stepped(self, stepped: Iterable[int]) -> None:
+        """Count a version more of weights that a step changed ([Note: Graphs of old weights] in `transport.py`)."""
+        for i in stepped:
+            increment_version(self.params[i])
+            self._num_steps[i] += 1
+
+    def edits_of(self, i: int) -> int:
+        """A number that grows when anybody but a step changes a weight in place."""
+        return self.params[i]._version - self._num_steps[i]
 
     # Gradients out
 

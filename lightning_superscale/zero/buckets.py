@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple
 
 import torch
@@ -13,9 +13,10 @@ from torch.utils.hooks import RemovableHandle
 from lightning_superscale.comm.collectives import Pending
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.zero.bucket_unit import BucketUnit
+from lightning_superscale.zero.flag import Flag
 from lightning_superscale.zero.gradient_dtypes import AS_WEIGHTS, GradientDtypes
 from lightning_superscale.zero.grouping import Grouping, NamedParam
-from lightning_superscale.zero.held import HeldGradients
+from lightning_superscale.zero.held import HeldGradients, IsScaling
 from lightning_superscale.zero.late_gathers import LateGathers
 from lightning_superscale.zero.ranks import Ranks
 from lightning_superscale.zero.reduction import GradientReducer
@@ -77,6 +78,7 @@ class BucketTransport:
         self._observed: dict[nn.Parameter, None] = {}
         self._is_streamed = False
         self._is_blocked = False
+        self._holding = Flag()
         # Per unit, on one rank: gradients that wait for the rest of their unit, and which were sent this step. The
         # rest is whatever the last step had: an unused parameter doesn't hold its unit back.
         self._waiting: dict[int, dict[int, Tensor]] = {}
@@ -109,6 +111,7 @@ class BucketTransport:
             self.units.append(unit)
             self._reducer.add_unit(unit)
             added.append(unit)
+            self._held.follow(unit.params)
             for i, param in enumerate(unit.params):
                 self._place[param] = (unit, i)
                 if self._is_streamed:
@@ -135,10 +138,10 @@ class BucketTransport:
         for param in self._place:
             self._hook(param)
 
-    def watch_edits(self) -> None:
+    def watch_edits(self, is_scaling: IsScaling | None = None) -> None:
         """Refuse, at the step, held gradients that somebody changed in place: they are only this rank's share."""
-        if not self.is_local:
-            self._held.watch(self._place)
+        if not self.is_local or is_scaling is not None:
+            self._held.watch(self._place, is_scaling)
 
     def _hook(self, param: nn.Parameter) -> None:
         if param not in self._hooks:
@@ -159,9 +162,12 @@ class BucketTransport:
         if not self._no_sync and self._is_streamed:
             self._collect_over_ranks()
 
+    def holding(self) -> AbstractContextManager[None]:
+        return self._holding.raised()
+
     def _on_grad(self, param: nn.Parameter) -> None:
         self._late_gathers.issue_all()
-        if self._is_blocked:
+        if self._is_blocked or self._holding:
             return
         self._observed.setdefault(param)
         unit, i = self._place[param]
@@ -227,7 +233,6 @@ class BucketTransport:
         try:
             for unit in self.units:
                 for i, grad in self._left_in_params(unit):
-                    self._held.check_unedited(unit.params[i], unit.full.slices[i].fqn)
                     self._reducer.put(unit, i, grad)
         except SuperScaleError as found:
             error = found  # the other ranks are on their way into the agreement
@@ -242,6 +247,7 @@ class BucketTransport:
                 slices.append((i, self._take(unit, i)))
             else:
                 check_dense(unit.full.slices[i].fqn, param.grad)
+                self._held.check(param, unit.full.slices[i].fqn)
                 slices.append((i, param.grad.detach().reshape(-1)))
         return slices
 
@@ -257,6 +263,7 @@ class BucketTransport:
     def publish(self, unit: ShardUnit, event: PublishEvent | None, stepped: Sequence[int]) -> None:
         """Note that new weights are on their way into `unit.weights`; gather them from the ranks that hold them."""
         bucket = self.units[unit.index]
+        bucket.mark_stepped(stepped)
         if bucket.is_whole:
             if event is not None:
                 self._uploads[bucket.index] = event

@@ -250,6 +250,7 @@ class OptimizerEngine:
         if event is None:
             event = self.states[unit.index].upload(stepped)
         self.transport.publish(unit, event, stepped)
+        self._seen_versions.update((unit.params[i], unit.params[i]._version) for i in stepped)
         self.seconds.publish += time.perf_counter() - start
 
     # Optimizers that run themselves

@@ -7,7 +7,7 @@ reduce has one order, whichever kind of unit it belongs to.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -16,14 +16,15 @@ from torch.utils.hooks import RemovableHandle
 from lightning_superscale.comm.collectives import local_grad
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.zero.bucket_unit import BucketUnit
+from lightning_superscale.zero.flag import Flag
 from lightning_superscale.zero.fsdp2_grouping import fsdp2_units_of
-from lightning_superscale.zero.fsdp2_held import HeldWholes, show_rows
+from lightning_superscale.zero.fsdp2_held import HeldWholes, lost_gradients, show_rows
 from lightning_superscale.zero.fsdp2_sharding import ShardedModule
 from lightning_superscale.zero.fsdp2_unit import Fsdp2Unit
 from lightning_superscale.zero.gather_order import OrderDeparted
 from lightning_superscale.zero.gradient_dtypes import AS_WEIGHTS, GradientDtypes
 from lightning_superscale.zero.grouping import Grouping, NamedParam
-from lightning_superscale.zero.held import HeldGradients, edited_in_place
+from lightning_superscale.zero.held import HeldGradients, IsScaling
 from lightning_superscale.zero.placed import local_rows_of
 from lightning_superscale.zero.ranks import Ranks
 from lightning_superscale.zero.reduction import GradientReducer
@@ -76,10 +77,13 @@ class Fsdp2Transport:
         self._held = HeldWholes()
         self._held_plain = HeldGradients(ranks, label, dtypes)
         self._is_streamed = False
+        self._is_manual = False
+        self._is_scaling: IsScaling | None = None
         self._is_averaging = False
         self._is_averaged = False
         self._place: dict[nn.Parameter, tuple[Fsdp2Unit | BucketUnit, int]] = {}
         self._is_blocked = False
+        self._holding = Flag()
         self._hooks: dict[nn.Parameter, RemovableHandle] = {}
         self._uploads: dict[int, _Upload] = {}
         self.units: list[Fsdp2Unit | BucketUnit] = []
@@ -128,6 +132,7 @@ class Fsdp2Transport:
         if isinstance(unit, Fsdp2Unit):
             self._sharded.give_to(self, unit.params)
             return
+        self._held_plain.follow(unit.params)
         for param in unit.params:
             if param not in self._hooks:
                 self._hooks[param] = param.register_post_accumulate_grad_hook(self._on_plain_grad)  # type: ignore[no-untyped-call]
@@ -141,17 +146,14 @@ class Fsdp2Transport:
         """From now on, give gradients to the reducer during backward."""
         self._is_streamed = True
 
-    def watch_edits(self) -> None:
+    def watch_edits(self, is_scaling: IsScaling | None = None) -> None:
         """Refuse edits of held gradients at the step; sharded ones can't be edited before they are averaged."""
-        self._held_plain.watch(p for unit in self.units if isinstance(unit, BucketUnit) for p in unit.params)
+        self._is_manual, self._is_scaling = True, is_scaling
+        self._held_plain.watch((p for bucket in self._buckets() for p in bucket.params), is_scaling)
 
     @contextmanager
     def blocked(self) -> Iterator[None]:
-        """While open, more micro-batches of the step follow.
-
-        With no_sync, whole gradients accumulate; without, and streamed, they are reduced before this returns, so that
-        every rank calls it.
-        """
+        """While open, more micro-batches follow; without no_sync, and streamed, every rank calls it and reduces."""
         before, self._is_blocked = self._is_blocked, self._no_sync
         try:
             yield
@@ -160,23 +162,25 @@ class Fsdp2Transport:
         if not self._no_sync and self._is_streamed:
             self._reduce()
 
+    def holding(self) -> AbstractContextManager[None]:
+        return self._holding.raised()
+
     def _on_plain_grad(self, param: nn.Parameter) -> None:
-        if self._is_streamed and not self._is_blocked:
+        if self._is_streamed and not self._is_blocked and not self._holding:
             self.take_grad(param, param)
 
     def take_grad(self, param: nn.Parameter, whole: nn.Parameter) -> None:
-        if not self._is_streamed:
-            self._held.hold(param, self._taken(param, whole))
+        if not self._is_streamed or self._holding:
+            self._held.hold(param, self._taken(param, whole), is_scaled=not self._is_scaling or self._is_scaling())
         elif not self._is_blocked:
             self._put(param, self._taken(param, whole))
             self._reducer.launch_complete()
 
     def _taken(self, param: nn.Parameter, whole: nn.Parameter) -> Tensor:
-        unit, i = self._place[param]
         grad = whole.grad
         if grad is None:
-            raise AssertionError(f"no gradient to take from {unit.full.slices[i].fqn}")
-        check_dense(unit.full.slices[i].fqn, grad)
+            raise AssertionError(f"no gradient to take from {self._fqn_of(param)}")
+        check_dense(self._fqn_of(param), grad)
         whole.grad = None
         return local_grad(grad, whole)
 
@@ -222,8 +226,13 @@ class Fsdp2Transport:
             self._hand_over()
             return
         self._enter_step()
-        self._reduce()
+        has_seen_any = self._held.has_seen_any
+        present = self._reduce()
         self._sharded.order.step_agreed()
+        group_of = {unit.index: unit.group for unit in self.units if isinstance(unit, Fsdp2Unit)}
+        used = self._sharded.graphs.take_used({*group_of.values()})
+        if self._is_manual and used and not has_seen_any and not present & group_of.keys():
+            raise lost_gradients(self._sharded.groups[min(used)].fqn)
 
     def _hand_over(self) -> None:
         self._is_averaged = False
@@ -244,20 +253,23 @@ class Fsdp2Transport:
             self.discard()
             raise
 
-    def _reduce(self, *, with_plain: bool = True) -> None:
+    def _reduce(self, *, with_plain: bool = True) -> set[int]:
+        """Returns: indices of units of which any rank had a gradient."""
         error: SuperScaleError | None = None
         try:
-            edited = self._held.edited()
-            if edited is not None:
-                unit, i = self._place[edited]
-                raise edited_in_place(unit.full.slices[i].fqn, self._ranks.mesh.world.size)
+            filled = filter(self._sharded.holds, self._place) if self._is_manual else ()
+            self._held.check(filled, self._fqn_of, self._ranks.mesh.world.size)
             for param, grad in self._held.take_all():
                 self._put(param, grad)
             for param in self._place:
                 self._put_left(param, with_plain=with_plain)
         except SuperScaleError as found:
             error = found  # the other ranks are on their way into the agreement
-        self._reducer.finish(error, order=self._sharded.order.digest())
+        return self._reducer.finish(error, order=self._sharded.order.digest())
+
+    def _fqn_of(self, param: nn.Parameter) -> str:
+        unit, i = self._place[param]
+        return unit.full.slices[i].fqn
 
     def _put_left(self, param: nn.Parameter, *, with_plain: bool) -> None:
         """Give the reducer a gradient that still lies where autograd left it."""
@@ -269,9 +281,8 @@ class Fsdp2Transport:
             if self._is_streamed:
                 self._put(param, self._taken(param, param))
                 return
-            unit, i = self._place[param]
-            check_dense(unit.full.slices[i].fqn, param.grad)
-            self._held_plain.check_unedited(param, unit.full.slices[i].fqn)
+            check_dense(self._fqn_of(param), param.grad)
+            self._held_plain.check(param, self._fqn_of(param))
             self._put(param, param.grad.detach())
 
     def join_agreement(self, error: OrderDeparted) -> None:
@@ -294,10 +305,11 @@ class Fsdp2Transport:
         """Note that new weights are on their way; gathered old ones are let go of, and buckets are gathered."""
         own = self.units[unit.index]
         if isinstance(own, Fsdp2Unit):
-            self._sharded.reshard(own.group)
+            self._sharded.reshard(own.group, [own.params[i] for i in stepped])
             if event is not None:
                 self._uploads[own.index] = _Upload(event, stepped)
             return
+        own.mark_stepped(stepped)
         # Few and small, and anything may read them, so nothing is left under way.
         if event is not None:
             event.wait()

@@ -9,13 +9,15 @@ and scaling all change a large finite number, and to none of them it becomes zer
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 
+from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.layout import ParamSlice
 from lightning_superscale.zero.gradient_dtypes import grad_dtype_of
+from lightning_superscale.zero.held import edited_in_place, unscaled
 from lightning_superscale.zero.placed import local_rows_of, placed_like
 
 _MARK = 1e12
@@ -28,10 +30,22 @@ class HeldWholes:
         self._grads: dict[nn.Parameter, Tensor] = {}
         self._marks: dict[nn.Parameter, tuple[Tensor, int]] = {}
         self._edited: nn.Parameter | None = None
+        self._unscaled: set[nn.Parameter] = set()
+        self.has_seen_any = False
 
-    def hold(self, param: nn.Parameter, grad: Tensor) -> None:
-        """Add to what is held of a parameter, unless that was zeroed since."""
-        if param in self._grads and self._is_marked(param):
+    def hold(self, param: nn.Parameter, grad: Tensor, *, is_scaled: bool = True) -> None:
+        """Add to what is held of a parameter, unless that was zeroed since.
+
+        Args:
+            is_scaled: whether it came of a loss that was scaled as it should be.
+        """
+        self.has_seen_any = True
+        is_more = param in self._grads and self._is_marked(param)
+        if not is_scaled:
+            self._unscaled.add(param)
+        elif not is_more:
+            self._unscaled.discard(param)
+        if is_more:
             self._grads[param] = self._grads[param] + grad
             return
         self._note_edit(param)
@@ -58,11 +72,26 @@ class HeldWholes:
             if bool((rows != rows.new_full((), _MARK)).any()) and bool(rows.any()):
                 self._edited = param
 
-    def edited(self) -> nn.Parameter | None:
-        """A parameter whose held gradient somebody meant to change in place."""
+    def check(self, filled: Iterable[nn.Parameter], fqn_of: Callable[[nn.Parameter], str], world_size: int) -> None:
+        """Refuse what can't become a gradient.
+
+        Args:
+            filled: parameters whose `param.grad` only backward may fill.
+
+        Raises:
+            SuperScaleError: a held gradient that somebody meant to change in place, or one that somebody put there.
+        """
         for param in self._grads:
             self._note_edit(param)
-        return self._edited
+        if self._edited is not None:
+            raise edited_in_place(fqn_of(self._edited), world_size)
+        for param in self._unscaled:
+            if self._is_marked(param):
+                raise unscaled(fqn_of(param))
+        for param in filled:
+            mark, _ = self._marks.get(param, (None, 0))
+            if param.grad is not None and param.grad is not mark and bool(local_rows_of(param.grad).any()):
+                raise _put_by_hand(fqn_of(param))
 
     def take_all(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """What was not zeroed since; afterwards nothing is held."""
@@ -79,6 +108,27 @@ class HeldWholes:
         self._grads.clear()
         self._marks.clear()
         self._edited = None
+        self._unscaled.clear()
+        self.has_seen_any = False
+
+
+def _put_by_hand(fqn: str) -> SuperScaleError:
+    """The refusal of rows that somebody put into `param.grad`: they are no rank's gradient."""
+    return SuperScaleError(
+        f"the gradient of {fqn!r} was put into param.grad by hand. With ZeRO-3 parameters are shards between forward "
+        "and step, and gradients are made by backward alone. Multiply the loss, or use ZeRO-2."
+    )
+
+
+def lost_gradients(group: str) -> SuperScaleError:
+    """The refusal of a step after a forward that no backward followed."""
+    return SuperScaleError(
+        f"step() found no gradient of this optimizer's sharded parameters anywhere, though {group!r} ran forward since "
+        "the last one. With ZeRO-3 parameters are shards between forward and step, and in no graph: "
+        "torch.autograd.grad(loss, parameters) and backward(inputs=parameters) make no gradient of them. Call "
+        "loss.backward(), with other parameters frozen (toggle_optimizer), leave out a step without gradients, or use "
+        "ZeRO-2."
+    )
 
 
 def show_rows(param: nn.Parameter, rows: Tensor, piece: ParamSlice) -> None:

@@ -92,6 +92,7 @@ def shard_module(
         before=before,
         optimizers=optimizers,
         order=order,
+        reshards_after_forward=policy.reshard_after_forward,
     )
     return sharded
 

@@ -10,12 +10,14 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_superscale.errors import SuperScaleError
+from lightning_superscale.zero.fsdp2_graphs import GroupGraphs, UsersHooks
 from lightning_superscale.zero.fsdp2_release import release_modules
 from lightning_superscale.zero.gather_order import GatherOrder, OrderDeparted
 from lightning_superscale.zero.gradient_dtypes import grad_dtype_of
@@ -91,6 +93,7 @@ class ShardedModule:
         before: dict[nn.Module, frozenset[str]],
         optimizers: Sequence[Optimizer],
         order: GatherOrder,
+        reshards_after_forward: bool,
     ) -> None:
         self.root = root
         self.groups = list(groups)
@@ -106,10 +109,13 @@ class ShardedModule:
         self._strays: dict[nn.Parameter, Tensor] = {}
         self._hooks: list[RemovableHandle] = []
         self._is_released = False
+        self.graphs = GroupGraphs(reshards_after_forward=reshards_after_forward)
+        self._users_hooks = UsersHooks({new: old for old, new in self.replaced.items()})
         for group in self.groups:
             group.fsdp.set_requires_gradient_sync(False, recurse=False)
             self._hooks.append(group.module.register_forward_pre_hook(self._before_gather(group), prepend=True))
             self._hooks.append(group.module.register_forward_pre_hook(self._after_gather(group)))
+            self._hooks.append(self.graphs.watch(group.index, group.module))
 
     # Transports
 
@@ -175,7 +181,7 @@ class ShardedModule:
         return cast(Callable[..., None], torch.compiler.disable(entered))  # type: ignore[no-untyped-call]
 
     def _hook_wholes(self, group: ShardedGroup) -> None:
-        for param in group.params.values():
+        for fqn, param in group.params.items():
             if not param.requires_grad:
                 continue
             owner, name = group.places[param][0]
@@ -187,6 +193,9 @@ class ShardedModule:
                 if grad_dtype_of(param) != grad_dtype_of(whole):
                     whole.grad_dtype = grad_dtype_of(param)
                 self._hooks.append(whole.register_post_accumulate_grad_hook(self._taken(param)))  # type: ignore[no-untyped-call]
+            followed = self._users_hooks.follow(param, whole, fqn)
+            if followed is not None:
+                self._hooks.append(followed)
 
     def _taken(self, param: nn.Parameter) -> Callable[[nn.Parameter], None]:
         def take(whole: nn.Parameter) -> None:
@@ -214,9 +223,12 @@ class ShardedModule:
         for group in self.groups:
             self._land(group.index)
 
-    def reshard(self, group: int) -> None:
-        """Let go of gathered weights, so that the next forward gathers new ones."""
-        self.groups[group].fsdp.reshard()
+    def reshard(self, index: int, changed: Iterable[nn.Parameter]) -> None:
+        """Let go of a group's weights, some of which changed, so that the next forward gathers new ones."""
+        group = self.groups[index]
+        increment_version([group.wholes[param] for param in changed if param in group.wholes])
+        self.graphs.let_go(index, group.module)
+        group.fsdp.reshard()
 
     def reshard_all(self) -> None:
         """The same for every group."""
@@ -360,6 +372,7 @@ class ShardedModule:
                     owner.register_parameter(name, own)
             plain.update(new)
             group.wholes.clear()
+        self._users_hooks.hand_back(plain)
         release_modules(self._before)
         self.groups.clear()
         for optimizer in self._optimizers:

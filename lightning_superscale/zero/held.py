@@ -7,7 +7,8 @@ they are this rank's share until the step; reading them is fine, changing them i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -20,6 +21,23 @@ from lightning_superscale.zero.ranks import Ranks
 from lightning_superscale.zero.reduction import average_whole
 from lightning_superscale.zero.units import DeltaSink, GradientDelta
 
+IsScaling = Callable[[], bool]
+"""Whether a backward that runs now is one of a scaled loss."""
+
+
+class _Noted(NamedTuple):
+    """A gradient as autograd last wrote it.
+
+    Attributes:
+        identity: of the tensor.
+        version: how often it had been written then.
+        is_scaled: whether all that was added up in it came of scaled losses.
+    """
+
+    identity: int
+    version: int
+    is_scaled: bool
+
 
 class HeldGradients:
     """What one transport does about gradients in `param.grad` on several ranks."""
@@ -29,9 +47,10 @@ class HeldGradients:
         self._dtypes = dtypes
         self._label = f"{label}, gradients kept in param.grad"
         self._num_averages = 0
-        self._hooks: list[RemovableHandle] = []
-        # Per parameter: the gradient that autograd last wrote, and how often it had been written then.
-        self._versions: dict[nn.Parameter, tuple[int, int]] = {}
+        self._hooks: dict[nn.Parameter, RemovableHandle] = {}
+        self._is_watching = False
+        self._noted: dict[nn.Parameter, _Noted] = {}
+        self._is_scaling: IsScaling | None = None
         self.is_averaged = False
 
     def average(self, units: Sequence[BucketUnit]) -> None:
@@ -79,29 +98,51 @@ class HeldGradients:
 
     # Edits
 
-    def watch(self, params: Iterable[nn.Parameter]) -> None:
-        self._hooks += [p.register_post_accumulate_grad_hook(self._note) for p in params]  # type: ignore[no-untyped-call]
+    def watch(self, params: Iterable[nn.Parameter], is_scaling: IsScaling | None = None) -> None:
+        self._is_scaling, self._is_watching = is_scaling, True
+        self.follow(params)
+
+    def follow(self, params: Iterable[nn.Parameter]) -> None:
+        """Watch these too, where others are; gradients that they have already pass for what they should be."""
+        for param in params if self._is_watching else ():
+            if param not in self._hooks:
+                self._hooks[param] = param.register_post_accumulate_grad_hook(self._note)  # type: ignore[no-untyped-call]
+                if param.grad is not None:
+                    self._noted[param] = _Noted(id(param.grad), param.grad._version, True)
 
     def _note(self, param: nn.Parameter) -> None:
-        if param.grad is not None:
-            self._versions[param] = (id(param.grad), param.grad._version)
+        grad, before = param.grad, self._noted.get(param)
+        if grad is None:
+            return
+        is_scaled = self._is_scaling is None or self._is_scaling()
+        if before is not None and before.identity == id(grad) and before.version < grad._version:  # it was added to
+            is_scaled = is_scaled and before.is_scaled
+        self._noted[param] = _Noted(id(grad), grad._version, is_scaled)
 
-    def check_unedited(self, param: nn.Parameter, fqn: str) -> None:
-        """Refuse a gradient that was changed in place since autograd wrote it; one that was zeroed is fine.
+    def check(self, param: nn.Parameter, fqn: str) -> None:
+        """Refuse a gradient that nobody scaled, where losses are scaled, and on several ranks one that was changed.
+
+        Changed in place, that is, since autograd wrote it; one that was zeroed is fine.
 
         Raises:
             SuperScaleError: names the parameter and what to do instead.
         """
-        grad, noted = param.grad, self._versions.get(param)
-        if grad is None or noted is None or noted[0] != id(grad) or noted[1] == grad._version or not bool(grad.any()):
+        grad, noted = param.grad, self._noted.get(param)
+        if grad is None:
             return
-        raise edited_in_place(fqn, self._ranks.mesh.world.size)
+        is_known = noted is not None and noted.identity == id(grad)
+        if self._is_scaling is not None and not (noted is not None and is_known and noted.is_scaled):
+            raise unscaled(fqn)
+        if self._ranks.mesh.is_single or noted is None or not is_known or noted.version == grad._version:
+            return
+        if bool(grad.any()):
+            raise edited_in_place(fqn, self._ranks.mesh.world.size)
 
     def discard(self) -> None:
         self.is_averaged = False
 
     def close(self) -> None:
-        for hook in self._hooks:
+        for hook in self._hooks.values():
             hook.remove()
         self._hooks.clear()
 
@@ -112,4 +153,14 @@ def edited_in_place(fqn: str, world_size: int) -> SuperScaleError:
         f"the gradient of {fqn!r} was changed in place between backward and step. On {world_size} ranks it is only "
         "this rank's share, and the average is taken at the step. Clip with self.clip_gradients(optimizer, ...), and "
         "scale the loss instead of gradients."
+    )
+
+
+def unscaled(fqn: str) -> SuperScaleError:
+    """The refusal of a gradient that the step would unscale, though no loss of it was scaled."""
+    return SuperScaleError(
+        f"the gradient of {fqn!r} was not made by self.manual_backward(), which scales losses for fp16; the step would "
+        "divide it by the scale. Call self.manual_backward(loss), or self.manual_backward(tensor, gradient=grad) with "
+        "a grad that is not scaled: one that came of a scaled loss has to be divided by "
+        "trainer.precision_plugin.scaler.scale."
     )

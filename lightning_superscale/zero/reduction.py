@@ -134,11 +134,14 @@ class GradientReducer:
 
     # The step
 
-    def finish(self, error: BaseException | None, order: str = "") -> None:
+    def finish(self, error: BaseException | None, order: str = "") -> set[int]:
         """Reduce everything that any rank has. Every rank calls it once per step.
 
         Args:
             order: what must be equal on all ranks besides, e.g. the order in which modules were gathered.
+
+        Returns:
+            indices of units of which any rank had a gradient.
 
         Raises:
             SuperScaleError: on every rank, when any passed an error or ranks went apart.
@@ -157,6 +160,7 @@ class GradientReducer:
         self._finish_late(late)
         self._expect(present, late)
         self.discard()
+        return {index for index, slices in present.items() if slices}
 
     def _agree(self, error: BaseException | None, order: str) -> tuple[dict[int, set[int]], dict[int, set[int]]]:
         agreement, flag_of = self._ranks.agreement, self._ranks.flag_of

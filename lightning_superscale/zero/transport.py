@@ -9,6 +9,7 @@ from typing import Protocol
 from torch import nn
 
 from lightning_superscale.zero.grouping import Grouping, NamedParam
+from lightning_superscale.zero.held import IsScaling
 from lightning_superscale.zero.units import PublishEvent, ShardUnit
 
 
@@ -56,14 +57,24 @@ class Transport(Protocol):
     def stream(self) -> None:
         """From now on, take gradients during the last backward of a step rather than at the step."""
 
-    def watch_edits(self) -> None:
-        """Refuse, at the step, gradients in `param.grad` that somebody changed in place on several ranks."""
+    def watch_edits(self, is_scaling: IsScaling | None = None) -> None:
+        """Refuse, at the step, gradients in `param.grad` that somebody changed in place on several ranks.
+
+        Args:
+            is_scaling: where losses are scaled: refuse those that were made while it said no, too.
+        """
 
     def average_held(self) -> None:
         """Make gradients that are kept in `param.grad` averages over ranks. Every rank calls it after backward."""
 
     def blocked(self) -> AbstractContextManager[None]:
         """While open, more micro-batches of the same step follow."""
+
+    def holding(self) -> AbstractContextManager[None]:
+        """While open, gradients stay where the user's `zero_grad()` finds them, also those that would be streamed.
+
+        For a backward that user code runs on its own before the one of the step.
+        """
 
     def collect(self) -> None:
         """Send the sink what this step still lacks. At the step; every rank calls it.
@@ -80,6 +91,9 @@ class Transport(Protocol):
 
         With an `event` they are on their way into `unit.inbox()`; without, they are in
         `unit.local_rows()`. Every rank calls it for the same units in the same order.
+
+        [Note: Graphs of old weights] A graph that was made before the step refuses to run backward after it, as in
+        plain PyTorch: what the step changed counts one version more, though nobody wrote through the parameter.
         """
 
     def wait_published(self, units: Iterable[ShardUnit]) -> None:

@@ -108,8 +108,8 @@ def outermost_callables(root: nn.Module) -> list[nn.Module]:
 
 
 def is_callable_module(module: nn.Module) -> bool:
-    """Whether a module has a forward: lists and dictionaries of modules have none."""
-    return not isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict))
+    """Whether a module has a forward: lists of modules have none, nor has a class that only keeps several networks."""
+    return type(module).forward is not nn.Module.forward
 
 
 def _children_first(module: nn.Module) -> list[nn.Module]:

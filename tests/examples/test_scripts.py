@@ -18,6 +18,7 @@ from examples.language_model.module import LanguageModel
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "examples" / "language_model" / "demo.py"
+TOWERS = ROOT / "examples" / "two_towers" / "train.py"
 FINETUNE = ROOT / "examples" / "finetune_hf" / "finetune.py"
 TINY = {
     "trainer.accelerator": "cpu",
@@ -147,3 +148,22 @@ def test_finetune_lowers_the_loss_and_saves_usable_weights(tmp_path):
     before, after, reloaded = (float(line[0]) for line in lines[-3:])
     assert reloaded == after < before
     assert "optimizer engine  superoffload" in result.stdout
+
+
+@pytest.mark.parametrize("strategy", ["superoffload", "superscale"])
+def test_two_towers_read_and_have_the_gradients_of_one_process(tmp_path, strategy):
+    settings = ("--num_words=1500", "--steps=50", "--batch_size=48", f"--strategy={strategy}")
+    result = python(TOWERS, *settings, cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "Epoch 0: 100%" in result.stdout + result.stderr
+    lines = [line.split() for line in result.stdout.splitlines() if line.startswith("  ")]
+    found, chance, difference = (float(line[0].rstrip("%")) for line in lines[-3:])
+    assert found > 2 * chance
+    assert difference == 0.0
+
+
+def test_two_towers_refuse_too_little_text(tmp_path):
+    (tmp_path / "words.txt").write_text("only four words here")
+    result = python(TOWERS, "--data=words.txt", cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: found 3 words to train on and 1 held out")

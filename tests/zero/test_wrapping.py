@@ -21,6 +21,9 @@ class Expert(nn.Module):
         super().__init__()
         self.up = nn.Linear(4, 8)
 
+    def forward(self, x):
+        return self.up(x)
+
 
 class MoeBlock(nn.Module):
     """Experts inside a block: a rank's batch runs some of them."""
@@ -29,6 +32,9 @@ class MoeBlock(nn.Module):
         super().__init__()
         self.experts = nn.ModuleList(Expert() for _ in range(3))
         self.router = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return sum(expert(x) for expert in self.experts)
 
 
 class LlamaLike(nn.Module):
@@ -48,6 +54,20 @@ def test_without_the_root_its_outermost_callables_come_last():
     lists = nn.Module()
     lists.parts = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 3)])
     assert names(lists, include_root=False) == ["parts.0", "parts.1"]
+
+
+def test_a_class_that_only_keeps_networks_is_no_group():
+    class Towers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.vision, self.text = Stack(), nn.Linear(2, 2)
+
+    class Root(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.towers = Towers()
+
+    assert names(Root(), wrap=[], include_root=False) == ["towers.vision", "towers.text"]
 
 
 def test_experts_stay_with_the_block_that_calls_them():
