@@ -218,10 +218,7 @@ class Fsdp2Transport:
         self._is_averaged = True
 
     def collect(self) -> None:
-        """Reduce what the step still lacks: held gradients, and units of which a part arrived.
-
-        Averaged gradients stay visible in `param.grad` until the user's `zero_grad()`; others are gone.
-        """
+        """Reduce what the step still lacks; averaged gradients stay visible in `param.grad`, others are gone."""
         if self._is_averaged:
             self._hand_over()
             return
