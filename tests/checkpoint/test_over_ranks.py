@@ -175,10 +175,10 @@ def failing_ranks(rank: int, world_size: int, folder: str) -> list[str]:
     # A rank that can't read what others wait for.
     read_into = storage.LocalFolder.read_into
 
-    def broken(self, name, start, out):
+    def broken(self, name, start, *outs):
         if name.startswith("data") and rank == 1:
             raise CheckpointError("the disk is gone")
-        read_into(self, name, start, out)
+        read_into(self, name, start, *outs)
 
     tensors = big_tensors()
     save(f"{folder}/big.ckpt", local_state(tensors, "rows", rank, world_size), mesh)
