@@ -92,16 +92,14 @@ class UniversalCheckpointIOMixin(_Base):
         """Weights and states are about to change: a snapshot that is being written keeps its values.
 
         Raises:
-            CheckpointError: of a single rank, that the last save failed. Several ranks hear of it at the next save and
-                at the end: they would raise at different steps, and the others wait.
+            CheckpointError: on every rank at the same step: the save in flight failed.
         """
         if self._saver is None:
             return
         if self._saver.is_busy:
             self._saver.order_after_snapshot()
             self._saver.release()
-        elif self.mesh.is_single:
-            self._saver.wait()
+        self._saver.raise_if_failed(self.mesh)
 
     # CheckpointIO
 
