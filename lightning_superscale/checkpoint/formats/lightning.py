@@ -22,6 +22,8 @@ from lightning_superscale.errors import CheckpointError
 Names = Sequence[Sequence[str]]
 
 EXTRA_STATE = "extra_state"
+# The release whose layout a checkpoint has that was not Lightning's, as its migrations ask.
+LAYOUT_VERSION = {"pytorch-lightning_version": "2.6.0"}
 # By optimizer, its parameters' names in its order: an entry of our exports, beside those that Lightning looks at.
 # torch's own "param_names" would turn an optimizer that loads them into one of named parameters only.
 OPTIMIZER_NAMES = "lightning_superscale.optimizer_names"
