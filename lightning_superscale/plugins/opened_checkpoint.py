@@ -181,28 +181,38 @@ def with_masters(values: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str,
     return chosen
 
 
+def fitted(
+    module: nn.Module, values: Mapping[str, Any], own: Mapping[str, Any], *, strict: bool, allow: Sequence[str]
+) -> dict[str, Any]:
+    """A checkpoint's state dict as a module takes it: under its own names, and with masters for fp32 weights.
+
+    Args:
+        own: the module's state dict, whole or cut.
+
+    Raises:
+        CheckpointError: it does not fit, and nothing was changed.
+    """
+    weights = aligned(values, own)
+    check_fits(module, weights, own, strict=strict, allow=allow)
+    return with_masters(weights, own)
+
+
 def check_fits(
-    module: nn.Module,
-    values: Mapping[str, Any],
-    *,
-    strict: bool,
-    allow: Sequence[str],
-    own: Mapping[str, Any] | None = None,
+    module: nn.Module, values: Mapping[str, Any], own: Mapping[str, Any], *, strict: bool, allow: Sequence[str]
 ) -> None:
     """Refuse a state dict that does not fit before any weight changes.
 
     Modules that rename or convert entries by themselves decide for themselves.
 
     Args:
-        own: the module's state dict, where it is another than `module.state_dict()`.
+        own: the module's state dict, whole or cut.
 
     Raises:
         CheckpointError: lists missing and unexpected names (with `strict`) and shapes that differ.
     """
     if any(_converts(one) for one in module.modules()):
         return
-    state = module.state_dict() if own is None else own
-    own = {name: value for name, value in state.items() if is_tensor_like(value)}
+    own = {name: value for name, value in own.items() if is_tensor_like(value)}
     theirs = {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
     def ours_to_say(names: Any) -> list[str]:
