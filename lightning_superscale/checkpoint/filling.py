@@ -112,9 +112,11 @@ class Filling:
 
     def _run_of(self, copy: Copy) -> _Run | None:
         request = self._requests[copy.request]
-        first, to = copy.box.run_within(copy.piece.box), copy.box.run_within(request.box)
         nbytes = copy.box.numel * copy.itemsize
-        if first is None or to is None or nbytes < _LEAST_RUN_BYTES:
+        if nbytes < _LEAST_RUN_BYTES:
+            return None
+        first, to = copy.box.run_within(copy.piece.box), copy.box.run_within(request.box)
+        if first is None or to is None:
             return None
         out = request.out.detach()
         if not (out.is_cpu and out.dtype == copy.dtype and out.is_contiguous()) or out.is_conj() or out.is_neg():
