@@ -170,7 +170,7 @@ class CheckpointConfig:
 
     Args:
         asynchronous: training goes on while a snapshot is written; one is in flight at a time, and its errors are
-            raised by the next save or at the end.
+            raised at the next step, by all ranks at the same, or at the end.
         allow: patterns (as of shell globs) of names of weights that a checkpoint may lack, or may have besides.
     """
 

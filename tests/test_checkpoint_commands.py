@@ -135,7 +135,7 @@ def test_inspect_reads_no_values(run, ours, monkeypatch):
     def refuse(self, *arguments):
         raise AssertionError("a value was read")
 
-    monkeypatch.setattr(SavedState, "_read_segment", refuse)
+    monkeypatch.setattr(SavedState, "_read_verified", refuse)
     assert run("inspect", ours, "--tensors")[0] == 0
 
 

@@ -14,6 +14,7 @@ from lightning_superscale.cli import main
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.timeline import LANES, Span
 from lightning_superscale.trace import Trace
+from tests.helpers.extent import IS_ALL
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -50,7 +51,7 @@ RUNS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "lanes"), RUNS if os.environ.get("LSS_TEST_ALL") else RUNS[:2])
+@pytest.mark.parametrize(("name", "lanes"), RUNS if IS_ALL else RUNS[:2])
 def test_a_step_of_any_engine_is_drawn(tmp_path, name, lanes):
     done = trace(tmp_path / "out", tmp_path / "train.py", name, "2", "bf16-true")
     assert done.returncode == 0, done.stderr

@@ -2,9 +2,11 @@
 
 [Note: Background saves] `save` takes a snapshot and returns; a thread writes it. One snapshot is in flight: the next
 `save` waits for it. Ranks divide the work before they copy anything, so each copies only what it writes. The thread's
-collectives go over a group of its own, made at construction, as they must not meet training's. An error is raised at
-the next call, or at `close`. Removals wait for the save in flight, and are forgotten if it fails: what they would have
-deleted may be the last checkpoint.
+collectives go over a group of its own, made at construction, as they must not meet training's. Ranks end at different
+times, so while a save is in flight they agree before each step on whether it failed, over the group that training
+uses; then all raise its error at the same step. Without a further step it is raised at the next call, or at `close`.
+Removals wait for the save in flight, and are forgotten if it fails: what they would have deleted may be the last
+checkpoint.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from lightning_superscale.checkpoint.commit import remove
 from lightning_superscale.checkpoint.phases import attempt
 from lightning_superscale.checkpoint.save import OwnPart, PreparedSave, Values, prepare, with_values, write
 from lightning_superscale.checkpoint.state import LocalState, TensorKey
+from lightning_superscale.comm.collectives import control_max
 from lightning_superscale.comm.mesh import DataMesh, with_own_control
 from lightning_superscale.errors import CheckpointError
 
@@ -107,6 +110,25 @@ class BackgroundSaver:
                 return
         remove(path)
 
+    def raise_if_failed(self, mesh: DataMesh) -> None:
+        """Raise the error of the save in flight as soon as any rank has one. Every rank calls it, before each step.
+
+        Does nothing while none is in flight; else it is one small agreement, which waits for no save that may succeed.
+
+        Args:
+            mesh: the run's ranks, with a control group that the caller's thread may use.
+
+        Raises:
+            CheckpointError: the save failed; on every rank at the same call, once, as by `wait`.
+        """
+        if self._thread is None:
+            return
+        with self._lock:
+            told = torch.tensor([self._is_writing, self._error is not None], dtype=torch.int32)
+        is_anyone_writing, has_failed = control_max(mesh, told, "whether the save in flight failed").tolist()
+        if has_failed or not is_anyone_writing:
+            self.wait()
+
     def wait(self) -> None:
         """Until the save in flight is done. Every rank calls it.
 
@@ -135,7 +157,7 @@ class BackgroundSaver:
 
     def _write(self, path: str, snapshot: PreparedSave) -> None:
         try:
-            self._slabs.synchronize()
+            attempt(self._mesh, self._slabs.synchronize, "the snapshot failed")
             write(path, snapshot, self._mesh)
             while removals := self._next_removals():
                 for old in removals:

@@ -7,6 +7,7 @@ written one after the other as little-endian 64-bit numbers.
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import xxhash
@@ -98,14 +99,37 @@ class BlockSums:
             )
         self._sums = struct.unpack(f"<{len(data) // _SUM_BYTES}Q", data)
 
-    def first_damaged(self, first_block: int, data: memoryview) -> int | None:
+    def first_damaged(self, first_block: int, *parts: memoryview) -> int | None:
         """The first block that does not have its checksum, or None.
 
         Args:
-            data: bytes of the file from block `first_block` on; ends at the end of a block, or of the file.
+            parts: bytes of the file from block `first_block` on, wherever each lies; the last ends at the end of a
+                block, or of the file.
         """
-        for start in range(0, len(data), BLOCK_BYTES):
-            block = first_block + start // BLOCK_BYTES
-            if xxhash.xxh3_64_intdigest(data[start : start + BLOCK_BYTES]) != self._sums[block]:
+        for block, own in enumerate(_cut_in_blocks(parts), first_block):
+            if _digest(own) != self._sums[block]:
                 return block
         return None
+
+
+def _cut_in_blocks(parts: Iterable[memoryview]) -> Iterator[list[memoryview]]:
+    """What each block is made of."""
+    own, room = [], BLOCK_BYTES
+    for part in parts:
+        while part:
+            own.append(part[:room])
+            part, room = part[room:], room - len(own[-1])
+            if not room:
+                yield own
+                own, room = [], BLOCK_BYTES
+    if own:
+        yield own
+
+
+def _digest(parts: Sequence[memoryview]) -> int:
+    if len(parts) == 1:
+        return xxhash.xxh3_64_intdigest(parts[0])
+    hasher = xxhash.xxh3_64()
+    for part in parts:
+        hasher.update(part)
+    return hasher.intdigest()

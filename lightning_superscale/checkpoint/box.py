@@ -55,6 +55,17 @@ class Box:
             for start, low, extent in zip(self.offset, outer.offset, self.size, strict=True)
         )
 
+    def run_within(self, outer: Box) -> int | None:
+        """Where this box begins among the elements of `outer`, which contains it; None where they don't all follow."""
+        first, is_several = 0, False
+        for part, extent in zip(self.within(outer), outer.size, strict=True):
+            count = part.stop - part.start
+            if is_several and count != extent:
+                return None
+            first = first * extent + part.start
+            is_several = is_several or count > 1
+        return first
+
 
 def whole_box(shape: Sequence[int]) -> Box:
     """All of a tensor of this shape."""

@@ -6,11 +6,13 @@ import os
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from lightning_superscale.checkpoint.blocks import BLOCK_BYTES
 from lightning_superscale.checkpoint.box import Box
@@ -25,6 +27,9 @@ READ_THREADS = min(4, os.cpu_count() or 1)
 
 # Boxes that a rank wants, as it tells the others: which tensor of the manifest, offset and size.
 Wanted = Sequence[tuple[int, tuple[int, ...], tuple[int, ...]]]
+
+# What is read straight to where it is wanted; for less, a copy costs less than a piece of memory of its own.
+_LEAST_RUN_BYTES = 2**16
 
 _Item = TypeVar("_Item")
 
@@ -53,6 +58,29 @@ def _bytes_of(segment: Segment) -> tuple[int, int]:
     return segment.first * BLOCK_BYTES, segment.stop * BLOCK_BYTES
 
 
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """A copy of bytes [start, stop) of its file to as many consecutive bytes of host memory."""
+
+    copy: Copy
+    start: int
+    stop: int
+    memory: memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class Destinations:
+    """Where a segment is read to.
+
+    Attributes:
+        pieces: memory for all its bytes, in order.
+        left: what is to be copied after that.
+    """
+
+    pieces: Sequence[memoryview]
+    left: Sequence[Copy]
+
+
 class Filling:
     """One rank's requests while they are filled.
 
@@ -63,6 +91,7 @@ class Filling:
     def __init__(self, requests: Sequence[ReadRequest]) -> None:
         self._requests = requests
         self._copies: _Spans[Copy] = _Spans(())
+        self._runs: _Spans[_Run] = _Spans(())
         devices = {request.out.device for request in requests if request.out.is_cuda}
         self.is_pinned = bool(devices)
         # Reader threads have streams of their own; values must be there for what the caller runs next.
@@ -71,7 +100,60 @@ class Filling:
     def take(self, copies: Sequence[Copy]) -> dict[str, list[tuple[int, int]]]:
         """Take what fills the requests, and say which blocks hold it, as `blocks_of` does."""
         self._copies = _Spans((copy.piece.file, copy.start, copy.stop, copy) for copy in copies)
+        runs = [(copy, self._run_of(copy)) for copy in copies]
+        # What is wanted twice of a piece, once straight and once not, would lack where it is copied from.
+        copied = {(copy.piece.file, copy.start) for copy, run in runs if run is None}
+        self._runs = _Spans(
+            (copy.piece.file, run.start, run.stop, run)
+            for copy, run in runs
+            if run is not None and (copy.piece.file, copy.start) not in copied
+        )
         return blocks_of(copies)
+
+    def _run_of(self, copy: Copy) -> _Run | None:
+        request = self._requests[copy.request]
+        nbytes = copy.box.numel * copy.itemsize
+        if nbytes < _LEAST_RUN_BYTES:
+            return None
+        first, to = copy.box.run_within(copy.piece.box), copy.box.run_within(request.box)
+        if first is None or to is None:
+            return None
+        out = request.out.detach()
+        if not (out.is_cpu and out.dtype == copy.dtype and out.is_contiguous()) or out.is_conj() or out.is_neg():
+            return None
+        memory: memoryview = out.view(-1)[to : to + copy.box.numel].view(torch.uint8).numpy().data
+        start = copy.start + first * copy.itemsize
+        return _Run(copy, start, start + nbytes, memory)
+
+    def destinations(self, segment: Segment, spare: Tensor) -> Destinations:
+        """Memory that a segment's bytes can be read into, one piece after the other.
+
+        Autograd is told that tensors change.
+
+        Args:
+            spare: as long as the segment; takes what can't go straight to where it is wanted.
+        """
+        start, stop = _bytes_of(segment)
+        between: memoryview = spare.numpy().data
+        pieces: list[memoryview] = []
+        at = start
+        runs = sorted(self._runs.over(segment.file, start, stop), key=lambda run: run.start)
+        for run in runs:
+            if run.start < at and at > start:  # wanted twice
+                return Destinations([between], list(self._copies.over(segment.file, start, stop)))
+            first, last = max(run.start, start), min(run.stop, stop)
+            pieces += [between[at - start : first - start], run.memory[first - run.start : last - run.start]]
+            at = last
+        increment_version([self._requests[run.copy.request].out for run in runs])
+        straight = {id(run.copy) for run in runs}
+        left = [copy for copy in self._copies.over(segment.file, start, stop) if id(copy) not in straight]
+        return Destinations([*pieces, between[at - start :]], left)
+
+    def scatter_left(self, segment: Segment, destinations: Destinations, spare: Tensor) -> None:
+        """Copy what did not go straight to where it was asked for, once `spare` holds it."""
+        for copy in destinations.left:
+            for window in windows(copy, *_bytes_of(segment)):
+                self._fill(window, window.values(spare, segment.first * BLOCK_BYTES))
 
     def windows(self, segment: Segment) -> Iterator[Window]:
         """What is wanted of a segment, in the order in which `Others` of its reader has it."""

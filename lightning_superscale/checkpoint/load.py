@@ -53,7 +53,8 @@ def open_checkpoint(path: str, mesh: DataMesh | None = None, *, check_first: boo
         mesh: ranks that are going to read together; None reads alone.
         check_first: let `read` verify every block that it needs before it fills the first tensor, so that damage is
             found while nothing has changed. Costs a second pass over the bytes, from the page cache where they fit.
-            None: on local file systems. Without it blocks are verified as they are read.
+            None: on local file systems. Without it blocks are verified as they are read; when that finds damage,
+            tensors hold some of what was read.
 
     Raises:
         CheckpointError: on every rank: there is none, it is damaged or incomplete, or it needs a newer reader.
@@ -258,8 +259,10 @@ class SavedState:
 
         def read(segment: Segment) -> int:
             with buffers.take() as buffer:
-                nbytes = self._read_segment(segment, buffer)
-                mine.scatter(segment, buffer[:nbytes])
+                data = buffer[: self._nbytes(segment)]
+                destinations = mine.destinations(segment, data)
+                nbytes = self._read_verified(segment, *destinations.pieces)
+                mine.scatter_left(segment, destinations, data)
                 return nbytes
 
         self.bytes_read += sum(threads.map(read, segments))
@@ -283,9 +286,13 @@ class SavedState:
     def _read_segment(self, segment: Segment, buffer: Tensor) -> int:
         """Fill the beginning of `buffer` with a segment's bytes, verified; how many these are."""
         data: memoryview = buffer.numpy().data[: self._nbytes(segment)]
+        return self._read_verified(segment, data)
+
+    def _read_verified(self, segment: Segment, *outs: memoryview) -> int:
+        """Fill pieces of memory, as long as a segment all together, with its bytes; how many these are."""
         sums = self._block_sums(segment.file)
-        self._folder.read_into(segment.file, segment.first * BLOCK_BYTES, data)
-        damaged = sums.first_damaged(segment.first, data)
+        self._folder.read_into(segment.file, segment.first * BLOCK_BYTES, *outs)
+        damaged = sums.first_damaged(segment.first, *outs)
         if damaged is not None:
             holds = tensors_in_block(self.manifest, segment.file, damaged)
             raise CheckpointError(
@@ -293,7 +300,7 @@ class SavedState:
                 f"{(damaged + 1) * BLOCK_BYTES}), which holds {holds}. "
                 "Load an earlier checkpoint."
             )
-        return len(data)
+        return self._nbytes(segment)
 
     def _block_sums(self, file: str) -> BlockSums:
         with self._lock:

@@ -14,6 +14,9 @@ import fsspec
 
 from lightning_superscale.errors import CheckpointError
 
+# Pieces of memory that one call of the kernel fills.
+_MOST_PIECES = os.sysconf("SC_IOV_MAX")
+
 
 class FileWriter(Protocol):
     """A new file."""
@@ -41,8 +44,8 @@ class Folder(Protocol):
     def read(self, name: str) -> bytes:
         """All of a file."""
 
-    def read_into(self, name: str, start: int, out: memoryview) -> None:
-        """Fill `out` with a file's bytes from `start` on."""
+    def read_into(self, name: str, start: int, *outs: memoryview) -> None:
+        """Fill memory, one piece after the other, with a file's bytes from `start` on; pieces are flat, of bytes."""
 
     def close(self) -> None: ...
 
@@ -151,16 +154,21 @@ class LocalFolder:
         self.read_into(name, 0, memoryview(data))
         return bytes(data)
 
-    def read_into(self, name: str, start: int, out: memoryview) -> None:
+    def read_into(self, name: str, start: int, *outs: memoryview) -> None:
         descriptor = self._opened()
+        left = [out for out in outs if out]
         try:
             file = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=descriptor)
             try:
-                while out:
-                    count = os.preadv(file, [out], start)
+                while left:
+                    count = os.preadv(file, left[:_MOST_PIECES], start)
                     if count == 0:
                         raise CheckpointError(f"{self.path}: {name} ends at byte {start}; it was cut off.")
-                    start, out = start + count, out[count:]
+                    start += count
+                    while left and count >= len(left[0]):
+                        count -= len(left.pop(0))
+                    if count:
+                        left[0] = left[0][count:]
             finally:
                 os.close(file)
         except OSError as error:
@@ -224,14 +232,16 @@ class RemoteFolder:
         except OSError as error:
             raise CheckpointError(f"{self.path}: {name} can't be read: {error}") from error
 
-    def read_into(self, name: str, start: int, out: memoryview) -> None:
+    def read_into(self, name: str, start: int, *outs: memoryview) -> None:
+        size = sum(map(len, outs))
         try:
-            data = self._filesystem.cat_file(f"{self._prefix}/{name}", start=start, end=start + len(out))
+            data = memoryview(self._filesystem.cat_file(f"{self._prefix}/{name}", start=start, end=start + size))
         except OSError as error:
             raise CheckpointError(f"{self.path}: {name} can't be read: {error}") from error
-        if len(data) != len(out):
+        if len(data) != size:
             raise CheckpointError(f"{self.path}: {name} ends at byte {start + len(data)}; it was cut off.")
-        out[:] = data
+        for out in outs:
+            out[:], data = data[: len(out)], data[len(out) :]
 
     def close(self) -> None:
         return

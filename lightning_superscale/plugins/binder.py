@@ -79,8 +79,7 @@ def _binders(callbacks: str) -> list[Any]:
         UserWarning: it can't; an IO that nobody bound refuses to write.
     """
     try:
-        base = importlib.import_module(callbacks).Callback
-        return [type("CheckpointBinder", (CheckpointBinderMixin, base), {})()]
+        return [_binder(callbacks)]
     except Exception as error:
         warnings.warn(
             f"lightning-superscale could not be imported ({type(error).__name__}: {error}); UniversalCheckpointIO "
@@ -88,3 +87,10 @@ def _binders(callbacks: str) -> list[Any]:
             stacklevel=2,
         )
         return []
+
+
+def _binder(callbacks: str) -> Any:
+    base = importlib.import_module(callbacks).Callback
+    # No module has the class, so launchers that spawn ranks send how it was made.
+    found = {"__reduce__": lambda self: (_binder, (callbacks,))}
+    return type("CheckpointBinder", (CheckpointBinderMixin, base), found)()

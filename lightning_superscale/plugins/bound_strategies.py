@@ -16,9 +16,14 @@ from torch.optim import Optimizer
 
 from lightning_superscale.checkpoint.formats.torch_optimizer import parameter_names
 from lightning_superscale.errors import CheckpointError
-from lightning_superscale.plugins.checkpoint_io import UniversalCheckpointIOMixin, before_step
+from lightning_superscale.plugins.checkpoint_io import (
+    UniversalCheckpointIOMixin,
+    before_step,
+    load_through,
+    save_through,
+)
 from lightning_superscale.plugins.engine_states import by_name, has_names, load_placed_states, names_of, renumbered
-from lightning_superscale.plugins.opened_checkpoint import aligned, check_fits, fill, is_lazy, read_whole, with_masters
+from lightning_superscale.plugins.opened_checkpoint import fill, fitted, is_lazy, read_whole
 
 
 def io_of(strategy: Any) -> UniversalCheckpointIOMixin:
@@ -46,12 +51,10 @@ def _on_every_rank(base: Any) -> Any:
             return True
 
         def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-            path = str(self.broadcast(filepath))
-            io_of(self).save_on_all_ranks(checkpoint, path, self.lightning_module, self.optimizers)
+            save_through(io_of(self), self, checkpoint, filepath)
 
         def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-            is_fit = self.lightning_module.trainer.state.fn == "fit"
-            return io_of(self).load_on_all_ranks(str(self.broadcast(checkpoint_path)), is_all_used=is_fit)
+            return load_through(io_of(self), self, checkpoint_path)
 
         def optimizer_step(
             self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any
@@ -67,11 +70,10 @@ def replicated(base: Any) -> Any:
 
     class Replicated(_on_every_rank(base)):  # type: ignore[misc]
         def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-            allow = io_of(self).config.allow
-            weights = aligned(checkpoint["state_dict"], self.lightning_module.state_dict())
-            check_fits(self.lightning_module, weights, strict=strict, allow=allow)
+            module, allow = self.lightning_module, io_of(self).config.allow
+            weights = fitted(module, checkpoint["state_dict"], module.state_dict(), strict=strict, allow=allow)
             if is_lazy(weights):
-                weights = read_whole(with_masters(weights, self.lightning_module.state_dict()))
+                weights = read_whole(weights)
             super().load_model_state_dict({**checkpoint, "state_dict": weights}, strict=strict and not allow)
 
         def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
@@ -97,10 +99,7 @@ def model_parallel(base: Any) -> Any:
             return _plain(optimizer).state_dict()
 
         def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-            own = self.lightning_module_state_dict()
-            weights = aligned(checkpoint["state_dict"], own)
-            check_fits(self.lightning_module, weights, strict=strict, allow=io_of(self).config.allow)
-            fill(own, with_masters(weights, own))
+            _fill_own(self, checkpoint, strict=strict)
 
         def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
             names = names_of(self.lightning_module)
@@ -124,10 +123,7 @@ def fully_sharded(base: Any) -> Any:
                 return FullyShardedDataParallel.optim_state_dict(self.model, _plain(optimizer))
 
         def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-            own = self.lightning_module_state_dict()
-            weights = aligned(checkpoint["state_dict"], own)
-            check_fits(self.lightning_module, weights, strict=strict, allow=io_of(self).config.allow, own=own)
-            fill(own, with_masters(weights, own))
+            own = _fill_own(self, checkpoint, strict=strict)
             with _context(self, "_get_sharded_state_dict_context"):
                 self.model.load_state_dict(own)
 
@@ -139,6 +135,14 @@ def fully_sharded(base: Any) -> Any:
                     _plain(optimizer).load_state_dict(flat)
 
     return FullySharded
+
+
+def _fill_own(strategy: Any, checkpoint: Mapping[str, Any], *, strict: bool) -> dict[str, Any]:
+    """Overwrite what this rank holds of a strategy's state dict with what a checkpoint has; returns it."""
+    own: dict[str, Any] = strategy.lightning_module_state_dict()
+    module, allow = strategy.lightning_module, io_of(strategy).config.allow
+    fill(own, fitted(module, checkpoint["state_dict"], own, strict=strict, allow=allow))
+    return own
 
 
 def _context(strategy: Any, name: str, **options: Any) -> AbstractContextManager[None]:

@@ -92,16 +92,14 @@ class UniversalCheckpointIOMixin(_Base):
         """Weights and states are about to change: a snapshot that is being written keeps its values.
 
         Raises:
-            CheckpointError: of a single rank, that the last save failed. Several ranks hear of it at the next save and
-                at the end: they would raise at different steps, and the others wait.
+            CheckpointError: on every rank at the same step: the save in flight failed.
         """
         if self._saver is None:
             return
         if self._saver.is_busy:
             self._saver.order_after_snapshot()
             self._saver.release()
-        elif self.mesh.is_single:
-            self._saver.wait()
+        self._saver.raise_if_failed(self.mesh)
 
     # CheckpointIO
 
@@ -152,6 +150,18 @@ class UniversalCheckpointIOMixin(_Base):
         saver, self._saver = self._saver, None
         if saver is not None:
             saver.close()
+
+
+def save_through(io: UniversalCheckpointIOMixin, strategy: Any, checkpoint: Mapping[str, Any], path: Any) -> None:
+    """What the `save_checkpoint` of a strategy does that is bound to an IO. Every rank calls it."""
+    io.save_on_all_ranks(checkpoint, str(strategy.broadcast(path)), strategy.lightning_module, strategy.optimizers)
+
+
+def load_through(io: UniversalCheckpointIOMixin, strategy: Any, path: Any) -> dict[str, Any]:
+    """What the `load_checkpoint` of a strategy does that is bound to an IO. Every rank calls it."""
+    module = strategy.lightning_module
+    is_fit = module is not None and module.trainer.state.fn == "fit"  # only then states follow weights
+    return io.load_on_all_ranks(str(strategy.broadcast(path)), is_all_used=is_fit)
 
 
 def before_step(io: UniversalCheckpointIOMixin, closure: Callable[[], Any]) -> Callable[[], Any]:

@@ -49,40 +49,33 @@ def renumbered(packed: Mapping[str, Any], names: tuple[str, ...], optimizer: Opt
     Raises:
         CheckpointError: other groups of parameters.
     """
-    names = tuple(map(canonical, names))
-    name_of = {
-        number: name
-        for group in packed["param_groups"]
-        for number, name in zip(group["params"], group["param_names"], strict=True)
-    }
+    saved, names = by_name(packed), tuple(map(canonical, names))
     iterator = iter(range(len(names)))
     own_numbers = [[next(iterator) for _ in group["params"]] for group in optimizer.param_groups]
-    theirs = [[name_of[number] for number in group["params"]] for group in packed["param_groups"]]
-    check_groups(theirs, [[names[n] for n in numbers] for numbers in own_numbers], type(optimizer).__name__)
+    check_groups(saved, [[names[n] for n in numbers] for numbers in own_numbers], optimizer)
     number_of = {name: number for number, name in enumerate(names)}
-    state = {
-        number_of[name_of[number]]: {key: value for key, value in values.items() if key != MASTER}
-        for number, values in packed["state"].items()
+    states = {
+        number_of[name]: {key: value for key, value in state.items() if key != MASTER}
+        for name, state in saved["state"].items()
     }
     groups = []
-    for saved, own, numbers in zip(packed["param_groups"], optimizer.param_groups, own_numbers, strict=True):
-        group = {key: value for key, value in saved.items() if key not in ("params", "param_names")}
-        group["params"] = numbers
-        if "param_names" in own:
-            group["param_names"] = own["param_names"]
-        groups.append(group)
-    return {"state": {number: values for number, values in state.items() if values}, "param_groups": groups}
+    for theirs, own, numbers in zip(saved["param_groups"], optimizer.param_groups, own_numbers, strict=True):
+        named = {"param_names": own["param_names"]} if "param_names" in own else {}
+        groups.append({**theirs, "params": numbers, **named})
+    return {"state": {number: state for number, state in states.items() if state}, "param_groups": groups}
 
 
-def check_groups(theirs: list[list[str]], own: list[list[str]], name: str) -> None:
-    """Raises: CheckpointError: the checkpoint has other parameter groups; names what differs."""
+def check_groups(saved: Mapping[str, Any], own: list[list[str]], optimizer: Optimizer) -> None:
+    """Raises: CheckpointError: the checkpoint has other parameter groups than `own`, by name; says what differs."""
+    theirs = [list(group["params"]) for group in saved["param_groups"]]
     if [sorted(group) for group in theirs] == [sorted(group) for group in own]:
         return
     sizes = f"{[len(group) for group in theirs]} parameters in the checkpoint and {[len(group) for group in own]} here"
     differing = sorted({*(n for g in theirs for n in g)} ^ {*(n for g in own for n in g)})
     which = f"; only one side has {', '.join(differing[:5])}" if differing else "; parameters changed their groups"
     raise CheckpointError(
-        f"the parameter groups of {name} differ: {sizes}{which}. Build the optimizer as it was when it was saved."
+        f"the parameter groups of {type(optimizer).__name__} differ: {sizes}{which}. Build the optimizer as it was "
+        "when it was saved."
     )
 
 
@@ -91,41 +84,57 @@ def names_of(module: nn.Module) -> dict[nn.Parameter, str]:
     return {param: canonical(name) for name, param in module.named_parameters()}
 
 
+def _saved_for(optimizer: Optimizer, packed: Mapping[str, Any], name_of: Mapping[nn.Parameter, str]) -> dict[str, Any]:
+    """Torch's packed state by name, of the groups that an optimizer has.
+
+    Raises:
+        CheckpointError: other groups of parameters.
+    """
+    saved = by_name(packed)
+    check_groups(saved, [[name_of[param] for param in group["params"]] for group in optimizer.param_groups], optimizer)
+    return saved
+
+
+def _take_groups(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
+    """Give groups their options back; their parameters stay."""
+    for theirs, group in zip(saved["param_groups"], optimizer.param_groups, strict=True):
+        group.update({key: value for key, value in theirs.items() if key != "params"})
+
+
 def load_placed_states(optimizer: Optimizer, packed: Mapping[str, Any], name_of: Mapping[nn.Parameter, str]) -> None:
     """Give a torch optimizer what a checkpoint has of its states, each placed as its parameter. Every rank calls it.
 
     Raises:
         CheckpointError: other groups of parameters; nothing was changed.
     """
-    saved = by_name(packed)
-    own = [[name_of[param] for param in group["params"]] for group in optimizer.param_groups]
-    check_groups([list(group["params"]) for group in saved["param_groups"]], own, type(optimizer).__name__)
+    saved = _saved_for(optimizer, packed, name_of)
     targets: dict[str, Tensor] = {}
-    values: dict[str, Any] = {}
+    values: dict[str, Tensor] = {}
     states: dict[nn.Parameter, dict[str, Any]] = {}
-    for param in (param for group in optimizer.param_groups for param in group["params"]):
-        for key, value in saved["state"].get(name_of[param], {}).items():
-            if key == MASTER:
-                continue
-            state = states.setdefault(param, {})
-            if not isinstance(value, Tensor):
-                state[key] = value
-                continue
-            is_placed = key != "step" and tuple(value.shape) == tuple(param.shape)
-            like = param.detach() if is_placed else torch.empty(tuple(value.shape))
-            empty = (
-                torch.empty_like(like, dtype=value.dtype)
-                if is_placed
-                else like.new_empty(value.shape, dtype=value.dtype)
-            )
-            state[key] = targets[f"{len(targets)}"] = empty
-            values[f"{len(values)}"] = value
-    fill(targets, values)
     for theirs, group in zip(saved["param_groups"], optimizer.param_groups, strict=True):
-        group.update({key: value for key, value in theirs.items() if key != "params"})
+        has_steps_on_device = bool(theirs.get("fused") or theirs.get("capturable"))
+        for param in group["params"]:
+            for key, value in saved["state"].get(name_of[param], {}).items():
+                if key == MASTER:
+                    continue
+                if isinstance(value, Tensor):
+                    at = f"{name_of[param]} {key}"
+                    values[at] = value
+                    value = targets[at] = _place_for(value, key, param, has_steps_on_device=has_steps_on_device)
+                states.setdefault(param, {})[key] = value
+    fill(targets, values)
+    _take_groups(optimizer, saved)
     optimizer.state.clear()
     for param, state in states.items():
         optimizer.state[param] = state
+
+
+def _place_for(value: Tensor, key: str, param: nn.Parameter, *, has_steps_on_device: bool) -> Tensor:
+    """Memory for a state where torch has it: beside its parameter, and cut as that is where it has its shape."""
+    if key != "step" and tuple(value.shape) == tuple(param.shape):
+        return torch.empty_like(param.detach(), dtype=value.dtype)
+    device = param.device if key != "step" or has_steps_on_device else torch.device("cpu")
+    return torch.empty(tuple(value.shape), dtype=value.dtype, device=device)
 
 
 def load_engine_state(engine: OptimizerEngine, packed: Mapping[str, Any], fqn_of: Mapping[nn.Parameter, str]) -> None:
@@ -136,10 +145,7 @@ def load_engine_state(engine: OptimizerEngine, packed: Mapping[str, Any], fqn_of
     Raises:
         CheckpointError: other groups of parameters; nothing was changed.
     """
-    saved = by_name(packed)
-    own = [[fqn_of[param] for param in group["params"]] for group in engine.optimizer.param_groups]
-    theirs = [list(group["params"]) for group in saved["param_groups"]]
-    check_groups(theirs, own, type(engine.optimizer).__name__)
+    saved = _saved_for(engine.optimizer, packed, fqn_of)
     wanted: list[tuple[LazyTensor, Box, Tensor]] = []
     opened = next((v.opened for s in saved["state"].values() for v in s.values() if isinstance(v, LazyTensor)), None)
     states = {}
@@ -153,8 +159,7 @@ def load_engine_state(engine: OptimizerEngine, packed: Mapping[str, Any], fqn_of
             key: _wanted(value, key, param, engine.piece_of(param), wanted) for key, value in state.items()
         }
     read_boxes(wanted, opened)
-    for saved_group, group in zip(saved["param_groups"], engine.optimizer.param_groups, strict=True):
-        group.update({key: value for key, value in saved_group.items() if key != "params"})
+    _take_groups(engine.optimizer, saved)
     engine.take_states({param: state for param, state in states.items() if state})
 
 

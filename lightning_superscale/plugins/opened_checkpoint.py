@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_superscale.checkpoint.box import Box, whole_box
-from lightning_superscale.checkpoint.formats.lightning import EXTRA_STATE
+from lightning_superscale.checkpoint.formats.lightning import EXTRA_STATE, LAYOUT_VERSION
 from lightning_superscale.checkpoint.formats.sniff import detect, open_foreign
 from lightning_superscale.checkpoint.formats.torch_files import load_torch_file
 from lightning_superscale.checkpoint.formats.torch_optimizer import pack_optimizer
@@ -45,10 +45,10 @@ class OpenedCheckpoint:
             return self.source
         return open_checkpoint(self.source.path, check_first=False)
 
-    def master_of(self, name: str) -> TensorKey | None:
-        """The master of a weight, where an optimizer has one."""
-        found = (TensorKey(section, name, MASTER) for section in {k.section for k in self.source.tensors} - {MODEL})
-        return next((key for key in found if key in self.source.tensors), None)
+    @cached_property
+    def masters(self) -> dict[str, TensorKey]:
+        """The master of each weight of which an optimizer has one, by the weight's name."""
+        return {key.name: key for key in self.source.tensors if key.state == MASTER}
 
     def lazy(self, key: TensorKey) -> LazyTensor:
         return LazyTensor(self, key, self.source.tensors[key])
@@ -60,7 +60,7 @@ class OpenedCheckpoint:
         weights: dict[str, Any] = {key.name: lazy for key, lazy in lazies.items() if key.section == MODEL}
         weights.update({name: weights[first] for name, first in self.source.aliases.items() if first in weights})
         weights.update(rest.pop(EXTRA_STATE, {}))
-        checkpoint = {"pytorch-lightning_version": _layout_version(), **rest, "state_dict": weights}
+        checkpoint = {**LAYOUT_VERSION, **rest, "state_dict": weights}
         if self.source.step is not None:
             checkpoint.setdefault("global_step", self.source.step)
         records = self.source.optimizers
@@ -71,11 +71,6 @@ class OpenedCheckpoint:
                     group["param_names"] = list(names)
             checkpoint["optimizer_states"] = states
         return checkpoint
-
-
-def _layout_version() -> str:
-    """Of the dict's layout, for Lightning's migrations: that of the release which it was taken from."""
-    return "2.6.0"
 
 
 def open_any(path: str, mesh: DataMesh | None = None, *, is_all_used: bool = False) -> dict[str, Any]:
@@ -180,34 +175,44 @@ def with_masters(values: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str,
     for name, lazy in values.items():
         dtype = getattr(own.get(name), "dtype", None)
         if isinstance(lazy, LazyTensor) and dtype == torch.float32 and lazy.dtype != torch.float32:
-            master = lazy.opened.master_of(lazy.key.name)
+            master = lazy.opened.masters.get(lazy.key.name)
             if master is not None:
                 chosen[name] = lazy.opened.lazy(master)
     return chosen
 
 
+def fitted(
+    module: nn.Module, values: Mapping[str, Any], own: Mapping[str, Any], *, strict: bool, allow: Sequence[str]
+) -> dict[str, Any]:
+    """A checkpoint's state dict as a module takes it: under its own names, and with masters for fp32 weights.
+
+    Args:
+        own: the module's state dict, whole or cut.
+
+    Raises:
+        CheckpointError: it does not fit, and nothing was changed.
+    """
+    weights = aligned(values, own)
+    check_fits(module, weights, own, strict=strict, allow=allow)
+    return with_masters(weights, own)
+
+
 def check_fits(
-    module: nn.Module,
-    values: Mapping[str, Any],
-    *,
-    strict: bool,
-    allow: Sequence[str],
-    own: Mapping[str, Any] | None = None,
+    module: nn.Module, values: Mapping[str, Any], own: Mapping[str, Any], *, strict: bool, allow: Sequence[str]
 ) -> None:
     """Refuse a state dict that does not fit before any weight changes.
 
     Modules that rename or convert entries by themselves decide for themselves.
 
     Args:
-        own: the module's state dict, where it is another than `module.state_dict()`.
+        own: the module's state dict, whole or cut.
 
     Raises:
         CheckpointError: lists missing and unexpected names (with `strict`) and shapes that differ.
     """
     if any(_converts(one) for one in module.modules()):
         return
-    state = module.state_dict() if own is None else own
-    own = {name: value for name, value in state.items() if is_tensor_like(value)}
+    own = {name: value for name, value in own.items() if is_tensor_like(value)}
     theirs = {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
     def ours_to_say(names: Any) -> list[str]:

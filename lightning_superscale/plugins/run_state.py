@@ -13,12 +13,12 @@ from torch.optim import Optimizer
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.plan import ParallelPlan
 from lightning_superscale.plugins.assembly import Assembly
-from lightning_superscale.plugins.checkpoint_io import UniversalCheckpointIOMixin
+from lightning_superscale.plugins.checkpoint_io import UniversalCheckpointIOMixin, load_through, save_through
 from lightning_superscale.plugins.engine_states import has_names, load_engine_state, names_of
 from lightning_superscale.plugins.evaluation import EvaluationMixin
 from lightning_superscale.plugins.exposure import exposure_of
 from lightning_superscale.plugins.full_params import full_params
-from lightning_superscale.plugins.opened_checkpoint import aligned, check_fits, fill, is_lazy, read_whole, with_masters
+from lightning_superscale.plugins.opened_checkpoint import fill, fitted, is_lazy, read_whole
 from lightning_superscale.plugins.rank_environment import RankEnvironment
 from lightning_superscale.plugins.timing import PhaseSeconds
 from lightning_superscale.zero.initial_weights import is_on_meta
@@ -140,15 +140,13 @@ class RunStateMixin(EvaluationMixin):
         if io is None:
             super().save_checkpoint(checkpoint, filepath, storage_options)
         else:
-            io.save_on_all_ranks(checkpoint, str(self.broadcast(filepath)), self._module, self.optimizers)
+            save_through(io, self, checkpoint, filepath)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         io = self._io
         if io is None:
             return super().load_checkpoint(checkpoint_path, weights_only=weights_only)
-        module = self.lightning_module
-        is_fit = module is not None and module.trainer.state.fn == "fit"
-        return io.load_on_all_ranks(str(self.broadcast(checkpoint_path)), is_all_used=is_fit)
+        return load_through(io, self, checkpoint_path)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         self._wait_for_weights()
@@ -165,23 +163,16 @@ class RunStateMixin(EvaluationMixin):
         self._rest_weights(are_visible=True)
         weights, io = checkpoint["state_dict"], self._io
         sharded = None if self._assembly is None else self._assembly.sharded
+        own = self._module.state_dict() if sharded is None else sharded.local_state_dict()
         if io is not None:
-            weights = aligned(weights, self._module.state_dict())
-            check_fits(self._module, weights, strict=strict, allow=io.config.allow)
+            weights = fitted(self._module, weights, own, strict=strict, allow=io.config.allow)
             strict = strict and not io.config.allow
-        if is_lazy(weights):
-            own = self._module.state_dict() if sharded is None else sharded.local_state_dict()
-            weights = with_masters(weights, own)
-            if sharded is not None:
-                fill(own, weights)
-                weights = None
-            else:
-                weights = read_whole(weights)
-        if weights is None:
-            pass  # filled in place
-        elif sharded is None:
-            placed = {**checkpoint, "state_dict": placed_state(self._module, weights)}
+        if sharded is None:
+            whole = read_whole(weights) if is_lazy(weights) else weights
+            placed = {**checkpoint, "state_dict": placed_state(self._module, whole)}
             super().load_model_state_dict(placed, strict=strict)
+        elif is_lazy(weights):
+            fill(own, weights)
         else:
             sharded.load_state_dict(weights, strict=strict)
         if self._assembly is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 
 import pytest
 import torch
@@ -249,6 +250,49 @@ def train_and_save(rank: int, world_size: int, folder: str) -> int:
     assert open_checkpoint(f"{folder}/0.ckpt", mesh).step == 2
     saver.close()
     return copied
+
+
+def fail_at_different_times(rank: int, world_size: int, folder: str) -> list[tuple[int, str]]:
+    """The step at which each of a few saves fails, and what is said; rank 0 knows a while after rank 1."""
+    mesh = mesh_of(world_size)
+    saver = BackgroundSaver(mesh)
+    write, fsync, heard = background.write, os.fsync, []
+
+    def late(path, prepared, group):
+        try:
+            write(path, prepared, group)
+        finally:
+            time.sleep(0.3 if rank == 0 else 0)
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    background.write = late
+    for is_full in (True, False, True):
+        os.fsync = full if rank == 1 and is_full else fsync
+        saver.save(f"{folder}/a.ckpt", local_state(state_tensors(1), "whole", rank, world_size), step=len(heard))
+        for step in range(100):
+            try:
+                saver.raise_if_failed(mesh)
+            except CheckpointError as error:
+                heard.append((step, str(error)))
+                break
+            time.sleep(0.01)
+        os.fsync = fsync
+        sent = mesh.counts.calls.get("control", 0)
+        for _ in range(5):  # nothing is in flight: nothing is sent
+            saver.raise_if_failed(mesh)
+        assert mesh.counts.calls["control"] == sent
+    saver.close()
+    return heard
+
+
+def test_ranks_hear_of_a_failed_save_at_the_same_step(tmp_path):
+    first, second = run_ranks(2, fail_at_different_times, str(tmp_path))
+    assert first == second
+    assert len(first) == 2
+    assert all("rank 1 " in said and "No space left on device" in said for _, said in first)
+    assert open_checkpoint(str(tmp_path / "a.ckpt")).step == 1
 
 
 def test_ranks_save_while_they_train_and_each_copies_only_what_it_writes(tmp_path):

@@ -22,6 +22,15 @@ def test_flat_ranges_are_few_boxes_in_order(shape, data):
 
 
 @given(SHAPES, st.data())
+def test_a_run_is_where_all_elements_follow_one_another(shape, data):
+    ends = [sorted((data.draw(st.integers(0, n - 1)), data.draw(st.integers(0, n - 1)))) for n in shape]
+    box = Box(tuple(a for a, _ in ends), tuple(b + 1 - a for a, b in ends))
+    at = torch.arange(torch.Size(shape).numel()).view(shape)[box.within(whole_box(shape))].reshape(-1)
+    is_run = at[-1] - at[0] == len(at) - 1
+    assert box.run_within(whole_box(shape)) == (int(at[0]) if is_run else None)
+
+
+@given(SHAPES, st.data())
 def test_intersection_is_what_both_cover(shape, data):
     def some_box() -> Box:
         ends = [sorted((data.draw(st.integers(0, n)), data.draw(st.integers(0, n)))) for n in shape]

@@ -17,8 +17,7 @@ from lightning_superscale.comm.mesh import single_mesh
 from lightning_superscale.errors import CheckpointError
 from tests.helpers.checkpoints import mesh_of, one_tensor, value_at
 from tests.helpers.crashes import Countdown, deaths, forked, in_a_server
-
-ALL = bool(os.environ.get("LSS_TEST_ALL"))
+from tests.helpers.extent import IS_ALL
 
 
 @pytest.fixture
@@ -92,7 +91,7 @@ def kill_everywhere(folder, case, world_size, dying, can_exchange, is_in_backgro
 @pytest.mark.parametrize("is_in_background", [False, True], ids=["sync", "background"])
 @pytest.mark.parametrize("case", ["nothing", "file", "ours"])
 def test_killed_at_any_call_exactly_the_old_or_the_new_state_is_there(folder, case, is_in_background):
-    stride = 1 if ALL else 13 if is_in_background else 4
+    stride = 1 if IS_ALL else 13 if is_in_background else 4
     num_old, num_new, count = in_a_server(kill_everywhere, folder, case, 1, (0,), True, is_in_background, stride)
     assert num_old >= 20 // stride
     assert num_new >= 1
@@ -101,7 +100,7 @@ def test_killed_at_any_call_exactly_the_old_or_the_new_state_is_there(folder, ca
 
 @pytest.mark.parametrize("case", ["nothing", "file", "ours", "folder"])
 def test_the_same_where_names_can_not_be_swapped(folder, case):
-    stride = 1 if ALL else 6
+    stride = 1 if IS_ALL else 6
     num_old, num_new, _ = in_a_server(kill_everywhere, folder, case, 1, (0,), False, False, stride)
     assert num_old >= 4
     assert num_new >= 1
@@ -110,7 +109,7 @@ def test_the_same_where_names_can_not_be_swapped(folder, case):
 @pytest.mark.parametrize("dying", [(0,), (1,), (0, 1)])
 @pytest.mark.parametrize("is_in_background", [False, True], ids=["sync", "background"])
 def test_killed_ranks_leave_the_old_or_the_new_state_and_nobody_waiting(folder, dying, is_in_background):
-    stride = 1 if ALL else 23
+    stride = 1 if IS_ALL else 23
     num_old, _, _ = in_a_server(kill_everywhere, folder, "ours", 2, dying, True, is_in_background, stride)
     assert num_old >= 1
 
@@ -144,7 +143,7 @@ def kill_while_removing(folder: Path, stride: int) -> list[set]:
 
 
 def test_killed_in_the_background_with_one_checkpoint_kept_one_is_there(folder):
-    outcomes = in_a_server(kill_while_removing, folder, 1 if ALL else 4)
+    outcomes = in_a_server(kill_while_removing, folder, 1 if IS_ALL else 4)
     assert {None, 2.0} in outcomes  # the removal came to pass
     assert {1.0, None} in outcomes  # and waited
 

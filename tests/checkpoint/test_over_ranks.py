@@ -19,10 +19,10 @@ from lightning_superscale.checkpoint.state import LocalState, ReadRequest, Shard
 from lightning_superscale.comm.host_memory import map_host_memory
 from lightning_superscale.errors import CheckpointError
 from tests.helpers.checkpoints import LAYOUTS, assert_filled, local_state, mesh_of, read_requests, state_tensors
+from tests.helpers.extent import IS_ALL
 from tests.helpers.ranks import run_ranks
 
-ALL = bool(os.environ.get("LSS_TEST_ALL"))
-WORLDS = (1, 2, 3, 4) if ALL else (1, 2, 4)
+WORLDS = (1, 2, 3, 4) if IS_ALL else (1, 2, 4)
 
 
 def save_all(rank: int, world_size: int, folder: str) -> None:
@@ -44,7 +44,7 @@ def load_all(rank: int, world_size: int, folder: str) -> None:
             map_or_send((writers + seed) % 2 == 0)
             source = open_checkpoint(f"{folder}/{writers}-{layout}.ckpt", mesh)
             assert (source.step, source.rest, source.manifest.world) == (writers, {"world": writers}, writers)
-            targets = LAYOUTS if ALL else random.Random(f"{writers} {seed} {world_size}").sample(LAYOUTS, 1)
+            targets = LAYOUTS if IS_ALL else random.Random(f"{writers} {seed} {world_size}").sample(LAYOUTS, 1)
             for target in targets:
                 requests = read_requests(source.tensors, target, rank, world_size)
                 source.read(requests)
@@ -92,7 +92,7 @@ def read_once(rank: int, world_size: int, folder: str, is_mapped: bool) -> dict[
 
 
 @pytest.mark.parametrize("is_mapped", [True, False], ids=["mapped", "sent"])
-@pytest.mark.parametrize("world_size", [2, 4] if ALL else [3])
+@pytest.mark.parametrize("world_size", [2, 4] if IS_ALL else [3])
 def test_each_byte_is_read_once_by_all_ranks_together(tmp_path, world_size, is_mapped):
     needed = sum(tensor.nbytes for tensor in big_tensors().values())
     answers = run_ranks(world_size, read_once, str(tmp_path), is_mapped)
@@ -175,10 +175,10 @@ def failing_ranks(rank: int, world_size: int, folder: str) -> list[str]:
     # A rank that can't read what others wait for.
     read_into = storage.LocalFolder.read_into
 
-    def broken(self, name, start, out):
+    def broken(self, name, start, *outs):
         if name.startswith("data") and rank == 1:
             raise CheckpointError("the disk is gone")
-        read_into(self, name, start, out)
+        read_into(self, name, start, *outs)
 
     tensors = big_tensors()
     save(f"{folder}/big.ckpt", local_state(tensors, "rows", rank, world_size), mesh)

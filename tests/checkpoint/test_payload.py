@@ -108,10 +108,13 @@ def test_blocks_have_the_checksums_of_their_bytes_however_they_were_written(size
     blocks = [data[i : i + BLOCK_BYTES] for i in range(0, size, BLOCK_BYTES)]
     assert digest.blocks == b"".join(struct.pack("<Q", xxhash.xxh3_64_intdigest(block)) for block in blocks)
     sums = BlockSums(digest.blocks, size, "f")
+    parts = [memoryview(data)[start : start + 300_007] for start in range(0, size, 300_007)]
     assert sums.first_damaged(0, memoryview(data)) is None
+    assert sums.first_damaged(0, *parts) is None
     for block in range(len(blocks)):
         damaged = bytearray(data)
         damaged[block * BLOCK_BYTES] ^= 1
         assert sums.first_damaged(0, memoryview(damaged)) == block
+        assert sums.first_damaged(0, memoryview(b""), memoryview(damaged)[:5], memoryview(damaged)[5:]) == block
     with pytest.raises(CheckpointError, match="blocks"):
         BlockSums(digest.blocks + b"12345678", size, "f")

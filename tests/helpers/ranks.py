@@ -73,14 +73,17 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, limit_s
             sender.close()
             processes.append(process)
             receivers.append(receiver)
-        outcomes = _outcomes(receivers, time.monotonic() + limit_s + 3)  # time to write where ranks hang
-        stacks = [Path(folder, f"stacks-{rank}") for rank in range(world_size)]
-        stuck = [path.read_text() if path.exists() else "" for path in stacks]
-        for process in processes:
-            process.join(5 if None not in outcomes else 0)
-            if process.is_alive():
-                process.kill()
-                process.join()
+        outcomes: list[tuple[bool, Any] | None] = [None]
+        try:
+            outcomes = _outcomes(receivers, time.monotonic() + limit_s + 3)  # time to write where ranks hang
+            stacks = [Path(folder, f"stacks-{rank}") for rank in range(world_size)]
+            stuck = [path.read_text() if path.exists() else "" for path in stacks]
+        finally:  # also where the test's own time ran out
+            for process in processes:
+                process.join(5 if None not in outcomes else 0)
+                if process.is_alive():
+                    process.kill()
+                    process.join()
     failures = []
     for rank, outcome in enumerate(outcomes):
         if outcome is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import subprocess
 import sys
 from argparse import Namespace
@@ -352,6 +353,15 @@ def test_lightning_binds_it_without_an_import_of_ours(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "x.ckpt" / "MANIFEST.json").exists()
+
+
+@pytest.mark.parametrize("callbacks", [binder.lightning_callbacks, binder.pytorch_lightning_callbacks])
+def test_every_trainer_can_still_be_sent_to_spawned_ranks(callbacks):
+    """Lightning adds the callback to all of them, also those that do not use us."""
+    [made] = callbacks()
+    sent = pickle.loads(pickle.dumps(made))
+    assert [base.__qualname__ for base in type(sent).__mro__] == [base.__qualname__ for base in type(made).__mro__]
+    assert type(sent).__mro__[2:] == type(made).__mro__[2:]
 
 
 def test_a_broken_package_breaks_no_trainer(monkeypatch):

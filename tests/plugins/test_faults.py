@@ -6,13 +6,16 @@ import os
 import signal
 import time
 
+import lightning as L
 import pytest
 import torch
 from torch import nn
 
 import lightning_superscale as lss
+from lightning_superscale.checkpoint import background
 from tests.helpers.ranks import run_ranks
 from tests.helpers.trainers import Regressor, loader, trainer
+from tests.helpers.universal import universal_trainer
 
 # Far below any timeout of a collective (30 minutes), and above the watch's patience.
 SECONDS = 25.0
@@ -169,3 +172,57 @@ def test_branches_that_depend_on_the_rank_are_refused_by_name_in_stage_3():
 def test_branches_that_depend_on_the_rank_train_in_stage_2():
     for text, _ in run_ranks(2, misbehave, "zero2", "", Branching):
         assert text == "nothing"
+
+
+class SavesInVain(L.Callback):
+    """Saves in the background after the second step, where rank 1's disk is full, and slows rank 0's writer down."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == 2:
+            trainer.save_checkpoint(self.path)
+        if trainer.global_step >= 2 and trainer.global_rank == 1:
+            trainer.strategy.checkpoint_io._saver._thread.join()  # so that this rank knows, and rank 0 perhaps not
+
+
+def save_in_vain(rank, world_size, names, folder):
+    """At which step each strategy's run ended, and why."""
+    write, fsync = background.write, os.fsync
+
+    def late(*args):
+        try:
+            write(*args)
+        finally:
+            time.sleep(0.5 if rank == 0 else 0)
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    background.write, os.fsync = late, full if rank == 1 else fsync
+    ended = []
+    for name in names:
+        callbacks = [SavesInVain(f"{folder}/{name}.ckpt")]
+        run, module = universal_trainer(
+            name, world_size, checkpoint={"asynchronous": True}, max_steps=40, max_epochs=-1, callbacks=callbacks
+        )
+        try:
+            run.fit(module, loader(24))
+            ended.append((name, run.global_step, "nothing"))
+        except Exception as error:
+            ended.append((name, run.global_step, f"{type(error).__name__}: {error}"))
+    return ended
+
+
+def test_a_save_in_the_background_that_fails_on_one_rank_ends_all_at_the_next_step(tmp_path):
+    names = ["ddp", "model_parallel", "superoffload", "zero1", "zero3 superoffload"]
+    first, second = run_ranks(2, save_in_vain, names, str(tmp_path))
+    assert first == second
+    assert [name for name, _, _ in first] == names
+    for name, step, said in first:
+        assert step == 2, (name, said)
+        assert said.startswith("CheckpointError: an earlier save failed"), name
+        assert "rank 1 " in said, name
+        assert "No space left on device" in said, name
+    assert os.listdir(tmp_path) == []

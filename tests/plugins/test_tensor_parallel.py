@@ -6,8 +6,6 @@ ranks, and torch.optim) sums in the same order: bits. One process on the global 
 
 from __future__ import annotations
 
-import os
-
 import lightning as L
 import pytest
 import torch
@@ -17,6 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import lightning_superscale as lss
+from tests.helpers.extent import IS_ALL
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tensor_parallel import (
     LanguageModel,
@@ -216,7 +215,6 @@ def _meta(rank, world_size):
     return fit(world_size, module, max_steps=1)[1]
 
 
-IS_ALL = bool(os.environ.get("LSS_TEST_ALL"))
 _ALWAYS = (_against_torch, _against_one_process, _bytes)
 PARTS = {2: (*(_ALWAYS if IS_ALL else ()), _norms_only), 4: (*_ALWAYS, _bf16, _meta)}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import threading
 import time
@@ -16,12 +15,13 @@ from lightning_superscale.offload.deferred import DeferredState
 from lightning_superscale.offload.link import CpuLink, DoneEvent
 from lightning_superscale.zero.clip import ClipByNorm
 from tests.helpers.engines import build_engine
+from tests.helpers.extent import IS_ALL
 from tests.helpers.plain import PlainMasterAdamW, assert_equal_states
 from tests.helpers.programs import Programs, extra_backward_of_a_part, plain_backward
 
 ADAMW = {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.9, 0.95)}
 TIMEOUT_S = 20.0
-NUM_SEEDS = 200 if os.environ.get("LSS_TEST_ALL") else 25
+NUM_SEEDS = 200 if IS_ALL else 25
 
 
 class SlowLink(CpuLink):

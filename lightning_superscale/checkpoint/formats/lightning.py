@@ -22,6 +22,8 @@ from lightning_superscale.errors import CheckpointError
 Names = Sequence[Sequence[str]]
 
 EXTRA_STATE = "extra_state"
+# The release whose layout a checkpoint has that was not Lightning's, as its migrations ask.
+LAYOUT_VERSION = {"pytorch-lightning_version": "2.6.0"}
 # By optimizer, its parameters' names in its order: an entry of our exports, beside those that Lightning looks at.
 # torch's own "param_names" would turn an optimizer that loads them into one of named parameters only.
 OPTIMIZER_NAMES = "lightning_superscale.optimizer_names"
@@ -75,20 +77,39 @@ def _optimizers(
             f"{file} has {len(packed)} optimizers, names were given for {len(names)}. Pass those of the module that "
             "was saved."
         )
-    shapes = {key.name: entry.info.shape for key, entry in table.items()}
+    if names is not None:
+        names = [[aliases.get(name, name) for name in own] for own in names]
+    return read_optimizers(packed, table, file, names)
+
+
+def read_optimizers(
+    packed: Sequence[Mapping[str, Any]], table: Table, file: str, names: Names | None
+) -> tuple[tuple[OptimizerRecord, ...], str]:
+    """Add the states of all optimizers to the weights in a table, and mark those that they have as trainable.
+
+    Args:
+        packed: each optimizer's, as `read_optimizer` takes it.
+        names: of each optimizer's parameters, in its order; None where the file says them.
+
+    Returns:
+        What optimizers have beside tensors; or nothing, and why their parameters have no names.
+
+    Raises:
+        CheckpointError: not as torch saves optimizers, or names that do not fit.
+    """
+    shapes = {key.name: entry.info.shape for key, entry in table.items() if key.section == MODEL}
     states, records = Table(), []
     try:
         for index, one in enumerate(packed):
-            own = None if names is None else [aliases.get(name, name) for name in names[index]]
-            found, record = read_optimizer(index, one, shapes, file, own)
+            found, record = read_optimizer(index, one, shapes, file, None if names is None else names[index])
             states.update(found)
             records.append(record)
     except NamesMissing as missing:
         return (), str(missing)
     except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f'"optimizer_states" in {file} are not as torch saves them: {error!r}.') from error
+        raise CheckpointError(f"the optimizers in {file} are not as torch saves them: {error!r}.") from error
     table.update(states)
-    mark_trainable(table, records)
+    _mark_trainable(table, records)
     return tuple(records), ""
 
 
@@ -98,7 +119,7 @@ def extra_state(weights: Mapping[str, Any]) -> dict[str, Any]:
     return {EXTRA_STATE: extra} if extra else {}
 
 
-def mark_trainable(table: Table, records: Sequence[OptimizerRecord]) -> None:
+def _mark_trainable(table: Table, records: Sequence[OptimizerRecord]) -> None:
     """Weights that an optimizer has are trainable."""
     for record in records:
         for group in record.names:

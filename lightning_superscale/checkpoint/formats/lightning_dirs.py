@@ -16,10 +16,9 @@ from torch import Tensor
 
 from lightning_superscale.checkpoint.box import whole_box
 from lightning_superscale.checkpoint.formats.dcp import METADATA, DcpFolder, open_dcp_folder
-from lightning_superscale.checkpoint.formats.lightning import EXTRA_STATE, Names, mark_trainable
+from lightning_superscale.checkpoint.formats.lightning import EXTRA_STATE, Names, read_optimizers
 from lightning_superscale.checkpoint.formats.pieces import Entry, PieceSource, Table
 from lightning_superscale.checkpoint.formats.torch_files import load_torch_file
-from lightning_superscale.checkpoint.formats.torch_optimizer import NamesMissing, read_optimizer
 from lightning_superscale.checkpoint.state import MODEL, OptimizerRecord, TensorKey
 from lightning_superscale.errors import CheckpointError
 
@@ -119,21 +118,8 @@ def _optimizers(
         raise CheckpointError(
             f"{file} has optimizers {sorted(numbered)}, expected {'those from 0' if names is None else len(names)}."
         )
-    shapes = {key.name: entry.info.shape for key, entry in table.items() if key.section == MODEL}
-    states, records = Table(), []
-    try:
-        for index in range(len(numbered)):
-            packed = {
-                "state": numbered[index].get("state", {}),
-                "param_groups": _listed(numbered[index]["param_groups"]),
-            }
-            found, record = read_optimizer(index, packed, shapes, file, None if names is None else names[index])
-            states.update(found)
-            records.append(record)
-    except NamesMissing as missing:
-        return (), str(missing)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"the optimizers in {file} are not as torch saves them: {error!r}.") from error
-    table.update(states)
-    mark_trainable(table, records)
-    return tuple(records), ""
+    packed = [
+        {"state": numbered[i].get("state", {}), "param_groups": _listed(numbered[i].get("param_groups"))}
+        for i in range(len(numbered))
+    ]
+    return read_optimizers(packed, table, file, names)

@@ -7,14 +7,13 @@ from typing import Any
 
 import torch
 
-from lightning_superscale.checkpoint.formats.lightning import EXTRA_STATE, OPTIMIZER_NAMES
+from lightning_superscale.checkpoint.formats.lightning import EXTRA_STATE, LAYOUT_VERSION, OPTIMIZER_NAMES
 from lightning_superscale.checkpoint.formats.staging import copies_on_disk, staged
 from lightning_superscale.checkpoint.formats.torch_optimizer import pack_optimizer
 from lightning_superscale.checkpoint.state import MODEL, StateSource
 
-# What Trainer.fit(ckpt_path=...) can't do without, for states that were not Lightning's. The version is that of the
-# layout, for Lightning's migrations.
-_DEFAULTS: dict[str, Any] = {"epoch": 0, "global_step": 0, "pytorch-lightning_version": "2.6.0", "lr_schedulers": []}
+# What Trainer.fit(ckpt_path=...) can't do without, for states that were not Lightning's.
+_DEFAULTS: dict[str, Any] = {"epoch": 0, "global_step": 0, **LAYOUT_VERSION, "lr_schedulers": []}
 _OF_OPTIMIZERS = ("optimizer_states", OPTIMIZER_NAMES, "lr_schedulers", "callbacks")
 
 
