@@ -67,6 +67,7 @@ class PlainLowAdamW:
         self.hyper = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 1e-2, **hyper}
         self.segments: dict[str, AdamWSegment] = {}
         self.num_steps = 0
+        self.grad_scale = 1.0  # the inverse of a loss scale
         for name, param in self.named:
             master = states.master_of(param.dtype)
             self.segments[name] = AdamWSegment(
@@ -84,11 +85,11 @@ class PlainLowAdamW:
         self.num_steps += 1
         grads = [nn.Parameter(param.detach().float()) for _, param in self.named]
         for grad, (_, param) in zip(grads, self.named, strict=True):
-            grad.grad = None if param.grad is None else param.grad.float()
-        scale = 1.0
+            grad.grad = None if param.grad is None else param.grad.float() * self.grad_scale
+        scale = self.grad_scale
         if self.max_norm is not None:
             norm = torch.nn.utils.get_total_norm([grad.grad for grad in grads if grad.grad is not None])
-            scale = float((self.max_norm / (norm + 1e-6)).clamp(max=1.0))
+            scale *= float((self.max_norm / (norm + 1e-6)).clamp(max=1.0))
         for name, param in self.named:
             if param.grad is None:
                 continue

@@ -91,6 +91,26 @@ def test_fp32_weights_with_bf16_states_equal_a_hand_written_loop(home):
     assert_same_weights(ours, by_hand(precision))
 
 
+@pytest.mark.parametrize("home", ["resident", "cpu", "superoffload"])
+def test_fp16_weights_with_bf16_states_equal_a_hand_written_loop(home):
+    precision = lss.SuperScalePrecision("16-true", optimizer_states="bf16")
+    ours, plain = Linear(), Linear().half()
+    train(ours, home, precision)
+    oracle = PlainLowAdamW(plain.named_parameters(), precision.choices.states, lr=1e-2, weight_decay=0.1)
+    scale = 65536.0
+    for _ in range(2):
+        for x, y in loader():
+            oracle.zero_grad()
+            (plain.training_step((x.half(), y.half()), 0) * torch.tensor(scale)).backward()
+            if all(p.grad.isfinite().all() for p in plain.parameters()):
+                oracle.grad_scale = 1 / scale
+                oracle.step()
+            else:
+                scale /= 2
+    assert oracle.num_steps > 6
+    assert_same_weights(ours, plain)
+
+
 # Over ranks: with the same batch on every rank, 2 or 4 averages of bf16 gradients are exact, so that nothing but the
 # rounding could depend on the number of ranks.
 
