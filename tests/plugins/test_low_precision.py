@@ -6,11 +6,13 @@ import lightning as L
 import pytest
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 import lightning_superscale as lss
 from tests.helpers.extent import IS_ALL, only_in_test_all
 from tests.helpers.plain import PlainLowAdamW, PlainMasterAdamW
 from tests.helpers.ranks import run_ranks
+from tests.helpers.tensor_parallel import LanguageModel, token_loader
 from tests.helpers.trainers import assert_same_weights, loader, trainer
 
 HOMES = {
@@ -150,6 +152,35 @@ def test_ranks_change_no_bit(world_size):
         for result in results:
             for key, value in expected[str(choices)].items():
                 assert torch.equal(result[k][key], value), f"{name}: {key}"
+
+
+def fit_over_a_tensor_axis(rank, world_size):
+    """Weights of tensor-parallel training in bf16, whole, and what each rank has of them."""
+    module = LanguageModel("sequence")
+    plugin = lss.SuperScalePrecision("bf16-true", **CHOICES["all bf16"])
+    plan = lss.SuperScaleStrategy(zero={"stage": 3, "tensor_parallel": 2})
+    losses = []
+
+    class Losses(L.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            losses.append(float(outputs["loss"]))
+
+    run = trainer(plan, plugins=[plugin], devices=world_size, max_epochs=4, callbacks=[Losses()])
+    run.fit(module, token_loader(8))
+    whole = {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in module.net.named_parameters()}
+    cut = {name for name, p in module.net.named_parameters() if isinstance(p, DTensor) and p.placements[0].is_shard()}
+    return {name: value.detach().clone() for name, value in whole.items()}, cut, losses
+
+
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=only_in_test_all)])
+def test_ranks_of_a_tensor_axis_round_alike_what_they_all_have(world_size):
+    (first, cut, losses), *others = run_ranks(world_size, fit_over_a_tensor_axis, limit_s=90)
+    assert cut
+    assert cut < first.keys()  # some are cut, and some are not
+    assert losses[-1] < losses[0]
+    for weights, _, _ in others:
+        for name, value in first.items():
+            assert torch.equal(weights[name], value), name
 
 
 # Resume and change of states
