@@ -13,9 +13,13 @@ constexpr int64_t kColnormRows = 64;
 constexpr int64_t kLow = 512;          // elements that a low-precision update works on at a time; even
 constexpr int32_t kPreparedGrad = 3;   // index into KernelTable::adamw: a gradient that `prepare` made
 
-// lss_adamw_hyper rounded to fp32, with the lerp branch decided.
-struct Scalars {
+// Coefficients of lss_adamw_hyper rounded to fp32.
+struct Coefficients {
     float weight_decay_factor, l2, lerp_weight, beta2, one_minus_beta2, bias_correction2_sqrt, eps, neg_step_size;
+};
+
+// The same for torch's order of operations, with the lerp branch decided.
+struct Scalars : Coefficients {
     float reciprocal, reciprocal_rest;  // of bias_correction2_sqrt: see [Note: Division by a constant]
     float grad_scale, clip_value;
     // All ones when |1 - beta1| >= 0.5 (torch then interpolates from the other end), else zero: a mask,
@@ -26,9 +30,8 @@ struct Scalars {
     bool has_l2, has_clip, maximize, installed_root;
 };
 
-// The same without torch's order of operations.
-struct LowScalars {
-    float weight_decay_factor, l2, lerp_weight, beta2, one_minus_beta2, bias_correction2_sqrt, eps, neg_step_size;
+// The same for low-precision states.
+struct LowScalars : Coefficients {
     bool has_l2;
 };
 

@@ -7,19 +7,7 @@
 namespace lss {
 namespace {
 
-LowScalars rounded(const lss_adamw_hyper &h) {
-    LowScalars k;
-    k.weight_decay_factor = static_cast<float>(h.weight_decay_factor);
-    k.l2 = static_cast<float>(h.l2);
-    k.lerp_weight = static_cast<float>(h.lerp_weight);
-    k.beta2 = static_cast<float>(h.beta2);
-    k.one_minus_beta2 = static_cast<float>(h.one_minus_beta2);
-    k.bias_correction2_sqrt = static_cast<float>(h.bias_correction2_sqrt);
-    k.eps = static_cast<float>(h.eps);
-    k.neg_step_size = static_cast<float>(h.neg_step_size);
-    k.has_l2 = h.has_l2 != 0;
-    return k;
-}
+LowScalars rounded(const lss_adamw_hyper &h) { return {coefficients(h), h.has_l2 != 0}; }
 
 // What `prepare` does to the gradient; L2 is low_update's.
 Scalars of_gradient(const lss_adamw_hyper &h) {

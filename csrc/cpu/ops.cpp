@@ -91,14 +91,7 @@ bool is_product_right(const Scalars &k) {
 
 Scalars rounded(const lss_adamw_hyper &h) {
     Scalars k;
-    k.weight_decay_factor = static_cast<float>(h.weight_decay_factor);
-    k.l2 = static_cast<float>(h.l2);
-    k.lerp_weight = static_cast<float>(h.lerp_weight);
-    k.beta2 = static_cast<float>(h.beta2);
-    k.one_minus_beta2 = static_cast<float>(h.one_minus_beta2);
-    k.bias_correction2_sqrt = static_cast<float>(h.bias_correction2_sqrt);
-    k.eps = static_cast<float>(h.eps);
-    k.neg_step_size = static_cast<float>(h.neg_step_size);
+    static_cast<Coefficients &>(k) = coefficients(h);
     k.grad_scale = static_cast<float>(h.grad_scale);
     k.clip_value = static_cast<float>(h.clip_value);
     k.has_l2 = h.has_l2 != 0;
