@@ -43,7 +43,7 @@ STATE_BYTES = {"fp32": 14, "stochastic": 6, "kahan": 8, "nearest": 6}  # weights
 MOST_WORSE = 1.005
 
 
-def train(variant: str, seed: int, steps: int, every: int) -> dict[str, Any]:
+def train(variant: str, seed: int, steps: int, every: int, rounding_seed: int) -> dict[str, Any]:
     """One run: (step, bits per byte of validation) at every `every` steps."""
     import lightning as L
     import torch
@@ -68,7 +68,7 @@ def train(variant: str, seed: int, steps: int, every: int) -> dict[str, Any]:
     module.on_fit_start = lambda: None  # type: ignore[method-assign]  # prints the plan
     trainer = L.Trainer(
         strategy="superscale",
-        plugins=[lss.SuperScalePrecision("bf16-true", seed=seed, **VARIANTS[variant])],
+        plugins=[lss.SuperScalePrecision("bf16-true", seed=rounding_seed + seed, **VARIANTS[variant])],
         accelerator="cpu",
         devices=1,
         max_steps=steps,
@@ -91,7 +91,7 @@ def run(variant: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """The same in a process of its own."""
     command = [sys.executable, __file__, "--one", f"{variant}:{seed}", "--steps", str(options.steps)]
     done = subprocess.run(
-        [*command, "--every", str(options.every)],
+        [*command, "--every", str(options.every), "--rounding_seed", str(options.rounding_seed)],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_WAIT_POLICY": "passive"},
@@ -152,6 +152,7 @@ def main() -> int:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--every", type=int, default=50, help="steps between validations")
+    parser.add_argument("--rounding_seed", type=int, default=0, help="added to each seed, for the rounding alone")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--picture", type=Path, help="draw the curves here")
     parser.add_argument("--json", type=Path, help="also write the JSON here")
@@ -159,7 +160,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.one:
         variant, _, seed = options.one.partition(":")
-        print(json.dumps(train(variant, int(seed), options.steps, options.every)))
+        print(json.dumps(train(variant, int(seed), options.steps, options.every, options.rounding_seed)))
         return 0
     start = time.perf_counter()
     jobs = [(variant, int(seed)) for seed in options.seeds.split(",") for variant in VARIANTS]
