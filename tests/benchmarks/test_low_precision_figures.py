@@ -13,6 +13,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks import convergence, precision
+from tests.helpers.extent import only_in_test_all
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -26,7 +27,9 @@ def last_line(*command: str) -> dict:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["all bf16", "kahan", "32-true low states"])
+@pytest.mark.parametrize(
+    "name", ["kahan", *(pytest.param(name, marks=only_in_test_all) for name in ("all bf16", "32-true low states"))]
+)
 def test_counted_bytes_are_the_predicted_ones(name: str) -> None:
     facts = last_line("benchmarks/precision.py", "--one", name, "--size", "1M")
     assert facts["counted"] / facts["num_params"] == pytest.approx(precision.OURS[name][1], rel=0.02)
@@ -34,6 +37,7 @@ def test_counted_bytes_are_the_predicted_ones(name: str) -> None:
 
 
 @pytest.mark.slow
+@only_in_test_all
 def test_a_curve_is_measured_where_it_was_asked_for() -> None:
     found = last_line("benchmarks/convergence.py", "--one", "nearest:1", "--steps", "4", "--every", "2")
     assert [step for step, _ in found["points"]] == [2, 4]

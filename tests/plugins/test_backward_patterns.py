@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 import lightning_superscale as lss
 from tests.helpers.backward_patterns import AUTOMATIC, TwoTowers, loss_of
 from tests.helpers.backward_runs import PATTERNS, Batches, Module, Run, outcome, outcomes, plain
-from tests.helpers.extent import IS_ALL
+from tests.helpers.extent import IS_ALL, only_in_test_all
 from tests.helpers.ranks import run_ranks
 from tests.helpers.trainers import trainer
 
@@ -139,7 +139,7 @@ def test_two_ranks_equal_one_process(name):
             assert_same(weights, run, strategy, 2, name=f"rank {rank}, {name}: {run}")
 
 
-@pytest.mark.parametrize("name", ["zero3", "zero3 superoffload", "zero1"])
+@pytest.mark.parametrize("name", ["zero3", pytest.param("zero3 superoffload", marks=only_in_test_all), "zero1"])
 def test_refusals_at_two_ranks_are_heard_on_both_and_training_goes_on(name):
     strategy = STRATEGIES[name]
     runs = [run for run in all_runs(name) if refusal(run, strategy, 2) is not None and run.num_micro == 1]
