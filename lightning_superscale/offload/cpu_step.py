@@ -42,10 +42,9 @@ def host_bytes(
     numel: int, dtype: torch.dtype, *, has_moments: bool, flows: bool = False, dtypes: StateDtypes = FP32_STATES
 ) -> int:
     """Host bytes that `HostState` allocates for a unit of `numel` elements of `dtype` weights."""
-    master = dtypes.master_of(dtype)
-    own_master = master.itemsize if master == dtype else 0  # the host has a copy of the weights for a master
-    copy = dtype.itemsize if flows and master != dtype else 0
-    return numel * (own_master + dtypes.state_bytes(dtype, has_moments=has_moments) + dtype.itemsize + copy)
+    states = dtypes.state_bytes(dtype, has_moments=has_moments, is_on_host=True)
+    copy = dtype.itemsize if flows and dtypes.master_of(dtype) != dtype else 0
+    return numel * (states + dtype.itemsize + copy)
 
 
 class UploadEvent:

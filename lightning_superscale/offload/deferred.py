@@ -47,9 +47,8 @@ def deferred_host_bytes(
     numel: int, dtype: torch.dtype, *, flows: bool = False, dtypes: StateDtypes = FP32_STATES
 ) -> int:
     """Host bytes that `DeferredState` allocates for a unit of `numel` elements of `dtype` weights."""
-    master = dtypes.master_of(dtype)
-    own_master = master.itemsize if master == dtype else 0  # the host has a copy of the weights for a master
-    return numel * (own_master + dtypes.state_bytes(dtype, has_moments=True) + (3 if flows else 2) * dtype.itemsize)
+    states = dtypes.state_bytes(dtype, has_moments=True, is_on_host=True)
+    return numel * (states + (3 if flows else 2) * dtype.itemsize)
 
 
 @dataclass(slots=True)

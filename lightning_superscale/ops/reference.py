@@ -69,7 +69,7 @@ def _stats(grad: Tensor, hyper: AdamWHyper) -> GradStats:
 
 
 class _Updated(NamedTuple):
-    """What an update stores: new master, moments and compensation, and the weight that forward gets."""
+    """What an update stores: new master, moments and compensation."""
 
     param: Tensor
     exp_avg: Tensor

@@ -46,11 +46,14 @@ class StateDtypes:
         digest = hashlib.blake2b(f"{self.seed}:{fqn}".encode(), digest_size=8).digest()
         return Rounding(True, int.from_bytes(digest, "little") >> 1, first_element)
 
-    def state_bytes(self, weights: torch.dtype, *, has_moments: bool) -> int:
-        """Bytes per parameter beside the weights themselves: a master of its own, compensation, moments."""
+    def state_bytes(self, weights: torch.dtype, *, has_moments: bool, is_on_host: bool) -> int:
+        """Bytes per parameter beside the device's weights: master, compensation, moments.
+
+        On the device, weights may be their own masters; the host has masters always.
+        """
         master = self.master_of(weights)
         return (
-            (0 if master == weights else master.itemsize)
+            (master.itemsize if is_on_host or master != weights else 0)
             + (2 if self.compensates(weights) else 0)
             + (2 * self.moments.itemsize if has_moments else 0)
         )

@@ -103,7 +103,7 @@ class AdamWSegment:
         param: fp32 master weights, bf16 only with `rounding`; written by commit and commit_peek.
         exp_avg, exp_avg_sq: fp32 or bf16 moments (each its own dtype); written by commit and
             commit_peek. The parameter update uses the unrounded fp32 moments; storage rounds to
-            nearest even.
+            nearest even, unless `rounding` says otherwise.
         grad: fp32, bf16 or fp16 gradient of the update to commit (or, in peek, to look ahead to).
         hyper: belongs to `grad`.
         weight_out: optional bf16, fp16 or (on a CPU) fp32 output. commit: the rounded new master. peek and

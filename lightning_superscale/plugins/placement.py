@@ -49,7 +49,7 @@ def _share(grouping: Grouping, named: Sequence[NamedParam], fraction: float) -> 
 
 def device_bytes_of(param: nn.Parameter, shard_size: int, dtypes: StateDtypes) -> int:
     """What one parameter's states and its gradient take on the device until the step, but for padding."""
-    states = dtypes.state_bytes(param.dtype, has_moments=True)
+    states = dtypes.state_bytes(param.dtype, has_moments=True, is_on_host=False)
     return -(-tensor_numel(param) * (states + grad_dtype_of(param).itemsize) // shard_size)
 
 

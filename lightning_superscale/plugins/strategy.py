@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Literal, Union
+from typing import TYPE_CHECKING, Any, Literal, Union, cast
 
 import torch
 from torch import nn
@@ -29,7 +29,7 @@ from lightning_superscale.plugins.flow import (
     place_resident,
 )
 from lightning_superscale.plugins.precision import SuperScalePrecisionMixin
-from lightning_superscale.plugins.precision_choices import PRECISIONS, check_precision, choose
+from lightning_superscale.plugins.precision_choices import PRECISIONS, check_precision
 from lightning_superscale.plugins.rank_environment import DEFAULT_TIMEOUT, RankEnvironment, check_axes
 from lightning_superscale.plugins.reasons import device_share
 from lightning_superscale.plugins.run_settings import RunSettings
@@ -227,12 +227,13 @@ class SuperScaleStrategyMixin(BackwardMixin, RunStateMixin, _Base):
         held = why_gradients_are_held(module, callbacks, len(self.optimizers))
         awaited = why_weights_are_awaited(module, callbacks)
         self._recorder = StepRecorder.from_environment(self.root_device, self.global_rank)
+        precision = cast(SuperScalePrecisionMixin, self.precision_plugin)  # its setter takes or makes no other
         settings = RunSettings(
             mesh=self._environment.mesh,
             device=self.root_device,
             zero=self.zero_config,
             offload=self.offload_config,
-            precision=getattr(self.precision_plugin, "choices", None) or choose(str(self.precision_plugin.precision)),
+            precision=precision.choices,
             error_if_nonfinite=self.error_if_nonfinite,
             why_held=held,
             why_awaited=awaited,
@@ -249,9 +250,7 @@ class SuperScaleStrategyMixin(BackwardMixin, RunStateMixin, _Base):
         self._awaits_weights = awaited is not None
         self._shows_weights = awaited is not None or held is not None
         self.phase_seconds = PhaseSeconds()
-        precision = self.precision_plugin
-        if isinstance(precision, SuperScalePrecisionMixin):
-            precision.attach(self.root_device.type, self._assembly.engines)
+        precision.attach(self.root_device.type, self._assembly.engines)
 
     def model_to_device(self) -> None:
         if self.model is None:
