@@ -182,9 +182,10 @@ def assemble(module: nn.Module, optimizers: Sequence[Optimizer], settings: RunSe
     _check_on_all_ranks(module, optimizers, settings)
     host = plan_host(optimizers, settings)
     sharded = _sharded(module, optimizers, settings)
-    widened = [p for p in module.parameters() if p.requires_grad and p.dtype == settings.precision.weights]
-    if settings.precision.gradients.accumulation is not None:
-        widen_gradients(widened, settings.precision.gradients.accumulation)
+    precision = settings.precision
+    if precision.gradients.accumulation is not None:  # frozen ones may be unfrozen later
+        widened = (param for param in module.parameters() if param.dtype == precision.weights)
+        widen_gradients(widened, precision.gradients.accumulation)
     fqn_of = {param: fqn for fqn, param in module.named_parameters()}
     link = None if offload is None else link_for(settings.device, settings.timeline)
     where = settings.device if offload is None else torch.device("cpu")

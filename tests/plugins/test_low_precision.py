@@ -317,6 +317,26 @@ def test_backward_calls_are_summed_in_fp32():
     assert_same_weights(ours, summed_in_fp32(1, parts=parts))
 
 
+def test_a_layer_that_is_unfrozen_later_sums_in_fp32_too():
+    class Unfrozen(Linear):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net[0].requires_grad_(False)
+            self.seen = []
+
+        def on_train_epoch_start(self):
+            self.net[0].requires_grad_(self.current_epoch > 0)
+
+        def on_before_optimizer_step(self, optimizer):
+            self.seen.append({name: p.grad.dtype for name, p in self.named_parameters() if p.grad is not None})
+
+    module = Unfrozen()
+    train(module, "resident", lss.SuperScalePrecision("bf16-true", gradient_accumulation="fp32"))
+    assert "net.0.weight" not in module.seen[0]
+    assert module.seen[-1].keys() == {name for name, _ in module.named_parameters()}
+    assert {dtype for step in module.seen for dtype in step.values()} == {torch.float32}
+
+
 @pytest.mark.parametrize("home", ["cpu", "superoffload"])
 def test_a_sum_in_fp32_is_rounded_once_on_its_way_to_the_host(home):
     ours, wide = Linear(), summed_in_fp32(3, epochs=0)
