@@ -29,6 +29,11 @@ class StateDtypes:
     is_compensated: bool = False
     seed: int = 0
 
+    @property
+    def is_low_precision(self) -> bool:
+        """Whether anything is kept in bf16 beside weights."""
+        return torch.bfloat16 in (self.masters, self.moments)
+
     def master_of(self, weights: torch.dtype) -> torch.dtype:
         """Dtype of the masters of such weights; the weights' own where they are their masters."""
         return self.masters if weights == torch.bfloat16 else torch.float32

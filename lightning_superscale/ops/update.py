@@ -59,10 +59,14 @@ class UpdatePath:
     num_threads: int
 
 
-def update_path(device: torch.device, pool: Pool | None = None) -> UpdatePath:
-    """The best exact path for states on `device`; on the host it runs in `pool`, None for the process's."""
+def update_path(device: torch.device, pool: Pool | None = None, *, is_low_precision: bool = False) -> UpdatePath:
+    """The best exact path for states on `device`; on the host it runs in `pool`, None for the process's.
+
+    Args:
+        is_low_precision: masters or moments are bf16; on a GPU another kernel steps these.
+    """
     if device.type == "cuda":
-        return _cuda_path()
+        return _cuda_path(is_low_precision=is_low_precision)
     pool = pool or default_pool()
 
     def host_update(segments: Sequence[AdamWSegment]) -> HostUpdate:
@@ -71,7 +75,7 @@ def update_path(device: torch.device, pool: Pool | None = None) -> UpdatePath:
     return UpdatePath(adamw.kernel_name(), host_update, pool.num_threads)
 
 
-def _cuda_path() -> UpdatePath:
+def _cuda_path(*, is_low_precision: bool) -> UpdatePath:
     from lightning_superscale.ops import cuda  # looks for libraries that few machines have
     from lightning_superscale.ops.triton import adamw_low, launch
 
@@ -82,14 +86,15 @@ def _cuda_path() -> UpdatePath:
             adamw_low.adamw_low(seg)
 
     def cuda_update(segments: Sequence[AdamWSegment]) -> QueuedUpdate:
-        if any(seg.rounding is not None for seg in segments):  # then all have one: they are of one run
+        if any(seg.rounding is not None for seg in segments):  # then all have one: they are of one unit
             return _beside_norms(by_triton if why_no_triton is None else reference.adamw_commit, segments)
         if reason is not None:
             return _beside_norms(reference.adamw_commit, segments)
         stats = cuda.adamw_commit(segments, stats=True)
         return QueuedUpdate(lambda: [] if stats is None else stats.to_host())
 
-    name = "CUDA AdamW" if reason is None else f"PyTorch operations on the GPU, not fused ({reason})"
+    kernel, why_none = ("Triton AdamW", why_no_triton) if is_low_precision else ("CUDA AdamW", reason)
+    name = kernel if why_none is None else f"PyTorch operations on the GPU, not fused ({why_none})"
     return UpdatePath(name, cuda_update, 0)
 
 

@@ -189,7 +189,7 @@ def assemble(module: nn.Module, optimizers: Sequence[Optimizer], settings: RunSe
     fqn_of = {param: fqn for fqn, param in module.named_parameters()}
     link = None if offload is None else link_for(settings.device, settings.timeline)
     where = settings.device if offload is None else torch.device("cpu")
-    update = update_path(where, host.pool)
+    update = update_path(where, host.pool, is_low_precision=precision.states.is_low_precision)
     arena = HostArena(host.pool)
     make_state = _state_maker(link, settings, host.pool, arena)
     block_of = {} if settings.flow is None else settings.flow.block_of
@@ -313,7 +313,8 @@ def _native_maker(settings: RunSettings, update: UpdatePath) -> Callable[[Optimi
         return NativeStep(optimizer, guard, update.submit, timeline=timeline)
 
     def split(optimizer: Optimizer, guard: StepGuard) -> StepRule:
-        device = on_device(optimizer, guard, update_path(settings.device))
+        is_low = settings.precision.states.is_low_precision
+        device = on_device(optimizer, guard, update_path(settings.device, is_low_precision=is_low))
         return SplitStep(optimizer, guard, host=on_host(optimizer, guard), device=device)
 
     return split

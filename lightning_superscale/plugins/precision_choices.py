@@ -97,15 +97,14 @@ def choose(
         is_compensated=kahan,
         seed=seed,
     )
-    is_low = torch.bfloat16 in (states.masters, states.moments)
     if kahan and states.masters != torch.bfloat16:
         raise _refusal("kahan", True, f"master_weights={master_weights!r} lose nothing that it could keep", "remove it")
-    if stochastic_rounding and not is_low:
+    if stochastic_rounding and not states.is_low_precision:
         why = "masters and optimizer states are fp32, and nothing is rounded to bf16"
         raise _refusal("stochastic_rounding", True, why, "set master_weights or optimizer_states to 'bf16'")
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
         raise SuperScaleError(f"SuperScalePrecision.seed must be a whole number from 0 to 2**63 - 1, found {seed!r}.")
-    is_stochastic = is_low if stochastic_rounding is None else stochastic_rounding
+    is_stochastic = states.is_low_precision if stochastic_rounding is None else stochastic_rounding
     return PrecisionChoices(
         name=precision,
         weights=weights,
@@ -215,7 +214,7 @@ def check_with_run(
 
 
 def _check_own_step(name: str, reason: str, states: StateDtypes) -> None:
-    if states.masters == torch.float32 and states.moments == torch.float32:
+    if not states.is_low_precision:
         return
     if states.masters != states.moments:
         raise SuperScaleError(
