@@ -16,6 +16,7 @@ from lightning_superscale.timeline import UNTIMED, Lane, Timeline
 from lightning_superscale.zero.due import Due, by_unit
 from lightning_superscale.zero.gradient_dtypes import grad_dtype_of
 from lightning_superscale.zero.guard import StepGuard
+from lightning_superscale.zero.placed import local_of
 from lightning_superscale.zero.states import UnitState, master_slice
 from lightning_superscale.zero.step_rule import Publish, SynchronousRule
 from lightning_superscale.zero.units import ShardUnit
@@ -40,11 +41,14 @@ class OwnStep(SynchronousRule):
         for i, param in enumerate(unit.params):
             master = nn.Parameter(master_slice(unit, state, i))
             self._masters[param] = master
-            # Some optimizers make state in their constructor (Adagrad): move it to where and how masters are.
+            # Some optimizers make state in their constructor (Adagrad): bring it to where and how masters are, which
+            # are this rank's rows.
             own: dict[str, Any] = self._optimizer.state.get(param, {})
             for key, value in own.items():
                 if isinstance(value, Tensor) and value.shape == param.shape and value.dtype == param.dtype:
-                    own[key] = value.to(master.device, master.dtype, copy=True)
+                    piece = unit.shard.slices[i]
+                    rows = local_of(value).reshape(-1)[piece.global_offset : piece.global_offset + piece.numel]
+                    own[key] = rows.view(piece.local_shape).to(master.device, master.dtype, copy=True)
 
     @property
     def has_stand_ins(self) -> bool:

@@ -245,6 +245,20 @@ def test_every_stage_and_place_of_states_gives_the_same_bf16_weights():
             assert_same(result, rank_results[0], 0, exact=True, name=str(config))
 
 
+class Eager(Smooth):
+    """Adagrad makes its states in its constructor, before anything is sharded."""
+
+    def configure_optimizers(self):
+        return torch.optim.Adagrad(self.net.parameters(), lr=1e-2, initial_accumulator_value=0.1)
+
+
+def test_states_that_an_optimizer_made_before_are_sharded_too():
+    runs = [(config, {}, Eager) for config in PLACES]
+    for rank_results in run_ranks(2, fit_settings, runs, limit_s=120):
+        for config, result in zip(PLACES[1:], rank_results[1:], strict=True):
+            assert_same(result, rank_results[0], 0, exact=True, name=str(config))
+
+
 def test_replicas_of_shards_equal_ddp():
     """HSDP: four ranks, two replicas of two shards, in every stage."""
     zeros = [{"stage": stage, "shard_size": 2} for stage in (1, 2, 3)]
