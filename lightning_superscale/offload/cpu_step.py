@@ -4,7 +4,7 @@ Bytes per host-side parameter with 16-bit weights: fp32 master, exp_avg and exp_
 16-bit buffer (2) that holds the gradient until the step has read it and the new weight from then on.
 Where masters have the weights' dtype (fp32 weights; bf16 masters): masters and moments, and a gradient buffer; the
 master itself is uploaded. Weights that flow have one more buffer (2) on the host, which the step writes and forward
-streams from; where masters have their dtype that is the master.
+streams from; where masters have their dtype that is the master. Where ranks share steps, it is one of whole weights.
 
 The class satisfies the optimizer engine's `UnitState` without importing it: siblings meet in `plugins`.
 """
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lightning_superscale.layout import UnitLayout
-from lightning_superscale.offload.flowing_weights import FlowingWeights, HostBound, StreamedUnit
+from lightning_superscale.offload.flowing_weights import FlowingWeights, HostBound, LateUpload, StreamedUnit
 from lightning_superscale.offload.host_memory import HostArena
 from lightning_superscale.offload.link import Link, LinkEvent
 from lightning_superscale.ops.flat import accumulate
@@ -109,7 +109,6 @@ class HostState:
         self.unit = unit
         self.is_on_host = True
         self.num_transfer_buffers = 1
-        self.num_host_copies = 0 if streamed is None or not has_own_weights else 1
         self._link = link
         self._roundings = roundings
         is_pinned = is_pinned and link.needs_pinned_host()
@@ -121,10 +120,14 @@ class HostState:
         self._grads = arena.zeros(numel, dtype, is_pinned=is_pinned)
         self._weight_out = self._grads if has_own_weights else None
         self.flowing: FlowingWeights | None = None
+        self.host_copy_numel = 0
         if streamed is not None:
-            if has_own_weights:
-                self._weight_out = arena.zeros(numel, dtype, is_pinned=is_pinned)
-            weights = self.master if self._weight_out is None else self._weight_out
+            weights = self.master
+            if has_own_weights or not streamed.is_whole:
+                self.host_copy_numel = streamed.full.shard_numel
+                weights = arena.zeros(self.host_copy_numel, dtype, is_pinned=is_pinned)
+            if has_own_weights and streamed.is_whole:
+                self._weight_out = weights
             self.flowing = FlowingWeights(streamed, link, [weights])
         self._arrivals: dict[int, LinkEvent] = {}
         self.reload(range(len(unit.shard.slices)))
@@ -164,17 +167,22 @@ class HostState:
     def clear_grads(self) -> None:
         self._arrivals.clear()
 
-    def upload(self, stepped: Sequence[int]) -> UploadEvent | HostBound:
+    def upload(self, stepped: Sequence[int]) -> UploadEvent | HostBound | LateUpload:
         """Send new weights. Only of stepped slices: elsewhere the shared buffer may hold anything."""
-        if self.flowing is not None:
+        if self.flowing is None:
+            return UploadEvent(self._upload(stepped))
+        if self.flowing.unit.is_whole:
             return HostBound(self.flowing)
+        return LateUpload(lambda: self._upload(stepped))
+
+    def _upload(self, stepped: Sequence[int]) -> list[LinkEvent]:
         source = self.master if self._weight_out is None else self._weight_out
         inbox = self.unit.inbox()
         if len(stepped) == len(self.unit.shard.slices):
-            return UploadEvent([self._link.h2d(inbox, source)])
+            return [self._link.h2d(inbox, source)]
         pieces = [self.unit.shard.slices[i] for i in stepped]
         spans = [slice(piece.offset, piece.offset + piece.numel) for piece in pieces]
-        return UploadEvent([self._link.h2d(inbox[span], source[span]) for span in spans])
+        return [self._link.h2d(inbox[span], source[span]) for span in spans]
 
     def reload(self, slices: Sequence[int]) -> None:
         for i in slices:

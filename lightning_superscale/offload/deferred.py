@@ -16,7 +16,8 @@ receives this step's gradient. The pass reads both and writes the new weights ov
     next step   A receives gradient t+1                B is committed
 
 Where weights flow, A is not uploaded but streamed from until the next verdict, and a third buffer C, which held the
-weights until this one, receives gradient t+1 ([Note: Which host buffer] in flowing_weights.py).
+weights until this one, receives gradient t+1 ([Note: Which host buffer] in flowing_weights.py). Where ranks share a
+unit's steps, its whole weights have a buffer of their own, and A is uploaded for the gather that fills it.
 
 The class satisfies the optimizer engine's protocols without importing it: siblings meet in `plugins`.
 """
@@ -30,7 +31,7 @@ import torch
 from torch import Tensor
 
 from lightning_superscale.offload.cpu_step import OffloadableUnit, UploadEvent, compensation_of, weights_on_host
-from lightning_superscale.offload.flowing_weights import FlowingWeights, HostBound, StreamedUnit
+from lightning_superscale.offload.flowing_weights import FlowingWeights, HostBound, LateUpload, StreamedUnit
 from lightning_superscale.offload.host_memory import HostArena
 from lightning_superscale.offload.link import Link, LinkEvent, LinkFence
 from lightning_superscale.ops.adamw import adamw_commit, adamw_commit_peek, adamw_peek
@@ -107,7 +108,6 @@ class DeferredState:
         self.unit = unit
         self.is_on_host = True
         self.num_transfer_buffers = 2
-        self.num_host_copies = 0 if streamed is None else 1
         self._link = link
         self._pool = pool
         self._roundings = roundings
@@ -115,12 +115,14 @@ class DeferredState:
         self.exp_avg = arena.zeros(numel, dtypes.moments, is_pinned=False)
         self.exp_avg_sq = arena.zeros(numel, dtypes.moments, is_pinned=False)
         self.compensation = compensation_of(arena, numel, unit.dtype, dtypes)
-        num_buffers, resting = (2, None) if streamed is None else (3, 2)
-        self._buffers = tuple(arena.zeros(numel, unit.dtype, is_pinned=is_pinned) for _ in range(num_buffers))
-        self._slices = [_Slice(resting=resting) for _ in unit.shard.slices]
+        rests = streamed is not None and streamed.is_whole
+        self._buffers = tuple(arena.zeros(numel, unit.dtype, is_pinned=is_pinned) for _ in range(3 if rests else 2))
+        self._slices = [_Slice(resting=2 if rests else None) for _ in unit.shard.slices]
         self.flowing: FlowingWeights | None = None
         if streamed is not None:
-            self.flowing = FlowingWeights(streamed, link, self._buffers, first=2)
+            whole = [] if rests else [arena.zeros(streamed.full.shard_numel, unit.dtype, is_pinned=is_pinned)]
+            self.flowing = FlowingWeights(streamed, link, whole or self._buffers, first=2 if rests else 0)
+        self.host_copy_numel = 0 if self.flowing is None else self.flowing.unit.full.shard_numel
         self.reload(range(len(self._slices)))
 
     # Gradients
@@ -275,17 +277,22 @@ class DeferredState:
         """The point of the device's work after which its weights may be replaced: call it when backward is over."""
         return self._link.fence()
 
-    def upload(self, stepped: Sequence[int], after: LinkFence | None = None) -> UploadEvent | HostBound:
+    def upload(self, stepped: Sequence[int], after: LinkFence | None = None) -> UploadEvent | HostBound | LateUpload:
         """Send settled new weights to the device, from any thread."""
-        if self.flowing is not None:
+        if self.flowing is None:
+            return UploadEvent(self._upload(stepped, after))
+        if self.flowing.unit.is_whole:
             return HostBound(self.flowing)
+        return LateUpload(lambda: self._upload(stepped, None))
+
+    def _upload(self, stepped: Sequence[int], after: LinkFence | None) -> list[LinkEvent]:
         inbox = self.unit.inbox()
         fronts = {self._slices[i].front for i in stepped}
         if len(stepped) == len(self._slices) and len(fronts) == 1:
             pairs = [(inbox, self._buffers[fronts.pop()])]
         else:
             pairs = [(self._span(inbox, i), self._span(self._buffers[self._slices[i].front], i)) for i in stepped]
-        return UploadEvent([self._link.h2d(there, here, after) for there, here in pairs])
+        return [self._link.h2d(there, here, after) for there, here in pairs]
 
     def reload(self, slices: Sequence[int]) -> None:
         self._flush(slices)

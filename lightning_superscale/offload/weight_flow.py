@@ -37,15 +37,21 @@ BLOCKS_AHEAD = 2
 class Publications(Protocol):
     """New weights of a unit that the last step is still making."""
 
+    def begin(self, unit: StreamedUnit) -> None:
+        """The unit is used soon: start what can be started without waiting. Several ranks may go different ways."""
+
     def is_ready(self, unit: StreamedUnit) -> bool:
         """Whether `wait` would return at once."""
 
     def wait(self, unit: StreamedUnit) -> None:
-        """Return when the unit's new weights are in host memory."""
+        """Return when the unit's new weights are in host memory, or on the device on their way there."""
 
 
 class NothingPublished:
     """Weights that no step changes."""
+
+    def begin(self, unit: StreamedUnit) -> None:
+        return
 
     def is_ready(self, unit: StreamedUnit) -> bool:
         return True
@@ -235,6 +241,7 @@ class WeightFlow:
     def _want(self, block: _Block) -> None:
         self._on_device[block.index] = block
         for weights in block.weights:
+            self._publications.begin(weights.unit)
             weights.want(is_ready=self._publications.is_ready(weights.unit))
 
     def _arrive(self, block: _Block) -> None:

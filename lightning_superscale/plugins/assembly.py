@@ -327,7 +327,8 @@ def _state_maker(link: Link | None, settings: RunSettings, pool: Pool, arena: Ho
         if link is None or offload is None or is_on_device:
             return ResidentState(unit, has_moments=has_moments, dtypes=dtypes)
         roundings = roundings_of(unit, dtypes)
-        pin, streamed = offload.pin_memory, unit if isinstance(unit, BucketUnit) and unit.is_streamed else None
+        streamed = unit if isinstance(unit, BucketUnit) and unit.is_streamed else None
+        pin = offload.pin_memory
         state: DeferredState | HostState
         if settings.defers and has_moments:
             state = DeferredState(
@@ -344,7 +345,8 @@ def _state_maker(link: Link | None, settings: RunSettings, pool: Pool, arena: Ho
                 dtypes=dtypes,
                 roundings=roundings,
             )
-        if flow is not None and state.flowing is not None:
+        if flow is not None and streamed is not None and state.flowing is not None:
+            streamed.rest_at(state.flowing)
             flow.add(state.flowing)
         return state
 
@@ -363,15 +365,17 @@ def _host_bytes_needed(module: nn.Module, optimizers: Sequence[Optimizer], setti
 
     stepped = {p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     stepped = {param for param in stepped if param.requires_grad}
-    dtypes = settings.precision.states
-    states = sum(
-        deferred_host_bytes(tensor_numel(param), param.dtype, flows=is_copied(param), dtypes=dtypes)
-        if settings.defers
-        else host_bytes(tensor_numel(param), param.dtype, has_moments=True, flows=is_copied(param), dtypes=dtypes)
-        for param in stepped
-    )
-    frozen = (param for param in module.parameters() if param not in stepped and is_copied(param))
+    dtypes, shard_size = settings.precision.states, settings.mesh.shard.size
+
+    def state_bytes(param: nn.Parameter) -> int:
+        flows = is_copied(param) and shard_size == 1  # otherwise the copy is whole, and counted below
+        if settings.defers:
+            return deferred_host_bytes(tensor_numel(param), param.dtype, flows=flows, dtypes=dtypes)
+        return host_bytes(tensor_numel(param), param.dtype, has_moments=True, flows=flows, dtypes=dtypes)
+
+    states = sum(map(state_bytes, stepped))
+    whole = (p for p in module.parameters() if is_copied(p) and (shard_size > 1 or p not in stepped))
     offload = settings.offload
     stays = 0.0 if offload is None or offload.gpu_fraction == "auto" else offload.gpu_fraction
-    copies = sum(param.numel() * param.element_size() for param in frozen)
-    return round(states * (1 - stays) / settings.mesh.shard.size) + copies
+    copies = sum(param.numel() * param.element_size() for param in whole)
+    return round(states * (1 - stays) / shard_size) + copies

@@ -112,8 +112,8 @@ def _add_unit(
     weight_shares = 1 if unit.has_whole_weights else shard_size
     if not flows:
         rows.add("weights", unit.dtype, numel, unit.weight_numel, num_shares=weight_shares)
-    elif state.num_host_copies:
-        rows.add("weights (host copy)", unit.dtype, numel, share, copies=state.num_host_copies, is_on_host=True)
+    elif state.host_copy_numel:
+        rows.add("weights (host copy)", unit.dtype, numel, state.host_copy_numel, is_on_host=True)
     if zero.reduces_once:
         rows.add("gradients", grad_dtype_of(unit.params[0]), numel, numel)
     else:

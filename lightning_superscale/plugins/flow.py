@@ -39,7 +39,7 @@ class WeightsChoice:
 
 
 def choose_weights(
-    offload: OffloadConfig | None, zero: ZeroConfig, module: nn.Module, device: torch.device, num_ranks: int
+    offload: OffloadConfig | None, zero: ZeroConfig, module: nn.Module, device: torch.device
 ) -> WeightsChoice:
     """What `OffloadConfig.weights` means for a model that is not on the device yet. No rank asks another one."""
     if offload is None:
@@ -54,15 +54,15 @@ def choose_weights(
     share = f"they take {format_bytes(needed)} of {format_bytes(free)} that are free there"
     if needed <= _MOST_OF_DEVICE * free:
         return WeightsChoice(False, share)
-    why_not = _why_not_flow(offload, zero, module, num_ranks)
+    why_not = _why_not_flow(offload, zero, module)
     if why_not is not None:
         return WeightsChoice(False, f"{share}, but {why_not}")
     return WeightsChoice(True, share)
 
 
-def _why_not_flow(offload: OffloadConfig, zero: ZeroConfig, module: nn.Module, num_ranks: int) -> str | None:
-    if zero.stage == 3 or zero.shard_size_of(num_ranks) > 1:
-        return "weights that several ranks share don't flow; zero=3 shards them over ranks"
+def _why_not_flow(offload: OffloadConfig, zero: ZeroConfig, module: nn.Module) -> str | None:
+    if zero.stage == 3:
+        return "zero=3 shards them over ranks"
     if is_compiled(module) or getattr(module, "_compiler_ctx", None) is not None:
         return "a compiled graph keeps views of weights"
     if offload.gpu_fraction not in ("auto", 0):
@@ -70,7 +70,7 @@ def _why_not_flow(offload: OffloadConfig, zero: ZeroConfig, module: nn.Module, n
     return None if blocks_with_own_params(module) else "the model has no repeated blocks to stream"
 
 
-def check_flow(zero: ZeroConfig, offload: OffloadConfig | None, num_ranks: int) -> None:
+def check_flow(zero: ZeroConfig, offload: OffloadConfig | None) -> None:
     """Refuse what weights can't flow in.
 
     Raises:
@@ -81,14 +81,7 @@ def check_flow(zero: ZeroConfig, offload: OffloadConfig | None, num_ranks: int) 
     if zero.stage == 3:
         raise SuperScaleError(
             "weights='flow' keeps whole weights in host memory, and zero=3 shards them over the ranks' devices; found "
-            "both. Use zero=0, or zero=3 with weights='stationary'."
-        )
-    shard_size = zero.shard_size_of(num_ranks)
-    if shard_size > 1:
-        raise SuperScaleError(
-            "weights='flow' keeps a step's new weights in the host memory of the rank that made them, and "
-            f"zero={zero.stage} shares steps among {shard_size} ranks, which would gather weights on their devices. "
-            "Use zero=0, whose ranks step all weights each, or zero=3, which shards weights, with "
+            "both. Use zero=2, whose weights flow while ranks share gradients and states, or zero=3 with "
             "weights='stationary'."
         )
 
@@ -164,6 +157,11 @@ class EnginePublications:
         self._engines = list(engines)
         self._known: dict[StreamedUnit, tuple[BucketTransport, BucketUnit] | None] = {}
 
+    def begin(self, unit: StreamedUnit) -> None:
+        found = self._found(unit)
+        if found is not None:
+            found[0].begin_gather(found[1])
+
     def is_ready(self, unit: StreamedUnit) -> bool:
         found = self._found(unit)
         return found is None or found[0].is_published(found[1])
@@ -171,7 +169,7 @@ class EnginePublications:
     def wait(self, unit: StreamedUnit) -> None:
         found = self._found(unit)
         if found is not None:
-            found[0].wait_published([found[1]])
+            found[0].land(found[1])
 
     def _found(self, unit: StreamedUnit) -> tuple[BucketTransport, BucketUnit] | None:
         """Whose new weights these are; None for a unit that no engine steps."""

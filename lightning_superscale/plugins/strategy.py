@@ -145,7 +145,7 @@ class SuperScaleStrategyMixin(BackwardMixin, RunStateMixin, _Base):
     def _configure_launcher(self) -> None:
         # One process needs no launcher, and without one notebooks work too.
         self._launcher = None
-        check_flow(self.zero_config, self.offload_config, self._num_ranks)
+        check_flow(self.zero_config, self.offload_config)
         check_tensor_size(self.zero_config.tensor_parallel, self._num_ranks)
         if self.zero_config.tensor_parallel > 1 and self._start_method != "popen":
             raise SuperScaleError(
@@ -212,7 +212,7 @@ class SuperScaleStrategyMixin(BackwardMixin, RunStateMixin, _Base):
     def _place(self, model: nn.Module) -> None:
         """Give the model its initial weights on the device; those that flow stay in host memory."""
         offload = self.offload_config
-        chosen = choose_weights(offload, self.zero_config, model, self.root_device, self._num_ranks)
+        chosen = choose_weights(offload, self.zero_config, model, self.root_device)
         materialise_all(model, torch.device("cpu") if chosen.flow else self.root_device)
         if chosen.flow and offload is not None:
             self._flow = flow_of(model, offload)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,16 @@ from torch.autograd.graph import increment_version
 from lightning_superscale.layout import ParamSpec, UnitLayout, shard_rows, unit_layout
 from lightning_superscale.ops.memory import RecycledMemory
 from lightning_superscale.zero.gradient_dtypes import packed_into
+
+
+class WeightHome(Protocol):
+    """Where weights that stream to the device rest."""
+
+    def filling(self, *, is_whole: bool) -> AbstractContextManager[None]:
+        """While open, the unit's `weights` can be written, all of them if `is_whole`; then they may be used."""
+
+    def leave_unused(self) -> None:
+        """Free the memory of such weights that nothing uses."""
 
 
 class BucketUnit:
@@ -55,6 +67,7 @@ class BucketUnit:
         self._gathered: Tensor | None = None
         self._rows_of_ranks: list[list[Tensor]] = []
         self._num_steps = [0] * len(self.params)
+        self._home: WeightHome | None = None
         first = self.params[0]
         self.weights = torch.zeros(self.full.shard_numel, dtype=first.dtype, device=streams_to or first.device)
         self.views = tuple(
@@ -67,6 +80,15 @@ class BucketUnit:
         for view, param in zip(self.views, self.params, strict=True):
             view.copy_(param.detach())
             param.data = view
+
+    def leave_unused(self) -> None:
+        """Nobody is about to use what was gathered: weights that stream need no memory on the device then."""
+        if self._home is not None:
+            self._home.leave_unused()
+
+    def rest_at(self, home: WeightHome) -> None:
+        """Know who fills the buffer of a streamed unit."""
+        self._home = home
 
     @property
     def weight_numel(self) -> int:
@@ -152,12 +174,14 @@ class BucketUnit:
     def unpack_gathered(self, stepped: Sequence[int]) -> None:
         """Copy the stepped weights' rows of all ranks to where forward reads them; frees the buffer."""
         packed = self.gathered()
-        for i in stepped:
-            piece = self.full.slices[i]
-            whole = self.weights[piece.offset : piece.offset + piece.numel]
-            for there, here in self._spans(packed, whole, i):
-                if here is not None:
-                    here.copy_(there)
+        is_whole = len(stepped) == len(self.params)
+        with nullcontext() if self._home is None else self._home.filling(is_whole=is_whole):
+            for i in stepped:
+                piece = self.full.slices[i]
+                whole = self.weights[piece.offset : piece.offset + piece.numel]
+                for there, here in self._spans(packed, whole, i):
+                    if here is not None:
+                        here.copy_(there)
         self._gathered = None
 
     def rows_of_ranks(self) -> list[list[Tensor]]:

@@ -276,22 +276,31 @@ class BucketTransport:
             self._gathers[bucket.index] = _Gather(self._ranks.shard.all_gather(bucket.gathered()), stepped)
 
     def is_published(self, unit: ShardUnit) -> bool:
-        """Whether waiting for a whole unit's new weights would return at once."""
+        """Whether waiting for new weights that the host makes would return at once."""
         upload = self._uploads.get(unit.index)
-        return upload is None or upload.is_ready()
+        return (upload is None or upload.is_ready()) and not self._late_gathers.holds(self.units[unit.index])
 
     def wait_published(self, units: Iterable[ShardUnit]) -> None:
         """Return when whatever runs next sees the new weights of these units."""
         for unit in units:
-            upload = self._uploads.pop(unit.index, None)
-            if upload is not None:
-                upload.wait()
-            gather = self._gathers.pop(unit.index, None)
-            if gather is not None:
-                gather.pending.wait()
-                if gather.packed:
-                    self.units[unit.index].unpack_gathered(gather.packed)
-            self._late_gathers.wait(self.units[unit.index])
+            self.land(self.units[unit.index])
+            self.units[unit.index].leave_unused()
+
+    def land(self, unit: BucketUnit) -> None:
+        """The same for one unit, which is used next: weights that stream may be on the device already."""
+        upload = self._uploads.pop(unit.index, None)
+        if upload is not None:
+            upload.wait()
+        gather = self._gathers.pop(unit.index, None)
+        if gather is not None:
+            gather.pending.wait()
+            if gather.packed:
+                unit.unpack_gathered(gather.packed)
+        self._late_gathers.wait(unit)
+
+    def begin_gather(self, unit: BucketUnit) -> None:
+        """A unit is used soon: let its new rows come from the other ranks, if this rank's are there."""
+        self._late_gathers.begin(unit)
 
     def wait_all_published(self) -> None:
         self.wait_published(self.units)

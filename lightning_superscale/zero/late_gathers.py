@@ -5,6 +5,7 @@ runs. So publishing only queues; the first gate that waits for a unit issues the
 after it whose rows have arrived. Ranks therefore start the same gathers in the same order but at different places
 among their other collectives, which is why they have a group of their own. A rank whose forward skips a module must
 not keep the others waiting for its rows: it issues all that is left before its backward asks anything of other ranks.
+Weights that stream are gathered only when their block is used or about to be: all at once would fill the device.
 """
 
 from __future__ import annotations
@@ -46,15 +47,27 @@ class LateGathers:
 
     def wait(self, unit: BucketUnit) -> None:
         """Return when whatever runs next sees this unit's new weights."""
-        if any(queued.unit is unit for queued in self._queue):
+        if self._is_queued(unit):
             while unit.index not in self._issued:
                 self._issue_next()
-            while self._queue and self._queue[0].event.is_ready():
+            while self._queue and self._queue[0].event.is_ready() and not self._queue[0].unit.is_streamed:
                 self._issue_next()
         issued = self._issued.pop(unit.index, None)
         if issued is not None:
             issued.pending.wait()
             issued.unit.unpack_gathered(issued.stepped)
+
+    def holds(self, unit: BucketUnit) -> bool:
+        """Whether new weights of this unit are still awaited."""
+        return unit.index in self._issued or self._is_queued(unit)
+
+    def begin(self, unit: BucketUnit) -> None:
+        """Start the gather of a unit that is used soon, unless the host still steps it or one before it."""
+        while self._is_queued(unit) and self._queue[0].event.is_ready():
+            self._issue_next()
+
+    def _is_queued(self, unit: BucketUnit) -> bool:
+        return any(queued.unit is unit for queued in self._queue)
 
     def issue_all(self) -> None:
         """Let no other rank wait for this one's rows any longer."""

@@ -46,8 +46,8 @@ class UnitState(Protocol):
         """Host buffers of the weights' dtype beside masters and moments."""
 
     @property
-    def num_host_copies(self) -> int:
-        """Host buffers of weights that are on the device only while they are used; 0 where masters are these."""
+    def host_copy_numel(self) -> int:
+        """Elements of host buffers for weights that are on the device only while used; 0 where masters are these."""
 
     def master_of(self, i: int) -> Tensor:
         """Master weights of slice i, 1D."""
@@ -86,7 +86,7 @@ class ResidentState:
 
         self.unit = unit
         self.is_on_host = False
-        self.num_transfer_buffers = self.num_host_copies = 0
+        self.num_transfer_buffers = self.host_copy_numel = 0
         self.master: Tensor | None = None
         if unit.dtype != dtypes.master_of(unit.dtype):
             self.master = zeros(dtypes.master_of(unit.dtype))

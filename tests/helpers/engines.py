@@ -60,6 +60,7 @@ def build_engine(
         else:
             state = HostState(unit, link, arena, has_moments=has_moments, is_pinned=True, streamed=streamed)
         if streamed is not None:
+            streamed.rest_at(state.flowing)
             flow.add(state.flowing)
         return state
 
@@ -92,8 +93,11 @@ class Published:
     def __init__(self, transport: BucketTransport) -> None:
         self._transport = transport
 
+    def begin(self, unit) -> None:
+        self._transport.begin_gather(unit)
+
     def is_ready(self, unit) -> bool:
         return self._transport.is_published(unit)
 
     def wait(self, unit) -> None:
-        self._transport.wait_published([unit])
+        self._transport.land(unit)

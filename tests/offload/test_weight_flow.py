@@ -14,8 +14,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from lightning_superscale.errors import SuperScaleError
+from lightning_superscale.offload.flowing_weights import FlowingWeights
 from lightning_superscale.offload.link import CpuLink, DoneEvent
 from lightning_superscale.offload.weight_flow import BLOCKS_AHEAD, BlockParams, WeightFlow
+from lightning_superscale.ops.memory import RecycledMemory
+from lightning_superscale.zero.bucket_unit import BucketUnit
 from lightning_superscale.zero.clip import ClipByNorm
 from lightning_superscale.zero.wrapping import blocks_with_own_params
 from tests.helpers.engines import build_engine
@@ -653,3 +656,102 @@ def test_tied_weights_and_what_no_block_owns_stay_on_the_device():
     plain = Stack()
     plain.blocks[1].up.weight = plain.blocks[0].up.weight
     assert_trains_like_plain(model, plain, train, is_streamed=True, is_deferred=True)
+
+
+class LateLink(CpuLink):
+    """Copies to the host happen when somebody waits for them on the host, and not before."""
+
+    class Event:
+        def __init__(self, dst, src) -> None:
+            self.dst, self.src, self.is_over = dst, src.clone(), False
+
+        def is_done(self) -> bool:
+            return self.is_over
+
+        is_ready = is_done
+
+        def wait(self) -> None:
+            return
+
+        def synchronize(self) -> None:
+            if not self.is_over:
+                self.dst.copy_(self.src)
+            self.is_over = True
+
+    def d2h(self, dst, src):
+        super().d2h(dst.clone(), src)
+        return self.Event(dst, src)
+
+
+@pytest.fixture
+def shared():
+    """Weights of a unit that this rank shares with another one, and the unit."""
+    layer = nn.Linear(6, 6)
+    unit = BucketUnit(0, list(layer.named_parameters()), 1, 2, RecycledMemory(), streams_to=torch.device("cpu"))
+    return FlowingWeights(unit, LateLink(), [torch.zeros(unit.full.shard_numel)]), unit
+
+
+def fill(weights, unit, value: float, *, is_whole: bool = True) -> None:
+    with weights.filling(is_whole=is_whole):
+        for view in unit.views if is_whole else unit.views[:1]:
+            view.fill_(value)
+
+
+def test_gathered_weights_are_used_where_they_are_and_then_come_home(shared):
+    weights, unit = shared
+    fill(weights, unit, 2.0)
+    weights.want(is_ready=True)
+    weights.arrive()
+    for param, view in zip(unit.params, unit.views, strict=True):
+        assert (param == 2).all()
+        assert param.data_ptr() == view.data_ptr()
+    assert weights._link.bytes.h2d == 0
+    weights.leave()
+    weights.synchronize()
+    assert weights.device_bytes == 0
+    assert all((param == 2).all() for param in unit.params)
+
+
+@pytest.mark.parametrize("look", ["arrive", "settled", "synchronize", "fill again"])
+def test_whoever_needs_the_host_copy_waits_until_it_has_landed(shared, look):
+    weights, unit = shared
+    fill(weights, unit, 2.0)
+    weights.leave_unused()
+    assert weights.device_bytes == 0
+    weights.want(is_ready=True)
+    assert weights._link.bytes.h2d == 0  # the old weights are still there
+    if look == "arrive":
+        weights.arrive()
+    elif look == "settled":
+        assert (weights.settled(0) == 2).all()
+    elif look == "synchronize":
+        weights.synchronize()
+    else:
+        fill(weights, unit, 3.0, is_whole=False)
+        weights.arrive()
+        assert (unit.params[0] == 3).all()
+        assert (unit.params[1] == 2).all()
+        return
+    assert all((param == 2).all() for param in unit.params)
+
+
+def test_this_ranks_rows_are_those_of_the_whole(shared):
+    weights, unit = shared
+    for i, param in enumerate(unit.params):
+        own = unit.shard.slices[i]
+        assert torch.equal(weights.of(i), param.detach().reshape(-1)[own.global_offset :][: own.numel])
+        assert own.numel == param.numel() // 2
+
+
+def test_a_gather_that_fails_leaves_the_weights_as_they_were(shared):
+    weights, unit = shared
+    before = [param.detach().clone() for param in unit.params]
+
+    def broken(view):
+        view.fill_(5.0)
+        raise ValueError("stop")
+
+    with pytest.raises(ValueError, match="stop"), weights.filling(is_whole=True):
+        broken(unit.views[0])
+    assert weights.device_bytes == 0
+    assert all(map(torch.equal, unit.params, before))

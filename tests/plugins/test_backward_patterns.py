@@ -27,6 +27,8 @@ STRATEGIES = {
     "zero3 superoffload": {"zero": 3, "offload": OFFLOADED},
     "superoffload": {"zero": 2, "offload": OFFLOADED},
 }
+if IS_ALL:
+    STRATEGIES["zero2, weights that flow"] = {"zero": 2, "offload": {"engine": OFFLOADED, "weights": "flow"}}
 ON_ONE_RANK = {
     "superscale": {"zero": 0},
     "superoffload": {"zero": 0, "offload": OFFLOADED},
