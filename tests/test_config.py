@@ -30,6 +30,7 @@ def test_option_surface_is_what_the_docs_say():
         "weights",
         "wrap",
         "gpu_fraction",
+        "link_dtype",
     ]
 
 
@@ -44,6 +45,11 @@ def test_option_surface_is_what_the_docs_say():
         ({"cpu_threads": "many"}, "OffloadConfig.cpu_threads must be a whole number"),
         ({"weights": "flows"}, "OffloadConfig.weights must be one of 'auto', .*found 'flows'.*did you mean 'flow'"),
         ({"weights": "flow", "gpu_fraction": 0.5}, "weights='flow' keeps weights off the device.*gpu_fraction=0.5"),
+        ({"link_dtype": "fp23"}, "OffloadConfig.link_dtype must be one of 'auto', .*found 'fp23'.*did you mean 'fp32'"),
+        (
+            {"link_dtype": "fp32", "weights": "flow"},
+            "weights='flow' streams weights.*found link_dtype='fp32'",
+        ),
         ({"wrap": ["Block"]}, "OffloadConfig.wrap chooses what weights='flow' streams together.*weights='auto'"),
         (3, "offload takes None, 'cpu', 'superoffload', an OffloadConfig or a mapping, found 3"),
     ],

@@ -2,9 +2,10 @@
 
 Bytes per host-side parameter with 16-bit weights: fp32 master, exp_avg and exp_avg_sq (12), and one
 16-bit buffer (2) that holds the gradient until the step has read it and the new weight from then on.
-Where masters have the weights' dtype (fp32 weights; bf16 masters): masters and moments, and a gradient buffer; the
-master itself is uploaded. Weights that flow have one more buffer (2) on the host, which the step writes and forward
-streams from; where masters have their dtype that is the master. Where ranks share steps, it is one of whole weights.
+Where masters have the dtype that crosses the link (fp32 weights; bf16 masters; link_dtype="fp32"): masters and moments,
+and a gradient buffer; the master itself is uploaded. Weights that flow have one more buffer (2) on the host, which the
+step writes and forward streams from; where masters have their dtype that is the master. Where ranks share steps, it is
+one of whole weights.
 
 The class satisfies the optimizer engine's `UnitState` without importing it: siblings meet in `plugins`.
 """
@@ -21,7 +22,7 @@ from lightning_superscale.layout import UnitLayout
 from lightning_superscale.offload.flowing_weights import FlowingWeights, HostBound, LateUpload, StreamedUnit
 from lightning_superscale.offload.host_memory import HostArena
 from lightning_superscale.offload.link import Link, LinkEvent
-from lightning_superscale.ops.flat import accumulate
+from lightning_superscale.offload.link_dtype import LinkDtype, add_late_gradient, dtype_on_link, send_gradient
 from lightning_superscale.ops.masters import follow_weights
 from lightning_superscale.ops.state_dtypes import FP32_STATES, StateDtypes
 from lightning_superscale.ops.types import Rounding
@@ -39,12 +40,18 @@ class OffloadableUnit(Protocol):
 
 
 def host_bytes(
-    numel: int, dtype: torch.dtype, *, has_moments: bool, flows: bool = False, dtypes: StateDtypes = FP32_STATES
+    numel: int,
+    dtype: torch.dtype,
+    *,
+    has_moments: bool,
+    flows: bool = False,
+    dtypes: StateDtypes = FP32_STATES,
+    link_dtype: LinkDtype = "weights",
 ) -> int:
     """Host bytes that `HostState` allocates for a unit of `numel` elements of `dtype` weights."""
     states = dtypes.state_bytes(dtype, has_moments=has_moments, is_on_host=True)
     copy = dtype.itemsize if flows and dtypes.master_of(dtype) != dtype else 0
-    return numel * (states + dtype.itemsize + copy)
+    return numel * (states + dtype_on_link(link_dtype, dtype).itemsize + copy)
 
 
 class UploadEvent:
@@ -87,8 +94,10 @@ class HostState:
         streamed: the same unit, if its weights flow; None if they stay on the device.
         dtypes: of masters and moments.
         roundings: how updates of each slice round; empty where all states are fp32.
+        link_dtype: what crosses the link; "weights" where weights flow or any state is not fp32.
 
     Attributes:
+        transfer_dtype: of the gradient buffer, and of what is uploaded.
         flowing: its weights, if they flow.
     """
 
@@ -103,21 +112,23 @@ class HostState:
         streamed: StreamedUnit | None = None,
         dtypes: StateDtypes = FP32_STATES,
         roundings: Sequence[Rounding | None] = (),
+        link_dtype: LinkDtype = "weights",
     ) -> None:
         numel, dtype = unit.shard.shard_numel, unit.dtype
-        has_own_weights = dtypes.master_of(dtype) != dtype
+        self.transfer_dtype = dtype_on_link(link_dtype, dtype)
+        has_own_weights = dtypes.master_of(dtype) != self.transfer_dtype
         self.unit = unit
         self.is_on_host = True
         self.num_transfer_buffers = 1
         self._link = link
         self._roundings = roundings
         is_pinned = is_pinned and link.needs_pinned_host()
-        # A master of the weights' dtype is an end of the upload.
+        # A master of the dtype that crosses the link is an end of the upload.
         self.master = arena.zeros(numel, dtypes.master_of(dtype), is_pinned=is_pinned and not has_own_weights)
         self.exp_avg = arena.zeros(numel, dtypes.moments, is_pinned=False) if has_moments else None
         self.exp_avg_sq = arena.zeros(numel, dtypes.moments, is_pinned=False) if has_moments else None
         self.compensation = compensation_of(arena, numel, dtype, dtypes)
-        self._grads = arena.zeros(numel, dtype, is_pinned=is_pinned)
+        self._grads = arena.zeros(numel, self.transfer_dtype, is_pinned=is_pinned)
         self._weight_out = self._grads if has_own_weights else None
         self.flowing: FlowingWeights | None = None
         self.host_copy_numel = 0
@@ -144,15 +155,10 @@ class HostState:
     def receive(self, slices: Sequence[tuple[int, Tensor]]) -> None:
         for i, grad in slices:
             here = self._slice(self._grads, i)
-            grad = grad.to(here.dtype)  # summed up in a wider dtype, perhaps
             if i in self._arrivals:
-                staged = torch.empty_like(here)
-                arrival = self._link.d2h(staged, grad)
-                self._arrivals[i].synchronize()
-                arrival.synchronize()
-                accumulate(here, staged)
+                add_late_gradient(self._link, here, grad, self.unit.dtype, self._arrivals[i])
             else:
-                self._arrivals[i] = self._link.d2h(here, grad)
+                self._arrivals[i] = send_gradient(self._link, here, grad, self.unit.dtype)
 
     def grad(self, i: int) -> Tensor | None:
         if i not in self._arrivals:

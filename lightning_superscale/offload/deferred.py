@@ -7,8 +7,9 @@ written) only when the next one arrives, in the same pass over memory that *peek
 weights and stores nothing else. Until a verdict, nothing but those weights depends on a gradient; a clip costs one
 more peek, an exception or an overflow nothing.
 
-Per slice there are two buffers of the weights' dtype. One holds the gradient that waits for its commit, the other
-receives this step's gradient. The pass reads both and writes the new weights over the former. Then they swap roles:
+Per slice there are two buffers of the dtype that crosses the link. One holds the gradient that waits for its commit,
+the other receives this step's gradient. The pass reads both and writes the new weights over the former. Then they swap
+roles:
 
     before      A: gradient of step t-1 (pending)      B: gradient of step t (arrived)
     the pass    commits A to masters and moments       peeks at B, new weights -> A
@@ -34,8 +35,8 @@ from lightning_superscale.offload.cpu_step import OffloadableUnit, UploadEvent, 
 from lightning_superscale.offload.flowing_weights import FlowingWeights, HostBound, LateUpload, StreamedUnit
 from lightning_superscale.offload.host_memory import HostArena
 from lightning_superscale.offload.link import Link, LinkEvent, LinkFence
+from lightning_superscale.offload.link_dtype import LinkDtype, add_late_gradient, dtype_on_link, send_gradient
 from lightning_superscale.ops.adamw import adamw_commit, adamw_commit_peek, adamw_peek
-from lightning_superscale.ops.flat import accumulate
 from lightning_superscale.ops.masters import follow_weights
 from lightning_superscale.ops.pool import Pool
 from lightning_superscale.ops.state_dtypes import FP32_STATES, StateDtypes
@@ -45,11 +46,16 @@ _Kernel = Callable[..., list[GradStats] | None]
 
 
 def deferred_host_bytes(
-    numel: int, dtype: torch.dtype, *, flows: bool = False, dtypes: StateDtypes = FP32_STATES
+    numel: int,
+    dtype: torch.dtype,
+    *,
+    flows: bool = False,
+    dtypes: StateDtypes = FP32_STATES,
+    link_dtype: LinkDtype = "weights",
 ) -> int:
     """Host bytes that `DeferredState` allocates for a unit of `numel` elements of `dtype` weights."""
     states = dtypes.state_bytes(dtype, has_moments=True, is_on_host=True)
-    return numel * (states + (3 if flows else 2) * dtype.itemsize)
+    return numel * (states + (3 if flows else 2) * dtype_on_link(link_dtype, dtype).itemsize)
 
 
 @dataclass(slots=True)
@@ -86,8 +92,10 @@ class DeferredState:
         streamed: the same unit, if its weights flow; None if they stay on the device.
         dtypes: of masters and moments.
         roundings: how updates of each slice round; empty where all states are fp32.
+        link_dtype: what crosses the link; "weights" where weights flow or any state is not fp32.
 
     Attributes:
+        transfer_dtype: of the transfer buffers.
         flowing: its weights, if they flow.
     """
 
@@ -102,12 +110,14 @@ class DeferredState:
         streamed: StreamedUnit | None = None,
         dtypes: StateDtypes = FP32_STATES,
         roundings: Sequence[Rounding | None] = (),
+        link_dtype: LinkDtype = "weights",
     ) -> None:
         numel = unit.shard.shard_numel
         is_pinned = is_pinned and link.needs_pinned_host()
         self.unit = unit
         self.is_on_host = True
         self.num_transfer_buffers = 2
+        self.transfer_dtype = dtype_on_link(link_dtype, unit.dtype)
         self._link = link
         self._pool = pool
         self._roundings = roundings
@@ -116,7 +126,8 @@ class DeferredState:
         self.exp_avg_sq = arena.zeros(numel, dtypes.moments, is_pinned=False)
         self.compensation = compensation_of(arena, numel, unit.dtype, dtypes)
         rests = streamed is not None and streamed.is_whole
-        self._buffers = tuple(arena.zeros(numel, unit.dtype, is_pinned=is_pinned) for _ in range(3 if rests else 2))
+        num_buffers = 3 if rests else 2
+        self._buffers = tuple(arena.zeros(numel, self.transfer_dtype, is_pinned=is_pinned) for _ in range(num_buffers))
         self._slices = [_Slice(resting=2 if rests else None) for _ in unit.shard.slices]
         self.flowing: FlowingWeights | None = None
         if streamed is not None:
@@ -135,15 +146,10 @@ class DeferredState:
         for i, grad in slices:
             known = self._slices[i]
             here = self._span(self._buffers[known.front], i)
-            grad = grad.to(here.dtype)  # summed up in a wider dtype, perhaps
             if known.arrival is None:
-                known.arrival = self._link.d2h(here, grad)
+                known.arrival = send_gradient(self._link, here, grad, self.unit.dtype)
                 continue
-            staged = torch.empty_like(here)
-            arrival = self._link.d2h(staged, grad)
-            known.arrival.synchronize()
-            arrival.synchronize()
-            accumulate(here, staged)
+            add_late_gradient(self._link, here, grad, self.unit.dtype, known.arrival)
             known.looked_at = None
 
     def grad(self, i: int) -> Tensor | None:

@@ -62,6 +62,7 @@ class HardwareProfile:
         d2h_both, h2d_both: each direction while the other is busy.
         memory: (threads, bytes read and written per second) of copies within host memory, by rising threads.
         adamw_ns_per_param: of the native AdamW's commit_peek, with 16-bit weights and `adamw_threads` threads.
+        adamw_fp32_ns_per_param: the same with fp32 gradients and new weights, which the device casts.
         adamw_threads: the fewest that come near the kernel's best, with a CPU left for the launching thread.
     """
 
@@ -72,11 +73,12 @@ class HardwareProfile:
     h2d_both: float
     memory: tuple[tuple[int, float], ...]
     adamw_ns_per_param: float
+    adamw_fp32_ns_per_param: float
     adamw_threads: int
 
     def __post_init__(self) -> None:
-        rates = [self.d2h, self.h2d, self.d2h_both, self.h2d_both, self.adamw_ns_per_param]
-        rates += [rate for _, rate in self.memory]
+        rates = [self.d2h, self.h2d, self.d2h_both, self.h2d_both, *(rate for _, rate in self.memory)]
+        rates += [self.adamw_ns_per_param, self.adamw_fp32_ns_per_param]
         if not self.memory or not all(0 < rate < float("inf") for rate in rates) or self.adamw_threads < 1:
             raise ValueError(f"expected positive, finite rates, found {self}")
 
@@ -88,7 +90,8 @@ class HardwareProfile:
             f"link {self.d2h / gb:.1f} GB/s to the host and {self.h2d / gb:.1f} GB/s back "
             f"({self.d2h_both / gb:.1f} and {self.h2d_both / gb:.1f} at once), host memory "
             f"{self.memory[0][1] / gb:.1f} GB/s with one thread and {best / gb:.1f} GB/s at best, AdamW "
-            f"{self.adamw_ns_per_param:.2f} ns per parameter with {self.adamw_threads} "
+            f"{self.adamw_ns_per_param:.2f} ns per parameter with 16-bit gradients and weights and "
+            f"{self.adamw_fp32_ns_per_param:.2f} ns with fp32 ones, with {self.adamw_threads} "
             f"thread{'s' if self.adamw_threads > 1 else ''}"
         )
 
@@ -150,18 +153,34 @@ def measure(device: torch.device, cpus: Sequence[int] = ()) -> HardwareProfile:
         host = HostBuffer(numel * BYTES_PER_PARAM, pool=pool)
     half = host.nbytes // 2
     dst, src = (host.tensor(torch.uint8, half, offset_bytes=start) for start in (0, half))
-    copies, steps = [], []
+    copies = []
     for threads in counts:
         with contextlib.closing(Pool(threads, cpus=cpus)) as pool:
             copy = functools.partial(submit_copy, dst, src, pool=pool)
             copies.append((threads, 2 * half / _best(lambda: copy().wait())))  # noqa: B023
-    segment = _segment(host, numel, is_ieee=device.type == "cuda")
-    for threads in counts:
-        with contextlib.closing(Pool(threads, cpus=cpus)) as pool:
-            step = functools.partial(submit_adamw_commit_peek, [segment], stats=True, pool=pool)
-            steps.append((threads, numel / _best(lambda: step().wait())))  # noqa: B023
-    threads = enough_threads(steps, max(1, len(cpus) - 1))
-    return HardwareProfile(key_of(device, cpus), *link, tuple(copies), 1e9 / dict(steps)[threads], threads)
+    is_ieee = device.type == "cuda"
+    segment = _segment(host, numel, torch.bfloat16, is_ieee=is_ieee)
+    seconds = {threads: _step_seconds(segment, threads, cpus) for threads in counts}
+    threads = enough_threads([(n, numel / seconds[n]) for n in counts], max(1, len(cpus) - 1))
+    narrow, wide = seconds[threads], float("inf")
+    for _ in range(_ROUNDS):  # in turns: what else runs on this machine slows both
+        segment = _segment(host, numel, torch.float32, is_ieee=is_ieee)
+        wide = min(wide, _step_seconds(segment, threads, cpus))
+        segment = _segment(host, numel, torch.bfloat16, is_ieee=is_ieee)
+        narrow = min(narrow, _step_seconds(segment, threads, cpus))
+    return HardwareProfile(
+        key_of(device, cpus),
+        *link,
+        memory=tuple(copies),
+        adamw_ns_per_param=1e9 * narrow / numel,
+        adamw_fp32_ns_per_param=1e9 * wide / numel,
+        adamw_threads=threads,
+    )
+
+
+def _step_seconds(segment: AdamWSegment, threads: int, cpus: Sequence[int]) -> float:
+    with contextlib.closing(Pool(threads, cpus=cpus)) as pool:
+        return _best(lambda: submit_adamw_commit_peek([segment], stats=True, pool=pool).wait())
 
 
 def _thread_counts(num_cpus: int) -> list[int]:
@@ -202,16 +221,18 @@ def _measure_link(link: Link, device: torch.device) -> tuple[float, float, float
     return d2h, h2d, each, each
 
 
-def _segment(host: HostBuffer, numel: int, *, is_ieee: bool) -> AdamWSegment:
+def _segment(host: HostBuffer, numel: int, dtype: torch.dtype, *, is_ieee: bool) -> AdamWSegment:
     """Masters and moments, two gradients and the new weights, one after the other in a zeroed buffer.
 
     Args:
+        dtype: of gradients and new weights.
         is_ieee: take the square root that training takes: that of a GPU, or torch's own on this CPU, which may cost
             several times as much ([Note: Square root] in ops/reference.py).
     """
     host.tensor(torch.uint8, host.nbytes).zero_()
     states = [host.tensor(torch.float32, numel, offset_bytes=4 * numel * place) for place in range(3)]
-    ends = [host.tensor(torch.bfloat16, numel, offset_bytes=numel * (12 + 2 * place)) for place in range(3)]
+    width = dtype.itemsize
+    ends = [host.tensor(dtype, numel, offset_bytes=numel * (12 + width * place)) for place in range(3)]
     for grad in ends[:2]:
         grad.fill_(0.125)  # not denormal, not zero
     first = AdamWHyper(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01, step=1, ieee_sqrt=is_ieee)

@@ -20,8 +20,8 @@ from lightning_superscale.offload.hardware import HardwareKey, HardwareProfile, 
 from lightning_superscale.offload.numa import available_cpus
 from lightning_superscale.ops.build import user_cache
 
-# Written into every file; a file of another format is measured again.
-_FORMAT = 1
+# In every file and its name: what other versions wrote is neither read nor written over. 2: the kernel with fp32 ends.
+_FORMAT = 2
 
 
 def is_switched_off() -> bool:
@@ -31,7 +31,8 @@ def is_switched_off() -> bool:
 
 def profile_path(key: HardwareKey) -> Path:
     """Where the profile of a key is, or would be."""
-    digest = hashlib.sha256(json.dumps(asdict(key), sort_keys=True).encode()).hexdigest()[:16]
+    filed_under = {"format": _FORMAT, **asdict(key)}
+    digest = hashlib.sha256(json.dumps(filed_under, sort_keys=True).encode()).hexdigest()[:16]
     return user_cache() / f"hardware-{digest}.json"
 
 

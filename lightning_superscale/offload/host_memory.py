@@ -37,6 +37,11 @@ class HostArena:
         return HostBuffer(max(nbytes, 1), pin=is_pinned, pool=self.pool).tensor(dtype, numel)
 
 
+def fits_host_memory(needed_bytes: int) -> bool:
+    """Whether so much memory is available now."""
+    return needed_bytes <= int(psutil.virtual_memory().available)
+
+
 def check_host_memory(needed_bytes: int) -> None:
     """Refuse before allocating what the host can't hold.
 

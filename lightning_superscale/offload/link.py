@@ -2,6 +2,12 @@
 
 A CPU "device" has a link too. It copies for real, so that schedules, counts and lifetimes are the same
 code everywhere and can be tested without a GPU.
+
+[Note: Casts of the device] What crosses has the dtype of the host's end. Where that is fp32 and the device's end has
+16 bits, the device casts: exactly on the way to the host, to nearest even on the way back, as the host's kernel does.
+On CUDA it casts in the stream of the copy, where the fp32 tensor is made too and freed at once: the next copy of that
+stream takes its place, so that the device holds no more fp32 than one copy's each way, and no weight is written
+before the fence that the copy waits for.
 """
 
 from __future__ import annotations
@@ -14,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lightning_superscale.ops.flat import submit_copy
+from lightning_superscale.ops.types import WEIGHT_DTYPES
 from lightning_superscale.timeline import UNTIMED, Timeline
 
 
@@ -49,7 +56,10 @@ class LinkFence(Protocol):
 
 
 class Link(Protocol):
-    """Copies between one device and the host. Source and destination must stay alive until the copy is done."""
+    """Copies between one device and the host. Source and destination must stay alive until the copy is done.
+
+    Both ends have one shape and dtype, or the host's is fp32 and the device's bf16 or fp16, which the device casts.
+    """
 
     bytes: LinkBytes
 
@@ -71,12 +81,15 @@ class Link(Protocol):
         """Whether copies overlap only if the host side is page-locked."""
 
 
-def _check(dst: Tensor, src: Tensor) -> int:
-    if dst.shape != src.shape or dst.dtype != src.dtype:
+def _check(host: Tensor, device: Tensor) -> int:
+    """Returns: bytes that cross the link."""
+    is_cast = host.dtype == torch.float32 and device.dtype in WEIGHT_DTYPES
+    if host.shape != device.shape or (host.dtype != device.dtype and not is_cast):
         raise ValueError(
-            f"a link copies like to like: dst is {tuple(dst.shape)} {dst.dtype}, src is {tuple(src.shape)} {src.dtype}"
+            "a link copies like to like, or casts between fp32 on the host and 16 bits on the device: the host's end "
+            f"is {tuple(host.shape)} {host.dtype}, the device's {tuple(device.shape)} {device.dtype}"
         )
-    return src.numel() * src.element_size()
+    return host.nbytes
 
 
 class DoneEvent:
@@ -96,7 +109,7 @@ class DoneEvent:
 
 
 class FutureEvent:
-    """A copy that a thread of the link runs and times."""
+    """A copy that a thread of the link runs."""
 
     def __init__(self, future: Future[None]) -> None:
         self._future = future
@@ -139,11 +152,12 @@ class CpuLink:
     def __init__(self, timeline: Timeline = UNTIMED) -> None:
         self.bytes = LinkBytes()
         self._timeline = timeline
-        # While a timeline records, uploads run here, because a thread of the pool does not tell when it began.
+        # While a timeline records, uploads run here, because a thread of the pool does not tell when it began. Those
+        # that are cast run here always: the pool copies bytes.
         self._timed = ThreadPoolExecutor(1, "lightning-superscale link")
 
     def d2h(self, dst: Tensor, src: Tensor) -> LinkEvent:
-        nbytes = _check(dst, src)
+        nbytes = _check(host=dst, device=src)
         self.bytes.d2h += nbytes
         with self._timeline.host("device to host", "gradients", nbytes):
             dst.copy_(src)
@@ -153,9 +167,9 @@ class CpuLink:
         return None
 
     def h2d(self, dst: Tensor, src: Tensor, after: LinkFence | None = None) -> LinkEvent:
-        nbytes = _check(dst, src)
+        nbytes = _check(host=src, device=dst)
         self.bytes.h2d += nbytes
-        if not self._timeline.is_open:
+        if not self._timeline.is_open and dst.dtype == src.dtype:
             return CpuEvent(dst, src)
         return FutureEvent(self._timed.submit(self._copy, dst, src, nbytes))
 
@@ -206,12 +220,12 @@ class CudaLink:
         self._h2d_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def d2h(self, dst: Tensor, src: Tensor) -> LinkEvent:
-        nbytes = _check(dst, src)
+        nbytes = _check(host=dst, device=src)
         self.bytes.d2h += nbytes
         stream = self._d2h_stream
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream), self._timeline.device("device to host", "gradients", nbytes):
-            dst.copy_(src, non_blocking=True)
+            dst.copy_(src.to(dst.dtype), non_blocking=True)
         # The caching allocator must not hand src's memory out before this stream has read it.
         src.record_stream(stream)
         return CudaLinkEvent(stream, src)
@@ -220,13 +234,17 @@ class CudaLink:
         return CudaFence(torch.cuda.current_stream(self._device))
 
     def h2d(self, dst: Tensor, src: Tensor, after: LinkFence | None = None) -> LinkEvent:
-        nbytes = _check(dst, src)
+        nbytes = _check(host=src, device=dst)
         self.bytes.h2d += nbytes
         stream = self._h2d_stream
         # Earlier kernels may still read the weights that this copy replaces.
         (after or self.fence()).order(stream)
         with torch.cuda.stream(stream), self._timeline.device("host to device", "weights", nbytes):
-            dst.copy_(src, non_blocking=True)
+            # In one call torch would cast on the host. The landing place is this stream's, so it needs no fence.
+            landed = dst if dst.dtype == src.dtype else torch.empty_like(dst, dtype=src.dtype)
+            landed.copy_(src, non_blocking=True)
+            if landed is not dst:
+                dst.copy_(landed)
         return CudaLinkEvent(stream, src)
 
     def needs_pinned_host(self) -> bool:

@@ -9,12 +9,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lightning_superscale.offload.forecast import StepTimes
-from lightning_superscale.offload.hardware import BYTES_PER_PARAM, HardwareProfile
+from lightning_superscale.offload.hardware import HardwareProfile
+from lightning_superscale.offload.link_dtype import LinkDtype
 
 MIB = 2**20
 # Where a link reaches its rate and where it does not yet; and how many buckets keep link, host and device busy at once:
 # what always shows is one bucket's three hops ([Note: Exposed time] in forecast.py).
 MOST_MIB, LEAST_MIB, ENOUGH_BUCKETS = 64, 1, 16
+# fp32 on the link takes host memory, and measurements vary by several percent: it must save more than that.
+_WORTH_IT = 0.9
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,19 +81,68 @@ def _threads(number: int) -> str:
     return f"{number} thread{'s step' if number > 1 else ' steps'}"
 
 
+@dataclass(frozen=True, slots=True)
+class LinkChoice:
+    """What crosses the link, and the sentence that `explain()` prints for it."""
+
+    value: LinkDtype
+    reason: str
+
+
+def choose_link_dtype(
+    asked: Literal["auto", "weights", "fp32"],
+    profile: HardwareProfile | None,
+    *,
+    why_weights: str | None,
+    why_no_profile: str,
+) -> LinkChoice:
+    """Whether the host's kernel casts or the device does: by what bounds a step that hides what it can.
+
+    Link and kernel work on different buckets at once, so the slowest of the three is what a bucket takes ([Note:
+    Exposed time] in forecast.py).
+
+    Args:
+        asked: `OffloadConfig.link_dtype`.
+        why_weights: why "fp32" can't be, or makes no difference; None where there is a choice.
+        why_no_profile: said where nothing was measured.
+    """
+    of_weights, of_fp32 = "travel in the weights' dtype, and the host casts", "travel in fp32, and the device casts"
+    if why_weights is not None:
+        return LinkChoice("weights", f"gradients and new weights travel in the weights' dtype: {why_weights}")
+    if asked != "auto":
+        how = of_fp32 if asked == "fp32" else of_weights
+        return LinkChoice(asked, f"gradients and new weights {how}: link_dtype={asked!r}")
+    if profile is None:
+        return LinkChoice("weights", f"gradients and new weights {of_weights}: {why_no_profile} (link_dtype='auto')")
+    narrow = _bound_ns(profile, profile.adamw_ns_per_param, 2)
+    wide = _bound_ns(profile, profile.adamw_fp32_ns_per_param, 4)
+    is_wide = wide < _WORTH_IT * narrow
+    return LinkChoice(
+        "fp32" if is_wide else "weights",
+        f"gradients and new weights {of_fp32 if is_wide else of_weights}: the slowest of link and kernel takes "
+        f"{narrow:.2f} ns per parameter when 16 bits travel (kernel {profile.adamw_ns_per_param:.2f} ns) and "
+        f"{wide:.2f} ns when fp32 does (kernel {profile.adamw_fp32_ns_per_param:.2f} ns) (link_dtype='auto')",
+    )
+
+
+def _bound_ns(profile: HardwareProfile, kernel_ns: float, bytes_each_way: int) -> float:
+    """What one parameter takes in the slowest of gradients, kernel and weights."""
+    return max(1e9 * bytes_each_way / profile.d2h_both, kernel_ns, 1e9 * bytes_each_way / profile.h2d_both)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostWork:
     """What one rank's host does per step.
 
     Attributes:
         num_params: this rank's parameters whose states are on the host.
-        weight_bytes: of those.
+        link_bytes: of their gradients on the link, and of their weights on the way back: 2 or 4 each.
         num_buckets: that they are in.
         device_share: share of the model whose states stay on the device.
     """
 
     num_params: int
-    weight_bytes: int
+    link_bytes: int
     num_buckets: int
     device_share: float = 0.0
 
@@ -101,14 +153,14 @@ def step_times(profile: HardwareProfile, work: HostWork, *, forward: float, back
     Args:
         forward, backward: seconds of the model alone.
     """
-    # The kernel's time goes by the bytes it moves, and weights wider than 16 bits are more of them.
-    kernel_bytes = 24 * work.num_params + 3 * work.weight_bytes
+    num_wide = work.link_bytes / 2 - work.num_params  # what takes 4 bytes instead of 2
+    kernel_ns = (work.num_params - num_wide) * profile.adamw_ns_per_param + num_wide * profile.adamw_fp32_ns_per_param
     return StepTimes(
         forward=forward,
         backward=backward,
-        d2h=work.weight_bytes / profile.d2h_both,
-        host=kernel_bytes / BYTES_PER_PARAM * profile.adamw_ns_per_param * 1e-9,
-        h2d=work.weight_bytes / profile.h2d_both,
+        d2h=work.link_bytes / profile.d2h_both,
+        host=kernel_ns * 1e-9,
+        h2d=work.link_bytes / profile.h2d_both,
         num_buckets=work.num_buckets,
         device_share=work.device_share,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -14,9 +15,9 @@ from lightning_superscale.comm.mesh import DataMesh
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.offload.cpu_step import HostState, host_bytes
 from lightning_superscale.offload.deferred import DeferredState, deferred_host_bytes
-from lightning_superscale.offload.host_memory import HostArena, check_host_memory
+from lightning_superscale.offload.host_memory import HostArena
 from lightning_superscale.offload.link import Link, link_for
-from lightning_superscale.ops.pool import Pool
+from lightning_superscale.offload.link_dtype import LinkDtype
 from lightning_superscale.ops.update import UpdatePath, update_path
 from lightning_superscale.plan import ParallelPlan
 from lightning_superscale.plugins.byte_classes import byte_classes
@@ -180,7 +181,7 @@ def assemble(module: nn.Module, optimizers: Sequence[Optimizer], settings: RunSe
     """
     mesh, offload = settings.mesh, settings.offload
     _check_on_all_ranks(module, optimizers, settings)
-    host = plan_host(optimizers, settings)
+    host = plan_host(optimizers, settings, functools.partial(_host_bytes_needed, module, optimizers, settings))
     sharded = _sharded(module, optimizers, settings)
     precision = settings.precision
     if precision.gradients.accumulation is not None:  # frozen ones may be unfrozen later
@@ -191,7 +192,7 @@ def assemble(module: nn.Module, optimizers: Sequence[Optimizer], settings: RunSe
     where = settings.device if offload is None else torch.device("cpu")
     update = update_path(where, host.pool, is_low_precision=precision.states.is_low_precision)
     arena = HostArena(host.pool)
-    make_state = _state_maker(link, settings, host.pool, arena)
+    make_state = _state_maker(link, settings, host, arena)
     block_of = {} if settings.flow is None else settings.flow.block_of
     ranks = ranks_of(mesh, fqn_of, num_buffers=len(list(module.buffers())))
     engines = {
@@ -289,8 +290,6 @@ def _check_on_all_ranks(module: nn.Module, optimizers: Sequence[Optimizer], sett
         check_placements(module, mesh)
         check_optimizers_over_ranks(optimizers, zero, mesh.world.size)
         check_with_run(settings.precision, optimizers, zero, offload, mesh.world.size)
-        if offload is not None:
-            check_host_memory(_host_bytes_needed(module, optimizers, settings))
     except SuperScaleError as found:
         error = found  # the other ranks are on their way into the comparison
     raise_together(mesh, error)
@@ -320,7 +319,7 @@ def _native_maker(settings: RunSettings, update: UpdatePath) -> Callable[[Optimi
     return split
 
 
-def _state_maker(link: Link | None, settings: RunSettings, pool: Pool, arena: HostArena) -> MakeState:
+def _state_maker(link: Link | None, settings: RunSettings, host: HostPlan, arena: HostArena) -> MakeState:
     offload, flow, dtypes = settings.offload, settings.flow, settings.precision.states
 
     def make_state(unit: ShardUnit, *, has_moments: bool, is_on_device: bool) -> UnitState:
@@ -332,7 +331,15 @@ def _state_maker(link: Link | None, settings: RunSettings, pool: Pool, arena: Ho
         state: DeferredState | HostState
         if settings.defers and has_moments:
             state = DeferredState(
-                unit, link, arena, is_pinned=pin, pool=pool, streamed=streamed, dtypes=dtypes, roundings=roundings
+                unit,
+                link,
+                arena,
+                is_pinned=pin,
+                pool=host.pool,
+                streamed=streamed,
+                dtypes=dtypes,
+                roundings=roundings,
+                link_dtype=host.link_dtype,
             )
         else:
             state = HostState(
@@ -344,6 +351,7 @@ def _state_maker(link: Link | None, settings: RunSettings, pool: Pool, arena: Ho
                 streamed=streamed,
                 dtypes=dtypes,
                 roundings=roundings,
+                link_dtype=host.link_dtype,
             )
         if flow is not None and streamed is not None and state.flowing is not None:
             streamed.rest_at(state.flowing)
@@ -353,7 +361,9 @@ def _state_maker(link: Link | None, settings: RunSettings, pool: Pool, arena: Ho
     return make_state
 
 
-def _host_bytes_needed(module: nn.Module, optimizers: Sequence[Optimizer], settings: RunSettings) -> int:
+def _host_bytes_needed(
+    module: nn.Module, optimizers: Sequence[Optimizer], settings: RunSettings, link_dtype: LinkDtype
+) -> int:
     """Host bytes of this rank's states and of weights that flow, but for padding.
 
     What may go to the device later counts as here.
@@ -366,12 +376,11 @@ def _host_bytes_needed(module: nn.Module, optimizers: Sequence[Optimizer], setti
     stepped = {p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     stepped = {param for param in stepped if param.requires_grad}
     dtypes, shard_size = settings.precision.states, settings.mesh.shard.size
+    bytes_of = deferred_host_bytes if settings.defers else functools.partial(host_bytes, has_moments=True)
 
     def state_bytes(param: nn.Parameter) -> int:
         flows = is_copied(param) and shard_size == 1  # otherwise the copy is whole, and counted below
-        if settings.defers:
-            return deferred_host_bytes(tensor_numel(param), param.dtype, flows=flows, dtypes=dtypes)
-        return host_bytes(tensor_numel(param), param.dtype, has_moments=True, flows=flows, dtypes=dtypes)
+        return bytes_of(tensor_numel(param), param.dtype, flows=flows, dtypes=dtypes, link_dtype=link_dtype)
 
     states = sum(map(state_bytes, stepped))
     whole = (p for p in module.parameters() if is_copied(p) and (shard_size > 1 or p not in stepped))

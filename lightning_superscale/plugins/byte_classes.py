@@ -126,4 +126,4 @@ def _add_unit(
     if state.exp_avg is not None:
         add("optimizer states", state.exp_avg.dtype, numel, share, copies=2)
     if state.num_transfer_buffers:
-        add("transfer buffers", unit.dtype, numel, share, copies=state.num_transfer_buffers)
+        add("transfer buffers", state.transfer_dtype, numel, share, copies=state.num_transfer_buffers)

@@ -39,17 +39,16 @@ def exposure_of(assembly: Assembly, phases: PhaseSeconds) -> list[str]:
 
 def host_work(assembly: Assembly) -> HostWork:
     """What this rank's host does per step."""
-    units = [
-        unit
+    on_host = [
+        (unit.shard.shard_numel, state.transfer_dtype)
         for engine in assembly.engines.values()
         for unit, state in zip(engine.transport.units, engine.states, strict=True)
         if state.is_on_host
     ]
-    numels = [unit.shard.shard_numel for unit in units]
     return HostWork(
-        num_params=sum(numels),
-        weight_bytes=sum(numel * unit.dtype.itemsize for numel, unit in zip(numels, units, strict=True)),
-        num_buckets=len(units),
+        num_params=sum(numel for numel, _ in on_host),
+        link_bytes=sum(numel * dtype.itemsize for numel, dtype in on_host),
+        num_buckets=len(on_host),
         device_share=device_share(assembly.engines.values()),
     )
 

@@ -67,6 +67,8 @@ def _why_not_flow(offload: OffloadConfig, zero: ZeroConfig, module: nn.Module) -
         return "a compiled graph keeps views of weights"
     if offload.gpu_fraction not in ("auto", 0):
         return f"gpu_fraction={offload.gpu_fraction} keeps states there, and their weights with them"
+    if offload.link_dtype == "fp32":
+        return "link_dtype='fp32' moves new weights to a device that keeps them"
     return None if blocks_with_own_params(module) else "the model has no repeated blocks to stream"
 
 

@@ -201,6 +201,13 @@ def check_with_run(
         reason = reason_not_native(optimizer)
         if reason is not None and type(optimizer).__name__ != "_MockOptimizer":
             _check_own_step(type(optimizer).__name__, reason, states)
+    if states.is_low_precision and offload is not None and offload.link_dtype == "fp32":
+        key = "master_weights" if states.masters == torch.bfloat16 else "optimizer_states"
+        raise SuperScaleError(
+            f"OffloadConfig.link_dtype='fp32' can't work with SuperScalePrecision.{key}='bf16': the host rounds such "
+            "states where it steps, and new weights with them. Use link_dtype='auto' or 'weights', or fp32 masters and "
+            "states."
+        )
     if gradients.accumulation is None or zero.reduces_once or world_size == 1:
         return
     is_narrow = gradients.reduction is not None and gradients.reduction.itemsize < 4

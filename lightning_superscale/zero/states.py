@@ -43,7 +43,11 @@ class UnitState(Protocol):
 
     @property
     def num_transfer_buffers(self) -> int:
-        """Host buffers of the weights' dtype beside masters and moments."""
+        """Host buffers of `transfer_dtype` beside masters and moments."""
+
+    @property
+    def transfer_dtype(self) -> torch.dtype:
+        """What gradients and new weights have on their way to the states and back."""
 
     @property
     def host_copy_numel(self) -> int:
@@ -87,6 +91,7 @@ class ResidentState:
         self.unit = unit
         self.is_on_host = False
         self.num_transfer_buffers = self.host_copy_numel = 0
+        self.transfer_dtype = unit.dtype
         self.master: Tensor | None = None
         if unit.dtype != dtypes.master_of(unit.dtype):
             self.master = zeros(dtypes.master_of(unit.dtype))

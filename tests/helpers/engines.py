@@ -9,6 +9,7 @@ from lightning_superscale.offload.cpu_step import HostState
 from lightning_superscale.offload.deferred import DeferredState
 from lightning_superscale.offload.host_memory import HostArena
 from lightning_superscale.offload.link import CpuLink
+from lightning_superscale.offload.link_dtype import LinkDtype
 from lightning_superscale.offload.weight_flow import WeightFlow
 from lightning_superscale.ops.pool import Pool
 from lightning_superscale.ops.update import update_path
@@ -37,6 +38,7 @@ def build_engine(
     no_sync: bool = True,
     on_device: frozenset[nn.Parameter] = frozenset(),
     flow: WeightFlow | None = None,
+    link_dtype: LinkDtype = "weights",
 ) -> OptimizerEngine:
     link = link or CpuLink()
     arena = HostArena()
@@ -53,12 +55,13 @@ def build_engine(
         if is_on_device:
             return ResidentState(unit, has_moments=has_moments)
         streamed = unit if unit.is_streamed else None
+        ends = {"is_pinned": True, "streamed": streamed, "link_dtype": link_dtype}
         if is_deferred and has_moments:
-            state = DeferredState(unit, link, arena, is_pinned=True, pool=pool, streamed=streamed)
+            state = DeferredState(unit, link, arena, pool=pool, **ends)
         elif not is_offloaded:
             return ResidentState(unit, has_moments=has_moments)
         else:
-            state = HostState(unit, link, arena, has_moments=has_moments, is_pinned=True, streamed=streamed)
+            state = HostState(unit, link, arena, has_moments=has_moments, **ends)
         if streamed is not None:
             streamed.rest_at(state.flowing)
             flow.add(state.flowing)

@@ -7,6 +7,7 @@ import json
 import os
 import threading
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ CPU = torch.device("cpu")
 
 def profile_of(key=None, **changed) -> HardwareProfile:
     values = {"d2h": 1e10, "h2d": 2e10, "d2h_both": 0.9e10, "h2d_both": 1.8e10, "memory": ((1, 2e10), (2, 3e10))}
-    values |= {"adamw_ns_per_param": 0.5, "adamw_threads": 1}
+    values |= {"adamw_ns_per_param": 0.5, "adamw_fp32_ns_per_param": 0.6, "adamw_threads": 1}
     return HardwareProfile(key=key or key_of(CPU, available_cpus()), **{**values, **changed})
 
 
@@ -79,6 +80,43 @@ def test_copies_that_take_twice_as_long_give_half_the_rate(monkeypatch):
     assert once.d2h == hardware._COPY_BYTES / 0.5 == 2 * twice.d2h
     assert once.memory[0][1] == 2 * twice.memory[0][1]
     assert twice.adamw_ns_per_param == 2 * once.adamw_ns_per_param
+    assert twice.adamw_fp32_ns_per_param == 2 * once.adamw_fp32_ns_per_param
+
+
+def test_the_kernel_is_measured_with_16_bit_and_with_fp32_ends(monkeypatch):
+    """Each costs what its elements say, so that a figure that belongs to the other is seen."""
+    last = []
+
+    def submit(segments, *, stats, pool):
+        (segment,) = segments
+        dtypes = {tensor.dtype for tensor in (segment.grad, segment.next_grad, segment.weight_out)}
+        assert {tensor.dtype for tensor in (segment.param, segment.exp_avg, segment.exp_avg_sq)} == {torch.float32}
+        last[:] = [segment.param.numel(), *dtypes]
+        return SimpleNamespace(wait=lambda: None)
+
+    def best(run):
+        last[:] = [1]
+        run()
+        return last[0] * {torch.bfloat16: 1e-9, torch.float32: 3e-9}.get(last[-1], 1.0)
+
+    monkeypatch.setattr(hardware, "submit_adamw_commit_peek", submit)
+    monkeypatch.setattr(hardware, "_best", best)
+    profile = measure(CPU)
+    assert (profile.adamw_ns_per_param, profile.adamw_fp32_ns_per_param) == pytest.approx((1.0, 3.0))
+    assert "1.00 ns per parameter with 16-bit gradients and weights and 3.00 ns with fp32 ones" in profile.summary()
+
+
+def test_a_file_of_an_older_format_is_neither_read_nor_written_over(measured, monkeypatch):
+    monkeypatch.setattr(hardware_cache, "_FORMAT", 1)
+    old = profile_path(cached_profile(CPU).key)
+    before = old.read_text()
+    monkeypatch.setattr(hardware_cache, "_FORMAT", 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert stored_profile(key_of(CPU, available_cpus())) is None
+        cached_profile(CPU)
+    assert len(measured) == 2
+    assert old.read_text() == before
 
 
 @pytest.mark.parametrize(("num_cpus", "counts"), [(1, [1]), (2, [1, 2]), (6, [1, 2, 4, 5, 6]), (8, [1, 2, 4, 7, 8])])
@@ -122,7 +160,7 @@ def test_another_key_is_measured_anew(measured, monkeypatch, field):
         lambda text: text[: len(text) // 2],
         lambda text: "",
         lambda text: "[]",
-        lambda text: text.replace('"format": 1', '"format": 0'),
+        lambda text: text.replace('"format": 2', '"format": 0'),
         lambda text: text.replace('"d2h": 1000000001.0', '"d2h": -1.0'),
         lambda text: text.replace('"d2h": 1000000001.0', '"d2h": "fast"'),
         lambda text: text.replace('"d2h"', '"speed"'),

@@ -47,7 +47,7 @@ def test_predicted_stands_beside_measured():
     steady = seen.steady
     predicted = exposed_seconds(step_times(H100, seen.work, forward=steady.forward, backward=steady.backward))
     assert seen.work.num_params >= 17 * 33 + 33 + 66 + 33 * 5 + 5
-    assert seen.work.weight_bytes == 2 * seen.work.num_params
+    assert seen.work.link_bytes == 2 * seen.work.num_params
     assert seen.lines[-1] == (
         f"exposed beyond forward and backward: {predicted * 1e3:.2f} ms predicted, {steady.exposed * 1e3:.2f} ms a "
         f"step measured over {12 - WARM_UP_STEPS} steps (host clock, hooks included)"

@@ -360,7 +360,7 @@ def test_what_flows_is_never_moved_to_the_device():
 
 def test_too_little_host_memory_counts_what_is_copied(monkeypatch):
     needed = []
-    monkeypatch.setattr("lightning_superscale.plugins.assembly.check_host_memory", needed.append)
+    monkeypatch.setattr("lightning_superscale.plugins.host_plan.check_host_memory", needed.append)
     module = Deep()
     fit(module, strategy(), max_steps=1)
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)

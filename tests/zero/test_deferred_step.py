@@ -90,7 +90,9 @@ def test_random_events_leave_what_a_synchronous_step_leaves(seed):
     plain, model = Programs(torch.bfloat16), Programs(torch.bfloat16)
     oracle = PlainMasterAdamW(plain.parameters(), **ADAMW)
     link = SlowLink(seed)
-    optimizer, engine = deferred_engine(model, unit_bytes=chance.choice((1, 300, 2000)), link=link)
+    link_dtype = ("weights", "fp32")[seed % 2]
+    unit_bytes = chance.choice((1, 300, 2000))
+    optimizer, engine = deferred_engine(model, unit_bytes=unit_bytes, link=link, link_dtype=link_dtype)
     for step in range(8):
         program = chance.choice((plain_backward, plain_backward, extra_backward_of_a_part))
         max_norm = chance.choice((1e-3, 1e6))
