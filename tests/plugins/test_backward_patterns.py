@@ -130,9 +130,10 @@ def test_one_rank_equals_plain_pytorch_bit_for_bit(name):
         assert_same(outcome(run, strategy, 0, 1), run, strategy, 1, name=f"{name}: {run}")
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+# What stage 1 does in backward, stage 2 does too.
+@pytest.mark.parametrize("name", STRATEGIES if IS_ALL else [name for name in STRATEGIES if name != "zero1"])
 def test_two_ranks_equal_one_process(name):
-    """By default every other pattern: each runs under three strategies, and once with sharded weights."""
+    """By default every other pattern: each runs under two strategies or three, once of them with sharded weights."""
     strategy = STRATEGIES[name]
     runs = [run for run in all_runs(name, is_halved=not IS_ALL) if refusal(run, strategy, 2) is None]
     results = run_ranks(2, outcomes, [(run, strategy) for run in runs], limit_s=220)
@@ -141,7 +142,7 @@ def test_two_ranks_equal_one_process(name):
             assert_same(weights, run, strategy, 2, name=f"rank {rank}, {name}: {run}")
 
 
-@pytest.mark.parametrize("name", ["zero3", pytest.param("zero3 superoffload", marks=only_in_test_all), "zero1"])
+@pytest.mark.parametrize("name", ["zero3", pytest.param("zero3 superoffload", marks=only_in_test_all), "zero2"])
 def test_refusals_at_two_ranks_are_heard_on_both_and_training_goes_on(name):
     strategy = STRATEGIES[name]
     runs = [run for run in all_runs(name) if refusal(run, strategy, 2) is not None and run.num_micro == 1]

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 import lightning_superscale as lss
 from lightning_superscale.errors import CheckpointError
 from lightning_superscale.plugins.opened_checkpoint import check_fits
-from tests.helpers.extent import IS_ALL
+from tests.helpers.extent import IS_ALL, only_in_test_all
 from tests.helpers.ranks import run_ranks
 from tests.helpers.trainers import loader
 from tests.helpers.universal import (
@@ -47,7 +47,10 @@ def pairs_for(world_size, written, names):
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000 if IS_ALL else 240)
-@pytest.mark.parametrize(("precision", "names"), [("32-true", list(STRATEGIES)), ("bf16-true", OURS)])
+@pytest.mark.parametrize(
+    ("precision", "names"),
+    [("32-true", list(STRATEGIES)), pytest.param("bf16-true", OURS, marks=only_in_test_all)],
+)
 def test_what_any_strategy_writes_any_other_reads_at_any_number_of_ranks(tmp_path, precision, names):
     worlds = WORLDS if precision == "32-true" or IS_ALL else (1, 2)
     written = everywhere(tmp_path, worlds, precision, names)
