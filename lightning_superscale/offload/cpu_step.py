@@ -12,7 +12,7 @@ The class satisfies the optimizer engine's `UnitState` without importing it: sib
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -66,6 +66,19 @@ class UploadEvent:
     def wait(self) -> None:
         for copy in self._copies:
             copy.wait()
+
+
+def way_of_weights(
+    flowing: FlowingWeights | None, upload: Callable[[], Sequence[LinkEvent]]
+) -> UploadEvent | HostBound | LateUpload:
+    """How a unit's new weights get to where forward reads them: uploaded now, where they are, or for a later gather.
+
+    Args:
+        upload: starts their copies.
+    """
+    if flowing is None:
+        return UploadEvent(upload())
+    return HostBound(flowing) if flowing.unit.is_whole else LateUpload(upload)
 
 
 def weights_on_host(unit: OffloadableUnit, i: int, flowing: FlowingWeights | None, link: Link) -> Tensor:
@@ -175,11 +188,7 @@ class HostState:
 
     def upload(self, stepped: Sequence[int]) -> UploadEvent | HostBound | LateUpload:
         """Send new weights. Only of stepped slices: elsewhere the shared buffer may hold anything."""
-        if self.flowing is None:
-            return UploadEvent(self._upload(stepped))
-        if self.flowing.unit.is_whole:
-            return HostBound(self.flowing)
-        return LateUpload(lambda: self._upload(stepped))
+        return way_of_weights(self.flowing, lambda: self._upload(stepped))
 
     def _upload(self, stepped: Sequence[int]) -> list[LinkEvent]:
         source = self.master if self._weight_out is None else self._weight_out

@@ -31,7 +31,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lightning_superscale.offload.cpu_step import OffloadableUnit, UploadEvent, compensation_of, weights_on_host
+from lightning_superscale.offload.cpu_step import (
+    OffloadableUnit,
+    UploadEvent,
+    compensation_of,
+    way_of_weights,
+    weights_on_host,
+)
 from lightning_superscale.offload.flowing_weights import FlowingWeights, HostBound, LateUpload, StreamedUnit
 from lightning_superscale.offload.host_memory import HostArena
 from lightning_superscale.offload.link import Link, LinkEvent, LinkFence
@@ -285,11 +291,9 @@ class DeferredState:
 
     def upload(self, stepped: Sequence[int], after: LinkFence | None = None) -> UploadEvent | HostBound | LateUpload:
         """Send settled new weights to the device, from any thread."""
-        if self.flowing is None:
-            return UploadEvent(self._upload(stepped, after))
-        if self.flowing.unit.is_whole:
-            return HostBound(self.flowing)
-        return LateUpload(lambda: self._upload(stepped, None))
+        # What is uploaded late lands in memory that is taken late, and waits for whoever had that last.
+        fence = after if self.flowing is None else None
+        return way_of_weights(self.flowing, lambda: self._upload(stepped, fence))
 
     def _upload(self, stepped: Sequence[int], after: LinkFence | None) -> list[LinkEvent]:
         inbox = self.unit.inbox()

@@ -48,8 +48,8 @@ def check_host_memory(needed_bytes: int) -> None:
     Raises:
         SuperScaleError: less memory is available than `needed_bytes`.
     """
-    available = psutil.virtual_memory().available
-    if needed_bytes > available:
+    if not fits_host_memory(needed_bytes):
+        available = psutil.virtual_memory().available
         raise SuperScaleError(
             f"offloading needs {_gib(needed_bytes)} GiB of host memory for master weights, optimizer states and "
             f"transfer buffers, and {_gib(available)} GiB are available. Use a smaller model, fewer processes on this "

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import itertools
 
-import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import BaseFinetuning
 
 import lightning_superscale as lss
 from lightning_superscale.config import OffloadConfig, ZeroConfig
@@ -43,21 +41,20 @@ def strategy(stage: int, engine: str, weights: str = "flow", shard_size: int | N
     return lss.SuperScaleStrategy(zero=zero, offload=OffloadConfig(engine=engine, weights=weights, bucket_mb=1))
 
 
-def fit(module, how, world_size: int, *, validate: bool = False, **flags) -> L.Trainer:
-    run = trainer(how, devices=world_size, **flags)
-    run.fit(module, loader(), loader() if validate else None)
-    return run
+def changed(expected, found) -> list[str]:
+    """Names of what two modules have not alike."""
+    pairs = zip(expected.state_dict().items(), found.state_dict().values(), strict=True)
+    return [name for (name, value), other in pairs if not torch.equal(value, other)]
 
 
 def differing(make, stage, engine, world_size, *, shard_size=None, **flags) -> list[str]:
     """Names of what flowing changed."""
     stays, flows = make(), make()
-    fit(stays, strategy(stage, engine, "stationary", shard_size), world_size, **flags)
-    fit(flows, strategy(stage, engine, "flow", shard_size), world_size, **flags)
+    single.fit(stays, strategy(stage, engine, "stationary", shard_size), devices=world_size, **flags)
+    single.fit(flows, strategy(stage, engine, "flow", shard_size), devices=world_size, **flags)
     assert flows.most_device_bytes > 0
     assert not torch.equal(flows.out.weight, make().out.weight.to(flows.out.weight.dtype))
-    pairs = zip(stays.state_dict().items(), flows.state_dict().values(), strict=True)
-    return [name for (name, expected), found in pairs if not torch.equal(found, expected)]
+    return changed(stays, flows)
 
 
 def _matrix(rank: int, world_size: int, cases):
@@ -132,22 +129,9 @@ class Reversed(single.Backwards):
         return
 
 
-class Thawed(single.Deep):
+class Thawed(single.OfTrained):
     def configure_callbacks(self):
-        return [Thaw()]
-
-    def configure_optimizers(self):
-        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2)
-
-
-class Thaw(BaseFinetuning):
-    def freeze_before_training(self, module):
-        self.freeze([module.blocks[0], module.blocks[4].down], train_bn=False)
-
-    def finetune_function(self, module, epoch, optimizer):
-        if epoch == 1:
-            layers = [module.blocks[0], module.blocks[4].down]
-            self.unfreeze_and_add_param_group(layers, optimizer, lr=1e-2, train_bn=False)
+        return [single.Thaw()]
 
 
 PROGRAMS = [
@@ -184,14 +168,12 @@ def _resume(rank: int, world_size: int, path: str):
     for stage, engine in ((1, "cpu"), (2, "superoffload")):
         straight, first, resumed = single.Deep(), single.Deep(), single.Deep()
         half = f"{path}/{engine}.ckpt"
-        fit(straight, strategy(stage, engine, "stationary"), world_size, precision="bf16-true", max_epochs=4)
-        run = fit(first, strategy(stage, engine), world_size, precision="bf16-true", max_epochs=2)
-        run.save_checkpoint(half)
-        run = trainer(strategy(stage, engine), devices=world_size, precision="bf16-true", max_epochs=4)
-        run.fit(resumed, loader(), ckpt_path=half)
-        pairs = zip(straight.state_dict().items(), resumed.state_dict().values(), strict=True)
+        flags = {"devices": world_size, "precision": "bf16-true"}
+        single.fit(straight, strategy(stage, engine, "stationary"), max_epochs=4, **flags)
+        single.fit(first, strategy(stage, engine), max_epochs=2, **flags).save_checkpoint(half)
+        trainer(strategy(stage, engine), max_epochs=4, **flags).fit(resumed, loader(), ckpt_path=half)
         # Buffers are saved as rank 0 has them, as DDP does.
-        found += [(engine, name) for (name, e), v in pairs if "running" not in name and not torch.equal(v, e)]
+        found += [(engine, name) for name in changed(straight, resumed) if "running" not in name]
     return found
 
 
@@ -206,7 +188,6 @@ class Counted(single.Deep):
         super().__init__()
         self.requires_grad_(True)
         self.steps: list[tuple[int, int]] = []
-        self.most_landing = 0
 
     def on_train_batch_start(self, *_):
         self.trainer.strategy.assembly.wait_all_published()
@@ -227,7 +208,7 @@ class Counted(single.Deep):
 
 def _bytes(rank: int, world_size: int):
     module = Counted()
-    fit(module, strategy(2, "superoffload"), world_size, precision="bf16-true")
+    single.fit(module, strategy(2, "superoffload"), devices=world_size, precision="bf16-true")
     rows = {row.name: row for row in module.plan.bytes}
     flowing = [full.shard_numel for _, full, is_streamed in module.units if is_streamed]
     own = sum(piece.numel for shard, _, _ in module.units for piece in shard.slices)
@@ -270,7 +251,7 @@ def _came(rank: int, world_size: int):
     """Bytes that came to the device in one run, with new weights awaited after each step and not."""
     came = []
     for module in (Awaiting(), Timely()):
-        run = fit(module, strategy(2, "superoffload"), world_size, precision="bf16-true")
+        run = single.fit(module, strategy(2, "superoffload"), devices=world_size, precision="bf16-true")
         came.append(module.came)
     flowing = 2 * sum(-(-p.numel() // 64) * 64 for p in module.blocks.parameters())
     return came, flowing, run.global_step
