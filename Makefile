@@ -22,7 +22,7 @@ $(STAMP): pyproject.toml constraints-dev.txt CMakeLists.txt $(shell find csrc -t
 	# The editable install compiles nothing: the libraries are built once, into a cache keyed by their sources.
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints-dev.txt --no-build-isolation \
 		-C wheel.cmake=false -C editable.mode=inplace -e ".[dev,examples]"
-	$(BIN)/python -m lightning_superscale.ops.build
+	$(BIN)/python -m lightning_superscale.ops.native.build
 	touch $(STAMP)
 
 demo: setup

@@ -45,19 +45,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.checkpoint_peers import COLUMNS, READERS, ROWS, WRITERS, PeakDisk, rank_bytes_read, through_universal
 from benchmarks.step_cost import find_peers, hardware, peer_environment
 from lightning_superscale.checkpoint import state as states
-from lightning_superscale.checkpoint.background import BackgroundSaver
-from lightning_superscale.checkpoint.box import Box, row_box, whole_box
-from lightning_superscale.checkpoint.filling import READ_THREADS
-from lightning_superscale.checkpoint.load import open_checkpoint
-from lightning_superscale.checkpoint.save import save
+from lightning_superscale.checkpoint.load.reader import open_checkpoint
+from lightning_superscale.checkpoint.load.scatter import READ_THREADS
+from lightning_superscale.checkpoint.save.background import BackgroundSaver
+from lightning_superscale.checkpoint.save.writer import save
 from lightning_superscale.comm.mesh import DataMesh, build_mesh, single_mesh
+from lightning_superscale.layout.box import Box, row_box, whole_box
 
 warnings.filterwarnings("ignore", message=".*torch.distributed is disabled.*")
 
 Tensors = dict[str, Tensor]
 SHAPE = (ROWS, COLUMNS)
 # What takes long to import, once for all processes that are measured.
-PRELOADED = ["torch.distributed.checkpoint", "torch.distributed.tensor", "lightning_superscale.checkpoint.background"]
+PRELOADED = [
+    "torch.distributed.checkpoint",
+    "torch.distributed.tensor",
+    "lightning_superscale.checkpoint.save.background",
+]
 
 
 def num_weights(mib: int) -> int:

@@ -217,7 +217,7 @@ def run_trainer(
 
 def ours(**settings: Any) -> Callable[[], Any]:
     def build() -> Any:
-        from lightning_superscale.plugins.pytorch import SuperScaleStrategy
+        from lightning_superscale.plugins.bindings.pytorch import SuperScaleStrategy
 
         return SuperScaleStrategy(**settings)
 
@@ -408,7 +408,7 @@ def main() -> int:
         turns.say(absent=str(error))
         return 0
     if options.name.startswith(("resident", "superoffload", "cpu", "zero")):
-        from lightning_superscale.ops import adamw
+        from lightning_superscale.ops.cpu import adamw
 
         turns.facts["kernel"] = adamw.kernel_name()
     turns.say(

@@ -25,8 +25,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lightning_superscale.ops import _lib, adamw, flat
-from lightning_superscale.ops.pool import Pool
+from lightning_superscale.ops.cpu import adamw, flat
+from lightning_superscale.ops.cpu.pool import Pool
+from lightning_superscale.ops.native import loader
 from lightning_superscale.ops.types import AdamWHyper, AdamWSegment
 
 SLICE_NUMEL = 2_000_000
@@ -69,19 +70,19 @@ class NativeCall:
     """One prebuilt `lss_adamw` call in the calling thread: what a hot path pays."""
 
     def __init__(self, mode: adamw._Mode, segment: AdamWSegment, *, stats: bool) -> None:
-        self._lib = _lib.native_or_raise("benchmarks/ops.py")
+        self._lib = loader.native_or_raise("benchmarks/ops.py")
         self._segment = segment  # keeps the tensors alive
         self._structs = adamw._structs(mode, [segment])
         self._mode, self._stats = mode.code, int(stats)
 
     def __call__(self) -> None:
-        _lib.check(self._lib, self._lib.lss_adamw(None, self._mode, self._structs, 1, self._stats, None, None))
+        loader.check(self._lib, self._lib.lss_adamw(None, self._mode, self._structs, 1, self._stats, None, None))
 
 
 def slice_cases(a: Arrays, start: int) -> dict[str, Callable[[], object]]:
     """The timed calls over one slice."""
     s = slice(start, start + SLICE_NUMEL)
-    lib = _lib.native_or_raise("benchmarks/ops.py")
+    lib = loader.native_or_raise("benchmarks/ops.py")
     step = torch.tensor(float(HYPER.step))
     none: list[Tensor] = []
 
@@ -119,11 +120,11 @@ def slice_cases(a: Arrays, start: int) -> dict[str, Callable[[], object]]:
 
     roof_pointers = [t[s].data_ptr() for t in (a.p, a.m, a.v, a.g)]
     total = torch.empty(1, dtype=torch.float64)
-    result = _lib.c_double()
+    result = loader.c_double()
     g16 = a.g16[s].data_ptr()
 
     def flat_sumsq() -> None:
-        _lib.check(lib, lib.lss_sumsq(None, g16, 1, SLICE_NUMEL, result, None, None))
+        loader.check(lib, lib.lss_sumsq(None, g16, 1, SLICE_NUMEL, result, None, None))
         total[0] = result.value
 
     return {
@@ -228,8 +229,8 @@ def hardware() -> dict[str, object]:
         "cpu": cpu,
         "cpus": len(os.sched_getaffinity(0)),
         "load": os.getloadavg()[0],
-        "isa": _lib.isa_name(),
-        "isas": _lib.supported_isas(),
+        "isa": loader.isa_name(),
+        "isas": loader.supported_isas(),
         "torch": torch.__version__,
         "python": platform.python_version(),
     }

@@ -14,8 +14,7 @@ import _lightning_superscale_autoload
 if TYPE_CHECKING:
     from lightning_superscale.config import CheckpointConfig, OffloadConfig, ZeroConfig
     from lightning_superscale.errors import CheckpointError, SuperScaleError
-    from lightning_superscale.plugins.load_from_checkpoint import load_from_checkpoint
-    from lightning_superscale.plugins.pytorch import (
+    from lightning_superscale.plugins.bindings.pytorch import (
         CheckpointBinder,
         ScaleMonitor,
         ShardedEMA,
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
         UniversalCheckpointIO,
         ZeroStrategy,
     )
+    from lightning_superscale.plugins.checkpoint.load_from_checkpoint import load_from_checkpoint
 
 __all__ = [
     "CheckpointBinder",
@@ -54,7 +54,7 @@ _HOMES = {
     "OffloadConfig": "lightning_superscale.config",
     "ZeroConfig": "lightning_superscale.config",
     "SuperScaleError": "lightning_superscale.errors",
-    "load_from_checkpoint": "lightning_superscale.plugins.load_from_checkpoint",
+    "load_from_checkpoint": "lightning_superscale.plugins.checkpoint.load_from_checkpoint",
 }
 
 

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.timing import measure
-from lightning_superscale.ops import cuda, reference
+from lightning_superscale.ops import reference
+from lightning_superscale.ops.cuda import kernels
 from lightning_superscale.ops.triton import adamw_low, elementwise, index, reductions
 from lightning_superscale.ops.types import AdamWHyper, AdamWSegment, Rounding
 
@@ -100,7 +101,7 @@ def adamw(setting: Setting) -> list[Row]:
     rows: list[Row] = [{"name": "copy_roof", **roof}]
     bf16, f32 = torch.bfloat16, torch.float32
     commit, peek, commit_peek = (
-        setting.op(getattr(cuda, name), getattr(reference, name))
+        setting.op(getattr(kernels, name), getattr(reference, name))
         for name in ("adamw_commit", "adamw_peek", "adamw_commit_peek")
     )
     cases: list[tuple[str, Callable[..., Any], Row, bool, int]] = [
@@ -163,8 +164,8 @@ def sumsq(setting: Setting) -> list[Row]:
         x = torch.randn(setting.numel, device=setting.device).to(dtype)
         moved = x.numel() * x.element_size()
         runs: dict[str, Callable[[], Any]] = {
-            "cuda grad_stats": partial(setting.op(lambda t: cuda.grad_stats([t]), reference.sumsq), x),
-            "cuda count_nonfinite": partial(setting.op(cuda.count_nonfinite, reference.count_nonfinite), x),
+            "cuda grad_stats": partial(setting.op(lambda t: kernels.grad_stats([t]), reference.sumsq), x),
+            "cuda count_nonfinite": partial(setting.op(kernels.count_nonfinite, reference.count_nonfinite), x),
             "triton sumsq": partial(setting.op(reductions.sumsq, reference.sumsq), x),
             "triton count_nonfinite": partial(setting.op(reductions.count_nonfinite, reference.count_nonfinite), x),
             "torch linalg.vector_norm": partial(torch.linalg.vector_norm, x, dtype=torch.float32),

@@ -104,10 +104,10 @@ def build_cuda(directory: Path) -> dict[str, Any]:
 
 def build_cpu() -> dict[str, Any]:
     """Compile the CPU library, where this version of the project has a builder."""
-    if importlib.util.find_spec("lightning_superscale.ops.build") is None:
-        return {"skipped": "lightning_superscale.ops.build does not exist"}
+    if importlib.util.find_spec("lightning_superscale.ops.native.build") is None:
+        return {"skipped": "lightning_superscale.ops.native.build does not exist"}
     start = time.perf_counter()
-    _run([sys.executable, "-m", "lightning_superscale.ops.build"], 300)
+    _run([sys.executable, "-m", "lightning_superscale.ops.native.build"], 300)
     return {"seconds": time.perf_counter() - start}
 
 

@@ -99,7 +99,7 @@ struct Same<A, A> {
 // of floats is never a midpoint. So X is one of a few residues: +-2^-24 or +-2^-25 modulo Y, for an even Y modulo
 // Y / 2 (then only r = +-2), and with Y divisible by 4 there is none. is_product_right() in ops.cpp tries them all
 // (compare Brisebarre, Muller and Raina 2004, IEEE TC 53(8)); about one c in a hundred fails.
-// tests/ops/test_adamw.py compares with IEEE division over all fractions, and at those residues.
+// tests/ops/cpu/test_adamw.py compares with IEEE division over all fractions, and at those residues.
 template <class T>
 LSS_INLINE T divided(T x, const Scalars &k) {
 #if defined(__FMA__) || defined(__aarch64__)

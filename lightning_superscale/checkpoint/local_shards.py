@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.distributed._shard.sharded_tensor import ShardedTensor  # type: ignore[attr-defined]
 from torch.distributed.tensor import DTensor
 
-from lightning_superscale.checkpoint.box import Box, whole_box
 from lightning_superscale.checkpoint.state import Shard
+from lightning_superscale.layout.box import Box, whole_box
 
 
 @runtime_checkable

@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from lightning_superscale.checkpoint.box import Box
+from lightning_superscale.layout.box import Box
 
 Role = Literal["model", "buffer", "master", "state", "scalar", "extra"]
 

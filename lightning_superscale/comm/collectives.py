@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_superscale.comm.mesh import DataMesh, MeshAxis
 from lightning_superscale.comm.watch import RankWatch
-from lightning_superscale.ops.memory import RecycledMemory
+from lightning_superscale.ops.cpu.memory import RecycledMemory
 
 # How often a rank that waits looks whether another one failed.
 _LOOK_EVERY = timedelta(seconds=0.1)

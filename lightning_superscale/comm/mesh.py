@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from lightning_superscale.comm.watch import RankWatch
 from lightning_superscale.errors import SuperScaleError
-from lightning_superscale.ops.memory import RecycledMemory
+from lightning_superscale.ops.cpu.memory import RecycledMemory
 
 # The names that Lightning gives the axes of `LightningModule.device_mesh`.
 DATA_AXIS, TENSOR_AXIS = "data_parallel", "tensor_parallel"

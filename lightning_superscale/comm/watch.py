@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
@@ -26,6 +27,8 @@ from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 from lightning_superscale.errors import SuperScaleError
 
 _PERIOD_S = 0.5
+# Our own collectives are polled by Python code of this file, which imports this one.
+OWN_COLLECTIVES = str(Path(__file__).with_name("collectives.py"))
 # A sign of life older than this is a dead rank: at once when its connection broke, after longer silence otherwise.
 _BROKEN_AFTER_S = 2.5
 _SILENT_AFTER_S = 30.0
@@ -208,7 +211,7 @@ def _is_in_collective(frame: Any) -> bool:
     file = frame.f_code.co_filename.replace(os.sep, "/")
     if "torch/distributed/tensor/" in file:
         return False  # a DTensor's operation on its own part
-    return "torch/distributed" in file or "lightning_superscale/comm/collectives" in file
+    return "torch/distributed" in file or frame.f_code.co_filename == OWN_COLLECTIVES
 
 
 def _behind_dispatch(frame: Any) -> Any:

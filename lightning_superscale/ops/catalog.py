@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from lightning_superscale.ops import adamw, flat, reference
+from lightning_superscale.ops import reference
+from lightning_superscale.ops.cpu import adamw, flat
 from lightning_superscale.ops.gpu_catalog import CUDA_OPS, TRITON_OPS
 
 

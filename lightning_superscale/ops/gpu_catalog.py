@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final
 
-_CUDA = "lightning_superscale.ops.cuda"
+_CUDA = "lightning_superscale.ops.cuda.kernels"
 _TRITON = "lightning_superscale.ops.triton"
 
 # Their bits equal the CPU kernel's.

@@ -1,4 +1,4 @@
-"""In which dtypes an optimizer's masters and moments are kept, and how updates round them."""
+"""In which dtypes an optimizer's masters and moments are kept, and how updates round them, and follow weights."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from lightning_superscale.ops.types import Rounding
 
@@ -65,3 +66,8 @@ class StateDtypes:
 
 
 FP32_STATES = StateDtypes()
+
+
+def follow_weights(master: Tensor, weights: Tensor) -> None:
+    """Where `master` does not round to `weights`, make it `weights`; elsewhere it keeps its lower bits."""
+    master.copy_(torch.where(master.to(weights.dtype) == weights, master, weights.float()))

@@ -8,8 +8,9 @@ from typing import Protocol
 
 import torch
 
-from lightning_superscale.ops import adamw, reference
-from lightning_superscale.ops.pool import Pool, Ticket, default_pool
+from lightning_superscale.ops import reference
+from lightning_superscale.ops.cpu import adamw
+from lightning_superscale.ops.cpu.pool import Pool, Ticket, default_pool
 from lightning_superscale.ops.types import AdamWSegment, GradStats
 
 # Statistics of an update's gradients, fetched when they are asked for: on a GPU that waits for the device.
@@ -76,10 +77,10 @@ def update_path(device: torch.device, pool: Pool | None = None, *, is_low_precis
 
 
 def _cuda_path(*, is_low_precision: bool) -> UpdatePath:
-    from lightning_superscale.ops import cuda  # looks for libraries that few machines have
+    from lightning_superscale.ops.cuda import kernels  # looks for libraries that few machines have
     from lightning_superscale.ops.triton import adamw_low, launch
 
-    reason, why_no_triton = cuda.unavailable_reason(), launch.unavailable_reason()
+    reason, why_no_triton = kernels.unavailable_reason(), launch.unavailable_reason()
 
     def by_triton(segments: Sequence[AdamWSegment]) -> None:
         for seg in segments:
@@ -90,7 +91,7 @@ def _cuda_path(*, is_low_precision: bool) -> UpdatePath:
             return _beside_norms(by_triton if why_no_triton is None else reference.adamw_commit, segments)
         if reason is not None:
             return _beside_norms(reference.adamw_commit, segments)
-        stats = cuda.adamw_commit(segments, stats=True)
+        stats = kernels.adamw_commit(segments, stats=True)
         return QueuedUpdate(lambda: [] if stats is None else stats.to_host())
 
     kernel, why_none = ("Triton AdamW", why_no_triton) if is_low_precision else ("CUDA AdamW", reason)

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_superscale.checkpoint.load import open_checkpoint
-from lightning_superscale.checkpoint.manifest import MAJOR, MINOR
-from lightning_superscale.checkpoint.verify import verify
+from lightning_superscale.checkpoint.format.manifest import MAJOR, MINOR
+from lightning_superscale.checkpoint.load.reader import open_checkpoint
+from lightning_superscale.checkpoint.tools.verify import verify
 from tests.checkpoint.golden import write
 from tests.helpers.checkpoints import assert_filled, read_requests
 

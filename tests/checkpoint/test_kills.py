@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from lightning_superscale.checkpoint import commit
-from lightning_superscale.checkpoint.background import BackgroundSaver
-from lightning_superscale.checkpoint.commit import remove
-from lightning_superscale.checkpoint.save import save
+from lightning_superscale.checkpoint.save.background import BackgroundSaver
+from lightning_superscale.checkpoint.save.writer import save
+from lightning_superscale.checkpoint.storage import local
+from lightning_superscale.checkpoint.storage.local import remove
 from lightning_superscale.comm.mesh import single_mesh
 from lightning_superscale.errors import CheckpointError
 from tests.helpers.checkpoints import mesh_of, one_tensor, value_at
@@ -30,7 +30,7 @@ def folder():
 def save_and_die(rank, world_size, path, value, deadly, dying, can_exchange, is_in_background) -> tuple[int, list[int]]:
     """Save; killed at call `deadly` if this is one of the `dying` ranks. How many calls there were, and the renames."""
     if deadly is None:
-        commit._OWNED_WITHIN_S = 0.0  # nobody else saves here
+        local._OWNED_WITHIN_S = 0.0  # nobody else saves here
     mesh = mesh_of(world_size)
     saver = BackgroundSaver(mesh) if is_in_background else None
     countdown = Countdown(deadly if rank in dying else None)
@@ -157,7 +157,7 @@ def die_while_removing(rank, world_size, path, deadly) -> int:
 
 def kill_removals(folder: Path) -> None:
     folder.mkdir()
-    commit._OWNED_WITHIN_S = 0.0
+    local._OWNED_WITHIN_S = 0.0
     path = str(folder / "a.ckpt")
     save(path, one_tensor(1.0), single_mesh(), step=1)
     (count,) = forked(1, die_while_removing, path, None)

@@ -9,9 +9,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, distribute_tensor
 from torch.distributed.tensor import Shard as Placement
 
-from lightning_superscale.checkpoint.box import Box, whole_box
 from lightning_superscale.checkpoint.local_shards import is_tensor_like, local_shards
-from lightning_superscale.zero.placed import LocalRows
+from lightning_superscale.comm.dtensor import LocalRows
+from lightning_superscale.layout.box import Box, whole_box
 from tests.helpers.ranks import run_ranks
 
 

@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_superscale.checkpoint import reshard, sharing, storage
-from lightning_superscale.checkpoint.box import whole_box
-from lightning_superscale.checkpoint.load import open_checkpoint
-from lightning_superscale.checkpoint.save import save
+from lightning_superscale.checkpoint.load import exchange, segments
+from lightning_superscale.checkpoint.load.reader import open_checkpoint
+from lightning_superscale.checkpoint.save.writer import save
 from lightning_superscale.checkpoint.state import LocalState, ReadRequest, Shard, TensorInfo, TensorKey
-from lightning_superscale.comm.host_memory import map_host_memory
+from lightning_superscale.checkpoint.storage import files
+from lightning_superscale.comm.shared_memory import map_host_memory
 from lightning_superscale.errors import CheckpointError
+from lightning_superscale.layout.box import whole_box
 from tests.helpers.checkpoints import LAYOUTS, assert_filled, local_state, mesh_of, read_requests, state_tensors
 from tests.helpers.extent import IS_ALL
 from tests.helpers.ranks import run_ranks
@@ -34,7 +35,7 @@ def save_all(rank: int, world_size: int, folder: str) -> None:
 
 def map_or_send(is_mapped: bool) -> None:
     """Ranks of one host look into one another's memory, or send as they do between hosts."""
-    sharing.map_host_memory = map_host_memory if is_mapped else lambda mesh, nbytes: None
+    exchange.map_host_memory = map_host_memory if is_mapped else lambda mesh, nbytes: None
 
 
 def load_all(rank: int, world_size: int, folder: str) -> None:
@@ -71,7 +72,7 @@ def big_tensors() -> dict[TensorKey, torch.Tensor]:
 
 def read_once(rank: int, world_size: int, folder: str, is_mapped: bool) -> dict[str, list[int]]:
     """Bytes read by each way of reading: to fill, to check, and those sent to others."""
-    reshard.ROUND_BYTES = 3 * 2**23  # several rounds
+    segments.ROUND_BYTES = 3 * 2**23  # several rounds
     map_or_send(is_mapped)
     mesh = mesh_of(world_size)
     tensors = big_tensors()
@@ -168,12 +169,12 @@ def failing_ranks(rank: int, world_size: int, folder: str) -> list[str]:
     attempt(one_tensor(rank, world_size, 2.0, rows=8 + rank))
     if rank == 1:
         Path(folder, "elsewhere").mkdir()
-        from lightning_superscale.checkpoint import commit
+        from lightning_superscale.checkpoint.storage import local
 
-        commit._VISIBLE_WITHIN_S = 0.2
+        local._VISIBLE_WITHIN_S = 0.2
     attempt(one_tensor(rank, world_size, 2.0), path if rank != 1 else f"{folder}/elsewhere/last.ckpt")
     # A rank that can't read what others wait for.
-    read_into = storage.LocalFolder.read_into
+    read_into = files.LocalFolder.read_into
 
     def broken(self, name, start, *outs):
         if name.startswith("data") and rank == 1:
@@ -182,12 +183,12 @@ def failing_ranks(rank: int, world_size: int, folder: str) -> list[str]:
 
     tensors = big_tensors()
     save(f"{folder}/big.ckpt", local_state(tensors, "rows", rank, world_size), mesh)
-    storage.LocalFolder.read_into = broken
+    files.LocalFolder.read_into = broken
     for check_first, is_mapped in ((True, True), (False, True), (False, False)):
         map_or_send(is_mapped)
         source = open_checkpoint(f"{folder}/big.ckpt", mesh, check_first=check_first)
         told.append(message_of(lambda: source.read(read_requests(source.tensors, "whole", rank, world_size))))  # noqa: B023
-    storage.LocalFolder.read_into = read_into
+    files.LocalFolder.read_into = read_into
     told.append(message_of(lambda: open_checkpoint(f"{folder}/{'big' if rank else 'last'}.ckpt", mesh)))
     assert value_at(path, mesh) == 1.0
     assert threading.active_count() < 10

@@ -6,12 +6,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lightning_superscale.checkpoint.box import Box, whole_box
-from lightning_superscale.checkpoint.load import is_checkpoint, open_checkpoint
-from lightning_superscale.checkpoint.save import save
+from lightning_superscale.checkpoint.load.reader import is_checkpoint, open_checkpoint
+from lightning_superscale.checkpoint.save.writer import save
 from lightning_superscale.checkpoint.state import LocalState, ReadRequest, Shard, TensorInfo, TensorKey
 from lightning_superscale.comm.mesh import single_mesh
 from lightning_superscale.errors import CheckpointError
+from lightning_superscale.layout.box import Box, whole_box
 from tests.helpers.checkpoints import assert_filled, local_state, read_requests, state_tensors
 
 MESH = single_mesh()
@@ -164,7 +164,7 @@ def test_an_open_checkpoint_is_never_mixed_with_the_one_that_replaced_it(tmp_pat
 
 
 def test_memory_beside_the_destination_is_bounded(tmp_path, monkeypatch):
-    import lightning_superscale.checkpoint.filling as filling
+    import lightning_superscale.checkpoint.load.scatter as filling
 
     sizes = []
     empty = torch.empty

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import pytest
 
-from lightning_superscale.comm.watch import _is_in_collective
+from lightning_superscale.comm.watch import OWN_COLLECTIVES, _is_in_collective
 
 
 def frame_in(*files: str):
@@ -14,7 +15,7 @@ def frame_in(*files: str):
     call = sys._getframe
     for file in reversed(files):
         names: dict = {"call": call}
-        exec(compile("def inner():\n    return call()", f"/site-packages/{file}", "exec"), names)
+        exec(compile("def inner():\n    return call()", os.path.join("/site-packages", file), "exec"), names)
         call = names["inner"]
     return call()
 
@@ -26,7 +27,8 @@ WAITS = "torch/distributed/_functional_collectives.py"
     ("files", "is_waiting"),
     [
         (["train.py", "torch/distributed/distributed_c10d.py"], True),
-        (["train.py", "lightning_superscale/comm/collectives.py"], True),
+        (["train.py", OWN_COLLECTIVES], True),
+        (["train.py", "lightning_superscale/comm/collectives.py"], False),  # of somebody else's copy
         # A collective of DTensor's, in forward or in backward: an operator, called through torch's dispatch.
         (["train.py", "torch/distributed/tensor/_api.py", WAITS, "torch/_ops.py", "torch/_library/autograd.py"], True),
         (["train.py", "torch/distributed/tensor/_dispatch.py", "torch/_ops.py"], False),

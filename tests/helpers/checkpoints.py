@@ -10,8 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lightning_superscale.checkpoint.box import Box, flat_boxes, row_box, whole_box
-from lightning_superscale.checkpoint.load import open_checkpoint
+from lightning_superscale.checkpoint.load.reader import open_checkpoint
 from lightning_superscale.checkpoint.state import (
     LocalState,
     OptimizerRecord,
@@ -21,9 +20,10 @@ from lightning_superscale.checkpoint.state import (
     TensorKey,
     optimizer_section,
 )
-from lightning_superscale.checkpoint.verify import verify
+from lightning_superscale.checkpoint.tools.verify import verify
 from lightning_superscale.comm.mesh import DataMesh, build_mesh, single_mesh
 from lightning_superscale.errors import CheckpointError
+from lightning_superscale.layout.box import Box, flat_boxes, row_box, whole_box
 
 LAYOUTS = ("whole", "rows", "columns", "flat", "boxes")
 

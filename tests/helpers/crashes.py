@@ -32,12 +32,12 @@ class Countdown:
 
     def arm(self, can_exchange: bool = True) -> None:
         """From now on; without `can_exchange` the system can't swap names."""
-        from lightning_superscale.checkpoint import commit
+        from lightning_superscale.checkpoint.storage import local
 
         for name in CALLS:
             setattr(os, name, self._counted(name, getattr(os, name)))
-        exchange = self._counted("exchange", commit.exchange)
-        commit.exchange = exchange if can_exchange else lambda one, other: False
+        exchange = self._counted("exchange", local.exchange)
+        local.exchange = exchange if can_exchange else lambda one, other: False
 
     def _counted(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def counted(*args: Any, **kwargs: Any) -> Any:

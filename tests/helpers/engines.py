@@ -5,22 +5,22 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from lightning_superscale.offload.cpu_step import HostState
-from lightning_superscale.offload.deferred import DeferredState
-from lightning_superscale.offload.host_memory import HostArena
-from lightning_superscale.offload.link import CpuLink
-from lightning_superscale.offload.link_dtype import LinkDtype
-from lightning_superscale.offload.weight_flow import WeightFlow
-from lightning_superscale.ops.pool import Pool
+from lightning_superscale.comm.communicator import Ranks, single_rank
+from lightning_superscale.offload.cpu.state import HostState
+from lightning_superscale.offload.link.arena import HostArena
+from lightning_superscale.offload.link.dtype import LinkDtype
+from lightning_superscale.offload.link.link import CpuLink
+from lightning_superscale.offload.superoffload.state import DeferredState
+from lightning_superscale.offload.superoffload.step import DeferredStep
+from lightning_superscale.offload.weight_flow.schedule import WeightFlow
+from lightning_superscale.ops.cpu.pool import Pool
 from lightning_superscale.ops.update import update_path
-from lightning_superscale.zero.buckets import BucketTransport
-from lightning_superscale.zero.deferred_step import DeferredStep
-from lightning_superscale.zero.engine import OptimizerEngine
-from lightning_superscale.zero.grouping import Grouping
-from lightning_superscale.zero.native_step import NativeStep
-from lightning_superscale.zero.ranks import Ranks, single_rank
-from lightning_superscale.zero.split_step import SplitStep
-from lightning_superscale.zero.states import ResidentState
+from lightning_superscale.optim.adamw_step import NativeStep
+from lightning_superscale.optim.bucketing import Grouping
+from lightning_superscale.optim.engine import OptimizerEngine
+from lightning_superscale.optim.mixed_step import SplitStep
+from lightning_superscale.optim.unit_state import ResidentState
+from lightning_superscale.zero.buckets.transport import BucketTransport
 
 
 def build_engine(

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lightning_superscale.checkpoint.box import Box, whole_box
 from lightning_superscale.checkpoint.state import ReadRequest, StateSource, TensorKey
+from lightning_superscale.layout.box import Box, whole_box
 
-FIXTURES = Path(__file__).resolve().parents[1] / "checkpoint" / "formats" / "fixtures" / "deepspeed"
+FIXTURES = Path(__file__).resolve().parents[1] / "checkpoint" / "foreign" / "fixtures" / "deepspeed"
 
 
 def unpack(case: str, folder: Path) -> Path:

@@ -8,23 +8,23 @@ from datetime import timedelta
 import torch
 from torch import nn
 
+from lightning_superscale.comm.communicator import ranks_of
 from lightning_superscale.comm.mesh import build_mesh
-from lightning_superscale.offload.cpu_step import HostState
-from lightning_superscale.offload.deferred import DeferredState
-from lightning_superscale.offload.host_memory import HostArena
-from lightning_superscale.offload.link import CpuLink
-from lightning_superscale.ops.pool import default_pool
+from lightning_superscale.offload.cpu.state import HostState
+from lightning_superscale.offload.link.arena import HostArena
+from lightning_superscale.offload.link.link import CpuLink
+from lightning_superscale.offload.superoffload.state import DeferredState
+from lightning_superscale.offload.superoffload.step import DeferredStep
+from lightning_superscale.ops.cpu.pool import default_pool
 from lightning_superscale.ops.update import update_path
-from lightning_superscale.zero.clip import ClipByNorm
-from lightning_superscale.zero.deferred_step import DeferredStep
-from lightning_superscale.zero.engine import OptimizerEngine
-from lightning_superscale.zero.fsdp2 import Fsdp2Transport
-from lightning_superscale.zero.fsdp2_setup import ShardingPolicy, shard_module
-from lightning_superscale.zero.gather_order import GatherOrder
-from lightning_superscale.zero.grouping import Grouping
-from lightning_superscale.zero.native_step import NativeStep
-from lightning_superscale.zero.ranks import ranks_of
-from lightning_superscale.zero.states import ResidentState
+from lightning_superscale.optim.adamw_step import NativeStep
+from lightning_superscale.optim.bucketing import Grouping
+from lightning_superscale.optim.clipping import ClipByNorm
+from lightning_superscale.optim.engine import OptimizerEngine
+from lightning_superscale.optim.unit_state import ResidentState
+from lightning_superscale.zero.fsdp2.gather_order import GatherOrder
+from lightning_superscale.zero.fsdp2.shard import ShardingPolicy, shard_module
+from lightning_superscale.zero.fsdp2.transport import Fsdp2Transport
 from tests.helpers.plain import PlainMasterAdamW
 
 ADAMW = {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.9, 0.95)}

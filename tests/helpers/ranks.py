@@ -17,7 +17,7 @@ from typing import Any
 
 # One server imports torch once; ranks are forked from it while it is still single-threaded.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["lightning", "torch.distributed", "lightning_superscale.ops.adamw"])
+_CONTEXT.set_forkserver_preload(["lightning", "torch.distributed", "lightning_superscale.ops.cpu.adamw"])
 
 
 class RankFailed(AssertionError):

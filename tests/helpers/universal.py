@@ -13,9 +13,9 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 import lightning_superscale as lss
-from lightning_superscale.checkpoint.box import whole_box
-from lightning_superscale.checkpoint.load import open_checkpoint
+from lightning_superscale.checkpoint.load.reader import open_checkpoint
 from lightning_superscale.checkpoint.state import ReadRequest
+from lightning_superscale.layout.box import whole_box
 from tests.helpers.trainers import Regressor, loader, trainer
 
 

@@ -7,8 +7,8 @@ from concurrent.futures import Future
 import torch
 from torch import nn
 
-from lightning_superscale.offload.deferred import DeferredState
-from lightning_superscale.offload.link import CpuLink
+from lightning_superscale.offload.link.link import CpuLink
+from lightning_superscale.offload.superoffload.state import DeferredState
 
 
 class VirtualTime:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_superscale.ops import _lib
+from lightning_superscale.ops.native import loader
 
 FALLBACK = "fallback"
-NATIVE = _lib.supported_isas()
+NATIVE = loader.supported_isas()
 PATHS = (*NATIVE, FALLBACK)
 SIZES = (0, 1, 15, 16, 17, 255, 257, 4095, 4096, 4097, 65536 + 3)
 LARGE = 1_000_003
@@ -25,15 +25,15 @@ BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 def running(path: str) -> Iterator[None]:
     """Within the block ops take the given instruction set, or the PyTorch fallback."""
     if path == FALLBACK:
-        with _lib.without_native():
+        with loader.without_native():
             yield
         return
-    before = _lib.isa_name()
-    _lib.set_isa(path)
+    before = loader.isa_name()
+    loader.set_isa(path)
     try:
         yield
     finally:
-        _lib.set_isa(str(before))
+        loader.set_isa(str(before))
 
 
 def values(numel: int, dtype: torch.dtype = F32, *, seed: int = 0, scale: float = 1.0) -> Tensor:

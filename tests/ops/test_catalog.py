@@ -6,8 +6,10 @@ import inspect
 import re
 from pathlib import Path
 
-from lightning_superscale.ops import _lib, adamw, flat, reference
+from lightning_superscale.ops import reference
 from lightning_superscale.ops.catalog import OPS
+from lightning_superscale.ops.cpu import adamw, flat
+from lightning_superscale.ops.native import loader
 from tests.ops.paths import FALLBACK, PATHS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,8 +38,8 @@ def test_every_compute_symbol_is_in_the_table():
 
 def test_every_exported_symbol_is_bound():
     header = (ROOT / "csrc" / "include" / "lss.h").read_text()
-    elsewhere = {"lss_install_root"}  # bound in torch_root.py
-    assert set(re.findall(r"LSS_API [\w \*]*?\*?(lss_\w+)\(", header)) - elsewhere == set(_lib._SIGNATURES)
+    elsewhere = {"lss_install_root"}  # bound in ops/native/torch_root.py
+    assert set(re.findall(r"LSS_API [\w \*]*?\*?(lss_\w+)\(", header)) - elsewhere == set(loader._SIGNATURES)
 
 
 def test_every_public_function_is_in_the_table():
@@ -71,7 +73,7 @@ def test_every_implementation_has_a_test_on_every_path():
     The GPU entry points have their own such test in gpu/test_gpu_catalog.py.
     """
     text = "".join(
-        path.read_text() for path in sorted((ROOT / "tests" / "ops").glob("test_*.py")) if path != Path(__file__)
+        path.read_text() for path in sorted((ROOT / "tests" / "ops").rglob("test_*.py")) if path != Path(__file__)
     )
     for op in OPS.values():
         for entry in (op.native, op.submit):

@@ -8,8 +8,9 @@ import itertools
 import pytest
 import torch
 
-from lightning_superscale.ops import adamw, reference
-from lightning_superscale.ops.pool import Pool
+from lightning_superscale.ops import reference
+from lightning_superscale.ops.cpu import adamw
+from lightning_superscale.ops.cpu.pool import Pool
 from lightning_superscale.ops.types import STATE_DTYPES, AdamWHyper, AdamWSegment, Rounding
 from tests.ops.paths import BF16, F32, FLOATS, LARGE, NATIVE, PATHS, THREADS, running, same, values
 

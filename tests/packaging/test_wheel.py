@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_superscale.ops._lib import ABI_VERSION
+from lightning_superscale.ops.native.loader import ABI_VERSION
 from tests.helpers.extent import only_in_test_all
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,7 +72,7 @@ def test_wheel_has_the_library_and_needs_no_torch(python, source, tmp_path):
     assert "Collecting torch" not in log
     name, files = contents(tmp_path)
     assert name.startswith("lightning_superscale-0.1.0-py3-none-linux_")
-    assert "lightning_superscale/ops/_native/liblss.so" in files
+    assert "lightning_superscale/ops/native/_native/liblss.so" in files
     assert {Path(file).parts[0].split("-")[0] for file in files} <= {
         "lightning_superscale", "_lightning_superscale_autoload.py"
     }  # fmt: skip
@@ -90,9 +90,10 @@ def test_wheel_has_the_library_and_needs_no_torch(python, source, tmp_path):
     # The package itself finds it, from this interpreter's torch.
     site = run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]).stdout.strip()
     use = (
-        "from lightning_superscale.ops import _lib, flat; import torch\n"
-        "assert 'site-packages' in str(next(iter(_lib.library_candidates())))\n"
-        "print(_lib.isa_name(), flat.sumsq(torch.ones(10)))"
+        "from lightning_superscale.ops.cpu import flat; from lightning_superscale.ops.native import loader\n"
+        "import torch\n"
+        "assert 'site-packages' in str(next(iter(loader.library_candidates())))\n"
+        "print(loader.isa_name(), flat.sumsq(torch.ones(10)))"
     )
     used = run([sys.executable, "-P" if sys.version_info >= (3, 11) else "-B", "-c", use], PYTHONPATH=site,
                LSS_REQUIRE_NATIVE="1", LSS_BUILD_CACHE=str(tmp_path))  # fmt: skip

@@ -1,4 +1,4 @@
-"""Writes tests/checkpoint/formats/fixtures/deepspeed anew: checkpoints of DeepSpeed, and what it held then.
+"""Writes tests/checkpoint/foreign/fixtures/deepspeed anew: checkpoints of DeepSpeed, and what it held then.
 
 Run in the environment of benchmarks/peers.sh: `.venv-peers/bin/python -m tests.peers.make_fixtures`.
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 from tests.peers.deepspeed_ranks import NUM_STEPS, convert, on_ranks, write
 
-FIXTURES = Path(__file__).resolve().parents[1] / "checkpoint" / "formats" / "fixtures" / "deepspeed"
+FIXTURES = Path(__file__).resolve().parents[1] / "checkpoint" / "foreign" / "fixtures" / "deepspeed"
 
 # What Lightning's DeepSpeedStrategy passes as client state: its checkpoint without weights and optimizer states.
 LIGHTNING: dict[str, Any] = {

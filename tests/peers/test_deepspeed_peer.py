@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lightning_superscale.checkpoint.formats.deepspeed_export import TAG, export_deepspeed_universal
-from lightning_superscale.checkpoint.formats.sniff import open_foreign
-from tests.checkpoint.formats.test_deepspeed import FROZEN, expected
+from lightning_superscale.checkpoint.foreign.deepspeed_export import TAG, export_deepspeed_universal
+from lightning_superscale.checkpoint.foreign.sniff import open_foreign
+from tests.checkpoint.foreign.test_deepspeed import FROZEN, expected
 from tests.helpers.foreign import read_all, truth, unpack
 from tests.peers.deepspeed_ranks import GROUPS, load, on_ranks
 from tests.peers.make_fixtures import CASES, make

@@ -13,10 +13,10 @@ import sys
 import torch
 from torch import Tensor
 
-from lightning_superscale.checkpoint.box import row_box, whole_box
-from lightning_superscale.checkpoint.save import save
+from lightning_superscale.checkpoint.save.writer import save
 from lightning_superscale.checkpoint.state import LocalState, OptimizerRecord, Shard, TensorInfo, TensorKey
 from lightning_superscale.comm.mesh import single_mesh
+from lightning_superscale.layout.box import row_box, whole_box
 
 STEP = 12
 ALIASES = {"head.weight": "embed.weight"}

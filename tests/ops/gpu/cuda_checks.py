@@ -7,7 +7,8 @@ from math import isnan
 
 import torch
 
-from lightning_superscale.ops import cuda, reference
+from lightning_superscale.ops import reference
+from lightning_superscale.ops.cuda import kernels
 from lightning_superscale.ops.types import GRAD_DTYPES
 from tests.ops.gpu.adamw_cases import dtype_segments, hostile_segment
 from tests.ops.gpu.helpers import IeeeSqrt, assert_same_segments, move_segment
@@ -16,7 +17,7 @@ from tests.ops.gpu.helpers import IeeeSqrt, assert_same_segments, move_segment
 def _check_adamw(mode: str) -> None:
     for expected in (dtype_segments(mode), [hostile_segment(mode)]):
         segments = [move_segment(seg, "cuda") for seg in expected]
-        seen = getattr(cuda, mode)(segments, stats=True)
+        seen = getattr(kernels, mode)(segments, stats=True)
         with IeeeSqrt():
             wanted = getattr(reference, mode)(expected, stats=True)
         assert_same_segments(segments, expected)
@@ -41,7 +42,7 @@ def check_sumsq() -> None:
     for numel in (0, 1, 4096, 1_000_003):
         for dtype in GRAD_DTYPES:
             x = torch.randn(numel, generator=torch.Generator().manual_seed(numel)).to(dtype)
-            assert cuda.sumsq(x.cuda()) == reference.sumsq(x), (numel, dtype)
+            assert kernels.sumsq(x.cuda()) == reference.sumsq(x), (numel, dtype)
 
 
 def check_count_nonfinite() -> None:
@@ -49,7 +50,7 @@ def check_count_nonfinite() -> None:
         x = torch.randn(1_000_003, generator=torch.Generator().manual_seed(1)).to(dtype)
         x[::1001] = float("inf")
         x[::777] = float("nan")
-        assert cuda.count_nonfinite(x.cuda()) == reference.count_nonfinite(x), dtype
+        assert kernels.count_nonfinite(x.cuda()) == reference.count_nonfinite(x), dtype
 
 
 CHECKS: dict[str, Callable[[], None]] = {

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from lightning_superscale.ops.cuda_abi import CudaLibrary, open_library
+from lightning_superscale.ops.cuda.abi import CudaLibrary, open_library
 from lightning_superscale.ops.types import AdamWHyper, AdamWSegment
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_superscale.ops.cuda_abi import Call, candidate_paths, open_library
+from lightning_superscale.ops.cuda.abi import Call, candidate_paths, open_library
 from tests.ops.gpu.helpers import CUDA_SOURCES, ROOT
 
 NVCC = shutil.which("nvcc")

@@ -13,7 +13,8 @@ from math import isnan
 import pytest
 import torch
 
-from lightning_superscale.ops import cuda, reference
+from lightning_superscale.ops import reference
+from lightning_superscale.ops.cuda import kernels
 from lightning_superscale.ops.types import GRAD_DTYPES, STATE_DTYPES, AdamWSegment
 from tests.ops.gpu.adamw_cases import HYPERS, MODES, dtype_segments, hostile_segment
 from tests.ops.gpu.helpers import (
@@ -30,7 +31,7 @@ from tests.ops.gpu.helpers import (
 @pytest.fixture(autouse=True)
 def _on_host(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     library = host_library()
-    monkeypatch.setattr(cuda, "_library", lambda: library)
+    monkeypatch.setattr(kernels, "_library", lambda: library)
     with IeeeSqrt():
         yield
 
@@ -38,7 +39,7 @@ def _on_host(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def _assert_same_as_reference(mode: str, segments: list[AdamWSegment]) -> None:
     expected = [move_segment(seg, "cpu") for seg in segments]
     wanted = getattr(reference, mode)(expected, stats=True)
-    seen = getattr(cuda, mode)(segments, stats=True)
+    seen = getattr(kernels, mode)(segments, stats=True)
     assert_same_segments(segments, expected)
     for found, want in zip(seen.to_host(), wanted, strict=True):
         assert found.sumsq == want.sumsq or (isnan(want.sumsq) and isnan(found.sumsq)), (found, want)
@@ -90,7 +91,9 @@ def test_adamw_commit_many_steps_equals_torch_optimizer(decoupled: bool, beta1: 
         hyper = dataclasses.replace(
             BASE_HYPER, lr=lr, beta1=beta1, beta2=0.98, weight_decay=0.1, step=step, decoupled=decoupled
         )
-        cuda.adamw_commit([AdamWSegment(param=param, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, grad=grad, hyper=hyper)])
+        kernels.adamw_commit(
+            [AdamWSegment(param=param, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, grad=grad, hyper=hyper)]
+        )
     assert_same_bits(param, parameter.detach(), "param")
     assert_same_bits(exp_avg, optimizer.state[parameter]["exp_avg"], "exp_avg")
     assert_same_bits(exp_avg_sq, optimizer.state[parameter]["exp_avg_sq"], "exp_avg_sq")
@@ -116,14 +119,14 @@ def test_adamw_commit_peek_many_steps_equals_commit_of_each_step(
         reference.adamw_commit([plain])
         if step == 0:
             deferred.grad, deferred.hyper = grads[0], hypers[0]
-            cuda.adamw_peek([deferred])
+            kernels.adamw_peek([deferred])
         else:
             deferred.grad, deferred.hyper = grads[step - 1], hypers[step - 1]
             deferred.next_grad, deferred.next_hyper = grads[step], hypers[step]
-            cuda.adamw_commit_peek([deferred])
+            kernels.adamw_commit_peek([deferred])
         assert_same_bits(deferred.weight_out, plain.weight_out, f"weight_out after step {step}")
     deferred.grad, deferred.hyper = grads[-1], hypers[-1]
-    cuda.adamw_commit([deferred])
+    kernels.adamw_commit([deferred])
     for name in ("param", "exp_avg", "exp_avg_sq"):
         assert_same_bits(getattr(deferred, name), getattr(plain, name), name)
 
@@ -133,7 +136,7 @@ def test_adamw_weight_out_in_place_of_grad_equals_reference() -> None:
     expected = move_segment(seg, "cpu")
     reference.adamw_commit([expected])
     seg.weight_out = seg.grad
-    cuda.adamw_commit([seg])
+    kernels.adamw_commit([seg])
     assert seg.weight_out is not None
     assert expected.weight_out is not None
     assert_same_bits(seg.weight_out, expected.weight_out, "weight_out")
@@ -146,7 +149,7 @@ def test_adamw_commit_device_scale_equals_host_scale() -> None:
     expected = [move_segment(segments[0], "cpu")]
     expected[0].hyper = dataclasses.replace(BASE_HYPER, grad_scale=float(scale))
     reference.adamw_commit(expected)
-    cuda.adamw_commit(segments, grad_scale=scale)
+    kernels.adamw_commit(segments, grad_scale=scale)
     assert_same_segments_but_hyper(segments, expected)
 
 
@@ -161,7 +164,7 @@ def test_adamw_skip_set_writes_rounded_param_only(mode: str, skip: float) -> Non
     expected = move_segment(seg, "cpu")
     assert expected.weight_out is not None
     expected.weight_out.copy_(expected.param)
-    seen = getattr(cuda, mode)([seg], stats=True, skip=torch.tensor([skip]))
+    seen = getattr(kernels, mode)([seg], stats=True, skip=torch.tensor([skip]))
     assert_same_segments([seg], [expected])
     assert seen.to_host()[0].sumsq == reference.sumsq(seg.grad)
 
@@ -170,7 +173,7 @@ def test_adamw_skip_zero_changes_nothing() -> None:
     segments = [make_segment(5000, 4)]
     expected = [move_segment(segments[0], "cpu")]
     reference.adamw_commit(expected)
-    cuda.adamw_commit(segments, skip=torch.zeros(1))
+    kernels.adamw_commit(segments, skip=torch.zeros(1))
     assert_same_segments(segments, expected)
 
 
@@ -178,7 +181,7 @@ def test_adamw_commit_peek_skip_commits_and_drops_next() -> None:
     segments = [make_segment(5000, 6, next_grad=torch.float16, moments=(torch.bfloat16, torch.bfloat16))]
     expected = [move_segment(segments[0], "cpu")]
     reference.adamw_commit(expected)  # its weight_out is the rounded committed param
-    cuda.adamw_commit_peek(segments, skip=torch.ones(1))
+    kernels.adamw_commit_peek(segments, skip=torch.ones(1))
     assert_same_segments(segments, expected)
 
 
@@ -186,16 +189,16 @@ def test_adamw_commit_peek_skip_commits_and_drops_next() -> None:
 @pytest.mark.parametrize(("numel", "misalign"), [(0, 0), (1, 0), (4095, 0), (4096, 0), (20001, 0), (9000, 1)])
 def test_sumsq_and_count_nonfinite_equal_reference(dtype: torch.dtype, numel: int, misalign: int) -> None:
     x = torch.randn(numel + misalign, generator=torch.Generator().manual_seed(numel)).to(dtype)[misalign:]
-    assert cuda.sumsq(x) == reference.sumsq(x)
+    assert kernels.sumsq(x) == reference.sumsq(x)
     if numel:
         x[numel // 2], x[-1] = float("nan"), float("-inf")
-    assert cuda.count_nonfinite(x) == reference.count_nonfinite(x)
-    assert cuda.grad_stats([x]).nonfinite.tolist() == [reference.count_nonfinite(x)]
+    assert kernels.count_nonfinite(x) == reference.count_nonfinite(x)
+    assert kernels.grad_stats([x]).nonfinite.tolist() == [reference.count_nonfinite(x)]
 
 
 def test_grad_stats_many_tensors_equals_reference() -> None:
     tensors = [torch.randn(index * 101 % 6000, generator=torch.Generator().manual_seed(index)) for index in range(120)]
-    found = cuda.grad_stats(tensors, scale=0.5).to_host()
+    found = kernels.grad_stats(tensors, scale=0.5).to_host()
     assert [stats.sumsq for stats in found] == [reference.sumsq(x * 0.5) for x in tensors]
 
 
@@ -204,18 +207,18 @@ def test_adamw_bad_segment_names_it_and_writes_nothing() -> None:
     bad.exp_avg = bad.exp_avg.half()
     before = good.param.clone()
     with pytest.raises(TypeError, match=r"adamw_commit: segment 1\.exp_avg: expected dtype .*found torch\.float16"):
-        cuda.adamw_commit([good, bad])
+        kernels.adamw_commit([good, bad])
     assert_same_bits(good.param, before, "param")
     bad = make_segment(100, 2)
     bad.grad = bad.grad[:50]
     with pytest.raises(ValueError, match=r"segment 1\.grad: expected a contiguous 1D tensor of 100 elements"):
-        cuda.adamw_commit([good, bad])
+        kernels.adamw_commit([good, bad])
     with pytest.raises(ValueError, match=r"segment 0\.weight_out: expected a tensor, found None"):
-        cuda.adamw_peek([make_segment(10, 1, weight_out=None)])
+        kernels.adamw_peek([make_segment(10, 1, weight_out=None)])
     with pytest.raises(ValueError, match="expected next_grad and next_hyper"):
-        cuda.adamw_commit_peek([good])
+        kernels.adamw_commit_peek([good])
     scaled = make_segment(10, 1, hyper=HYPERS["scaled"])
     with pytest.raises(ValueError, match=r"grad_scale is given as a device scalar.*found 0\.37"):
-        cuda.adamw_commit([scaled], grad_scale=torch.ones(1))
+        kernels.adamw_commit([scaled], grad_scale=torch.ones(1))
     with pytest.raises(ValueError, match="skip: expected one float32 element"):
-        cuda.adamw_commit([good], skip=torch.ones(2))
+        kernels.adamw_commit([good], skip=torch.ones(2))

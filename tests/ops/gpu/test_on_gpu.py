@@ -7,7 +7,8 @@ import dataclasses
 import pytest
 import torch
 
-from lightning_superscale.ops import cuda, reference
+from lightning_superscale.ops import reference
+from lightning_superscale.ops.cuda import kernels
 from lightning_superscale.ops.types import AdamWSegment
 from tests.ops.gpu import cuda_checks, triton_checks
 from tests.ops.gpu.helpers import BASE_HYPER, IeeeSqrt, assert_same_bits, make_segment, move_segment
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.gpu
 
 @pytest.mark.parametrize("name", cuda_checks.CHECKS)
 def test_cuda_op_equals_reference(name: str) -> None:
-    assert cuda.unavailable_reason() is None
+    assert kernels.unavailable_reason() is None
     cuda_checks.CHECKS[name]()
 
 
@@ -37,7 +38,7 @@ def test_adamw_commit_many_steps_equals_cpu() -> None:
         on_host.hyper = on_device.hyper = hyper
         with IeeeSqrt():
             reference.adamw_commit([on_host])
-        cuda.adamw_commit([on_device])
+        kernels.adamw_commit([on_device])
     for name in ("param", "exp_avg", "exp_avg_sq", "weight_out"):
         assert_same_bits(getattr(on_device, name), getattr(on_host, name), name)
 
@@ -45,13 +46,13 @@ def test_adamw_commit_many_steps_equals_cpu() -> None:
 def test_adamw_commit_clip_coefficient_from_device_never_synchronises() -> None:
     segments = [move_segment(make_segment(5000 + index, index), "cuda") for index in range(60)]
     expected = [move_segment(seg, "cpu") for seg in segments]
-    cuda.unavailable_reason()
+    kernels.unavailable_reason()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        total = cuda.grad_stats([seg.grad for seg in segments])
+        total = kernels.grad_stats([seg.grad for seg in segments])
         coefficient = (1.0 / (total.sumsq.sum().sqrt() + 1e-6)).clamp(max=1.0).float()
-        cuda.adamw_commit(segments, grad_scale=coefficient, skip=(total.nonfinite.sum() > 0).float(), stats=True)
+        kernels.adamw_commit(segments, grad_scale=coefficient, skip=(total.nonfinite.sum() > 0).float(), stats=True)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     scale = float(coefficient)
@@ -71,7 +72,7 @@ def test_adamw_commit_on_side_stream_is_ordered() -> None:
     with torch.cuda.stream(stream):
         torch.cuda._sleep(20_000_000)  # type: ignore[no-untyped-call]
         seg.grad.mul_(0.5)
-        cuda.adamw_commit([seg])
+        kernels.adamw_commit([seg])
     torch.cuda.current_stream().wait_stream(stream)
     expected.grad.mul_(0.5)
     with IeeeSqrt():
@@ -94,5 +95,7 @@ def test_adamw_commit_close_to_torch_fused(decoupled: bool) -> None:
         parameter.grad = grad.clone()
         optimizer.step()
         hyper = dataclasses.replace(BASE_HYPER, lr=lr, step=step, decoupled=decoupled)
-        cuda.adamw_commit([AdamWSegment(param=param, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, grad=grad, hyper=hyper)])
+        kernels.adamw_commit(
+            [AdamWSegment(param=param, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, grad=grad, hyper=hyper)]
+        )
     torch.testing.assert_close(param, parameter.detach(), rtol=10 * 2**-22, atol=10 * lr * 1e-4)

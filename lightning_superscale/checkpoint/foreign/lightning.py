@@ -1,0 +1,129 @@
+"""Reads a Lightning checkpoint file: DDP's, FSDP's and ModelParallel's "full" ones, and ours.
+
+What the file does not say: which weights are buffers or frozen, beyond that an optimizer has them or not; the class of
+an optimizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lightning_superscale.checkpoint.foreign.pieces import PieceSource, Table, whole_entry
+from lightning_superscale.checkpoint.foreign.torch_files import load_torch_file
+from lightning_superscale.checkpoint.foreign.torch_optimizer import NamesMissing, read_optimizer
+from lightning_superscale.checkpoint.state import MODEL, OptimizerRecord, TensorKey
+from lightning_superscale.errors import CheckpointError
+
+Names = Sequence[Sequence[str]]
+
+EXTRA_STATE = "extra_state"
+# The release whose layout a checkpoint has that was not Lightning's, as its migrations ask.
+LAYOUT_VERSION = {"pytorch-lightning_version": "2.6.0"}
+# By optimizer, its parameters' names in its order: an entry of our exports, beside those that Lightning looks at.
+# torch's own "param_names" would turn an optimizer that loads them into one of named parameters only.
+OPTIMIZER_NAMES = "lightning_superscale.optimizer_names"
+
+
+def open_lightning(path: Path, names: Names | None = None) -> PieceSource:
+    """Open a Lightning checkpoint file.
+
+    Args:
+        path: of the file.
+        names: of each optimizer's parameters, in the optimizer's order; needed for states that the file numbers.
+
+    Raises:
+        CheckpointError: not such a file, or damaged, or it names code; names that do not fit it.
+    """
+    file = str(path)
+    checkpoint = load_torch_file(path)
+    weights = checkpoint.get("state_dict") if isinstance(checkpoint, Mapping) else None
+    if not isinstance(weights, Mapping):
+        raise CheckpointError(f'{file} is no Lightning checkpoint: it has no "state_dict" of tensors.')
+    tensors = {name: value for name, value in weights.items() if isinstance(value, Tensor)}
+    names = checkpoint.get(OPTIMIZER_NAMES) if names is None else names
+    table, aliases = _weights(tensors, file, {name for group in names or () for name in group})
+    packed = checkpoint.get("optimizer_states", [])
+    records, missing = _optimizers(packed, table, aliases, file, names)
+    apart = ("state_dict", "optimizer_states", OPTIMIZER_NAMES)
+    rest = {key: value for key, value in checkpoint.items() if key not in apart}
+    rest.update(extra_state(weights))
+    return PieceSource(file, table, checkpoint.get("global_step"), records, aliases, lambda: rest, missing)
+
+
+def _weights(weights: Mapping[str, Tensor], file: str, preferred: set[str]) -> tuple[Table, dict[str, str]]:
+    """Every weight once; a tied one under the name that an optimizer has, or else its first."""
+    by_place: dict[tuple[Any, ...], list[str]] = {}
+    for name, tensor in weights.items():
+        place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
+        by_place.setdefault((*place, tensor.dtype) if tensor.numel() else (name,), []).append(name)
+    table, aliases = Table(), dict[str, str]()
+    for tied in by_place.values():
+        first = next((name for name in tied if name in preferred), tied[0])
+        table[TensorKey(MODEL, first)] = whole_entry(weights[first], "model", file)
+        aliases.update({name: first for name in tied if name != first})
+    return table, aliases
+
+
+def _optimizers(
+    packed: Any, table: Table, aliases: Mapping[str, str], file: str, names: Names | None
+) -> tuple[tuple[OptimizerRecord, ...], str]:
+    if names is not None and len(names) != len(packed):
+        raise CheckpointError(
+            f"{file} has {len(packed)} optimizers, names were given for {len(names)}. Pass those of the module that "
+            "was saved."
+        )
+    if names is not None:
+        names = [[aliases.get(name, name) for name in own] for own in names]
+    return read_optimizers(packed, table, file, names)
+
+
+def read_optimizers(
+    packed: Sequence[Mapping[str, Any]], table: Table, file: str, names: Names | None
+) -> tuple[tuple[OptimizerRecord, ...], str]:
+    """Add the states of all optimizers to the weights in a table, and mark those that they have as trainable.
+
+    Args:
+        packed: each optimizer's, as `read_optimizer` takes it.
+        names: of each optimizer's parameters, in its order; None where the file says them.
+
+    Returns:
+        What optimizers have beside tensors; or nothing, and why their parameters have no names.
+
+    Raises:
+        CheckpointError: not as torch saves optimizers, or names that do not fit.
+    """
+    shapes = {key.name: entry.info.shape for key, entry in table.items() if key.section == MODEL}
+    states, records = Table(), []
+    try:
+        for index, one in enumerate(packed):
+            found, record = read_optimizer(index, one, shapes, file, None if names is None else names[index])
+            states.update(found)
+            records.append(record)
+    except NamesMissing as missing:
+        return (), str(missing)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"the optimizers in {file} are not as torch saves them: {error!r}.") from error
+    table.update(states)
+    _mark_trainable(table, records)
+    return tuple(records), ""
+
+
+def extra_state(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """What a module's state_dict has beside tensors (`nn.Module.get_extra_state`), as an entry of the rest."""
+    extra = {name: value for name, value in weights.items() if not isinstance(value, Tensor)}
+    return {EXTRA_STATE: extra} if extra else {}
+
+
+def _mark_trainable(table: Table, records: Sequence[OptimizerRecord]) -> None:
+    """Weights that an optimizer has are trainable."""
+    for record in records:
+        for group in record.names:
+            for name in group:
+                key = TensorKey(MODEL, name)
+                if key in table:
+                    table[key] = replace(table[key], info=replace(table[key].info, trainable=True))

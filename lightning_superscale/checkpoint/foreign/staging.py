@@ -1,0 +1,84 @@
+"""Writes a checkpoint beside where it is to be, and moves it there when it is whole."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lightning_superscale.checkpoint.state import ReadRequest, StateSource, TensorKey
+from lightning_superscale.errors import CheckpointError
+from lightning_superscale.layout.box import whole_box
+
+
+@contextmanager
+def staged(target: Path) -> Iterator[Path]:
+    """A directory to write in, beside `target`; what the block leaves there as `target.name` becomes `target`.
+
+    At an error nothing is left. One process calls it.
+
+    Raises:
+        CheckpointError: `target` exists already.
+    """
+    _check_free(target)
+    # Its name must not hold the target's: whoever looks for checkpoints by their names would find it.
+    staging = target.parent / f".staging-{uuid.uuid4().hex}"
+    staging.mkdir(parents=True)
+    try:
+        yield staging
+        result = staging / target.name
+        for folder, _, files in os.walk(result):
+            for file in files:
+                _sync(Path(folder, file))
+            _sync(Path(folder))
+        if result.is_file():
+            _sync(result)
+        _check_free(target)
+        os.rename(result, target)
+        _sync(target.parent)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _check_free(target: Path) -> None:
+    if target.exists() or target.is_symlink():
+        raise CheckpointError(f"{target} exists already. Export to another path, or remove it first.")
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def copies_on_disk(source: StateSource, keys: Iterable[TensorKey], folder: Path) -> dict[TensorKey, Tensor]:
+    """Every tensor, whole, mapped from a file of its own in `folder`, so that the kernel may take its memory back."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found: dict[TensorKey, Tensor] = {}
+    for number, key in enumerate(keys):
+        info = source.tensors[key]
+        numel = torch.Size(info.shape).numel()
+        flat = (
+            torch.from_file(str(folder / str(number)), shared=True, size=numel, dtype=info.dtype)
+            if numel
+            else torch.empty(0, dtype=info.dtype)
+        )
+        found[key] = flat.view(info.shape)
+        source.read([ReadRequest(key, whole_box(info.shape), found[key])])
+    return found
+
+
+def read_tensor(source: StateSource, key: TensorKey, dtype: torch.dtype | None = None) -> Tensor:
+    """One tensor, whole, in memory; converted where `dtype` is given."""
+    info = source.tensors[key]
+    tensor = torch.empty(info.shape, dtype=dtype or info.dtype)
+    source.read([ReadRequest(key, whole_box(info.shape), tensor)])
+    return tensor

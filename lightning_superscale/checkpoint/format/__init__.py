@@ -1,0 +1,1 @@
+"""What a universal checkpoint's files hold, byte for byte."""

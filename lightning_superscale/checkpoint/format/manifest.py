@@ -1,0 +1,249 @@
+"""The manifest of a checkpoint: what it holds and where, and how a reader knows that it is whole.
+
+JSON, so that anybody can read it and nothing in it runs. The format is described in docs/checkpoint-format.md.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+from lightning_superscale.checkpoint.format.blocks import hex_digest
+from lightning_superscale.checkpoint.format.coverage import uncovered
+from lightning_superscale.checkpoint.format.dtypes import dtype_name, dtype_of
+from lightning_superscale.checkpoint.state import Role, TensorInfo, TensorKey
+from lightning_superscale.errors import CheckpointError
+from lightning_superscale.layout.box import Box
+
+MANIFEST_NAME = "MANIFEST.json"
+REST_NAME = "rest.json"
+MAJOR, MINOR = 1, 0
+# Feature flags that this version can read. A reader that lacks one that a manifest requires refuses it.
+KNOWN_FEATURES: frozenset[str] = frozenset()
+_SCHEMA = re.compile(r"lucp/(\d+)\.(\d+)")
+_HASH_AT_END = re.compile(rb',"xxh3":"([0-9a-f]{16})"\}\n\Z')
+_SAFE_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)*")
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A box of a tensor, as it lies in a file.
+
+    Attributes:
+        entry: its name in the safetensors header.
+        start: the first of its bytes, counted from the beginning of the file.
+    """
+
+    file: str
+    entry: str
+    start: int
+    box: Box
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRecord:
+    """A tensor and the pieces it is made of, which cover each element once."""
+
+    info: TensorInfo
+    pieces: tuple[Piece, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """A file beside the manifest: bytes, and xxh3-64 of them in hexadecimal."""
+
+    size: int
+    xxh3: str
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What MANIFEST.json says.
+
+    Attributes:
+        uuid: of this checkpoint, new with every save.
+        step: optimizer steps taken; None where the writer did not say.
+        world: ranks that saved.
+        writers: ranks that wrote files.
+        libs: versions of the libraries that wrote it.
+        root: folder within the checkpoint in which the files are; "" for its own.
+        files: every file but the manifest, by name relative to `root`.
+        optimizers: as `rest.encode` wrote them.
+        aliases: name of a tied tensor -> the name under which it is.
+        features: what a reader must know to read it at all.
+        unknown: optional fields of a newer minor version, kept as they are.
+    """
+
+    uuid: str
+    step: int | None
+    world: int
+    writers: int
+    libs: Mapping[str, str]
+    files: Mapping[str, FileRecord]
+    tensors: Mapping[TensorKey, TensorRecord]
+    optimizers: tuple[dict[str, Any], ...] = ()
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    root: str = ""
+    features: tuple[str, ...] = ()
+    unknown: Mapping[str, Any] = field(default_factory=dict)
+    schema: str = f"lucp/{MAJOR}.{MINOR}"
+    min_reader: str = f"lucp/{MAJOR}.0"
+
+    def to_bytes(self) -> bytes:
+        """The file: compact JSON, sorted, that ends with the checksum of itself without it."""
+        fields = {
+            **self.unknown,
+            "schema": self.schema,
+            "min_reader": self.min_reader,
+            "features": list(self.features),
+            "uuid": self.uuid,
+            "step": self.step,
+            "world": self.world,
+            "writers": self.writers,
+            "libs": dict(self.libs),
+            "root": self.root,
+            "files": {name: {"size": file.size, "xxh3": file.xxh3} for name, file in self.files.items()},
+            "tensors": [_tensor_to_json(key, self.tensors[key]) for key in sorted(self.tensors)],
+            "optimizers": list(self.optimizers),
+            "aliases": dict(self.aliases),
+        }
+        body = json.dumps(fields, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+        return body[:-1] + f',"xxh3":"{hex_digest(body)}"}}\n'.encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes, where: str) -> Manifest:
+        """Read and check a manifest: its checksum, version, fields, names, bounds and coverage.
+
+        Args:
+            where: the file, for messages.
+
+        Raises:
+            CheckpointError: says which of these does not hold.
+        """
+        fields = _checked_json(data, where)
+        try:
+            manifest = _from_fields(fields, where)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"{where} is not a manifest that {fields['schema']} allows: {error!r}") from error
+        manifest.check(where)
+        return manifest
+
+    def check(self, where: str) -> None:
+        """Raises: CheckpointError: a file name that leaves the folder, a piece outside its file, a tensor with gaps."""
+        for name in (*self.files, *([self.root] if self.root else [])):
+            if not _SAFE_NAME.fullmatch(name):
+                raise CheckpointError(f"{where} names the file {name!r}, which is not one of a checkpoint.")
+        for key, record in self.tensors.items():
+            why = uncovered(record.info.shape, [piece.box for piece in record.pieces])
+            if why is not None:
+                raise CheckpointError(f"{where}: {key} is not complete: {why}.")
+            for piece in record.pieces:
+                stop = piece.start + piece.box.numel * record.info.dtype.itemsize
+                if piece.start % record.info.dtype.itemsize:
+                    raise CheckpointError(f"{where}: {key} starts at byte {piece.start} of {piece.file}, unaligned.")
+                if piece.file not in self.files or piece.start < 0 or stop > self.files[piece.file].size:
+                    raise CheckpointError(f"{where}: {key} should end at byte {stop} of {piece.file}, which it lacks.")
+
+
+def blocks_name(data_name: str) -> str:
+    """The file with the checksums of a data file's blocks."""
+    return "blocks/" + data_name.removeprefix("data/").removesuffix(".safetensors") + ".xxh"
+
+
+def is_data(name: str) -> bool:
+    """Whether a file of a checkpoint holds tensors, and so has checksums of its blocks."""
+    return name.startswith("data/")
+
+
+def _tensor_to_json(key: TensorKey, record: TensorRecord) -> dict[str, Any]:
+    return {
+        "section": key.section,
+        "name": key.name,
+        **({"state": key.state} if key.state else {}),
+        "dtype": dtype_name(record.info.dtype, key),
+        "shape": list(record.info.shape),
+        "role": record.info.role,
+        **({"trainable": True} if record.info.trainable else {}),
+        "pieces": [
+            {"file": p.file, "entry": p.entry, "at": p.start, "offset": list(p.box.offset), "size": list(p.box.size)}
+            for p in record.pieces
+        ],
+    }
+
+
+def _tensor_from_json(fields: dict[str, Any], where: str) -> tuple[TensorKey, TensorRecord]:
+    key = TensorKey(str(fields["section"]), str(fields["name"]), str(fields.get("state", "")))
+    if fields["role"] not in get_args(Role):
+        raise CheckpointError(f"{where}: {key} has the role {fields['role']!r}, which this version does not know.")
+    info = TensorInfo(
+        dtype_of(fields["dtype"], f"{where}: {key}"),
+        tuple(map(int, fields["shape"])),
+        fields["role"],
+        bool(fields.get("trainable", False)),
+    )
+    pieces = tuple(
+        Piece(p["file"], p["entry"], int(p["at"]), Box(tuple(map(int, p["offset"])), tuple(map(int, p["size"]))))
+        for p in fields["pieces"]
+    )
+    return key, TensorRecord(info, pieces)
+
+
+def _from_fields(fields: dict[str, Any], where: str) -> Manifest:
+    known = {
+        "schema", "min_reader", "features", "uuid", "step", "world", "writers", "libs", "root", "files", "tensors",
+        "optimizers", "aliases", "xxh3",
+    }  # fmt: skip
+    tensors = [_tensor_from_json(tensor, where) for tensor in fields["tensors"]]
+    if len({key for key, _ in tensors}) != len(tensors):
+        raise ValueError("a tensor is listed twice")
+    return Manifest(
+        uuid=str(fields["uuid"]),
+        step=None if fields["step"] is None else int(fields["step"]),
+        world=int(fields["world"]),
+        writers=int(fields["writers"]),
+        libs=dict(fields["libs"]),
+        files={name: FileRecord(int(file["size"]), str(file["xxh3"])) for name, file in fields["files"].items()},
+        tensors=dict(tensors),
+        optimizers=tuple(fields["optimizers"]),
+        aliases=dict(fields["aliases"]),
+        root=str(fields["root"]),
+        features=tuple(fields["features"]),
+        unknown={name: value for name, value in fields.items() if name not in known},
+        schema=fields["schema"],
+        min_reader=fields["min_reader"],
+    )
+
+
+def _checked_json(data: bytes, where: str) -> dict[str, Any]:
+    """The manifest's fields, of a version that can be read here and with the checksum that it names."""
+    end = _HASH_AT_END.search(data)
+    is_whole = end is not None and hex_digest(data[: end.start()] + b"}") == end.group(1).decode()
+    fields: dict[str, Any] | None
+    try:
+        fields = json.loads(data)
+    except ValueError:
+        fields = None
+    version = _SCHEMA.fullmatch(str(fields.get("schema"))) if isinstance(fields, dict) else None
+    # A later major version may end in another checksum, so the version is asked first.
+    if version is not None and int(version[1]) > MAJOR:
+        hint = "" if is_whole else " (or it is damaged: its checksum is not one that this version knows)"
+        raise CheckpointError(f"{where} has the format {version[0]}; this version reads lucp/{MAJOR}{hint}. Upgrade.")
+    if not is_whole:
+        raise CheckpointError(
+            f"{where} is damaged: it does not have the checksum that it should end with. Load an earlier checkpoint."
+        )
+    if fields is None or version is None:
+        raise CheckpointError(f"{where} is no manifest: a schema such as lucp/{MAJOR}.{MINOR} was expected.")
+    reader = _SCHEMA.fullmatch(str(fields.get("min_reader")))
+    if reader is None or (int(reader[1]), int(reader[2])) > (MAJOR, MINOR):
+        raise CheckpointError(
+            f"{where} needs a reader of {fields.get('min_reader')}; this version reads up to lucp/{MAJOR}.{MINOR}. "
+            "Upgrade."
+        )
+    strange = sorted(set(map(str, fields.get("features", ()))) - KNOWN_FEATURES)
+    if strange:
+        raise CheckpointError(f"{where} uses {', '.join(strange)}, which this version can't read. Upgrade.")
+    return fields

@@ -1,0 +1,127 @@
+"""Files of tensors: safetensors, written front to back without a copy of the whole in memory.
+
+The container is safetensors, so that any program can read the tensors, with two more promises: an entry of a multiple
+of 64 bytes starts at one, and every other entry at a multiple of its dtype's size. The format forbids gaps, so
+entries come in the order that gives this: first those of a multiple of 64 bytes, then the rest by falling item size.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from lightning_superscale.checkpoint.format.blocks import BlockHasher, FileDigest
+from lightning_superscale.checkpoint.format.dtypes import dtype_name
+from lightning_superscale.checkpoint.storage.files import FileWriter
+from lightning_superscale.layout.box import flat_boxes, whole_box
+
+ALIGNMENT = 64
+# How much of a tensor is copied to the host, or made contiguous, at a time.
+_CHUNK_BYTES = 2**23
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A tensor of a file, before it is written."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def sort_entries(entries: Sequence[Entry]) -> list[int]:
+    """Indices of the entries in the order in which a file has them (see the top of this file)."""
+
+    def place(i: int) -> tuple[bool, int, str]:
+        is_odd = entries[i].nbytes % ALIGNMENT != 0
+        return is_odd, -entries[i].dtype.itemsize if is_odd else 0, entries[i].name
+
+    return sorted(range(len(entries)), key=place)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where things lie in a file: its first bytes, and the start of each entry, counted from the file's beginning."""
+
+    header: bytes
+    starts: tuple[int, ...]
+
+
+def layout(entries: Sequence[Entry], uuid: str) -> Layout:
+    """Of a file with these entries, in this order.
+
+    Args:
+        uuid: of the checkpoint, noted in the header.
+    """
+    fields: dict[str, object] = {"__metadata__": {"format": "pt", "lucp": uuid}}
+    offsets, end = [], 0
+    for entry in entries:
+        offsets.append(end)
+        end += entry.nbytes
+        fields[entry.name] = {
+            "dtype": dtype_name(entry.dtype, entry.name),
+            "shape": list(entry.shape),
+            "data_offsets": [offsets[-1], end],
+        }
+    text = json.dumps(fields, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + 8) % ALIGNMENT)
+    header = struct.pack("<Q", len(text)) + text
+    return Layout(header, tuple(len(header) + offset for offset in offsets))
+
+
+class PayloadWriter:
+    """Writes one file and takes its checksums on the way."""
+
+    def __init__(self, file: FileWriter) -> None:
+        self._file = file
+        self._hasher = BlockHasher()
+
+    def write(self, data: bytes | memoryview) -> None:
+        view = memoryview(data)
+        self._file.write(view)
+        self._hasher.update(view)
+
+    def write_tensor(self, tensor: Tensor) -> None:
+        """Append a tensor's values, whatever its device and strides."""
+        for chunk in host_chunks(tensor):
+            self.write(chunk.numpy().data)
+
+    def finish(self) -> FileDigest:
+        """Make the file durable."""
+        self._file.close()
+        return self._hasher.digest()
+
+
+def is_wrapper(tensor: Tensor) -> bool:
+    """Whether a tensor only stands for others, as a DTensor does, and has no bytes of its own."""
+    return is_traceable_wrapper_subclass(tensor)
+
+
+def host_chunks(tensor: Tensor) -> Iterator[Tensor]:
+    """A tensor's bytes in order, as flat uint8 tensors in host memory; views where the tensor allows it."""
+    tensor = tensor.detach()
+    chunk_numel = _CHUNK_BYTES // tensor.element_size()
+    is_flat = tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+    flat = tensor.view(-1) if is_flat else None
+    for start in range(0, tensor.numel(), chunk_numel):
+        stop = min(start + chunk_numel, tensor.numel())
+        if flat is not None:
+            parts = [flat[start:stop]]
+        else:
+            whole = whole_box(tensor.shape)
+            parts = [tensor[box.within(whole)] for box in flat_boxes(tensor.shape, start, stop)]
+        for part in parts:
+            resolved = part.resolve_conj().resolve_neg().contiguous()
+            # Not view(-1): one element keeps whatever stride it had, and bytes need one of 1.
+            yield resolved.cpu().as_strided((part.numel(),), (1,)).view(torch.uint8)

@@ -1,0 +1,1 @@
+"""Reading a universal checkpoint into any layout."""

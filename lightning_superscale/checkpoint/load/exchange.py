@@ -1,0 +1,202 @@
+"""Segments that several ranks want: read by one, sent to the others, in rounds that overlap.
+
+[Note: Rounds] While the messages of one round travel, the next one is read and packed, and the one before is scattered.
+Each of the three has its own part of the memory. Who reads a segment packs and scatters it at once, while it is in the
+core's cache.
+
+[Note: One host] Ranks of one host don't send. Each reads into memory that all of them map, they agree that a round is
+there, and the others scatter from it. Who agrees has scattered the round before, so after that its memory is free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from lightning_superscale.checkpoint.format.blocks import BLOCK_BYTES
+from lightning_superscale.checkpoint.load import segments
+from lightning_superscale.checkpoint.load.scatter import Buffers, Filling, Others
+from lightning_superscale.checkpoint.load.segments import ALIGN_BYTES, Parcel, Segment, pack, rounds_of
+from lightning_superscale.comm.collectives import control_max, exchange
+from lightning_superscale.comm.mesh import DataMesh
+from lightning_superscale.comm.shared_memory import map_host_memory
+
+_ROUNDS_IN_MEMORY = 3
+_WHAT = "the exchange of a checkpoint's blocks"
+
+Read = Callable[[Segment, Tensor], int]
+
+
+class _Round:
+    """Parcels that travel at once, as one rank sees them."""
+
+    def __init__(self) -> None:
+        self.sent: list[tuple[Tensor, list[int]]] = []
+        self.received: list[tuple[Tensor, int]] = []
+        self.arrivals: list[tuple[Parcel, Tensor]] = []
+        self.reading: list[Future[int]] = []
+        self.scattering: list[Future[int]] = []
+
+
+class Sharing:
+    """Reads and exchanges segments, to fill what ranks asked for ([Note: Rounds]).
+
+    Args:
+        read: fills the beginning of a buffer with a segment's bytes, verified; how many these are.
+        errors: takes what goes wrong here, for the caller to tell all ranks once nobody waits any more.
+    """
+
+    def __init__(
+        self, mesh: DataMesh, mine: Filling, read: Read, threads: ThreadPoolExecutor, errors: list[Exception]
+    ) -> None:
+        self._mesh = mesh
+        self._rank = mesh.world.rank
+        self._mine = mine
+        self._read = read
+        self._threads = threads
+        self._errors = errors
+
+    def run_mapped(self, parcels: Sequence[Parcel]) -> int | None:
+        """Bytes that this rank read into memory of the host ([Note: One host]). Every rank calls it.
+
+        Args:
+            parcels: of `mapped_parcel_of`, the same on every rank.
+
+        Returns:
+            None, and nothing was done, where ranks can't map one another's memory.
+        """
+        world_size = self._mesh.world.size
+        # Small, so that caches hold what one core wrote until another reads it.
+        rounds = rounds_of(parcels, segments.ROUND_BYTES // 4, is_mapped=True)
+        room = max((_room(those, rank, is_mapped=True) for those in rounds for rank in range(world_size)), default=0)
+        num_areas = min(len(rounds), _ROUNDS_IN_MEMORY)
+        memory = map_host_memory(self._mesh, num_areas * room)
+        if memory is None:
+            return None
+        areas = [[whole[i * room : (i + 1) * room] for whole in memory] for i in range(num_areas)]
+        nbytes, last = 0, _Round()
+        coming = self._begin_mapped(rounds[0], areas[0])
+        for i in range(len(rounds)):
+            now = coming
+            if i + 1 < len(rounds):
+                coming = self._begin_mapped(rounds[i + 1], areas[(i + 1) % num_areas])
+            nbytes += self._finish(now.reading)
+            self._finish(last.scattering)
+            control_max(self._mesh, torch.zeros(1), _WHAT)
+            self._scatter_arrivals(now)
+            last = now
+        self._finish(last.scattering)
+        return nbytes
+
+    def run(self, parcels: Sequence[Parcel], others: Others) -> int:
+        """Bytes that this rank read and sent. Every rank calls it, with the same parcels, of `parcel_of`.
+
+        A rank that can't read sends what it has, so that nobody waits, and adds its error to `errors`.
+        """
+        planned = rounds_of(parcels)
+        room = max((_room(those, self._rank) for those in planned), default=0)
+        shape = (min(len(planned), _ROUNDS_IN_MEMORY), room)
+        memory = torch.empty(shape, dtype=torch.uint8, pin_memory=self._mine.is_pinned)
+        buffers = Buffers(self._mine.is_pinned)
+        rounds: list[_Round] = []
+        nbytes = 0
+        for i in range(len(planned)):
+            for j in range(len(rounds), min(i + 2, len(planned))):
+                if j >= _ROUNDS_IN_MEMORY:
+                    self._finish(rounds[j - _ROUNDS_IN_MEMORY].scattering)  # its memory is taken over
+                rounds.append(self._begin(planned[j], memory[j % _ROUNDS_IN_MEMORY], others, buffers))
+            now = rounds[i]
+            nbytes += self._finish(now.reading)
+            exchange(self._mesh, now.sent, now.received, _WHAT)
+            self._scatter_arrivals(now)
+        for last in rounds[-_ROUNDS_IN_MEMORY:]:
+            self._finish(last.scattering)
+        return nbytes
+
+    def _begin_mapped(self, parcels: Sequence[Parcel], area: Sequence[Tensor]) -> _Round:
+        """Place a round in the memory of its readers, and start to read this rank's part."""
+        begun, used = _Round(), [0] * len(area)
+        for parcel in parcels:
+            reader = parcel.segment.reader
+            start, used[reader] = used[reader], used[reader] + _aligned(parcel.held(reader))
+            message = area[reader][start : start + parcel.held(reader)]
+            if reader == self._rank:
+                begun.reading.append(self._threads.submit(self._read_whole, parcel.segment, message))
+            elif parcel.nbytes[self._rank]:
+                begun.arrivals.append((parcel, message))
+        return begun
+
+    def _begin(self, parcels: Sequence[Parcel], memory: Tensor, others: Others, buffers: Buffers) -> _Round:
+        """Divide the memory among a round's messages, and start to read what this rank sends."""
+        begun, used = _Round(), 0
+
+        def take(nbytes: int) -> Tensor:
+            nonlocal used
+            start, used = used, used + _aligned(nbytes)
+            return memory[start : start + nbytes]
+
+        for parcel in parcels:
+            reader, nbytes = parcel.segment.reader, parcel.nbytes
+            if reader != self._rank:
+                if nbytes[self._rank]:
+                    message = take(nbytes[self._rank])
+                    begun.received.append((message, reader))
+                    begun.arrivals.append((parcel, message))
+                continue
+            getters = [rank for rank, count in enumerate(nbytes) if count]
+            if parcel.is_whole:
+                whole = take(max(nbytes))
+                begun.sent.append((whole, getters))
+                begun.reading.append(self._threads.submit(self._read_whole, parcel.segment, whole))
+            else:
+                messages = [(take(nbytes[rank]), rank) for rank in getters]
+                begun.sent += [(message, [rank]) for message, rank in messages]
+                reading = self._threads.submit(self._read_and_pack, parcel.segment, messages, others, buffers)
+                begun.reading.append(reading)
+        return begun
+
+    def _read_whole(self, segment: Segment, message: Tensor) -> int:
+        nbytes = self._read(segment, message)
+        self._mine.scatter(segment, message)
+        return nbytes
+
+    def _read_and_pack(
+        self, segment: Segment, messages: Sequence[tuple[Tensor, int]], others: Others, buffers: Buffers
+    ) -> int:
+        with buffers.take() as buffer:
+            nbytes = self._read(segment, buffer)
+            data = buffer[:nbytes]
+            for message, rank in messages:
+                pack(others.windows(rank, segment), data, segment.first * BLOCK_BYTES, message)
+            self._mine.scatter(segment, data)
+        return nbytes
+
+    def _scatter_arrivals(self, now: _Round) -> None:
+        now.scattering = [self._threads.submit(self._scatter, *arrived) for arrived in now.arrivals]
+
+    def _scatter(self, parcel: Parcel, message: Tensor) -> int:
+        if not self._errors:
+            (self._mine.scatter if parcel.is_whole else self._mine.scatter_packed)(parcel.segment, message)
+        return 0
+
+    def _finish(self, tasks: list[Future[int]]) -> int:
+        total = 0
+        for task in tasks:
+            try:
+                total += task.result()
+            except Exception as error:
+                self._errors.append(error)
+        tasks.clear()
+        return total
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGN_BYTES) * ALIGN_BYTES
+
+
+def _room(parcels: Sequence[Parcel], rank: int, *, is_mapped: bool = False) -> int:
+    """Bytes of a round's messages in a rank's memory."""
+    return sum(_aligned(each.held(rank)) for each in parcels if not is_mapped or each.segment.reader == rank)

@@ -1,0 +1,238 @@
+"""Who wants which verified bytes of files, and where they go."""
+
+from __future__ import annotations
+
+import os
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from lightning_superscale.checkpoint.format.blocks import BLOCK_BYTES
+from lightning_superscale.checkpoint.format.manifest import Piece, TensorRecord
+from lightning_superscale.checkpoint.load.segments import SEGMENT_BLOCKS, Copy, Segment, Window, blocks_of, windows
+from lightning_superscale.checkpoint.state import ReadRequest, TensorKey
+from lightning_superscale.layout.box import Box
+
+# Threads that read, each with a buffer of one segment, which so stays in a core's cache between its checksum and its
+# copy.
+READ_THREADS = min(4, os.cpu_count() or 1)
+
+
+# Boxes that a rank wants, as it tells the others: which tensor of the manifest, offset and size.
+Wanted = Sequence[tuple[int, tuple[int, ...], tuple[int, ...]]]
+
+# What is read straight to where it is wanted; for less, a copy costs less than a piece of memory of its own.
+_LEAST_RUN_BYTES = 2**16
+
+_Item = TypeVar("_Item")
+
+
+class _Spans(Generic[_Item]):
+    """Things that lie somewhere in files, found by where they lie."""
+
+    def __init__(self, items: Iterable[tuple[str, int, int, _Item]]) -> None:
+        self._by_file: dict[str, tuple[list[int], list[tuple[int, _Item]]]] = {}
+        self._longest: dict[str, int] = {}
+        for file, start, stop, item in sorted(items, key=lambda each: each[1]):
+            starts, those = self._by_file.setdefault(file, ([], []))
+            starts.append(start)
+            those.append((stop, item))
+            self._longest[file] = max(self._longest.get(file, 0), stop - start)
+
+    def over(self, file: str, start: int, stop: int) -> Iterator[_Item]:
+        """What covers any of the bytes [start, stop) of a file, by where it begins, then in the order it was given."""
+        starts, those = self._by_file.get(file, ([], []))
+        for i in range(bisect_left(starts, start - self._longest.get(file, 0)), bisect_left(starts, stop)):
+            if those[i][0] > start:
+                yield those[i][1]
+
+
+def _bytes_of(segment: Segment) -> tuple[int, int]:
+    return segment.first * BLOCK_BYTES, segment.stop * BLOCK_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """A copy of bytes [start, stop) of its file to as many consecutive bytes of host memory."""
+
+    copy: Copy
+    start: int
+    stop: int
+    memory: memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class Destinations:
+    """Where a segment is read to.
+
+    Attributes:
+        pieces: memory for all its bytes, in order.
+        left: what is to be copied after that.
+    """
+
+    pieces: Sequence[memoryview]
+    left: Sequence[Copy]
+
+
+class Filling:
+    """One rank's requests while they are filled.
+
+    Attributes:
+        is_pinned: whether buffers are page-locked, for copies to CUDA devices.
+    """
+
+    def __init__(self, requests: Sequence[ReadRequest]) -> None:
+        self._requests = requests
+        self._copies: _Spans[Copy] = _Spans(())
+        self._runs: _Spans[_Run] = _Spans(())
+        devices = {request.out.device for request in requests if request.out.is_cuda}
+        self.is_pinned = bool(devices)
+        # Reader threads have streams of their own; values must be there for what the caller runs next.
+        self._streams = {device: torch.cuda.current_stream(device) for device in devices}
+
+    def take(self, copies: Sequence[Copy]) -> dict[str, list[tuple[int, int]]]:
+        """Take what fills the requests, and say which blocks hold it, as `blocks_of` does."""
+        self._copies = _Spans((copy.piece.file, copy.start, copy.stop, copy) for copy in copies)
+        runs = [(copy, self._run_of(copy)) for copy in copies]
+        # What is wanted twice of a piece, once straight and once not, would lack where it is copied from.
+        copied = {(copy.piece.file, copy.start) for copy, run in runs if run is None}
+        self._runs = _Spans(
+            (copy.piece.file, run.start, run.stop, run)
+            for copy, run in runs
+            if run is not None and (copy.piece.file, copy.start) not in copied
+        )
+        return blocks_of(copies)
+
+    def _run_of(self, copy: Copy) -> _Run | None:
+        request = self._requests[copy.request]
+        nbytes = copy.box.numel * copy.itemsize
+        if nbytes < _LEAST_RUN_BYTES:
+            return None
+        first, to = copy.box.run_within(copy.piece.box), copy.box.run_within(request.box)
+        if first is None or to is None:
+            return None
+        out = request.out.detach()
+        if not (out.is_cpu and out.dtype == copy.dtype and out.is_contiguous()) or out.is_conj() or out.is_neg():
+            return None
+        memory: memoryview = out.view(-1)[to : to + copy.box.numel].view(torch.uint8).numpy().data
+        start = copy.start + first * copy.itemsize
+        return _Run(copy, start, start + nbytes, memory)
+
+    def destinations(self, segment: Segment, spare: Tensor) -> Destinations:
+        """Memory that a segment's bytes can be read into, one piece after the other.
+
+        Autograd is told that tensors change.
+
+        Args:
+            spare: as long as the segment; takes what can't go straight to where it is wanted.
+        """
+        start, stop = _bytes_of(segment)
+        between: memoryview = spare.numpy().data
+        pieces: list[memoryview] = []
+        at = start
+        runs = sorted(self._runs.over(segment.file, start, stop), key=lambda run: run.start)
+        for run in runs:
+            if run.start < at and at > start:  # wanted twice
+                return Destinations([between], list(self._copies.over(segment.file, start, stop)))
+            first, last = max(run.start, start), min(run.stop, stop)
+            pieces += [between[at - start : first - start], run.memory[first - run.start : last - run.start]]
+            at = last
+        increment_version([self._requests[run.copy.request].out for run in runs])
+        straight = {id(run.copy) for run in runs}
+        left = [copy for copy in self._copies.over(segment.file, start, stop) if id(copy) not in straight]
+        return Destinations([*pieces, between[at - start :]], left)
+
+    def scatter_left(self, segment: Segment, destinations: Destinations, spare: Tensor) -> None:
+        """Copy what did not go straight to where it was asked for, once `spare` holds it."""
+        for copy in destinations.left:
+            for window in windows(copy, *_bytes_of(segment)):
+                self._fill(window, window.values(spare, segment.first * BLOCK_BYTES))
+
+    def windows(self, segment: Segment) -> Iterator[Window]:
+        """What is wanted of a segment, in the order in which `Others` of its reader has it."""
+        start, stop = _bytes_of(segment)
+        for copy in self._copies.over(segment.file, start, stop):
+            yield from windows(copy, start, stop)
+
+    def scatter(self, segment: Segment, data: Tensor) -> None:
+        """Copy what lies in a segment to where it was asked for."""
+        for window in self.windows(segment):
+            self._fill(window, window.values(data, segment.first * BLOCK_BYTES))
+
+    def scatter_packed(self, segment: Segment, message: Tensor) -> None:
+        """Copy what was wanted of a segment, and came packed, to where it was asked for."""
+        at = 0
+        for window in self.windows(segment):
+            self._fill(window, window.packed_values(message, at))
+            at += window.packed_bytes
+
+    def _fill(self, window: Window, values: Tensor) -> None:
+        request = self._requests[window.copy.request]
+        with self._on(request.out.device):
+            request.out[window.wanted.within(request.box)].copy_(values)
+
+    def _on(self, device: torch.device) -> AbstractContextManager[Any]:
+        return torch.cuda.stream(self._streams[device]) if device in self._streams else nullcontext()
+
+
+class Others:
+    """What other ranks want of the segments that this one reads.
+
+    Args:
+        wanted: by rank, its boxes of each tensor, in the order of its requests.
+    """
+
+    def __init__(self, wanted: Sequence[Wanted], tensors: Mapping[TensorKey, TensorRecord]) -> None:
+        self._pieces: _Spans[tuple[TensorKey, Piece]] = _Spans(
+            (piece.file, piece.start, piece.start + piece.box.numel * record.info.dtype.itemsize, (key, piece))
+            for key, record in tensors.items()
+            for piece in record.pieces
+        )
+        self._dtypes = {key: record.info.dtype for key, record in tensors.items()}
+        self._boxes: list[dict[TensorKey, list[tuple[int, Box]]]] = []
+        keys = list(tensors)
+        for boxes in wanted:
+            own: dict[TensorKey, list[tuple[int, Box]]] = {}
+            for i, (at, offset, size) in enumerate(boxes):
+                own.setdefault(keys[at], []).append((i, Box(offset, size)))
+            self._boxes.append(own)
+
+    def windows(self, rank: int, segment: Segment) -> Iterator[Window]:
+        """What a rank wants of a segment, as its `Filling` has it."""
+        start, stop = _bytes_of(segment)
+        for key, piece in self._pieces.over(segment.file, start, stop):
+            for i, box in self._boxes[rank].get(key, ()):
+                both = piece.box.intersect(box)
+                if both is not None:
+                    yield from windows(Copy(i, piece, both, self._dtypes[key]), start, stop)
+
+
+class Buffers:
+    """A fixed number of buffers of one segment each, taken by turns."""
+
+    def __init__(self, is_pinned: bool) -> None:
+        self._free: SimpleQueue[Tensor] = SimpleQueue()
+        for _ in range(READ_THREADS):
+            self._free.put(torch.empty(SEGMENT_BLOCKS * BLOCK_BYTES, dtype=torch.uint8, pin_memory=is_pinned))
+
+    def take(self) -> _Taken:
+        return _Taken(self._free)
+
+
+class _Taken:
+    def __init__(self, free: SimpleQueue[Tensor]) -> None:
+        self._free = free
+
+    def __enter__(self) -> Tensor:
+        self._buffer = self._free.get()
+        return self._buffer
+
+    def __exit__(self, *_: object) -> None:
+        self._free.put(self._buffer)

@@ -1,0 +1,285 @@
+"""From boxes that are wanted to bytes of files: pure geometry.
+
+Files are read in whole blocks, since only those can be verified. What several ranks want is read by one of them, which
+sends each other rank what that wants of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from lightning_superscale.checkpoint.format.blocks import BLOCK_BYTES
+from lightning_superscale.checkpoint.format.manifest import Piece, TensorRecord
+from lightning_superscale.checkpoint.save.plan import boxes_between
+from lightning_superscale.checkpoint.state import TensorKey
+from lightning_superscale.layout.box import Box
+
+# Blocks of one read, and bytes that a rank sends or receives in one round of an exchange. Three rounds are in memory:
+# one that is read, one that travels and one that is scattered.
+SEGMENT_BLOCKS = 4
+ROUND_BYTES = 2**25
+# Boxes within a message begin at multiples of this, so that their bytes can be seen as elements of any dtype.
+ALIGN_BYTES = 64
+
+Blocks = Mapping[str, Sequence[tuple[int, int]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """Values that one request takes from one piece.
+
+    Attributes:
+        request: index of the request.
+        box: what both cover, in the tensor.
+    """
+
+    request: int
+    piece: Piece
+    box: Box
+    dtype: torch.dtype
+
+    @property
+    def itemsize(self) -> int:
+        return self.dtype.itemsize
+
+    @property
+    def start(self) -> int:
+        """First byte of the piece in its file."""
+        return self.piece.start
+
+    @property
+    def stop(self) -> int:
+        """One past the piece's last byte in its file."""
+        return self.piece.start + self.piece.box.numel * self.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Consecutive blocks of a file, read at once.
+
+    Attributes:
+        ranks: those that want it, in order.
+        reader: the one of them that reads it.
+    """
+
+    file: str
+    first: int
+    stop: int
+    ranks: tuple[int, ...] = ()
+    reader: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the segment; of a file's last one, at most."""
+        return (self.stop - self.first) * BLOCK_BYTES
+
+
+def copies_of(wanted: Sequence[tuple[TensorKey, Box]], tensors: Mapping[TensorKey, TensorRecord]) -> list[Copy]:
+    """How each wanted box is put together."""
+    copies = []
+    for i, (key, box) in enumerate(wanted):
+        record = tensors[key]
+        for piece in record.pieces:
+            both = piece.box.intersect(box)
+            if both is not None:
+                copies.append(Copy(i, piece, both, record.info.dtype))
+    return copies
+
+
+def byte_runs(copy: Copy) -> Iterator[tuple[int, int]]:
+    """Bytes [start, stop) of the file that hold what is copied; runs less than a block apart come as one."""
+    inner = copy.box.within(copy.piece.box)
+    sizes, itemsize = copy.piece.box.size, copy.itemsize
+    # Bytes from one index to the next, along each dim.
+    strides = [math.prod(sizes[dim + 1 :]) * itemsize for dim in range(len(sizes))]
+    last = sum((part.stop - 1) * stride for part, stride in zip(inner, strides, strict=True)) + itemsize
+    # Dims along which a step jumps over blocks that nobody wants: each index of them is a run of its own.
+    far = 0
+    while far < len(sizes) and strides[far] > BLOCK_BYTES and _is_cut(inner[far + 1 :], sizes[far + 1 :]):
+        far += 1
+    first = sum(part.start * stride for part, stride in zip(inner, strides, strict=True))
+    run = last - first - sum((p.stop - 1 - p.start) * s for p, s in zip(inner[:far], strides[:far], strict=True))
+    starts = [first]
+    for part, stride in zip(inner[:far], strides[:far], strict=True):
+        starts = [start + k * stride for start in starts for k in range(part.stop - part.start)]
+    for start in starts:
+        yield copy.start + start, copy.start + start + run
+
+
+def _is_cut(inner: Sequence[slice], sizes: Sequence[int]) -> bool:
+    return any(part.stop - part.start < size for part, size in zip(inner, sizes, strict=True))
+
+
+def blocks_of(copies: Sequence[Copy]) -> dict[str, list[tuple[int, int]]]:
+    """The blocks that hold what is copied: by file, intervals [first, stop) in order, apart from one another."""
+    runs: dict[str, list[tuple[int, int]]] = {}
+    for copy in copies:
+        own = runs.setdefault(copy.piece.file, [])
+        own += [(start // BLOCK_BYTES, -(-stop // BLOCK_BYTES)) for start, stop in byte_runs(copy)]
+    return {file: _merged(own) for file, own in sorted(runs.items())}
+
+
+def _merged(intervals: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    merged: list[tuple[int, int]] = []
+    for start, stop in sorted(intervals):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(merged[-1][1], stop))
+        else:
+            merged.append((start, stop))
+    return merged
+
+
+def segments_of(wanted: Sequence[Blocks]) -> list[Segment]:
+    """What is read, and by whom; every block by one rank, and all ranks about as much.
+
+    Args:
+        wanted: by rank, its blocks as `blocks_of` gave them.
+    """
+    loads = [0] * len(wanted)
+    segments = []
+    for file in sorted({file for blocks in wanted for file in blocks}):
+        edges = sorted({edge for blocks in wanted for interval in blocks.get(file, ()) for edge in interval})
+        want = [_Cursor(blocks.get(file, ())) for blocks in wanted]
+        for first, stop in zip(edges, edges[1:], strict=False):
+            ranks = tuple(rank for rank, cursor in enumerate(want) if cursor.covers(first))
+            start = first
+            while ranks and start < stop:
+                end = min(stop, start - start % SEGMENT_BLOCKS + SEGMENT_BLOCKS)
+                reader = min(ranks, key=lambda rank: (loads[rank], rank))
+                segments.append(Segment(file, start, end, ranks, reader))
+                loads[reader] += end - start
+                start = end
+    return segments
+
+
+class _Cursor:
+    """Goes through one rank's intervals once, front to back."""
+
+    def __init__(self, intervals: Sequence[tuple[int, int]]) -> None:
+        self._intervals = intervals
+        self._at = 0
+
+    def covers(self, block: int) -> bool:
+        while self._at < len(self._intervals) and self._intervals[self._at][1] <= block:
+            self._at += 1
+        return self._at < len(self._intervals) and self._intervals[self._at][0] <= block
+
+
+@dataclass(frozen=True, slots=True)
+class Parcel:
+    """A segment that several ranks want, on its way from its reader.
+
+    Attributes:
+        segment: what is read.
+        nbytes: by rank, how long the message to it is; 0 for the reader, and for who wants nothing of it.
+        is_whole: every message is the segment itself; else each is what its rank wants, packed.
+    """
+
+    segment: Segment
+    nbytes: tuple[int, ...]
+    is_whole: bool
+
+    def held(self, rank: int) -> int:
+        """Bytes of messages that a rank sends or receives; a whole segment is sent from one place to all who get it."""
+        if rank != self.segment.reader:
+            return self.nbytes[rank]
+        return max(self.nbytes) if self.is_whole else sum(self.nbytes)
+
+
+def parcel_of(segment: Segment, size: int, packed: Sequence[int]) -> Parcel:
+    """How a segment travels: packed where its reader then holds no more than the segment, else whole.
+
+    Args:
+        size: bytes of the segment.
+        packed: by rank, the bytes of what it wants of the segment, packed.
+    """
+    nbytes = [0 if rank == segment.reader else count for rank, count in enumerate(packed)]
+    is_whole = sum(nbytes) > size
+    return Parcel(segment, tuple(size if is_whole and count else count for count in nbytes), is_whole)
+
+
+def mapped_parcel_of(segment: Segment, size: int, num_ranks: int) -> Parcel:
+    """How a segment of `size` bytes travels where ranks look into one another's memory: not at all."""
+    getters = set(segment.ranks) - {segment.reader}
+    return Parcel(segment, tuple(size if rank in getters else 0 for rank in range(num_ranks)), is_whole=True)
+
+
+def rounds_of(parcels: Sequence[Parcel], limit: int | None = None, *, is_mapped: bool = False) -> list[list[Parcel]]:
+    """Parcels, in rounds in which no rank holds more than a limit (or one segment), by default ROUND_BYTES.
+
+    Args:
+        is_mapped: only who reads a parcel holds it.
+    """
+    limit = ROUND_BYTES if limit is None else limit
+    rounds: list[list[Parcel]] = []
+    held: dict[int, int] = {}
+    for parcel in parcels:
+        holders = (parcel.segment.reader,) if is_mapped else parcel.segment.ranks
+        more = {rank: parcel.held(rank) for rank in holders}
+        if not rounds or any(held.get(rank, 0) + count > limit for rank, count in more.items()):
+            rounds.append([])
+            held = {}
+        rounds[-1].append(parcel)
+        for rank, count in more.items():
+            held[rank] = held.get(rank, 0) + count
+    return rounds
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """A box of consecutive elements in a file, of which a part is copied.
+
+    Attributes:
+        at: its first byte in the file.
+        box: the consecutive elements, in the tensor.
+        wanted: what of them is copied.
+    """
+
+    copy: Copy
+    at: int
+    box: Box
+    wanted: Box
+
+    def values(self, data: torch.Tensor, start: int) -> torch.Tensor:
+        """What is copied, as a view of the file's bytes from `start` on."""
+        first = self.at - start
+        source = data[first : first + self.box.numel * self.copy.itemsize]
+        return source.view(self.copy.dtype).view(self.box.size)[self.wanted.within(self.box)]
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes that it takes in a message."""
+        return -(-self.wanted.numel * self.copy.itemsize // ALIGN_BYTES) * ALIGN_BYTES
+
+    def packed_values(self, message: torch.Tensor, start: int) -> torch.Tensor:
+        """Where they are, or come to be, in a message in which they begin at byte `start`."""
+        packed = message[start : start + self.wanted.numel * self.copy.itemsize]
+        return packed.view(self.copy.dtype).view(self.wanted.size)
+
+
+def windows(copy: Copy, start: int, stop: int) -> Iterator[Window]:
+    """What of a copy lies in bytes [start, stop) of its file, which begin and end between elements."""
+    first = (max(start, copy.start) - copy.start) // copy.itemsize
+    last = (min(stop, copy.stop) - copy.start) // copy.itemsize
+    at = copy.start + first * copy.itemsize
+    for box in boxes_between(copy.piece.box, first, last):
+        wanted = box.intersect(copy.box)
+        if wanted is not None:
+            yield Window(copy, at, box, wanted)
+        at += box.numel * copy.itemsize
+
+
+def pack(packed: Iterable[Window], data: torch.Tensor, start: int, message: torch.Tensor) -> None:
+    """Copy windows into a message, one after the other.
+
+    Args:
+        data: the file's bytes from `start` on.
+    """
+    at = 0
+    for window in packed:
+        window.packed_values(message, at).copy_(window.values(data, start))
+        at += window.packed_bytes

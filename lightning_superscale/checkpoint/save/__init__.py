@@ -1,0 +1,1 @@
+"""Writing a universal checkpoint: who writes what, now or in the background."""

@@ -1,0 +1,177 @@
+"""Who writes what: pure arithmetic over the boxes that ranks hold.
+
+Where several ranks hold an equal box, the work is divided so that all write about as many bytes; every rank computes
+the same plan from the same boxes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from lightning_superscale.checkpoint.format.coverage import uncovered
+from lightning_superscale.checkpoint.state import TensorInfo, TensorKey
+from lightning_superscale.errors import CheckpointError
+from lightning_superscale.layout.box import Box, flat_boxes
+
+# A replica is not cut into parts smaller than this.
+_MIN_PART_BYTES = 2**20
+# No piece is larger, so that files can be filled evenly.
+MAX_PIECE_BYTES = 2**30
+MAX_FILE_BYTES = 2**32
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Something that one rank writes.
+
+    Attributes:
+        shard: the rank's box that it is a part of.
+        box: the part, in the whole tensor.
+    """
+
+    key: TensorKey
+    shard: Box
+    box: Box
+
+
+Held = Sequence[Mapping[TensorKey, Sequence[Box]]]
+
+
+def divide(tensors: Mapping[TensorKey, TensorInfo], held: Held) -> list[list[Part]]:
+    """The parts that each rank writes.
+
+    Args:
+        held: by rank, its boxes of each tensor.
+
+    Returns:
+        By rank; together they cover each tensor once.
+
+    Raises:
+        CheckpointError: the boxes don't cover a tensor, or overlap without being equal; names it.
+    """
+    parts: list[list[Part]] = [[] for _ in held]
+    loads = [0] * len(held)
+    shared: dict[tuple[int, ...], list[tuple[TensorKey, Box]]] = {}
+    for key in sorted(tensors):
+        holders: dict[Box, list[int]] = {}
+        for rank, boxes in enumerate(held):
+            for box in boxes.get(key, ()):
+                if not holders.get(box) or holders[box][-1] != rank:
+                    holders.setdefault(box, []).append(rank)
+        why = uncovered(tensors[key].shape, [*holders])
+        if why is not None:
+            raise CheckpointError(
+                f"{key} can't be saved: {why}. Together the ranks must hold each element, in boxes that are equal "
+                "where they overlap."
+            )
+        for box, holding in sorted(holders.items()):
+            if not box.numel:
+                continue
+            if len(holding) == 1:
+                loads[holding[0]] += box.numel * tensors[key].dtype.itemsize
+                parts[holding[0]].append(Part(key, box, box))
+            else:
+                shared.setdefault(tuple(holding), []).append((key, box))
+    for ranks in sorted(shared, key=lambda ranks: (len(ranks), ranks)):
+        _share(shared[ranks], ranks, tensors, loads, parts)
+    return [[piece for part in own for piece in _limited(part, tensors)] for own in parts]
+
+
+def _share(
+    boxes: list[tuple[TensorKey, Box]],
+    ranks: tuple[int, ...],
+    tensors: Mapping[TensorKey, TensorInfo],
+    loads: list[int],
+    parts: list[list[Part]],
+) -> None:
+    """Divide boxes that all of `ranks` hold: whoever has less to write so far takes more."""
+    left = sum(box.numel * tensors[key].dtype.itemsize for key, box in boxes)
+    shares = _levelled([loads[rank] for rank in ranks], left)
+    at = 0
+    for key, box in boxes:
+        itemsize = tensors[key].dtype.itemsize
+        start = 0
+        while start < box.numel:
+            count = box.numel - start
+            if at < len(ranks) - 1:
+                count = _taken(box, count, shares[at] // itemsize, itemsize)
+            if count == 0:
+                at += 1
+                continue
+            parts[ranks[at]] += [Part(key, box, part) for part in boxes_between(box, start, start + count)]
+            shares[at] = max(0, shares[at] - count * itemsize)
+            loads[ranks[at]] += count * itemsize
+            start += count
+
+
+def _levelled(loads: list[int], nbytes: int) -> list[int]:
+    """How many of `nbytes` each takes, so that all end up as level as they can."""
+    shares = [0] * len(loads)
+    order = sorted(range(len(loads)), key=lambda i: (loads[i], i))
+    for count in range(len(order), 0, -1):
+        level = (sum(loads[i] for i in order[:count]) + nbytes) / count
+        if level >= loads[order[count - 1]]:
+            for i in order[:count]:
+                shares[i] = math.ceil(level - loads[i])
+            break
+    return shares
+
+
+def _taken(box: Box, left: int, share: int, itemsize: int) -> int:
+    """How many of a box's last `left` elements a rank takes that should take `share`: whole rows, no tiny parts."""
+    least = _MIN_PART_BYTES // itemsize
+    if left < 2 * least:
+        return left if 2 * share >= left else 0
+    row = math.prod(box.size[1:])
+    if row <= least:
+        share = share // row * row
+    if left - share < least:
+        return left
+    return share if share >= least else 0
+
+
+def boxes_between(box: Box, start: int, stop: int) -> list[Box]:
+    """Elements [start, stop) of a flattened box, as boxes of the tensor."""
+    return [
+        Box(tuple(a + b for a, b in zip(box.offset, part.offset, strict=True)), part.size)
+        for part in flat_boxes(box.size, start, stop)
+    ]
+
+
+def _limited(part: Part, tensors: Mapping[TensorKey, TensorInfo]) -> list[Part]:
+    """The part, in pieces that are not too large."""
+    limit = MAX_PIECE_BYTES // tensors[part.key].dtype.itemsize
+    numel = part.box.numel
+    if numel <= limit:
+        return [part]
+    row = math.prod(part.box.size[1:])
+    step = max(row, limit // row * row) if row <= limit else limit
+    return [
+        Part(part.key, part.shard, box)
+        for start in range(0, numel, step)
+        for box in boxes_between(part.box, start, min(start + step, numel))
+    ]
+
+
+def fill_files(nbytes: Sequence[int], num_files: int) -> list[list[int]]:
+    """Indices of pieces, divided into consecutive files of about equal size, none above the limit.
+
+    Args:
+        nbytes: of each piece.
+        num_files: at least so many, where there are as many pieces.
+    """
+    total = sum(nbytes)
+    num_files = max(num_files, -(-total // (MAX_FILE_BYTES - MAX_PIECE_BYTES)), 1)
+    files: list[list[int]] = [[]]
+    size = done = 0
+    for i, count in enumerate(nbytes):
+        is_due = done >= total * len(files) / num_files
+        if files[-1] and (is_due or size + count > MAX_FILE_BYTES):
+            files.append([])
+            size = 0
+        files[-1].append(i)
+        size += count
+        done += count
+    return [file for file in files if file]

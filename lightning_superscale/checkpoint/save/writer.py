@@ -1,0 +1,319 @@
+"""Saving: every rank writes its part of a training state, and the checkpoint appears whole or not at all.
+
+`prepare` is the part that looks at the state; `write` only needs what `prepare` took, and so can run while training
+goes on. Both go by phases ([Note: Phases] in phases.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_superscale.checkpoint.format import json_codec as rest_json
+from lightning_superscale.checkpoint.format.blocks import FileDigest, hex_digest
+from lightning_superscale.checkpoint.format.dtypes import dtype_name
+from lightning_superscale.checkpoint.format.manifest import (
+    REST_NAME,
+    FileRecord,
+    Manifest,
+    Piece,
+    TensorRecord,
+    blocks_name,
+)
+from lightning_superscale.checkpoint.format.payload import Entry, PayloadWriter, is_wrapper, layout, sort_entries
+from lightning_superscale.checkpoint.phases import attempt
+from lightning_superscale.checkpoint.save.plan import Part, divide, fill_files
+from lightning_superscale.checkpoint.state import EXTRA, LocalState, TensorInfo, TensorKey
+from lightning_superscale.checkpoint.storage.local import Target, new_uuid, target_at
+from lightning_superscale.comm.collectives import gather_objects
+from lightning_superscale.comm.mesh import DataMesh
+from lightning_superscale.errors import CheckpointError
+from lightning_superscale.layout.box import Box, whole_box
+
+# Threads of one rank that write, each its own file; fewer where a file would be smaller than this.
+_WRITE_THREADS = 2
+_MIN_FILE_BYTES = 2**26
+
+
+class Values(Protocol):
+    """Values that are written later."""
+
+    def use(self) -> AbstractContextManager[Tensor]:
+        """The tensor, which stays as it is while the context is open."""
+
+
+class HeldValues:
+    """Values that nobody changes before they are written."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def use(self) -> AbstractContextManager[Tensor]:
+        return nullcontext(self.tensor)
+
+
+@dataclass(frozen=True, slots=True)
+class OwnPart:
+    """A part that this rank writes, and its values, of shape `part.box.size`."""
+
+    part: Part
+    values: Values
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedSave:
+    """What one rank needs to write its part of a state.
+
+    Attributes:
+        own: this rank's parts.
+        nbytes: of all ranks' parts.
+        rest: content of rest.json; of use on rank 0 only, like `optimizers` and `aliases`.
+    """
+
+    tensors: dict[TensorKey, TensorInfo]
+    own: tuple[OwnPart, ...]
+    nbytes: int
+    step: int | None
+    rest: bytes
+    optimizers: tuple[dict[str, Any], ...]
+    aliases: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Offer:
+    """What a rank tells the others before a save: its boxes, in the order of the sorted keys."""
+
+    digest: str
+    boxes: tuple[tuple[Box, ...], ...]
+    extras: dict[TensorKey, TensorInfo] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _Written:
+    """What a rank wrote."""
+
+    files: dict[str, FileRecord] = field(default_factory=dict)
+    pieces: list[tuple[TensorKey, Piece]] = field(default_factory=list)
+
+
+def save(path: str, state: LocalState, mesh: DataMesh, *, step: int | None = None) -> None:
+    """Write a checkpoint at `path`, over what is there. Every rank calls it, with its own shards.
+
+    Args:
+        path: a folder that all hosts see, or a URL that fsspec knows; the same on every rank.
+        step: optimizer steps taken.
+
+    Raises:
+        CheckpointError: on every rank; names the rank that failed and why. What was at `path` is untouched.
+    """
+    write(path, prepare(state, mesh, step=step), mesh)
+
+
+def prepare(state: LocalState, mesh: DataMesh, *, step: int | None = None) -> PreparedSave:
+    """Check a state and divide the work. Every rank calls it. The values stay where they are, uncopied.
+
+    Raises:
+        CheckpointError: on every rank: a value that can't be saved, or shards that don't make up their tensors.
+    """
+    extras: dict[str, Tensor] = {}
+    encoded: dict[str, Any] = {}
+
+    def look() -> _Offer:
+        keys = sorted(state.tensors)
+        for key in keys:
+            _check_shards(key, state)
+        if mesh.world.rank == 0:
+            encoded["rest"] = rest_json.encode(state.rest, "rest", extras)
+            encoded["optimizers"] = [_encode_optimizer(state, i, extras) for i in range(len(state.optimizers))]
+        infos = {_extra_key(name): TensorInfo(t.dtype, tuple(t.shape), "extra") for name, t in extras.items()}
+        for key, info in infos.items():
+            dtype_name(info.dtype, key)
+        facts = repr([(key, state.tensors[key]) for key in keys])
+        boxes = tuple(tuple(shard.box for shard in state.shards.get(key, ())) for key in keys)
+        return _Offer(hashlib.blake2b(facts.encode()).hexdigest(), boxes, infos)
+
+    offers = attempt(mesh, look, "the state can't be saved")
+    _check_equal(state, [offer.digest for offer in offers], mesh)
+    keys = sorted(state.tensors)
+    held = [dict(zip(keys, offer.boxes, strict=True)) for offer in offers]
+    tensors = {**state.tensors, **offers[0].extras}
+    held[0] |= {key: (whole_box(info.shape),) for key, info in offers[0].extras.items()}
+    parts = divide(tensors, held)
+    values = {(key, shard.box): shard.tensor for key, shards in state.shards.items() for shard in shards}
+    values |= {(_extra_key(name), whole_box(tensor.shape)): tensor for name, tensor in extras.items()}
+    return PreparedSave(
+        tensors=tensors,
+        own=tuple(
+            OwnPart(part, HeldValues(values[part.key, part.shard][part.box.within(part.shard)]))
+            for part in parts[mesh.world.rank]
+        ),
+        nbytes=sum(part.box.numel * tensors[part.key].dtype.itemsize for own in parts for part in own),
+        step=step,
+        rest=json.dumps(encoded.get("rest"), separators=(",", ":"), allow_nan=False).encode(),
+        optimizers=tuple(encoded.get("optimizers", ())),
+        aliases=dict(state.aliases),
+    )
+
+
+def write(path: str, prepared: PreparedSave, mesh: DataMesh) -> None:
+    """Write what was prepared, and let it take its name. Every rank calls it.
+
+    Raises:
+        CheckpointError: as `save`.
+    """
+    target = target_at(path)
+    is_first = mesh.world.rank == 0
+    try:
+        uuid = attempt(mesh, lambda: _begin(target, prepared) if is_first else "", _not_written(path))[0]
+        written = attempt(mesh, lambda: _write_own(target, prepared, uuid, mesh), _not_written(path))
+        attempt(mesh, lambda: _publish(target, prepared, uuid, written) if is_first else None, _not_written(path))
+    except BaseException:
+        if is_first:
+            target.abort()
+        raise
+
+
+def _not_written(path: str) -> str:
+    return f"the checkpoint {path} was not written, and what was there is as it was"
+
+
+def _extra_key(name: str) -> TensorKey:
+    return TensorKey(EXTRA, name)
+
+
+def _check_shards(key: TensorKey, state: LocalState) -> None:
+    info = state.tensors[key]
+    dtype_name(info.dtype, key)
+    for shard in state.shards.get(key, ()):
+        if is_wrapper(shard.tensor) or shard.tensor.layout is not torch.strided:
+            raise CheckpointError(
+                f"{key}: a plain dense tensor was expected, found a {type(shard.tensor).__name__} with layout "
+                f"{shard.tensor.layout}. Give the part that this rank holds, such as a DTensor's to_local()."
+            )
+        if tuple(shard.tensor.shape) != shard.box.size or shard.tensor.dtype != info.dtype:
+            raise CheckpointError(
+                f"{key}: a shard of shape {shard.box.size} and {info.dtype} was announced, found "
+                f"{tuple(shard.tensor.shape)} and {shard.tensor.dtype}."
+            )
+
+
+def _encode_optimizer(state: LocalState, index: int, extras: dict[str, Tensor]) -> dict[str, Any]:
+    record = state.optimizers[index]
+    where = f"optimizers[{index}]"
+    return {
+        "class": record.class_name,
+        "groups": rest_json.encode(list(record.groups), f"{where}/groups", extras),
+        "names": [list(names) for names in record.names],
+        "values": rest_json.encode(record.values, f"{where}/values", extras),
+    }
+
+
+def _check_equal(state: LocalState, digests: Sequence[str], mesh: DataMesh) -> None:
+    """Refuse ranks that describe different tensors. Every rank calls it, and all see the same digests."""
+    if len(set(digests)) == 1:
+        return
+    listed = gather_objects(mesh, {str(key): str(info) for key, info in state.tensors.items()})
+    other = next(rank for rank, digest in enumerate(digests) if digest != digests[0])
+    name = next(name for name in sorted({*listed[0], *listed[other]}) if listed[0].get(name) != listed[other].get(name))
+    raise CheckpointError(
+        f"ranks differ in what they save: {name} is {listed[0].get(name, 'absent')} on rank 0 and "
+        f"{listed[other].get(name, 'absent')} on rank {other}. Every rank must list every tensor."
+    )
+
+
+def _begin(target: Target, prepared: PreparedSave) -> str:
+    uuid = new_uuid()
+    target.begin(uuid, prepared.nbytes + len(prepared.rest))
+    return uuid
+
+
+def _write_own(target: Target, prepared: PreparedSave, uuid: str, mesh: DataMesh) -> _Written:
+    target.join(uuid)
+    written = _Written()
+    own = prepared.own
+    sizes = [one.part.box.numel * prepared.tensors[one.part.key].dtype.itemsize for one in own]
+    num_files = min(_WRITE_THREADS, max(1, sum(sizes) // _MIN_FILE_BYTES))
+    names = {}
+    for k, indices in enumerate(fill_files(sizes, num_files)):
+        names[f"data/w{mesh.world.rank:05d}-{k}.safetensors"] = [own[i] for i in indices]
+    with ThreadPoolExecutor(_WRITE_THREADS, thread_name_prefix="checkpoint writer") as threads:
+        tasks = [threads.submit(_write_file, target, name, names[name], prepared, uuid) for name in names]
+    for name, task in zip(names, tasks, strict=True):
+        digest, pieces = task.result()
+        written.files[name] = FileRecord(digest.size, digest.xxh3)
+        written.pieces.extend(pieces)
+        written.files[blocks_name(name)] = _write_bytes(target, blocks_name(name), digest.blocks)
+    target.seal()
+    return written
+
+
+def _write_file(
+    target: Target, name: str, own: Sequence[OwnPart], prepared: PreparedSave, uuid: str
+) -> tuple[FileDigest, list[tuple[TensorKey, Piece]]]:
+    counts: dict[TensorKey, int] = {}
+    entries = []
+    for one in own:
+        key = one.part.key
+        number = counts[key] = counts.get(key, -1) + 1
+        state = f"[{key.state}]" if key.state else ""
+        entries.append(
+            Entry(f"{key.section}/{key.name}{state}#{number}", prepared.tensors[key].dtype, one.part.box.size)
+        )
+    order = sort_entries(entries)
+    place = layout([entries[i] for i in order], uuid)
+    writer = PayloadWriter(target.create(name))
+    writer.write(place.header)
+    pieces = []
+    for i, start in zip(order, place.starts, strict=True):
+        with own[i].values.use() as tensor:
+            writer.write_tensor(tensor)
+        pieces.append((own[i].part.key, Piece(name, entries[i].name, start, own[i].part.box)))
+    return writer.finish(), pieces
+
+
+def _write_bytes(target: Target, name: str, data: bytes) -> FileRecord:
+    file = target.create(name)
+    file.write(memoryview(data))
+    file.close()
+    return FileRecord(len(data), hex_digest(data))
+
+
+def _publish(target: Target, prepared: PreparedSave, uuid: str, written: Sequence[_Written]) -> None:
+    pieces: dict[TensorKey, list[Piece]] = {key: [] for key in prepared.tensors}
+    for one in written:
+        for key, piece in one.pieces:
+            pieces[key].append(piece)
+    manifest = Manifest(
+        uuid=uuid,
+        step=prepared.step,
+        world=len(written),
+        writers=sum(bool(one.files) for one in written),
+        libs={
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in ("torch", "lightning-superscale")},
+        },
+        files={name: file for one in written for name, file in one.files.items()}
+        | {REST_NAME: _write_bytes(target, REST_NAME, prepared.rest)},
+        tensors={key: TensorRecord(info, tuple(pieces[key])) for key, info in prepared.tensors.items()},
+        optimizers=prepared.optimizers,
+        aliases=prepared.aliases,
+        root=target.root,
+    )
+    manifest.check(target.path)
+    target.publish(manifest.to_bytes())
+
+
+def with_values(prepared: PreparedSave, values: Sequence[Values]) -> PreparedSave:
+    """The same save, of other values: one for each of its own parts."""
+    own = tuple(replace(one, values=new) for one, new in zip(prepared.own, values, strict=True))
+    return replace(prepared, own=own)

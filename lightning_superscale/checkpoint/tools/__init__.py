@@ -1,0 +1,1 @@
+"""What the command line does with checkpoints: inspect, verify, compare, convert."""

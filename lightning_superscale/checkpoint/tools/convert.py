@@ -1,0 +1,85 @@
+"""Writes a training state that lies in a checkpoint of any format as one of ours, slab by slab."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from lightning_superscale.checkpoint.save.writer import OwnPart, Values, prepare, with_values, write
+from lightning_superscale.checkpoint.state import EXTRA, LocalState, ReadRequest, Shard, StateSource, TensorKey
+from lightning_superscale.checkpoint.tools.chunks import slabs
+from lightning_superscale.comm.mesh import single_mesh
+from lightning_superscale.errors import CheckpointError
+from lightning_superscale.layout.box import Box
+
+
+def convert(source: StateSource, path: str) -> None:
+    """Write `source` at `path`, over what is there; one process calls it. Memory stays at two slabs.
+
+    An exception, also a KeyboardInterrupt, leaves nothing beside `path`, and there what was there; an interrupt while
+    the checkpoint takes its name lets it.
+
+    Raises:
+        CheckpointError: the source is damaged, its optimizers can't be told, or the disk is full.
+    """
+    prepared = prepare(_described(source), single_mesh(), step=source.step)
+    reading = _Reading(source)
+    values = [one.values if one.part.key.section == EXTRA else reading.values(one) for one in prepared.own]
+    # In a thread of its own: an interrupt here stops the reading, and `write` cleans up once its threads are done.
+    with ThreadPoolExecutor(1, thread_name_prefix="checkpoint conversion") as writer:
+        task = writer.submit(write, path, with_values(prepared, values), single_mesh())
+        try:
+            task.result()
+        except BaseException:
+            reading.is_stopped.set()
+            raise
+
+
+def _described(source: StateSource) -> LocalState:
+    """The state with slabs that have no memory yet."""
+    shards = {
+        key: tuple(
+            Shard(box, torch.empty(box.size, dtype=info.dtype, device="meta"))
+            for box in slabs(info.shape, info.dtype.itemsize)
+        )
+        for key, info in source.tensors.items()
+    }
+    return LocalState(dict(source.tensors), shards, source.optimizers, dict(source.aliases), source.rest)
+
+
+class _Reading:
+    """Gives the writer's threads one slab after another."""
+
+    def __init__(self, source: StateSource) -> None:
+        self.is_stopped = threading.Event()
+        self._source = source
+        self._lock = threading.Lock()  # sources promise nothing of several threads
+
+    def values(self, one: OwnPart) -> Values:
+        return _Slab(self, one.part.key, one.part.box)
+
+    def read(self, key: TensorKey, box: Box) -> Tensor:
+        with self._lock:
+            if self.is_stopped.is_set():
+                raise CheckpointError("it was interrupted.")
+            tensor = torch.empty(box.size, dtype=self._source.tensors[key].dtype)
+            self._source.read([ReadRequest(key, box, tensor)])
+            return tensor
+
+
+class _Slab:
+    """Values that are read when they are written."""
+
+    def __init__(self, reading: _Reading, key: TensorKey, box: Box) -> None:
+        self._reading = reading
+        self._key = key
+        self._box = box
+
+    @contextmanager
+    def use(self) -> Iterator[Tensor]:
+        yield self._reading.read(self._key, self._box)

@@ -1,0 +1,262 @@
+"""What a checkpoint of any format holds, without a tensor's values being read and without anything of it being run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning_superscale.checkpoint.foreign.lightning import Names
+from lightning_superscale.checkpoint.foreign.lightning_dirs import META
+from lightning_superscale.checkpoint.foreign.sniff import detect
+from lightning_superscale.checkpoint.foreign.torch_files import load_torch_file
+from lightning_superscale.checkpoint.format import json_codec as rest_json
+from lightning_superscale.checkpoint.format.manifest import MANIFEST_NAME
+from lightning_superscale.checkpoint.load.reader import SavedState
+from lightning_superscale.checkpoint.state import StateSource, TensorInfo, TensorKey
+from lightning_superscale.checkpoint.storage.files import local_path
+from lightning_superscale.checkpoint.tools.chunks import num_bytes
+from lightning_superscale.checkpoint.tools.view import open_state
+from lightning_superscale.errors import CheckpointError
+
+OURS = "lightning-superscale"
+CLASSES = {
+    "model": "weights",
+    "buffer": "buffers",
+    "master": "masters",
+    "state": "optimizer states",
+    "scalar": "scalars",
+    "extra": "extras",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSummary:
+    """One tensor.
+
+    Attributes:
+        num_pieces: in how many pieces it lies in files; None where the format's reader does not tell.
+    """
+
+    key: TensorKey
+    info: TensorInfo
+    num_pieces: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerSummary:
+    """One optimizer; `class_name` is "" where the format does not say, and of each group there are all options."""
+
+    class_name: str
+    names: tuple[tuple[str, ...], ...]
+    groups: tuple[dict[str, Any], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """A checkpoint, by what can be known without its values.
+
+    Attributes:
+        format: "lightning-superscale", or one of `sniff.Format`.
+        schema: version of the format; "" where it has none.
+        world: ranks that wrote it; None where the format does not say, like `step`.
+        libraries: versions of what wrote it.
+        optimizers_missing: why the optimizers can't be told; "" where they can.
+        rest: names of what is neither weights nor optimizers; None where telling them would read values.
+        files: name -> bytes.
+    """
+
+    path: str
+    format: str
+    schema: str
+    step: int | None
+    world: int | None
+    libraries: Mapping[str, str]
+    tensors: tuple[TensorSummary, ...]
+    optimizers: tuple[OptimizerSummary, ...]
+    optimizers_missing: str
+    aliases: Mapping[str, str]
+    rest: tuple[str, ...] | None
+    files: Mapping[str, int]
+
+    def classes(self) -> dict[str, list[TensorSummary]]:
+        """Tensors by class ("weights", "masters", ...), in the order of `CLASSES`, without those that are empty."""
+        found: dict[str, list[TensorSummary]] = {name: [] for name in CLASSES.values()}
+        for tensor in self.tensors:
+            found[CLASSES[tensor.info.role]].append(tensor)
+        return {name: tensors for name, tensors in found.items() if tensors}
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; sizes in bytes."""
+        return {
+            "path": self.path,
+            "format": self.format,
+            "schema": self.schema or None,
+            "step": self.step,
+            "world": self.world,
+            "libraries": dict(self.libraries),
+            "classes": {
+                name: {
+                    "tensors": len(tensors),
+                    "dtypes": sorted({dtype_text(t.info) for t in tensors}),
+                    "numel": sum(numel_of(t.info) for t in tensors),
+                    "bytes": sum(num_bytes(t.info) for t in tensors),
+                }
+                for name, tensors in self.classes().items()
+            },
+            "tensors": [
+                {
+                    "section": t.key.section,
+                    "name": t.key.name,
+                    "state": t.key.state or None,
+                    "dtype": dtype_text(t.info),
+                    "shape": list(t.info.shape),
+                    "role": t.info.role,
+                    "trainable": t.info.trainable,
+                    "pieces": t.num_pieces,
+                }
+                for t in self.tensors
+            ],
+            "optimizers": [
+                {
+                    "class": one.class_name or None,
+                    "groups": [
+                        {"names": list(names), **{key: _plain(value) for key, value in group.items()}}
+                        for names, group in zip(one.names, one.groups, strict=True)
+                    ],
+                }
+                for one in self.optimizers
+            ],
+            "optimizers_missing": self.optimizers_missing or None,
+            "aliases": dict(self.aliases),
+            "rest": None if self.rest is None else list(self.rest),
+            "files": dict(self.files),
+        }
+
+
+def dtype_text(info: TensorInfo) -> str:
+    """Such as "float32"."""
+    return str(info.dtype).removeprefix("torch.")
+
+
+def numel_of(info: TensorInfo) -> int:
+    """Of a whole tensor."""
+    return num_bytes(info) // info.dtype.itemsize
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+
+
+def summarize(path: str, names: Names | None = None) -> Summary:
+    """Look at a checkpoint of any known format. One process calls it.
+
+    Args:
+        names: of each optimizer's parameters, in its order, for formats that number them.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged as far as can be seen without its values.
+    """
+    source = open_state(path, names)
+    try:
+        return _of_ours(source) if isinstance(source, SavedState) else _of_foreign(source, path)
+    finally:
+        source.close()
+
+
+def _of_ours(source: SavedState) -> Summary:
+    manifest = source.manifest
+    return Summary(
+        path=source.path,
+        format=OURS,
+        schema=manifest.schema,
+        step=manifest.step,
+        world=manifest.world,
+        libraries=manifest.libs,
+        tensors=tuple(
+            TensorSummary(key, record.info, len(record.pieces)) for key, record in sorted(manifest.tensors.items())
+        ),
+        optimizers=tuple(
+            OptimizerSummary(
+                str(fields["class"]),
+                tuple(tuple(names) for names in fields["names"]),
+                tuple(_group_of(group) for group in fields["groups"]),
+            )
+            for fields in manifest.optimizers
+        ),
+        optimizers_missing="",
+        aliases=manifest.aliases,
+        rest=tuple(sorted(source.rest_json)),
+        files={MANIFEST_NAME: len(manifest.to_bytes()), **{name: file.size for name, file in manifest.files.items()}},
+    )
+
+
+class _Unread(Exception):
+    """A tensor, or a class, within a value of rest.json's form."""
+
+
+def _group_of(encoded: Mapping[str, Any]) -> dict[str, Any]:
+    """A parameter group's options, without reading the tensors among them."""
+
+    def unread(name: str) -> Any:
+        raise _Unread
+
+    found = {}
+    for key, value in encoded.items():
+        try:
+            found[key] = rest_json.decode(value, key, unread)
+        except (_Unread, CheckpointError):
+            found[key] = f"<{value['$']}>" if isinstance(value, dict) and "$" in value else "<not read>"
+    return found
+
+
+def _of_foreign(source: StateSource, path: str) -> Summary:
+    place = Path(local_path(path))
+    kind = detect(place)
+    try:
+        optimizers = tuple(OptimizerSummary(one.class_name, one.names, one.groups) for one in source.optimizers)
+        missing = ""
+    except CheckpointError as error:
+        optimizers, missing = (), str(error)
+    # What lies in torch.distributed.checkpoint beside weights has to be read to be told.
+    rest: Mapping[str, Any] | None = None
+    if kind == "lightning-sharded":
+        rest = load_torch_file(place / META)
+    elif kind != "dcp":
+        rest = source.rest
+    return Summary(
+        path=path,
+        format=kind,
+        schema="",
+        step=source.step,
+        world=None,
+        libraries=_libraries(rest or {}),
+        tensors=tuple(TensorSummary(key, info, None) for key, info in sorted(source.tensors.items())),
+        optimizers=optimizers,
+        optimizers_missing=missing,
+        aliases=source.aliases,
+        rest=None if rest is None else tuple(sorted(map(str, rest))),
+        files=_files(place),
+    )
+
+
+def _libraries(rest: Mapping[str, Any]) -> dict[str, str]:
+    found = {"pytorch-lightning": rest.get("pytorch-lightning_version")}
+    own = rest.get("deepspeed")
+    found["deepspeed"] = own.get("ds_version") if isinstance(own, Mapping) else None
+    return {name: str(version) for name, version in found.items() if version is not None}
+
+
+def _files(place: Path) -> dict[str, int]:
+    if place.is_file():
+        return {place.name: place.stat().st_size}
+    found = {}
+    for folder, _, names in os.walk(place):
+        for name in names:
+            file = Path(folder, name)
+            found[str(file.relative_to(place))] = file.stat().st_size
+    return dict(sorted(found.items()))

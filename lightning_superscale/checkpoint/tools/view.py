@@ -1,0 +1,104 @@
+"""A checkpoint of any format, ours or not, as one process reads it alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lightning_superscale.checkpoint.foreign.lightning import Names
+from lightning_superscale.checkpoint.foreign.sniff import open_foreign
+from lightning_superscale.checkpoint.load.reader import is_checkpoint, open_checkpoint
+from lightning_superscale.checkpoint.state import (
+    MODEL,
+    OptimizerRecord,
+    ReadRequest,
+    StateSource,
+    TensorInfo,
+    TensorKey,
+)
+from lightning_superscale.checkpoint.storage.files import is_remote, local_path
+from lightning_superscale.checkpoint.storage.local import restore
+
+# What Lightning leaves out of a checkpoint that was saved with weights only.
+_OF_TRAINING = ("callbacks", "lr_schedulers", "MixedPrecision", "NativeMixedPrecisionPlugin", "deepspeed")
+
+
+def exists(path: str) -> bool:
+    """Whether anything lies at a path; what an interrupted replacement set aside is put back first."""
+    if is_remote(path):
+        return is_checkpoint(path)
+    restore(path)
+    return os.path.lexists(local_path(path))
+
+
+def open_state(path: str, names: Names | None = None) -> StateSource:
+    """Open a checkpoint of any known format, for this process alone; reads no tensor's values.
+
+    Blocks of ours are verified as they are read.
+
+    Args:
+        path: file, folder, or a URL that fsspec knows (our format only).
+        names: of each optimizer's parameters, in its order, for formats that number them.
+
+    Raises:
+        CheckpointError: there is none, it is damaged or incomplete, or of no known format.
+    """
+    if is_remote(path) or is_checkpoint(path):
+        return open_checkpoint(path, check_first=False)
+    return open_foreign(local_path(path), names)
+
+
+@dataclass(slots=True)
+class View:
+    """A state as somebody wants to see it.
+
+    Attributes:
+        is_weights_only: without optimizers, as a Lightning checkpoint that was saved with weights only.
+        on_read: called with the bytes of every read, from the thread that reads.
+    """
+
+    source: StateSource
+    is_weights_only: bool = False
+    on_read: Callable[[int], None] | None = None
+    _tensors: Mapping[TensorKey, TensorInfo] = field(init=False)
+
+    def __post_init__(self) -> None:
+        found = self.source.tensors
+        if self.is_weights_only:
+            found = {key: info for key, info in found.items() if key.section == MODEL}
+        self._tensors = found
+
+    @property
+    def path(self) -> str:
+        return self.source.path
+
+    @property
+    def step(self) -> int | None:
+        return self.source.step
+
+    @property
+    def tensors(self) -> Mapping[TensorKey, TensorInfo]:
+        return self._tensors
+
+    @property
+    def optimizers(self) -> tuple[OptimizerRecord, ...]:
+        return () if self.is_weights_only else self.source.optimizers
+
+    @property
+    def aliases(self) -> Mapping[str, str]:
+        return self.source.aliases
+
+    @property
+    def rest(self) -> dict[str, Any]:
+        hidden = _OF_TRAINING if self.is_weights_only else ()
+        return {key: value for key, value in self.source.rest.items() if key not in hidden}
+
+    def read(self, requests: Sequence[ReadRequest]) -> None:
+        self.source.read(requests)
+        if self.on_read is not None:
+            self.on_read(sum(request.out.nbytes for request in requests))
+
+    def close(self) -> None:
+        self.source.close()

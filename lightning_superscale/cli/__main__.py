@@ -1,0 +1,8 @@
+"""`python -m lightning_superscale.cli` is `superscale`."""
+
+import sys
+
+from lightning_superscale.cli.main import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,166 @@
+"""`superscale trace`: runs a training command, records one step of it, and draws the step's lanes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from lightning_superscale.errors import SuperScaleError
+from lightning_superscale.offload.planner.forecast import StepTimes, exposed_seconds
+from lightning_superscale.run.report.plan import format_bytes
+from lightning_superscale.run.report.recorder import FOLDER_VARIABLE, STEP_VARIABLE
+from lightning_superscale.timeline import LANES, Span
+
+_COLOURS = ("#4c78a8", "#72b7b2", "#eeca3b", "#f58518", "#b279a2", "#54a24b", "#e45756")
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """One rank's recorded step.
+
+    Attributes:
+        facts: device, engine and size of the run.
+    """
+
+    path: Path
+    facts: dict[str, Any]
+    spans: tuple[Span, ...]
+
+    @classmethod
+    def read(cls, path: Path) -> Trace:
+        """Raises: SuperScaleError: not a file that a recording wrote."""
+        try:
+            facts = json.loads(path.read_text())["superscale"]
+            spans = tuple(Span(**span) for span in facts.pop("spans"))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise SuperScaleError(f"{path} is no trace that `superscale trace` wrote: {error!r}") from error
+        return cls(path, facts, spans)
+
+    @property
+    def step_seconds(self) -> float:
+        """From the recorded step's forward to the next one's."""
+        forwards = [span.start for span in self.spans if span.lane == "forward" and span.name == "next step"]
+        first = min(span.start for span in self.spans)
+        return (min(forwards) if forwards else max(span.end for span in self.spans)) - first
+
+    def busy_seconds(self, lane: str) -> float:
+        """How long at least one span of a lane ran, in the recorded step and what of it hid behind the next forward."""
+        busy, reached = 0.0, float("-inf")
+        own = (s for s in self.spans if s.lane == lane and not (lane == "forward" and s.name == "next step"))
+        for span in sorted(own, key=lambda span: span.start):
+            busy += max(0.0, span.end - max(span.start, reached))
+            reached = max(reached, span.end)
+        return busy
+
+    @property
+    def exposed_seconds(self) -> float:
+        """What the step took beyond its own forward and backward."""
+        return max(0.0, self.step_seconds - self.busy_seconds("forward") - self.busy_seconds("backward"))
+
+    def table(self) -> Table:
+        """Busy time, share of the step and bytes of each lane."""
+        table = Table(title=f"One step, {self.facts.get('engine', '')} on {self.facts.get('device', '')}")
+        for column in ("lane", "busy", "of the step", "spans", "bytes"):
+            table.add_column(column, justify="left" if column == "lane" else "right")
+        for lane in LANES:
+            spans = [span for span in self.spans if span.lane == lane]
+            if spans:
+                busy = self.busy_seconds(lane)
+                nbytes = sum(span.nbytes for span in spans)
+                share = f"{busy / self.step_seconds:.0%}"
+                table.add_row(lane, f"{busy * 1e3:.1f} ms", share, str(len(spans)), format_bytes(nbytes))
+        return table
+
+    def summary(self) -> str:
+        """Exposed time, and what the forecast makes of this step's own lanes."""
+        exposed = self.exposed_seconds
+        text = (
+            f"step {self.step_seconds * 1e3:.1f} ms, of which {exposed * 1e3:.1f} ms "
+            f"({exposed / self.step_seconds:.0%}) are neither forward nor backward"
+        )
+        units = {span.name.removesuffix(", ahead") for span in self.spans if span.lane == "host optimizer"}
+        if not self.facts.get("is_deferred") or not units:
+            return text
+        busy = self.busy_seconds
+        times = StepTimes(
+            forward=busy("forward"),
+            backward=busy("backward"),
+            d2h=busy("device to host"),
+            host=busy("host optimizer"),
+            h2d=busy("host to device"),
+            num_buckets=len(units),
+            device_share=float(self.facts.get("device_share", 0.0)),
+        )
+        return f"{text}; lanes as busy as these should expose {exposed_seconds(times) * 1e3:.1f} ms"
+
+    def draw(self, path: Path) -> None:
+        """Write the lanes as a PNG.
+
+        Raises:
+            SuperScaleError: without matplotlib.
+        """
+        try:
+            from matplotlib.backends.backend_agg import FigureCanvasAgg
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise SuperScaleError("drawing a trace needs matplotlib: pip install matplotlib") from error
+        lanes = [lane for lane in LANES if any(span.lane == lane for span in self.spans)]
+        figure = Figure(figsize=(12, 0.6 * len(lanes) + 1.4), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        for row, lane in enumerate(lanes):
+            bars = [(s.start * 1e3, max((s.end - s.start) * 1e3, 1e-3)) for s in self.spans if s.lane == lane]
+            colour = _COLOURS[LANES.index(lane) % len(_COLOURS)]
+            axes.broken_barh(bars, (row - 0.4, 0.8), facecolors=colour, edgecolors="white", linewidth=0.3)
+        first = min(span.start for span in self.spans)
+        axes.axvline((first + self.step_seconds) * 1e3, color="black", linewidth=0.8, linestyle="--")
+        axes.set_yticks(range(len(lanes)), lanes)
+        axes.invert_yaxis()
+        axes.set_xlabel("milliseconds; dashed: the next step's forward begins")
+        axes.set_title(
+            f"{self.facts.get('engine', '')} on {self.facts.get('device', '')}, "
+            f"{self.facts.get('num_params', 0):,} parameters: {self.exposed_seconds * 1e3:.1f} ms exposed "
+            f"of {self.step_seconds * 1e3:.1f} ms"
+        )
+        figure.savefig(path, dpi=140)
+
+
+def run(command: Sequence[str], folder: Path, step: int) -> int:
+    """Run a training command with recording on, then draw what it wrote; returns the command's exit code.
+
+    Raises:
+        SuperScaleError: the command recorded nothing.
+    """
+    for old in folder.glob("trace-rank*.json"):
+        old.unlink()
+    done = subprocess.run(command, env={**os.environ, FOLDER_VARIABLE: str(folder), STEP_VARIABLE: str(step)})
+    written = sorted(folder.glob("trace-rank*.json"))
+    if not written:
+        if done.returncode:
+            return done.returncode
+        raise SuperScaleError(
+            f"{' '.join(command)} wrote no trace to {folder}. It must train with one of this package's strategies, for "
+            f"more than {step} optimizer steps."
+        )
+    for path in written:
+        show(path)
+    return done.returncode
+
+
+def show(path: Path) -> None:
+    """Print one trace's table, and draw it beside its file."""
+    trace = Trace.read(path)
+    console = Console()
+    console.print(trace.table())
+    console.print(trace.summary(), soft_wrap=True)
+    picture = path.with_suffix(".png")
+    trace.draw(picture)
+    console.print(f"picture {picture}; {path} opens in https://ui.perfetto.dev", soft_wrap=True)

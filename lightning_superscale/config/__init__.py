@@ -1,0 +1,75 @@
+"""Frozen settings that the user fills in, from Python or YAML, and their validation.
+
+Wherever a config object is taken, a mapping with the same keys is too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, TypeVar, Union
+
+from lightning_superscale.config.checkpoint import CheckpointConfig
+from lightning_superscale.config.offload import ENGINES, OffloadConfig
+from lightning_superscale.config.zero import ZeroConfig
+from lightning_superscale.errors import SuperScaleError, did_you_mean
+
+__all__ = [
+    "CheckpointConfig",
+    "OffloadConfig",
+    "ZeroConfig",
+    "config_from_mapping",
+    "resolve_checkpoint",
+    "resolve_offload",
+    "resolve_zero",
+]
+
+_C = TypeVar("_C")
+
+
+def config_from_mapping(config_class: type[_C], values: Mapping[str, Any], where: str) -> _C:
+    """Build a config from a mapping, refusing keys that it does not have.
+
+    Raises:
+        SuperScaleError: an unknown key (names it, the known ones and the closest).
+    """
+    known = [f.name for f in fields(config_class)]  # type: ignore[arg-type]
+    for key in values:
+        if key not in known:
+            raise SuperScaleError(
+                f"{where} has no key {key!r}: expected one of {', '.join(map(repr, known))}"
+                f"{did_you_mean(str(key), known)}"
+            )
+    return config_class(**values)
+
+
+def resolve_zero(value: Union[int, ZeroConfig, Mapping[str, Any]]) -> ZeroConfig:
+    if isinstance(value, ZeroConfig):
+        return value
+    if isinstance(value, Mapping):
+        return config_from_mapping(ZeroConfig, value, "zero")
+    if isinstance(value, int) and not isinstance(value, bool):
+        return ZeroConfig(stage=value)
+    raise SuperScaleError(f"zero takes 0, 1, 2, 3, a ZeroConfig or a mapping, found {value!r}.")
+
+
+def resolve_offload(value: Union[str, OffloadConfig, Mapping[str, Any], None]) -> OffloadConfig | None:
+    if value is None or isinstance(value, OffloadConfig):
+        return value
+    if isinstance(value, Mapping):
+        return config_from_mapping(OffloadConfig, value, "offload")
+    if isinstance(value, str):
+        return OffloadConfig(engine=value)
+    raise SuperScaleError(
+        f"offload takes None, {', '.join(map(repr, ENGINES))}, an OffloadConfig or a mapping, found {value!r}."
+    )
+
+
+def resolve_checkpoint(value: Union[CheckpointConfig, Mapping[str, Any], None]) -> CheckpointConfig:
+    if value is None:
+        return CheckpointConfig()
+    if isinstance(value, CheckpointConfig):
+        return value
+    if isinstance(value, Mapping):
+        return config_from_mapping(CheckpointConfig, value, "checkpoint")
+    raise SuperScaleError(f"checkpoint takes None, a CheckpointConfig or a mapping, found {value!r}.")

@@ -1,0 +1,101 @@
+"""Where optimizer states live and where the optimizer steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Optional, Union
+
+from lightning_superscale.config.values import check_positive_int, check_share
+from lightning_superscale.errors import SuperScaleError, did_you_mean
+
+ENGINES = ("cpu", "superoffload")
+WEIGHTS = ("auto", "stationary", "flow")
+LINK_DTYPES = ("auto", "weights", "fp32")
+PLANNED_ENGINES = ("zenflow",)
+
+
+@dataclass(frozen=True)
+class OffloadConfig:
+    """Where optimizer states live and where the optimizer steps.
+
+    Args:
+        engine: "cpu" and "superoffload" keep fp32 master weights and optimizer states in host memory
+            and step there: "cpu" after the backward pass, "superoffload" during it and the next forward.
+        bucket_mb: MiB of weights that move and step together; "auto": at most 64, and fewer where that gives a small
+            model about 16 buckets.
+        pin_memory: page-lock the host side of transfers, where there is a CUDA device.
+        cpu_threads: worker threads of the host optimizer; "auto": as few as step about as fast as all of this rank's
+            cores but one, which stays with the launching thread.
+        speculate: "superoffload" steps each bucket while backward still runs, before the gradient norm is
+            known, and steps again what a clip changes; False waits for the norm, and overlaps with the
+            next forward only. The result is the same, bit for bit.
+        weights: "stationary" keeps the weights of forward and backward on the device. "flow" keeps them in host
+            memory too and streams them through the device block by block, in forward and in backward, so that the
+            model need not fit there. "auto" chooses; `explain()` says what and why.
+        wrap: with "flow", class names or names of the modules whose weights stream together; None finds the
+            repeated blocks.
+        gpu_fraction: share of the trainable parameters, from 0 to 1, whose masters and states stay on the device and
+            step there: those whose gradients come last in backward, whose step nothing would hide. "auto": as many
+            as fit the device memory that the first step left free. The result is the same, bit for bit.
+        link_dtype: in which dtype gradients and weights travel between device and host. "weights": in that of the
+            weights, and the host's kernel casts. "fp32": in fp32, and the device casts, which takes more of the link
+            and of the host's memory and spares its cores the conversions. "auto": "fp32" only where this machine's
+            profile says that it is faster. The result is the same, bit for bit.
+    """
+
+    engine: str = "superoffload"
+    bucket_mb: Union[int, Literal["auto"]] = "auto"
+    pin_memory: bool = True
+    cpu_threads: Union[int, Literal["auto"]] = "auto"
+    speculate: bool = True
+    weights: Literal["auto", "stationary", "flow"] = "auto"
+    wrap: Optional[list[str]] = None
+    gpu_fraction: Union[float, Literal["auto"]] = "auto"
+    link_dtype: Literal["auto", "weights", "fp32"] = "auto"
+
+    def __post_init__(self) -> None:
+        if self.engine in PLANNED_ENGINES:
+            raise SuperScaleError(
+                f"offload engine {self.engine!r} is not in this version. Use one of {', '.join(map(repr, ENGINES))}."
+            )
+        if self.engine not in ENGINES:
+            raise SuperScaleError(
+                f"unknown offload engine {self.engine!r}: expected one of {', '.join(map(repr, ENGINES))}"
+                f"{did_you_mean(str(self.engine), ENGINES)}"
+            )
+        if self.bucket_mb != "auto":
+            check_positive_int("OffloadConfig", "bucket_mb", self.bucket_mb)
+        if not isinstance(self.speculate, bool):
+            raise SuperScaleError(f"OffloadConfig.speculate must be true or false, found {self.speculate!r}.")
+        if self.weights not in WEIGHTS:
+            raise SuperScaleError(
+                f"OffloadConfig.weights must be one of {', '.join(map(repr, WEIGHTS))}, found {self.weights!r}"
+                f"{did_you_mean(str(self.weights), WEIGHTS)}"
+            )
+        if self.wrap is not None and self.weights != "flow":
+            raise SuperScaleError(
+                "OffloadConfig.wrap chooses what weights='flow' streams together; found it with "
+                f"weights={self.weights!r}. Remove it."
+            )
+        if self.gpu_fraction != "auto":
+            check_share("OffloadConfig", "gpu_fraction", self.gpu_fraction)
+            if self.gpu_fraction > 0 and self.weights == "flow":
+                raise SuperScaleError(
+                    "OffloadConfig.weights='flow' keeps weights off the device, and their states with them; found "
+                    f"gpu_fraction={self.gpu_fraction}. Use 'auto' or 0, or weights='stationary'."
+                )
+        if self.cpu_threads != "auto":
+            check_positive_int("OffloadConfig", "cpu_threads", self.cpu_threads)
+        self._check_link_dtype()
+
+    def _check_link_dtype(self) -> None:
+        if self.link_dtype not in LINK_DTYPES:
+            raise SuperScaleError(
+                f"OffloadConfig.link_dtype must be one of {', '.join(map(repr, LINK_DTYPES))}, found "
+                f"{self.link_dtype!r}{did_you_mean(str(self.link_dtype), LINK_DTYPES)}"
+            )
+        if self.link_dtype == "fp32" and self.weights == "flow":
+            raise SuperScaleError(
+                "OffloadConfig.weights='flow' streams weights from host memory in their own dtype; found "
+                "link_dtype='fp32'. Use link_dtype='auto' or 'weights', or weights='stationary'."
+            )

@@ -1,0 +1,76 @@
+"""What is sharded over ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Optional, Union
+
+from lightning_superscale.config.values import check_positive_int
+from lightning_superscale.errors import SuperScaleError
+
+
+@dataclass(frozen=True)
+class ZeroConfig:
+    """What is sharded over the data-parallel ranks (Rajbhandari et al. 2020, arXiv:1910.02054).
+
+    Args:
+        stage: 0 replicates everything, as DDP does. 1 shards master weights and optimizer states, 2
+            gradients too, 3 weights too.
+        bucket_mb: MiB of weights that are reduced, stepped and gathered together.
+        shard_size: ranks that share one copy of what is sharded; None for all. Fewer than all replicate
+            the shards over the rest (HSDP).
+        no_sync: micro-batches before the last of a step accumulate whole gradients on every rank, so that
+            ranks reduce once per step. "auto": in stage 1, not in stages 2 and 3, whose ranks then keep
+            only their share.
+        wrap: stage 3: class names of the modules that are gathered as a whole; None finds the repeated blocks.
+        assume_elementwise: let an optimizer that this package does not know step on rows of each
+            parameter. Right only if it treats every element by itself, as Adam and SGD do.
+        tensor_parallel: stage 3: neighbouring ranks that compute each batch together, on modules that
+            configure_model() parallelizes over self.device_mesh["tensor_parallel"].
+    """
+
+    stage: int = 0
+    bucket_mb: int = 64
+    shard_size: Optional[int] = None
+    no_sync: Union[bool, Literal["auto"]] = "auto"
+    wrap: Optional[list[str]] = None
+    assume_elementwise: bool = False
+    tensor_parallel: int = 1
+
+    def __post_init__(self) -> None:
+        if self.stage not in (0, 1, 2, 3) or isinstance(self.stage, bool):
+            raise SuperScaleError(f"ZeroConfig.stage must be 0, 1, 2 or 3, found {self.stage!r}.")
+        check_positive_int("ZeroConfig", "bucket_mb", self.bucket_mb)
+        if self.shard_size is not None:
+            check_positive_int("ZeroConfig", "shard_size", self.shard_size)
+        self._check_tensor_parallel()
+        if self.no_sync not in (True, False, "auto"):
+            raise SuperScaleError(f"ZeroConfig.no_sync must be true, false or 'auto', found {self.no_sync!r}.")
+        if self.wrap is not None and self.stage != 3:
+            raise SuperScaleError(
+                f"ZeroConfig.wrap chooses what stage 3 gathers together; found it with stage {self.stage}. Remove it."
+            )
+
+    def _check_tensor_parallel(self) -> None:
+        check_positive_int("ZeroConfig", "tensor_parallel", self.tensor_parallel)
+        if self.tensor_parallel == 1:
+            return
+        if self.stage != 3:
+            raise SuperScaleError(
+                f"ZeroConfig.tensor_parallel={self.tensor_parallel} works in stage 3 only; found stage {self.stage}. "
+                "Use ZeroConfig(stage=3), or remove tensor_parallel."
+            )
+        if self.shard_size is not None:
+            raise SuperScaleError(
+                f"ZeroConfig.tensor_parallel={self.tensor_parallel} can't be combined with shard_size="
+                f"{self.shard_size}: shards are spread over all data-parallel ranks then. Remove shard_size."
+            )
+
+    @property
+    def reduces_once(self) -> bool:
+        """Whether gradients of all micro-batches of a step are reduced together."""
+        return self.stage < 2 if self.no_sync == "auto" else bool(self.no_sync)
+
+    def shard_size_of(self, world_size: int) -> int:
+        """Ranks on the shard axis."""
+        return 1 if self.stage == 0 else (self.shard_size or world_size // self.tensor_parallel)

@@ -1,0 +1,1 @@
+"""Pure arithmetic of shards: rows of parameters, boxes of tensors. Imports no torch."""

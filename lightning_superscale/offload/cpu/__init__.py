@@ -1,0 +1,1 @@
+"""The synchronous engine: states in host memory, stepped after backward."""

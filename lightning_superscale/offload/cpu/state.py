@@ -1,0 +1,161 @@
+"""States of one unit in host memory, stepped there by the native kernel.
+
+Bytes per host-side parameter with 16-bit weights: fp32 master, exp_avg and exp_avg_sq (12), and one
+16-bit buffer (2) that holds the gradient until the step has read it and the new weight from then on.
+Where masters have the dtype that crosses the link (fp32 weights; bf16 masters; link_dtype="fp32"): masters and moments,
+and a gradient buffer; the master itself is uploaded. Weights that flow have one more buffer (2) on the host, which the
+step writes and forward streams from; where masters have their dtype that is the master. Where ranks share steps, it is
+one of whole weights.
+
+The class satisfies the optimizer engine's `UnitState` without importing it: siblings meet in `plugins`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_superscale.offload.host_state import (
+    OffloadableUnit,
+    UploadEvent,
+    compensation_of,
+    way_of_weights,
+    weights_on_host,
+)
+from lightning_superscale.offload.link.arena import HostArena
+from lightning_superscale.offload.link.dtype import LinkDtype, add_late_gradient, dtype_on_link, send_gradient
+from lightning_superscale.offload.link.link import Link, LinkEvent
+from lightning_superscale.offload.weight_flow.weights import FlowingWeights, HostBound, LateUpload, StreamedUnit
+from lightning_superscale.ops.state_dtypes import FP32_STATES, StateDtypes, follow_weights
+from lightning_superscale.ops.types import Rounding
+
+
+def host_bytes(
+    numel: int,
+    dtype: torch.dtype,
+    *,
+    has_moments: bool,
+    flows: bool = False,
+    dtypes: StateDtypes = FP32_STATES,
+    link_dtype: LinkDtype = "weights",
+) -> int:
+    """Host bytes that `HostState` allocates for a unit of `numel` elements of `dtype` weights."""
+    states = dtypes.state_bytes(dtype, has_moments=has_moments, is_on_host=True)
+    copy = dtype.itemsize if flows and dtypes.master_of(dtype) != dtype else 0
+    return numel * (states + dtype_on_link(link_dtype, dtype).itemsize + copy)
+
+
+class HostState:
+    """Master and moments of one unit on the host; gradients come and weights go over the link.
+
+    Args:
+        unit: the unit; its weights stay on the device.
+        link: the device's link.
+        arena: where host buffers come from.
+        has_moments: False for an optimizer that keeps states of its own.
+        is_pinned: page-lock the transfer buffers.
+        streamed: the same unit, if its weights flow; None if they stay on the device.
+        dtypes: of masters and moments.
+        roundings: how updates of each slice round; empty where all states are fp32.
+        link_dtype: what crosses the link; "weights" where weights flow or any state is not fp32.
+
+    Attributes:
+        transfer_dtype: of the gradient buffer, and of what is uploaded.
+        flowing: its weights, if they flow.
+    """
+
+    def __init__(
+        self,
+        unit: OffloadableUnit,
+        link: Link,
+        arena: HostArena,
+        *,
+        has_moments: bool,
+        is_pinned: bool,
+        streamed: StreamedUnit | None = None,
+        dtypes: StateDtypes = FP32_STATES,
+        roundings: Sequence[Rounding | None] = (),
+        link_dtype: LinkDtype = "weights",
+    ) -> None:
+        numel, dtype = unit.shard.shard_numel, unit.dtype
+        self.transfer_dtype = dtype_on_link(link_dtype, dtype)
+        has_own_weights = dtypes.master_of(dtype) != self.transfer_dtype
+        self.unit = unit
+        self.is_on_host = True
+        self.num_transfer_buffers = 1
+        self._link = link
+        self._roundings = roundings
+        is_pinned = is_pinned and link.needs_pinned_host()
+        # A master of the dtype that crosses the link is an end of the upload.
+        self.master = arena.zeros(numel, dtypes.master_of(dtype), is_pinned=is_pinned and not has_own_weights)
+        self.exp_avg = arena.zeros(numel, dtypes.moments, is_pinned=False) if has_moments else None
+        self.exp_avg_sq = arena.zeros(numel, dtypes.moments, is_pinned=False) if has_moments else None
+        self.compensation = compensation_of(arena, numel, dtype, dtypes)
+        self._grads = arena.zeros(numel, self.transfer_dtype, is_pinned=is_pinned)
+        self._weight_out = self._grads if has_own_weights else None
+        self.flowing: FlowingWeights | None = None
+        self.host_copy_numel = 0
+        if streamed is not None:
+            weights = self.master
+            if has_own_weights or not streamed.is_whole:
+                self.host_copy_numel = streamed.full.shard_numel
+                weights = arena.zeros(self.host_copy_numel, dtype, is_pinned=is_pinned)
+            if has_own_weights and streamed.is_whole:
+                self._weight_out = weights
+            self.flowing = FlowingWeights(streamed, link, [weights])
+        self._arrivals: dict[int, LinkEvent] = {}
+        self.reload(range(len(unit.shard.slices)))
+
+    def master_of(self, i: int) -> Tensor:
+        return self._slice(self.master, i)
+
+    def rounding_of(self, i: int) -> Rounding | None:
+        return self._roundings[i] if self._roundings else None
+
+    def weight_out_of(self, i: int) -> Tensor | None:
+        return None if self._weight_out is None else self._slice(self._weight_out, i)
+
+    def receive(self, slices: Sequence[tuple[int, Tensor]]) -> None:
+        for i, grad in slices:
+            here = self._slice(self._grads, i)
+            if i in self._arrivals:
+                add_late_gradient(self._link, here, grad, self.unit.dtype, self._arrivals[i])
+            else:
+                self._arrivals[i] = send_gradient(self._link, here, grad, self.unit.dtype)
+
+    def grad(self, i: int) -> Tensor | None:
+        if i not in self._arrivals:
+            return None
+        self._arrivals[i].synchronize()
+        return self._slice(self._grads, i)
+
+    def _slice(self, flat: Tensor, i: int) -> Tensor:
+        piece = self.unit.shard.slices[i]
+        return flat[piece.offset : piece.offset + piece.numel]
+
+    def clear_grads(self) -> None:
+        self._arrivals.clear()
+
+    def upload(self, stepped: Sequence[int]) -> UploadEvent | HostBound | LateUpload:
+        """Send new weights. Only of stepped slices: elsewhere the shared buffer may hold anything."""
+        return way_of_weights(self.flowing, lambda: self._upload(stepped))
+
+    def _upload(self, stepped: Sequence[int]) -> list[LinkEvent]:
+        source = self.master if self._weight_out is None else self._weight_out
+        inbox = self.unit.inbox()
+        if len(stepped) == len(self.unit.shard.slices):
+            return [self._link.h2d(inbox, source)]
+        pieces = [self.unit.shard.slices[i] for i in stepped]
+        spans = [slice(piece.offset, piece.offset + piece.numel) for piece in pieces]
+        return [self._link.h2d(inbox[span], source[span]) for span in spans]
+
+    def reload(self, slices: Sequence[int]) -> None:
+        for i in slices:
+            if self.compensation is not None:
+                self._slice(self.compensation, i).zero_()
+            follow_weights(self.master_of(i), weights_on_host(self.unit, i, self.flowing, self._link))
+
+    def release(self) -> None:
+        self._arrivals.clear()

@@ -1,0 +1,70 @@
+"""What the states of one unit have in common that live in host memory, whichever engine steps them.
+
+The classes satisfy the optimizer's protocols without importing them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_superscale.layout.rows import UnitLayout
+from lightning_superscale.offload.link.arena import HostArena
+from lightning_superscale.offload.link.link import Link, LinkEvent
+from lightning_superscale.offload.weight_flow.weights import FlowingWeights, HostBound, LateUpload
+from lightning_superscale.ops.state_dtypes import StateDtypes
+
+
+class OffloadableUnit(Protocol):
+    """What this page needs of a shard unit."""
+
+    @property
+    def shard(self) -> UnitLayout: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    def local_rows(self, i: int) -> Tensor: ...
+    def inbox(self) -> Tensor: ...
+
+
+class UploadEvent:
+    """Completion of the copies that carry one unit's new weights."""
+
+    def __init__(self, copies: Sequence[LinkEvent]) -> None:
+        self._copies = copies
+
+    def is_ready(self) -> bool:
+        return all(copy.is_ready() for copy in self._copies)
+
+    def wait(self) -> None:
+        for copy in self._copies:
+            copy.wait()
+
+
+def way_of_weights(
+    flowing: FlowingWeights | None, upload: Callable[[], Sequence[LinkEvent]]
+) -> UploadEvent | HostBound | LateUpload:
+    """How a unit's new weights get to where forward reads them: uploaded now, where they are, or for a later gather.
+
+    Args:
+        upload: starts their copies.
+    """
+    if flowing is None:
+        return UploadEvent(upload())
+    return HostBound(flowing) if flowing.unit.is_whole else LateUpload(upload)
+
+
+def weights_on_host(unit: OffloadableUnit, i: int, flowing: FlowingWeights | None, link: Link) -> Tensor:
+    """The current weights of slice i in host memory, 1D: where they flow from, or a copy."""
+    if flowing is not None:
+        return flowing.settled(i)
+    weights = torch.empty(unit.shard.slices[i].numel, dtype=unit.dtype)
+    link.d2h(weights, unit.local_rows(i)).synchronize()
+    return weights
+
+
+def compensation_of(arena: HostArena, numel: int, dtype: torch.dtype, dtypes: StateDtypes) -> Tensor | None:
+    """A unit's compensation of 16-bit masters, if it has one."""
+    return arena.zeros(numel, torch.bfloat16, is_pinned=False) if dtypes.compensates(dtype) else None

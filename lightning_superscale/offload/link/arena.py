@@ -1,0 +1,80 @@
+"""Memory at both ends of the link: an engine's host buffers, and what training leaves free on the device.
+
+States are pageable, the ends of transfers pinned where that makes them overlap.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import psutil
+import torch
+from torch import Tensor
+
+from lightning_superscale.errors import SuperScaleError
+from lightning_superscale.ops.cpu.memory import HostBuffer
+from lightning_superscale.ops.cpu.pool import Pool
+
+
+@dataclass(slots=True)
+class HostArena:
+    """Allocates zeroed host buffers and counts them.
+
+    Attributes:
+        pool: threads that touch each buffer first, so that it lies on their NUMA node; None: whoever writes first.
+        pageable_bytes, pinned_bytes: what has been allocated and not been released.
+    """
+
+    pool: Pool | None = None
+    pageable_bytes: int = 0
+    pinned_bytes: int = 0
+
+    def zeros(self, numel: int, dtype: torch.dtype, *, is_pinned: bool) -> Tensor:
+        """A zeroed 1D host tensor [numel]; its memory goes with its last view."""
+        nbytes = numel * dtype.itemsize
+        if is_pinned:
+            self.pinned_bytes += nbytes
+        else:
+            self.pageable_bytes += nbytes
+        return HostBuffer(max(nbytes, 1), pin=is_pinned, pool=self.pool).tensor(dtype, numel)
+
+
+def fits_host_memory(needed_bytes: int) -> bool:
+    """Whether so much memory is available now."""
+    return needed_bytes <= int(psutil.virtual_memory().available)
+
+
+def check_host_memory(needed_bytes: int) -> None:
+    """Refuse before allocating what the host can't hold.
+
+    Raises:
+        SuperScaleError: less memory is available than `needed_bytes`.
+    """
+    if not fits_host_memory(needed_bytes):
+        available = psutil.virtual_memory().available
+        raise SuperScaleError(
+            f"offloading needs {_gib(needed_bytes)} GiB of host memory for master weights, optimizer states and "
+            f"transfer buffers, and {_gib(available)} GiB are available. Use a smaller model, fewer processes on this "
+            "host, or a host with more memory."
+        )
+
+
+def _gib(nbytes: int) -> float:
+    return math.ceil(nbytes / 2**30 * 100) / 100
+
+
+# Left alone: fragments of the caching allocator, and batches that are longer than those seen so far.
+_RESERVE_SHARE = 0.05
+
+
+def free_device_bytes(device: torch.device) -> int | None:
+    """Bytes that were free on `device` at this process's peak so far, less a reserve of 5 % of the device.
+
+    None where device memory is host memory, so that moving anything there frees nothing.
+    """
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.max_memory_allocated(device)
+    return max(0, int(free + cached - _RESERVE_SHARE * total))

@@ -1,0 +1,119 @@
+"""Hardware profiles on disk: one small JSON file for each machine, device and version, under the user's cache folder.
+
+Ranks that write the same file at once each write a whole one and rename it into place; the last one stays.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from lightning_superscale.offload.planner.numa import available_cpus
+from lightning_superscale.offload.planner.profile import HardwareKey, HardwareProfile, key_of, measure
+from lightning_superscale.ops.native.build import user_cache
+
+# In every file and its name: what other versions wrote is neither read nor written over. 2: the kernel with fp32 ends.
+_FORMAT = 2
+
+
+def is_switched_off() -> bool:
+    """Whether LSS_PROFILE says not to measure."""
+    return os.environ.get("LSS_PROFILE", "").lower() in ("off", "0")
+
+
+def profile_path(key: HardwareKey) -> Path:
+    """Where the profile of a key is, or would be."""
+    filed_under = {"format": _FORMAT, **asdict(key)}
+    digest = hashlib.sha256(json.dumps(filed_under, sort_keys=True).encode()).hexdigest()[:16]
+    return user_cache() / f"hardware-{digest}.json"
+
+
+def stored_profile(key: HardwareKey) -> HardwareProfile | None:
+    """The profile that was filed under a key; None when there is none.
+
+    Warns:
+        UserWarning: the file is damaged, or belongs to another key.
+    """
+    path = profile_path(key)
+    try:
+        text = path.read_text()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        warnings.warn(f"the hardware profile {path} can't be read and is measured again: {error}", stacklevel=2)
+        return None
+    try:
+        content = json.loads(text)
+        if content.pop("format") != _FORMAT:
+            raise ValueError(f"expected format {_FORMAT}")
+        profile = _from_json(content)
+        if profile.key != key:
+            raise ValueError(f"expected the profile of {key}, found one of {profile.key}")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        warnings.warn(f"the hardware profile {path} is damaged and is measured again: {error!r}", stacklevel=2)
+        return None
+    return profile
+
+
+def cached_profile(device: torch.device, cpus: Sequence[int] = ()) -> HardwareProfile | None:
+    """This rank's profile: from its file, else measured now and filed; None where LSS_PROFILE=off.
+
+    Any rank may call it by itself; two ranks' figures differ.
+
+    Args:
+        device: the rank's.
+        cpus: that the rank may use; empty: those of the process.
+
+    Warns:
+        UserWarning: the file was damaged, could not be written, or measuring failed (then the result is None).
+    """
+    if is_switched_off():
+        return None
+    cpus = tuple(cpus) or available_cpus()
+    key = key_of(device, cpus)
+    stored = stored_profile(key)
+    if stored is not None:
+        return stored
+    try:
+        profile = measure(device, cpus)
+    except (RuntimeError, MemoryError, ValueError) as error:
+        # Nothing that depends on it is worth a run that could train; other ranks wait for this one.
+        warnings.warn(f"this machine's speed could not be measured (LSS_PROFILE=off skips it): {error}", stacklevel=2)
+        return None
+    try:
+        _write(profile_path(key), profile)
+    except OSError as error:
+        warnings.warn(
+            f"the hardware profile could not be kept in {user_cache()}, so that every run measures again: {error}. "
+            "Make the folder writable, or set XDG_CACHE_HOME or LSS_PROFILE=off.",
+            stacklevel=2,
+        )
+    return profile
+
+
+def _from_json(content: dict[str, object]) -> HardwareProfile:
+    key, memory = content.pop("key"), content.pop("memory")
+    if not isinstance(key, dict) or not isinstance(memory, list):
+        raise TypeError("expected a mapping 'key' and a list 'memory'")
+    pairs = tuple((int(threads), float(rate)) for threads, rate in memory)
+    return HardwareProfile(key=HardwareKey(**key), memory=pairs, **content)  # type: ignore[arg-type]
+
+
+def _write(path: Path, profile: HardwareProfile) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w") as file:
+            json.dump({"format": _FORMAT, **asdict(profile)}, file, indent=1)
+        os.replace(partial, path)
+    except BaseException:
+        Path(partial).unlink(missing_ok=True)
+        raise

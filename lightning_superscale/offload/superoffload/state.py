@@ -1,0 +1,315 @@
+"""Host states that step during backward and stay exact: deferred commit.
+
+[Note: Deferred commit] A step of AdamW may turn out wrong after it was taken: the gradient norm asks for clipping,
+a gradient is infinite, the backward raises, the learning rate changes. Inverting AdamW is not exact and keeping a
+copy of masters and moments costs 12 bytes per parameter. So a step's gradient is *committed* (masters and moments
+written) only when the next one arrives, in the same pass over memory that *peeks* at the next one: computes its new
+weights and stores nothing else. Until a verdict, nothing but those weights depends on a gradient; a clip costs one
+more peek, an exception or an overflow nothing.
+
+Per slice there are two buffers of the dtype that crosses the link. One holds the gradient that waits for its commit,
+the other receives this step's gradient. The pass reads both and writes the new weights over the former. Then they swap
+roles:
+
+    before      A: gradient of step t-1 (pending)      B: gradient of step t (arrived)
+    the pass    commits A to masters and moments       peeks at B, new weights -> A
+    verdict     A is uploaded                          B is pending
+    next step   A receives gradient t+1                B is committed
+
+Where weights flow, A is not uploaded but streamed from until the next verdict, and a third buffer C, which held the
+weights until this one, receives gradient t+1 ([Note: Which host buffer] in offload/weight_flow/weights.py). Where ranks
+share a unit's steps, its whole weights have a buffer of their own, and A is uploaded for the gather that fills it.
+
+The class satisfies the optimizer engine's protocols without importing it: siblings meet in `plugins`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lightning_superscale.offload.host_state import (
+    OffloadableUnit,
+    UploadEvent,
+    compensation_of,
+    way_of_weights,
+    weights_on_host,
+)
+from lightning_superscale.offload.link.arena import HostArena
+from lightning_superscale.offload.link.dtype import LinkDtype, add_late_gradient, dtype_on_link, send_gradient
+from lightning_superscale.offload.link.link import Link, LinkEvent, LinkFence
+from lightning_superscale.offload.weight_flow.weights import FlowingWeights, HostBound, LateUpload, StreamedUnit
+from lightning_superscale.ops.cpu.adamw import adamw_commit, adamw_commit_peek, adamw_peek
+from lightning_superscale.ops.cpu.pool import Pool
+from lightning_superscale.ops.state_dtypes import FP32_STATES, StateDtypes, follow_weights
+from lightning_superscale.ops.types import AdamWHyper, AdamWSegment, GradStats, Rounding
+
+_Kernel = Callable[..., list[GradStats] | None]
+
+
+def deferred_host_bytes(
+    numel: int,
+    dtype: torch.dtype,
+    *,
+    flows: bool = False,
+    dtypes: StateDtypes = FP32_STATES,
+    link_dtype: LinkDtype = "weights",
+) -> int:
+    """Host bytes that `DeferredState` allocates for a unit of `numel` elements of `dtype` weights."""
+    states = dtypes.state_bytes(dtype, has_moments=True, is_on_host=True)
+    return numel * (states + (3 if flows else 2) * dtype_on_link(link_dtype, dtype).itemsize)
+
+
+@dataclass(slots=True)
+class _Slice:
+    """Where one slice stands.
+
+    Attributes:
+        front: which buffer receives this step's gradient.
+        back: which one holds the pending gradient, and then the new weights.
+        resting: which one holds the weights that flow; None where they don't.
+        arrival: of this step's gradient; None without one.
+        looked_at: the numbers with which new weights were computed from this step's gradient; None before.
+        pending: the numbers of the gradient in the other buffer, which waits for its commit; None without one.
+    """
+
+    front: int = 0
+    back: int = 1
+    resting: int | None = None
+    arrival: LinkEvent | None = None
+    looked_at: AdamWHyper | None = None
+    pending: AdamWHyper | None = None
+    stats: GradStats | None = field(default=None)
+
+
+class DeferredState:
+    """Master and moments of one unit on the host, one commit behind.
+
+    Args:
+        unit: the unit; its weights stay on the device.
+        link: the device's link.
+        arena: where host buffers come from.
+        is_pinned: page-lock the transfer buffers.
+        pool: runs the kernel.
+        streamed: the same unit, if its weights flow; None if they stay on the device.
+        dtypes: of masters and moments.
+        roundings: how updates of each slice round; empty where all states are fp32.
+        link_dtype: what crosses the link; "weights" where weights flow or any state is not fp32.
+
+    Attributes:
+        transfer_dtype: of the transfer buffers.
+        flowing: its weights, if they flow.
+    """
+
+    def __init__(
+        self,
+        unit: OffloadableUnit,
+        link: Link,
+        arena: HostArena,
+        *,
+        is_pinned: bool,
+        pool: Pool,
+        streamed: StreamedUnit | None = None,
+        dtypes: StateDtypes = FP32_STATES,
+        roundings: Sequence[Rounding | None] = (),
+        link_dtype: LinkDtype = "weights",
+    ) -> None:
+        numel = unit.shard.shard_numel
+        is_pinned = is_pinned and link.needs_pinned_host()
+        self.unit = unit
+        self.is_on_host = True
+        self.num_transfer_buffers = 2
+        self.transfer_dtype = dtype_on_link(link_dtype, unit.dtype)
+        self._link = link
+        self._pool = pool
+        self._roundings = roundings
+        self.master = arena.zeros(numel, dtypes.master_of(unit.dtype), is_pinned=False)
+        self.exp_avg = arena.zeros(numel, dtypes.moments, is_pinned=False)
+        self.exp_avg_sq = arena.zeros(numel, dtypes.moments, is_pinned=False)
+        self.compensation = compensation_of(arena, numel, unit.dtype, dtypes)
+        rests = streamed is not None and streamed.is_whole
+        num_buffers = 3 if rests else 2
+        self._buffers = tuple(arena.zeros(numel, self.transfer_dtype, is_pinned=is_pinned) for _ in range(num_buffers))
+        self._slices = [_Slice(resting=2 if rests else None) for _ in unit.shard.slices]
+        self.flowing: FlowingWeights | None = None
+        if streamed is not None:
+            whole = [] if rests else [arena.zeros(streamed.full.shard_numel, unit.dtype, is_pinned=is_pinned)]
+            self.flowing = FlowingWeights(streamed, link, whole or self._buffers, first=2 if rests else 0)
+        self.host_copy_numel = 0 if self.flowing is None else self.flowing.unit.full.shard_numel
+        self.reload(range(len(self._slices)))
+
+    # Gradients
+
+    def receive(self, slices: Sequence[tuple[int, Tensor]]) -> None:
+        """Take gradient deltas: the first of a slice in a step replaces, later ones add.
+
+        A later one may not meet a running `look_ahead` of its unit: the caller waits for that first.
+        """
+        for i, grad in slices:
+            known = self._slices[i]
+            here = self._span(self._buffers[known.front], i)
+            if known.arrival is None:
+                known.arrival = send_gradient(self._link, here, grad, self.unit.dtype)
+                continue
+            add_late_gradient(self._link, here, grad, self.unit.dtype, known.arrival)
+            known.looked_at = None
+
+    def grad(self, i: int) -> Tensor | None:
+        known = self._slices[i]
+        if known.arrival is None:
+            return None
+        known.arrival.synchronize()
+        return self._span(self._buffers[known.front], i)
+
+    def has_arrived(self) -> bool:
+        """Whether every gradient that is under way is there."""
+        return all(known.arrival is None or known.arrival.is_done() for known in self._slices)
+
+    def clear_grads(self) -> None:
+        """Forget gradients of this step that no verdict made pending."""
+        for known in self._slices:
+            known.arrival = known.looked_at = known.stats = None
+
+    # Steps
+
+    def look_ahead(self, hypers: Mapping[int, AdamWHyper]) -> None:
+        """Compute new weights of slices whose gradient arrived, committing what was pending there.
+
+        Args:
+            hypers: by slice, the numbers of this step's update, clipping included.
+        """
+        with_commit, without = [], []
+        for i, hyper in hypers.items():
+            known, numel = self._slices[i], self.unit.shard.slices[i].numel
+            grad = self.grad(i)
+            if grad is None:
+                raise AssertionError(f"slice {i} has no gradient to look ahead to")
+            if numel == 0:
+                known.looked_at = hyper
+            elif known.pending is None:
+                without.append((i, self._segment(i, grad, hyper, weight_out=self._back(i))))
+            else:
+                segment = self._segment(i, self._back(i), known.pending, weight_out=self._back(i))
+                segment.next_grad, segment.next_hyper = grad, hyper
+                with_commit.append((i, segment))
+        self._run(adamw_commit_peek, with_commit, hypers)
+        self._run(adamw_peek, without, hypers)
+
+    def _run(
+        self, kernel: _Kernel, numbered: Sequence[tuple[int, AdamWSegment]], hypers: Mapping[int, AdamWHyper]
+    ) -> None:
+        if not numbered:
+            return
+        seen = kernel([segment for _, segment in numbered], stats=True, pool=self._pool) or []
+        for (i, _), stats in zip(numbered, seen, strict=True):
+            known = self._slices[i]
+            known.pending, known.looked_at, known.stats = None, hypers[i], stats
+
+    def settle(self, hypers: Mapping[int, AdamWHyper]) -> tuple[list[GradStats], int]:
+        """Make this step's update final: the weights are as of `hypers`, and the gradients pending.
+
+        Returns:
+            statistics of the gradients, and how many slices had been looked at with other numbers.
+        """
+        redo = {i: hyper for i, hyper in hypers.items() if self._slices[i].looked_at != hyper}
+        num_redone = sum(self._slices[i].looked_at is not None for i in redo)
+        self.look_ahead(redo)
+        seen = []
+        for i, hyper in hypers.items():
+            known = self._slices[i]
+            if known.stats is not None:
+                seen.append(known.stats)
+            self._take_turns(i)
+            known.pending = hyper
+            known.arrival = known.looked_at = known.stats = None
+        return seen, num_redone
+
+    def _take_turns(self, i: int) -> None:
+        known = self._slices[i]
+        if known.resting is None:
+            known.front, known.back = known.back, known.front
+            return
+        known.front, known.back, known.resting = known.resting, known.front, known.back
+        if self.flowing is not None:
+            self.flowing.switch(i, known.resting)
+
+    def flush(self) -> None:
+        """Commit what is pending: masters and moments are those of the last settled step."""
+        self._flush(range(len(self._slices)))
+
+    def _flush(self, slices: Sequence[int]) -> None:
+        segments = []
+        for i in slices:
+            known = self._slices[i]
+            if known.pending is not None and self.unit.shard.slices[i].numel:
+                segments.append(self._segment(i, self._back(i), known.pending, weight_out=None))
+            known.pending = None
+        if segments:
+            adamw_commit(segments, pool=self._pool)
+
+    def _segment(self, i: int, grad: Tensor, hyper: AdamWHyper, *, weight_out: Tensor | None) -> AdamWSegment:
+        return AdamWSegment(
+            param=self._span(self.master, i),
+            exp_avg=self._span(self.exp_avg, i),
+            exp_avg_sq=self._span(self.exp_avg_sq, i),
+            grad=grad,
+            hyper=hyper,
+            weight_out=weight_out,
+            rounding=self.rounding_of(i),
+            compensation=None if self.compensation is None else self._span(self.compensation, i),
+        )
+
+    def _span(self, flat: Tensor, i: int) -> Tensor:
+        piece = self.unit.shard.slices[i]
+        return flat[piece.offset : piece.offset + piece.numel]
+
+    def _back(self, i: int) -> Tensor:
+        """The buffer that does not receive: the pending gradient's, then the new weights'."""
+        return self._span(self._buffers[self._slices[i].back], i)
+
+    # Weights
+
+    def master_of(self, i: int) -> Tensor:
+        """As of the last commit; `flush()` first where it must be of the last step."""
+        return self._span(self.master, i)
+
+    def rounding_of(self, i: int) -> Rounding | None:
+        return self._roundings[i] if self._roundings else None
+
+    def weight_out_of(self, i: int) -> Tensor | None:
+        """Settled new weights: in the buffer that receives next, unless they flow."""
+        known = self._slices[i]
+        return self._span(self._buffers[known.front if known.resting is None else known.resting], i)
+
+    def fence(self) -> LinkFence | None:
+        """The point of the device's work after which its weights may be replaced: call it when backward is over."""
+        return self._link.fence()
+
+    def upload(self, stepped: Sequence[int], after: LinkFence | None = None) -> UploadEvent | HostBound | LateUpload:
+        """Send settled new weights to the device, from any thread."""
+        # What is uploaded late lands in memory that is taken late, and waits for whoever had that last.
+        fence = after if self.flowing is None else None
+        return way_of_weights(self.flowing, lambda: self._upload(stepped, fence))
+
+    def _upload(self, stepped: Sequence[int], after: LinkFence | None) -> list[LinkEvent]:
+        inbox = self.unit.inbox()
+        fronts = {self._slices[i].front for i in stepped}
+        if len(stepped) == len(self._slices) and len(fronts) == 1:
+            pairs = [(inbox, self._buffers[fronts.pop()])]
+        else:
+            pairs = [(self._span(inbox, i), self._span(self._buffers[self._slices[i].front], i)) for i in stepped]
+        return [self._link.h2d(there, here, after) for there, here in pairs]
+
+    def reload(self, slices: Sequence[int]) -> None:
+        self._flush(slices)
+        for i in slices:
+            self._slices[i].looked_at = None
+            if self.compensation is not None:
+                self._span(self.compensation, i).zero_()
+            follow_weights(self.master_of(i), weights_on_host(self.unit, i, self.flowing, self._link))
+
+    def release(self) -> None:
+        self.clear_grads()

@@ -1,0 +1,349 @@
+"""When weights that live on the host are on the device: hooks on blocks of modules, and the order they were used in.
+
+[Note: Weight flow] A block's weights arrive before its forward and before its backward, and leave when the next block
+is used. Which block comes next was seen in earlier steps; its copies start meanwhile. Predictions only cost time when
+they are wrong: every use makes sure for itself. There are three kinds of use:
+
+- the block is called (forward pre-hook), also when activation checkpointing calls it during backward;
+- backward reaches one of its outputs (tensor hook);
+- backward unpacks a saved view of one of its weights that are not there (saved-tensor hooks around its forward): a
+  loss that reads a block through a side door, several backward passes over one graph, an order nobody foresaw.
+
+Only the first two make other weights leave. An autograd node may have unpacked a weight already when it unpacks the
+next, so nothing leaves inside of a node.
+
+Saved-tensor hooks hide those around them. So they pass on to hooks that are there already (a checkpoint, activations
+kept on the host), and without such do what PyTorch does: raise where a saved tensor was changed in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
+
+from lightning_superscale.errors import SuperScaleError
+from lightning_superscale.offload.weight_flow.weights import FlowingWeights, StreamedUnit
+
+# Blocks whose copies may be under way while another one is used.
+BLOCKS_AHEAD = 2
+
+
+class Publications(Protocol):
+    """New weights of a unit that the last step is still making."""
+
+    def begin(self, unit: StreamedUnit) -> None:
+        """The unit is used soon: start what can be started without waiting. Several ranks may go different ways."""
+
+    def is_ready(self, unit: StreamedUnit) -> bool:
+        """Whether `wait` would return at once."""
+
+    def wait(self, unit: StreamedUnit) -> None:
+        """Return when the unit's new weights are in host memory, or on the device on their way there."""
+
+
+class NothingPublished:
+    """Weights that no step changes."""
+
+    def begin(self, unit: StreamedUnit) -> None:
+        return
+
+    def is_ready(self, unit: StreamedUnit) -> bool:
+        return True
+
+    def wait(self, unit: StreamedUnit) -> None:
+        return
+
+
+class BlockParams(NamedTuple):
+    """A module whose weights flow together.
+
+    Attributes:
+        fqn: its name from the root.
+        params: those of its parameters that nothing outside it owns, by name from the root.
+    """
+
+    fqn: str
+    module: nn.Module
+    params: dict[str, nn.Parameter]
+
+
+class _Use(NamedTuple):
+    """A use of a block, as the order of uses remembers it; block -1 is the start of a forward."""
+
+    block: int
+    is_backward: bool
+
+
+_START = _Use(-1, False)
+
+
+@dataclass(slots=True, eq=False)
+class _Block:
+    """One block while it flows.
+
+    Attributes:
+        guards: what to close when a forward of it ends, innermost last; None where there was nothing to guard.
+    """
+
+    index: int
+    fqn: str
+    module: nn.Module
+    weights: list[FlowingWeights] = field(default_factory=list)
+    guards: list[torch.autograd.graph.saved_tensors_hooks | None] = field(default_factory=list)
+
+
+class WeightFlow:
+    """Brings blocks' weights to the device when they are used, and a little before.
+
+    Args:
+        blocks: disjoint sets of parameters; several may be nested.
+        num_ahead: blocks whose copies may be under way while another one is used.
+
+    Attributes:
+        named_params: every parameter that flows.
+        block_of: the number of the block that owns it.
+    """
+
+    def __init__(self, blocks: Sequence[BlockParams], *, num_ahead: int = BLOCKS_AHEAD) -> None:
+        self.named_params = [item for block in blocks for item in block.params.items()]
+        self.block_of = {param: i for i, block in enumerate(blocks) for param in block.params.values()}
+        self._num_ahead = num_ahead
+        self._publications: Publications = NothingPublished()
+        self._blocks = [_Block(i, block.fqn, block.module) for i, block in enumerate(blocks)]
+        self._owner: dict[nn.Parameter, FlowingWeights] = {}
+        self._place: dict[int, _Block] = {}  # by storage, filled or not
+        self._on_device: dict[int, _Block] = {}
+        self._successor: dict[_Use, _Use] = {}
+        self._last = _START
+        self._is_backward = False
+        self._hooks: list[RemovableHandle] = []
+        for block in self._blocks:
+            before, after = self._forward_hooks(block)
+            self._hooks.append(block.module.register_forward_pre_hook(before, prepend=True))
+            self._hooks.append(block.module.register_forward_hook(after, always_call=True))
+
+    # What flows
+
+    def follow(self, publications: Publications) -> None:
+        """Know who makes new weights."""
+        self._publications = publications
+
+    def add(self, weights: FlowingWeights) -> None:
+        """Let weights flow with the block that owns them; another unit's hold on the same parameters ends.
+
+        That is so where parameters move into other units, or are unfrozen.
+        """
+        params = weights.unit.params
+        block = self._blocks[self.block_of[params[0]]]
+        for param in params:
+            before = self._owner.get(param)
+            if before is not None:
+                before.forget(param)
+                if before.is_empty:
+                    before.leave()
+                    block.weights.remove(before)
+                    del self._place[before.storage_id]
+            self._owner[param] = weights
+        block.weights.append(weights)
+        self._place[weights.storage_id] = block
+
+    def holds(self, param: nn.Parameter) -> bool:
+        """Whether some unit lets this parameter flow already."""
+        return param in self._owner
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self._blocks)
+
+    @property
+    def most_blocks(self) -> int:
+        """Blocks that are on the device at one time, unless they are nested."""
+        return min(1 + self._num_ahead, len(self._blocks))
+
+    @property
+    def most_device_bytes(self) -> int:
+        """Device memory of the largest blocks that are there at one time."""
+        sizes = sorted(sum(w.full_bytes for w in block.weights) for block in self._blocks)
+        return sum(sizes[-self.most_blocks :])
+
+    # Passes
+
+    def enter(self) -> None:
+        """A forward of the whole model begins: what it will use first may come."""
+        self.rest()
+        self._last = _START
+        for block in self._coming(_START):
+            self._want(block)
+
+    def rest(self) -> None:
+        """No forward or backward runs: every weight is on the host, and parameters are what one finds there."""
+        self._is_backward = False
+        for block in self._blocks:
+            while block.guards:  # a forward was interrupted by something that runs no hooks
+                _close(block.guards.pop())
+        for block in list(self._on_device.values()):
+            self._leave(block)
+
+    def synchronize(self) -> None:
+        """Block the host until no copy reads host weights: users may edit them now."""
+        for block in self._blocks:
+            for weights in block.weights:
+                weights.synchronize()
+
+    def close(self) -> None:
+        """Remove every hook; parameters own their weights, in host memory."""
+        self.rest()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        for block in self._blocks:
+            for weights in block.weights:
+                weights.release()
+
+    # Uses
+
+    def _use(self, block: _Block, *, is_backward: bool) -> None:
+        now = _Use(block.index, is_backward)
+        if now != self._last:
+            self._successor[self._last] = now
+            self._last = now
+        coming = self._coming(now)
+        for other in list(self._on_device.values()):
+            if other is not block and other not in coming and not other.guards:
+                self._leave(other)
+        self._arrive(block)
+        for other in coming:
+            self._want(other)
+
+    def _coming(self, now: _Use) -> list[_Block]:
+        """The blocks that followed this use the last time, without the block itself."""
+        coming: list[_Block] = []
+        seen = {now}
+        while len(coming) < self._num_ahead:
+            following = self._successor.get(now)
+            if following is None or following in seen:
+                break
+            if following.is_backward and not torch.is_grad_enabled() and not self._is_backward:
+                break  # no backward follows
+            seen.add(following)
+            now = following
+            block = self._blocks[now.block]
+            if block.index not in {use.block for use in seen - {now}}:
+                coming.append(block)
+        return coming
+
+    def _want(self, block: _Block) -> None:
+        self._on_device[block.index] = block
+        for weights in block.weights:
+            self._publications.begin(weights.unit)
+            weights.want(is_ready=self._publications.is_ready(weights.unit))
+
+    def _arrive(self, block: _Block) -> None:
+        self._on_device[block.index] = block
+        for weights in block.weights:
+            self._publications.wait(weights.unit)
+            weights.arrive()
+
+    def _leave(self, block: _Block) -> None:
+        del self._on_device[block.index]
+        for weights in block.weights:
+            weights.leave()
+
+    # Hooks: closures, because a deep copy of the module copies bound methods with all they are bound to.
+
+    def _forward_hooks(self, block: _Block) -> tuple[Callable[..., None], Callable[..., None]]:
+        def before(module: nn.Module, _inputs: object) -> None:
+            if module is block.module:
+                self._use(block, is_backward=self._is_backward)
+                block.guards.append(self._guard())
+
+        def after(module: nn.Module, _inputs: object, outputs: object) -> None:
+            if module is not block.module or not block.guards:
+                return
+            _close(block.guards.pop())
+            if torch.is_grad_enabled():
+                for output in tree_leaves(outputs):
+                    if isinstance(output, Tensor) and output.requires_grad:
+                        output.register_hook(reached)  # type: ignore[no-untyped-call]
+
+        def reached(_grad: Tensor) -> None:
+            self._check_first_order(block)
+            self._is_backward = True
+            self._use(block, is_backward=True)
+
+        return before, after
+
+    def _guard(self) -> torch.autograd.graph.saved_tensors_hooks | None:
+        """Hooks for whatever autograd saves from now on; None where it saves nothing, or they are there."""
+        if not torch.is_grad_enabled():
+            return None
+        around = torch._C._autograd._top_saved_tensors_default_hooks(False)
+        if around is not None and isinstance(getattr(around[0], "__self__", None), _SavedTensors):
+            return None
+        saved = _SavedTensors(self._unpacked, around)
+        guard = torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack)
+        guard.__enter__()
+        return guard
+
+    def _unpacked(self, saved: Tensor) -> None:
+        """A saved tensor is about to be read: a parameter itself, a view of one, or something else."""
+        if isinstance(saved, nn.Parameter):
+            owner = self.block_of.get(saved)
+            block = None if owner is None else self._blocks[owner]
+        else:
+            block = self._place.get(saved.untyped_storage()._cdata)
+        if block is not None:
+            self._check_first_order(block)
+            self._arrive(block)
+
+    def _check_first_order(self, block: _Block) -> None:
+        """Refuse a backward that builds a graph of its own: what that saves would not be unpacked here.
+
+        Raises:
+            SuperScaleError: names the block and what to do.
+        """
+        if torch.is_grad_enabled():
+            raise SuperScaleError(
+                f"a backward with create_graph=True went through {block.fqn!r}, whose weights flow between host and "
+                "device; expected one without. Train with OffloadConfig(weights='stationary')."
+            )
+
+
+class _SavedTensors:
+    """What autograd saves inside of a block, and the hooks around the block, which go on working."""
+
+    def __init__(
+        self,
+        unpacked: Callable[[Tensor], None],
+        around: tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None,
+    ) -> None:
+        self._unpacked = unpacked
+        self._around = around
+
+    def pack(self, saved: Tensor) -> Any:
+        return (saved, saved._version) if self._around is None else self._around[0](saved)
+
+    def unpack(self, packed: Any) -> Tensor:
+        if self._around is not None:
+            saved = self._around[1](packed)
+        else:
+            saved, version = packed
+            if saved._version != version:
+                raise RuntimeError(
+                    "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                    f"{saved.dtype} {tuple(saved.shape)} is at version {saved._version}; expected version {version}"
+                )
+        if saved.layout == torch.strided:
+            self._unpacked(saved)
+        return saved
+
+
+def _close(guard: torch.autograd.graph.saved_tensors_hooks | None) -> None:
+    if guard is not None:
+        guard.__exit__()

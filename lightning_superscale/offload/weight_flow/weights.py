@@ -1,0 +1,307 @@
+"""Weights of one unit that live on the host, and on the device only while something uses them.
+
+[Note: Where a weight is] A flowing unit has one flat device buffer, whose storage is empty most of the time, and one
+or more flat host buffers. While its weights are on the device, its parameters view the device buffer; otherwise they
+view the host's, so that whoever reads or edits a parameter between steps finds the weight there, whole and right. The
+storage is emptied and filled again in place: autograd's saved views of a weight (`weight.t()`) keep the storage, and
+find it filled whenever something has called `arrive`. What arrives twice in a step is the same, because nothing writes
+the host's current weights before the step's verdict.
+
+    absent      storage empty, parameters view the host
+    arriving    storage allocated, copies under way or about to be; parameters still view the host
+    filled      gathered there, on the way to the host; parameters still view the host
+    present     parameters view the device
+
+Memory on CUDA: the storage is allocated and freed on the stream that computes, in the order of its work, and copies
+run behind a fence taken at the allocation. So they wait for whoever had that memory before, and an early allocation
+lets them overlap with what was queued since. Before the storage is emptied the computing stream waits for copies that
+nobody used. The host waits for nothing.
+
+[Note: Weights of several ranks] Where ranks share a unit's steps, each makes new rows of its own. They meet on the
+devices, whose links and network are the fastest way between ranks: a rank sends its rows up, the devices gather, and
+each brings the whole down into its own host memory (`filling`), while it may use what is on the device already. The
+host can't be the place where they meet: memory that ranks of one host share would take an edit of a parameter
+(`param.mul_(0.5)`) once for every rank.
+
+[Note: Which host buffer] A rule that writes new weights before the verdict gives three buffers per slice, which take
+turns: one holds the weights that stream, one the gradient that waits for its commit, one receives this step's
+gradient (`offload/superoffload/state.py`). A rule that writes after backward gives one and overwrites it. Where ranks
+share steps there is one of whole weights, apart from the rule's own buffers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from lightning_superscale.errors import SuperScaleError
+from lightning_superscale.layout.rows import ParamSlice, UnitLayout
+from lightning_superscale.offload.link.link import Link, LinkEvent, LinkFence
+
+
+class StreamedUnit(Protocol):
+    """What this page needs of a unit: whole parameters and an empty flat buffer on the device that they can view.
+
+    Attributes:
+        weights: [full.shard_numel] on the device.
+        views: each parameter's weight in it.
+        is_whole: this rank steps all rows: `full` and `shard` are equal.
+    """
+
+    @property
+    def full(self) -> UnitLayout: ...
+    @property
+    def is_whole(self) -> bool: ...
+
+    @property
+    def params(self) -> tuple[nn.Parameter, ...]: ...
+    @property
+    def shard(self) -> UnitLayout: ...
+
+    def edits_of(self, i: int) -> int:
+        """A number that grows when anybody but a step changes a weight in place."""
+
+    weights: Tensor
+    views: tuple[Tensor, ...]
+
+
+class HostBound:
+    """Completion of new weights in host memory: whoever waits lets the parameters view them."""
+
+    def __init__(self, weights: FlowingWeights) -> None:
+        self._weights = weights
+
+    def is_ready(self) -> bool:
+        return True
+
+    def wait(self) -> None:
+        self._weights.follow_host()
+
+
+class LateUpload:
+    """New rows that a rank keeps on the host until their gather begins: all units' at once would fill the device."""
+
+    def __init__(self, start: Callable[[], Sequence[LinkEvent]]) -> None:
+        self._start = start
+
+    def is_ready(self) -> bool:
+        return True
+
+    def wait(self) -> None:
+        for copy in self._start():
+            copy.wait()
+
+
+class FlowingWeights:
+    """The weights of one unit, wherever they are. Takes over its parameters' present values.
+
+    Args:
+        unit: whole parameters of one dtype, in host memory or on the device.
+        link: the device's link; counts every byte.
+        buffers: host buffers [full.shard_numel] of the parameters' dtype.
+        first: the one of them that takes the present weights.
+    """
+
+    def __init__(self, unit: StreamedUnit, link: Link, buffers: Sequence[Tensor], *, first: int = 0) -> None:
+        self.unit = unit
+        self.is_present = False
+        self._link = link
+        self._buffers = buffers
+        self._on_host = [[_view(buffer, piece) for piece in unit.full.slices] for buffer in buffers]
+        self._current = [first] * len(unit.params)
+        self._params: dict[int, nn.Parameter] = dict(enumerate(unit.params))
+        self._storage = unit.weights.untyped_storage()
+        self._fence: LinkFence | None = None
+        self._copies: list[LinkEvent] = []
+        self._is_filled = False
+        self._landing: LinkEvent | None = None
+        self._edits: dict[int, int] = {}
+        for i, param in self._params.items():
+            self._on_host[first][i].copy_(param.detach())
+        self._bind_host()
+
+    # Host side
+
+    def of(self, i: int) -> Tensor:
+        """This rank's rows of the current host weight i, 1D."""
+        own = self.unit.shard.slices[i]
+        start = self.unit.full.slices[i].offset + own.global_offset
+        return self._buffers[self._current[i]][start : start + own.numel]
+
+    def switch(self, i: int, buffer: int) -> None:
+        """Slice i's current weights are in another buffer from now on. Any thread; parameters follow when awaited."""
+        self._current[i] = buffer
+
+    def follow_host(self) -> None:
+        """Let parameters view the current host weights, after those changed; old ones leave the device.
+
+        Edits of the old ones are on the host by then: the step began by asking for each (`settled`).
+        """
+        self.leave()
+        self._bind_host()
+
+    def settled(self, i: int) -> Tensor:
+        """This rank's rows of the current host weight i, 1D, with edits that were made on the device."""
+        self.leave()
+        self._await_landing()
+        return self.of(i)
+
+    def _bind_host(self) -> None:
+        for i, param in self._params.items():
+            param.data = self._on_host[self._current[i]][i]
+
+    def synchronize(self) -> None:
+        """Block the host until no copy reads or writes the host weights: before somebody may read or edit them."""
+        for copy in self._copies:
+            copy.synchronize()
+        self._await_landing()
+
+    def _await_landing(self) -> None:
+        if self._landing is not None:
+            self._landing.synchronize()
+            self._landing = None
+
+    @contextmanager
+    def filling(self, *, is_whole: bool) -> Iterator[None]:
+        """While open, `unit.weights` can be written; then those weights go to the host, and are there to be used.
+
+        Whoever will not use them calls `leave_unused`.
+
+        Args:
+            is_whole: all of them will be written; otherwise the others are as they were.
+        """
+        self.leave()
+        self.synchronize()
+        if is_whole:
+            self._storage.resize_(self.full_bytes)
+        else:
+            self.want(is_ready=True)
+            for copy in self._copies:
+                copy.wait()
+        self._copies = []
+        try:
+            yield
+        except BaseException:
+            self.leave()
+            raise
+        self._landing = self._link.d2h(self._buffers[0], self.unit.weights)
+        self._is_filled = True
+
+    def leave_unused(self) -> None:
+        """Free the device memory of weights that were filled and that nothing uses."""
+        if self._is_filled:
+            self.leave()
+
+    def forget(self, param: nn.Parameter) -> None:
+        """Another unit owns this parameter from now on."""
+        self._params = {i: known for i, known in self._params.items() if known is not param}
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether other units own all of the parameters."""
+        return not self._params
+
+    # Device side
+
+    @property
+    def storage_id(self) -> int:
+        """What tells this unit's device storage from others, filled or not."""
+        return int(self._storage._cdata)
+
+    @property
+    def full_bytes(self) -> int:
+        """Device memory that the weights occupy while they are there."""
+        return self.unit.full.shard_numel * self.unit.weights.element_size()
+
+    @property
+    def device_bytes(self) -> int:
+        """Device memory that the weights occupy now."""
+        return int(self._storage.nbytes())
+
+    def want(self, *, is_ready: bool) -> None:
+        """Give the weights device memory, and start their copies once the host has them (`is_ready`)."""
+        if self.is_present or self._is_filled:
+            return
+        if not self.device_bytes:
+            self._storage.resize_(self.full_bytes)
+            self._fence = self._link.fence()
+            self._copies = []
+        if self._landing is not None and self._landing.is_done():
+            self._landing = None
+        if is_ready and self._landing is None and not self._copies:
+            self._copies = [self._link.h2d(there, here, self._fence) for there, here in self._pairs()]
+
+    def _pairs(self) -> list[tuple[Tensor, Tensor]]:
+        weights, used = self.unit.weights, set(self._current)
+        if len(used) == 1:
+            return [(weights, self._buffers[used.pop()])]
+        spans = [slice(piece.offset, piece.offset + piece.numel) for piece in self.unit.full.slices if piece.numel]
+        places = [i for i, piece in enumerate(self.unit.full.slices) if piece.numel]
+        return [(weights[span], self._buffers[self._current[i]][span]) for i, span in zip(places, spans, strict=True)]
+
+    def arrive(self) -> None:
+        """Whatever runs next on the device sees the weights in the parameters and in saved views of them.
+
+        Raises:
+            SuperScaleError: a parameter was given other memory (`param.data = ...`).
+        """
+        if self.is_present:
+            return
+        if not self._is_filled:
+            self._await_landing()
+            self.want(is_ready=True)
+        for copy in self._copies:
+            copy.wait()
+        self._check_bound([self._on_host[at][i] for i, at in enumerate(self._current)])
+        for i, param in self._params.items():
+            param.data = self.unit.views[i]
+        self._edits = {i: self.unit.edits_of(i) for i in self._params}
+        self.is_present, self._is_filled = True, False
+
+    def leave(self) -> None:
+        """Free the device memory. What was edited there in place is kept.
+
+        Raises:
+            SuperScaleError: a parameter was given other memory (`param.data = ...`).
+        """
+        if not self.device_bytes:
+            return
+        for copy in self._copies:
+            copy.wait()  # nobody may have used them, and the memory is handed out again
+        try:
+            if self.is_present:
+                self._check_bound(self.unit.views)
+                self._keep_edits()
+        finally:
+            self.is_present = self._is_filled = False
+            self._bind_host()
+            self._storage.resize_(0)
+
+    def _keep_edits(self) -> None:
+        for i in self._params:
+            if self.unit.edits_of(i) != self._edits[i]:
+                self._link.d2h(self._on_host[self._current[i]][i], self.unit.views[i]).synchronize()
+
+    def _check_bound(self, expected: Sequence[Tensor]) -> None:
+        for i, param in self._params.items():
+            if param.data_ptr() != expected[i].data_ptr():
+                raise SuperScaleError(
+                    f"parameter {self.unit.full.slices[i].fqn!r} was given other memory (param.data = ...), but its "
+                    "weight flows between host and device. Change it in place under torch.no_grad(), as in "
+                    "param.copy_(new), or train with OffloadConfig(weights='stationary')."
+                )
+
+    def release(self) -> None:
+        """Let go of the parameters: each owns its weight, in host memory."""
+        self.leave()
+        for i, param in self._params.items():
+            if param.data_ptr() == self._on_host[self._current[i]][i].data_ptr():
+                param.data = param.detach().clone()
+        self._params = {}
+
+
+def _view(buffer: Tensor, piece: ParamSlice) -> Tensor:
+    return buffer[piece.offset : piece.offset + piece.numel].view(piece.local_shape)

@@ -1,0 +1,1 @@
+"""Typed entry points over the native CPU library: the optimizer step, flat helper ops, threads, host memory."""

@@ -1,0 +1,173 @@
+"""Threads that run native ops beside the launching thread, and tickets for what they were given.
+
+The threads belong to the native library (csrc/cpu/pool.cpp): they hold no GIL, sleep when idle, start with the
+first submission, and start anew in a forked child. Without the library the ops run in the submitting thread.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import weakref
+from collections.abc import Callable, Sequence
+from ctypes import byref, c_int32, c_void_p
+from typing import Generic, TypeVar, cast
+
+from lightning_superscale.ops.native import loader
+
+T = TypeVar("T")
+
+
+class Pool:
+    """Worker threads of its own.
+
+    Args:
+        num_threads: None takes LSS_CPU_THREADS, else the CPUs of this process less one (the launching
+            thread's), never below 1.
+        cpus: CPUs that the workers may run on; empty: those of the process.
+    """
+
+    def __init__(self, num_threads: int | None = None, *, cpus: Sequence[int] = ()) -> None:
+        if num_threads is not None and num_threads < 1:
+            raise ValueError(f"num_threads must be None or at least 1, found {num_threads}")
+        self._lib = loader.native()
+        self._handle: int | None = None
+        self._num_threads = num_threads or 1
+        if self._lib is None:
+            return
+        handle = c_void_p()
+        ids = (c_int32 * len(cpus))(*cpus)
+        loader.check(self._lib, self._lib.lss_pool_create(num_threads or 0, ids, len(cpus), byref(handle)))
+        self._handle = handle.value
+        self._num_threads = self._lib.lss_pool_num_threads(handle)
+        self._destroy = weakref.finalize(self, self._lib.lss_pool_destroy, handle)
+
+    @property
+    def num_threads(self) -> int:
+        return self._num_threads
+
+    @property
+    def handle(self) -> int | None:
+        """The native `lss_pool *`; None without the native library."""
+        return self._handle
+
+    def close(self) -> None:
+        """Finish released work, cancel held work, end the threads. The pool then takes no more work."""
+        if self._handle is not None:
+            self._handle = None
+            self._destroy()
+
+    def flag(self) -> Ticket[None]:
+        """A held ticket without work: `release()`, or a CUDA stream (`cuda_rt.launch_notify`), makes it done."""
+        if self._lib is None or self._handle is None:
+            return Ticket(run=lambda: None, held=True)
+        handle = c_void_p()
+        loader.check(self._lib, self._lib.lss_ticket_create(self._handle, byref(handle)))
+        return Ticket(lib=self._lib, handle=handle.value, keep=self, run=lambda: None)
+
+
+def _num_threads_of_rank() -> int | None:
+    """CPUs of this rank where several ranks share the machine unbound; None: the library decides."""
+    ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    if os.environ.get("LSS_CPU_THREADS") or not ranks.isdigit() or int(ranks) < 2:
+        return None
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if cpus < (os.cpu_count() or 1):
+        return None  # the launcher has given this rank its own CPUs
+    return max(1, cpus // int(ranks) - 1)
+
+
+@functools.cache
+def default_pool() -> Pool:
+    """The process's shared pool, created at the first call."""
+    return Pool(_num_threads_of_rank())
+
+
+class Ticket(Generic[T]):
+    """Work that was submitted. Keeps the tensors of the work alive until it is done.
+
+    Dropping the last reference to an unfinished ticket waits for the work (or cancels it while it is held),
+    because the work writes to memory that the ticket keeps.
+
+    Args:
+        run: gives the result: called once, after the native work is done, or, without a native handle, to do
+            the work itself at its release.
+        held: without a native handle: wait for `release()`.
+    """
+
+    def __init__(
+        self,
+        *,
+        run: Callable[[], T],
+        lib: ctypes.CDLL | None = None,
+        handle: int | None = None,
+        keep: object = None,
+        held: bool = False,
+    ) -> None:
+        self._lib = lib
+        self._handle = handle
+        self._keep: object = keep
+        self._run: Callable[[], T] | None = run
+        self._result: T | None = None
+        self._error: BaseException | None = None
+        if handle is None and not held:
+            self.release()
+
+    def done(self) -> bool:
+        """Whether `wait` would return at once."""
+        if self._lib is None or self._handle is None:
+            return self._run is None
+        return bool(self._lib.lss_ticket_done(self._handle))
+
+    def wait(self) -> T:
+        """Block until the work is done, and return its result.
+
+        Raises:
+            RuntimeError: the work failed, was cancelled, or was pending when this process was forked.
+        """
+        if self._lib is not None and self._handle is not None:
+            loader.check(self._lib, self._lib.lss_ticket_wait(self._handle))
+            self._settle()
+        elif self._run is not None:
+            raise RuntimeError("this ticket is held and its work runs at release(), which was not called")
+        if self._error is not None:
+            raise self._error
+        return cast("T", self._result)
+
+    def release(self) -> None:
+        """Let held work start. No effect on work that was not held."""
+        if self._lib is not None and self._handle is not None:
+            loader.check(self._lib, self._lib.lss_ticket_release(self._handle))
+            return
+        try:
+            self._settle()
+        except (ArithmeticError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
+            self._error = error  # the waiter gets it, as it would from a worker
+
+    def cancel(self) -> None:
+        """Drop held work: `wait` then raises. No effect once released."""
+        if self._lib is not None and self._handle is not None:
+            loader.check(self._lib, self._lib.lss_ticket_cancel(self._handle))
+        elif self._run is not None:
+            self._run, self._keep = None, None
+            self._error = RuntimeError("the held work was cancelled before its release")
+
+    @property
+    def handle(self) -> int | None:
+        """The native `lss_ticket *`; None when the work ran without the native library."""
+        return self._handle
+
+    def _settle(self) -> None:
+        run, self._run, self._keep = self._run, None, None
+        if run is not None:
+            self._result = run()
+
+    def __del__(self) -> None:
+        lib, handle = getattr(self, "_lib", None), getattr(self, "_handle", None)
+        if lib is None or handle is None:
+            return
+        if not lib.lss_ticket_done(handle):
+            lib.lss_ticket_cancel(handle)
+            lib.lss_ticket_wait(handle)
+        lib.lss_ticket_free(handle)

@@ -1,0 +1,1 @@
+"""The native libraries: found, built from a source checkout, loaded."""

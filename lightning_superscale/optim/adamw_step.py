@@ -1,0 +1,181 @@
+"""Adam and AdamW, stepped by the native kernel on masters and moments wherever they live."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_superscale.ops.types import AdamWHyper, AdamWSegment
+from lightning_superscale.ops.update import StatsSource, Update
+from lightning_superscale.optim.param_update import Due, by_unit, hyper_of
+from lightning_superscale.optim.step_rule import Publish, StepGuard, SynchronousRule
+from lightning_superscale.optim.unit import ShardUnit, slice_view
+from lightning_superscale.optim.unit_state import COMPENSATION_KEY, UnitState
+from lightning_superscale.timeline import UNTIMED, Lane, Timeline
+
+SubmitUpdate = Callable[[Sequence[AdamWSegment]], Update]
+
+
+class BoundStep(SynchronousRule):
+    """What every way of stepping Adam natively shares: the optimizer's own state views our buffers.
+
+    Subclasses say how, in `apply`.
+    """
+
+    has_moments = True
+
+    def __init__(self, optimizer: Optimizer, guard: StepGuard) -> None:
+        self._optimizer = optimizer
+        self._guard = guard
+
+    def attach(self, unit: ShardUnit, state: UnitState) -> None:
+        """Nothing to prepare: states are bound at a parameter's first gradient, as plain AdamW makes them."""
+
+    def step(
+        self, due: Sequence[Due], grad_scale: float, clip_value: float | None, publish: Publish
+    ) -> Sequence[StatsSource]:
+        stats = self.apply(due, grad_scale, clip_value, publish)
+        self._run_hooks()
+        return stats
+
+    def apply(
+        self, due: Sequence[Due], grad_scale: float, clip_value: float | None, publish: Publish
+    ) -> Sequence[StatsSource]:
+        """Step and publish, without the hooks of the user's optimizer."""
+        raise NotImplementedError
+
+    def _run_hooks(self) -> None:
+        """Run `optimizer.step()` with no gradient in sight: only its hooks and its scheduler's count."""
+        parked = [(p, p.grad) for g in self._optimizer.param_groups for p in g["params"] if p.grad is not None]
+        for param, _ in parked:
+            param.grad = None
+        try:
+            with self._guard.opened():
+                self._optimizer.step()
+        finally:
+            for param, grad in parked:
+                _give_grad(param, grad)
+
+    def bound_state(self, item: Due) -> dict[str, Any]:
+        """The optimizer's own state of a parameter, made of views into our buffers."""
+        own: dict[str, Any] = self._optimizer.state[item.param]
+        if "step" not in own:
+            own["step"] = torch.tensor(0.0)
+        state = item.state
+        flats = {"exp_avg": _present(state.exp_avg), "exp_avg_sq": _present(state.exp_avg_sq)}
+        if state.compensation is not None:
+            flats[COMPENSATION_KEY] = state.compensation
+        for key, flat in flats.items():
+            held = own.get(key)
+            if held is not None and held.data_ptr() == flat.data_ptr() + item.piece.offset * flat.element_size():
+                continue  # bound at an earlier step; a view per parameter and step would cost more than this
+            own[key] = slice_view(flat, item.piece).view(item.piece.local_shape)
+            if held is not None:
+                # Somebody loaded states straight into the optimizer: take them over.
+                self._before_states_change(item)
+                own[key].copy_(held)
+        return own
+
+    def _before_states_change(self, item: Due) -> None:
+        """Somebody else writes an item's states next."""
+
+    def load(self, param: nn.Parameter, unit: ShardUnit, state: UnitState, i: int, saved: Mapping[str, Any]) -> None:
+        """Take over one parameter's saved state (step, exp_avg, exp_avg_sq)."""
+        self._optimizer.state[param] = {
+            key: torch.tensor(float(value)) if key == "step" else value for key, value in saved.items()
+        }
+        self.bound_state(Due(param, {}, unit, state, i, param))
+
+
+class NativeStep(BoundStep):
+    """Steps an optimizer whose update rule the kernel knows, once everything about the step is known.
+
+    Args:
+        timeline, lane: where that is recorded.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        guard: StepGuard,
+        submit_update: SubmitUpdate,
+        *,
+        timeline: Timeline = UNTIMED,
+        lane: Lane = "host optimizer",
+    ) -> None:
+        super().__init__(optimizer, guard)
+        self._submit_update = submit_update
+        self._timeline = timeline
+        self._lane = lane
+
+    def apply(
+        self, due: Sequence[Due], grad_scale: float, clip_value: float | None, publish: Publish
+    ) -> Sequence[StatsSource]:
+        """Update every unit in the order of the next forward, publishing each as soon as it is done."""
+        counts: list[Tensor] = []
+        hypers: dict[tuple[int, int], AdamWHyper] = {}  # most parameters of a group are at the same step
+        handles = []
+        for items in by_unit(due).values():
+            segments = []
+            for item in items:
+                counts.append(self.bound_state(item)["step"])
+                key = (id(item.group), int(counts[-1]) + 1)
+                if key not in hypers:
+                    hypers[key] = hyper_of(self._optimizer, item.group, key[1], grad_scale, clip_value)
+                if item.piece.numel:  # a rank may hold no row of a small parameter
+                    segments.append(_segment(item, hypers[key]))
+            with self._recorded(items, is_queued=True):
+                handles.append((items, self._submit_update(segments)))
+        stats: list[StatsSource] = []
+        for items, handle in handles:
+            with self._recorded(items, is_queued=False):
+                stats.append(handle.wait())
+            publish(items[0].unit, [item.i for item in items])
+        if counts:
+            torch._foreach_add_(counts, 1.0)  # in place: they are the optimizer's own tensors
+        for state in {id(item.state): item.state for item in due}.values():
+            state.clear_grads()
+        return stats
+
+    def _recorded(self, items: Sequence[Due], *, is_queued: bool) -> AbstractContextManager[None]:
+        """A GPU's kernels are timed where they are queued, the host's where they are waited for."""
+        if is_queued != (self._lane == "device optimizer" and self._timeline.is_cuda):
+            return nullcontext()
+        return self._timeline.device(self._lane, f"unit {items[0].unit.index}")
+
+
+def _segment(item: Due, hyper: AdamWHyper) -> AdamWSegment:
+    state, piece = item.state, item.piece
+    return AdamWSegment(
+        param=state.master_of(item.i),
+        exp_avg=slice_view(_present(state.exp_avg), piece),
+        exp_avg_sq=slice_view(_present(state.exp_avg_sq), piece),
+        grad=item.grad,
+        hyper=hyper,
+        weight_out=state.weight_out_of(item.i),
+        rounding=state.rounding_of(item.i),
+        compensation=None if state.compensation is None else slice_view(state.compensation, piece),
+    )
+
+
+def _give_grad(param: nn.Parameter, grad: Tensor) -> None:
+    """Set `param.grad`, also where the weight is in host memory between its uses and the gradient is on the device."""
+    if param.device == grad.device:
+        param.grad = grad
+        return
+    weight = param.data
+    # torch compares the devices of a parameter and the gradient that it is given.
+    param.data = torch.empty_like(grad, dtype=weight.dtype)
+    param.grad = grad
+    param.data = weight
+
+
+def _present(moments: Tensor | None) -> Tensor:
+    if moments is None:
+        raise AssertionError("a native step needs moments")
+    return moments

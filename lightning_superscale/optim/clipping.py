@@ -1,0 +1,162 @@
+"""Gradient clipping as the optimizer engine applies it: requested first, computed once, fused in the step.
+
+[Note: Norms taken early] A step's verdict needs the norm of every gradient. Taken at the step, from gradients that left
+for the host, it waits for the last copy and then reads all of them once more, with nothing to hide it. So norms are
+taken on the device while backward still runs, and nobody waits for copies to judge them.
+
+Over ranks every element of the model's gradient counts once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lightning_superscale.comm.collectives import control_sum
+from lightning_superscale.comm.dtensor import is_cut
+from lightning_superscale.comm.mesh import DataMesh
+from lightning_superscale.errors import SuperScaleError
+from lightning_superscale.ops.cpu.flat import sumsq
+from lightning_superscale.ops.update import StatsSource
+from lightning_superscale.optim.param_update import Due, by_unit
+from lightning_superscale.optim.unit import GradientDelta
+
+
+@dataclass(frozen=True, slots=True)
+class ClipByNorm:
+    """Scale all gradients of one optimizer so that their global 2-norm is at most `max_norm`."""
+
+    max_norm: float
+
+
+@dataclass(frozen=True, slots=True)
+class ClipByValue:
+    """Limit every gradient element to [-clip_value, clip_value]."""
+
+    clip_value: float
+
+
+ClipRequest = ClipByNorm | ClipByValue
+
+
+def joined(requests: Sequence[ClipRequest], new: ClipRequest) -> list[ClipRequest]:
+    """Requests of one step with one more: of two of a kind the stricter holds.
+
+    Raises:
+        SuperScaleError: a clip by norm after one by value: the norm would be that of clipped gradients.
+    """
+    if isinstance(new, ClipByNorm):
+        if any(isinstance(r, ClipByValue) for r in requests):
+            raise SuperScaleError(
+                "gradients of one step can be clipped by norm, by value, or by norm and then by value; "
+                "found a clip by norm after a clip by value."
+            )
+        return [ClipByNorm(min([new.max_norm, *(r.max_norm for r in requests if isinstance(r, ClipByNorm))]))]
+    by_norm: list[ClipRequest] = [r for r in requests if isinstance(r, ClipByNorm)]
+    return [
+        *by_norm,
+        ClipByValue(min([new.clip_value, *(r.clip_value for r in requests if isinstance(r, ClipByValue))])),
+    ]
+
+
+def grad_norm(grad: Tensor) -> Tensor:
+    """2-norm of one gradient, fp32 scalar on its device, as `torch.nn.utils.clip_grad_norm_` takes it of fp32 ones."""
+    norm: Tensor = torch.linalg.vector_norm(grad, 2, dtype=torch.float32)
+    return norm
+
+
+def grad_sumsq(grad: Tensor) -> Tensor:
+    """Sum of squares of one gradient, fp64 scalar on its device: shards add up to the same norm however cut."""
+    if grad.device.type == "cpu":
+        return torch.tensor(sumsq(grad.contiguous()), dtype=torch.float64)
+    norm: Tensor = torch.linalg.vector_norm(grad, 2, dtype=torch.float64)
+    return norm.square()
+
+
+def total_norm(norms: Tensor) -> Tensor:
+    """Global 2-norm of the norms in `norms`, fp32 scalar."""
+    total: Tensor = torch.linalg.vector_norm(norms, 2)
+    return total
+
+
+def clip_coefficient(total: Tensor, max_norm: float) -> Tensor:
+    """What gradients are multiplied by: `min(1, max_norm / (total + 1e-6))`; NaN where `total` is NaN.
+
+    The order of operations is that of `torch.nn.utils.clip_grads_with_norm_`, so that clipped
+    gradients have the bits that plain PyTorch gives.
+    """
+    return torch.clamp(max_norm / (total + 1e-6), max=1.0)
+
+
+class EarlyNorms:
+    """Measures of the gradients of one step: 2-norms where a rank has whole ones, else sums of squares of its share.
+
+    Attributes:
+        are_wanted: whether the steps to come need any; they are not taken otherwise.
+    """
+
+    def __init__(self, mesh: DataMesh) -> None:
+        self.are_wanted = False
+        self._measure = grad_norm if mesh.num_shares == 1 else grad_sumsq
+        self._taken: dict[tuple[int, int], Tensor | None] = {}
+
+    def take(self, delta: GradientDelta) -> None:
+        """Measure gradients where they are, in the order of the device's work; the host does not wait on CUDA."""
+        if not self.are_wanted:
+            return
+        for i, grad in delta.slices:
+            key = (delta.unit.index, i)
+            # A second delta adds to the first, and only the sum has the norm that counts.
+            self._taken[key] = None if key in self._taken else self._measure(grad)
+
+    def clear(self) -> None:
+        """The step is over."""
+        self._taken.clear()
+
+    def of(self, due: Sequence[Due]) -> Tensor:
+        """The measure of each gradient [len(due)], now at the latest; on the host unless all are on one device."""
+        measures = []
+        for item in due:
+            early = self._taken.get((item.unit.index, item.i))
+            measures.append(self._measure(item.grad) if early is None else early)
+        devices = {measure.device for measure in measures}
+        return torch.stack(measures if len(devices) == 1 else [measure.cpu() for measure in measures])
+
+
+def norms_of(mesh: DataMesh, due: Sequence[Due], early: EarlyNorms) -> tuple[Tensor, Tensor]:
+    """The norm of each gradient, as far as this rank has it, and of all gradients on all ranks. Every rank calls it."""
+    measures = early.of(due)
+    if mesh.num_shares == 1:
+        return measures, total_norm(measures)
+    sums = measures.cpu()
+    counted = torch.tensor([_counts(mesh, item.param) for item in due])
+    return sums.sqrt().float(), norm_over_ranks(mesh, float(sums[counted].sum()))
+
+
+def norm_over_ranks(mesh: DataMesh, sumsq: float) -> Tensor:
+    """The 2-norm of all shards from this rank's sum of squares; fp32 scalar. Every rank calls it."""
+    total = control_sum(mesh, torch.tensor([sumsq], dtype=torch.float64), "the gradient norm") / mesh.replicate.size
+    return total[0].sqrt().float()
+
+
+def counted_stats(mesh: DataMesh, due: Sequence[Due], stats: Sequence[StatsSource]) -> list[StatsSource]:
+    """Statistics of every unit's gradients, empty for those that do not count on this rank.
+
+    Args:
+        stats: of every unit of `due`, in the order of `by_unit`; or none at all.
+    """
+    if mesh.tensor.rank == 0:
+        return list(stats)
+    units = by_unit(due).values()
+    return [s if _counts(mesh, items[0].param) else tuple for s, items in zip(stats, units, strict=False)]
+
+
+def _counts(mesh: DataMesh, param: nn.Parameter) -> bool:
+    """Whether this rank's rows count: what all ranks of the tensor axis have alike counts on the first.
+
+    Parameters of one unit are all of one kind.
+    """
+    return mesh.tensor.rank == 0 or is_cut(param)

@@ -1,0 +1,367 @@
+"""The optimizer engine: takes one optimizer's gradients, judges them, steps, publishes new weights.
+
+The user's `torch.optim.Optimizer` stays the owner of parameter groups and states: schedulers, monitors,
+`zero_grad`, `toggle_model` and `state_dict` keep working on it. Its parameters stay the module's own.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_superscale.comm.communicator import Ranks
+from lightning_superscale.errors import SuperScaleError
+from lightning_superscale.layout.rows import ParamSlice
+from lightning_superscale.optim.bucketing import NamedParam
+from lightning_superscale.optim.clipping import ClipRequest
+from lightning_superscale.optim.param_update import Due, reason_not_native
+from lightning_superscale.optim.state_dict import MASTER_KEY, pack_local_state, pack_state, unpack_state
+from lightning_superscale.optim.step_rule import StepGuard, StepRule
+from lightning_superscale.optim.torch_step import OwnStep
+from lightning_superscale.optim.transport import Transport
+from lightning_superscale.optim.unit import DeltaSink, GradientDelta, PublishEvent, ShardUnit
+from lightning_superscale.optim.unit_state import UnitState, master_slice, settle_master
+from lightning_superscale.optim.verdict import EqualGradients, Judge
+from lightning_superscale.timeline import UNTIMED, Timeline
+
+
+class MakeState(Protocol):
+    """Builds the state of a unit."""
+
+    def __call__(self, unit: ShardUnit, *, has_moments: bool, is_on_device: bool) -> UnitState:
+        """Args: is_on_device: on the unit's device, wherever others are."""
+
+
+@dataclass(slots=True)
+class StepSeconds:
+    """How long the host was busy with each part of an optimizer step, summed over steps."""
+
+    collect: float = 0.0
+    norm: float = 0.0
+    update: float = 0.0
+    publish: float = 0.0
+
+
+class OptimizerEngine:
+    """Steps one optimizer: Adam and AdamW by the native kernel, any other through its own code.
+
+    Args:
+        optimizer: the user's, as `configure_optimizers` returned it.
+        fqn_of: names of the module's parameters, in registration order.
+        ranks: the other ranks.
+        make_transport: builds the empty transport that feeds a sink.
+        make_state: builds the state of a unit; decides where masters and moments live.
+        make_native: builds what steps Adam and AdamW.
+        error_if_nonfinite: raise before anything changes when a gradient is NaN or infinite.
+        timeline: where its steps are recorded.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        *,
+        fqn_of: Mapping[nn.Parameter, str],
+        ranks: Ranks,
+        make_transport: Callable[[DeltaSink], Transport],
+        make_state: MakeState,
+        make_native: Callable[[Optimizer, StepGuard], StepRule],
+        error_if_nonfinite: bool = False,
+        timeline: Timeline = UNTIMED,
+    ) -> None:
+        self.optimizer = optimizer
+        self.ranks = ranks
+        self.reason_not_native = reason_not_native(optimizer)
+        self.seconds = StepSeconds()
+        self._fqn_of = fqn_of
+        self._make_state = make_state
+        self._make_native = make_native
+        self._judge = Judge(ranks, fqn_of, error_if_nonfinite=error_if_nonfinite)
+        self._guard = StepGuard(optimizer)
+        self._equal_gradients = EqualGradients(ranks.mesh, fqn_of)
+        self._timeline = timeline
+        self._loss_scale: float | None = None
+        self._own = OwnStep(optimizer, self._guard, timeline)
+        self._rule: StepRule = self._own
+        if self.reason_not_native is None:
+            self._rule = make_native(optimizer, self._guard)
+        self._seen_versions: dict[nn.Parameter, int] = {}
+        self.states: list[UnitState] = []
+        self.transport = make_transport(self._receive)
+        own = set(self.params())
+        self.adopt([p for p in fqn_of if p in own and p.requires_grad])
+
+    def params(self) -> Iterator[nn.Parameter]:
+        for group in self.optimizer.param_groups:
+            yield from group["params"]
+
+    def adopt(self, params: Sequence[nn.Parameter]) -> None:
+        """Move parameters into units of their own: at the start, and when some are unfrozen or added later."""
+        for param in params:
+            if param not in self._fqn_of:
+                raise SuperScaleError(
+                    f"{type(self.optimizer).__name__} was given a parameter of shape {tuple(param.shape)} that the "
+                    "LightningModule does not own. Register it on the module before add_param_group()."
+                )
+        for unit in self.transport.add_params([(self._fqn_of[p], p) for p in params]):
+            self._attach(unit)
+
+    def _attach(self, unit: ShardUnit) -> None:
+        is_on_device = unit.params[0] in self.transport.grouping.on_device
+        state = self._make_state(unit, has_moments=self._rule.has_moments, is_on_device=is_on_device)
+        self.states.append(state)
+        self._rule.attach(unit, state)
+        self._seen_versions.update((param, param._version) for param in unit.params)
+
+    # Moving on, see rebuild_buckets.py
+
+    @property
+    def can_regroup(self) -> bool:
+        """Whether states are ours to move: those of Adam and AdamW."""
+        return self.reason_not_native is None
+
+    def named_params(self) -> list[NamedParam]:
+        """Parameters that units hold, in registration order."""
+        return [(fqn, param) for param, fqn in self._fqn_of.items() if self.transport.place_of(param) is not None]
+
+    def own_state_of(self, param: nn.Parameter) -> Mapping[str, Any]:
+        """What the user's optimizer keeps of a parameter."""
+        state: Mapping[str, Any] = self.optimizer.state.get(param, {})
+        return state
+
+    def start_over(self) -> None:
+        """Know no unit any more."""
+        self._rule.close()
+        self._rule = self._make_native(self.optimizer, self._guard)
+        self.states = []
+
+    # Gradients
+
+    def _receive(self, delta: GradientDelta) -> None:
+        state = self.states[delta.unit.index]
+        if state.is_on_host:
+            self._judge.receive(delta)
+        self._rule.receive(delta, state)
+
+    def request_clip(self, clip: ClipRequest) -> None:
+        """See `Judge.request`."""
+        self._judge.request(clip)
+
+    def discard_gradients(self) -> None:
+        """Forget gradients and clip requests of an interrupted step."""
+        self._rule.discard()
+        self.transport.discard()
+        self._judge.discard()
+        for state in self.states:
+            state.clear_grads()
+
+    def abandon(self) -> None:
+        """Forget an interrupted step and whatever other ranks were to send."""
+        self.discard_gradients()
+        self.transport.abandon()
+
+    def _gather_due(self) -> list[Due]:
+        late = [p for p in self.params() if p.requires_grad and self.transport.place_of(p) is None]
+        if late:
+            self.adopt(late)
+        self.transport.collect()
+        due = []
+        for group in self.optimizer.param_groups:
+            for param in group["params"]:
+                place = self.transport.place_of(param)
+                if place is None:
+                    continue
+                unit, i = place
+                state = self.states[unit.index]
+                grad = state.grad(i)
+                if grad is not None:
+                    due.append(Due(param, group, unit, state, i, grad))
+        return due
+
+    def _follow_edits(self) -> None:
+        """Take over weights that user code changed in place since the last step (a clamp, an average, a load).
+
+        [Note: Edited weights] A parameter views its unit's buffer but counts versions of its own: uploads
+        don't raise the count, in-place operations of the user do. Changes through `param.data` raise none
+        and can't be seen; they last until the next step.
+        """
+        edited = [param for param, seen in self._seen_versions.items() if param._version != seen]
+        if edited:
+            self._rule.come_to_rest()
+        for param in edited:
+            self._seen_versions[param] = param._version
+            place = self.transport.place_of(param)
+            if place is not None:
+                self.states[place[0].index].reload([place[1]])
+
+    # The step
+
+    def scale_losses(self, loss_scale: float) -> None:
+        """The backward that follows is of a loss times `loss_scale`; steps undo it ([Note: Scale of a step])."""
+        self._loss_scale = loss_scale
+        self._rule.expect(1.0 / loss_scale)
+
+    def step(self) -> bool:
+        """Apply this step's gradients. Called once per `optimizer.step()` of the user, after backward.
+
+        Returns:
+            whether it did: gradients of a scaled loss that overflowed are dropped, on every rank, and nothing changes.
+
+        Raises:
+            SuperScaleError: a NaN or infinite gradient with error_if_nonfinite (names the parameters;
+                masters, states and weights are unchanged).
+        """
+        start = time.perf_counter()
+        try:
+            self.settle()
+            due = self._gather_due()
+            self._equal_gradients.check(due)
+            collected = time.perf_counter()
+            with self._timeline.device("verdict", "norm and clip coefficient"):
+                verdict = self._judge.judge(due, self._loss_scale)
+            judged = time.perf_counter()
+            if verdict.has_overflowed:
+                self.discard_gradients()
+                return False
+            published_before = self.seconds.publish
+            self._judge.note(due, self._rule.step(due, verdict.grad_scale, verdict.clip_value, self._publish))
+        except BaseException:
+            self.discard_gradients()
+            raise
+        self.seconds.collect += collected - start
+        self.seconds.norm += judged - collected
+        self.seconds.update += time.perf_counter() - judged - (self.seconds.publish - published_before)
+        return True
+
+    def settle(self) -> None:
+        """Bring weights to rest: uploads of the last step are through, edits are taken over."""
+        self.transport.wait_all_published()
+        self._follow_edits()
+
+    def _publish(self, unit: ShardUnit, stepped: Sequence[int], event: PublishEvent | None = None) -> None:
+        start = time.perf_counter()
+        if event is None:
+            event = self.states[unit.index].upload(stepped)
+        self.transport.publish(unit, event, stepped)
+        self._seen_versions.update((unit.params[i], unit.params[i]._version) for i in stepped)
+        self.seconds.publish += time.perf_counter() - start
+
+    # Optimizers that run themselves
+
+    @property
+    def is_passthrough(self) -> bool:
+        """Whether the user's optimizer can step the module's own parameters as if we were not there."""
+        is_plain = self.transport.is_local and not self._own.has_stand_ins and self._loss_scale is None
+        return self._rule is self._own and is_plain
+
+    def passthrough_step(self, closure: Callable[[], Any]) -> Any:
+        """Let it."""
+        return self._own.passthrough_step(closure)
+
+    @property
+    def needs_closure(self) -> bool:
+        """Whether the optimizer evaluates the loss itself, as LBFGS does."""
+        return self._rule is self._own and self._own.needs_closure
+
+    def closure_step(self, closure: Callable[[], Any]) -> Any:
+        """Step such an optimizer; `closure` runs forward and backward and returns the loss."""
+
+        def evaluate() -> tuple[Any, Sequence[Due], float, float | None]:
+            self.transport.wait_all_published()
+            result = closure()
+            due = self._gather_due()
+            verdict = self._judge.judge(due, None)
+            for state in self.states:
+                state.clear_grads()
+            return result, due, verdict.grad_scale, verdict.clip_value
+
+        self.settle()
+        return self._own.closure_step(evaluate, self._publish)
+
+    # State
+
+    def flush(self) -> None:
+        """Bring the optimizer's own states up to date: some ways of stepping leave them one step behind."""
+        self._rule.flush()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The optimizer's whole state in torch's own format, with fp32 masters (see `pack_state`)."""
+        self._rule.flush()
+        return pack_state(self)
+
+    def local_state_dict(self, name_of: Mapping[nn.Parameter, str]) -> dict[str, Any]:
+        """This rank's rows of the optimizer's state, parameters by name (see `pack_local_state`)."""
+        self._rule.flush()
+        return pack_local_state(self, name_of)
+
+    def load_state_dict(self, packed: Mapping[str, Any]) -> None:
+        """Load what `state_dict()` of this or of a plain optimizer of the same type returned.
+
+        Raises:
+            SuperScaleError: parameter groups of other sizes.
+        """
+        self._rule.flush()
+        unpack_state(self, packed)
+
+    def take_states(self, states: Mapping[nn.Parameter, Mapping[str, Any]]) -> None:
+        """Forget all states and take over these: this rank's rows, with masters under MASTER_KEY."""
+        self._rule.flush()
+        self.optimizer.state.clear()
+        for param, state in states.items():
+            rest = {key: value for key, value in state.items() if key != MASTER_KEY}
+            self.load_param_state(param, rest, state.get(MASTER_KEY))
+
+    def piece_of(self, param: nn.Parameter) -> ParamSlice | None:
+        """This rank's rows of a parameter; None for one that is not trained."""
+        place = self.transport.place_of(param)
+        return None if place is None else place[0].shard.slices[place[1]]
+
+    def master_of(self, param: nn.Parameter) -> Tensor | None:
+        """This rank's rows of a parameter's master; None for one that has the weights' dtype, and so their values."""
+        place = self.transport.place_of(param)
+        if place is None:
+            return None
+        master = master_slice(place[0], self.states[place[0].index], place[1])
+        return None if master.dtype == param.dtype else master
+
+    def load_param_state(self, param: nn.Parameter, state: Mapping[str, Any], master: Tensor | None) -> None:
+        """Take over one parameter's saved state, rows of this rank."""
+        if self.transport.place_of(param) is None:
+            self.adopt([param])
+        place = self.transport.place_of(param)
+        if place is None:
+            raise AssertionError("a parameter that was just adopted has no unit")
+        unit, i = place
+        kept, rest = self.states[unit.index], dict(state)
+        settle_master(unit, kept, i, master, rest)
+        if rest:
+            self._rule.load(param, unit, kept, i, rest)
+
+    def reload_masters(self) -> None:
+        """Follow the module's weights, after somebody loaded those."""
+        self._rule.flush()
+        for unit, state in zip(self.transport.units, self.states, strict=True):
+            state.reload(range(len(unit.params)))
+
+    def grad_norm(self) -> Tensor:
+        """See `Judge.grad_norm`."""
+        return self._judge.grad_norm()
+
+    def close(self) -> None:
+        """Hand everything back: parameters own their storage again, the optimizer is the user's alone.
+
+        Masters go into the optimizer's state, so that a checkpoint saved after training still has them.
+        """
+        self._rule.close()
+        for param in self.params():
+            master = self.master_of(param)
+            if master is not None and param in self.optimizer.state:
+                self.optimizer.state[param][MASTER_KEY] = master
+        self._guard.remove()
+        self.transport.close()
+        for state in self.states:
+            state.release()

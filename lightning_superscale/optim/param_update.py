@@ -1,0 +1,93 @@
+"""One parameter that has a gradient this step, with everything that its update needs to know, hyperparameters too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_superscale.layout.rows import ParamSlice
+from lightning_superscale.ops.types import AdamWHyper
+from lightning_superscale.optim.unit import ShardUnit
+from lightning_superscale.optim.unit_state import UnitState
+
+
+@dataclass(slots=True)
+class Due:
+    """One parameter to step.
+
+    Attributes:
+        group: the optimizer's parameter group that holds it.
+        i: index of its slice in `unit`.
+        grad: this step's whole gradient of the slice, 1D, where the states live.
+    """
+
+    param: nn.Parameter
+    group: dict[str, Any]
+    unit: ShardUnit
+    state: UnitState
+    i: int
+    grad: Tensor
+
+    @property
+    def piece(self) -> ParamSlice:
+        return self.unit.shard.slices[self.i]
+
+
+def by_unit(due: Iterable[Due]) -> dict[int, list[Due]]:
+    """Group by unit, last unit first: units follow the backward, uploads the next forward."""
+    units: dict[int, list[Due]] = {}
+    for item in due:
+        units.setdefault(item.unit.index, []).append(item)
+    return dict(sorted(units.items(), reverse=True))
+
+
+_NATIVE_TYPES = (torch.optim.Adam, torch.optim.AdamW)
+
+
+def reason_not_native(optimizer: Optimizer) -> str | None:
+    """Why an optimizer steps through its own code; None when the native AdamW kernel steps it.
+
+    A subclass may override `step`, so only the two classes themselves qualify.
+    """
+    if type(optimizer) not in _NATIVE_TYPES:
+        return f"{type(optimizer).__name__} is not torch.optim.Adam or AdamW"
+    for group in optimizer.param_groups:
+        for key in ("amsgrad", "differentiable", "capturable"):
+            if group.get(key):
+                return f"{key}=True"
+        for key in ("lr", "eps", "weight_decay"):
+            if isinstance(group[key], torch.Tensor):
+                return f"{key} is a tensor"
+        if any(isinstance(beta, torch.Tensor) for beta in group["betas"]):
+            return "betas are tensors"
+    return None
+
+
+def hyper_of(
+    optimizer: Optimizer, group: dict[str, Any], step: int, grad_scale: float, clip_value: float | None
+) -> AdamWHyper:
+    """The numbers of one update, read from the parameter group at the step, so that schedulers keep working.
+
+    The square root is the one that plain AdamW would take: IEEE's on a GPU and in its fused CPU kernel,
+    torch's own in the loop that runs on a CPU otherwise.
+    """
+    beta1, beta2 = group["betas"]
+    is_cuda = any(param.device.type == "cuda" for param in group["params"][:1])
+    return AdamWHyper(
+        lr=float(group["lr"]),
+        beta1=beta1,
+        beta2=beta2,
+        eps=group["eps"],
+        weight_decay=group["weight_decay"],
+        step=step,
+        decoupled=bool(group.get("decoupled_weight_decay", isinstance(optimizer, torch.optim.AdamW))),
+        maximize=bool(group["maximize"]),
+        grad_scale=grad_scale,
+        clip_value=clip_value,
+        ieee_sqrt=is_cuda or bool(group.get("fused")),
+    )

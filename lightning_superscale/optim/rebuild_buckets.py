@@ -1,0 +1,53 @@
+"""Moves parameters into other units and their states to other homes while training, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from lightning_superscale.optim.bucketing import Grouping, NamedParam, is_same_cut
+from lightning_superscale.optim.transport import Transport
+from lightning_superscale.optim.unit_state import UnitState
+
+
+class RegroupedEngine(Protocol):
+    """What `regroup` needs of an optimizer engine."""
+
+    transport: Transport
+    states: list[UnitState]
+
+    def named_params(self) -> list[NamedParam]: ...
+    def settle(self) -> None: ...
+    def flush(self) -> None: ...
+    def start_over(self) -> None: ...
+    def adopt(self, params: Sequence[nn.Parameter]) -> None: ...
+    def own_state_of(self, param: nn.Parameter) -> Mapping[str, Any]: ...
+    def master_of(self, param: nn.Parameter) -> Tensor | None: ...
+    def load_param_state(self, param: nn.Parameter, state: Mapping[str, Any], master: Tensor | None) -> None: ...
+
+
+def regroup(engine: RegroupedEngine, grouping: Grouping) -> bool:
+    """Make units follow `grouping`; between two steps. Every rank calls it with the same one.
+
+    Units are made one after the other and an old one goes with its last parameter, so that little is there twice.
+
+    Returns:
+        whether anything moved.
+    """
+    transport, named = engine.transport, engine.named_params()
+    members = transport.units_of(named, grouping)
+    cut = [[param for _, param in unit] for unit in members]
+    if transport.grouping.on_device == grouping.on_device and is_same_cut((u.params for u in transport.units), cut):
+        return False
+    engine.settle()
+    engine.flush()
+    masters = {param: engine.master_of(param) for _, param in named}
+    transport.regroup(grouping)
+    engine.start_over()
+    for params in cut:
+        engine.adopt(params)
+        for param in params:
+            engine.load_param_state(param, dict(engine.own_state_of(param)), masters.pop(param))
+    return True

@@ -1,0 +1,140 @@
+"""An optimizer's state in torch's own format, whole, whatever the layout that holds it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_superscale.comm.communicator import Ranks
+from lightning_superscale.comm.dtensor import gather_rows, join_parts, local_rows, take_part, take_rows
+from lightning_superscale.errors import SuperScaleError
+from lightning_superscale.layout.rows import ParamSlice
+
+MASTER_KEY = "master_param"
+
+
+class StateHolder(Protocol):
+    """What these functions need of an optimizer engine."""
+
+    optimizer: Optimizer
+    ranks: Ranks
+
+    def params(self) -> Iterator[nn.Parameter]: ...
+    def piece_of(self, param: nn.Parameter) -> ParamSlice | None: ...
+    def master_of(self, param: nn.Parameter) -> Tensor | None: ...
+    def load_param_state(self, param: nn.Parameter, state: Mapping[str, Any], master: Tensor | None) -> None: ...
+
+
+def pack_state(engine: StateHolder) -> dict[str, Any]:
+    """`optimizer.state_dict()` in torch's own format, with each parameter's fp32 master beside its moments.
+
+    A plain optimizer loads it and ignores the masters. Every rank calls it; where states are sharded,
+    tensors are whole on rank 0, which writes the checkpoint, and absent on the others.
+    """
+    packed: dict[str, Any] = engine.optimizer.state_dict()
+    states: dict[int, dict[str, Any]] = {index: dict(state) for index, state in packed["state"].items()}
+    for index, param in enumerate(engine.params()):
+        master = engine.master_of(param)
+        if master is not None:
+            states.setdefault(index, {})[MASTER_KEY] = master
+    if engine.ranks.mesh.num_shares > 1:
+        states = _whole(engine, states)
+    packed["state"] = states
+    return packed
+
+
+def pack_local_state(engine: StateHolder, name_of: Mapping[nn.Parameter, str]) -> dict[str, Any]:
+    """`optimizer.state_dict()` with parameters by name, and of each tensor this rank's rows (`LocalRows`).
+
+    No rank asks another one. Tensors of a shape of their own, and those of parameters of which this rank has no rows
+    in common with others, are as they are.
+
+    Args:
+        name_of: names of the module's parameters as they are now; those of sharded ones change when it is given back.
+    """
+    packed: dict[str, Any] = engine.optimizer.state_dict()
+    params = list(engine.params())
+    states: dict[str, dict[str, Any]] = {}
+    for index, param in enumerate(params):
+        state, master, piece = dict(packed["state"].get(index, {})), engine.master_of(param), engine.piece_of(param)
+        if master is not None:
+            state[MASTER_KEY] = master
+        if piece is not None:
+            state = {
+                key: local_rows(value, piece, param) if key != "step" and _is_rows(value, piece) else value
+                for key, value in state.items()
+            }
+        if state:
+            states[name_of[param]] = state
+    names = [name_of[param] for param in params]
+    groups = [{**group, "params": [names[index] for index in group["params"]]} for group in packed["param_groups"]]
+    return {"state": states, "param_groups": groups}
+
+
+def _whole(engine: StateHolder, states: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    is_first = engine.ranks.mesh.world.rank == 0
+    whole: dict[int, dict[str, Any]] = {}
+    for index, param in enumerate(engine.params()):
+        state, piece = states.get(index), engine.piece_of(param)
+        if state is None:
+            continue
+        if piece is None or not piece.spec.shape:
+            gathered = state  # rank 0 holds the only row of a scalar
+        else:
+            gathered = {
+                key: _gathered(engine.ranks, value, piece, param) if _is_rows(value, piece) else value
+                for key, value in state.items()
+            }
+        if is_first:
+            whole[index] = gathered
+    return whole
+
+
+def _gathered(ranks: Ranks, rows: Tensor, piece: ParamSlice, param: nn.Parameter) -> Tensor:
+    return join_parts(ranks.tensor, gather_rows(ranks.shard, rows, piece, param.device), param)
+
+
+def _is_rows(value: Any, piece: ParamSlice) -> bool:
+    return isinstance(value, Tensor) and tuple(value.shape) == piece.local_shape
+
+
+def unpack_state(engine: StateHolder, packed: Mapping[str, Any]) -> None:
+    """Load what `pack_state()` at any number of ranks, or a plain optimizer of the same type, returned.
+
+    Raises:
+        SuperScaleError: parameter groups of other sizes, or states of other shapes.
+    """
+    name = type(engine.optimizer).__name__
+    groups, own_groups = packed["param_groups"], engine.optimizer.param_groups
+    if [len(g["params"]) for g in groups] != [len(g["params"]) for g in own_groups]:
+        raise SuperScaleError(
+            f"the checkpoint's {name} has parameter groups of {[len(g['params']) for g in groups]} parameters, "
+            f"this run's has {[len(g['params']) for g in own_groups]}. Build the optimizer as it was when it was saved."
+        )
+    for group, own_group in zip(groups, own_groups, strict=True):
+        own_group.update({key: value for key, value in group.items() if key != "params"})
+    saved_index = [index for group in groups for index in group["params"]]
+    engine.optimizer.state.clear()
+    for index, param in zip(saved_index, engine.params(), strict=True):
+        saved = packed["state"].get(index)
+        if saved is not None:
+            _load_one(engine, param, saved)
+
+
+def _load_one(engine: StateHolder, param: nn.Parameter, saved: Mapping[str, Any]) -> None:
+    piece = engine.piece_of(param)
+    rest = {key: value for key, value in saved.items() if key != MASTER_KEY}
+    master = saved.get(MASTER_KEY)
+    if piece is None:
+        engine.load_param_state(param, rest, master)
+        return
+
+    def local(key: str, value: Any) -> Any:
+        is_rows = isinstance(value, Tensor) and key != "step" and value.shape == param.shape
+        return take_rows(take_part(value, param), piece) if is_rows else value
+
+    rows = {key: local(key, value) for key, value in rest.items()}
+    engine.load_param_state(param, rows, None if master is None else take_rows(take_part(master, param), piece))

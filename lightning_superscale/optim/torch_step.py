@@ -1,0 +1,163 @@
+"""Any other torch optimizer: its own code runs, on fp32 masters that stand in for the parameters meanwhile."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_superscale.comm.dtensor import local_of
+from lightning_superscale.ops.update import StatsSource
+from lightning_superscale.optim.grad_dtypes import grad_dtype_of
+from lightning_superscale.optim.param_update import Due, by_unit
+from lightning_superscale.optim.step_rule import Publish, StepGuard, SynchronousRule
+from lightning_superscale.optim.unit import ShardUnit
+from lightning_superscale.optim.unit_state import UnitState, master_slice
+from lightning_superscale.timeline import UNTIMED, Lane, Timeline
+
+
+class OwnStep(SynchronousRule):
+    """Steps an optimizer through its own `step`."""
+
+    has_moments = False
+
+    def __init__(self, optimizer: Optimizer, guard: StepGuard, timeline: Timeline = UNTIMED) -> None:
+        self._optimizer = optimizer
+        self._guard = guard
+        self._timeline = timeline
+        # Parameters whose master is a tensor of its own; the others are their own masters.
+        self._masters: dict[nn.Parameter, nn.Parameter] = {}
+
+    def attach(self, unit: ShardUnit, state: UnitState) -> None:
+        """Make the stand-ins of a unit's parameters."""
+        if state.master is None and unit.is_whole:
+            return
+        for i, param in enumerate(unit.params):
+            master = nn.Parameter(master_slice(unit, state, i))
+            self._masters[param] = master
+            # Some optimizers make state in their constructor (Adagrad): bring it to where and how masters are, which
+            # are this rank's rows.
+            own: dict[str, Any] = self._optimizer.state.get(param, {})
+            for key, value in own.items():
+                if isinstance(value, Tensor) and value.shape == param.shape and value.dtype == param.dtype:
+                    piece = unit.shard.slices[i]
+                    rows = local_of(value).reshape(-1)[piece.global_offset : piece.global_offset + piece.numel]
+                    own[key] = rows.view(piece.local_shape).to(master.device, master.dtype, copy=True)
+
+    @property
+    def has_stand_ins(self) -> bool:
+        return bool(self._masters)
+
+    def step(
+        self, due: Sequence[Due], grad_scale: float, clip_value: float | None, publish: Publish
+    ) -> Sequence[StatsSource]:
+        self._set_grads(due, grad_scale, clip_value)
+        try:
+            lane: Lane = "host optimizer" if any(item.state.is_on_host for item in due) else "device optimizer"
+            with self._guard.opened(), self._masters_in_place(), self._timeline.device(lane, "its own step"):
+                self._optimizer.step()
+        finally:
+            self._drop_grads(due)
+        self._publish(due, publish)
+        for item in due:
+            item.state.clear_grads()
+        return ()
+
+    @property
+    def needs_closure(self) -> bool:
+        """Whether `optimizer.step` evaluates the loss itself, more than once perhaps, as LBFGS does."""
+        closure = inspect.signature(type(self._optimizer).step).parameters.get("closure")
+        return closure is not None and closure.default is inspect.Parameter.empty
+
+    def closure_step(
+        self, evaluate: Callable[[], tuple[Any, Sequence[Due], float, float | None]], publish: Publish
+    ) -> Any:
+        """Step an optimizer that evaluates the loss itself: each evaluation sees the masters' current weights.
+
+        `evaluate` runs forward and backward and returns (loss, gradients due, clip coefficient, clip value).
+        """
+        due: list[Due] = []
+
+        def closure() -> Any:
+            with self._params_in_place():
+                self._publish(due, publish)
+                result, due[:], grad_scale, clip_value = evaluate()
+            self._set_grads(due, grad_scale, clip_value)
+            return result
+
+        try:
+            with self._guard.opened(), self._masters_in_place():
+                result = self._optimizer.step(closure)
+        finally:
+            self._drop_grads(due)
+        self._publish(due, publish)
+        return result
+
+    def passthrough_step(self, closure: Callable[[], Any]) -> Any:
+        """Let the optimizer step the module's parameters as if we were not there."""
+        with self._guard.opened():
+            return self._optimizer.step(closure=closure)
+
+    def load(self, param: nn.Parameter, unit: ShardUnit, state: UnitState, i: int, saved: Mapping[str, Any]) -> None:
+        """Take over one parameter's saved state, on the master's device, in the dtypes that were saved."""
+        device = self._masters.get(param, param).device
+        self._optimizer.state[param] = {
+            key: value.to(device, copy=True) if isinstance(value, Tensor) and key != "step" else value
+            for key, value in saved.items()
+        }
+
+    def _set_grads(self, due: Sequence[Due], grad_scale: float, clip_value: float | None) -> None:
+        for item in due:
+            master = self._masters.get(item.param, item.param)
+            grad = item.grad.to(torch.float32, copy=True)
+            if grad_scale != 1.0:
+                grad.mul_(grad_scale)
+            if clip_value is not None:
+                grad.clamp_(-clip_value, clip_value)
+            master.grad = grad.view(item.piece.local_shape).to(grad_dtype_of(master))
+
+    def _drop_grads(self, due: Sequence[Due]) -> None:
+        for item in due:
+            self._masters.get(item.param, item.param).grad = None
+
+    def _publish(self, due: Sequence[Due], publish: Publish) -> None:
+        for items in by_unit(due).values():
+            for item in items:
+                weight_out = item.state.weight_out_of(item.i)
+                if weight_out is not None:
+                    weight_out.copy_(item.state.master_of(item.i))
+            publish(items[0].unit, [item.i for item in items])
+
+    @contextmanager
+    def _masters_in_place(self) -> Iterator[None]:
+        """While open, the optimizer's groups and states are keyed by masters."""
+        self._exchange(self._masters)
+        try:
+            yield
+        finally:
+            self._exchange(self._params_of_masters())
+
+    @contextmanager
+    def _params_in_place(self) -> Iterator[None]:
+        """While open, inside `_masters_in_place`, they are keyed by parameters again."""
+        self._exchange(self._params_of_masters())
+        try:
+            yield
+        finally:
+            self._exchange(self._masters)
+
+    def _params_of_masters(self) -> dict[nn.Parameter, nn.Parameter]:
+        return {master: param for param, master in self._masters.items()}
+
+    def _exchange(self, stand_ins: Mapping[nn.Parameter, nn.Parameter]) -> None:
+        # In place, because LBFGS keeps the list.
+        for group in self._optimizer.param_groups:
+            group["params"][:] = [stand_ins.get(p, p) for p in group["params"]]
+        for param, stand_in in stand_ins.items():
+            if param in self._optimizer.state:
+                self._optimizer.state[stand_in] = self._optimizer.state.pop(param)

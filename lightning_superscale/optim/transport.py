@@ -1,0 +1,110 @@
+"""What the optimizer engine needs of whatever carries gradients to it and weights back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+from torch import nn
+
+from lightning_superscale.optim.bucketing import Grouping, NamedParam
+from lightning_superscale.optim.unit import PublishEvent, ShardUnit
+
+IsScaling = Callable[[], bool]
+"""Whether a backward that runs now is one of a scaled loss."""
+
+
+class Transport(Protocol):
+    """Carries reduced gradients of one optimizer's parameters to a sink, and new weights back.
+
+    Rules that make every autograd program right (two backward calls, reused blocks, reentrant
+    checkpoints, branches, losses with retained graphs):
+
+    1. A backward call is never final; `optimizer.step()` is. Nothing counts used parameters.
+    2. Reduction is linear, so a late gradient is one more delta.
+    3. Collectives are issued in one order on every rank, whatever the order of its autograd.
+    """
+
+    @property
+    def units(self) -> Sequence[ShardUnit]: ...
+
+    @property
+    def is_local(self) -> bool:
+        """Whether there is one rank: gradients are used where autograd left them."""
+
+    @property
+    def grouping(self) -> Grouping: ...
+
+    @property
+    def observed(self) -> Sequence[nn.Parameter]:
+        """Parameters in the order in which a gradient of theirs first left during backward; empty when none does."""
+
+    def units_of(self, named_params: Sequence[NamedParam], grouping: Grouping) -> list[list[NamedParam]]:
+        """Members of the units that `add_params` makes with this grouping.
+
+        Args:
+            named_params: in registration order.
+        """
+
+    def add_params(self, named_params: Sequence[NamedParam]) -> Sequence[ShardUnit]:
+        """Move more parameters into units; returns the new units, whose indices follow the known ones."""
+
+    def regroup(self, grouping: Grouping) -> None:
+        """Forget all units, between steps; the next `add_params` makes new ones of them. Every rank calls it."""
+
+    def place_of(self, param: nn.Parameter) -> tuple[ShardUnit, int] | None:
+        """The unit of a parameter and its index there, or None when no unit holds it."""
+
+    def stream(self) -> None:
+        """From now on, take gradients during the last backward of a step rather than at the step."""
+
+    def watch_edits(self, is_scaling: IsScaling | None = None) -> None:
+        """Refuse, at the step, gradients in `param.grad` that somebody changed in place on several ranks.
+
+        Args:
+            is_scaling: where losses are scaled: refuse those that were made while it said no, too.
+        """
+
+    def average_held(self) -> None:
+        """Make gradients that are kept in `param.grad` averages over ranks. Every rank calls it after backward."""
+
+    def blocked(self) -> AbstractContextManager[None]:
+        """While open, more micro-batches of the same step follow."""
+
+    def holding(self) -> AbstractContextManager[None]:
+        """While open, gradients stay where the user's `zero_grad()` finds them, also those that would be streamed.
+
+        For a backward that user code runs on its own before the one of the step.
+        """
+
+    def collect(self) -> None:
+        """Send the sink what this step still lacks. At the step; every rank calls it.
+
+        Raises:
+            SuperScaleError: on all ranks when any has something to say; names rank and reason.
+        """
+
+    def discard(self) -> None:
+        """Forget gradients of an interrupted step."""
+
+    def publish(self, unit: ShardUnit, event: PublishEvent | None, stepped: Sequence[int]) -> None:
+        """Bring new weights of the stepped slices to where forward reads them.
+
+        With an `event` they are on their way into `unit.inbox()`; without, they are in
+        `unit.local_rows()`. Every rank calls it for the same units in the same order.
+
+        [Note: Graphs of old weights] A graph that was made before the step refuses to run backward after it, as in
+        plain PyTorch: what the step changed counts one version more, though nobody wrote through the parameter.
+        """
+
+    def wait_published(self, units: Iterable[ShardUnit]) -> None:
+        """Return when whatever runs next sees the new weights of these units."""
+
+    def wait_all_published(self) -> None: ...
+
+    def abandon(self) -> None:
+        """A rank failed: forget the step, and wait for nothing that is under way."""
+
+    def close(self) -> None:
+        """Remove every hook; parameters own whole weights in a storage of their own again."""

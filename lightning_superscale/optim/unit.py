@@ -1,0 +1,96 @@
+"""The unit of everything that moves: parameters whose gradients, states and weights travel together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lightning_superscale.errors import SuperScaleError
+from lightning_superscale.layout.rows import ParamSlice, UnitLayout
+
+
+class PublishEvent(Protocol):
+    """Completion of an upload of new weights."""
+
+    def is_ready(self) -> bool:
+        """Whether `wait` would return at once."""
+
+    def wait(self) -> None:
+        """Make whatever runs next on the parameters' device see the new weights."""
+
+
+class ShardUnit(Protocol):
+    """Parameters of one dtype and device that are reduced, stepped and published together.
+
+    Every transport has its own kind of unit: `zero/buckets/unit.py` for whole parameters in a flat buffer,
+    `zero/fsdp2/unit.py` for sharded ones. States and engines know only this.
+
+    Attributes:
+        index: the unit's place in its transport; the same on every rank.
+        shard: this rank's rows; gradients, masters and moments follow it.
+        is_whole: this rank's rows are all rows.
+        has_whole_weights: every rank keeps all rows of the weights, between steps too.
+        weight_numel: elements of weights that this rank keeps on the device, padding included.
+    """
+
+    @property
+    def index(self) -> int: ...
+    @property
+    def params(self) -> tuple[nn.Parameter, ...]: ...
+    @property
+    def shard(self) -> UnitLayout: ...
+    @property
+    def is_whole(self) -> bool: ...
+    @property
+    def has_whole_weights(self) -> bool: ...
+    @property
+    def weight_numel(self) -> int: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def device(self) -> torch.device: ...
+
+    def local_rows(self, i: int) -> Tensor:
+        """This rank's rows of weight i, 1D [slice.numel]: a view of what forward (or its gather) reads."""
+
+    def inbox(self) -> Tensor:
+        """Where an upload of new weights lands, [shard.shard_numel], laid out like `shard`."""
+
+
+class GradientDelta(NamedTuple):
+    """Reduced gradients of some slices of one unit: what is to be added to this step's gradient.
+
+    A unit sends zero or more deltas per step. None is final: `optimizer.step()` is.
+
+    Attributes:
+        slices: (index into `unit.shard.slices`, gradient [slice.numel], in the gradient's own dtype).
+            The tensors belong to the receiver; work that produces them was issued on the current stream.
+    """
+
+    unit: ShardUnit
+    slices: Sequence[tuple[int, Tensor]]
+
+
+class DeltaSink(Protocol):
+    def __call__(self, delta: GradientDelta) -> None: ...
+
+
+def slice_view(flat: Tensor, piece: ParamSlice) -> Tensor:
+    """The 1D view of one slice in a buffer that follows its layout."""
+    return flat[piece.offset : piece.offset + piece.numel]
+
+
+def check_dense(fqn: str, grad: Tensor) -> None:
+    """Refuse a sparse gradient, by the parameter's name.
+
+    Raises:
+        SuperScaleError: names the parameter and the remedy.
+    """
+    if grad.layout != torch.strided:
+        raise SuperScaleError(
+            f"parameter {fqn!r} has a gradient of layout {grad.layout}; expected a dense one. "
+            "Build its module with sparse=False."
+        )

@@ -1,0 +1,171 @@
+"""Master weights and optimizer states of one unit, and the protocol that says where they may live."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_superscale.comm.dtensor import tensor_part_name
+from lightning_superscale.ops.state_dtypes import FP32_STATES, StateDtypes, follow_weights
+from lightning_superscale.ops.types import Rounding
+from lightning_superscale.optim.unit import PublishEvent, ShardUnit, slice_view
+
+# Beside exp_avg and exp_avg_sq in the optimizer's own state, where bf16 masters are compensated.
+COMPENSATION_KEY = "compensation"
+
+
+class UnitState(Protocol):
+    """What the optimizer engine needs of one unit's states, on whatever device they live.
+
+    Flat buffers follow `unit.shard`.
+
+    Attributes:
+        master: master weights [shard_numel]; None when the parameters' own rows are the masters.
+        exp_avg, exp_avg_sq: moments, or None for an optimizer that keeps states of its own.
+        compensation: what rounding 16-bit masters lost (Kahan); None without.
+    """
+
+    @property
+    def master(self) -> Tensor | None: ...
+    @property
+    def exp_avg(self) -> Tensor | None: ...
+    @property
+    def exp_avg_sq(self) -> Tensor | None: ...
+    @property
+    def compensation(self) -> Tensor | None: ...
+    @property
+    def is_on_host(self) -> bool:
+        """Whether they live in host memory and weights on a device go there over a link."""
+
+    @property
+    def num_transfer_buffers(self) -> int:
+        """Host buffers of `transfer_dtype` beside masters and moments."""
+
+    @property
+    def transfer_dtype(self) -> torch.dtype:
+        """What gradients and new weights have on their way to the states and back."""
+
+    @property
+    def host_copy_numel(self) -> int:
+        """Elements of host buffers for weights that are on the device only while used; 0 where masters are these."""
+
+    def master_of(self, i: int) -> Tensor:
+        """Master weights of slice i, 1D."""
+
+    def rounding_of(self, i: int) -> Rounding | None:
+        """How updates of slice i round what they store; None where all of it is fp32."""
+
+    def weight_out_of(self, i: int) -> Tensor | None:
+        """Where a step writes slice i's new weights; None when the masters are these."""
+
+    def receive(self, slices: Sequence[tuple[int, Tensor]]) -> None:
+        """Take gradient deltas: the first of a slice in a step replaces, later ones add."""
+
+    def grad(self, i: int) -> Tensor | None:
+        """This step's whole gradient of slice i, ready to read where the states live; None without one."""
+
+    def clear_grads(self) -> None:
+        """Forget this step's gradients."""
+
+    def upload(self, stepped: Sequence[int]) -> PublishEvent | None:
+        """Move new weights of the stepped slices to `unit.inbox()`; None when they are in `unit.local_rows()`."""
+
+    def reload(self, slices: Sequence[int]) -> None:
+        """Follow weights that somebody changed: a master that no longer rounds to its weight becomes that weight."""
+
+    def release(self) -> None:
+        """Free what the garbage collector does not."""
+
+
+class ResidentState:
+    """States on the parameters' own device; parameters of the masters' dtype are their own masters."""
+
+    def __init__(self, unit: ShardUnit, *, has_moments: bool, dtypes: StateDtypes = FP32_STATES) -> None:
+        def zeros(dtype: torch.dtype) -> Tensor:
+            return torch.zeros(unit.shard.shard_numel, dtype=dtype, device=unit.device)
+
+        self.unit = unit
+        self.is_on_host = False
+        self.num_transfer_buffers = self.host_copy_numel = 0
+        self.transfer_dtype = unit.dtype
+        self.master: Tensor | None = None
+        if unit.dtype != dtypes.master_of(unit.dtype):
+            self.master = zeros(dtypes.master_of(unit.dtype))
+            for i in range(len(unit.params)):
+                self.master_of(i).copy_(unit.local_rows(i))
+        self.exp_avg = zeros(dtypes.moments) if has_moments else None
+        self.exp_avg_sq = zeros(dtypes.moments) if has_moments else None
+        self.compensation = zeros(torch.bfloat16) if dtypes.compensates(unit.dtype) else None
+        self._roundings = roundings_of(unit, dtypes)
+        self._grads: dict[int, Tensor] = {}
+
+    def master_of(self, i: int) -> Tensor:
+        return self.unit.local_rows(i) if self.master is None else slice_view(self.master, self.unit.shard.slices[i])
+
+    def rounding_of(self, i: int) -> Rounding | None:
+        return self._roundings[i]
+
+    def weight_out_of(self, i: int) -> Tensor | None:
+        return None if self.master is None else self.unit.local_rows(i)
+
+    def receive(self, slices: Sequence[tuple[int, Tensor]]) -> None:
+        for i, grad in slices:
+            if i in self._grads:
+                self._grads[i] = self._grads[i] + grad
+            else:
+                self._grads[i] = grad
+
+    def grad(self, i: int) -> Tensor | None:
+        return self._grads.get(i)
+
+    def clear_grads(self) -> None:
+        self._grads.clear()
+
+    def upload(self, stepped: Sequence[int]) -> PublishEvent | None:
+        return None
+
+    def reload(self, slices: Sequence[int]) -> None:
+        for i in slices:
+            if self.compensation is not None:
+                slice_view(self.compensation, self.unit.shard.slices[i]).zero_()
+            if self.master is not None:
+                follow_weights(self.master_of(i), self.unit.local_rows(i))
+
+    def release(self) -> None:
+        self._grads.clear()
+
+
+def roundings_of(unit: ShardUnit, dtypes: StateDtypes) -> tuple[Rounding | None, ...]:
+    """How updates round each slice: random numbers follow the parameter's elements, whichever rank holds them."""
+    return tuple(
+        dtypes.rounding(unit.dtype, tensor_part_name(param, piece.fqn), piece.global_offset)
+        for param, piece in zip(unit.params, unit.shard.slices, strict=True)
+    )
+
+
+def master_slice(unit: ShardUnit, state: UnitState, i: int) -> Tensor:
+    """Master weights of slice i in the shape of its rows."""
+    return state.master_of(i).view(unit.shard.slices[i].local_shape)
+
+
+def settle_master(unit: ShardUnit, state: UnitState, i: int, saved: Tensor | None, rest: dict[str, Tensor]) -> None:
+    """Take over a saved master of slice i, in whatever dtype it was kept, with what its rounding had lost.
+
+    Args:
+        saved: None for a master that the weights are.
+        rest: the parameter's other saved states. A compensation that this run does not keep is taken out of it (an fp32
+            master takes it up), and one that it lacks is put in.
+    """
+    master = master_slice(unit, state, i)
+    if state.compensation is None:
+        lost = rest.pop(COMPENSATION_KEY, None)
+        if lost is not None and master.dtype == torch.float32:
+            saved = (master if saved is None else saved).float() + lost.to(master.device).float()
+    if saved is None:
+        return
+    master.copy_(saved)
+    if state.compensation is not None and COMPENSATION_KEY not in rest:
+        rest[COMPENSATION_KEY] = saved.to(master.device).float() - master.float()

@@ -1,0 +1,199 @@
+"""The verdict on one step's gradients, the same on all ranks: norm, clip coefficient, whether they are finite.
+
+[Note: What the plan left whole] Every rank of the tensor axis computes the same batch, so a parameter that the plan
+left alone (a norm, an embedding) has the same gradient on all of them, and each rank steps it for itself: nothing is
+sent. That is so wherever activations are whole. Where they are cut, as between ColwiseParallel and RowwiseParallel or
+along the sequence, each rank's gradient of a plain parameter is only its part of the sum, and nothing in PyTorch says
+so: weights would drift apart in silence. So the first gradient that is not zero is compared over the tensor axis.
+The plan's own styles (SequenceParallel) place such a parameter as Replicate, and DTensor sums its gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_superscale.comm.collectives import gather_objects
+from lightning_superscale.comm.communicator import Ranks
+from lightning_superscale.comm.dtensor import is_cut
+from lightning_superscale.comm.mesh import DataMesh
+from lightning_superscale.errors import SuperScaleError
+from lightning_superscale.ops.update import StatsSource
+from lightning_superscale.optim.clipping import (
+    ClipByNorm,
+    ClipByValue,
+    ClipRequest,
+    EarlyNorms,
+    clip_coefficient,
+    counted_stats,
+    grad_sumsq,
+    joined,
+    norm_over_ranks,
+    norms_of,
+)
+from lightning_superscale.optim.param_update import Due
+from lightning_superscale.optim.unit import GradientDelta
+
+# Sums of squares of one gradient, computed twice. Kernels that are not deterministic change each element by a few
+# roundings (2**-8 in bf16), which average out in the sum; parts of a sum differ by as much as they are large.
+_ROUNDOFF = 2.0**-7
+
+
+class Verdict(NamedTuple):
+    """What a step does to its gradients.
+
+    Attributes:
+        grad_scale: they are multiplied by it: the clip coefficient over the loss scale.
+        clip_value: then limited to [-clip_value, clip_value]; None for no limit.
+        has_overflowed: a gradient of a scaled loss is NaN or infinite somewhere: the step is dropped.
+    """
+
+    grad_scale: float
+    clip_value: float | None
+    has_overflowed: bool = False
+
+
+class Judge:
+    """Judges the gradients of one optimizer.
+
+    Args:
+        fqn_of: names of the module's parameters, in registration order.
+        error_if_nonfinite: raise when a gradient is NaN or infinite.
+    """
+
+    def __init__(self, ranks: Ranks, fqn_of: Mapping[nn.Parameter, str], *, error_if_nonfinite: bool) -> None:
+        self._ranks = ranks
+        self._fqn_of = fqn_of
+        self._error_if_nonfinite = error_if_nonfinite
+        self._clips: list[ClipRequest] = []
+        self._last_norm: Tensor | None = None
+        self._last_stats: Sequence[StatsSource] = ()
+        self._early = EarlyNorms(ranks.mesh)
+
+    def receive(self, delta: GradientDelta) -> None:
+        """Gradients that leave for the host; where steps need norms, they are measured before."""
+        self._early.take(delta)
+
+    def request(self, clip: ClipRequest) -> None:
+        """Clip the gradients of the next step.
+
+        Raises:
+            SuperScaleError: a clip by norm after one by value, which can't be fused.
+        """
+        self._clips = joined(self._clips, clip)
+
+    def discard(self) -> None:
+        """Forget requests and gradients of an interrupted step."""
+        self._clips.clear()
+        self._early.clear()
+
+    def judge(self, due: Sequence[Due], loss_scale: float | None) -> Verdict:
+        """Every rank calls it.
+
+        Args:
+            loss_scale: what the loss of these gradients was multiplied by; None without a scaler.
+
+        Raises:
+            SuperScaleError: a NaN or infinite gradient with error_if_nonfinite, on every rank; names the parameters.
+        """
+        clips, self._clips = self._clips, []
+        max_norm = next((c.max_norm for c in clips if isinstance(c, ClipByNorm)), None)
+        clip_value = next((c.clip_value for c in clips if isinstance(c, ClipByValue)), None)
+        self._last_norm, self._last_stats = None, ()
+        unscale = 1.0 if loss_scale is None else 1.0 / loss_scale
+        self._early.are_wanted = max_norm is not None or self._error_if_nonfinite or loss_scale is not None
+        if not due or not self._early.are_wanted:
+            return Verdict(unscale, clip_value)
+        norms, self._last_norm = norms_of(self._ranks.mesh, due, self._early)
+        self._early.clear()
+        if loss_scale is not None:
+            self._last_norm = self._last_norm * unscale
+        if not bool(self._last_norm.isfinite()):
+            # An overflow is the scaler's business, as long as it can do something about it.
+            if self._error_if_nonfinite and (loss_scale is None or loss_scale <= 1):
+                self._raise_nonfinite(due, norms)
+            if loss_scale is not None:
+                return Verdict(unscale, clip_value, has_overflowed=True)
+        if max_norm is None:
+            return Verdict(unscale, clip_value)
+        return Verdict(float(clip_coefficient(self._last_norm, max_norm)) * unscale, clip_value)
+
+    def _raise_nonfinite(self, due: Sequence[Due], norms: Tensor) -> None:
+        is_bad = (~norms.isfinite()).tolist()
+        here = {self._fqn_of[item.param] for item, flag in zip(due, is_bad, strict=True) if flag}
+        anywhere = here.union(*gather_objects(self._ranks.mesh, here))
+        bad = [fqn for fqn in self._fqn_of.values() if fqn in anywhere]
+        shown = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
+        raise SuperScaleError(
+            f"error_if_nonfinite: the gradients of {len(bad)} of {len(due)} parameters are NaN or infinite "
+            f"({shown}). Weights and optimizer states are as before this step. "
+            "Look for a NaN loss or an overflow; pass error_if_nonfinite=False to train on regardless."
+        )
+
+    def note(self, due: Sequence[Due], stats: Sequence[StatsSource]) -> None:
+        """Know what the step's own kernels counted, for `grad_norm` of a step that needed no norm."""
+        self._last_stats = counted_stats(self._ranks.mesh, due, stats)
+
+    def grad_norm(self) -> Tensor:
+        """Global 2-norm of the gradients of the last step, before clipping; fp32 scalar on the CPU.
+
+        Every rank calls it, where states are sharded.
+
+        Raises:
+            SuperScaleError: no step with gradients has been taken, or the optimizer steps itself.
+        """
+        if self._last_norm is not None:
+            return self._last_norm.detach().cpu()
+        if self._last_stats:
+            here = sum(s.sumsq for source in self._last_stats for s in source())
+            if self._ranks.mesh.num_shares == 1:
+                return torch.tensor(here**0.5)
+            self._last_norm = norm_over_ranks(self._ranks.mesh, here)
+            return self._last_norm
+        raise SuperScaleError(
+            "grad_norm() is known after an optimizer step of Adam or AdamW, or after one with clipping by norm; "
+            "neither has happened yet."
+        )
+
+
+class EqualGradients:
+    """Compares the gradients of what the plan left whole over the tensor axis, once per parameter.
+
+    Args:
+        fqn_of: names of the module's parameters.
+    """
+
+    def __init__(self, mesh: DataMesh, fqn_of: Mapping[nn.Parameter, str]) -> None:
+        self._mesh = mesh
+        self._fqn_of = fqn_of
+        self._seen: set[nn.Parameter] = set()
+
+    def check(self, due: Sequence[Due]) -> None:
+        """Every rank calls it at each step, with the same parameters.
+
+        Raises:
+            SuperScaleError: on every rank; names the parameter and both 2-norms.
+        """
+        if self._mesh.tensor.size == 1:
+            return
+        new = [i for i, item in enumerate(due) if item.param not in self._seen and not is_cut(item.param)]
+        if not new:
+            return
+        own = [float(grad_sumsq(due[i].grad)) for i in new]
+        everybody = torch.tensor(gather_objects(self._mesh, own), dtype=torch.float64)
+        by_data = everybody.view(-1, self._mesh.tensor.size, len(new))
+        low, high = by_data.amin(dim=1), by_data.amax(dim=1)
+        self._seen.update(due[i].param for i, seen in zip(new, (low > 0).all(dim=0).tolist(), strict=True) if seen)
+        for column in ((high - low) > _ROUNDOFF * high).any(dim=0).nonzero().flatten().tolist():
+            row = int((high - low)[:, column].argmax())
+            fqn = self._fqn_of[due[new[column]].param]
+            norms = ", ".join(f"{float(value) ** 0.5:.6g}" for value in by_data[row, :, column])
+            raise SuperScaleError(
+                f"ranks of the tensor axis computed different gradients of {fqn!r}, which the plan left "
+                f"whole: 2-norms {norms}. Either their batches or random numbers differ (give samplers of your own the "
+                "data-parallel rank, and call seed_everything), or the parameter acts on activations that are cut: "
+                "give it SequenceParallel() or another style in the plan. No weight was changed in this step."
+            )

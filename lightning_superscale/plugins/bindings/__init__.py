@@ -1,0 +1,1 @@
+"""The plugins bound to each import name of Lightning."""

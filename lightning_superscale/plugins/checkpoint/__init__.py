@@ -1,0 +1,1 @@
+"""Universal checkpoints under any Lightning strategy."""

@@ -1,0 +1,96 @@
+"""The callback that binds a UniversalCheckpointIO to the strategy of its Trainer ([Note: Bound to a strategy]).
+
+Lightning adds it to every Trainer, through an entry point. It does nothing where the Trainer has another checkpoint IO.
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from lightning_superscale.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+    from lightning.pytorch.callbacks import Callback as _Base
+else:
+    _Base = object
+
+_made: set[type] = set()
+
+
+class CheckpointBinderMixin(_Base):
+    """Binds `plugins=[UniversalCheckpointIO()]` to whichever strategy the Trainer has."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Every rank calls it, before anything is saved or loaded.
+
+        Raises:
+            CheckpointError: a strategy that writes checkpoints past any IO in a way that is not known here.
+        """
+        io = trainer.strategy._checkpoint_io
+        if io is None or not any(one.__name__ == "UniversalCheckpointIOMixin" for one in type(io).__mro__):
+            return
+        bind(trainer.strategy)
+
+
+def bind(strategy: Any) -> None:
+    """Let a strategy save and load through its UniversalCheckpointIO, on every rank.
+
+    Raises:
+        CheckpointError: a strategy that writes checkpoints past any IO in a way that is not known here.
+    """
+    base = type(strategy)
+    if base in _made or any(one.__name__ == "SuperScaleStrategyMixin" for one in base.__mro__):
+        return
+    owner = next(one.__name__ for one in base.__mro__ if "save_checkpoint" in one.__dict__)
+    known = importlib.import_module("lightning_superscale.plugins.checkpoint.lightning_strategies").BOUND
+    if owner not in known:
+        raise CheckpointError(
+            f"{base.__name__} writes checkpoints by itself ({owner}.save_checkpoint), past UniversalCheckpointIO. Use "
+            "that with Lightning's single-device, DDP, FSDP or ModelParallel strategy or with one of "
+            "lightning_superscale, or remove it from the Trainer's plugins."
+        )
+    bound = known[owner](base)
+    bound.__name__ = bound.__qualname__ = f"Universal{base.__name__}"
+    _made.add(bound)
+    strategy.__class__ = bound
+    strategy.checkpoint_io.bind()
+
+
+def lightning_callbacks() -> list[Any]:
+    """What the entry point gives `lightning.pytorch`."""
+    return _binders("lightning.pytorch.callbacks")
+
+
+def pytorch_lightning_callbacks() -> list[Any]:
+    """What the entry point gives `pytorch_lightning`."""
+    return _binders("pytorch_lightning.callbacks")
+
+
+def _binders(callbacks: str) -> list[Any]:
+    """One binder, of the Lightning that has these callbacks.
+
+    Every Trainer asks. So the rest of this package, which takes a quarter of a second, is imported by those that use
+    it; and if it can't be, it must not stop those that don't.
+
+    Warns:
+        UserWarning: it can't; an IO that nobody bound refuses to write.
+    """
+    try:
+        return [_binder(callbacks)]
+    except Exception as error:
+        warnings.warn(
+            f"lightning-superscale could not be imported ({type(error).__name__}: {error}); UniversalCheckpointIO "
+            "won't work in this Trainer. Reinstall or uninstall it.",
+            stacklevel=2,
+        )
+        return []
+
+
+def _binder(callbacks: str) -> Any:
+    base = importlib.import_module(callbacks).Callback
+    # No module has the class, so launchers that spawn ranks send how it was made.
+    found = {"__reduce__": lambda self: (_binder, (callbacks,))}
+    return type("CheckpointBinder", (CheckpointBinderMixin, base), found)()

@@ -1,0 +1,175 @@
+"""Universal checkpoints as Lightning's CheckpointIO.
+
+[Note: Bound to a strategy] Lightning asks a CheckpointIO to write on rank 0 only, and FSDP's and ModelParallel's
+strategies do not ask it at all. So a callback that comes with the package (`binder.py`) gives the strategy of a Trainer
+with this IO the methods that ask it on every rank; our own strategies have them. Nothing is written past it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Union
+
+import torch.distributed as dist
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_superscale.checkpoint.save.background import BackgroundSaver
+from lightning_superscale.checkpoint.save.writer import save
+from lightning_superscale.checkpoint.state import TensorKey
+from lightning_superscale.checkpoint.storage.local import remove
+from lightning_superscale.comm.mesh import DataMesh, build_mesh, single_mesh
+from lightning_superscale.config import CheckpointConfig, resolve_checkpoint
+from lightning_superscale.errors import CheckpointError
+from lightning_superscale.run.environment import DEFAULT_TIMEOUT
+from lightning_superscale.run.state.collect import local_state
+from lightning_superscale.run.state.restore import open_any
+
+if TYPE_CHECKING:
+    from lightning.pytorch.plugins import CheckpointIO as _Base
+else:
+    _Base = object
+
+
+class UniversalCheckpointIOMixin(_Base):
+    """Checkpoints that any strategy writes and reads, at any number of ranks, with no conversion.
+
+    A directory with a JSON manifest and safetensors files, written by all ranks at once, complete or absent, with
+    checksums; no pickle is executed on load. Reads what Lightning, torch.distributed.checkpoint, DeepSpeed and Hugging
+    Face write, too. Works under Lightning's single-device, DDP, FSDP and ModelParallel strategies and under ours.
+
+    Args:
+        config: a CheckpointConfig or a mapping with its keys.
+    """
+
+    def __init__(self, config: Union[CheckpointConfig, Mapping[str, Any], None] = None) -> None:
+        self.config = resolve_checkpoint(config)
+        self._mesh: DataMesh | None = None
+        self._own_mesh: tuple[object, DataMesh] | None = None
+        self._saver: BackgroundSaver | None = None
+
+    # Called by whoever is bound to it; every rank calls each.
+
+    def bind(self, mesh: DataMesh | None = None) -> None:
+        """Know the ranks of a run: those of `mesh`, or all of the process group's once there is one."""
+        self._mesh = mesh
+
+    @property
+    def mesh(self) -> DataMesh:
+        """The ranks that save and load together."""
+        if self._mesh is not None:
+            return self._mesh
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return single_mesh()
+        if self._own_mesh is None or self._own_mesh[0] is not dist.group.WORLD:
+            # torch never gives groups back, so they are made once for each process group
+            self._own_mesh = (dist.group.WORLD, build_mesh(dist.get_world_size(), DEFAULT_TIMEOUT))
+        return self._own_mesh[1]
+
+    def save_on_all_ranks(
+        self, checkpoint: Mapping[str, Any], path: str, module: nn.Module, optimizers: Sequence[Optimizer]
+    ) -> None:
+        """Write a checkpoint that `trainer.save_checkpoint` dumped, this rank's part.
+
+        Raises:
+            CheckpointError: on every rank: a value that can't be saved, a full disk, a lost rank, or that an earlier
+                asynchronous save failed.
+        """
+        state = local_state(checkpoint, module, optimizers, self.mesh)
+        step = checkpoint.get("global_step")
+        if not self.config.asynchronous:
+            save(path, state, self.mesh, step=step)
+            return
+        if self._saver is None:
+            self._saver = BackgroundSaver(self.mesh, DEFAULT_TIMEOUT, is_immutable=self._is_immutable)
+        self._saver.save(path, state, step=step)
+
+    def _is_immutable(self, key: TensorKey) -> bool:
+        """Optimizer states change in steps only, and `before_step` comes before those."""
+        return key.section.startswith("optimizer.")
+
+    def before_step(self) -> None:
+        """Weights and states are about to change: a snapshot that is being written keeps its values.
+
+        Raises:
+            CheckpointError: on every rank at the same step: the save in flight failed.
+        """
+        if self._saver is None:
+            return
+        if self._saver.is_busy:
+            self._saver.order_after_snapshot()
+            self._saver.release()
+        self._saver.raise_if_failed(self.mesh)
+
+    # CheckpointIO
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        raise CheckpointError(
+            f"{type(self).__name__} was asked to write {path} by a strategy that it is not bound to, on one rank. The "
+            "callback that binds it comes with an installed package: pip install lightning-superscale, or add "
+            "callbacks=[lightning_superscale.CheckpointBinder()]."
+        )
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """A checkpoint of any known format as Lightning's dict; tensors are read when somebody uses them.
+
+        Args:
+            map_location: of no effect: values go where they are loaded to.
+            weights_only: of no effect: no pickle is ever executed.
+
+        Raises:
+            CheckpointError: no checkpoint, a format that is not known, or damage; before the model changes.
+        """
+        return self.load_on_all_ranks(str(path), is_all_used=False)
+
+    def load_on_all_ranks(self, path: str, *, is_all_used: bool) -> dict[str, Any]:
+        """As `load_checkpoint`. Every rank calls it.
+
+        Args:
+            is_all_used: whether optimizer states are going to be loaded too.
+        """
+        self.wait()
+        return open_any(path, self.mesh, is_all_used=is_all_used)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        if self._saver is not None:
+            self._saver.remove(str(path))
+        else:
+            remove(str(path))
+
+    def wait(self) -> None:
+        """Until a save in flight is done. Every rank calls it.
+
+        Raises:
+            CheckpointError: it failed.
+        """
+        if self._saver is not None:
+            self._saver.wait()
+
+    def teardown(self) -> None:
+        saver, self._saver = self._saver, None
+        if saver is not None:
+            saver.close()
+
+
+def save_through(io: UniversalCheckpointIOMixin, strategy: Any, checkpoint: Mapping[str, Any], path: Any) -> None:
+    """What the `save_checkpoint` of a strategy does that is bound to an IO. Every rank calls it."""
+    io.save_on_all_ranks(checkpoint, str(strategy.broadcast(path)), strategy.lightning_module, strategy.optimizers)
+
+
+def load_through(io: UniversalCheckpointIOMixin, strategy: Any, path: Any) -> dict[str, Any]:
+    """What the `load_checkpoint` of a strategy does that is bound to an IO. Every rank calls it."""
+    module = strategy.lightning_module
+    is_fit = module is not None and module.trainer.state.fn == "fit"  # only then states follow weights
+    return io.load_on_all_ranks(str(strategy.broadcast(path)), is_all_used=is_fit)
+
+
+def before_step(io: UniversalCheckpointIOMixin, closure: Callable[[], Any]) -> Callable[[], Any]:
+    """A closure after which weights and states may change."""
+
+    def evaluated() -> Any:
+        result = closure()
+        io.before_step()
+        return result
+
+    return evaluated

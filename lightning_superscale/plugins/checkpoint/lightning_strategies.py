@@ -1,0 +1,163 @@
+"""What Lightning's own strategies get when a UniversalCheckpointIO is bound to them ([Note: Bound to a strategy]).
+
+Each function derives a class from a strategy's class. An instance becomes one of it, so there may be one base only.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from functools import cache
+from typing import Any
+
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.optim import Optimizer
+
+from lightning_superscale.checkpoint.foreign.torch_optimizer import parameter_names
+from lightning_superscale.errors import CheckpointError
+from lightning_superscale.plugins.checkpoint.io import (
+    UniversalCheckpointIOMixin,
+    before_step,
+    load_through,
+    save_through,
+)
+from lightning_superscale.run.state.optimizer_states import by_name, has_names, load_placed_states, names_of, renumbered
+from lightning_superscale.run.state.restore import fill, fitted, is_lazy, read_whole
+
+
+def io_of(strategy: Any) -> UniversalCheckpointIOMixin:
+    """The IO that a strategy is bound to.
+
+    Raises:
+        CheckpointError: it has another one by now.
+    """
+    io = strategy.checkpoint_io
+    if not isinstance(io, UniversalCheckpointIOMixin):
+        raise CheckpointError(
+            f"the checkpoint IO of {type(strategy).__name__} was exchanged for a {type(io).__name__} after it "
+            "was bound. Pass the IO to the Trainer."
+        )
+    return io
+
+
+def _on_every_rank(base: Any) -> Any:
+    class OnEveryRank(base):
+        """Every rank saves and loads, through the IO."""
+
+        @property
+        def lightning_restore_optimizer(self) -> bool:
+            """Whether Lightning asks for optimizer states after it loaded: weights and states are read separately."""
+            return True
+
+        def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+            save_through(io_of(self), self, checkpoint, filepath)
+
+        def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+            return load_through(io_of(self), self, checkpoint_path)
+
+        def optimizer_step(
+            self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any
+        ) -> Any:
+            return super().optimizer_step(optimizer, before_step(io_of(self), closure), model, **kwargs)
+
+    return OnEveryRank
+
+
+@cache
+def replicated(base: Any) -> Any:
+    """For strategies whose ranks hold the same whole state: one device, DDP."""
+
+    class Replicated(_on_every_rank(base)):  # type: ignore[misc]
+        def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+            module, allow = self.lightning_module, io_of(self).config.allow
+            weights = fitted(module, checkpoint["state_dict"], module.state_dict(), strict=strict, allow=allow)
+            if is_lazy(weights):
+                weights = read_whole(weights)
+            super().load_model_state_dict({**checkpoint, "state_dict": weights}, strict=strict and not allow)
+
+        def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+            packed = checkpoint["optimizer_states"]
+            if all(has_names(state) for state in packed):
+                names = parameter_names(self.lightning_module, self.optimizers)
+                owned = zip(packed, names, self.optimizers, strict=True)
+                packed = read_whole([renumbered(state, own, optimizer) for state, own, optimizer in owned])
+            super().load_optimizer_state_dict({**checkpoint, "optimizer_states": packed})
+
+    return Replicated
+
+
+@cache
+def model_parallel(base: Any) -> Any:
+    """For ModelParallelStrategy: FSDP2 and tensor parallelism, parameters and their states DTensors."""
+
+    class ModelParallel(_on_every_rank(base)):  # type: ignore[misc]
+        def lightning_module_state_dict(self) -> dict[str, Any]:
+            return dict(self.lightning_module.state_dict())
+
+        def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+            return _plain(optimizer).state_dict()
+
+        def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+            _fill_own(self, checkpoint, strict=strict)
+
+        def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+            names = names_of(self.lightning_module)
+            for optimizer, packed in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+                load_placed_states(_plain(optimizer), packed, names)
+
+    return ModelParallel
+
+
+@cache
+def fully_sharded(base: Any) -> Any:
+    """For FSDPStrategy. Each rank holds whole optimizer states for a moment while it loads."""
+
+    class FullySharded(_on_every_rank(base)):  # type: ignore[misc]
+        def lightning_module_state_dict(self) -> dict[str, Any]:
+            with _context(self, "_get_sharded_state_dict_context"):
+                return dict(self.model.state_dict())
+
+        def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+            with _context(self, "_get_sharded_state_dict_context"):
+                return FullyShardedDataParallel.optim_state_dict(self.model, _plain(optimizer))
+
+        def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+            own = _fill_own(self, checkpoint, strict=strict)
+            with _context(self, "_get_sharded_state_dict_context"):
+                self.model.load_state_dict(own)
+
+        def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+            with _context(self, "_get_full_state_dict_context", world_size=self.world_size, rank0_only=False):
+                for optimizer, packed in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+                    whole = read_whole(by_name(packed))
+                    flat = FullyShardedDataParallel.optim_state_dict_to_load(self.model, _plain(optimizer), whole)
+                    _plain(optimizer).load_state_dict(flat)
+
+    return FullySharded
+
+
+def _fill_own(strategy: Any, checkpoint: Mapping[str, Any], *, strict: bool) -> dict[str, Any]:
+    """Overwrite what this rank holds of a strategy's state dict with what a checkpoint has; returns it."""
+    own: dict[str, Any] = strategy.lightning_module_state_dict()
+    module, allow = strategy.lightning_module, io_of(strategy).config.allow
+    fill(own, fitted(module, checkpoint["state_dict"], own, strict=strict, allow=allow))
+    return own
+
+
+def _context(strategy: Any, name: str, **options: Any) -> AbstractContextManager[None]:
+    """One of Lightning's contexts for FSDP's state dicts, from the Lightning that the strategy comes from."""
+    module = next(one.__module__ for one in type(strategy).__mro__ if one.__name__ == "FSDPStrategy")
+    found: AbstractContextManager[None] = getattr(importlib.import_module(module), name)(strategy.model, **options)
+    return found
+
+
+def _plain(optimizer: Optimizer) -> Optimizer:
+    return getattr(optimizer, "_optimizer", optimizer)
+
+
+BOUND: dict[str, Callable[[Any], Any]] = {
+    "Strategy": replicated,
+    "ModelParallelStrategy": model_parallel,
+    "FSDPStrategy": fully_sharded,
+}

@@ -1,0 +1,55 @@
+"""A LightningModule from a checkpoint of any format and layout, without a Trainer, ranks or a GPU."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import Any, TypeVar, Union
+
+import torch
+
+from lightning_superscale.errors import CheckpointError
+from lightning_superscale.run.state.restore import open_any, read_whole
+
+M = TypeVar("M")
+
+
+def load_from_checkpoint(
+    module_class: type[M],
+    path: Union[str, os.PathLike[str]],
+    *,
+    map_location: Any = "cpu",
+    strict: bool = True,
+    hparams: dict[str, Any] | None = None,
+) -> M:
+    """Build a LightningModule (or LightningDataModule) from a checkpoint's hyperparameters and load its weights.
+
+    As `LightningModule.load_from_checkpoint`, of everything that UniversalCheckpointIO reads. Optimizer states are not
+    read, and no pickle is executed.
+
+    Args:
+        module_class: what to build.
+        map_location: device of the weights.
+        strict: whether the checkpoint must have exactly the module's names.
+        hparams: arguments of the class, before those that the checkpoint has.
+
+    Raises:
+        CheckpointError: no checkpoint, a format that is not known, or damage.
+    """
+    checkpoint = open_any(os.fspath(path))
+    load_state = _load_state_of(module_class)
+    checkpoint["state_dict"] = read_whole(checkpoint.get("state_dict", {}))
+    checkpoint.pop("optimizer_states", None)
+    loaded: M = load_state(module_class, checkpoint, strict=strict, **(hparams or {}))
+    return loaded.to(torch.device(map_location)) if isinstance(loaded, torch.nn.Module) else loaded
+
+
+def _load_state_of(module_class: type) -> Any:
+    """Lightning's own way to build a module of a checkpoint, of the Lightning that the class comes from."""
+    for base in module_class.__mro__:
+        if base.__name__ in ("LightningModule", "LightningDataModule"):
+            package = "pytorch_lightning" if base.__module__.startswith("pytorch_lightning") else "lightning.pytorch"
+            return importlib.import_module(f"{package}.core.saving")._load_state
+    raise CheckpointError(
+        f"{module_class.__name__} is no LightningModule or LightningDataModule, so a checkpoint can't build it."
+    )

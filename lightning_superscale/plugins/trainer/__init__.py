@@ -1,0 +1,1 @@
+"""The Trainer's strategies, precision plugin and callbacks."""

@@ -1,0 +1,224 @@
+"""Dtypes of weights and of forward and backward; the optimizer step itself belongs to the engine.
+
+[Note: Two namespaces] Lightning ships twice, as `lightning.pytorch` and as `pytorch_lightning`, with
+unrelated class trees. All logic lives in mixins that import neither; `plugins/bindings/pytorch.py` and
+`plugins/bindings/pytorch_lightning.py` bind them to real bases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, Optional, Union
+
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_superscale.errors import SuperScaleError
+from lightning_superscale.optim.clipping import ClipByNorm, ClipByValue
+from lightning_superscale.optim.engine import OptimizerEngine
+from lightning_superscale.run.loss_scaler import LossScaler
+from lightning_superscale.run.precision import PrecisionName, choose
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule
+    from lightning.pytorch.plugins.precision import Precision as _Base
+else:
+    _Base = object
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+class SuperScalePrecisionMixin(_Base):
+    """Precision plugin of the superscale strategies.
+
+    Args:
+        precision: "32-true": fp32 throughout. "bf16-mixed", "16-mixed": fp32 weights, forward under
+            `torch.autocast`. "bf16-true", "16-true": 16-bit weights, gradients and activations, with fp32 master
+            weights and optimizer states in the engine. With fp16 losses are scaled; a step whose gradients
+            overflow is dropped on all ranks, and the scale is halved.
+        scaler: whose scale and factors losses take with fp16; None for GradScaler's defaults.
+        master_weights: "fp32", or with "bf16-true" "bf16": the weights are their own masters, and no fp32 copy
+            of them exists anywhere.
+        optimizer_states: "fp32" or "bf16", of Adam's exp_avg and exp_avg_sq.
+        gradient_accumulation: dtype of `param.grad`, in which micro-batches and several backward calls of a step are
+            summed up: "fp32", or "auto" for the weights' own.
+        gradient_reduction: dtype in which ranks average gradients; "auto" for that of `param.grad`.
+        stochastic_rounding: round what is stored in bf16 up or down at random, so that small updates are kept in
+            the mean; False rounds to nearest, as DeepSpeed does. None: where anything is kept in bf16.
+        kahan: keep what rounding bf16 master weights loses beside them, in bf16 (2 more bytes per parameter).
+        autocast: run forward of "bf16-true" or "16-true" under `torch.autocast`, which computes what suffers most from
+            16 bits (losses; on a GPU norms and softmax too) in fp32; inputs are not converted then. None: in the
+            "-mixed" precisions.
+        seed: of stochastic rounding. A run depends on it alone: not on the number of ranks, nor on a resume.
+
+    Raises:
+        SuperScaleError: another precision, a scaler where nothing is fp16, or a combination that can't work; it says
+            why, and what to use.
+
+    Stochastic rounding: [Note: Stochastic rounding] in ops/reference.py.
+    """
+
+    precision: PrecisionName
+
+    def __init__(
+        self,
+        precision: PrecisionName = "32-true",
+        scaler: Union[torch.amp.GradScaler, None] = None,
+        master_weights: Literal["fp32", "bf16"] = "fp32",
+        optimizer_states: Literal["fp32", "bf16"] = "fp32",
+        gradient_accumulation: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
+        gradient_reduction: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
+        stochastic_rounding: Optional[bool] = None,
+        kahan: bool = False,
+        autocast: Optional[bool] = None,
+        seed: int = 0,
+    ) -> None:
+        self.choices = choose(
+            precision,
+            master_weights=master_weights,
+            optimizer_states=optimizer_states,
+            gradient_accumulation=gradient_accumulation,
+            gradient_reduction=gradient_reduction,
+            stochastic_rounding=stochastic_rounding,
+            kahan=kahan,
+            autocast=autocast,
+            seed=seed,
+        )
+        self.precision = precision
+        self.scaler: LossScaler | None = None
+        if precision in ("16-mixed", "16-true"):
+            self.scaler = LossScaler()
+            if scaler is not None:
+                self.scaler.load_state_dict(scaler.state_dict())
+        elif scaler is not None:
+            raise SuperScaleError(f"precision={precision!r} scales no losses; found a scaler. Remove it.")
+        self._device_type = "cpu"
+        self._engines: Mapping[Optimizer, OptimizerEngine] = {}
+
+    # What the strategy tells us
+
+    def attach(self, device_type: str, engines: Mapping[Optimizer, OptimizerEngine]) -> None:
+        """Called by the strategy in setup, once its device and optimizers are known."""
+        self._device_type = device_type
+        self._engines = engines
+        self._announce_scale()
+
+    def _engine_of(self, optimizer: Any) -> OptimizerEngine | None:
+        return self._engines.get(getattr(optimizer, "_optimizer", optimizer))
+
+    # Dtypes
+
+    @property
+    def _keeps_weights(self) -> bool:
+        """Whether weights and inputs have the dtype that the user gave them."""
+        return self.choices.weights == torch.float32
+
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        return module if self._keeps_weights else module.to(self.choices.weights)
+
+    def convert_input(self, data: Any) -> Any:
+        if self._keeps_weights or self.choices.autocast is not None:
+            return data
+        dtype = self.choices.weights
+        return apply_to_collection(
+            data, function=lambda t: t.to(dtype) if torch.is_floating_point(t) else t, dtype=Tensor
+        )
+
+    def tensor_init_context(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self._keeps_weights else _default_dtype(self.choices.weights)
+
+    def module_init_context(self) -> AbstractContextManager[Any]:
+        return self.tensor_init_context()
+
+    def forward_context(self) -> AbstractContextManager[Any]:
+        if self.choices.autocast is not None:
+            return torch.autocast(self._device_type, dtype=self.choices.autocast, cache_enabled=False)
+        return self.tensor_init_context()
+
+    # Scaled losses
+
+    def pre_backward(self, tensor: Tensor, module: LightningModule) -> Tensor:  # type: ignore[override]
+        self._announce_scale()
+        if self.scaler is not None:
+            # The factor is a tensor of fp32, so that a loss in fp16 does not overflow before its gradients do.
+            tensor = tensor * torch.tensor(self.scaler.scale, device=tensor.device)
+        return super().pre_backward(tensor, module)
+
+    def _announce_scale(self) -> None:
+        if self.scaler is not None:
+            for engine in self._engines.values():
+                engine.scale_losses(self.scaler.scale)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.scaler is None else self.scaler.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self.scaler is not None:
+            self.scaler.load_state_dict(state_dict)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with the scale of a run under Lightning's own plugin."""
+        if type(self).__qualname__ not in checkpoint and checkpoint.get("MixedPrecision"):
+            self.load_state_dict(checkpoint["MixedPrecision"])
+
+    # The step
+
+    def optimizer_step(  # type: ignore[override]
+        self, optimizer: Any, model: LightningModule, closure: Callable[[], Any], **kwargs: Any
+    ) -> Any:
+        """Run the closure (forward, backward), then the hooks and the clipping request, then the engine."""
+        engine = self._engine_of(optimizer)
+        if engine is None:
+            return super().optimizer_step(optimizer, model=model, closure=closure, **kwargs)
+        if kwargs:
+            raise SuperScaleError(
+                f"optimizer.step() takes only a closure under this strategy, found {', '.join(map(repr, kwargs))}."
+            )
+        evaluate = partial(self._wrap_closure, model, optimizer, closure)
+        if engine.is_passthrough:
+            return engine.passthrough_step(evaluate)
+        if engine.needs_closure:
+            if self.scaler is not None:
+                raise SuperScaleError(
+                    f"{type(engine.optimizer).__name__} evaluates the loss itself, which precision={self.precision!r} "
+                    "can't scale. Use 'bf16-mixed' or 'bf16-true'."
+                )
+            return engine.closure_step(evaluate)
+        try:
+            result = evaluate()
+        except BaseException:
+            engine.discard_gradients()
+            raise
+        has_stepped = engine.step()
+        if self.scaler is not None and not (result is None and model.automatic_optimization):
+            self.scaler.update(has_overflowed=not has_stepped)
+        return result
+
+    def clip_gradients(
+        self,
+        optimizer: Optimizer,
+        clip_val: Union[int, float] = 0.0,
+        gradient_clip_algorithm: Any = "norm",
+    ) -> None:
+        """Ask for clipping; the engine applies it inside the step, where it costs no pass of its own."""
+        if clip_val <= 0:
+            return
+        engine = self._engine_of(optimizer)
+        if engine is None or engine.is_passthrough:
+            super().clip_gradients(optimizer, clip_val, gradient_clip_algorithm)
+        elif gradient_clip_algorithm == "value":
+            engine.request_clip(ClipByValue(float(clip_val)))
+        else:
+            engine.request_clip(ClipByNorm(float(clip_val)))

@@ -1,0 +1,389 @@
+"""Joins the techniques for one run: engines over transports over states, from resolved configs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_superscale.comm.agreement import check_equal_on_all_ranks, raise_together
+from lightning_superscale.comm.communicator import Ranks, ranks_of
+from lightning_superscale.comm.dtensor import tensor_numel
+from lightning_superscale.comm.mesh import DataMesh
+from lightning_superscale.errors import SuperScaleError
+from lightning_superscale.offload.cpu.state import HostState, host_bytes
+from lightning_superscale.offload.link.arena import HostArena
+from lightning_superscale.offload.link.dtype import LinkDtype
+from lightning_superscale.offload.link.link import Link, link_for
+from lightning_superscale.offload.superoffload.state import DeferredState, deferred_host_bytes
+from lightning_superscale.offload.superoffload.step import DeferredStep
+from lightning_superscale.ops.update import UpdatePath, update_path
+from lightning_superscale.optim.adamw_step import BoundStep, NativeStep
+from lightning_superscale.optim.bucketing import Grouping
+from lightning_superscale.optim.engine import MakeState, OptimizerEngine
+from lightning_superscale.optim.grad_dtypes import narrow_gradients, widen_gradients
+from lightning_superscale.optim.mixed_step import SplitStep
+from lightning_superscale.optim.step_rule import StepGuard, StepRule
+from lightning_superscale.optim.transport import Transport
+from lightning_superscale.optim.unit import DeltaSink, ShardUnit
+from lightning_superscale.optim.unit_state import ResidentState, UnitState, roundings_of
+from lightning_superscale.run.checks import check_optimizers_over_ranks, check_parameters, facts_of_run
+from lightning_superscale.run.host_plan import HostPlan, plan_host
+from lightning_superscale.run.placement import first_grouping, settle_in
+from lightning_superscale.run.precision import check_with_run
+from lightning_superscale.run.report.memory import byte_classes
+from lightning_superscale.run.report.plan import ParallelPlan
+from lightning_superscale.run.report.reasons import reasons_of, where_states_are
+from lightning_superscale.run.settings import RunSettings
+from lightning_superscale.run.weight_flow import EnginePublications, how_weights_flow, stream_the_rest
+from lightning_superscale.zero.buckets.transport import BucketTransport
+from lightning_superscale.zero.buckets.unit import BucketUnit
+from lightning_superscale.zero.forward_gates import PublishGates, is_compiled
+from lightning_superscale.zero.fsdp2.module import ShardedModule
+from lightning_superscale.zero.fsdp2.shard import ShardingPolicy, shard_module
+from lightning_superscale.zero.fsdp2.transport import Fsdp2Transport
+from lightning_superscale.zero.replicated import BufferSync, broadcast_from_first
+from lightning_superscale.zero.tensor_parallel import check_placements
+
+
+@dataclass(slots=True)
+class Assembly:
+    """The running parts of one `fit()`.
+
+    Attributes:
+        engines: one per optimizer, in the order of `configure_optimizers`.
+        link: the way to the host; None when nothing is offloaded.
+        sharded: the module's parameters, when they are sharded (stage 3).
+    """
+
+    module: nn.Module
+    settings: RunSettings
+    engines: dict[Optimizer, OptimizerEngine]
+    gates: list[PublishGates]
+    link: Link | None
+    host: HostPlan
+    update: UpdatePath
+    buffers: BufferSync
+    ranks: Ranks
+    sharded: ShardedModule | None
+    reasons: list[str] = field(default_factory=list)
+    _has_settled_in: bool = False
+    _old_gates_seconds: float = 0.0
+
+    @property
+    def mesh(self) -> DataMesh:
+        return self.settings.mesh
+
+    @property
+    def waited_seconds(self) -> float:
+        """How long weights that were under way kept the host inside forward, so far."""
+        return self._old_gates_seconds + sum(gates.waited_seconds for gates in self.gates)
+
+    def settle_in(self) -> None:
+        """Once the first step was taken, before the next one's forward: adapt to it. Every rank calls it."""
+        offload = self.settings.offload
+        if self._has_settled_in or offload is None:
+            return
+        self._has_settled_in = True
+        if settle_in(self.engines.values(), self.mesh, offload, self.settings.device, self.settings.precision.states):
+            self._old_gates_seconds = self.waited_seconds
+            for gates in self.gates:
+                gates.close()
+            compiled = is_compiled(self.module)
+            self.gates = _gates(self.module, self.engines.values(), self.settings, is_model_compiled=compiled)
+
+    def enter_step(self) -> None:
+        """Before a training step's forward. Every rank calls it."""
+        if self.settings.flow is not None:
+            self.settings.flow.enter()
+        self.buffers.sync()
+        for gates in self.gates:
+            gates.enter_step()
+
+    def after_backward(self) -> None:
+        """After the last backward of a step. Every rank calls it."""
+        if self.settings.is_automatic and self.settings.why_held is not None:
+            for engine in self.engines.values():
+                engine.transport.average_held()
+
+    def wait_all_published(self) -> None:
+        for engine in self.engines.values():
+            engine.transport.wait_all_published()
+
+    def abandon(self) -> None:
+        """A step was interrupted, here or on another rank: wait for nobody."""
+        if self.settings.flow is not None:
+            self.settings.flow.rest()
+        for engine in self.engines.values():
+            engine.abandon()
+        if self.sharded is not None:
+            self.sharded.abandon()
+
+    def close(self) -> None:
+        for gates in self.gates:
+            gates.close()
+        if self.settings.flow is not None:
+            self.settings.flow.rest()
+        for engine in self.engines.values():
+            engine.close()
+        if self.settings.flow is not None:
+            self.settings.flow.close()
+        if self.settings.precision.gradients.accumulation is not None:
+            narrow_gradients(self.module.parameters())
+
+    def plan(self) -> ParallelPlan:
+        units = [unit for engine in self.engines.values() for unit in engine.transport.units]
+        params = list(self.module.parameters())
+        own = sorted({e.reason_not_native for e in self.engines.values() if e.reason_not_native is not None})
+        settings = self.settings
+        return ParallelPlan(
+            device=str(settings.device),
+            world_size=self.mesh.world.size,
+            shard_size=self.mesh.shard.size,
+            tensor_size=self.mesh.tensor.size,
+            zero_stage=settings.zero.stage,
+            engine="resident" if settings.offload is None else settings.offload.engine,
+            precision=settings.precision.describe(),
+            num_params=sum(p.numel() for p in params),
+            num_trainable=sum(p.numel() for p in params if p.requires_grad),
+            num_units=len(units),
+            unit_bytes=self.host.unit_bytes,
+            cpu_threads=self.update.num_threads,
+            kernel="its own code" if own else self.update.name,
+            bytes=byte_classes(
+                self.module,
+                self.engines.values(),
+                settings.zero,
+                shard_size=self.mesh.shard.size,
+                flow=settings.flow,
+            ),
+            reasons=[
+                *self.reasons,
+                *self.host.reasons,
+                *where_states_are(self.engines.values(), settings, has_settled_in=self._has_settled_in),
+                *(f"the optimizer steps through its own code: {reason}" for reason in own),
+            ],
+        )
+
+
+def assemble(module: nn.Module, optimizers: Sequence[Optimizer], settings: RunSettings) -> Assembly:
+    """Build the engines of one run on this rank. Every rank calls it.
+
+    Raises:
+        SuperScaleError: nothing to train, an optimizer over foreign or shared parameters, parameters
+            of a dtype that no engine steps, too little host memory, or ranks that build different
+            things; on every rank, before anything is changed.
+    """
+    mesh, offload = settings.mesh, settings.offload
+    _check_on_all_ranks(module, optimizers, settings)
+    host = plan_host(optimizers, settings, functools.partial(_host_bytes_needed, module, optimizers, settings))
+    sharded = _sharded(module, optimizers, settings)
+    precision = settings.precision
+    if precision.gradients.accumulation is not None:  # frozen ones may be unfrozen later
+        widened = (param for param in module.parameters() if param.dtype == precision.weights)
+        widen_gradients(widened, precision.gradients.accumulation)
+    fqn_of = {param: fqn for fqn, param in module.named_parameters()}
+    link = None if offload is None else link_for(settings.device, settings.timeline)
+    where = settings.device if offload is None else torch.device("cpu")
+    update = update_path(where, host.pool, is_low_precision=precision.states.is_low_precision)
+    arena = HostArena(host.pool)
+    make_state = _state_maker(link, settings, host, arena)
+    block_of = {} if settings.flow is None else settings.flow.block_of
+    ranks = ranks_of(mesh, fqn_of, num_buffers=len(list(module.buffers())))
+    engines = {
+        optimizer: OptimizerEngine(
+            optimizer,
+            fqn_of=fqn_of,
+            ranks=ranks,
+            make_transport=_transport_maker(
+                ranks,
+                settings,
+                sharded,
+                first_grouping(optimizer, fqn_of, offload, host.unit_bytes, block_of),
+                f"optimizer {number}",
+            ),
+            make_state=make_state,
+            make_native=_native_maker(settings, update),
+            error_if_nonfinite=settings.error_if_nonfinite,
+            timeline=settings.timeline,
+        )
+        for number, optimizer in enumerate(optimizers)
+        if any(param in fqn_of for group in optimizer.param_groups for param in group["params"])
+    }
+    if settings.flow is not None and link is not None and offload is not None:
+        settings.flow.follow(EnginePublications(engines.values()))
+        stream_the_rest(settings.flow, link, settings.device, arena, is_pinned=offload.pin_memory)
+    for engine in engines.values():
+        if settings.streams:
+            engine.transport.stream()
+        elif not settings.is_automatic:
+            engine.transport.watch_edits(settings.is_scaling)
+    compiled = is_compiled(module)
+    gates = _gates(module, engines.values(), settings, is_model_compiled=compiled)
+    reasons = reasons_of(settings, is_model_compiled=compiled)
+    if offload is not None:
+        reasons.append(how_weights_flow(settings.weights, settings.flow, module))
+    buffers = BufferSync(ranks, module)
+    return Assembly(module, settings, engines, gates, link, host, update, buffers, ranks, sharded, reasons)
+
+
+def _sharded(module: nn.Module, optimizers: Sequence[Optimizer], settings: RunSettings) -> ShardedModule | None:
+    """Give every rank the same initial weights, and in stage 3 only its rows of them."""
+    mesh = settings.mesh
+    if not settings.shards_weights:
+        broadcast_from_first(mesh, [*module.parameters(), *module.buffers()])
+        return None
+    if settings.order is None:
+        raise AssertionError("stage 3 over several ranks compares their gathers")
+    wrap = None if settings.zero.wrap is None else set(settings.zero.wrap)
+    return shard_module(module, optimizers, mesh, settings.device, settings.order, ShardingPolicy(wrap=wrap))
+
+
+def _transport_maker(
+    ranks: Ranks, settings: RunSettings, sharded: ShardedModule | None, grouping: Grouping, label: str
+) -> Callable[[DeltaSink], Transport]:
+    if sharded is not None:
+        return lambda sink: Fsdp2Transport(
+            sharded,
+            sink=sink,
+            ranks=ranks,
+            grouping=grouping,
+            label=label,
+            no_sync=settings.zero.reduces_once,
+            dtypes=settings.precision.gradients,
+        )
+    return lambda sink: BucketTransport(
+        [],
+        grouping=grouping,
+        sink=sink,
+        ranks=ranks,
+        label=label,
+        no_sync=settings.zero.reduces_once,
+        dtypes=settings.precision.gradients,
+        streams_to=settings.device,
+    )
+
+
+def _gates(
+    module: nn.Module, engines: Iterable[OptimizerEngine], settings: RunSettings, *, is_model_compiled: bool
+) -> list[PublishGates]:
+    """Gates for weights that arrive after the step: from the host, or from other ranks."""
+    offload, mesh = settings.offload, settings.mesh
+    if settings.shards_weights or (offload is None and mesh.is_single):
+        return []  # sharded weights are awaited where they are gathered
+    may_be_late = mesh.shard.size > 1 or (offload is not None and offload.engine == "superoffload")
+    per_module = may_be_late and settings.streams and not is_model_compiled
+    return [PublishGates(module, engine.transport, per_module=per_module) for engine in engines]
+
+
+def _check_on_all_ranks(module: nn.Module, optimizers: Sequence[Optimizer], settings: RunSettings) -> None:
+    fqn_of = {param: fqn for fqn, param in module.named_parameters()}
+    mesh, zero, offload = settings.mesh, settings.zero, settings.offload
+    error: SuperScaleError | None = None
+    try:
+        check_parameters(module, optimizers, fqn_of)
+        check_placements(module, mesh)
+        check_optimizers_over_ranks(optimizers, zero, mesh.world.size)
+        check_with_run(settings.precision, optimizers, zero, offload, mesh.world.size)
+    except SuperScaleError as found:
+        error = found  # the other ranks are on their way into the comparison
+    raise_together(mesh, error)
+    check_equal_on_all_ranks(mesh, facts_of_run(module, optimizers, zero, offload, settings.precision.describe()))
+
+
+def _native_maker(settings: RunSettings, update: UpdatePath) -> Callable[[Optimizer, StepGuard], StepRule]:
+    offload, timeline = settings.offload, settings.timeline
+
+    def on_device(optimizer: Optimizer, guard: StepGuard, path: UpdatePath) -> NativeStep:
+        return NativeStep(optimizer, guard, path.submit, timeline=timeline, lane="device optimizer")
+
+    if offload is None:
+        return lambda optimizer, guard: on_device(optimizer, guard, update)
+    looks_ahead = settings.streams and offload.speculate
+
+    def on_host(optimizer: Optimizer, guard: StepGuard) -> BoundStep:
+        if settings.defers:
+            return DeferredStep(optimizer, guard, looks_ahead=looks_ahead, timeline=timeline)
+        return NativeStep(optimizer, guard, update.submit, timeline=timeline)
+
+    def split(optimizer: Optimizer, guard: StepGuard) -> StepRule:
+        is_low = settings.precision.states.is_low_precision
+        device = on_device(optimizer, guard, update_path(settings.device, is_low_precision=is_low))
+        return SplitStep(optimizer, guard, host=on_host(optimizer, guard), device=device)
+
+    return split
+
+
+def _state_maker(link: Link | None, settings: RunSettings, host: HostPlan, arena: HostArena) -> MakeState:
+    offload, flow, dtypes = settings.offload, settings.flow, settings.precision.states
+
+    def make_state(unit: ShardUnit, *, has_moments: bool, is_on_device: bool) -> UnitState:
+        if link is None or offload is None or is_on_device:
+            return ResidentState(unit, has_moments=has_moments, dtypes=dtypes)
+        roundings = roundings_of(unit, dtypes)
+        streamed = unit if isinstance(unit, BucketUnit) and unit.is_streamed else None
+        pin = offload.pin_memory
+        state: DeferredState | HostState
+        if settings.defers and has_moments:
+            state = DeferredState(
+                unit,
+                link,
+                arena,
+                is_pinned=pin,
+                pool=host.pool,
+                streamed=streamed,
+                dtypes=dtypes,
+                roundings=roundings,
+                link_dtype=host.link_dtype,
+            )
+        else:
+            state = HostState(
+                unit,
+                link,
+                arena,
+                has_moments=has_moments,
+                is_pinned=pin,
+                streamed=streamed,
+                dtypes=dtypes,
+                roundings=roundings,
+                link_dtype=host.link_dtype,
+            )
+        if flow is not None and streamed is not None and state.flowing is not None:
+            streamed.rest_at(state.flowing)
+            flow.add(state.flowing)
+        return state
+
+    return make_state
+
+
+def _host_bytes_needed(
+    module: nn.Module, optimizers: Sequence[Optimizer], settings: RunSettings, link_dtype: LinkDtype
+) -> int:
+    """Host bytes of this rank's states and of weights that flow, but for padding.
+
+    What may go to the device later counts as here.
+    """
+
+    def is_copied(param: nn.Parameter) -> bool:
+        # A copy takes the place of weights that are in host memory already.
+        return settings.flow is not None and param in settings.flow.block_of and param.device.type != "cpu"
+
+    stepped = {p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    stepped = {param for param in stepped if param.requires_grad}
+    dtypes, shard_size = settings.precision.states, settings.mesh.shard.size
+    bytes_of = deferred_host_bytes if settings.defers else functools.partial(host_bytes, has_moments=True)
+
+    def state_bytes(param: nn.Parameter) -> int:
+        flows = is_copied(param) and shard_size == 1  # otherwise the copy is whole, and counted below
+        return bytes_of(tensor_numel(param), param.dtype, flows=flows, dtypes=dtypes, link_dtype=link_dtype)
+
+    states = sum(map(state_bytes, stepped))
+    whole = (p for p in module.parameters() if is_copied(p) and (shard_size > 1 or p not in stepped))
+    offload = settings.offload
+    stays = 0.0 if offload is None or offload.gpu_fraction == "auto" else offload.gpu_fraction
+    copies = sum(param.numel() * param.element_size() for param in whole)
+    return round(states * (1 - stays) / shard_size) + copies

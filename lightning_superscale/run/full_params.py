@@ -1,0 +1,44 @@
+"""Whole weights by name, wherever they are, to read or to edit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from lightning_superscale.comm.dtensor import gather_whole
+from lightning_superscale.errors import SuperScaleError
+from lightning_superscale.run.assemble import Assembly
+from lightning_superscale.zero.replicated import broadcast_from_first
+
+
+@contextmanager
+def full_params(assembly: Assembly, *, writes: bool) -> Iterator[dict[str, Tensor]]:
+    """See `SuperScaleStrategyMixin.full_params`. New weights have arrived, and those that flow are at rest."""
+    module, sharded, mesh = assembly.module, assembly.sharded, assembly.mesh
+    own = dict(module.named_parameters())
+    if sharded is not None:
+        sharded.land_all()
+    whole = {name: _whole(assembly, name, param) for name, param in own.items()}
+    seen = {name: (tensor._version, tensor.data_ptr()) for name, tensor in whole.items()}
+    with torch.no_grad():
+        yield whole
+    changed = [name for name, tensor in whole.items() if seen[name] != (tensor._version, tensor.data_ptr())]
+    if not writes:
+        if changed:
+            raise SuperScaleError(
+                f"{', '.join(changed[:5])} changed within full_params(), which reads. Pass writes=True to edit weights."
+            )
+        return
+    broadcast_from_first(mesh, whole.values())
+    if sharded is not None:
+        sharded.load_whole({name: tensor for name, tensor in whole.items() if isinstance(own[name], DTensor)})
+    for engine in assembly.engines.values():
+        engine.reload_masters()
+
+
+def _whole(assembly: Assembly, name: str, param: nn.Parameter) -> Tensor:
+    return gather_whole(assembly.ranks, name, param) if isinstance(param, DTensor) else param.detach()

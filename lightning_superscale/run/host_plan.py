@@ -1,0 +1,186 @@
+"""What one `fit()` asks of its host: bucket size, threads, where they run, and what crosses the link."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.optim import Optimizer
+
+from lightning_superscale.comm.agreement import raise_together
+from lightning_superscale.comm.collectives import gather_objects
+from lightning_superscale.comm.mesh import DataMesh
+from lightning_superscale.config import OffloadConfig
+from lightning_superscale.errors import SuperScaleError
+from lightning_superscale.offload.link.arena import check_host_memory, fits_host_memory
+from lightning_superscale.offload.link.dtype import LinkDtype
+from lightning_superscale.offload.planner.choices import (
+    MIB,
+    LinkChoice,
+    choose_bucket_mb,
+    choose_link_dtype,
+    choose_threads,
+)
+from lightning_superscale.offload.planner.numa import (
+    RankPlace,
+    available_cpus,
+    node_of_pci_device,
+    read_topology,
+    share_of_cpus,
+    worker_cpus,
+)
+from lightning_superscale.offload.planner.profile import HardwareProfile
+from lightning_superscale.offload.planner.profile_cache import cached_profile, is_switched_off
+from lightning_superscale.ops.cpu.pool import Pool, default_pool
+from lightning_superscale.run.settings import RunSettings
+
+
+@dataclass(frozen=True, slots=True)
+class HostPlan:
+    """Resolved choices of one rank.
+
+    Attributes:
+        unit_bytes: upper bound of a unit's weights; the same on every rank.
+        pool: runs the host optimizer.
+        profile: rank 0's, on every rank; None where nothing is offloaded or nothing was measured.
+        link_dtype: what crosses the link; the same on every rank.
+    """
+
+    unit_bytes: int
+    pool: Pool
+    profile: HardwareProfile | None = None
+    reasons: tuple[str, ...] = ()
+    link_dtype: LinkDtype = "weights"
+
+
+def plan_host(
+    optimizers: Sequence[Optimizer], settings: RunSettings, host_bytes: Callable[[LinkDtype], int]
+) -> HostPlan:
+    """Choose for one run. Every rank calls it; all take rank 0's profile, each binds threads to its own CPUs.
+
+    Args:
+        host_bytes: what this rank will need of its host, by what crosses the link.
+    Raises:
+        SuperScaleError: on every rank, when one could not look at its machine, has too little host memory, or
+            LSS_CPU_THREADS is no number.
+    """
+    offload, mesh = settings.offload, settings.mesh
+    if offload is None:
+        return HostPlan(settings.zero.bucket_mb * MIB, default_pool())
+    place = RankPlace(platform.node(), available_cpus(), _node_of(settings.device))
+    places = gather_objects(mesh, place)
+    topology = read_topology(place.cpus)
+    share = share_of_cpus(places, mesh.world.rank, topology)
+    own: HardwareProfile | None = None
+    variable: int | None = None
+    error: Exception | None = None
+    try:
+        own = cached_profile(settings.device, share)
+        variable = default_pool().num_threads if os.environ.get("LSS_CPU_THREADS") else None
+    except Exception as found:
+        error = found  # the other ranks are on their way into the gather
+    raise_together(mesh, error)
+    profile, is_off = gather_objects(mesh, (own, is_switched_off()))[0]
+    trained = _trained(optimizers)
+    weight_bytes = sum(param.nbytes for param in trained)
+    bucket_mb = choose_bucket_mb(offload.bucket_mb, weight_bytes)
+    bound_to = worker_cpus(share, topology)
+    why_no_profile = "LSS_PROFILE=off skips measuring" if is_off else "rank 0 could not measure its speed"
+    threads = choose_threads(
+        offload.cpu_threads,
+        variable,
+        num_cpus=len(share),
+        most=len(bound_to) or max(1, len(share) - 1),
+        profile=profile,
+        why_no_profile=why_no_profile,
+    )
+    link = choose_link_dtype(
+        offload.link_dtype, profile, why_weights=_why_weights(settings, trained), why_no_profile=why_no_profile
+    )
+    link = _fitting(link, offload, mesh, host_bytes)
+    # More threads than cores were asked for: they take the launching thread's too.
+    cpus = bound_to if threads.value <= len(bound_to) else ()
+    reasons = [bucket_mb.reason, threads.reason, _where_threads_run(cpus, place), link.reason]
+    if profile is not None:
+        reasons.append(f"hardware profile{' of rank 0' if not mesh.is_single else ''}: {profile.summary()}")
+    elif is_off:
+        reasons.append("no hardware profile: LSS_PROFILE=off skips measuring, and nothing is forecast")
+    pool = _pool(threads.value, cpus, offload)
+    return HostPlan(bucket_mb.value * MIB, pool, profile, tuple(reasons), link.value)
+
+
+def _fitting(
+    link: LinkChoice, offload: OffloadConfig, mesh: DataMesh, host_bytes: Callable[[LinkDtype], int]
+) -> LinkChoice:
+    """The choice, unless it was nobody's wish and some host has no room for it. Every rank calls it.
+
+    Raises:
+        SuperScaleError: on every rank, when one host has too little memory.
+    """
+    if offload.link_dtype == "auto" and link.value == "fp32":
+        fits = fits_host_memory(host_bytes("fp32"))
+        if not all(gather_objects(mesh, fits)):
+            why = "fp32 would be faster, and takes more host memory than there is (link_dtype='auto')"
+            link = LinkChoice("weights", f"gradients and new weights travel in the weights' dtype: {why}")
+    error: SuperScaleError | None = None
+    try:
+        check_host_memory(host_bytes(link.value))
+    except SuperScaleError as found:
+        error = found  # the other ranks are on their way into the agreement
+    raise_together(mesh, error)
+    return link
+
+
+def _why_weights(settings: RunSettings, trained: Sequence[torch.Tensor]) -> str | None:
+    """Why nothing but the weights' dtype can cross the link; None where fp32 could."""
+    if settings.flow is not None:
+        return "weights flow from host memory as they are"
+    if settings.precision.states.is_low_precision:
+        return "the host keeps 16-bit states, and rounds them where it steps"
+    if all(param.dtype == torch.float32 for param in trained):
+        return "trainable weights are fp32"
+    return None
+
+
+def _trained(optimizers: Sequence[Optimizer]) -> list[torch.Tensor]:
+    params = {param for optimizer in optimizers for group in optimizer.param_groups for param in group["params"]}
+    return [param for param in params if param.requires_grad]
+
+
+def _node_of(device: torch.device) -> int | None:
+    """NUMA node of a CUDA device; None for others, and where torch or the system does not say."""
+    if device.type != "cuda":
+        return None
+    found = torch.cuda.get_device_properties(device)
+    parts = [getattr(found, f"pci_{part}_id", None) for part in ("domain", "bus", "device")]
+    if None in parts:
+        return None
+    domain, bus, number = parts
+    return node_of_pci_device(f"{domain:04x}:{bus:02x}:{number:02x}.0")
+
+
+def _where_threads_run(cpus: Sequence[int], place: RankPlace) -> str:
+    if not cpus:
+        return "those threads run on any CPU of this process: with one each, the launching thread would have none"
+    near = "" if place.node is None else f", on the device's NUMA node {place.node} where it may"
+    return f"those threads run on CPUs {_ranges(cpus)}{near}, and leave the rest to the launching thread"
+
+
+def _ranges(cpus: Sequence[int]) -> str:
+    """CPUs as the kernel lists them, such as `1-3,8`."""
+    pieces: list[list[int]] = []
+    for cpu in sorted(cpus):
+        if pieces and cpu == pieces[-1][-1] + 1:
+            pieces[-1].append(cpu)
+        else:
+            pieces.append([cpu])
+    return ",".join(str(p[0]) if len(p) == 1 else f"{p[0]}-{p[-1]}" for p in pieces)
+
+
+def _pool(threads: int, cpus: Sequence[int], offload: OffloadConfig) -> Pool:
+    if not cpus and offload.cpu_threads == "auto" and threads == default_pool().num_threads:
+        return default_pool()
+    return Pool(threads, cpus=cpus)

@@ -1,0 +1,72 @@
+"""How much of a step the host optimizer leaves exposed: by the hardware profile, and as it was measured."""
+
+from __future__ import annotations
+
+from lightning_superscale.offload.planner.choices import HostWork, step_times
+from lightning_superscale.offload.planner.forecast import exposed_seconds
+from lightning_superscale.run.assemble import Assembly
+from lightning_superscale.run.report.phases import PhaseSeconds
+from lightning_superscale.run.report.reasons import device_share
+
+
+def exposure_of(assembly: Assembly, phases: PhaseSeconds) -> list[str]:
+    """Sentences for `explain()`: none without offload. Any rank may ask by itself; the times are its own."""
+    settings = assembly.settings
+    if settings.offload is None:
+        return []
+    said = []
+    work = host_work(assembly)
+    profile = assembly.host.profile
+    if profile is not None and work.num_params:
+        alone = step_times(profile, work, forward=0.0, backward=0.0)
+        said.append(
+            f"by the hardware profile a step's optimizer takes the host {_ms(alone.host)}, gradients {_ms(alone.d2h)} "
+            f"and weights {_ms(alone.h2d)} over the link"
+        )
+    if settings.device.type != "cpu":
+        # The host's clock sees when it queued work, not how long the device took.
+        return [*said, "`superscale trace` measures how much of that forward and backward leave exposed"]
+    steady = phases.steady()
+    if steady is None or not settings.is_automatic:
+        return said
+    measured = f"{_ms(steady.exposed)} a step measured over {steady.num_steps} steps (host clock, hooks included)"
+    why_not = _why_no_forecast(assembly, work)
+    if profile is None or why_not is not None:
+        return [*said, f"exposed beyond forward and backward: {measured}; no forecast: {why_not or 'no profile'}"]
+    times = step_times(profile, work, forward=steady.forward, backward=steady.backward)
+    return [*said, f"exposed beyond forward and backward: {_ms(exposed_seconds(times))} predicted, {measured}"]
+
+
+def host_work(assembly: Assembly) -> HostWork:
+    """What this rank's host does per step."""
+    on_host = [
+        (unit.shard.shard_numel, state.transfer_dtype)
+        for engine in assembly.engines.values()
+        for unit, state in zip(engine.transport.units, engine.states, strict=True)
+        if state.is_on_host
+    ]
+    return HostWork(
+        num_params=sum(numel for numel, _ in on_host),
+        link_bytes=sum(numel * dtype.itemsize for numel, dtype in on_host),
+        num_buckets=len(on_host),
+        device_share=device_share(assembly.engines.values()),
+    )
+
+
+def _why_no_forecast(assembly: Assembly, work: HostWork) -> str | None:
+    """The forecast is of steps during backward whose weights arrive during the next forward; None where that is so."""
+    settings = assembly.settings
+    if not work.num_params:
+        return "nothing steps on the host"
+    own = [engine.reason_not_native for engine in assembly.engines.values() if engine.reason_not_native is not None]
+    if own:
+        return f"an optimizer steps through its own code ({own[0]})"
+    if not settings.defers or settings.offload is None or not settings.offload.speculate:
+        return "the host steps after backward"
+    if settings.why_held is not None:
+        return "gradients stay in param.grad until the step"
+    return None if settings.why_awaited is None else "new weights are awaited right after the step"
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.2f} ms"

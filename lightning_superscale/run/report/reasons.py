@@ -1,0 +1,63 @@
+"""One sentence per choice that was made for the user, for `explain()`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from lightning_superscale.optim.engine import OptimizerEngine
+from lightning_superscale.run.settings import RunSettings
+
+
+def reasons_of(settings: RunSettings, *, is_model_compiled: bool) -> list[str]:
+    """How gradients, steps and weights move."""
+    reasons = ["masters and optimizer states are on the device: offload is None"]
+    if settings.offload is not None:
+        reasons = [_how_the_host_steps(settings)]
+    elif settings.mesh.is_single:
+        return reasons
+    if settings.why_held is None:
+        where_to = "for the host" if settings.offload is not None else "for the other ranks"
+        reasons.append(f"gradients leave {where_to} during backward: nothing of yours reads param.grad")
+    else:
+        reasons.append(f"gradients stay in param.grad until the step: {settings.why_held}")
+    if settings.why_awaited is not None:
+        reasons.append(f"new weights are awaited right after the step: {settings.why_awaited}")
+    if is_model_compiled:
+        reasons.append("new weights are awaited at the start of the training step: the model is compiled")
+    return reasons
+
+
+def _how_the_host_steps(settings: RunSettings) -> str:
+    if not settings.defers or settings.offload is None:
+        return "the 'cpu' engine steps on the host, after backward"
+    if settings.streams and settings.offload.speculate:
+        return "the host steps each bucket during backward, and again what the gradient norm then changes"
+    why = "gradients stay in param.grad" if not settings.streams else "speculate is off"
+    return f"the host steps after backward, and the next forward hides it: {why}"
+
+
+def device_share(engines: Iterable[OptimizerEngine]) -> float:
+    """Share of the trainable parameters whose states are on the device."""
+    numel_here = numel = 0
+    for engine in engines:
+        for unit, state in zip(engine.transport.units, engine.states, strict=True):
+            numel_of_unit = sum(param.numel() for param in unit.params)
+            numel += numel_of_unit
+            numel_here += 0 if state.is_on_host else numel_of_unit
+    return numel_here / max(1, numel)
+
+
+def where_states_are(engines: Iterable[OptimizerEngine], settings: RunSettings, *, has_settled_in: bool) -> list[str]:
+    """Which share of the parameters steps on the device although there is a host to step on."""
+    offload = settings.offload
+    if offload is None:
+        return []
+    if offload.gpu_fraction != "auto":
+        why = f"gpu_fraction={offload.gpu_fraction}"
+    elif settings.device.type != "cuda":
+        why = "gpu_fraction='auto', and device memory is host memory here"
+    elif not has_settled_in:
+        why = "gpu_fraction='auto' waits for the first step, to see what memory it leaves free"
+    else:
+        why = "gpu_fraction='auto': what fits the memory that the first step left free"
+    return [f"{device_share(engines):.0%} of the trainable parameters step on the device ({why})"]

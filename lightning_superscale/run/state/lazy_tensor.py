@@ -1,0 +1,88 @@
+"""Tensors of a checkpoint that are read when somebody uses them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from lightning_superscale.checkpoint.state import ReadRequest, TensorInfo, TensorKey
+from lightning_superscale.layout.box import whole_box
+
+if TYPE_CHECKING:
+    from lightning_superscale.run.state.restore import OpenedCheckpoint
+
+# What is known without reading.
+_SHALLOW: frozenset[Any] = frozenset(
+    getattr(Tensor, name).__get__ if isinstance(getattr(Tensor, name), property) or not callable(getattr(Tensor, name))
+    else getattr(Tensor, name)
+    for name in (
+        "shape", "dtype", "device", "layout", "ndim", "requires_grad", "grad_fn", "is_leaf", "is_meta", "is_cuda",
+        "is_sparse", "is_quantized", "is_nested", "size", "dim", "numel", "nelement", "is_floating_point", "is_complex",
+        "element_size",
+    )
+)  # fmt: skip
+
+
+class LazyTensor(Tensor):
+    """A whole tensor of a checkpoint. Shape and dtype are known; any operation reads the values first, on this rank.
+
+    Whoever loads many at once reads them together instead (`read_whole`, `read_boxes`).
+
+    Attributes:
+        opened: the checkpoint.
+        key: which of its tensors.
+    """
+
+    opened: OpenedCheckpoint
+    key: TensorKey
+
+    @staticmethod
+    def __new__(cls: type[LazyTensor], opened: OpenedCheckpoint, key: TensorKey, info: TensorInfo) -> LazyTensor:
+        host = torch.device("cpu")
+        lazy: LazyTensor = torch.Tensor._make_wrapper_subclass(cls, info.shape, dtype=info.dtype, device=host)
+        lazy.key, lazy.opened = key, opened
+        return lazy
+
+    def __init__(self, opened: OpenedCheckpoint, key: TensorKey, info: TensorInfo) -> None:
+        super().__init__()
+
+    def load(self) -> Tensor:
+        """The values, read now, in memory of their own."""
+        with torch._C.DisableTorchFunctionSubclass():
+            out = torch.empty(self.shape, dtype=self.dtype)
+            self.opened.alone.read([ReadRequest(self.key, whole_box(tuple(self.shape)), out)])
+            return out
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            if func in _SHALLOW:
+                return func(*args, **kwargs)
+            return func(*tree_map(_loaded, args), **tree_map(_loaded, dict(kwargs)))
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        return func(*tree_map(_loaded, args), **tree_map(_loaded, dict(kwargs or {})))
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        with torch._C.DisableTorchFunctionSubclass():
+            return f"LazyTensor({self.key}, shape={tuple(self.shape)}, dtype={self.dtype})"
+
+    def __deepcopy__(self, memo: Any) -> Tensor:
+        return self.load()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.load().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+
+
+def _loaded(value: Any) -> Any:
+    return value.load() if isinstance(value, LazyTensor) else value

@@ -1,0 +1,184 @@
+"""Optimizer states of a checkpoint for the optimizers of this run, matched by the names of parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_superscale.checkpoint.state import MASTER, MODEL, TensorKey
+from lightning_superscale.comm.dtensor import local_rows
+from lightning_superscale.errors import CheckpointError
+from lightning_superscale.layout.box import Box, whole_box
+from lightning_superscale.layout.rows import ParamSlice
+from lightning_superscale.optim.engine import OptimizerEngine
+from lightning_superscale.run.state.collect import canonical
+from lightning_superscale.run.state.lazy_tensor import LazyTensor
+from lightning_superscale.run.state.restore import fill, read_boxes
+
+
+def has_names(packed: Mapping[str, Any]) -> bool:
+    """Whether torch's packed state names the parameters that it numbers."""
+    return all("param_names" in group for group in packed["param_groups"])
+
+
+def by_name(packed: Mapping[str, Any]) -> dict[str, Any]:
+    """Torch's packed state with names for numbers."""
+    name_of = {
+        number: name
+        for group in packed["param_groups"]
+        for number, name in zip(group["params"], group.get("param_names", group["params"]), strict=True)
+    }
+    groups = [
+        {**{k: v for k, v in group.items() if k != "param_names"}, "params": [name_of[n] for n in group["params"]]}
+        for group in packed["param_groups"]
+    ]
+    return {"state": {name_of[number]: state for number, state in packed["state"].items()}, "param_groups": groups}
+
+
+def renumbered(packed: Mapping[str, Any], names: tuple[str, ...], optimizer: Optimizer) -> dict[str, Any]:
+    """An optimizer's state for one that may number the same parameters otherwise, without masters of ours.
+
+    Args:
+        packed: torch's, each group with "param_names".
+        names: of `optimizer`'s parameters, in its order.
+
+    Raises:
+        CheckpointError: other groups of parameters.
+    """
+    saved, names = by_name(packed), tuple(map(canonical, names))
+    iterator = iter(range(len(names)))
+    own_numbers = [[next(iterator) for _ in group["params"]] for group in optimizer.param_groups]
+    check_groups(saved, [[names[n] for n in numbers] for numbers in own_numbers], optimizer)
+    number_of = {name: number for number, name in enumerate(names)}
+    states = {
+        number_of[name]: {key: value for key, value in state.items() if key != MASTER}
+        for name, state in saved["state"].items()
+    }
+    groups = []
+    for theirs, own, numbers in zip(saved["param_groups"], optimizer.param_groups, own_numbers, strict=True):
+        named = {"param_names": own["param_names"]} if "param_names" in own else {}
+        groups.append({**theirs, "params": numbers, **named})
+    return {"state": {number: state for number, state in states.items() if state}, "param_groups": groups}
+
+
+def check_groups(saved: Mapping[str, Any], own: list[list[str]], optimizer: Optimizer) -> None:
+    """Raises: CheckpointError: the checkpoint has other parameter groups than `own`, by name; says what differs."""
+    theirs = [list(group["params"]) for group in saved["param_groups"]]
+    if [sorted(group) for group in theirs] == [sorted(group) for group in own]:
+        return
+    sizes = f"{[len(group) for group in theirs]} parameters in the checkpoint and {[len(group) for group in own]} here"
+    differing = sorted({*(n for g in theirs for n in g)} ^ {*(n for g in own for n in g)})
+    which = f"; only one side has {', '.join(differing[:5])}" if differing else "; parameters changed their groups"
+    raise CheckpointError(
+        f"the parameter groups of {type(optimizer).__name__} differ: {sizes}{which}. Build the optimizer as it was "
+        "when it was saved."
+    )
+
+
+def names_of(module: nn.Module) -> dict[nn.Parameter, str]:
+    """Each parameter's first name, as checkpoints have it."""
+    return {param: canonical(name) for name, param in module.named_parameters()}
+
+
+def _saved_for(optimizer: Optimizer, packed: Mapping[str, Any], name_of: Mapping[nn.Parameter, str]) -> dict[str, Any]:
+    """Torch's packed state by name, of the groups that an optimizer has.
+
+    Raises:
+        CheckpointError: other groups of parameters.
+    """
+    saved = by_name(packed)
+    check_groups(saved, [[name_of[param] for param in group["params"]] for group in optimizer.param_groups], optimizer)
+    return saved
+
+
+def _take_groups(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
+    """Give groups their options back; their parameters stay."""
+    for theirs, group in zip(saved["param_groups"], optimizer.param_groups, strict=True):
+        group.update({key: value for key, value in theirs.items() if key != "params"})
+
+
+def load_placed_states(optimizer: Optimizer, packed: Mapping[str, Any], name_of: Mapping[nn.Parameter, str]) -> None:
+    """Give a torch optimizer what a checkpoint has of its states, each placed as its parameter. Every rank calls it.
+
+    Raises:
+        CheckpointError: other groups of parameters; nothing was changed.
+    """
+    saved = _saved_for(optimizer, packed, name_of)
+    targets: dict[str, Tensor] = {}
+    values: dict[str, Tensor] = {}
+    states: dict[nn.Parameter, dict[str, Any]] = {}
+    for theirs, group in zip(saved["param_groups"], optimizer.param_groups, strict=True):
+        has_steps_on_device = bool(theirs.get("fused") or theirs.get("capturable"))
+        for param in group["params"]:
+            for key, value in saved["state"].get(name_of[param], {}).items():
+                if key == MASTER:
+                    continue
+                if isinstance(value, Tensor):
+                    at = f"{name_of[param]} {key}"
+                    values[at] = value
+                    value = targets[at] = _place_for(value, key, param, has_steps_on_device=has_steps_on_device)
+                states.setdefault(param, {})[key] = value
+    fill(targets, values)
+    _take_groups(optimizer, saved)
+    optimizer.state.clear()
+    for param, state in states.items():
+        optimizer.state[param] = state
+
+
+def _place_for(value: Tensor, key: str, param: nn.Parameter, *, has_steps_on_device: bool) -> Tensor:
+    """Memory for a state where torch has it: beside its parameter, and cut as that is where it has its shape."""
+    if key != "step" and tuple(value.shape) == tuple(param.shape):
+        return torch.empty_like(param.detach(), dtype=value.dtype)
+    device = param.device if key != "step" or has_steps_on_device else torch.device("cpu")
+    return torch.empty(tuple(value.shape), dtype=value.dtype, device=device)
+
+
+def load_engine_state(engine: OptimizerEngine, packed: Mapping[str, Any], fqn_of: Mapping[nn.Parameter, str]) -> None:
+    """Give an engine what a checkpoint has of its optimizer: of each tensor the rows of this rank. Every rank calls it.
+
+    A master that the checkpoint lacks is taken from an fp32 weight there.
+
+    Raises:
+        CheckpointError: other groups of parameters; nothing was changed.
+    """
+    saved = _saved_for(engine.optimizer, packed, fqn_of)
+    wanted: list[tuple[LazyTensor, Box, Tensor]] = []
+    opened = next((v.opened for s in saved["state"].values() for v in s.values() if isinstance(v, LazyTensor)), None)
+    states = {}
+    for param in engine.params():
+        state = dict(saved["state"].get(fqn_of[param], {}))
+        if MASTER not in state and opened is not None and param.dtype != torch.float32:
+            weight = TensorKey(MODEL, fqn_of[param])
+            if weight in opened.source.tensors and opened.source.tensors[weight].dtype == torch.float32:
+                state[MASTER] = opened.lazy(weight)
+        states[param] = {
+            key: _wanted(value, key, param, engine.piece_of(param), wanted) for key, value in state.items()
+        }
+    read_boxes(wanted, opened)
+    _take_groups(engine.optimizer, saved)
+    engine.take_states({param: state for param, state in states.items() if state})
+
+
+def _wanted(
+    value: Any,
+    key: str,
+    param: nn.Parameter,
+    piece: ParamSlice | None,
+    wanted: list[tuple[LazyTensor, Box, Tensor]],
+) -> Any:
+    """Where a value of the checkpoint will be: this rank's rows of one that is cut as its parameter is."""
+    if not isinstance(value, LazyTensor):
+        return value
+    shape = tuple(value.shape)
+    if piece is None or key == "step" or shape != tuple(param.shape):
+        out = torch.empty(shape, dtype=value.dtype)
+        wanted.append((value, whole_box(shape), out))
+        return out
+    out = torch.empty(piece.local_shape, dtype=value.dtype)
+    if out.numel():
+        wanted.append((value, Box(local_rows(out, piece, param).offset, tuple(out.shape)), out))
+    return out

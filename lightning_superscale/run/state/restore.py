@@ -1,0 +1,251 @@
+"""A checkpoint of any format as the dict that Lightning loads, its tensors still on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_superscale.checkpoint.foreign.lightning import EXTRA_STATE, LAYOUT_VERSION
+from lightning_superscale.checkpoint.foreign.sniff import detect, open_foreign
+from lightning_superscale.checkpoint.foreign.torch_files import load_torch_file
+from lightning_superscale.checkpoint.foreign.torch_optimizer import pack_optimizer
+from lightning_superscale.checkpoint.load.reader import is_checkpoint, open_checkpoint
+from lightning_superscale.checkpoint.local_shards import is_tensor_like, local_shards
+from lightning_superscale.checkpoint.state import MASTER, MODEL, ReadRequest, StateSource, TensorKey
+from lightning_superscale.checkpoint.storage.files import is_remote
+from lightning_superscale.comm.mesh import DataMesh, single_mesh
+from lightning_superscale.errors import CheckpointError
+from lightning_superscale.layout.box import Box, whole_box
+from lightning_superscale.run.state.collect import canonical
+from lightning_superscale.run.state.lazy_tensor import LazyTensor
+
+
+class OpenedCheckpoint:
+    """A training state on disk, for all ranks of a mesh to read together.
+
+    Attributes:
+        source: reads; every rank of the mesh calls it.
+        mesh: the ranks.
+    """
+
+    def __init__(self, source: StateSource, mesh: DataMesh) -> None:
+        self.source = source
+        self.mesh = mesh
+
+    @cached_property
+    def alone(self) -> StateSource:
+        """The same state, for this rank to read by itself."""
+        if self.mesh.is_single or not is_checkpoint(self.source.path):
+            return self.source
+        return open_checkpoint(self.source.path, check_first=False)
+
+    @cached_property
+    def masters(self) -> dict[str, TensorKey]:
+        """The master of each weight of which an optimizer has one, by the weight's name."""
+        return {key.name: key for key in self.source.tensors if key.state == MASTER}
+
+    def lazy(self, key: TensorKey) -> LazyTensor:
+        return LazyTensor(self, key, self.source.tensors[key])
+
+    def as_lightning(self) -> dict[str, Any]:
+        """What `CheckpointIO.load_checkpoint` returns: lazy tensors, parameters numbered and named ("param_names")."""
+        rest = dict(self.source.rest)
+        lazies = {key: self.lazy(key) for key in self.source.tensors}
+        weights: dict[str, Any] = {key.name: lazy for key, lazy in lazies.items() if key.section == MODEL}
+        weights.update({name: weights[first] for name, first in self.source.aliases.items() if first in weights})
+        weights.update(rest.pop(EXTRA_STATE, {}))
+        checkpoint = {**LAYOUT_VERSION, **rest, "state_dict": weights}
+        if self.source.step is not None:
+            checkpoint.setdefault("global_step", self.source.step)
+        records = self.source.optimizers
+        if records:
+            states = [pack_optimizer(record, lazies, index) for index, record in enumerate(records)]
+            for record, state in zip(records, states, strict=True):
+                for group, names in zip(state["param_groups"], record.names, strict=True):
+                    group["param_names"] = list(names)
+            checkpoint["optimizer_states"] = states
+        return checkpoint
+
+
+def open_any(path: str, mesh: DataMesh | None = None, *, is_all_used: bool = False) -> dict[str, Any]:
+    """Open a checkpoint of any format as Lightning's dict. Every rank of the mesh calls it.
+
+    A Lightning file is read as it is, from mapped memory; tensors of all others are lazy.
+
+    Args:
+        is_all_used: weights are going to be loaded, and optimizer states when weights have changed already: so all
+            checksums are verified now, where files are local.
+
+    Raises:
+        CheckpointError: no checkpoint, a format that is not known, or damage.
+    """
+    mesh = mesh or single_mesh()
+    if is_checkpoint(path) or is_remote(path):
+        source = open_checkpoint(path, mesh)
+        if is_all_used and not is_remote(path):
+            source.check_all()
+        return OpenedCheckpoint(source, mesh).as_lightning()
+    if detect(path) == "lightning":
+        loaded: dict[str, Any] = load_torch_file(Path(path))
+        return loaded
+    return OpenedCheckpoint(open_foreign(path), mesh).as_lightning()
+
+
+def is_lazy(values: Mapping[str, Any]) -> bool:
+    return any(isinstance(value, LazyTensor) for value in values.values())
+
+
+def read_boxes(wanted: Sequence[tuple[LazyTensor, Box, Tensor]], opened: OpenedCheckpoint | None = None) -> None:
+    """Fill parts of tensors, all at once. Every rank that opened the checkpoint calls it.
+
+    Args:
+        wanted: lazy tensor, its part, and a tensor of the part's shape.
+        opened: where this rank may want nothing that others do.
+    """
+    by_source: dict[int, tuple[OpenedCheckpoint, list[ReadRequest]]] = {}
+    if opened is not None:
+        by_source[id(opened)] = (opened, [])
+    for lazy, box, out in wanted:
+        by_source.setdefault(id(lazy.opened), (lazy.opened, []))[1].append(ReadRequest(lazy.key, box, out))
+    for checkpoint, requests in by_source.values():
+        checkpoint.source.read(requests)
+
+
+def read_whole(values: Any) -> Any:
+    """Nested dicts and lists with every lazy tensor read, whole, on the host. Every rank calls it."""
+    lazies = {id(lazy): lazy for lazy in _lazies_in(values)}
+    read = {number: torch.empty(tuple(lazy.shape), dtype=lazy.dtype) for number, lazy in lazies.items()}
+    read_boxes([(lazy, whole_box(tuple(lazy.shape)), read[number]) for number, lazy in lazies.items()])
+    return _replaced(values, read)
+
+
+def _lazies_in(value: Any) -> list[LazyTensor]:
+    if isinstance(value, LazyTensor):
+        return [value]
+    inside = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    return [lazy for item in inside for lazy in _lazies_in(item)]
+
+
+def _replaced(value: Any, read: Mapping[int, Tensor]) -> Any:
+    if isinstance(value, LazyTensor):
+        return read[id(value)]
+    if isinstance(value, Mapping):
+        return {key: _replaced(item, read) for key, item in value.items()}
+    return [_replaced(item, read) for item in value] if isinstance(value, list) else value
+
+
+def read_into(target: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+    """Fill tensors, whole or cut, in place with what the lazy tensors of the same names hold. Every rank calls it."""
+    wanted = []
+    for name, tensor in target.items():
+        lazy = values.get(name)
+        if isinstance(lazy, LazyTensor):
+            wanted += [(lazy, shard.box, shard.tensor) for shard in local_shards(tensor)[2]]
+    opened = next((lazy.opened for lazy in values.values() if isinstance(lazy, LazyTensor)), None)
+    read_boxes(wanted, opened)
+
+
+def fill(target: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+    """Overwrite tensors in place, whole or cut, with lazy or whole ones of the same names. Every rank calls it."""
+    with torch.no_grad():
+        if is_lazy(values):
+            read_into(target, values)
+        for name, tensor in target.items():
+            value = values.get(name)
+            if is_tensor_like(tensor) and isinstance(value, Tensor) and not isinstance(value, LazyTensor):
+                for shard in local_shards(tensor)[2]:
+                    shard.tensor.copy_(value[shard.box.within(whole_box(value.shape))])
+
+
+def aligned(values: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dict under a module's own names, which wrappers such as torch.compile's may have changed."""
+    renamed = {canonical(name): name for name in own}
+    return {name if name in own else renamed.get(canonical(name), name): value for name, value in values.items()}
+
+
+def with_masters(values: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Weights with fp32 masters in place of 16-bit copies, where the module's own are fp32: no bit is lost."""
+    chosen = dict(values)
+    for name, lazy in values.items():
+        dtype = getattr(own.get(name), "dtype", None)
+        if isinstance(lazy, LazyTensor) and dtype == torch.float32 and lazy.dtype != torch.float32:
+            master = lazy.opened.masters.get(lazy.key.name)
+            if master is not None:
+                chosen[name] = lazy.opened.lazy(master)
+    return chosen
+
+
+def fitted(
+    module: nn.Module, values: Mapping[str, Any], own: Mapping[str, Any], *, strict: bool, allow: Sequence[str]
+) -> dict[str, Any]:
+    """A checkpoint's state dict as a module takes it: under its own names, and with masters for fp32 weights.
+
+    Args:
+        own: the module's state dict, whole or cut.
+
+    Raises:
+        CheckpointError: it does not fit, and nothing was changed.
+    """
+    weights = aligned(values, own)
+    check_fits(module, weights, own, strict=strict, allow=allow)
+    return with_masters(weights, own)
+
+
+def check_fits(
+    module: nn.Module, values: Mapping[str, Any], own: Mapping[str, Any], *, strict: bool, allow: Sequence[str]
+) -> None:
+    """Refuse a state dict that does not fit before any weight changes.
+
+    Modules that rename or convert entries by themselves decide for themselves.
+
+    Args:
+        own: the module's state dict, whole or cut.
+
+    Raises:
+        CheckpointError: lists missing and unexpected names (with `strict`) and shapes that differ.
+    """
+    if any(_converts(one) for one in module.modules()):
+        return
+    own = {name: value for name, value in own.items() if is_tensor_like(value)}
+    theirs = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+    def ours_to_say(names: Any) -> list[str]:
+        return sorted(name for name in names if not any(fnmatchcase(name, pattern) for pattern in allow))
+
+    missing, unexpected = ours_to_say(own.keys() - theirs.keys()), ours_to_say(theirs.keys() - own.keys())
+    problems = []
+    if strict and missing:
+        problems.append(f"it lacks {_listed(missing)}")
+    if strict and unexpected:
+        problems.append(f"the module has no {_listed(unexpected)}")
+    shapes = [
+        f"{name} is {tuple(theirs[name].shape)} there and {tuple(own[name].size())} here"
+        for name in sorted(own.keys() & theirs.keys())
+        if tuple(own[name].size()) != tuple(theirs[name].shape)
+    ]
+    if shapes:
+        problems.append(f"shapes differ: {_listed(shapes)}")
+    if problems:
+        where = next((lazy.opened.source.path for lazy in theirs.values() if isinstance(lazy, LazyTensor)), "")
+        raise CheckpointError(
+            f"the checkpoint{f' {where}' if where else ''} does not fit {type(module).__name__}, and nothing was "
+            f"changed: {'; '.join(problems)}. Build the model as it was, rename entries in on_load_checkpoint, name "
+            "what may differ in CheckpointConfig.allow, or set strict_loading=False."
+        )
+
+
+def _converts(module: nn.Module) -> bool:
+    """Whether code that is not torch's has a say in what a module loads; torch's keeps names and shapes."""
+    hooks = module._load_state_dict_pre_hooks.values()
+    loaders = [type(module)._load_from_state_dict, *(getattr(hook, "hook", hook) for hook in hooks)]
+    return not all(str(getattr(loader, "__module__", "")).startswith("torch.") for loader in loaders)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")

@@ -1,0 +1,84 @@
+"""Gathers of new weights that are stepped on the host: each starts when this rank's forward needs it, or before.
+
+[Note: Late gathers] A gather needs this rank's new rows, and the host may still step them while the next forward
+runs. So publishing only queues; the first gate that waits for a unit issues the queue up to that unit, and those
+after it whose rows have arrived. Ranks therefore start the same gathers in the same order but at different places
+among their other collectives, which is why they have a group of their own. A rank whose forward skips a module must
+not keep the others waiting for its rows: it issues all that is left before its backward asks anything of other ranks.
+Weights that stream are gathered only when their block is used or about to be: all at once would fill the device.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from lightning_superscale.comm.collectives import AxisCollectives, Pending
+from lightning_superscale.optim.unit import PublishEvent
+from lightning_superscale.zero.buckets.unit import BucketUnit
+
+
+class _Queued(NamedTuple):
+    """New rows of this rank on their way into the unit's inbox."""
+
+    unit: BucketUnit
+    event: PublishEvent
+    stepped: Sequence[int]
+
+
+class _Issued(NamedTuple):
+    pending: Pending
+    unit: BucketUnit
+    stepped: Sequence[int]
+
+
+class LateGathers:
+    """The gathers of one transport's units whose rows come from the host, in published order."""
+
+    def __init__(self, collectives: AxisCollectives) -> None:
+        self._collectives = collectives
+        self._queue: deque[_Queued] = deque()
+        self._issued: dict[int, _Issued] = {}
+
+    def add(self, unit: BucketUnit, event: PublishEvent, stepped: Sequence[int]) -> None:
+        """Every rank calls it for the same units in the same order."""
+        self._queue.append(_Queued(unit, event, stepped))
+
+    def wait(self, unit: BucketUnit) -> None:
+        """Return when whatever runs next sees this unit's new weights."""
+        if self._is_queued(unit):
+            while unit.index not in self._issued:
+                self._issue_next()
+            while self._queue and self._queue[0].event.is_ready() and not self._queue[0].unit.is_streamed:
+                self._issue_next()
+        issued = self._issued.pop(unit.index, None)
+        if issued is not None:
+            issued.pending.wait()
+            issued.unit.unpack_gathered(issued.stepped)
+
+    def holds(self, unit: BucketUnit) -> bool:
+        """Whether new weights of this unit are still awaited."""
+        return unit.index in self._issued or self._is_queued(unit)
+
+    def begin(self, unit: BucketUnit) -> None:
+        """Start the gather of a unit that is used soon, unless the host still steps it or one before it."""
+        while self._is_queued(unit) and self._queue[0].event.is_ready():
+            self._issue_next()
+
+    def _is_queued(self, unit: BucketUnit) -> bool:
+        return any(queued.unit is unit for queued in self._queue)
+
+    def issue_all(self) -> None:
+        """Let no other rank wait for this one's rows any longer."""
+        while self._queue:
+            self._issue_next()
+
+    def _issue_next(self) -> None:
+        unit, event, stepped = self._queue.popleft()
+        event.wait()
+        self._issued[unit.index] = _Issued(self._collectives.all_gather(unit.gathered()), unit, stepped)
+
+    def clear(self) -> None:
+        self._queue.clear()
+        self._issued.clear()

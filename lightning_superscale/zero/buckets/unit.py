@@ -1,0 +1,202 @@
+"""A unit of whole parameters that view one flat buffer, with this rank's rows of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import increment_version
+
+from lightning_superscale.layout.rows import ParamSpec, UnitLayout, shard_rows, unit_layout
+from lightning_superscale.ops.cpu.memory import RecycledMemory
+from lightning_superscale.optim.grad_dtypes import packed_into
+
+
+class WeightHome(Protocol):
+    """Where weights that stream to the device rest."""
+
+    def filling(self, *, is_whole: bool) -> AbstractContextManager[None]:
+        """While open, the unit's `weights` can be written, all of them if `is_whole`; then they may be used."""
+
+    def leave_unused(self) -> None:
+        """Free the memory of such weights that nothing uses."""
+
+
+class BucketUnit:
+    """Parameters of one dtype and device, and the flat buffer that their weights view.
+
+    Two layouts describe a unit. `full` places whole parameters and is the same on every rank: module
+    parameters view it. `shard` places this rank's rows. On one rank they are equal, so nothing is
+    copied between them. On several, gradients are packed into [shard_world_size, shard_numel] before
+    they are reduced, and new weights are unpacked from such a buffer after they were gathered; it
+    exists only in between.
+
+    A unit whose weights stream to the device is given `streams_to`: its parameters keep the memory they have, the
+    buffer is empty, and whoever fills it lets parameters view it for that long.
+
+    Attributes:
+        weights: [full.shard_numel], the parameters' dtype, on their device or on `streams_to`.
+        views: each parameter's whole weight in it.
+        is_streamed: whether it was given `streams_to`.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        named_params: Sequence[tuple[str, nn.Parameter]],
+        shard_rank: int,
+        shard_world_size: int,
+        memory: RecycledMemory,
+        *,
+        streams_to: torch.device | None = None,
+    ) -> None:
+        specs = [ParamSpec(fqn, tuple(param.shape)) for fqn, param in named_params]
+        self.index = index
+        self.params = tuple(param for _, param in named_params)
+        self.full: UnitLayout = unit_layout(index, specs, 0, 1)
+        self.shard: UnitLayout = unit_layout(index, specs, shard_rank, shard_world_size)
+        self.is_whole = shard_world_size == 1
+        self.has_whole_weights = True
+        self.is_streamed = streams_to is not None
+        self._shard_rank = shard_rank
+        self._shard_world_size = shard_world_size
+        self._memory = memory
+        self._gathered: Tensor | None = None
+        self._rows_of_ranks: list[list[Tensor]] = []
+        self._num_steps = [0] * len(self.params)
+        self._home: WeightHome | None = None
+        first = self.params[0]
+        self.weights = torch.zeros(self.full.shard_numel, dtype=first.dtype, device=streams_to or first.device)
+        self.views = tuple(
+            self.weights[piece.offset : piece.offset + piece.numel].view(piece.local_shape)
+            for piece in self.full.slices
+        )
+        if streams_to is not None:
+            self.weights.untyped_storage().resize_(0)
+            return
+        for view, param in zip(self.views, self.params, strict=True):
+            view.copy_(param.detach())
+            param.data = view
+
+    def leave_unused(self) -> None:
+        """Nobody is about to use what was gathered: weights that stream need no memory on the device then."""
+        if self._home is not None:
+            self._home.leave_unused()
+
+    def rest_at(self, home: WeightHome) -> None:
+        """Know who fills the buffer of a streamed unit."""
+        self._home = home
+
+    @property
+    def weight_numel(self) -> int:
+        return 0 if self.is_streamed else self.full.shard_numel
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weights.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.weights.device
+
+    def local_rows(self, i: int) -> Tensor:
+        start = self.full.slices[i].offset + self.shard.slices[i].global_offset
+        return self.weights[start : start + self.shard.slices[i].numel]
+
+    def mark_stepped(self, stepped: Iterable[int]) -> None:
+        """Count a version more of weights that a step changed ([Note: Graphs of old weights] in optim/transport)."""
+        for i in stepped:
+            increment_version(self.params[i])
+            self._num_steps[i] += 1
+
+    def edits_of(self, i: int) -> int:
+        """A number that grows when anybody but a step changes a weight in place."""
+        return self.params[i]._version - self._num_steps[i]
+
+    # Gradients out
+
+    def packed(self, grads: Mapping[int, Tensor], scale: float, dtype: torch.dtype) -> Tensor:
+        """Gradients as the reduction reads them, [shard_world_size, shard_numel] in `dtype`, times `scale`.
+
+        Rows of parameters without a gradient here are zero; alignment gaps hold anything.
+
+        Args:
+            grads: by index of the parameter, 1D and whole.
+        """
+        packed = self._memory.empty(self._shard_world_size, self.shard.shard_numel, dtype=dtype, device=self.device)
+        for i in range(len(self.params)):
+            grad = grads.get(i)
+            for here, there in self._spans(packed, grad, i):
+                if there is None:
+                    here.zero_()
+                else:
+                    packed_into(here, there, scale)
+        return packed
+
+    def _spans(self, packed: Tensor, flat: Tensor | None, i: int) -> Iterable[tuple[Tensor, Tensor | None]]:
+        """Pairs of equal shape: parameter i's rows in `packed`, by rank, and in `flat` (whole, 1D)."""
+        offset, spec = self.shard.slices[i].offset, self.shard.slices[i].spec
+        if spec.num_rows % self._shard_world_size == 0:  # all ranks at once
+            numel = spec.numel // self._shard_world_size
+            yield packed[:, offset : offset + numel], None if flat is None else flat.view(self._shard_world_size, numel)
+            return
+        for rank in range(self._shard_world_size):
+            start, stop = (row * spec.row_numel for row in shard_rows(spec.num_rows, rank, self._shard_world_size))
+            yield packed[rank, offset : offset + stop - start], None if flat is None else flat[start:stop]
+
+    # Weights in
+
+    def inbox(self) -> Tensor:
+        if self.is_whole:
+            return self.weights
+        if self._gathered is None:
+            shape = (self._shard_world_size, self.shard.shard_numel)
+            self._gathered = self._memory.empty(*shape, dtype=self.dtype, device=self.device)
+        return self._gathered[self._shard_rank]
+
+    def pack_rows(self, stepped: Sequence[int]) -> None:
+        """Copy this rank's rows of the stepped weights into the inbox, for the gather."""
+        inbox = self.inbox()
+        for i in stepped:
+            piece = self.shard.slices[i]
+            inbox[piece.offset : piece.offset + piece.numel].copy_(self.local_rows(i))
+
+    def gathered(self) -> Tensor:
+        """The buffer that a gather fills with every rank's inbox, [shard_world_size, shard_numel]."""
+        self.inbox()
+        if self._gathered is None:
+            raise AssertionError("a whole unit gathers nothing")
+        return self._gathered
+
+    def unpack_gathered(self, stepped: Sequence[int]) -> None:
+        """Copy the stepped weights' rows of all ranks to where forward reads them; frees the buffer."""
+        packed = self.gathered()
+        is_whole = len(stepped) == len(self.params)
+        with nullcontext() if self._home is None else self._home.filling(is_whole=is_whole):
+            for i in stepped:
+                piece = self.full.slices[i]
+                whole = self.weights[piece.offset : piece.offset + piece.numel]
+                for there, here in self._spans(packed, whole, i):
+                    if here is not None:
+                        here.copy_(there)
+        self._gathered = None
+
+    def rows_of_ranks(self) -> list[list[Tensor]]:
+        """Every rank's rows of every weight, by rank: views of what forward reads."""
+        if not self._rows_of_ranks:
+            for rank in range(self._shard_world_size):
+                spans = []
+                for piece in self.full.slices:
+                    start, stop = shard_rows(piece.spec.num_rows, rank, self._shard_world_size)
+                    row_numel = piece.spec.row_numel
+                    spans.append(self.weights[piece.offset + start * row_numel : piece.offset + stop * row_numel])
+                self._rows_of_ranks.append(spans)
+        return self._rows_of_ranks
+
+    def release(self) -> None:
+        """Give every parameter a storage of its own again."""
+        for param in self.params:
+            param.data = param.detach().clone()

@@ -1,0 +1,96 @@
+"""Publish-before-forward gates: a module's forward waits until the weights it owns have arrived.
+
+[Note: Which gate] A gate at the owning module is enough only where weights are read inside that
+module's forward. A weight that is read elsewhere (`F.linear(x, self.embed.weight)`) is gated at the
+start of the training step instead. Which is which is observed: a unit starts at the root gate, and moves
+to its modules' gates once each of its parameters was seen to receive a gradient in a step in which
+a module that owns it had run. A unit seen otherwise stays at the root gate for good.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_superscale.optim.transport import Transport
+from lightning_superscale.optim.unit import ShardUnit
+
+
+class PublishGates:
+    """Forward pre-hooks of one model over one transport.
+
+    Args:
+        root: the module whose submodules own the transport's parameters.
+        per_module: False keeps every unit at the root gate (compiled models: a hook per module would
+            break their graphs; held gradients: nothing observes them).
+
+    Attributes:
+        waited_seconds: how long modules' gates kept the host inside forward, so far.
+    """
+
+    def __init__(self, root: nn.Module, transport: Transport, *, per_module: bool) -> None:
+        self.waited_seconds = 0.0
+        self._transport = transport
+        self._hooks: list[RemovableHandle] = []
+        self._owners: dict[nn.Parameter, list[nn.Module]] = {}
+        self._entered: set[nn.Module] = set()
+        self._seen: set[nn.Parameter] = set()
+        self._at_modules: set[int] = set()
+        self._at_root_for_good: set[int] = set()
+        if not per_module:
+            return
+        for module in root.modules():
+            units: dict[int, ShardUnit] = {}
+            for param in module.parameters(recurse=False):
+                place = transport.place_of(param)
+                if place is not None:
+                    units[place[0].index] = place[0]
+                    self._owners.setdefault(param, []).append(module)
+            if units:
+                self._hooks.append(module.register_forward_pre_hook(self._hook(tuple(units.values()))))
+        for param in self._owners:
+            self._hooks.append(param.register_post_accumulate_grad_hook(self._observe))  # type: ignore[no-untyped-call]
+
+    def _hook(self, units: tuple[ShardUnit, ...]) -> Callable[[nn.Module, object], None]:
+        def wait(module: nn.Module, _inputs: object) -> None:
+            self._entered.add(module)
+            start = time.perf_counter()
+            self._transport.wait_published(units)
+            self.waited_seconds += time.perf_counter() - start
+
+        return wait
+
+    def _observe(self, param: nn.Parameter) -> None:
+        place = self._transport.place_of(param)
+        if place is None:
+            return
+        unit = place[0]
+        if any(owner in self._entered for owner in self._owners[param]):
+            self._seen.add(param)
+            if unit.index not in self._at_modules and self._seen.issuperset(unit.params):
+                self._at_modules.add(unit.index)
+        else:
+            self._at_root_for_good.add(unit.index)
+
+    def is_at_modules(self, unit: ShardUnit) -> bool:
+        return unit.index in self._at_modules and unit.index not in self._at_root_for_good
+
+    def enter_step(self) -> None:
+        """The root gate: wait for every unit that its modules' gates don't guard."""
+        self._entered.clear()
+        self._transport.wait_published([u for u in self._transport.units if not self.is_at_modules(u)])
+
+    def close(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+
+def is_compiled(root: nn.Module) -> bool:
+    """Whether any part of the model is a `torch.compile` product."""
+    optimized = torch._dynamo.OptimizedModule if hasattr(torch, "_dynamo") else ()
+    return any(isinstance(m, optimized) or getattr(m, "_compiled_call_impl", None) is not None for m in root.modules())

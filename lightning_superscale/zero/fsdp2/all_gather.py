@@ -1,0 +1,67 @@
+"""How FSDP2's groups gather weights: through our own collectives, on a group of their own, in one checked order."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_superscale.comm.collectives import AxisCollectives
+from lightning_superscale.zero.fsdp2.gather_order import GatherOrder, OrderDeparted, Patience
+
+_FIRST_PAUSE_S = 20e-6
+_LONGEST_PAUSE_S = 1e-3
+
+
+class GroupGather:
+    """One FSDP2 group's all-gather: what `FSDPModule.set_custom_all_gather` takes.
+
+    Args:
+        name: of the group's module, for errors.
+        joined: raises an error through the step's agreement, where the other rank waits.
+    """
+
+    def __init__(
+        self, collectives: AxisCollectives, order: GatherOrder, name: str, joined: Callable[[OrderDeparted], None]
+    ) -> None:
+        self._collectives = collectives
+        self._order = order
+        self._name = name
+        self._joined = joined
+        group = collectives.axis.group
+        self._is_polled = group is not None and "gloo" in dist.get_backend(group)
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
+    ) -> None:
+        """Gather; on return, whatever runs next on the current stream sees the result."""
+        try:
+            self._order.enter(self._name)
+            self._gather(output_tensor, input_tensor)
+        except OrderDeparted as error:
+            if error.is_joined:
+                self._joined(error)
+            raise
+
+    def _gather(self, output: Tensor, own: Tensor) -> None:
+        packed = output.view(self._collectives.axis.size, -1)
+        here = packed[self._collectives.axis.rank]
+        if here.data_ptr() != own.data_ptr():
+            here.copy_(own)
+        pending = self._collectives.all_gather(packed, is_polled=True)
+        if self._is_polled:
+            patience, pause = Patience(), _FIRST_PAUSE_S
+            with self._order.waiting(self._name):
+                while not pending.is_done():
+                    if patience.should_look():
+                        self._order.look(self._name)
+                    self._order.raise_if_failed()
+                    time.sleep(pause)
+                    pause = min(2 * pause, _LONGEST_PAUSE_S)
+        pending.wait()

@@ -1,0 +1,46 @@
+"""Which parameters share a unit in stage 3: those of one FSDP2 group, and buckets of what FSDP2 can't take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from lightning_superscale.comm.dtensor import is_cut
+from lightning_superscale.optim.bucketing import Grouping, NamedParam
+from lightning_superscale.zero.fsdp2.module import ShardedModule
+
+
+class _GroupKey(NamedTuple):
+    """Parameters that make one unit.
+
+    Attributes:
+        is_cut: ranks of the tensor axis hold different parts of them, so that their norms add up.
+    """
+
+    group: int
+    dtype: torch.dtype
+    is_on_device: bool
+    is_cut: bool
+
+
+def fsdp2_units_of(
+    sharded: ShardedModule, named_params: Sequence[NamedParam], grouping: Grouping
+) -> list[list[NamedParam]]:
+    """Members of every unit: inner groups from last to first, as their gradients come; then buckets.
+
+    A top group's own parameters frame the inner ones, so their gradients are complete last.
+    """
+    by_group: dict[_GroupKey, list[NamedParam]] = {}
+    for fqn, param in reversed(named_params):
+        if sharded.holds(param):
+            group, is_on_device = sharded.group_of(param).index, param in grouping.on_device
+            key = _GroupKey(group, param.dtype, is_on_device, is_cut(param))
+            by_group.setdefault(key, []).append((fqn, param))
+
+    def place(key: _GroupKey) -> tuple[bool, int, str]:
+        return sharded.groups[key.group].has_inner, -key.group, str(key)
+
+    plain = [(fqn, param) for fqn, param in named_params if not sharded.holds(param)]
+    return [by_group[key] for key in sorted(by_group, key=place)] + grouping.units_of(plain)

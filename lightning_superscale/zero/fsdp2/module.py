@@ -1,0 +1,396 @@
+"""One module sharded with FSDP2: its groups, who takes their gradients, and the way back to plain parameters."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import increment_version
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from lightning_superscale.comm.communicator import Ranks
+from lightning_superscale.comm.dtensor import gather_whole, local_of, rows_of_part, write_local, write_whole
+from lightning_superscale.errors import SuperScaleError
+from lightning_superscale.optim.grad_dtypes import grad_dtype_of
+from lightning_superscale.zero.fsdp2.autograd import GroupGraphs, UsersHooks
+from lightning_superscale.zero.fsdp2.gather_order import GatherOrder, OrderDeparted
+from lightning_superscale.zero.fsdp2.unwrap import release_modules
+
+
+class GradientTaker(Protocol):
+    """Whoever carries the gradients of some of the module's parameters."""
+
+    def take_grad(self, param: nn.Parameter, whole: nn.Parameter) -> None:
+        """Backward accumulated a gradient into `whole`, the gathered parameter of `param`."""
+
+    def land_group(self, group: int) -> bool:
+        """Bring new weights of a group to where its gather reads them; whether there were any."""
+
+    def join_agreement(self, error: OrderDeparted) -> None:
+        """Raise an error on all ranks, in the agreement of the step at which others wait."""
+
+    def released(self, plain: Mapping[nn.Parameter, nn.Parameter]) -> None:
+        """The module's sharded parameters became these plain ones."""
+
+
+@dataclass(slots=True)
+class ShardedGroup:
+    """One FSDP2 group.
+
+    Attributes:
+        is_top: no other group is around it.
+        has_inner: other groups are inside it.
+        params: sharded parameters (DTensors), by name from the root.
+        places: where each is registered.
+        wholes: by sharded parameter, the one that forward sees while the group is gathered: plain, or cut over the
+            tensor axis alone.
+    """
+
+    index: int
+    fqn: str
+    module: nn.Module
+    is_top: bool
+    has_inner: bool
+    params: dict[str, nn.Parameter]
+    places: dict[nn.Parameter, list[tuple[nn.Module, str]]]
+    wholes: dict[nn.Parameter, nn.Parameter] = field(default_factory=dict)
+
+    @property
+    def fsdp(self) -> FSDPModule:
+        return cast(FSDPModule, self.module)
+
+
+class ShardedModule:
+    """A module whose parameters FSDP2 gathers at each group's forward and frees afterwards.
+
+    FSDP2 gathers, prefetches and frees; it never reduces. [Note: Gradients of gathered parameters] Autograd
+    accumulates into the whole parameter that forward saw, which is one object for the whole run. A hook there takes
+    the gradient away before FSDP2 looks for it, so that gradients are linear deltas in the order, dtype and
+    agreement of every other transport, whatever is used twice, late, on some ranks or not at all. FSDP2's own
+    reduction assumes that all ranks have gradients for the same parameters and that a group's backward runs once
+    per forward; reentrant checkpoints and partial backward calls break that.
+
+    Args:
+        replaced: by the parameter that the caller knew, the one that took its place in the module.
+        left_out: parameters that stay whole on every rank, and why.
+    """
+
+    def __init__(
+        self,
+        root: nn.Module,
+        groups: Sequence[ShardedGroup],
+        *,
+        replaced: Mapping[nn.Parameter, nn.Parameter],
+        left_out: Mapping[nn.Parameter, str],
+        before: dict[nn.Module, frozenset[str]],
+        optimizers: Sequence[Optimizer],
+        order: GatherOrder,
+        reshards_after_forward: bool,
+    ) -> None:
+        self.root = root
+        self.groups = list(groups)
+        self.replaced = dict(replaced)
+        self.left_out = dict(left_out)
+        self.order = order
+        self._before = before
+        self._optimizers = list(optimizers)
+        self._group_of = {param: group for group in groups for param in group.params.values()}
+        self._takers: dict[nn.Parameter, GradientTaker] = {}
+        self._transports: list[GradientTaker] = []
+        self._attached: list[GradientTaker] = []
+        self._strays: dict[nn.Parameter, Tensor] = {}
+        self._hooks: list[RemovableHandle] = []
+        self._is_released = False
+        self.graphs = GroupGraphs(reshards_after_forward=reshards_after_forward)
+        self._users_hooks = UsersHooks({new: old for old, new in self.replaced.items()})
+        for group in self.groups:
+            group.fsdp.set_requires_gradient_sync(False, recurse=False)
+            self._hooks.append(group.module.register_forward_pre_hook(self._before_gather(group), prepend=True))
+            self._hooks.append(group.module.register_forward_pre_hook(self._after_gather(group)))
+            self._hooks.append(self.graphs.watch(group.index, group.module))
+
+    # Transports
+
+    def attach(self, transport: GradientTaker) -> None:
+        self._transports.append(transport)
+        self._attached.append(transport)
+
+    def detach(self, transport: GradientTaker) -> None:
+        """When the last transport leaves, the module becomes plain again. Collective then."""
+        if transport in self._transports:
+            self._transports.remove(transport)
+        if not self._transports:
+            self.release()
+
+    def give_to(self, taker: GradientTaker, params: Iterable[nn.Parameter]) -> None:
+        """From now on, `taker` gets the gradients of these parameters; earlier ones it finds at `whole_of`."""
+        for param in params:
+            self._takers[param] = taker
+            if param in self._strays:
+                self.group_of(param).wholes[param].grad = self._strays.pop(param)
+                param.grad = None
+
+    def group_of(self, param: nn.Parameter) -> ShardedGroup:
+        return self._group_of[param]
+
+    def holds(self, param: nn.Parameter) -> bool:
+        return param in self._group_of
+
+    def whole_of(self, param: nn.Parameter) -> nn.Parameter | None:
+        """The gathered parameter that autograd accumulates into; None before the first forward."""
+        return self._group_of[param].wholes.get(param)
+
+    def join_agreement(self, error: OrderDeparted) -> None:
+        if self._transports:
+            self._transports[0].join_agreement(error)
+
+    # Forward
+
+    def _before_gather(self, group: ShardedGroup) -> Callable[..., None]:
+        def enter(module: nn.Module, _inputs: object) -> None:
+            if group.is_top:
+                self.order.begin_pass(group.fqn, is_inference=not torch.is_grad_enabled())
+            landed = self._land(group.index)
+            if torch.is_inference_mode_enabled():
+                # Memory that FSDP2 makes at a first gather in inference mode could never be trained with.
+                with torch.inference_mode(False), torch.no_grad():
+                    group.fsdp.unshard()
+            elif landed:
+                # FSDP2 copies rows on a stream that waited for this one at the root's forward, before the upload
+                # landed. An explicit gather copies them on this stream.
+                group.fsdp.unshard(async_op=True)
+
+        return cast(Callable[..., None], torch.compiler.disable(enter))  # type: ignore[no-untyped-call]
+
+    def _land(self, index: int) -> bool:
+        landed = [transport.land_group(index) for transport in self._transports]
+        return any(landed)
+
+    def _after_gather(self, group: ShardedGroup) -> Callable[..., None]:
+        def entered(module: nn.Module, _inputs: object) -> None:
+            self._hook_wholes(group)
+
+        return cast(Callable[..., None], torch.compiler.disable(entered))  # type: ignore[no-untyped-call]
+
+    def _hook_wholes(self, group: ShardedGroup) -> None:
+        for fqn, param in group.params.items():
+            if not param.requires_grad:
+                continue
+            owner, name = group.places[param][0]
+            whole = owner.get_parameter(name)
+            if group.wholes.get(param) is not whole:
+                if whole is param:
+                    raise AssertionError(f"{group.fqn!r} was entered, and its parameters are not gathered")
+                group.wholes[param] = whole
+                if grad_dtype_of(param) != grad_dtype_of(whole):
+                    whole.grad_dtype = grad_dtype_of(param)
+                self._hooks.append(whole.register_post_accumulate_grad_hook(self._taken(param)))  # type: ignore[no-untyped-call]
+            followed = self._users_hooks.follow(param, whole, fqn)
+            if followed is not None:
+                self._hooks.append(followed)
+
+    def _taken(self, param: nn.Parameter) -> Callable[[nn.Parameter], None]:
+        def take(whole: nn.Parameter) -> None:
+            taker = self._takers.get(param)
+            if taker is not None:
+                taker.take_grad(param, whole)
+            else:
+                self._keep_stray(param, whole)
+
+        return take
+
+    def _keep_stray(self, param: nn.Parameter, whole: nn.Parameter) -> None:
+        """Unfrozen since the start: keep its gradient, and show the engine that there is one."""
+        grad, whole.grad = whole.grad, None
+        owned = (own for optimizer in self._optimizers for group in optimizer.param_groups for own in group["params"])
+        if grad is None or not any(own is param for own in owned):
+            return
+        self._strays[param] = self._strays[param] + grad if param in self._strays else grad
+        if param.grad is None:
+            param.grad = torch.zeros_like(param)
+
+    # Whole weights
+
+    def land_all(self) -> None:
+        for group in self.groups:
+            self._land(group.index)
+
+    def reshard(self, index: int, changed: Iterable[nn.Parameter]) -> None:
+        """Let go of a group's weights, some of which changed, so that the next forward gathers new ones."""
+        group = self.groups[index]
+        increment_version([group.wholes[param] for param in changed if param in group.wholes])
+        self.graphs.let_go(index, group.module)
+        group.fsdp.reshard()
+
+    def reshard_all(self) -> None:
+        """The same for every group."""
+        for group in self.groups:
+            group.fsdp.reshard()
+
+    @contextmanager
+    def summon(self, *, writeback: bool = False) -> Iterator[None]:
+        """While open, every rank has the module's parameters as `release` leaves them. Every rank enters and leaves it.
+
+        Args:
+            writeback: keep changes; each rank's rows of them, so all ranks must make the same.
+        """
+        self.land_all()
+        with torch.inference_mode(False), torch.no_grad():
+            for group in self.groups:
+                group.fsdp.unshard()
+        try:
+            yield
+            if writeback:
+                for group in self.groups:
+                    self._write_back(group)
+        finally:
+            for group in self.groups:
+                group.fsdp.reshard()
+
+    def _write_back(self, group: ShardedGroup) -> None:
+        wholes = {param: local_of(_whole_at(group, param)).clone() for param in group.params.values()}
+        group.fsdp.reshard()
+        for param, whole in wholes.items():
+            write_local(param, rows_of_part(whole, param))
+
+    def load_state_dict(self, state: Mapping[str, Any], *, strict: bool) -> None:
+        """Take over a state dict of whole tensors, given alike on every rank.
+
+        Raises:
+            SuperScaleError: another shape, or with `strict` missing or unexpected names; before anything changes.
+        """
+        own = {name: value for name, value in self.root.state_dict().items() if isinstance(value, Tensor)}
+        missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+        if strict and (missing or unexpected):
+            raise SuperScaleError(
+                f"the checkpoint lacks {missing[:5]} and has besides {unexpected[:5]}. Build the model as it was when "
+                "it was saved, or load with strict=False."
+            )
+        params = {name for name, _ in self.root.named_parameters(remove_duplicate=False)}
+        self.load_whole({name: value for name, value in state.items() if name in params})
+        with torch.no_grad():
+            for name, buffer in self.root.named_buffers():
+                if name in state:
+                    write_whole(buffer, state[name])
+
+    def load_whole(self, weights: Mapping[str, Tensor]) -> None:
+        """Take over whole weights, by name, given alike on every rank. Engines follow at their next step.
+
+        Raises:
+            SuperScaleError: another shape.
+        """
+        self.land_all()
+        params = {fqn: param for group in self.groups for fqn, param in group.params.items()}
+        params.update((fqn, param) for fqn, param in self.root.named_parameters() if fqn not in params)
+        for group in self.groups:
+            group.fsdp.reshard()
+        for fqn, whole in weights.items():
+            param = params.get(fqn)
+            if param is None:
+                continue
+            if whole.shape != param.shape:
+                raise SuperScaleError(
+                    f"weight {fqn!r} has shape {tuple(whole.shape)} in the checkpoint and {tuple(param.shape)} here. "
+                    "Build the model as it was when it was saved."
+                )
+            write_whole(param, whole)
+
+    def local_state_dict(self) -> dict[str, Any]:
+        """The module's state dict as it is cut: what this rank writes into its DTensors, the module has. No rank waits.
+
+        Engines follow changed weights when they are told (`reload_masters`).
+        """
+        self.land_all()
+        for group in self.groups:
+            group.fsdp.reshard()
+        return dict(self.root.state_dict())
+
+    def state_dict(self, ranks: Ranks) -> dict[str, Any]:
+        """The module's state dict with whole tensors, on the host of rank 0; empty on the others. All ranks call it."""
+        self.land_all()
+        is_first = ranks.mesh.world.rank == 0
+        whole: dict[str, Any] = {}
+        for name, value in self.root.state_dict().items():
+            if isinstance(value, DTensor):
+                value = gather_whole(ranks, name, value)
+            elif isinstance(value, Tensor):
+                value = value.detach().cpu() if is_first else None
+            if is_first:
+                whole[name] = value
+        return whole
+
+    def recover(self) -> None:
+        """After an exception in forward or backward: forget what FSDP2 had under way. Every rank calls it."""
+        for group in self.groups:
+            reset = getattr(group.fsdp, "reset_iter_state", None)  # from torch 2.13 on
+            if group.is_top and reset is not None:
+                with contextlib.suppress(AttributeError):  # a network that was never entered has nothing to reset
+                    reset()
+
+    def abandon(self) -> None:
+        """A rank failed: whole weights can't be gathered any more, so the module stays in shards."""
+        self.recover()
+        self._is_released = True
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    # The way back
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def release(self) -> None:
+        """Make the module what it was before, with whole weights on every rank. Every rank calls it; once is enough.
+
+        What a plan had cut over the tensor axis stays cut over that.
+        """
+        if self._is_released:
+            return
+        self._is_released = True
+        self.land_all()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        plain: dict[nn.Parameter, nn.Parameter] = {}
+        for group in self.groups:
+            # Also a group that is gathered now, whose weights may be older than the rows.
+            group.fsdp.reshard()
+            group.fsdp.unshard()
+            wholes = {param: _whole_at(group, param) for param in group.params.values()}
+            new = {p: nn.Parameter(w.clone(), requires_grad=p.requires_grad) for p, w in wholes.items()}
+            group.fsdp.reshard()
+            for param, own in new.items():
+                for owner, name in group.places[param]:
+                    owner.register_parameter(name, own)
+            plain.update(new)
+            group.wholes.clear()
+        self._users_hooks.hand_back(plain)
+        release_modules(self._before)
+        self.groups.clear()
+        for optimizer in self._optimizers:
+            swap_params(optimizer, plain)
+        for transport in self._attached:
+            transport.released(plain)
+        self.replaced = {old: plain.get(new, new) for old, new in self.replaced.items()}
+
+
+def _whole_at(group: ShardedGroup, param: nn.Parameter) -> nn.Parameter:
+    owner, name = group.places[param][0]
+    return owner.get_parameter(name)
+
+
+def swap_params(optimizer: Optimizer, new_of: Mapping[nn.Parameter, nn.Parameter]) -> None:
+    """Let an optimizer's groups and states hold the parameters that took the place of others, in place."""
+    for group in optimizer.param_groups:
+        group["params"][:] = [new_of.get(param, param) for param in group["params"]]
+    for old, new in new_of.items():
+        if old in optimizer.state:
+            optimizer.state[new] = optimizer.state.pop(old)

@@ -1,0 +1,96 @@
+"""A unit of parameters that FSDP2 shards: this rank's rows of each, and how whole gradients are cut into rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lightning_superscale.comm.dtensor import local_rows_of, tensor_shape
+from lightning_superscale.layout.rows import ParamSpec, UnitLayout, shard_rows, unit_layout
+from lightning_superscale.optim.grad_dtypes import packed_into
+from lightning_superscale.optim.unit import slice_view
+
+
+class Fsdp2Unit:
+    """Parameters of one group, optimizer, dtype and device.
+
+    DTensor's `Shard(0)` cuts rows as `layout.shard_rows` does (tests/zero/fsdp2/test_contract.py), so this rank's
+    local tensors are the slices of `shard`, each in a memory of its own.
+
+    Attributes:
+        group: index of the FSDP2 group that gathers these parameters.
+        full: whole parameters, as the tensor axis cuts them; only names and shapes are of use.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        group: int,
+        named_params: Sequence[tuple[str, nn.Parameter]],
+        shard_rank: int,
+        shard_world_size: int,
+    ) -> None:
+        specs = [ParamSpec(fqn, tensor_shape(param)) for fqn, param in named_params]
+        self.index = index
+        self.group = group
+        self.params = tuple(param for _, param in named_params)
+        self.full: UnitLayout = unit_layout(index, specs, 0, 1)
+        self.shard: UnitLayout = unit_layout(index, specs, shard_rank, shard_world_size)
+        self.is_whole = False  # even the only shard is not what the module's parameter is
+        self.has_whole_weights = False
+        self._shard_world_size = shard_world_size
+        self._inbox: Tensor | None = None
+        for piece, param in zip(self.shard.slices, self.params, strict=True):
+            found = tuple(local_rows_of(param).shape)
+            if found != piece.local_shape:
+                raise AssertionError(f"FSDP2 holds {found} of {piece.fqn}; expected rows {piece.rows}")
+
+    @property
+    def weight_numel(self) -> int:
+        return self.shard.shard_numel
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.params[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.params[0].device
+
+    def local_rows(self, i: int) -> Tensor:
+        return local_rows_of(self.params[i]).view(-1)
+
+    def inbox(self) -> Tensor:
+        if self._inbox is None:
+            self._inbox = torch.empty(self.shard.shard_numel, dtype=self.dtype, device=self.device)
+        return self._inbox
+
+    def land(self, stepped: Sequence[int]) -> None:
+        """Copy the stepped slices from the inbox to where gathers read them; frees the inbox."""
+        inbox = self.inbox()
+        for i in stepped:
+            self.local_rows(i).copy_(slice_view(inbox, self.shard.slices[i]))
+        self._inbox = None
+
+    def packed(self, grads: Mapping[int, Tensor], scale: float, dtype: torch.dtype) -> Tensor:
+        """Gradients as the reduction reads them, [shard_world_size, shard_numel] in `dtype`, times `scale`.
+
+        Rows of parameters without a gradient here are zero; alignment gaps hold anything.
+
+        Args:
+            grads: by index of the parameter, 1D and whole.
+        """
+        size = self._shard_world_size
+        packed = torch.empty(size, self.shard.shard_numel, dtype=dtype, device=self.device)
+        for i, piece in enumerate(self.shard.slices):
+            grad, spec = grads.get(i), piece.spec
+            for rank in range(size):
+                start, stop = (row * spec.row_numel for row in shard_rows(spec.num_rows, rank, size))
+                here = packed[rank, piece.offset : piece.offset + stop - start]
+                if grad is None:
+                    here.zero_()
+                else:
+                    packed_into(here, grad[start:stop], scale)
+        return packed

@@ -1,0 +1,60 @@
+"""Gives modules back as they were before `fully_shard`, which has no way back of its own.
+
+What it leaves behind and where: a subclass, forward and state-dict hooks, two registry entries in the module's
+`__dict__`, two marks for the compiler, and one entry in a table of torch's. Everything that this page takes away is
+named here and tested per torch version (tests/zero/fsdp2/test_contract.py), because without it a second
+`fully_shard` refuses the module, and `load_state_dict` looks for a DTensor in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, MutableMapping
+from typing import Any
+
+from torch import nn
+from torch.distributed._composable_state import _module_state_mapping
+from torch.distributed.fsdp import FSDPModule
+
+_OWNER = "torch.distributed.fsdp"
+_HOOK_TABLES = (
+    "_forward_pre_hooks",
+    "_forward_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+_SIDE_TABLES = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
+
+
+def attributes_of(modules: Iterable[nn.Module]) -> dict[nn.Module, frozenset[str]]:
+    """The attributes that modules have, to be told later from what `fully_shard` added."""
+    return {module: frozenset(vars(module)) for module in modules}
+
+
+def release_modules(before: dict[nn.Module, frozenset[str]]) -> None:
+    """Take away what `fully_shard` added to these modules since `attributes_of`."""
+    for module, had in before.items():
+        _remove_hooks(module)
+        for name in [name for name in vars(module) if name not in had and _is_fsdp_attribute(name)]:
+            del vars(module)[name]
+        if isinstance(module, FSDPModule):
+            original: Any = next(c for c in type(module).__mro__ if not issubclass(c, FSDPModule))
+            module.__class__ = original
+        _module_state_mapping.pop(module, None)
+
+
+def _is_fsdp_attribute(name: str) -> bool:
+    return "fsdp" in name or name.startswith("__composable_api_state_key")
+
+
+def _remove_hooks(module: nn.Module) -> None:
+    for table in _HOOK_TABLES:
+        hooks: MutableMapping[int, Any] = vars(module).get(table, {})
+        for key in [key for key, hook in hooks.items() if _is_fsdp_hook(hook)]:
+            del hooks[key]
+            for side in _SIDE_TABLES:
+                vars(module).get(side, {}).pop(key, None)
+
+
+def _is_fsdp_hook(hook: object) -> bool:
+    return str(getattr(hook, "__module__", "")).startswith(_OWNER)

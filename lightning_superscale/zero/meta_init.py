@@ -1,0 +1,149 @@
+"""Initial weights of a model on the meta device, built on the training device one group after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from lightning_superscale.comm.dtensor import placed_like, take_part
+from lightning_superscale.errors import SuperScaleError
+
+Places = Mapping[nn.Parameter, Sequence[tuple[nn.Module, str]]]
+
+
+def places_of(root: nn.Module) -> dict[nn.Parameter, list[tuple[nn.Module, str]]]:
+    """Where each parameter is registered; more than one place where it is tied."""
+    places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
+    for module in root.modules():
+        for name, param in module.named_parameters(recurse=False, remove_duplicate=False):
+            places.setdefault(param, []).append((module, name))
+    return places
+
+
+def check_materialisable(root: nn.Module) -> None:
+    """Refuse modules on the meta device that can't initialise themselves, before anything is changed.
+
+    Raises:
+        SuperScaleError: names them.
+    """
+    fqn_of = {module: fqn for fqn, module in root.named_modules()}
+    initialisers = _initialisers(root)
+    for fqn, buffer in root.named_buffers():
+        if buffer.is_meta and isinstance(buffer, DTensor):
+            raise SuperScaleError(
+                f"buffer {fqn!r} is on the meta device, and a tensor-parallel plan placed it over ranks. Build buffers "
+                "on the CPU before parallelize_module()."
+            )
+    lacking = [fqn_of[m] or type(m).__name__ for m in root.modules() if _is_meta(m) and m not in initialisers]
+    if lacking:
+        shown = ", ".join(repr(name) for name in lacking[:5])
+        raise SuperScaleError(
+            f"{len(lacking)} modules are on the meta device and have no reset_parameters() that could give their own "
+            f"parameters and buffers values: {shown}. Write one, or build these modules on the CPU."
+        )
+
+
+def _is_meta(module: nn.Module) -> bool:
+    own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    return any(tensor.is_meta for tensor in own)
+
+
+def _initialisers(root: nn.Module) -> dict[nn.Module, Callable[[], object]]:
+    """By module, what initialises its own parameters: its method, or the Hugging Face model's around it."""
+    found: dict[nn.Module, Callable[[], object]] = {}
+
+    def visit(module: nn.Module, init_weights: Callable[[nn.Module], object] | None) -> None:
+        init_weights = getattr(module, "_init_weights", init_weights)
+        for name in ("reset_parameters", "_reset_parameters"):
+            method = getattr(module, name, None)
+            if callable(method):
+                found.setdefault(module, method)
+        if init_weights is not None and module not in found:
+            found[module] = _bound(init_weights, module)
+        for child in module.children():
+            visit(child, init_weights)
+
+    visit(root, None)
+    return found
+
+
+def _bound(init_weights: Callable[[nn.Module], object], module: nn.Module) -> Callable[[], object]:
+    return lambda: init_weights(module)
+
+
+def is_on_meta(root: nn.Module | None) -> bool:
+    """Whether any parameter or buffer is on the meta device."""
+    return root is not None and any(tensor.is_meta for tensor in (*root.parameters(), *root.buffers()))
+
+
+def materialise_all(root: nn.Module, device: torch.device) -> None:
+    """Give a model that is on the meta device, in part or whole, its initial weights on `device`.
+
+    Raises:
+        SuperScaleError: modules that can't initialise themselves, before anything is changed.
+    """
+    if is_on_meta(root):
+        check_materialisable(root)
+        places = places_of(root)
+        cut_again(materialise(root, root.modules(), places, device), places)
+
+
+def cut_again(made: Mapping[nn.Parameter, nn.Parameter], places: Places) -> dict[nn.Parameter, nn.Parameter]:
+    """Give every rank its part of the whole parameters that took the place of ones cut over the tensor axis.
+
+    Args:
+        made: what `materialise` returned.
+        places: of all parameters of the root, before that.
+
+    Returns:
+        the new parameter of each meta parameter.
+    """
+    cut = dict(made)
+    for old, whole in made.items():
+        if isinstance(old, DTensor):
+            own = placed_like(take_part(whole.detach(), old).clone(), old)
+            cut[old] = nn.Parameter(own, requires_grad=old.requires_grad)
+            for owner, name in places[old]:
+                owner.register_parameter(name, cut[old])
+    return cut
+
+
+def materialise(
+    root: nn.Module, modules: Iterable[nn.Module], places: Places, device: torch.device
+) -> dict[nn.Parameter, nn.Parameter]:
+    """Give the meta parameters and buffers of these modules memory and initial values, whole.
+
+    Also what a tensor-parallel plan has cut is whole and plain, so that its values are those of one device;
+    `cut_again` gives every rank its part.
+
+    Args:
+        root: the whole model, for what Hugging Face models initialise from above.
+        places: of all parameters of the root.
+
+    Returns:
+        the new parameter of each meta parameter.
+    """
+    initialisers = _initialisers(root)
+    touched = [module for module in modules if _is_meta(module)]
+    replaced: dict[nn.Parameter, nn.Parameter] = {}
+    for module in touched:
+        for param in list(module.parameters(recurse=False)):
+            if param.is_meta:
+                whole = torch.empty_like(param, device=device)
+                if isinstance(param, DTensor):
+                    whole = torch.empty(param.shape, dtype=param.dtype, device=device)
+                new = nn.Parameter(whole, requires_grad=param.requires_grad)
+                replaced[param] = new
+                for owner, name in places[param]:
+                    owner.register_parameter(name, new)
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if buffer.is_meta:
+                module.register_buffer(
+                    name, torch.empty_like(buffer, device=device), name not in module._non_persistent_buffers_set
+                )
+    for module in touched:
+        initialisers[module]()
+    return replaced

@@ -1,0 +1,219 @@
+"""Reduces gradients over ranks, unit by unit, during backward and at the step.
+
+[Note: Order of reductions] Ranks may run different branches and different numbers of backward calls, so what is
+complete when differs between them. What they issue may not. Units are launched strictly in one agreed order, as
+far as this rank's backward completed them; at the step ranks agree on which parameters have a gradient anywhere,
+launch the rest with zeros for what is missing here, and then one more round for whatever came after its unit's
+launch. The agreed facts of one step choose the next step's order: units that had late gradients, such as a block
+under reentrant checkpointing, wait for the step; parameters without a gradient anywhere are not waited for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_superscale.comm.collectives import Pending
+from lightning_superscale.comm.communicator import Ranks
+from lightning_superscale.layout.rows import ParamSlice
+from lightning_superscale.optim.grad_dtypes import AS_WEIGHTS, GradientDtypes, packed_into
+from lightning_superscale.optim.unit import DeltaSink, GradientDelta, ShardUnit, slice_view
+
+
+class ReducedUnit(ShardUnit, Protocol):
+    """What the reducer needs of a unit, of whatever kind."""
+
+    def packed(self, grads: Mapping[int, Tensor], scale: float, dtype: torch.dtype) -> Tensor:
+        """Whole 1D gradients by index, times `scale`, as [shard_world_size, shard_numel]; zeros where one lacks."""
+
+
+@dataclass(slots=True)
+class _Flight:
+    """One unit's reduction under way.
+
+    Attributes:
+        over_shard: the reduce-scatter; None once its result went on over the replicas.
+        result: this rank's reduced rows [shard_numel], once they are there.
+        slices: what is delivered as soon as the result is there.
+    """
+
+    unit: ReducedUnit
+    slices: tuple[int, ...]
+    over_shard: Pending | None
+    over_replicas: Pending | None = None
+    result: Tensor | None = None
+
+
+@dataclass(slots=True)
+class _UnitGrads:
+    """What one unit got on this rank in this step, by index of the parameter."""
+
+    waiting: dict[int, Tensor] = field(default_factory=dict)
+    late: dict[int, Tensor] = field(default_factory=dict)
+    present: set[int] = field(default_factory=set)
+    is_launched: bool = False
+
+
+class GradientReducer:
+    """Averages gradients over all data-parallel ranks and gives each rank its rows.
+
+    Args:
+        label: names the optimizer in errors.
+        sink: receives this rank's rows of the averages.
+        dtypes: of gradients on their way.
+    """
+
+    def __init__(self, ranks: Ranks, label: str, sink: DeltaSink, dtypes: GradientDtypes = AS_WEIGHTS) -> None:
+        self._ranks = ranks
+        self._label = label
+        self._sink = sink
+        self._dtypes = dtypes
+        self._scale = 1.0 / ranks.mesh.data.size
+        self._units: list[ReducedUnit] = []
+        self._order: list[ReducedUnit] = []
+        self._expected: dict[int, set[int]] = {}
+        self._num_launched = 0
+        self._grads: dict[int, _UnitGrads] = {}
+        self._flights: list[_Flight] = []
+        self._num_steps = 0
+
+    def add_unit(self, unit: ReducedUnit) -> None:
+        self._units.append(unit)
+        self._order.append(unit)
+        self._expected[unit.index] = set(range(len(unit.params)))
+
+    def put(self, unit: ReducedUnit, i: int, grad: Tensor) -> None:
+        """Take one parameter's gradient, 1D and whole, which nobody else changes. Issues nothing."""
+        grads = self._grads.setdefault(unit.index, _UnitGrads())
+        grads.present.add(i)
+        into = grads.late if grads.is_launched else grads.waiting
+        into[i] = into[i] + grad if i in into else grad
+
+    def launch_complete(self) -> None:
+        """Launch the units that are next in order and complete, and deliver what has arrived."""
+        while self._num_launched < len(self._order):
+            unit = self._order[self._num_launched]
+            grads = self._grads.get(unit.index)
+            if grads is None or not self._expected[unit.index] <= grads.waiting.keys():
+                break
+            self._num_launched += 1
+            self._launch(unit, grads)
+        self._advance(block=False)
+
+    def _launch(self, unit: ReducedUnit, grads: _UnitGrads) -> None:
+        slices = tuple(sorted(grads.waiting))
+        packed = unit.packed(grads.waiting, self._scale, self._dtypes.reduced(unit.params[0]))
+        grads.waiting = {}
+        grads.is_launched = True
+        self._flights.append(_Flight(unit, slices, self._ranks.shard.reduce_scatter(packed)))
+
+    def _advance(self, *, block: bool) -> None:
+        """Move flights on, strictly in order, because each stage of each issues a collective."""
+        for flight in self._flights:
+            if flight.over_shard is not None:
+                if not (block or flight.over_shard.is_done()):
+                    return
+                flight.over_replicas = self._ranks.replicate.all_reduce(flight.over_shard.wait())
+                flight.over_shard = None
+        for flight in self._flights:
+            if flight.over_replicas is not None:
+                if not (block or flight.over_replicas.is_done()):
+                    return
+                flight.result = flight.over_replicas.wait()
+                flight.over_replicas = None
+                self._deliver(flight, flight.slices)
+
+    def _deliver(self, flight: _Flight, slices: Sequence[int]) -> None:
+        if flight.result is not None and slices:
+            pieces = flight.unit.shard.slices
+            self._sink(GradientDelta(flight.unit, [(i, slice_view(flight.result, pieces[i])) for i in slices]))
+
+    # The step
+
+    def finish(self, error: BaseException | None, order: str = "") -> set[int]:
+        """Reduce everything that any rank has. Every rank calls it once per step.
+
+        Args:
+            order: what must be equal on all ranks besides, e.g. the order in which modules were gathered.
+
+        Returns:
+            indices of units of which any rank had a gradient.
+
+        Raises:
+            SuperScaleError: on every rank, when any passed an error or ranks went apart.
+        """
+        present, late = self._agree(error, order)
+        self._num_steps += 1
+        rest = self._order[self._num_launched :]
+        expected = {unit.index for unit in self._order}
+        rest += [unit for unit in self._units if unit.index not in expected]
+        for unit in rest:
+            if present[unit.index]:
+                self._launch(unit, self._grads.setdefault(unit.index, _UnitGrads()))
+        self._advance(block=True)
+        for flight in self._flights:
+            self._deliver(flight, sorted(present[flight.unit.index] - set(flight.slices)))
+        self._finish_late(late)
+        self._expect(present, late)
+        self.discard()
+        return {index for index, slices in present.items() if slices}
+
+    def _agree(self, error: BaseException | None, order: str) -> tuple[dict[int, set[int]], dict[int, set[int]]]:
+        agreement, flag_of = self._ranks.agreement, self._ranks.flag_of
+        vector = agreement.new_flags()
+        flags = agreement.flags_of(vector)
+        num_params = self._ranks.num_params
+        for unit in self._units:
+            grads = self._grads.get(unit.index)
+            if grads is None:
+                continue
+            places = [flag_of[unit.params[i]] for i in grads.present]
+            places += [num_params + flag_of[unit.params[i]] for i in grads.late]
+            flags[places] = 1
+        agreed = agreement.agree(vector, label=self._label, step=self._num_steps, order=order, error=error).tolist()
+        present, late = {}, {}
+        for unit in self._units:
+            places = [flag_of[param] for param in unit.params]
+            present[unit.index] = {i for i, place in enumerate(places) if agreed[place]}
+            late[unit.index] = {i for i, place in enumerate(places) if agreed[num_params + place]}
+        return present, late
+
+    def _finish_late(self, late: Mapping[int, set[int]]) -> None:
+        self._flights.clear()
+        for unit in self._units:
+            if late[unit.index]:
+                grads = self._grads[unit.index] if unit.index in self._grads else _UnitGrads()
+                packed = unit.packed(grads.late, self._scale, self._dtypes.reduced(unit.params[0]))
+                slices = tuple(sorted(late[unit.index]))
+                self._flights.append(_Flight(unit, slices, self._ranks.shard.reduce_scatter(packed)))
+        self._advance(block=True)
+
+    def _expect(self, present: Mapping[int, set[int]], late: Mapping[int, set[int]]) -> None:
+        self._expected = {index: set(slices) for index, slices in present.items() if slices}
+        self._order = [u for u in self._units if u.index in self._expected and not late[u.index]]
+
+    def discard(self) -> None:
+        """Forget this step."""
+        self._num_launched = 0
+        self._grads.clear()
+        self._flights.clear()
+
+
+def average_whole(
+    ranks: Ranks, grads: Mapping[int, Tensor], pieces: Sequence[ParamSlice], numel: int, dtype: torch.dtype
+) -> Tensor:
+    """Average whole gradients over all data-parallel ranks, [numel], laid out like `pieces`; zeros where one has none.
+
+    Args:
+        grads: by index into `pieces`, 1D, at least one.
+        dtype: in which they travel.
+    """
+    first = next(iter(grads.values()))
+    flat = torch.zeros(numel, dtype=dtype, device=first.device)
+    for i, grad in grads.items():
+        packed_into(slice_view(flat, pieces[i]), grad, 1.0 / ranks.mesh.data.size)
+    return ranks.data.all_reduce(flat).wait()

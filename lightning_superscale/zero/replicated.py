@@ -1,0 +1,85 @@
+"""Keeps what every rank holds whole equal on all: initial weights, and buffers that forward changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lightning_superscale.comm.collectives import AxisCollectives
+from lightning_superscale.comm.communicator import Ranks
+from lightning_superscale.comm.dtensor import is_cut, local_of
+from lightning_superscale.comm.mesh import DataMesh
+from lightning_superscale.errors import SuperScaleError
+
+
+def broadcast_from_first(mesh: DataMesh, tensors: Iterable[Tensor]) -> None:
+    """Overwrite every tensor with rank 0's, in place. Every rank calls it with tensors of the same shapes.
+
+    Parts of one that is cut over the tensor axis become those of the first data-parallel rank.
+    """
+    if mesh.is_single:
+        return
+    world, data = AxisCollectives(mesh.world, mesh), AxisCollectives(mesh.data, mesh)
+    by_kind: dict[tuple[torch.dtype, torch.device, bool], list[Tensor]] = {}
+    for tensor in tensors:
+        by_kind.setdefault((tensor.dtype, tensor.device, is_cut(tensor)), []).append(local_of(tensor))
+    for (_, _, is_part), group in by_kind.items():
+        axis = data if is_part else world
+        small = [tensor for tensor in group if tensor.numel() < _COALESCE_BELOW_NUMEL or not tensor.is_contiguous()]
+        for tensor in group:
+            if not any(tensor is other for other in small):
+                axis.broadcast(tensor)
+        _broadcast_coalesced(axis, small)
+
+
+# Smaller tensors travel together: a collective each would cost more than copying them.
+_COALESCE_BELOW_NUMEL = 2**18
+
+
+def _broadcast_coalesced(axis: AxisCollectives, tensors: Sequence[Tensor]) -> None:
+    if not tensors:
+        return
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    axis.broadcast(flat)
+    for tensor, piece in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(piece.view(tensor.shape))
+
+
+class BufferSync:
+    """Makes every rank's buffers rank 0's before each forward, as DDP does, and only those that changed anywhere."""
+
+    def __init__(self, ranks: Ranks, module: nn.Module) -> None:
+        self._ranks = ranks
+        self._module = module
+        self._num_syncs = 0
+        self._seen: dict[str, tuple[int, int]] = {}
+
+    def sync(self) -> None:
+        """Every rank calls it, at the same forward.
+
+        Raises:
+            SuperScaleError: on every rank, when another does something else.
+        """
+        if self._ranks.mesh.is_single:
+            return
+        buffers = dict(self._module.named_buffers())
+        if not buffers:
+            return
+        agreement = self._ranks.agreement
+        if len(buffers) > agreement.num_flags:
+            raise SuperScaleError(
+                f"{type(self._module).__name__} has {len(buffers)} buffers, more than when training was set up. "
+                "Register buffers before trainer.fit(), so that every rank knows of them."
+            )
+        vector = agreement.new_flags()
+        for place, (fqn, buffer) in enumerate(buffers.items()):
+            agreement.flags_of(vector)[place] = int(self._seen.get(fqn) != (id(buffer), buffer._version))
+        anywhere = agreement.agree(vector, label="the start of a forward", step=self._num_syncs).tolist()
+        self._num_syncs += 1
+        chosen = [fqn for fqn, flag in zip(buffers, anywhere, strict=False) if flag]
+        with torch.no_grad():
+            broadcast_from_first(self._ranks.mesh, [buffers[fqn] for fqn in chosen])
+        for fqn in chosen:
+            self._seen[fqn] = (id(buffers[fqn]), buffers[fqn]._version)

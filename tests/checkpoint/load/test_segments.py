@@ -1,0 +1,85 @@
+"""How segments that several ranks want travel: geometry and bounds, without ranks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_superscale.checkpoint.format.blocks import BLOCK_BYTES
+from lightning_superscale.checkpoint.format.manifest import Piece, TensorRecord
+from lightning_superscale.checkpoint.load import segments
+from lightning_superscale.checkpoint.load.scatter import Filling, Others
+from lightning_superscale.checkpoint.load.segments import Segment, copies_of, pack, parcel_of, rounds_of
+from lightning_superscale.checkpoint.state import ReadRequest, TensorInfo, TensorKey
+from lightning_superscale.layout.box import Box, whole_box
+
+MIB = 2**20
+
+
+@given(
+    size=st.integers(1, 4 * MIB),
+    packed=st.lists(st.integers(0, 4 * MIB), min_size=2, max_size=9),
+    reader=st.integers(0, 8),
+)
+def test_a_parcel_never_makes_its_reader_hold_more_than_the_segment(size, packed, reader):
+    reader %= len(packed)
+    parcel = parcel_of(Segment("f", 0, 4, tuple(range(len(packed))), reader), size, packed)
+    assert parcel.held(reader) <= size
+    assert parcel.nbytes[reader] == 0
+    for rank, wanted in enumerate(packed):
+        if rank != reader:
+            assert parcel.nbytes[rank] == (0 if not wanted else size if parcel.is_whole else wanted)
+    wanted = sum(count for rank, count in enumerate(packed) if rank != reader)
+    assert parcel.is_whole == (wanted > size)
+
+
+def test_rounds_keep_order_and_no_rank_holds_more_than_a_round(monkeypatch):
+    monkeypatch.setattr(segments, "ROUND_BYTES", 10 * MIB)
+    parcels = [
+        parcel_of(
+            Segment("f", 4 * i, 4 * i + 4, (0, 1, 2), i % 3), 4 * MIB, [MIB * (1 + (i + r) % 2) for r in range(3)]
+        )
+        for i in range(30)
+    ]
+    rounds = rounds_of(parcels)
+    assert [parcel for those in rounds for parcel in those] == parcels
+    for rank in range(3):
+        held = [sum(parcel.held(rank) for parcel in those) for those in rounds]
+        assert max(held) <= 10 * MIB
+    for those, after in zip(rounds, rounds[1:], strict=False):  # none is needlessly short
+        assert any(sum(p.held(rank) for p in (*those, after[0])) > 10 * MIB for rank in range(3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8, torch.float64])
+def test_what_one_rank_packs_for_another_is_what_that_scatters(dtype):
+    """A file of two tensors, the second at an odd place, of which another rank wants overlapping boxes."""
+    generator = torch.Generator().manual_seed(3)
+    data = torch.randint(0, 120, (3 * BLOCK_BYTES,), generator=generator, dtype=torch.uint8)
+    shape = (97, 53, 29)
+    count = 97 * 53 * 29 * dtype.itemsize
+    keys = [TensorKey("model", "a"), TensorKey("model", "b")]
+    starts = [192, 192 + -(-count // 64) * 64]
+    tensors = {
+        key: TensorRecord(TensorInfo(dtype, shape, "model"), (Piece("f", key.name, start, whole_box(shape)),))
+        for key, start in zip(keys, starts, strict=True)
+    }
+    boxes = [Box((3, 5, 7), (30, 40, 9)), Box((0, 0, 0), shape), Box((30, 0, 28), (67, 53, 1))]
+    wanted = [(keys[i % 2], box) for i, box in enumerate([*boxes, *reversed(boxes)])]
+    outs = [torch.zeros(box.size, dtype=dtype) for _, box in wanted]
+    filling = Filling([ReadRequest(key, box, out) for (key, box), out in zip(wanted, outs, strict=True)])
+    filling.take(copies_of(wanted, tensors))
+    others = Others([(), [(keys.index(key), box.offset, box.size) for key, box in wanted]], tensors)
+    for first in range(3):
+        segment = Segment("f", first, first + 1, (0, 1), 0)
+        start = first * BLOCK_BYTES
+        message = torch.full((sum(w.packed_bytes for w in filling.windows(segment)),), 255, dtype=torch.uint8)
+        assert list(others.windows(1, segment)) == list(filling.windows(segment))
+        pack(others.windows(1, segment), data[start : start + BLOCK_BYTES], start, message)
+        filling.scatter_packed(segment, message)
+    for (key, box), out in zip(wanted, outs, strict=True):
+        start = starts[keys.index(key)]
+        whole = data[start : start + count].view(dtype).view(shape)
+        expected = whole[box.within(whole_box(shape))]
+        assert torch.equal(out.view(torch.uint8), expected.contiguous().view(torch.uint8))

@@ -1,0 +1,129 @@
+"""`superscale trace` on real training commands."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lightning_superscale.cli.main import main
+from lightning_superscale.cli.trace import Trace
+from lightning_superscale.errors import SuperScaleError
+from lightning_superscale.timeline import LANES, Span
+from tests.helpers.extent import IS_ALL
+
+ROOT = Path(__file__).resolve().parents[2]
+
+SCRIPT = """
+import sys
+import lightning_superscale as lss
+from tests.helpers.trainers import Regressor, fit
+
+name, epochs, precision = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+kinds = {"split": lss.OffloadConfig(gpu_fraction=0.4), "cpu": "cpu", "superoffload": "superoffload"}
+strategy = lss.SuperScaleStrategy(offload=kinds[name]) if name in kinds else name
+fit(Regressor(), strategy, max_epochs=epochs, precision=precision, gradient_clip_val=1.0)
+"""
+
+
+def trace(out: Path, script: Path, *arguments: str, step: str = "3") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "lightning_superscale.cli", "trace", "--out", str(out), "--step", step, "--"]
+    script.write_text(SCRIPT)
+    return subprocess.run(
+        [*command, sys.executable, str(script), *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "160"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+RUNS = [
+    ("superoffload", set(LANES) - {"device optimizer"}),
+    ("split", set(LANES)),
+    ("cpu", set(LANES) - {"device optimizer"}),
+    ("superscale", {"forward", "backward", "verdict", "device optimizer"}),
+]
+
+
+@pytest.mark.parametrize(("name", "lanes"), RUNS if IS_ALL else RUNS[:2])
+def test_a_step_of_any_engine_is_drawn(tmp_path, name, lanes):
+    done = trace(tmp_path / "out", tmp_path / "train.py", name, "2", "bf16-true")
+    assert done.returncode == 0, done.stderr
+    found = Trace.read(tmp_path / "out" / "trace-rank0.json")
+    assert {span.lane for span in found.spans} == lanes
+    assert [span.name for span in found.spans if span.lane == "forward"] == ["step 4", "next step"]
+    assert [span.name for span in found.spans if span.lane == "backward"] == ["step 4"]
+    assert 0 <= found.exposed_seconds < found.step_seconds
+    assert (tmp_path / "out" / "trace-rank0.png").read_bytes()[1:4] == b"PNG"
+    assert "are neither forward nor backward" in done.stdout
+    assert ("lanes as busy as these should expose" in done.stdout) == (name in ("superoffload", "split"))
+    for lane in lanes:
+        assert lane in done.stdout
+
+
+def test_gradients_leave_before_the_verdict_and_weights_come_after_it(tmp_path):
+    trace(tmp_path, tmp_path / "train.py", "superoffload", "2", "bf16-true")
+    spans = Trace.read(tmp_path / "trace-rank0.json").spans
+    (verdict,) = [span for span in spans if span.lane == "verdict"]
+    (backward,) = [span for span in spans if span.lane == "backward"]
+    sent = [span for span in spans if span.lane == "device to host"]
+    own = [span for span in spans if span.lane == "host to device" and span.start >= backward.start]
+    assert sent
+    assert own
+    assert all(span.end <= verdict.end for span in sent)
+    assert all(span.start >= verdict.end for span in own)
+    # 2 + 2 bytes per parameter of bf16; the 12 parameters of `unused` have no gradient.
+    assert sum(span.nbytes for span in sent) == sum(span.nbytes for span in own)
+
+
+def test_a_run_that_ends_too_early_says_so(tmp_path):
+    done = trace(tmp_path, tmp_path / "train.py", "superoffload", "1", "32-true", step="100")
+    assert done.returncode == 1
+    assert "nothing was traced: training ended after 6 optimizer steps, and step 101 was to be recorded" in done.stderr
+    assert "for more than 100 optimizer steps" in done.stderr
+
+
+def test_a_command_that_fails_keeps_its_exit_code(tmp_path):
+    command = ["trace", "--out", str(tmp_path), "--", sys.executable, "-c", "raise SystemExit(7)"]
+    assert main(command) == 7
+
+
+def test_another_strategy_is_told_apart(tmp_path, capsys):
+    assert main(["trace", "--out", str(tmp_path), "--", sys.executable, "-c", "pass"]) == 1
+    assert "It must train with one of this package's strategies" in capsys.readouterr().err
+
+
+def test_a_file_that_is_no_trace_is_refused(tmp_path, capsys):
+    path = tmp_path / "other.json"
+    path.write_text(json.dumps({"traceEvents": []}))
+    assert main(["trace", "--draw", str(path)]) == 1
+    assert "is no trace that `superscale trace` wrote" in capsys.readouterr().err
+    with pytest.raises(SuperScaleError, match="is no trace"):
+        Trace.read(tmp_path / "absent.json")
+
+
+@pytest.mark.parametrize("arguments", [[], ["--draw", "x.json", "--", "true"], ["--step", "0", "--", "true"]])
+def test_a_call_without_sense_is_refused(arguments):
+    with pytest.raises(SystemExit):
+        main(["trace", *arguments])
+
+
+def test_busy_time_counts_overlapping_spans_once():
+    spans = (
+        Span("forward", "step 2", 0.0, 1.0),
+        Span("backward", "step 2", 1.0, 3.0),
+        Span("host optimizer", "a", 1.0, 2.0),
+        Span("host optimizer", "b", 1.5, 2.5),
+        Span("host optimizer", "c", 4.0, 4.5),
+        Span("forward", "next step", 4.0, 5.0),
+    )
+    found = Trace(Path("x"), {}, spans)
+    assert found.step_seconds == 4.0
+    assert found.busy_seconds("host optimizer") == 2.0
+    assert found.exposed_seconds == 1.0

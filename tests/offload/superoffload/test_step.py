@@ -1,0 +1,342 @@
+"""Stepping during backward: exact whatever happens, and really during backward."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_superscale.errors import SuperScaleError
+from lightning_superscale.offload.link.link import CpuLink, DoneEvent
+from lightning_superscale.offload.superoffload.state import DeferredState
+from lightning_superscale.optim.clipping import ClipByNorm
+from tests.helpers.engines import build_engine
+from tests.helpers.extent import IS_ALL
+from tests.helpers.plain import PlainMasterAdamW, assert_equal_states
+from tests.helpers.programs import Programs, extra_backward_of_a_part, plain_backward
+
+ADAMW = {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.9, 0.95)}
+TIMEOUT_S = 20.0
+NUM_SEEDS = 200 if IS_ALL else 25
+
+
+class SlowLink(CpuLink):
+    """Copies that take a random while, so that events interleave differently in every run."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self._random = random.Random(seed)
+
+    def _sleep(self) -> None:
+        time.sleep(self._random.choice((0.0, 0.0, 0.0002, 0.001)))
+
+    def d2h(self, dst, src):
+        self._sleep()
+        return super().d2h(dst, src)
+
+    def h2d(self, dst, src, after=None):
+        self._sleep()
+        return super().h2d(dst, src)
+
+
+def batch(step: int, dtype=torch.bfloat16, scale: float = 1.0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(step)
+    return (torch.randn(8, 12, generator=generator) * scale).to(dtype)
+
+
+def deferred_engine(model, **options):
+    optimizer = torch.optim.AdamW(model.parameters(), **ADAMW)
+    options = {"is_offloaded": True, "is_streamed": True, "is_deferred": True, **options}
+    return optimizer, build_engine(model, optimizer, **options)
+
+
+def finish(engine, optimizer, model, plain, oracle) -> None:
+    engine.transport.wait_all_published()
+    engine.close()
+    states = [oracle.optimizer.state.get(master, {}) for master in oracle.masters]
+    assert_equal_states(list(model.parameters()), optimizer, list(plain.parameters()), states)
+
+
+@pytest.mark.parametrize("clip_share", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("unit_bytes", [1, 300, 2**30])
+@pytest.mark.parametrize("num_threads", [1, 2, 7])
+def test_any_share_of_clipped_steps_bucket_size_and_threads(clip_share, unit_bytes, num_threads):
+    plain, model = Programs(torch.bfloat16), Programs(torch.bfloat16)
+    oracle = PlainMasterAdamW(plain.parameters(), **ADAMW)
+    optimizer, engine = deferred_engine(model, unit_bytes=unit_bytes, num_threads=num_threads)
+    for step in range(10):
+        # A bound far below and far above any norm here.
+        clips = (step % 2 if clip_share == 0.5 else clip_share) > 0
+        oracle.max_norm = 1e-3 if clips else 1e6
+        oracle.zero_grad()
+        plain_backward(plain, batch(step))
+        oracle.step()
+        engine.transport.wait_all_published()
+        optimizer.zero_grad()
+        plain_backward(model, batch(step))
+        engine.request_clip(ClipByNorm(oracle.max_norm))
+        engine.step()
+    finish(engine, optimizer, model, plain, oracle)
+
+
+@pytest.mark.parametrize("seed", range(NUM_SEEDS))
+def test_random_events_leave_what_a_synchronous_step_leaves(seed):
+    """Slow copies, late gradients, clips, changed learning rates, interrupted backwards, edits, saves."""
+    chance = random.Random(seed)
+    plain, model = Programs(torch.bfloat16), Programs(torch.bfloat16)
+    oracle = PlainMasterAdamW(plain.parameters(), **ADAMW)
+    link = SlowLink(seed)
+    link_dtype = ("weights", "fp32")[seed % 2]
+    unit_bytes = chance.choice((1, 300, 2000))
+    optimizer, engine = deferred_engine(model, unit_bytes=unit_bytes, link=link, link_dtype=link_dtype)
+    for step in range(8):
+        program = chance.choice((plain_backward, plain_backward, extra_backward_of_a_part))
+        max_norm = chance.choice((1e-3, 1e6))
+        if chance.random() < 0.2:  # an interrupted step leaves nothing behind
+            program(model, batch(100 + step))
+            engine.discard_gradients()
+            optimizer.zero_grad()
+        oracle.zero_grad()
+        program(plain, batch(step))
+        program(model, batch(step))
+        if chance.random() < 0.3:
+            rate = chance.uniform(1e-3, 1e-2)
+            for own in (oracle.optimizer, optimizer):
+                own.param_groups[0]["lr"] = rate
+        oracle.max_norm = max_norm
+        oracle.step()
+        engine.request_clip(ClipByNorm(max_norm))
+        engine.step()
+        engine.transport.wait_all_published()
+        optimizer.zero_grad()
+        if chance.random() < 0.2:
+            engine.state_dict()
+        if chance.random() < 0.2:
+            with torch.no_grad():
+                for params, masters in ((plain.parameters(), oracle.masters), (model.parameters(), ())):
+                    first = next(iter(params))
+                    first.mul_(0.5)
+                    for master in masters[:1]:
+                        master.copy_(first)
+    finish(engine, optimizer, model, plain, oracle)
+
+
+def test_a_nan_in_any_bucket_changes_nothing():
+    model = Programs(torch.bfloat16)
+    optimizer, engine = deferred_engine(model, unit_bytes=1, error_if_nonfinite=True)
+    plain_backward(model, batch(0))
+    engine.step()
+    engine.transport.wait_all_published()
+    optimizer.zero_grad()
+    before = engine.state_dict()["state"]
+    before = {i: {k: v.clone() for k, v in state.items()} for i, state in before.items()}
+    weights = [p.detach().clone() for p in model.parameters()]
+    for broken in [p for p in model.parameters() if p in optimizer.state]:
+        handle = broken.register_hook(lambda grad: grad * float("nan"))
+        plain_backward(model, batch(1))
+        handle.remove()
+        with pytest.raises(SuperScaleError, match="NaN or infinite"):
+            engine.step()
+        after = engine.state_dict()["state"]
+        for i, state in before.items():
+            for key, value in state.items():
+                assert torch.equal(after[i][key], value), f"{key} of parameter {i}"
+        assert all(map(torch.equal, model.parameters(), weights))
+
+
+def test_an_exception_at_any_bucket_changes_nothing():
+    plain, model = Programs(torch.bfloat16), Programs(torch.bfloat16)
+    oracle = PlainMasterAdamW(plain.parameters(), **ADAMW)
+    optimizer, engine = deferred_engine(model, unit_bytes=1)
+    trained = [model.inp.weight, model.block[0].weight, model.out.weight, model.scale]
+    for step, broken in enumerate([None, *trained, None]):
+        if broken is not None:
+
+            def fail(grad):
+                raise RuntimeError("interrupted")
+
+            handle = broken.register_hook(fail)
+            with pytest.raises(RuntimeError, match="interrupted"):
+                plain_backward(model, batch(step))
+            handle.remove()
+            engine.discard_gradients()
+            optimizer.zero_grad()
+            continue
+        oracle.zero_grad()
+        plain_backward(plain, batch(step))
+        oracle.step()
+        plain_backward(model, batch(step))
+        engine.step()
+        engine.transport.wait_all_published()
+        optimizer.zero_grad()
+    finish(engine, optimizer, model, plain, oracle)
+
+
+class BrokenLink(CpuLink):
+    """A copy to the host fails once."""
+
+    is_broken = False
+
+    def d2h(self, dst, src):
+        if self.is_broken:
+            self.is_broken = False
+            raise MemoryError("no host memory")
+        return super().d2h(dst, src)
+
+
+def test_a_failed_copy_is_raised_once_and_training_goes_on():
+    plain, model = Programs(torch.bfloat16), Programs(torch.bfloat16)
+    oracle = PlainMasterAdamW(plain.parameters(), **ADAMW)
+    link = BrokenLink()
+    optimizer, engine = deferred_engine(model, unit_bytes=1, link=link)
+    for step in range(4):
+        if step == 2:
+            link.is_broken = True
+            with pytest.raises(MemoryError, match="no host memory"):
+                plain_backward(model, batch(step))
+            engine.discard_gradients()
+            optimizer.zero_grad()
+        oracle.zero_grad()
+        plain_backward(plain, batch(step))
+        oracle.step()
+        plain_backward(model, batch(step))
+        engine.step()
+        engine.transport.wait_all_published()
+        optimizer.zero_grad()
+    finish(engine, optimizer, model, plain, oracle)
+
+
+def test_a_failure_in_the_background_is_raised_at_the_step_and_only_there(monkeypatch):
+    plain, model = Programs(torch.bfloat16), Programs(torch.bfloat16)
+    oracle = PlainMasterAdamW(plain.parameters(), **ADAMW)
+    optimizer, engine = deferred_engine(model, unit_bytes=1)
+    original, broken = DeferredState.look_ahead, []
+
+    def look_ahead(state, hypers):
+        if broken:
+            broken.pop()
+            raise MemoryError("no host memory")
+        original(state, hypers)
+
+    monkeypatch.setattr(DeferredState, "look_ahead", look_ahead)
+    for step in range(4):
+        if step == 2:
+            broken.append(True)
+            plain_backward(model, batch(step))
+            deadline = time.monotonic() + TIMEOUT_S
+            while broken and time.monotonic() < deadline:  # the step takes back what has not begun
+                time.sleep(0.001)
+            with pytest.raises(MemoryError, match="no host memory"):
+                engine.step()
+            optimizer.zero_grad()
+        oracle.zero_grad()
+        plain_backward(plain, batch(step))
+        oracle.step()
+        plain_backward(model, batch(step))
+        engine.step()
+        engine.transport.wait_all_published()
+        optimizer.zero_grad()
+    finish(engine, optimizer, model, plain, oracle)
+
+
+class HoldBackward(torch.autograd.Function):
+    """Passes through; its backward waits until it is told to go on."""
+
+    @staticmethod
+    def forward(ctx, x, may_go, outcome):
+        ctx.may_go, ctx.outcome = may_go, outcome
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.outcome.append(ctx.may_go.wait(TIMEOUT_S))
+        return grad, None, None
+
+
+def test_a_later_layer_is_stepped_while_an_earlier_one_is_still_in_backward(monkeypatch):
+    first, second = nn.Linear(12, 16), nn.Linear(16, 4)
+    model = nn.Sequential(first, second).to(torch.bfloat16)
+    optimizer, engine = deferred_engine(model, unit_bytes=1)
+    looked, waited = threading.Event(), []
+    unit = engine.transport.place_of(second.weight)[0].index
+    original = DeferredState.look_ahead
+
+    def look_ahead(state, hypers):
+        original(state, hypers)
+        if state.unit.index == unit:
+            looked.set()
+
+    monkeypatch.setattr(DeferredState, "look_ahead", look_ahead)
+    for step in range(3):
+        engine.transport.wait_all_published()
+        optimizer.zero_grad()
+        looked.clear()
+        hidden = HoldBackward.apply(first(batch(step)), looked, waited)
+        second(hidden).float().pow(2).mean().backward()
+        engine.request_clip(ClipByNorm(1.0))  # clipping on does not stop it
+        engine.step()
+    engine.close()
+    assert waited == [True, True, True]
+
+
+class GatedLink(CpuLink):
+    """Holds uploads of one size until it is told to go on."""
+
+    def __init__(self, held_numel: int) -> None:
+        super().__init__()
+        self.may_go = threading.Event()
+        self.held_numel = held_numel
+        self.outcomes: list[bool] = []
+        self.is_armed = False
+
+    def h2d(self, dst, src, after=None):
+        if self.is_armed and dst.numel() == self.held_numel:
+            self.outcomes.append(self.may_go.wait(TIMEOUT_S))
+        super().h2d(dst, src).wait()
+        return DoneEvent()
+
+
+def test_the_last_upload_waits_for_the_next_forward_and_nobody_waits_for_it_before():
+    first, second = nn.Linear(12, 16, bias=False), nn.Linear(16, 32, bias=False)
+    model = nn.Sequential(first, second).to(torch.bfloat16)
+    link = GatedLink(held_numel=second.weight.numel())
+    optimizer, engine = deferred_engine(model, unit_bytes=1, link=link)
+    units = {id(m): [engine.transport.place_of(m.weight)[0]] for m in (first, second)}
+    for step in range(2):
+        optimizer.zero_grad()
+        engine.transport.wait_published(units[id(first)])
+        if step:
+            link.may_go.set()  # the first layer's forward has begun; only now may the second's weights come
+        hidden = first(batch(step))
+        engine.transport.wait_published(units[id(second)])
+        second(hidden).float().pow(2).mean().backward()
+        link.is_armed = step == 0
+        engine.step()
+    link.is_armed = False
+    engine.transport.wait_all_published()
+    engine.close()
+    assert link.outcomes == [True]
+
+
+def test_looking_ahead_pauses_when_it_is_mostly_in_vain():
+    model = Programs(torch.bfloat16)
+    optimizer, engine = deferred_engine(model)
+    redone = []
+    for step in range(90):
+        engine.transport.wait_all_published()
+        optimizer.zero_grad()
+        plain_backward(model, batch(step))
+        for looking in engine._rule._host._looking.values():
+            looking.result(TIMEOUT_S)  # the step takes back what has not begun, and that is not in vain
+        engine.request_clip(ClipByNorm(1e-4))
+        engine.step()
+        redone.append(engine._rule._host.num_redone)
+    engine.close()
+    assert 0 < redone[3] < redone[7]
+    assert redone[9] == redone[50]  # the norm is waited for
+    assert redone[50] < redone[65] == redone[-1]  # tried once more
+    assert redone[65] - redone[50] < redone[9] / 3

@@ -1,0 +1,72 @@
+"""Norms that are taken while backward runs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lightning_superscale.comm.mesh import DataMesh, MeshAxis, single_mesh
+from lightning_superscale.optim.clipping import ClipByNorm, EarlyNorms
+from lightning_superscale.optim.param_update import Due
+from lightning_superscale.optim.unit import GradientDelta
+from tests.helpers.engines import build_engine
+from tests.helpers.programs import Programs, plain_backward
+
+
+class Unit:
+    index = 3
+
+
+def two_shares() -> DataMesh:
+    shard, replicate, world, gather = (MeshAxis(name, 0, 2) for name in ("shard", "replicate", "world", "gather"))
+    return DataMesh(shard, replicate, world, gather)
+
+
+def due(i: int, grad: torch.Tensor) -> Due:
+    return Due(param=None, group={}, unit=Unit(), state=None, i=i, grad=grad)
+
+
+@pytest.mark.parametrize("mesh", [single_mesh(), two_shares()], ids=["whole", "shares"])
+def test_measures_are_those_of_the_sum_of_all_deltas(mesh):
+    torch.manual_seed(0)
+    first, again, second = (torch.randn(n).bfloat16() for n in (100, 100, 7))
+    norms, unused = EarlyNorms(mesh), EarlyNorms(mesh)
+    norms.are_wanted = True
+    for early in (norms, unused):
+        early.take(GradientDelta(Unit(), [(0, first), (1, second)]))
+        early.take(GradientDelta(Unit(), [(0, again)]))
+    summed = first + again
+    wrong = torch.full_like(second, torch.nan)  # taken early, so nobody looks at what has become of it
+    found = norms.of([due(1, wrong), due(0, summed)])
+    assert torch.equal(found, unused.of([due(1, second), due(0, summed)]))
+    whole = mesh.num_shares == 1
+    assert found.dtype == (torch.float32 if whole else torch.float64)
+    expected = torch.stack([g.double().norm() if whole else g.double().square().sum() for g in (second, summed)])
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)
+    norms.clear()
+    assert norms.of([due(1, wrong)]).isnan().all()
+
+
+@pytest.mark.parametrize("is_deferred", [False, True])
+def test_steps_that_clip_measure_no_gradient_again(monkeypatch, is_deferred):
+    """From the second step on, everything was measured when it left."""
+    model = Programs(torch.bfloat16)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    engine = build_engine(model, optimizer, is_offloaded=True, is_streamed=True, is_deferred=is_deferred)
+    early = engine._judge._early
+    measured = []
+    measure = early._measure
+    monkeypatch.setattr(early, "_measure", lambda grad: measured.append(grad.numel()) or measure(grad))
+    counts = []
+    for _ in range(3):
+        engine.transport.wait_all_published()
+        optimizer.zero_grad()
+        plain_backward(model, torch.randn(8, 12).bfloat16())
+        before = len(measured)
+        engine.request_clip(ClipByNorm(0.5))
+        engine.step()
+        counts.append((before, len(measured) - before))
+        measured.clear()
+    engine.close()
+    used = 7  # all but the branch
+    assert counts == [(0, used), (used, 0), (used, 0)]

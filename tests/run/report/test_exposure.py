@@ -1,0 +1,146 @@
+"""The exposed optimizer time that `explain()` and ScaleMonitor print: what counts as exposed, and when it is said."""
+
+from __future__ import annotations
+
+import re
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import lightning_superscale as lss
+from lightning_superscale.offload.planner.choices import step_times
+from lightning_superscale.offload.planner.forecast import exposed_seconds
+from lightning_superscale.run import host_plan
+from lightning_superscale.run.report import exposure
+from lightning_superscale.run.report.phases import LEAST_STEPS, WARM_UP_STEPS, PhaseSeconds
+from lightning_superscale.zero.buckets.transport import BucketTransport
+from tests.helpers.trainers import Regressor, fit
+from tests.offload.planner.test_choices import H100
+
+DELAY = 0.02
+
+
+@pytest.fixture(autouse=True)
+def profile(monkeypatch):
+    monkeypatch.setattr(host_plan, "cached_profile", lambda device, cpus: H100)
+
+
+def kept(module=None, strategy="superoffload", **flags) -> SimpleNamespace:
+    """What ScaleMonitor, for which nothing waits, sees at the end of a fit; any other callback might read weights."""
+    seen = SimpleNamespace()
+
+    def keep(monitor, trainer):
+        seen.lines = trainer.strategy.exposure()
+        seen.steady = trainer.strategy.phase_seconds.steady()
+        seen.work = exposure.host_work(trainer.strategy.assembly)
+        seen.text = trainer.strategy.explain()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lss.ScaleMonitor, "_report", keep)
+        fit(module or Regressor(), strategy, callbacks=[lss.ScaleMonitor()], **flags)
+    return seen
+
+
+def test_predicted_stands_beside_measured():
+    seen = kept(precision="bf16-true")
+    steady = seen.steady
+    predicted = exposed_seconds(step_times(H100, seen.work, forward=steady.forward, backward=steady.backward))
+    assert seen.work.num_params >= 17 * 33 + 33 + 66 + 33 * 5 + 5
+    assert seen.work.link_bytes == 2 * seen.work.num_params
+    assert seen.lines[-1] == (
+        f"exposed beyond forward and backward: {predicted * 1e3:.2f} ms predicted, {steady.exposed * 1e3:.2f} ms a "
+        f"step measured over {12 - WARM_UP_STEPS} steps (host clock, hooks included)"
+    )
+    assert all(f"- {line}" in seen.text for line in seen.lines)
+
+
+def test_scale_monitor_prints_it(capsys):
+    fit(Regressor(), "superoffload", callbacks=[lss.ScaleMonitor()])
+    assert re.search(r"- exposed beyond forward and backward: \d+\.\d+ ms predicted", capsys.readouterr().out)
+
+
+def test_a_slow_forward_is_not_exposed_and_a_slow_hook_of_the_step_is():
+    class SlowForward(Regressor):
+        def training_step(self, batch, batch_idx):
+            time.sleep(DELAY)
+            return super().training_step(batch, batch_idx)
+
+    class SlowStep(Regressor):
+        def on_before_zero_grad(self, optimizer):
+            time.sleep(DELAY)
+
+    slow_forward, slow_step = kept(SlowForward()).steady, kept(SlowStep()).steady
+    assert slow_forward.forward >= DELAY > slow_step.forward
+    assert slow_step.exposed >= DELAY > slow_forward.exposed
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_waiting_for_weights_is_exposed_wherever_it_happens(monkeypatch, accumulate):
+    """At the root gate and inside forward; with accumulation both lie outside the optimizer step."""
+    real = BucketTransport.wait_published
+
+    def late(self, units):
+        time.sleep(DELAY)
+        return real(self, units)
+
+    monkeypatch.setattr(BucketTransport, "wait_published", late)
+    steady = kept(accumulate_grad_batches=accumulate).steady
+    # Once before each micro-batch's forward, and at the gates of the three trained layers.
+    assert steady.exposed >= 4 * accumulate * DELAY
+    assert steady.forward < DELAY
+
+
+@pytest.mark.parametrize(
+    ("strategy", "why"),
+    [
+        (lambda: lss.SuperScaleStrategy(offload="cpu"), "no forecast: the host steps after backward"),
+        (
+            lambda: lss.SuperScaleStrategy(offload={"engine": "superoffload", "speculate": False}),
+            "no forecast: the host steps after backward",
+        ),
+        (
+            lambda: lss.SuperScaleStrategy(offload={"engine": "superoffload", "gpu_fraction": 1.0}),
+            "no forecast: nothing steps on the host",
+        ),
+    ],
+)
+def test_what_the_forecast_is_not_of_is_measured_only(strategy, why):
+    lines = kept(strategy=strategy()).lines
+    assert why in lines[-1]
+    assert "predicted" not in lines[-1]
+
+
+def test_weights_that_are_awaited_are_not_forecast():
+    class Looks(Regressor):
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            pass
+
+    assert "no forecast: new weights are awaited right after the step" in kept(Looks()).lines[-1]
+
+
+def test_an_optimizer_of_its_own_is_not_forecast():
+    class Own(Regressor):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.net.parameters(), lr=1e-2)
+
+    assert "no forecast: an optimizer steps through its own code" in kept(Own()).lines[-1]
+
+
+def test_nothing_is_said_too_early_or_without_offload():
+    assert not any("exposed" in line for line in kept(max_steps=WARM_UP_STEPS + LEAST_STEPS - 1).lines)
+    assert any("exposed" in line for line in kept(max_steps=WARM_UP_STEPS + LEAST_STEPS).lines)
+    assert kept(strategy="superscale").lines == []
+
+
+def test_phases_of_the_warm_up_do_not_count():
+    phases = PhaseSeconds()
+    for seconds in (100.0, 50.0, 1.0, 2.0, 3.0):
+        phases.forward += 3 * seconds
+        phases.gates += seconds
+        phases.backward += 4 * seconds
+        phases.before += 5 * seconds
+        phases.step += 6 * seconds
+        phases.end_step()
+    assert phases.steady() == (2 * 2.0, 4 * 2.0, 2.0 + 5 * 2.0 + 6 * 2.0, 3)
