@@ -8,7 +8,11 @@ from typing import Literal, Optional, Union
 from lightning_superscale.config.values import check_positive_int, check_share
 from lightning_superscale.errors import SuperScaleError, did_you_mean
 
-ENGINES = ("cpu", "superoffload")
+# Name -> "module:class" of its OffloadEngine. The module is imported only when the engine is chosen.
+ENGINES: dict[str, str] = {
+    "cpu": "lightning_superscale.offload.cpu.engine:CpuEngine",
+    "superoffload": "lightning_superscale.offload.superoffload.engine:SuperOffloadEngine",
+}
 WEIGHTS = ("auto", "stationary", "flow")
 LINK_DTYPES = ("auto", "weights", "fp32")
 PLANNED_ENGINES = ("zenflow",)
@@ -61,7 +65,7 @@ class OffloadConfig:
         if self.engine not in ENGINES:
             raise SuperScaleError(
                 f"unknown offload engine {self.engine!r}: expected one of {', '.join(map(repr, ENGINES))}"
-                f"{did_you_mean(str(self.engine), ENGINES)}"
+                f"{did_you_mean(str(self.engine), list(ENGINES))}"
             )
         if self.bucket_mb != "auto":
             check_positive_int("OffloadConfig", "bucket_mb", self.bucket_mb)

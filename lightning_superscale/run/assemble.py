@@ -15,14 +15,12 @@ from lightning_superscale.comm.communicator import Ranks, ranks_of
 from lightning_superscale.comm.dtensor import tensor_numel
 from lightning_superscale.comm.mesh import DataMesh
 from lightning_superscale.errors import SuperScaleError
-from lightning_superscale.offload.cpu.state import HostState, host_bytes
+from lightning_superscale.offload.engine import OffloadContext, RunFacts, engine_of
 from lightning_superscale.offload.link.arena import HostArena
 from lightning_superscale.offload.link.dtype import LinkDtype
 from lightning_superscale.offload.link.link import Link, link_for
-from lightning_superscale.offload.superoffload.state import DeferredState, deferred_host_bytes
-from lightning_superscale.offload.superoffload.step import DeferredStep
 from lightning_superscale.ops.update import UpdatePath, update_path
-from lightning_superscale.optim.adamw_step import BoundStep, NativeStep
+from lightning_superscale.optim.adamw_step import NativeStep
 from lightning_superscale.optim.bucketing import Grouping
 from lightning_superscale.optim.engine import MakeState, OptimizerEngine
 from lightning_superscale.optim.grad_dtypes import narrow_gradients, widen_gradients
@@ -30,7 +28,7 @@ from lightning_superscale.optim.mixed_step import SplitStep
 from lightning_superscale.optim.step_rule import StepGuard, StepRule
 from lightning_superscale.optim.transport import Transport
 from lightning_superscale.optim.unit import DeltaSink, ShardUnit
-from lightning_superscale.optim.unit_state import ResidentState, UnitState, roundings_of
+from lightning_superscale.optim.unit_state import ResidentState, UnitState
 from lightning_superscale.run.checks import check_optimizers_over_ranks, check_parameters, facts_of_run
 from lightning_superscale.run.host_plan import HostPlan, plan_host
 from lightning_superscale.run.placement import first_grouping, settle_in
@@ -190,8 +188,19 @@ def assemble(module: nn.Module, optimizers: Sequence[Optimizer], settings: RunSe
     link = None if offload is None else link_for(settings.device, settings.timeline)
     where = settings.device if offload is None else torch.device("cpu")
     update = update_path(where, host.pool, is_low_precision=precision.states.is_low_precision)
-    arena = HostArena(host.pool)
-    make_state = _state_maker(link, settings, host, arena)
+    context: OffloadContext | None = None
+    if link is not None and offload is not None:
+        context = OffloadContext(
+            config=offload,
+            link=link,
+            arena=HostArena(host.pool),
+            pool=host.pool,
+            update=update,
+            dtypes=precision.states,
+            link_dtype=host.link_dtype,
+            streams=settings.streams,
+            timeline=settings.timeline,
+        )
     block_of = {} if settings.flow is None else settings.flow.block_of
     ranks = ranks_of(mesh, fqn_of, num_buffers=len(list(module.buffers())))
     engines = {
@@ -206,17 +215,17 @@ def assemble(module: nn.Module, optimizers: Sequence[Optimizer], settings: RunSe
                 first_grouping(optimizer, fqn_of, offload, host.unit_bytes, block_of),
                 f"optimizer {number}",
             ),
-            make_state=make_state,
-            make_native=_native_maker(settings, update),
+            make_state=_state_maker(settings, context),
+            make_native=_native_maker(settings, update, context),
             error_if_nonfinite=settings.error_if_nonfinite,
             timeline=settings.timeline,
         )
         for number, optimizer in enumerate(optimizers)
         if any(param in fqn_of for group in optimizer.param_groups for param in group["params"])
     }
-    if settings.flow is not None and link is not None and offload is not None:
+    if settings.flow is not None and context is not None:
         settings.flow.follow(EnginePublications(engines.values()))
-        stream_the_rest(settings.flow, link, settings.device, arena, is_pinned=offload.pin_memory)
+        stream_the_rest(settings.flow, context.link, settings.device, context.arena, is_pinned=context.is_pinned)
     for engine in engines.values():
         if settings.streams:
             engine.transport.stream()
@@ -275,7 +284,8 @@ def _gates(
     offload, mesh = settings.offload, settings.mesh
     if settings.shards_weights or (offload is None and mesh.is_single):
         return []  # sharded weights are awaited where they are gathered
-    may_be_late = mesh.shard.size > 1 or (offload is not None and offload.engine == "superoffload")
+    engine = settings.engine
+    may_be_late = mesh.shard.size > 1 or (engine is not None and engine.weights_arrive == "next forward")
     per_module = may_be_late and settings.streams and not is_model_compiled
     return [PublishGates(module, engine.transport, per_module=per_module) for engine in engines]
 
@@ -289,69 +299,50 @@ def _check_on_all_ranks(module: nn.Module, optimizers: Sequence[Optimizer], sett
         check_placements(module, mesh)
         check_optimizers_over_ranks(optimizers, zero, mesh.world.size)
         check_with_run(settings.precision, optimizers, zero, offload, mesh.world.size)
+        if settings.engine is not None and offload is not None:
+            settings.engine.refuse(
+                RunFacts(
+                    config=offload,
+                    zero=zero,
+                    optimizers=optimizers,
+                    dtypes=settings.precision.states,
+                    world_size=mesh.world.size,
+                )
+            )
     except SuperScaleError as found:
         error = found  # the other ranks are on their way into the comparison
     raise_together(mesh, error)
     check_equal_on_all_ranks(mesh, facts_of_run(module, optimizers, zero, offload, settings.precision.describe()))
 
 
-def _native_maker(settings: RunSettings, update: UpdatePath) -> Callable[[Optimizer, StepGuard], StepRule]:
-    offload, timeline = settings.offload, settings.timeline
-
+def _native_maker(
+    settings: RunSettings, update: UpdatePath, context: OffloadContext | None
+) -> Callable[[Optimizer, StepGuard], StepRule]:
     def on_device(optimizer: Optimizer, guard: StepGuard, path: UpdatePath) -> NativeStep:
-        return NativeStep(optimizer, guard, path.submit, timeline=timeline, lane="device optimizer")
+        return NativeStep(optimizer, guard, path.submit, timeline=settings.timeline, lane="device optimizer")
 
-    if offload is None:
+    engine = settings.engine
+    if engine is None or context is None:
         return lambda optimizer, guard: on_device(optimizer, guard, update)
-    looks_ahead = settings.streams and offload.speculate
-
-    def on_host(optimizer: Optimizer, guard: StepGuard) -> BoundStep:
-        if settings.defers:
-            return DeferredStep(optimizer, guard, looks_ahead=looks_ahead, timeline=timeline)
-        return NativeStep(optimizer, guard, update.submit, timeline=timeline)
 
     def split(optimizer: Optimizer, guard: StepGuard) -> StepRule:
         is_low = settings.precision.states.is_low_precision
         device = on_device(optimizer, guard, update_path(settings.device, is_low_precision=is_low))
-        return SplitStep(optimizer, guard, host=on_host(optimizer, guard), device=device)
+        return SplitStep(optimizer, guard, host=engine.make_step(optimizer, guard, context), device=device)
 
     return split
 
 
-def _state_maker(link: Link | None, settings: RunSettings, host: HostPlan, arena: HostArena) -> MakeState:
-    offload, flow, dtypes = settings.offload, settings.flow, settings.precision.states
+def _state_maker(settings: RunSettings, context: OffloadContext | None) -> MakeState:
+    flow, engine = settings.flow, settings.engine
 
     def make_state(unit: ShardUnit, *, has_moments: bool, is_on_device: bool) -> UnitState:
-        if link is None or offload is None or is_on_device:
-            return ResidentState(unit, has_moments=has_moments, dtypes=dtypes)
-        roundings = roundings_of(unit, dtypes)
+        if engine is None or context is None or is_on_device:
+            return ResidentState(unit, has_moments=has_moments, dtypes=settings.precision.states)
         streamed = unit if isinstance(unit, BucketUnit) and unit.is_streamed else None
-        pin = offload.pin_memory
-        state: DeferredState | HostState
-        if settings.defers and has_moments:
-            state = DeferredState(
-                unit,
-                link,
-                arena,
-                is_pinned=pin,
-                pool=host.pool,
-                streamed=streamed,
-                dtypes=dtypes,
-                roundings=roundings,
-                link_dtype=host.link_dtype,
-            )
-        else:
-            state = HostState(
-                unit,
-                link,
-                arena,
-                has_moments=has_moments,
-                is_pinned=pin,
-                streamed=streamed,
-                dtypes=dtypes,
-                roundings=roundings,
-                link_dtype=host.link_dtype,
-            )
+        # See [Note: Engines]: an optimizer without moments of ours steps through its own code.
+        maker = engine if has_moments else engine_of("cpu")
+        state = maker.make_state(unit, context, has_moments=has_moments, streamed=streamed)
         if flow is not None and streamed is not None and state.flowing is not None:
             streamed.rest_at(state.flowing)
             flow.add(state.flowing)
@@ -375,11 +366,13 @@ def _host_bytes_needed(
     stepped = {p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     stepped = {param for param in stepped if param.requires_grad}
     dtypes, shard_size = settings.precision.states, settings.mesh.shard.size
-    bytes_of = deferred_host_bytes if settings.defers else functools.partial(host_bytes, has_moments=True)
+    engine = settings.engine
+    if engine is None:
+        return 0
 
     def state_bytes(param: nn.Parameter) -> int:
         flows = is_copied(param) and shard_size == 1  # otherwise the copy is whole, and counted below
-        return bytes_of(tensor_numel(param), param.dtype, flows=flows, dtypes=dtypes, link_dtype=link_dtype)
+        return engine.host_bytes(tensor_numel(param), param.dtype, flows=flows, dtypes=dtypes, link_dtype=link_dtype)
 
     states = sum(map(state_bytes, stepped))
     whole = (p for p in module.parameters() if is_copied(p) and (shard_size > 1 or p not in stepped))

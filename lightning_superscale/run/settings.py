@@ -8,6 +8,7 @@ import torch
 
 from lightning_superscale.comm.mesh import DataMesh
 from lightning_superscale.config import OffloadConfig, ZeroConfig
+from lightning_superscale.offload.engine import OffloadEngine, engine_of
 from lightning_superscale.offload.weight_flow.schedule import WeightFlow
 from lightning_superscale.optim.transport import IsScaling
 from lightning_superscale.run.precision import PrecisionChoices
@@ -53,9 +54,9 @@ class RunSettings:
         return self.zero.stage == 3 and self.mesh.num_shares > 1
 
     @property
-    def defers(self) -> bool:
-        """Whether Adam and AdamW on the host step one commit behind, during backward and the next forward."""
-        return self.offload is not None and self.offload.engine == "superoffload"
+    def engine(self) -> OffloadEngine | None:
+        """What steps Adam and AdamW on the host; None where nothing is offloaded."""
+        return None if self.offload is None else engine_of(self.offload.engine)
 
     @property
     def streams(self) -> bool:

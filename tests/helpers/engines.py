@@ -6,14 +6,13 @@ import torch
 from torch import nn
 
 from lightning_superscale.comm.communicator import Ranks, single_rank
-from lightning_superscale.offload.cpu.state import HostState
+from lightning_superscale.config import OffloadConfig
+from lightning_superscale.offload.engine import OffloadContext, engine_of
 from lightning_superscale.offload.link.arena import HostArena
 from lightning_superscale.offload.link.dtype import LinkDtype
 from lightning_superscale.offload.link.link import CpuLink
-from lightning_superscale.offload.superoffload.state import DeferredState
-from lightning_superscale.offload.superoffload.step import DeferredStep
 from lightning_superscale.offload.weight_flow.schedule import WeightFlow
-from lightning_superscale.ops.cpu.pool import Pool
+from lightning_superscale.ops.cpu.pool import Pool, default_pool
 from lightning_superscale.ops.update import update_path
 from lightning_superscale.optim.adamw_step import NativeStep
 from lightning_superscale.optim.bucketing import Grouping
@@ -21,6 +20,28 @@ from lightning_superscale.optim.engine import OptimizerEngine
 from lightning_superscale.optim.mixed_step import SplitStep
 from lightning_superscale.optim.unit_state import ResidentState
 from lightning_superscale.zero.buckets.transport import BucketTransport
+
+
+def offload_context(
+    *,
+    link: CpuLink | None = None,
+    arena: HostArena | None = None,
+    pool: Pool | None = None,
+    link_dtype: LinkDtype = "weights",
+    streams: bool = False,
+    **config,
+) -> OffloadContext:
+    """What states and rules of an offload engine are made of, on the CPU."""
+    pool = pool or default_pool()
+    return OffloadContext(
+        config=OffloadConfig(**config),
+        link=link or CpuLink(),
+        arena=arena or HostArena(),
+        pool=pool,
+        update=update_path(torch.device("cpu"), pool),
+        link_dtype=link_dtype,
+        streams=streams,
+    )
 
 
 def build_engine(
@@ -40,28 +61,22 @@ def build_engine(
     flow: WeightFlow | None = None,
     link_dtype: LinkDtype = "weights",
 ) -> OptimizerEngine:
-    link = link or CpuLink()
-    arena = HostArena()
-    pool = Pool(num_threads or 2)
+    context = offload_context(link=link, pool=Pool(num_threads or 2), link_dtype=link_dtype, streams=is_streamed)
+    chosen = engine_of("superoffload" if is_deferred else "cpu")
 
     def make_native(own, guard):
         native = NativeStep(
             own, guard, update_path(torch.device("cpu"), Pool(num_threads) if num_threads else None).submit
         )
-        host = DeferredStep(own, guard, looks_ahead=is_streamed) if is_deferred else native
+        host = chosen.make_step(own, guard, context) if is_deferred else native
         return SplitStep(own, guard, host=host, device=native)
 
     def make_state(unit, *, has_moments, is_on_device):
-        if is_on_device:
+        if is_on_device or not (is_offloaded or is_deferred and has_moments):
             return ResidentState(unit, has_moments=has_moments)
         streamed = unit if unit.is_streamed else None
-        ends = {"is_pinned": True, "streamed": streamed, "link_dtype": link_dtype}
-        if is_deferred and has_moments:
-            state = DeferredState(unit, link, arena, pool=pool, **ends)
-        elif not is_offloaded:
-            return ResidentState(unit, has_moments=has_moments)
-        else:
-            state = HostState(unit, link, arena, has_moments=has_moments, **ends)
+        maker = chosen if has_moments else engine_of("cpu")
+        state = maker.make_state(unit, context, has_moments=has_moments, streamed=streamed)
         if streamed is not None:
             streamed.rest_at(state.flowing)
             flow.add(state.flowing)

@@ -10,12 +10,8 @@ from torch import nn
 
 from lightning_superscale.comm.communicator import ranks_of
 from lightning_superscale.comm.mesh import build_mesh
-from lightning_superscale.offload.cpu.state import HostState
-from lightning_superscale.offload.link.arena import HostArena
+from lightning_superscale.offload.engine import engine_of
 from lightning_superscale.offload.link.link import CpuLink
-from lightning_superscale.offload.superoffload.state import DeferredState
-from lightning_superscale.offload.superoffload.step import DeferredStep
-from lightning_superscale.ops.cpu.pool import default_pool
 from lightning_superscale.ops.update import update_path
 from lightning_superscale.optim.adamw_step import NativeStep
 from lightning_superscale.optim.bucketing import Grouping
@@ -25,6 +21,7 @@ from lightning_superscale.optim.unit_state import ResidentState
 from lightning_superscale.zero.fsdp2.gather_order import GatherOrder
 from lightning_superscale.zero.fsdp2.shard import ShardingPolicy, shard_module
 from lightning_superscale.zero.fsdp2.transport import Fsdp2Transport
+from tests.helpers.engines import offload_context
 from tests.helpers.plain import PlainMasterAdamW
 
 ADAMW = {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.9, 0.95)}
@@ -92,25 +89,25 @@ def build(model, rank, world_size, case, *, optimizer=None, **how):
     return engines[0], sharded
 
 
-def _native(optimizer, guard):
-    return NativeStep(optimizer, guard, update_path(torch.device("cpu")).submit)
-
-
 def build_all(model, rank, world_size, case, optimizers, *, store=None, shard_size=None, watch=None):
     mesh = build_mesh(shard_size or world_size, timedelta(seconds=60), watch)
     order = GatherOrder(store, rank, world_size, patience_s=5.0, watch=watch)
     sharded = shard_module(model, optimizers, mesh, torch.device("cpu"), order, case.policy)
     ranks = ranks_of(mesh, model.parameters())
-    link, arena = DelayedLink(), HostArena()
-
     is_deferred = case.is_offloaded and case.is_streamed
+    context = offload_context(link=DelayedLink(), streams=case.is_streamed)
+    chosen = engine_of("superoffload" if is_deferred else "cpu")
 
     def make_state(unit, *, has_moments, is_on_device):
         if not case.is_offloaded:
             return ResidentState(unit, has_moments=has_moments)
-        if is_deferred:
-            return DeferredState(unit, link, arena, is_pinned=True, pool=default_pool())
-        return HostState(unit, link, arena, has_moments=has_moments, is_pinned=True)
+        maker = chosen if has_moments else engine_of("cpu")
+        return maker.make_state(unit, context, has_moments=has_moments, streamed=None)
+
+    def make_native(optimizer, guard):
+        if case.is_offloaded:
+            return chosen.make_step(optimizer, guard, context)
+        return NativeStep(optimizer, guard, update_path(torch.device("cpu")).submit)
 
     engines = [
         OptimizerEngine(
@@ -121,7 +118,7 @@ def build_all(model, rank, world_size, case, optimizers, *, store=None, shard_si
                 sharded, sink=sink, ranks=ranks, grouping=Grouping(2048), no_sync=case.no_sync
             ),
             make_state=make_state,
-            make_native=DeferredStep if is_deferred else _native,
+            make_native=make_native,
         )
         for optimizer in optimizers
     ]

@@ -6,8 +6,6 @@ Where masters have the dtype that crosses the link (fp32 weights; bf16 masters; 
 and a gradient buffer; the master itself is uploaded. Weights that flow have one more buffer (2) on the host, which the
 step writes and forward streams from; where masters have their dtype that is the master. Where ranks share steps, it is
 one of whole weights.
-
-The class satisfies the optimizer engine's `UnitState` without importing it: siblings meet in `plugins`.
 """
 
 from __future__ import annotations
@@ -17,19 +15,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lightning_superscale.offload.engine import OffloadContext
 from lightning_superscale.offload.host_state import (
-    OffloadableUnit,
     UploadEvent,
     compensation_of,
     way_of_weights,
     weights_on_host,
 )
-from lightning_superscale.offload.link.arena import HostArena
 from lightning_superscale.offload.link.dtype import LinkDtype, add_late_gradient, dtype_on_link, send_gradient
-from lightning_superscale.offload.link.link import Link, LinkEvent
+from lightning_superscale.offload.link.link import LinkEvent
 from lightning_superscale.offload.weight_flow.weights import FlowingWeights, HostBound, LateUpload, StreamedUnit
 from lightning_superscale.ops.state_dtypes import FP32_STATES, StateDtypes, follow_weights
 from lightning_superscale.ops.types import Rounding
+from lightning_superscale.optim.unit import ShardUnit
+from lightning_superscale.optim.unit_state import roundings_of
 
 
 def host_bytes(
@@ -51,15 +50,8 @@ class HostState:
     """Master and moments of one unit on the host; gradients come and weights go over the link.
 
     Args:
-        unit: the unit; its weights stay on the device.
-        link: the device's link.
-        arena: where host buffers come from.
         has_moments: False for an optimizer that keeps states of its own.
-        is_pinned: page-lock the transfer buffers.
         streamed: the same unit, if its weights flow; None if they stay on the device.
-        dtypes: of masters and moments.
-        roundings: how updates of each slice round; empty where all states are fp32.
-        link_dtype: what crosses the link; "weights" where weights flow or any state is not fp32.
 
     Attributes:
         transfer_dtype: of the gradient buffer, and of what is uploaded.
@@ -68,26 +60,21 @@ class HostState:
 
     def __init__(
         self,
-        unit: OffloadableUnit,
-        link: Link,
-        arena: HostArena,
+        unit: ShardUnit,
+        context: OffloadContext,
         *,
         has_moments: bool,
-        is_pinned: bool,
         streamed: StreamedUnit | None = None,
-        dtypes: StateDtypes = FP32_STATES,
-        roundings: Sequence[Rounding | None] = (),
-        link_dtype: LinkDtype = "weights",
     ) -> None:
+        link, arena, dtypes, is_pinned = context.link, context.arena, context.dtypes, context.is_pinned
         numel, dtype = unit.shard.shard_numel, unit.dtype
-        self.transfer_dtype = dtype_on_link(link_dtype, dtype)
+        self.transfer_dtype = dtype_on_link(context.link_dtype, dtype)
         has_own_weights = dtypes.master_of(dtype) != self.transfer_dtype
         self.unit = unit
         self.is_on_host = True
         self.num_transfer_buffers = 1
         self._link = link
-        self._roundings = roundings
-        is_pinned = is_pinned and link.needs_pinned_host()
+        self._roundings = roundings_of(unit, dtypes)
         # A master of the dtype that crosses the link is an end of the upload.
         self.master = arena.zeros(numel, dtypes.master_of(dtype), is_pinned=is_pinned and not has_own_weights)
         self.exp_avg = arena.zeros(numel, dtypes.moments, is_pinned=False) if has_moments else None
@@ -112,7 +99,7 @@ class HostState:
         return self._slice(self.master, i)
 
     def rounding_of(self, i: int) -> Rounding | None:
-        return self._roundings[i] if self._roundings else None
+        return self._roundings[i]
 
     def weight_out_of(self, i: int) -> Tensor | None:
         return None if self._weight_out is None else self._slice(self._weight_out, i)

@@ -19,8 +19,6 @@ roles:
 Where weights flow, A is not uploaded but streamed from until the next verdict, and a third buffer C, which held the
 weights until this one, receives gradient t+1 ([Note: Which host buffer] in offload/weight_flow/weights.py). Where ranks
 share a unit's steps, its whole weights have a buffer of their own, and A is uploaded for the gather that fills it.
-
-The class satisfies the optimizer engine's protocols without importing it: siblings meet in `plugins`.
 """
 
 from __future__ import annotations
@@ -31,21 +29,21 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lightning_superscale.offload.engine import OffloadContext
 from lightning_superscale.offload.host_state import (
-    OffloadableUnit,
     UploadEvent,
     compensation_of,
     way_of_weights,
     weights_on_host,
 )
-from lightning_superscale.offload.link.arena import HostArena
 from lightning_superscale.offload.link.dtype import LinkDtype, add_late_gradient, dtype_on_link, send_gradient
-from lightning_superscale.offload.link.link import Link, LinkEvent, LinkFence
+from lightning_superscale.offload.link.link import LinkEvent, LinkFence
 from lightning_superscale.offload.weight_flow.weights import FlowingWeights, HostBound, LateUpload, StreamedUnit
 from lightning_superscale.ops.cpu.adamw import adamw_commit, adamw_commit_peek, adamw_peek
-from lightning_superscale.ops.cpu.pool import Pool
 from lightning_superscale.ops.state_dtypes import FP32_STATES, StateDtypes, follow_weights
 from lightning_superscale.ops.types import AdamWHyper, AdamWSegment, GradStats, Rounding
+from lightning_superscale.optim.unit import ShardUnit
+from lightning_superscale.optim.unit_state import roundings_of
 
 _Kernel = Callable[..., list[GradStats] | None]
 
@@ -89,15 +87,7 @@ class DeferredState:
     """Master and moments of one unit on the host, one commit behind.
 
     Args:
-        unit: the unit; its weights stay on the device.
-        link: the device's link.
-        arena: where host buffers come from.
-        is_pinned: page-lock the transfer buffers.
-        pool: runs the kernel.
         streamed: the same unit, if its weights flow; None if they stay on the device.
-        dtypes: of masters and moments.
-        roundings: how updates of each slice round; empty where all states are fp32.
-        link_dtype: what crosses the link; "weights" where weights flow or any state is not fp32.
 
     Attributes:
         transfer_dtype: of the transfer buffers.
@@ -106,26 +96,20 @@ class DeferredState:
 
     def __init__(
         self,
-        unit: OffloadableUnit,
-        link: Link,
-        arena: HostArena,
+        unit: ShardUnit,
+        context: OffloadContext,
         *,
-        is_pinned: bool,
-        pool: Pool,
         streamed: StreamedUnit | None = None,
-        dtypes: StateDtypes = FP32_STATES,
-        roundings: Sequence[Rounding | None] = (),
-        link_dtype: LinkDtype = "weights",
     ) -> None:
+        link, arena, dtypes, is_pinned = context.link, context.arena, context.dtypes, context.is_pinned
         numel = unit.shard.shard_numel
-        is_pinned = is_pinned and link.needs_pinned_host()
         self.unit = unit
         self.is_on_host = True
         self.num_transfer_buffers = 2
-        self.transfer_dtype = dtype_on_link(link_dtype, unit.dtype)
+        self.transfer_dtype = dtype_on_link(context.link_dtype, unit.dtype)
         self._link = link
-        self._pool = pool
-        self._roundings = roundings
+        self._pool = context.pool
+        self._roundings = roundings_of(unit, dtypes)
         self.master = arena.zeros(numel, dtypes.master_of(unit.dtype), is_pinned=False)
         self.exp_avg = arena.zeros(numel, dtypes.moments, is_pinned=False)
         self.exp_avg_sq = arena.zeros(numel, dtypes.moments, is_pinned=False)
@@ -277,7 +261,7 @@ class DeferredState:
         return self._span(self.master, i)
 
     def rounding_of(self, i: int) -> Rounding | None:
-        return self._roundings[i] if self._roundings else None
+        return self._roundings[i]
 
     def weight_out_of(self, i: int) -> Tensor | None:
         """Settled new weights: in the buffer that receives next, unless they flow."""

@@ -290,12 +290,12 @@ class SuperScaleStrategyMixin(BackwardMixin, RunStateMixin, _Base):
         """What a trace says of its run."""
         if self._assembly is None:
             return {}
-        plan = self._assembly.plan()
+        plan, engine = self._assembly.plan(), self._assembly.settings.engine
         return {
             "device": plan.device,
             "engine": plan.engine,
             "num_params": plan.num_trainable,
-            "is_deferred": self._assembly.settings.defers,
+            "is_deferred": engine is not None and engine.weights_arrive == "next forward",
             "device_share": device_share(self._assembly.engines.values()),
         }
 

@@ -61,8 +61,11 @@ def _why_no_forecast(assembly: Assembly, work: HostWork) -> str | None:
     own = [engine.reason_not_native for engine in assembly.engines.values() if engine.reason_not_native is not None]
     if own:
         return f"an optimizer steps through its own code ({own[0]})"
-    if not settings.defers or settings.offload is None or not settings.offload.speculate:
-        return "the host steps after backward"
+    if settings.engine is None or settings.offload is None:
+        return "nothing is offloaded"
+    why_not = settings.engine.why_no_forecast(settings.offload)
+    if why_not is not None:
+        return why_not
     if settings.why_held is not None:
         return "gradients stay in param.grad until the step"
     return None if settings.why_awaited is None else "new weights are awaited right after the step"

@@ -11,8 +11,8 @@ from lightning_superscale.run.settings import RunSettings
 def reasons_of(settings: RunSettings, *, is_model_compiled: bool) -> list[str]:
     """How gradients, steps and weights move."""
     reasons = ["masters and optimizer states are on the device: offload is None"]
-    if settings.offload is not None:
-        reasons = [_how_the_host_steps(settings)]
+    if settings.engine is not None and settings.offload is not None:
+        reasons = [settings.engine.how_it_steps(settings.offload, streams=settings.streams)]
     elif settings.mesh.is_single:
         return reasons
     if settings.why_held is None:
@@ -25,15 +25,6 @@ def reasons_of(settings: RunSettings, *, is_model_compiled: bool) -> list[str]:
     if is_model_compiled:
         reasons.append("new weights are awaited at the start of the training step: the model is compiled")
     return reasons
-
-
-def _how_the_host_steps(settings: RunSettings) -> str:
-    if not settings.defers or settings.offload is None:
-        return "the 'cpu' engine steps on the host, after backward"
-    if settings.streams and settings.offload.speculate:
-        return "the host steps each bucket during backward, and again what the gradient norm then changes"
-    why = "gradients stay in param.grad" if not settings.streams else "speculate is off"
-    return f"the host steps after backward, and the next forward hides it: {why}"
 
 
 def device_share(engines: Iterable[OptimizerEngine]) -> float:

@@ -16,6 +16,7 @@ from lightning_superscale.ops.cpu.memory import RecycledMemory
 from lightning_superscale.ops.cpu.pool import Pool
 from lightning_superscale.ops.native import loader
 from lightning_superscale.zero.buckets.unit import BucketUnit
+from tests.helpers.engines import offload_context
 
 
 def build(dtype, *, has_moments=True):
@@ -23,7 +24,7 @@ def build(dtype, *, has_moments=True):
     params = [("a", nn.Parameter(torch.randn(64, 3).to(dtype))), ("b", nn.Parameter(torch.randn(64).to(dtype)))]
     unit = BucketUnit(0, params, 0, 1, RecycledMemory())
     link, arena = CpuLink(), HostArena()
-    return unit, link, arena, HostState(unit, link, arena, has_moments=has_moments, is_pinned=True)
+    return unit, link, arena, HostState(unit, offload_context(link=link, arena=arena), has_moments=has_moments)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -46,10 +47,10 @@ def test_host_bytes_of_weights_that_flow_equal_the_arithmetic(dtype, is_deferred
     unit = BucketUnit(0, params, 0, 1, RecycledMemory(), streams_to=torch.device("cpu"))
     arena = HostArena()
     if is_deferred:
-        state = DeferredState(unit, CpuLink(), arena, is_pinned=True, pool=Pool(1), streamed=unit)
+        state = DeferredState(unit, offload_context(arena=arena, pool=Pool(1)), streamed=unit)
         counted, expected = deferred_host_bytes(256, dtype, flows=True), 12 + 3 * dtype.itemsize
     else:
-        state = HostState(unit, CpuLink(), arena, has_moments=True, is_pinned=True, streamed=unit)
+        state = HostState(unit, offload_context(arena=arena), has_moments=True, streamed=unit)
         counted = host_bytes(256, dtype, has_moments=True, flows=True)
         expected = 12 + {torch.float32: 4, torch.bfloat16: 2 + 2}[dtype]  # an fp32 master is what flows
     assert arena.pageable_bytes + arena.pinned_bytes == counted == 256 * expected

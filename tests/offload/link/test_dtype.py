@@ -15,7 +15,7 @@ from lightning_superscale.ops.cpu.pool import Pool
 from lightning_superscale.ops.types import AdamWHyper
 from lightning_superscale.optim.clipping import ClipByNorm
 from lightning_superscale.zero.buckets.unit import BucketUnit
-from tests.helpers.engines import build_engine
+from tests.helpers.engines import build_engine, offload_context
 from tests.helpers.plain import PlainMasterAdamW, assert_equal_states
 from tests.helpers.programs import Programs, extra_backward_of_a_part, plain_backward
 
@@ -30,10 +30,8 @@ def build(dtype, link_dtype="fp32", *, is_deferred):
     params = [("a", nn.Parameter(torch.randn(64, 3).to(dtype))), ("b", nn.Parameter(torch.randn(64).to(dtype)))]
     unit = BucketUnit(0, params, 0, 1, RecycledMemory())
     link, arena = CpuLink(), HostArena()
-    if is_deferred:
-        state = DeferredState(unit, link, arena, is_pinned=True, pool=Pool(1), link_dtype=link_dtype)
-    else:
-        state = HostState(unit, link, arena, has_moments=True, is_pinned=True, link_dtype=link_dtype)
+    context = offload_context(link=link, arena=arena, pool=Pool(1), link_dtype=link_dtype)
+    state = DeferredState(unit, context) if is_deferred else HostState(unit, context, has_moments=True)
     return unit, link, arena, state
 
 

@@ -6,10 +6,8 @@ import pytest
 import torch
 
 from lightning_superscale.comm.communicator import single_rank
-from lightning_superscale.offload.link.arena import HostArena
 from lightning_superscale.offload.planner.forecast import StepTimes, exposed_seconds
 from lightning_superscale.offload.superoffload.step import DeferredStep
-from lightning_superscale.ops.cpu.pool import default_pool
 from lightning_superscale.ops.update import update_path
 from lightning_superscale.optim.adamw_step import NativeStep
 from lightning_superscale.optim.bucketing import Grouping
@@ -19,6 +17,7 @@ from lightning_superscale.optim.mixed_step import SplitStep
 from lightning_superscale.optim.unit_state import ResidentState
 from lightning_superscale.zero.buckets.transport import BucketTransport
 from lightning_superscale.zero.forward_gates import PublishGates
+from tests.helpers.engines import offload_context
 from tests.helpers.plain import PlainMasterAdamW
 from tests.helpers.virtual_time import ThrottledLink, TimedLayers, TimedState, VirtualTime, VirtualWorker
 
@@ -46,13 +45,13 @@ def simulate(times: StepTimes) -> tuple[float, list[torch.Tensor]]:
     link = ThrottledLink(time, times.d2h / (2 * numel), times.h2d / (2 * numel))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     on_device = frozenset(list(model.parameters())[: num_layers - times.num_buckets])
-    arena = HostArena()
+    context = offload_context(link=link)
 
     def make_state(unit, *, has_moments, is_on_device):
         if is_on_device:
             return ResidentState(unit, has_moments=has_moments)
         seconds = times.host / numel
-        return TimedState(unit, link, arena, is_pinned=False, pool=default_pool(), time=time, seconds_per_param=seconds)
+        return TimedState(unit, context, time=time, seconds_per_param=seconds)
 
     def make_native(own, guard):
         device = NativeStep(own, guard, update_path(torch.device("cpu")).submit)

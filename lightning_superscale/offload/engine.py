@@ -1,0 +1,143 @@
+"""What an offload engine is: it makes the states that live in host memory and the rule that steps them.
+
+[Note: Engines] An engine is a folder beside this file, a class in it that satisfies `OffloadEngine`, and one line in
+`ENGINES` of config/offload.py. Nothing else in the package asks which engine runs; it asks the engine. Optimizers that
+step through their own code take the "cpu" engine's states whatever was chosen, because their code is synchronous.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, cast
+
+import torch
+from torch.optim import Optimizer
+
+from lightning_superscale.config import OffloadConfig, ZeroConfig
+from lightning_superscale.config.offload import ENGINES
+from lightning_superscale.offload.link.arena import HostArena
+from lightning_superscale.offload.link.dtype import LinkDtype
+from lightning_superscale.offload.link.link import Link
+from lightning_superscale.offload.weight_flow.weights import FlowingWeights, StreamedUnit
+from lightning_superscale.ops.cpu.pool import Pool
+from lightning_superscale.ops.state_dtypes import FP32_STATES, StateDtypes
+from lightning_superscale.ops.update import UpdatePath
+from lightning_superscale.optim.adamw_step import BoundStep
+from lightning_superscale.optim.step_rule import StepGuard
+from lightning_superscale.optim.unit import ShardUnit
+from lightning_superscale.optim.unit_state import UnitState
+from lightning_superscale.timeline import UNTIMED, Timeline
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OffloadContext:
+    """What the states and rules of one run's engine are made of.
+
+    Attributes:
+        config: the user's settings.
+        link: the device's link.
+        arena: where host buffers come from.
+        pool: threads of the host's kernels.
+        update: the kernel that steps on the host.
+        dtypes: of masters and moments.
+        link_dtype: what crosses the link; "weights" where weights flow or any state is not fp32.
+        streams: whether gradients leave during backward rather than at the step.
+        timeline: where steps are recorded.
+    """
+
+    config: OffloadConfig
+    link: Link
+    arena: HostArena
+    pool: Pool
+    update: UpdatePath
+    dtypes: StateDtypes = FP32_STATES
+    link_dtype: LinkDtype = "weights"
+    streams: bool = False
+    timeline: Timeline = UNTIMED
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether ends of transfers are page-locked."""
+        return self.config.pin_memory and self.link.needs_pinned_host()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunFacts:
+    """What an engine may have to refuse, known before any work starts.
+
+    Attributes:
+        dtypes: of masters and moments.
+        world_size: of all ranks.
+    """
+
+    config: OffloadConfig
+    zero: ZeroConfig
+    optimizers: Sequence[Optimizer]
+    dtypes: StateDtypes
+    world_size: int
+
+
+class HostUnitState(UnitState, Protocol):
+    """States of one unit in host memory.
+
+    Attributes:
+        flowing: the unit's weights, if they stream from host memory; None if they stay on the device.
+    """
+
+    @property
+    def flowing(self) -> FlowingWeights | None: ...
+
+
+class OffloadEngine(Protocol):
+    """One way of stepping Adam and AdamW in host memory.
+
+    Attributes:
+        weights_arrive: when new weights are on their way back: all "at step", or still during the "next forward",
+            whose modules then wait for theirs.
+    """
+
+    @property
+    def weights_arrive(self) -> Literal["at step", "next forward"]: ...
+
+    def refuse(self, facts: RunFacts) -> None:
+        """Refuse combinations that can't work. Each rank calls it for itself, and all hear of an error.
+
+        Raises:
+            SuperScaleError: names the option and what to do.
+        """
+
+    def host_bytes(
+        self, numel: int, dtype: torch.dtype, *, flows: bool, dtypes: StateDtypes, link_dtype: LinkDtype
+    ) -> int:
+        """Host bytes that the states of `numel` parameters of this dtype take, but for padding.
+
+        Args:
+            flows: their weights stream from host memory.
+        """
+
+    def make_state(
+        self, unit: ShardUnit, context: OffloadContext, *, has_moments: bool, streamed: StreamedUnit | None
+    ) -> HostUnitState:
+        """The states of a unit.
+
+        Args:
+            has_moments: False for an optimizer that keeps states of its own.
+            streamed: the same unit, if its weights flow.
+        """
+
+    def make_step(self, optimizer: Optimizer, guard: StepGuard, context: OffloadContext) -> BoundStep:
+        """What steps Adam or AdamW on these states."""
+
+    def how_it_steps(self, config: OffloadConfig, *, streams: bool) -> str:
+        """When the host steps and what hides it: a sentence for `explain()`."""
+
+    def why_no_forecast(self, config: OffloadConfig) -> str | None:
+        """Why its exposed time can't be forecast as that of steps during backward and the next forward; or None."""
+
+
+def engine_of(name: str) -> OffloadEngine:
+    """The engine of this name in `ENGINES`, which a config has checked."""
+    module, _, class_name = ENGINES[name].partition(":")
+    return cast(OffloadEngine, getattr(importlib.import_module(module), class_name)())

@@ -1,0 +1,52 @@
+"""`OffloadConfig(engine="superoffload")`: the host steps during backward and the next forward, exactly."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch.optim import Optimizer
+
+from lightning_superscale.config import OffloadConfig
+from lightning_superscale.offload.engine import OffloadContext, RunFacts
+from lightning_superscale.offload.link.dtype import LinkDtype
+from lightning_superscale.offload.superoffload.state import DeferredState, deferred_host_bytes
+from lightning_superscale.offload.superoffload.step import DeferredStep
+from lightning_superscale.offload.weight_flow.weights import StreamedUnit
+from lightning_superscale.ops.state_dtypes import StateDtypes
+from lightning_superscale.optim.step_rule import StepGuard
+from lightning_superscale.optim.unit import ShardUnit
+
+
+class SuperOffloadEngine:
+    """Satisfies `OffloadEngine`; see [Note: Deferred commit] in state.py."""
+
+    weights_arrive: Literal["next forward"] = "next forward"
+
+    def refuse(self, facts: RunFacts) -> None:
+        """Everything works."""
+
+    def host_bytes(
+        self, numel: int, dtype: torch.dtype, *, flows: bool, dtypes: StateDtypes, link_dtype: LinkDtype
+    ) -> int:
+        return deferred_host_bytes(numel, dtype, flows=flows, dtypes=dtypes, link_dtype=link_dtype)
+
+    def make_state(
+        self, unit: ShardUnit, context: OffloadContext, *, has_moments: bool, streamed: StreamedUnit | None
+    ) -> DeferredState:
+        if not has_moments:
+            raise AssertionError("an optimizer that steps through its own code has the cpu engine's states")
+        return DeferredState(unit, context, streamed=streamed)
+
+    def make_step(self, optimizer: Optimizer, guard: StepGuard, context: OffloadContext) -> DeferredStep:
+        looks_ahead = context.streams and context.config.speculate
+        return DeferredStep(optimizer, guard, looks_ahead=looks_ahead, timeline=context.timeline)
+
+    def how_it_steps(self, config: OffloadConfig, *, streams: bool) -> str:
+        if streams and config.speculate:
+            return "the host steps each bucket during backward, and again what the gradient norm then changes"
+        why = "gradients stay in param.grad" if not streams else "speculate is off"
+        return f"the host steps after backward, and the next forward hides it: {why}"
+
+    def why_no_forecast(self, config: OffloadConfig) -> str | None:
+        return None if config.speculate else "the host steps after backward"
