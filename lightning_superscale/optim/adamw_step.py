@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_superscale.ops.types import AdamWHyper, AdamWSegment
-from lightning_superscale.ops.update import StatsSource, Update
+from lightning_superscale.ops.update import Update
 from lightning_superscale.optim.param_update import Due, by_unit, hyper_of
-from lightning_superscale.optim.step_rule import Publish, StepGuard, SynchronousRule
+from lightning_superscale.optim.step_rule import StepGuard, SteppedUnit, SynchronousRule
 from lightning_superscale.optim.unit import ShardUnit, slice_view
 from lightning_superscale.optim.unit_state import COMPENSATION_KEY, UnitState
 from lightning_superscale.timeline import UNTIMED, Lane, Timeline
@@ -36,17 +36,12 @@ class BoundStep(SynchronousRule):
     def attach(self, unit: ShardUnit, state: UnitState) -> None:
         """Nothing to prepare: states are bound at a parameter's first gradient, as plain AdamW makes them."""
 
-    def step(
-        self, due: Sequence[Due], grad_scale: float, clip_value: float | None, publish: Publish
-    ) -> Sequence[StatsSource]:
-        stats = self.apply(due, grad_scale, clip_value, publish)
+    def step(self, due: Sequence[Due], grad_scale: float, clip_value: float | None) -> Iterator[SteppedUnit]:
+        yield from self.apply(due, grad_scale, clip_value)
         self._run_hooks()
-        return stats
 
-    def apply(
-        self, due: Sequence[Due], grad_scale: float, clip_value: float | None, publish: Publish
-    ) -> Sequence[StatsSource]:
-        """Step and publish, without the hooks of the user's optimizer."""
+    def apply(self, due: Sequence[Due], grad_scale: float, clip_value: float | None) -> Iterator[SteppedUnit]:
+        """Step, without the hooks of the user's optimizer."""
         raise NotImplementedError
 
     def _run_hooks(self) -> None:
@@ -113,10 +108,8 @@ class NativeStep(BoundStep):
         self._timeline = timeline
         self._lane = lane
 
-    def apply(
-        self, due: Sequence[Due], grad_scale: float, clip_value: float | None, publish: Publish
-    ) -> Sequence[StatsSource]:
-        """Update every unit in the order of the next forward, publishing each as soon as it is done."""
+    def apply(self, due: Sequence[Due], grad_scale: float, clip_value: float | None) -> Iterator[SteppedUnit]:
+        """Update every unit in the order of the next forward, giving each as soon as it is done."""
         counts: list[Tensor] = []
         hypers: dict[tuple[int, int], AdamWHyper] = {}  # most parameters of a group are at the same step
         handles = []
@@ -131,16 +124,14 @@ class NativeStep(BoundStep):
                     segments.append(_segment(item, hypers[key]))
             with self._recorded(items, is_queued=True):
                 handles.append((items, self._submit_update(segments)))
-        stats: list[StatsSource] = []
         for items, handle in handles:
             with self._recorded(items, is_queued=False):
-                stats.append(handle.wait())
-            publish(items[0].unit, [item.i for item in items])
+                stats = handle.wait()
+            yield SteppedUnit(items[0].unit, [item.i for item in items], stats)
         if counts:
             torch._foreach_add_(counts, 1.0)  # in place: they are the optimizer's own tensors
         for state in {id(item.state): item.state for item in due}.values():
             state.clear_grads()
-        return stats
 
     def _recorded(self, items: Sequence[Due], *, is_queued: bool) -> AbstractContextManager[None]:
         """A GPU's kernels are timed where they are queued, the host's where they are waited for."""

@@ -7,7 +7,7 @@ The user's `torch.optim.Optimizer` stays the owner of parameter groups and state
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,14 +17,15 @@ from torch.optim import Optimizer
 from lightning_superscale.comm.communicator import Ranks
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.layout.rows import ParamSlice
+from lightning_superscale.ops.update import StatsSource
 from lightning_superscale.optim.bucketing import NamedParam
 from lightning_superscale.optim.clipping import ClipRequest
-from lightning_superscale.optim.param_update import Due, reason_not_native
+from lightning_superscale.optim.param_update import Due, by_unit, reason_not_native
 from lightning_superscale.optim.state_dict import MASTER_KEY, pack_local_state, pack_state, unpack_state
-from lightning_superscale.optim.step_rule import StepGuard, StepRule
+from lightning_superscale.optim.step_rule import StepGuard, SteppedUnit, StepRule
 from lightning_superscale.optim.torch_step import OwnStep
 from lightning_superscale.optim.transport import Transport
-from lightning_superscale.optim.unit import DeltaSink, GradientDelta, PublishEvent, ShardUnit
+from lightning_superscale.optim.unit import DeltaSink, GradientDelta, ShardUnit
 from lightning_superscale.optim.unit_state import UnitState, master_slice, settle_master
 from lightning_superscale.optim.verdict import EqualGradients, Judge
 from lightning_superscale.timeline import UNTIMED, Timeline
@@ -191,7 +192,7 @@ class OptimizerEngine:
         """
         edited = [param for param, seen in self._seen_versions.items() if param._version != seen]
         if edited:
-            self._rule.come_to_rest()
+            self._rule.quiesce()
         for param in edited:
             self._seen_versions[param] = param._version
             place = self.transport.place_of(param)
@@ -228,7 +229,8 @@ class OptimizerEngine:
                 self.discard_gradients()
                 return False
             published_before = self.seconds.publish
-            self._judge.note(due, self._rule.step(due, verdict.grad_scale, verdict.clip_value, self._publish))
+            stats = self._publish_all(self._rule.step(due, verdict.grad_scale, verdict.clip_value))
+            self._judge.note(due, [stats[index] for index in by_unit(due) if index in stats])
         except BaseException:
             self.discard_gradients()
             raise
@@ -242,13 +244,22 @@ class OptimizerEngine:
         self.transport.wait_all_published()
         self._follow_edits()
 
-    def _publish(self, unit: ShardUnit, stepped: Sequence[int], event: PublishEvent | None = None) -> None:
-        start = time.perf_counter()
-        if event is None:
-            event = self.states[unit.index].upload(stepped)
-        self.transport.publish(unit, event, stepped)
-        self._seen_versions.update((unit.params[i], unit.params[i]._version) for i in stepped)
-        self.seconds.publish += time.perf_counter() - start
+    def _publish_all(self, stepped: Iterable[SteppedUnit]) -> dict[int, StatsSource]:
+        """Bring new weights to where forward reads them, each unit's as soon as it is stepped.
+
+        Returns:
+            statistics of gradients by unit, of units whose rule counted them.
+        """
+        stats = {}
+        for unit, slices, source, under_way in stepped:
+            start = time.perf_counter()
+            event = self.states[unit.index].upload(slices) if under_way is None else under_way
+            self.transport.publish(unit, event, slices)
+            self._seen_versions.update((unit.params[i], unit.params[i]._version) for i in slices)
+            self.seconds.publish += time.perf_counter() - start
+            if source is not None:
+                stats[unit.index] = source
+        return stats
 
     # Optimizers that run themselves
 
@@ -270,7 +281,8 @@ class OptimizerEngine:
     def closure_step(self, closure: Callable[[], Any]) -> Any:
         """Step such an optimizer; `closure` runs forward and backward and returns the loss."""
 
-        def evaluate() -> tuple[Any, Sequence[Due], float, float | None]:
+        def evaluate(stepped: Iterable[SteppedUnit]) -> tuple[Any, Sequence[Due], float, float | None]:
+            self._publish_all(stepped)
             self.transport.wait_all_published()
             result = closure()
             due = self._gather_due()
@@ -280,7 +292,9 @@ class OptimizerEngine:
             return result, due, verdict.grad_scale, verdict.clip_value
 
         self.settle()
-        return self._own.closure_step(evaluate, self._publish)
+        result, stepped = self._own.closure_step(evaluate)
+        self._publish_all(stepped)
+        return result
 
     # State
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from torch.optim import Optimizer
 
-from lightning_superscale.ops.update import StatsSource
 from lightning_superscale.optim.adamw_step import BoundStep
-from lightning_superscale.optim.param_update import Due, by_unit
-from lightning_superscale.optim.step_rule import Publish, StepGuard
+from lightning_superscale.optim.param_update import Due
+from lightning_superscale.optim.step_rule import StepGuard, SteppedUnit
 from lightning_superscale.optim.unit import GradientDelta, ShardUnit
 from lightning_superscale.optim.unit_state import UnitState
 
@@ -39,19 +38,15 @@ class SplitStep(BoundStep):
     def receive(self, delta: GradientDelta, state: UnitState) -> None:
         self._of(state).receive(delta, state)
 
-    def come_to_rest(self) -> None:
-        self._host.come_to_rest()
-        self._device.come_to_rest()
+    def quiesce(self) -> None:
+        self._host.quiesce()
+        self._device.quiesce()
 
-    def apply(
-        self, due: Sequence[Due], grad_scale: float, clip_value: float | None, publish: Publish
-    ) -> Sequence[StatsSource]:
+    def apply(self, due: Sequence[Due], grad_scale: float, clip_value: float | None) -> Iterator[SteppedUnit]:
         # The device's first: the next forward begins with them, and on a GPU they are only queued.
-        found: dict[int, StatsSource] = {}
         for rule, is_on_host in ((self._device, False), (self._host, True)):
             items = [item for item in due if item.state.is_on_host == is_on_host]
-            found.update(zip(by_unit(items), rule.apply(items, grad_scale, clip_value, publish), strict=True))
-        return [found[index] for index in by_unit(due)]
+            yield from rule.apply(items, grad_scale, clip_value)
 
     def _before_states_change(self, item: Due) -> None:
         self._of(item.state)._before_states_change(item)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import nn
 from torch.optim import Optimizer
@@ -16,11 +16,19 @@ from lightning_superscale.optim.unit import GradientDelta, PublishEvent, ShardUn
 from lightning_superscale.optim.unit_state import UnitState
 
 
-class Publish(Protocol):
-    """Brings a unit's new weights to where forward reads them."""
+class SteppedUnit(NamedTuple):
+    """One unit that a rule has stepped, for the engine to publish.
 
-    def __call__(self, unit: ShardUnit, stepped: Sequence[int], event: PublishEvent | None = None) -> None:
-        """With an `event`, they are being brought to the unit's inbox already."""
+    Attributes:
+        slices: indices of the stepped slices.
+        stats: of its gradients; None where nothing counted them.
+        event: new weights are on their way to the unit's inbox already; None where its state has yet to send them.
+    """
+
+    unit: ShardUnit
+    slices: Sequence[int]
+    stats: StatsSource | None = None
+    event: PublishEvent | None = None
 
 
 class StepRule(Protocol):
@@ -42,16 +50,17 @@ class StepRule(Protocol):
     def receive(self, delta: GradientDelta, state: UnitState) -> None:
         """Take reduced gradients during backward or at the step."""
 
-    def come_to_rest(self) -> None:
-        """Return when nothing of this rule runs in the background; what only waited is left to the step.
+    def quiesce(self) -> None:
+        """Return when nothing of this rule runs in the background; nothing is applied that had not begun.
 
         Raises: what failed there.
         """
 
-    def step(
-        self, due: Sequence[Due], grad_scale: float, clip_value: float | None, publish: Publish
-    ) -> Sequence[StatsSource]:
-        """Step every unit, publish each, forget its gradients; returns the gradients' statistics by unit."""
+    def step(self, due: Sequence[Due], grad_scale: float, clip_value: float | None) -> Iterator[SteppedUnit]:
+        """Step every unit in the order of the next forward, and forget its gradients.
+
+        The engine runs it to its end and publishes each unit while the next ones are still being stepped.
+        """
 
     def load(self, param: nn.Parameter, unit: ShardUnit, state: UnitState, i: int, saved: Mapping[str, Any]) -> None:
         """Take over one parameter's saved state."""
@@ -75,7 +84,7 @@ class SynchronousRule:
     def receive(self, delta: GradientDelta, state: UnitState) -> None:
         state.receive(delta.slices)
 
-    def come_to_rest(self) -> None:
+    def quiesce(self) -> None:
         return
 
     def flush(self) -> None:

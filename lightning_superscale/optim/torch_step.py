@@ -5,20 +5,26 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_superscale.comm.dtensor import local_of
-from lightning_superscale.ops.update import StatsSource
 from lightning_superscale.optim.grad_dtypes import grad_dtype_of
 from lightning_superscale.optim.param_update import Due, by_unit
-from lightning_superscale.optim.step_rule import Publish, StepGuard, SynchronousRule
+from lightning_superscale.optim.step_rule import StepGuard, SteppedUnit, SynchronousRule
 from lightning_superscale.optim.unit import ShardUnit
 from lightning_superscale.optim.unit_state import UnitState, master_slice
 from lightning_superscale.timeline import UNTIMED, Lane, Timeline
+
+
+class Evaluate(Protocol):
+    """Publishes new weights and runs forward and backward on them."""
+
+    def __call__(self, stepped: Iterator[SteppedUnit]) -> tuple[Any, Sequence[Due], float, float | None]:
+        """Returns (loss, gradients due, clip coefficient, clip value)."""
 
 
 class OwnStep(SynchronousRule):
@@ -53,9 +59,7 @@ class OwnStep(SynchronousRule):
     def has_stand_ins(self) -> bool:
         return bool(self._masters)
 
-    def step(
-        self, due: Sequence[Due], grad_scale: float, clip_value: float | None, publish: Publish
-    ) -> Sequence[StatsSource]:
+    def step(self, due: Sequence[Due], grad_scale: float, clip_value: float | None) -> Iterator[SteppedUnit]:
         self._set_grads(due, grad_scale, clip_value)
         try:
             lane: Lane = "host optimizer" if any(item.state.is_on_host for item in due) else "device optimizer"
@@ -63,10 +67,9 @@ class OwnStep(SynchronousRule):
                 self._optimizer.step()
         finally:
             self._drop_grads(due)
-        self._publish(due, publish)
+        yield from self._stepped(due)
         for item in due:
             item.state.clear_grads()
-        return ()
 
     @property
     def needs_closure(self) -> bool:
@@ -74,19 +77,13 @@ class OwnStep(SynchronousRule):
         closure = inspect.signature(type(self._optimizer).step).parameters.get("closure")
         return closure is not None and closure.default is inspect.Parameter.empty
 
-    def closure_step(
-        self, evaluate: Callable[[], tuple[Any, Sequence[Due], float, float | None]], publish: Publish
-    ) -> Any:
-        """Step an optimizer that evaluates the loss itself: each evaluation sees the masters' current weights.
-
-        `evaluate` runs forward and backward and returns (loss, gradients due, clip coefficient, clip value).
-        """
+    def closure_step(self, evaluate: Evaluate) -> tuple[Any, Iterator[SteppedUnit]]:
+        """Step an optimizer that evaluates the loss itself; returns the loss and what is to be published."""
         due: list[Due] = []
 
         def closure() -> Any:
             with self._params_in_place():
-                self._publish(due, publish)
-                result, due[:], grad_scale, clip_value = evaluate()
+                result, due[:], grad_scale, clip_value = evaluate(self._stepped(due))
             self._set_grads(due, grad_scale, clip_value)
             return result
 
@@ -95,8 +92,7 @@ class OwnStep(SynchronousRule):
                 result = self._optimizer.step(closure)
         finally:
             self._drop_grads(due)
-        self._publish(due, publish)
-        return result
+        return result, self._stepped(due)
 
     def passthrough_step(self, closure: Callable[[], Any]) -> Any:
         """Let the optimizer step the module's parameters as if we were not there."""
@@ -125,13 +121,14 @@ class OwnStep(SynchronousRule):
         for item in due:
             self._masters.get(item.param, item.param).grad = None
 
-    def _publish(self, due: Sequence[Due], publish: Publish) -> None:
+    def _stepped(self, due: Sequence[Due]) -> Iterator[SteppedUnit]:
+        """Round masters to new weights, where they are kept, unit by unit."""
         for items in by_unit(due).values():
             for item in items:
                 weight_out = item.state.weight_out_of(item.i)
                 if weight_out is not None:
                     weight_out.copy_(item.state.master_of(item.i))
-            publish(items[0].unit, [item.i for item in items])
+            yield SteppedUnit(items[0].unit, [item.i for item in items])
 
     @contextmanager
     def _masters_in_place(self) -> Iterator[None]:

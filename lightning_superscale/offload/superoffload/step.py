@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -19,10 +19,9 @@ from torch.optim import Optimizer
 
 from lightning_superscale.offload.superoffload.worker import StepThread, StepWorker
 from lightning_superscale.ops.types import AdamWHyper, GradStats
-from lightning_superscale.ops.update import StatsSource
 from lightning_superscale.optim.adamw_step import BoundStep
 from lightning_superscale.optim.param_update import Due, by_unit, hyper_of
-from lightning_superscale.optim.step_rule import Publish, StepGuard
+from lightning_superscale.optim.step_rule import StepGuard, SteppedUnit
 from lightning_superscale.optim.unit import GradientDelta, PublishEvent, ShardUnit
 from lightning_superscale.optim.unit_state import UnitState
 from lightning_superscale.timeline import UNTIMED, Timeline
@@ -158,7 +157,7 @@ class DeferredStep(BoundStep):
             self._group_of = {p: group for group in self._optimizer.param_groups for p in group["params"]}
         return self._group_of[param]
 
-    def come_to_rest(self) -> None:
+    def quiesce(self) -> None:
         self._take_back()
         for settling in self._settling.values():
             settling.result()
@@ -174,9 +173,7 @@ class DeferredStep(BoundStep):
 
     # The step
 
-    def apply(
-        self, due: Sequence[Due], grad_scale: float, clip_value: float | None, publish: Publish
-    ) -> Sequence[StatsSource]:
+    def apply(self, due: Sequence[Due], grad_scale: float, clip_value: float | None) -> Iterator[SteppedUnit]:
         """Settle every unit in the order of the next forward; new weights may still be on their way afterwards."""
         self._clip_value = clip_value
         self._take_back()
@@ -184,7 +181,6 @@ class DeferredStep(BoundStep):
         self._remember_last()
         counts: list[Tensor] = []
         made: dict[tuple[int, int], AdamWHyper] = {}
-        stats: list[StatsSource] = []
         for items in by_unit(due).values():
             hypers = {}
             for item in items:
@@ -197,11 +193,9 @@ class DeferredStep(BoundStep):
             state = self._states[unit.index]
             settled = self._worker.settle(functools.partial(self._settle, unit.index, hypers, state.fence()))
             self._settling[unit.index] = settled
-            stats.append(_stats_of(settled))
-            publish(unit, list(hypers), SettledWeights(settled))
+            yield SteppedUnit(unit, list(hypers), _stats_of(settled), SettledWeights(settled))
         if counts:
             torch._foreach_add_(counts, 1.0)  # in place: they are the optimizer's own tensors
-        return stats
 
     def _settle(self, index: int, hypers: Mapping[int, AdamWHyper], fence: Any) -> _Settled:
         state = self._states[index]
@@ -227,7 +221,7 @@ class DeferredStep(BoundStep):
     # State
 
     def flush(self) -> None:
-        self.come_to_rest()
+        self.quiesce()
         for state in self._states.values():
             state.flush()
 
