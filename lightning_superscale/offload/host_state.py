@@ -16,6 +16,7 @@ from lightning_superscale.offload.link.arena import HostArena
 from lightning_superscale.offload.link.link import Link, LinkEvent
 from lightning_superscale.offload.weight_flow.weights import FlowingWeights, HostBound, LateUpload
 from lightning_superscale.ops.state_dtypes import StateDtypes
+from lightning_superscale.optim.unit_state import StateBytes, UnitState, adam_buffers
 
 
 class OffloadableUnit(Protocol):
@@ -63,6 +64,11 @@ def weights_on_host(unit: OffloadableUnit, i: int, flowing: FlowingWeights | Non
     weights = torch.empty(unit.shard.slices[i].numel, dtype=unit.dtype)
     link.d2h(weights, unit.local_rows(i)).synchronize()
     return weights
+
+
+def host_buffers(state: UnitState, num_transfer_buffers: int) -> list[StateBytes]:
+    """What a state keeps in host memory: masters, moments, and the ends of transfers."""
+    return [*adam_buffers(state), StateBytes("transfer buffers", state.transfer_dtype, num_transfer_buffers, True)]
 
 
 def compensation_of(arena: HostArena, numel: int, dtype: torch.dtype, dtypes: StateDtypes) -> Tensor | None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
+from torch import nn
 from torch.optim import Optimizer
 
 from lightning_superscale.optim.adamw_step import BoundStep
@@ -47,6 +49,9 @@ class SplitStep(BoundStep):
         for rule, is_on_host in ((self._device, False), (self._host, True)):
             items = [item for item in due if item.state.is_on_host == is_on_host]
             yield from rule.apply(items, grad_scale, clip_value)
+
+    def load(self, param: nn.Parameter, unit: ShardUnit, state: UnitState, i: int, saved: Mapping[str, Any]) -> None:
+        self._of(state).load(param, unit, state, i, saved)
 
     def _before_states_change(self, item: Due) -> None:
         self._of(item.state)._before_states_change(item)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -15,6 +16,21 @@ from lightning_superscale.optim.unit import PublishEvent, ShardUnit, slice_view
 
 # Beside exp_avg and exp_avg_sq in the optimizer's own state, where bf16 masters are compensated.
 COMPENSATION_KEY = "compensation"
+
+
+@dataclass(frozen=True, slots=True)
+class StateBytes:
+    """One kind of buffer that a unit's state keeps, of one element per element of the unit's rows.
+
+    Attributes:
+        name: as `explain()` prints it.
+        copies: how many such buffers.
+    """
+
+    name: str
+    dtype: torch.dtype
+    copies: int = 1
+    is_on_host: bool = False
 
 
 class UnitState(Protocol):
@@ -40,9 +56,8 @@ class UnitState(Protocol):
     def is_on_host(self) -> bool:
         """Whether they live in host memory and weights on a device go there over a link."""
 
-    @property
-    def num_transfer_buffers(self) -> int:
-        """Host buffers of `transfer_dtype` beside masters and moments."""
+    def bytes(self) -> Sequence[StateBytes]:
+        """All that it keeps between steps, but for copies of weights that flow."""
 
     @property
     def transfer_dtype(self) -> torch.dtype:
@@ -80,6 +95,18 @@ class UnitState(Protocol):
         """Free what the garbage collector does not."""
 
 
+def adam_buffers(state: UnitState) -> list[StateBytes]:
+    """Master, compensation and moments of a state, as far as it has them."""
+    kept = []
+    if state.master is not None:
+        kept.append(StateBytes("master weights", state.master.dtype, 1, state.is_on_host))
+    if state.compensation is not None:
+        kept.append(StateBytes("compensation", state.compensation.dtype, 1, state.is_on_host))
+    if state.exp_avg is not None:
+        kept.append(StateBytes("optimizer states", state.exp_avg.dtype, 2, state.is_on_host))
+    return kept
+
+
 class ResidentState:
     """States on the parameters' own device; parameters of the masters' dtype are their own masters."""
 
@@ -89,7 +116,7 @@ class ResidentState:
 
         self.unit = unit
         self.is_on_host = False
-        self.num_transfer_buffers = self.host_copy_numel = 0
+        self.host_copy_numel = 0
         self.transfer_dtype = unit.dtype
         self.master: Tensor | None = None
         if unit.dtype != dtypes.master_of(unit.dtype):
@@ -110,6 +137,9 @@ class ResidentState:
 
     def weight_out_of(self, i: int) -> Tensor | None:
         return None if self.master is None else self.unit.local_rows(i)
+
+    def bytes(self) -> Sequence[StateBytes]:
+        return adam_buffers(self)
 
     def receive(self, slices: Sequence[tuple[int, Tensor]]) -> None:
         for i, grad in slices:

@@ -19,6 +19,7 @@ from lightning_superscale.offload.engine import OffloadContext
 from lightning_superscale.offload.host_state import (
     UploadEvent,
     compensation_of,
+    host_buffers,
     way_of_weights,
     weights_on_host,
 )
@@ -28,7 +29,7 @@ from lightning_superscale.offload.weight_flow.weights import FlowingWeights, Hos
 from lightning_superscale.ops.state_dtypes import FP32_STATES, StateDtypes, follow_weights
 from lightning_superscale.ops.types import Rounding
 from lightning_superscale.optim.unit import ShardUnit
-from lightning_superscale.optim.unit_state import roundings_of
+from lightning_superscale.optim.unit_state import StateBytes, roundings_of
 
 
 def host_bytes(
@@ -94,6 +95,9 @@ class HostState:
             self.flowing = FlowingWeights(streamed, link, [weights])
         self._arrivals: dict[int, LinkEvent] = {}
         self.reload(range(len(unit.shard.slices)))
+
+    def bytes(self) -> Sequence[StateBytes]:
+        return host_buffers(self, self.num_transfer_buffers)
 
     def master_of(self, i: int) -> Tensor:
         return self._slice(self.master, i)

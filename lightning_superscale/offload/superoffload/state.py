@@ -33,6 +33,7 @@ from lightning_superscale.offload.engine import OffloadContext
 from lightning_superscale.offload.host_state import (
     UploadEvent,
     compensation_of,
+    host_buffers,
     way_of_weights,
     weights_on_host,
 )
@@ -43,7 +44,7 @@ from lightning_superscale.ops.cpu.adamw import adamw_commit, adamw_commit_peek, 
 from lightning_superscale.ops.state_dtypes import FP32_STATES, StateDtypes, follow_weights
 from lightning_superscale.ops.types import AdamWHyper, AdamWSegment, GradStats, Rounding
 from lightning_superscale.optim.unit import ShardUnit
-from lightning_superscale.optim.unit_state import roundings_of
+from lightning_superscale.optim.unit_state import StateBytes, roundings_of
 
 _Kernel = Callable[..., list[GradStats] | None]
 
@@ -255,6 +256,9 @@ class DeferredState:
         return self._span(self._buffers[self._slices[i].back], i)
 
     # Weights
+
+    def bytes(self) -> Sequence[StateBytes]:
+        return host_buffers(self, self.num_transfer_buffers)
 
     def master_of(self, i: int) -> Tensor:
         """As of the last commit; `flush()` first where it must be of the last step."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -118,12 +117,13 @@ def _add_unit(
         rows.add("gradients", grad_dtype_of(unit.params[0]), numel, numel)
     else:
         rows.add("gradients", grad_dtype_of(unit.params[0]), numel, share, num_shares=shard_size)
-    add = functools.partial(rows.add, num_shares=shard_size, is_on_host=state.is_on_host)
-    if state.master is not None:
-        add("master weights", state.master.dtype, numel, share)
-    if state.compensation is not None:
-        add("compensation", state.compensation.dtype, numel, share)
-    if state.exp_avg is not None:
-        add("optimizer states", state.exp_avg.dtype, numel, share, copies=2)
-    if state.num_transfer_buffers:
-        add("transfer buffers", state.transfer_dtype, numel, share, copies=state.num_transfer_buffers)
+    for kept in state.bytes():
+        rows.add(
+            kept.name,
+            kept.dtype,
+            numel,
+            share,
+            num_shares=shard_size,
+            copies=kept.copies,
+            is_on_host=kept.is_on_host,
+        )
