@@ -188,19 +188,7 @@ def assemble(module: nn.Module, optimizers: Sequence[Optimizer], settings: RunSe
     link = None if offload is None else link_for(settings.device, settings.timeline)
     where = settings.device if offload is None else torch.device("cpu")
     update = update_path(where, host.pool, is_low_precision=precision.states.is_low_precision)
-    context: OffloadContext | None = None
-    if link is not None and offload is not None:
-        context = OffloadContext(
-            config=offload,
-            link=link,
-            arena=HostArena(host.pool),
-            pool=host.pool,
-            update=update,
-            dtypes=precision.states,
-            link_dtype=host.link_dtype,
-            streams=settings.streams,
-            timeline=settings.timeline,
-        )
+    context = None if link is None else _offload_context(settings, host, update, link)
     block_of = {} if settings.flow is None else settings.flow.block_of
     ranks = ranks_of(mesh, fqn_of, num_buffers=len(list(module.buffers())))
     engines = {
@@ -238,6 +226,22 @@ def assemble(module: nn.Module, optimizers: Sequence[Optimizer], settings: RunSe
         reasons.append(how_weights_flow(settings.weights, settings.flow, module))
     buffers = BufferSync(ranks, module)
     return Assembly(module, settings, engines, gates, link, host, update, buffers, ranks, sharded, reasons)
+
+
+def _offload_context(settings: RunSettings, host: HostPlan, update: UpdatePath, link: Link) -> OffloadContext | None:
+    if settings.offload is None:
+        return None
+    return OffloadContext(
+        config=settings.offload,
+        link=link,
+        arena=HostArena(host.pool),
+        pool=host.pool,
+        update=update,
+        dtypes=settings.precision.states,
+        link_dtype=host.link_dtype,
+        streams=settings.streams,
+        timeline=settings.timeline,
+    )
 
 
 def _sharded(module: nn.Module, optimizers: Sequence[Optimizer], settings: RunSettings) -> ShardedModule | None:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.architecture.covered_elsewhere import BY_TEST
+
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "lightning_superscale"
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -75,7 +77,7 @@ def test_pure_modules_import_no_torch(path):
 
 def test_engine_names_stay_in_their_places():
     """A technique's name outside its own folder, the configs and the plugins is a leak."""
-    allowed = ("offload", "plugins", "config", "run", "__init__.py")
+    allowed = ("offload", "plugins", "config", "__init__.py")
     leaks = [
         name_of(path)
         for path in FILES
@@ -83,3 +85,20 @@ def test_engine_names_stay_in_their_places():
         and any(isinstance(n, ast.Constant) and n.value in ("superoffload", "zenflow") for n in ast.walk(tree(path)))
     ]
     assert not leaks
+
+
+def test_tests_mirror_sources():
+    tests = ROOT / "tests"
+    elsewhere = {source: test for test, sources in BY_TEST.items() for source in sources}
+    names = {name_of(path): path for path in FILES if path.name != "__init__.py"}
+    for source, test in elsewhere.items():
+        assert source in names, f"{source} is gone: take it out of covered_elsewhere.py"
+        assert (tests / test).is_file(), f"{test} is gone: say what holds {source} now"
+    own = {
+        name
+        for name, path in names.items()
+        if (tests / path.relative_to(PACKAGE).parent / f"test_{path.name}").is_file()
+    }
+    assert not own & elsewhere.keys(), "these have a test file of their own: take them out of covered_elsewhere.py"
+    missing = sorted(names.keys() - own - elsewhere.keys())
+    assert not missing, f"write tests/<folder>/test_<name>.py, or say in covered_elsewhere.py what holds {missing}"

@@ -1,0 +1,132 @@
+"""Sources without a test file of their own, by the tests that hold them instead.
+
+Most are parts of one thing that only shows whole: a format that is written and read, an engine that steps, a strategy
+that trains. A new source file gets a test file beside it, or a line here under the test that would fail without it.
+"""
+
+from __future__ import annotations
+
+BY_TEST: dict[str, list[str]] = {
+    # A checkpoint is saved, loaded, damaged and killed as a whole.
+    "checkpoint/test_save_load.py": [
+        "checkpoint/format/blocks.py",
+        "checkpoint/format/dtypes.py",
+        "checkpoint/load/reader.py",
+        "checkpoint/save/writer.py",
+        "checkpoint/state.py",
+    ],
+    "checkpoint/test_over_ranks.py": ["checkpoint/load/exchange.py", "checkpoint/phases.py"],
+    "checkpoint/storage/test_local.py": ["checkpoint/storage/files.py", "checkpoint/storage/rename.py"],
+    "checkpoint/foreign/test_deepspeed.py": [
+        "checkpoint/foreign/deepspeed_files.py",
+        "checkpoint/foreign/deepspeed_native.py",
+        "checkpoint/foreign/deepspeed_universal.py",
+        "checkpoint/foreign/sniff.py",
+    ],
+    "checkpoint/foreign/test_export.py": [
+        "checkpoint/foreign/deepspeed_export.py",
+        "checkpoint/foreign/hf_export.py",
+        "checkpoint/foreign/lightning_export.py",
+        "checkpoint/foreign/staging.py",
+        "checkpoint/foreign/torch_optimizer.py",
+    ],
+    "checkpoint/foreign/test_lightning_dirs.py": ["checkpoint/foreign/dcp.py"],
+    "cli/test_checkpoint.py": [
+        "checkpoint/tools/convert.py",
+        "checkpoint/tools/diff.py",
+        "checkpoint/tools/summary.py",
+        "checkpoint/tools/view.py",
+        "cli/main.py",
+    ],
+    "cli/test_doctor.py": ["cli/__main__.py"],
+    # Real ranks: agreement, collectives and meshes only show over processes.
+    "plugins/trainer/test_faults.py": ["comm/agreement.py", "run/checks.py"],
+    "zero/test_reducer.py": ["comm/collectives.py", "comm/communicator.py", "zero/replicated.py"],
+    "zero/test_tensor_parallel.py": ["comm/dtensor.py"],
+    "plugins/trainer/test_strategy_over_ranks.py": ["comm/mesh.py", "run/environment.py", "zero/meta_init.py"],
+    "config/test_config.py": [
+        "config/checkpoint.py",
+        "config/offload.py",
+        "config/values.py",
+        "config/zero.py",
+        "errors.py",
+    ],
+    "extending/test_offload_engine.py": [
+        "offload/cpu/engine.py",
+        "offload/engine.py",
+        "optim/step_rule.py",
+        "optim/unit_state.py",
+        "run/report/memory.py",
+    ],
+    "offload/cpu/test_state.py": ["offload/host_state.py"],
+    "offload/planner/test_profile.py": ["offload/planner/profile_cache.py"],
+    "offload/superoffload/test_step.py": ["offload/superoffload/engine.py", "offload/superoffload/state.py"],
+    "offload/weight_flow/test_schedule.py": ["offload/weight_flow/weights.py"],
+    "run/test_host_plan.py": ["offload/link/arena.py"],
+    "ops/cpu/test_adamw.py": ["ops/reference.py", "ops/types.py"],
+    "ops/test_low_precision.py": ["ops/state_dtypes.py"],
+    "ops/native/test_loader.py": ["ops/native/build.py", "ops/native/torch_root.py"],
+    "ops/gpu/test_gpu_catalog.py": ["ops/gpu_catalog.py", "ops/triton/launch.py"],
+    "ops/gpu/test_cuda_kernels_on_host.py": ["ops/cuda/abi.py", "ops/cuda/kernels.py"],
+    "ops/gpu/test_triton_interpreted.py": [
+        "ops/triton/adamw_low.py",
+        "ops/triton/elementwise.py",
+        "ops/triton/index.py",
+        "ops/triton/reductions.py",
+        "ops/triton/kernels/adamw_low.py",
+        "ops/triton/kernels/bits.py",
+        "ops/triton/kernels/elementwise.py",
+        "ops/triton/kernels/index.py",
+        "ops/triton/kernels/reductions.py",
+    ],
+    # The engine's parts have no use of their own: all programs of backward run through them.
+    "optim/test_engine.py": [
+        "optim/adamw_step.py",
+        "optim/bucketing.py",
+        "optim/mixed_step.py",
+        "optim/param_update.py",
+        "optim/state_dict.py",
+        "optim/torch_step.py",
+        "optim/transport.py",
+        "optim/unit.py",
+        "optim/verdict.py",
+        "zero/buckets/transport.py",
+        "zero/buckets/unit.py",
+        "zero/grads_in_param.py",
+    ],
+    "plugins/trainer/test_low_precision.py": ["optim/grad_dtypes.py"],
+    "zero/fsdp2/test_transport.py": [
+        "zero/fsdp2/accumulated_grads.py",
+        "zero/fsdp2/all_gather.py",
+        "zero/fsdp2/grouping.py",
+        "zero/fsdp2/module.py",
+        "zero/fsdp2/shard.py",
+        "zero/fsdp2/unit.py",
+    ],
+    "zero/fsdp2/test_contract.py": ["zero/fsdp2/unwrap.py"],
+    "plugins/trainer/test_backward_patterns.py": ["plugins/trainer/backward.py", "zero/fsdp2/autograd.py"],
+    "plugins/trainer/test_backward_in_fp16.py": ["zero/grad_schedule.py"],
+    "plugins/test_registry.py": [
+        "plugins/bindings/pytorch.py",
+        "plugins/bindings/pytorch_lightning.py",
+        "plugins/trainer/presets.py",
+    ],
+    "plugins/checkpoint/test_io.py": [
+        "plugins/checkpoint/binder.py",
+        "plugins/checkpoint/lightning_strategies.py",
+        "plugins/checkpoint/load_from_checkpoint.py",
+        "run/state/collect.py",
+        "run/state/restore.py",
+    ],
+    "plugins/checkpoint/test_universal_checkpoints.py": ["run/state/optimizer_states.py"],
+    "plugins/trainer/test_strategy.py": [
+        "plugins/trainer/evaluation.py",
+        "plugins/trainer/run_state.py",
+        "run/assemble.py",
+        "run/report/plan.py",
+        "run/report/reasons.py",
+        "run/settings.py",
+    ],
+    "plugins/trainer/test_traps.py": ["plugins/trainer/visibility.py"],
+    "cli/test_trace.py": ["run/report/phases.py", "run/report/recorder.py"],
+}
