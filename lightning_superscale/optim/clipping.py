@@ -126,6 +126,36 @@ class EarlyNorms:
         return torch.stack(measures if len(devices) == 1 else [measure.cpu() for measure in measures])
 
 
+@dataclass(frozen=True, slots=True)
+class LastNorm:
+    """What a rank knows of the norm of a step's gradients, in numbers that keep nothing of the step alive.
+
+    Attributes:
+        norm: of all gradients on all ranks; None where ranks have not added up theirs.
+        sumsq: sum of squares of what counts on this rank; None where nobody measured it.
+    """
+
+    norm: float | None = None
+    sumsq: float | None = None
+
+    def over(self, mesh: DataMesh) -> Tensor:
+        """The norm; fp32 scalar on the CPU. Every rank calls it, where states are sharded.
+
+        Raises:
+            SuperScaleError: no step with gradients had been taken, or the optimizer steps itself.
+        """
+        if self.norm is not None:
+            return torch.tensor(self.norm, dtype=torch.float32)
+        if self.sumsq is None:
+            raise SuperScaleError(
+                "grad_norm() is known after an optimizer step of Adam or AdamW, or after one with clipping by norm; "
+                "neither has happened yet."
+            )
+        if mesh.num_shares == 1:
+            return torch.tensor(self.sumsq**0.5, dtype=torch.float32)
+        return norm_over_ranks(mesh, self.sumsq)
+
+
 def norms_of(mesh: DataMesh, due: Sequence[Due], early: EarlyNorms) -> tuple[Tensor, Tensor]:
     """The norm of each gradient, as far as this rank has it, and of all gradients on all ranks. Every rank calls it."""
     measures = early.of(due)

@@ -19,7 +19,7 @@ from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.layout.rows import ParamSlice
 from lightning_superscale.ops.update import StatsSource
 from lightning_superscale.optim.bucketing import NamedParam
-from lightning_superscale.optim.clipping import ClipRequest
+from lightning_superscale.optim.clipping import ClipRequest, LastNorm
 from lightning_superscale.optim.param_update import Due, by_unit, reason_not_native
 from lightning_superscale.optim.state_dict import MASTER_KEY, pack_local_state, pack_state, unpack_state
 from lightning_superscale.optim.step_rule import StepGuard, SteppedUnit, StepRule
@@ -87,9 +87,7 @@ class OptimizerEngine:
         self._timeline = timeline
         self._loss_scale: float | None = None
         self._own = OwnStep(optimizer, self._guard, timeline)
-        self._rule: StepRule = self._own
-        if self.reason_not_native is None:
-            self._rule = make_native(optimizer, self._guard)
+        self._rule: StepRule = make_native(optimizer, self._guard) if self.reason_not_native is None else self._own
         self._seen_versions: dict[nn.Parameter, int] = {}
         self.states: list[UnitState] = []
         self.transport = make_transport(self._receive)
@@ -364,6 +362,10 @@ class OptimizerEngine:
     def grad_norm(self) -> Tensor:
         """See `Judge.grad_norm`."""
         return self._judge.grad_norm()
+
+    def last_norm(self) -> LastNorm:
+        """See `Judge.last_norm`."""
+        return self._judge.last_norm()
 
     def close(self) -> None:
         """Hand everything back: parameters own their storage again, the optimizer is the user's alone.

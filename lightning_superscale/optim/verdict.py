@@ -27,11 +27,11 @@ from lightning_superscale.optim.clipping import (
     ClipByValue,
     ClipRequest,
     EarlyNorms,
+    LastNorm,
     clip_coefficient,
     counted_stats,
     grad_sumsq,
     joined,
-    norm_over_ranks,
     norms_of,
 )
 from lightning_superscale.optim.param_update import Due
@@ -145,18 +145,17 @@ class Judge:
         Raises:
             SuperScaleError: no step with gradients has been taken, or the optimizer steps itself.
         """
+        norm = self.last_norm().over(self._ranks.mesh)
+        self._last_norm = norm
+        return norm
+
+    def last_norm(self) -> LastNorm:
+        """What this rank knows of it, without asking any other."""
         if self._last_norm is not None:
-            return self._last_norm.detach().cpu()
+            return LastNorm(norm=float(self._last_norm))
         if self._last_stats:
-            here = sum(s.sumsq for source in self._last_stats for s in source())
-            if self._ranks.mesh.num_shares == 1:
-                return torch.tensor(here**0.5)
-            self._last_norm = norm_over_ranks(self._ranks.mesh, here)
-            return self._last_norm
-        raise SuperScaleError(
-            "grad_norm() is known after an optimizer step of Adam or AdamW, or after one with clipping by norm; "
-            "neither has happened yet."
-        )
+            return LastNorm(sumsq=sum(s.sumsq for source in self._last_stats for s in source()))
+        return LastNorm()
 
 
 class EqualGradients:

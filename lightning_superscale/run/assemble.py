@@ -56,6 +56,7 @@ class Assembly:
         engines: one per optimizer, in the order of `configure_optimizers`.
         link: the way to the host; None when nothing is offloaded.
         sharded: the module's parameters, when they are sharded (stage 3).
+        is_abandoned: whether the run was interrupted.
     """
 
     module: nn.Module
@@ -69,6 +70,7 @@ class Assembly:
     ranks: Ranks
     sharded: ShardedModule | None
     reasons: list[str] = field(default_factory=list)
+    is_abandoned: bool = False
     _has_settled_in: bool = False
     _old_gates_seconds: float = 0.0
 
@@ -114,6 +116,7 @@ class Assembly:
 
     def abandon(self) -> None:
         """A step was interrupted, here or on another rank: wait for nobody."""
+        self.is_abandoned = True
         if self.settings.flow is not None:
             self.settings.flow.rest()
         for engine in self.engines.values():

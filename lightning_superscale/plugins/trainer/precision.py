@@ -115,6 +115,10 @@ class SuperScalePrecisionMixin(_Base):
         self._engines = engines
         self._announce_scale()
 
+    def detach(self) -> None:
+        """Called by the strategy once the run is over: keep nothing of it."""
+        self._engines = {}
+
     def _engine_of(self, optimizer: Any) -> OptimizerEngine | None:
         return self._engines.get(getattr(optimizer, "_optimizer", optimizer))
 

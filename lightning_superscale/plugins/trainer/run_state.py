@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from lightning_superscale.run.full_params import full_params
 from lightning_superscale.run.report.exposure import exposure_of
 from lightning_superscale.run.report.phases import PhaseSeconds
 from lightning_superscale.run.report.plan import ParallelPlan
+from lightning_superscale.run.report.run_report import RunReport, plan_of
 from lightning_superscale.run.state.optimizer_states import has_names, load_engine_state, names_of
 from lightning_superscale.run.state.restore import fill, fitted, is_lazy, read_whole
 from lightning_superscale.zero.meta_init import is_on_meta
@@ -31,11 +31,13 @@ class RunStateMixin(EvaluationMixin):
 
     Attributes:
         _finished: the parts of the run before, while their sharded states can still be saved.
+        _report: what the last `fit()` said of itself at its end; None before there is one, and while the next one runs.
         _was_on_meta: whether any part of the module was on the meta device when `setup` began.
         _environment: the other ranks.
     """
 
     _finished: Assembly | None
+    _report: RunReport | None
     phase_seconds: PhaseSeconds
     _was_on_meta: bool
     _environment: RankEnvironment
@@ -44,22 +46,25 @@ class RunStateMixin(EvaluationMixin):
 
     @property
     def plan(self) -> ParallelPlan:
-        """The resolved plan.
+        """The resolved plan; after `fit()` as it was at the end.
 
         Raises:
             SuperScaleError: before `fit()` has set the strategy up.
         """
-        if self._assembly is None:
-            raise SuperScaleError("the plan is known once trainer.fit() has set up the model and its optimizers.")
-        plan = self._assembly.plan()
-        return replace(plan, reasons=[*plan.reasons, *self.exposure()])
+        if self._assembly is not None:
+            return plan_of(self._assembly, self.phase_seconds)
+        if self._report is not None:
+            return self._report.plan
+        raise SuperScaleError("the plan is known once trainer.fit() has set up the model and its optimizers.")
 
     def exposure(self) -> list[str]:
         """How much of a step the host optimizer should leave exposed, and does; nothing without offload."""
-        return [] if self._assembly is None else exposure_of(self._assembly, self.phase_seconds)
+        if self._assembly is not None:
+            return exposure_of(self._assembly, self.phase_seconds)
+        return [] if self._report is None else self._report.exposure
 
     def explain(self) -> str:
-        """What lives where, in which dtype, how large, and why. Known from `on_fit_start` on."""
+        """What lives where, in which dtype, how large, and why. Known from `on_fit_start` on, and after `fit()`."""
         return self.plan.table()
 
     def grad_norm(self, optimizer_index: int = 0) -> Tensor:
@@ -70,9 +75,11 @@ class RunStateMixin(EvaluationMixin):
         Raises:
             SuperScaleError: no step has been taken yet.
         """
-        if self._assembly is None:
-            raise SuperScaleError("grad_norm() is known after an optimizer step.")
-        return list(self._assembly.engines.values())[optimizer_index].grad_norm()
+        if self._assembly is not None:
+            return list(self._assembly.engines.values())[optimizer_index].grad_norm()
+        if self._report is not None:
+            return self._report.grad_norm(optimizer_index, self._environment.mesh)
+        raise SuperScaleError("grad_norm() is known after an optimizer step.")
 
     @contextmanager
     def full_params(self, *, writes: bool = False) -> Iterator[dict[str, Tensor]]:

@@ -28,6 +28,7 @@ from lightning_superscale.run.precision import PRECISIONS, check_precision
 from lightning_superscale.run.report.phases import PhaseSeconds
 from lightning_superscale.run.report.reasons import device_share
 from lightning_superscale.run.report.recorder import StepRecorder
+from lightning_superscale.run.report.run_report import RunReport
 from lightning_superscale.run.settings import RunSettings
 from lightning_superscale.run.weight_flow import (
     WeightsChoice,
@@ -95,6 +96,7 @@ class SuperScaleStrategyMixin(BackwardMixin, RunStateMixin, _Base):
             checkpoint_io = self.checkpoint_io_class(checkpoint)
         self._assembly: Assembly | None = None
         self._finished: Assembly | None = None
+        self._report: RunReport | None = None
         self._flow: WeightFlow | None = None
         self._weights = WeightsChoice(False, "zero=3 shards them over ranks")
         self._environment = RankEnvironment()
@@ -191,6 +193,8 @@ class SuperScaleStrategyMixin(BackwardMixin, RunStateMixin, _Base):
             raise AssertionError("the Trainer connects accelerator and module before setup")
         self._release()
         self._finished = None
+        if trainer.state.fn == "fit":
+            self._report = None
         self.accelerator.setup(trainer)
         model: nn.Module = self.lightning_module
         self._was_on_meta = is_on_meta(model)
@@ -332,11 +336,14 @@ class SuperScaleStrategyMixin(BackwardMixin, RunStateMixin, _Base):
 
     def _release(self) -> None:
         """Give the module back. Sharded states stay reachable, so that a checkpoint can be saved after training."""
+        if self._assembly is not None:
+            self._report = RunReport(self._assembly, self.phase_seconds)
         if self._recorder is not None:
             self._recorder.end(self.phase_seconds.num_steps, self._facts())
             self._recorder = None
         if self._assembly is not None:
             self._assembly.close()
+            cast(SuperScalePrecisionMixin, self.precision_plugin).detach()
             self._flow = None
             self._finished = self._assembly if self._assembly.mesh.num_shares > 1 else None
             self._assembly = None
