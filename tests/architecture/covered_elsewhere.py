@@ -109,7 +109,6 @@ BY_TEST: dict[str, list[str]] = {
     "plugins/test_registry.py": [
         "plugins/bindings/pytorch.py",
         "plugins/bindings/pytorch_lightning.py",
-        "plugins/trainer/presets.py",
     ],
     "plugins/checkpoint/test_io.py": [
         "plugins/checkpoint/binder.py",

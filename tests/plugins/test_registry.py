@@ -48,7 +48,7 @@ def test_autoload_registers_without_an_import_of_ours(lightning, binding):
     assert has_entry_point(), "the package is not installed: run `make setup`"
     done = python(f"import {lightning} as L\nNAME = 'superoffload'\n{TRAIN}")
     assert done.returncode == 0, done.stderr
-    assert f"trained with lightning_superscale.plugins.{binding} SuperOffloadStrategy 2" in done.stdout
+    assert f"trained with lightning_superscale.plugins.bindings.{binding} SuperOffloadStrategy 2" in done.stdout
 
 
 @pytest.mark.parametrize("opt_out", ["LSS_AUTOLOAD", "TORCH_DEVICE_BACKEND_AUTOLOAD"])
@@ -109,7 +109,7 @@ def test_importing_the_package_imports_neither_torch_nor_lightning():
 
 
 def test_the_two_bindings_differ_in_lightnings_name_only():
-    plugins = ROOT / "lightning_superscale" / "plugins"
+    plugins = ROOT / "lightning_superscale" / "plugins" / "bindings"
     ours = (plugins / "pytorch.py").read_text().replace("lightning.pytorch", "pytorch_lightning")
     assert ours == (plugins / "pytorch_lightning.py").read_text()
 

@@ -2,21 +2,57 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
-from typing import TYPE_CHECKING, Literal, Union
+import inspect
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any, TypeVar
 
-import torch
-
-from lightning_superscale.config import CheckpointConfig, OffloadConfig, ZeroConfig
 from lightning_superscale.plugins.trainer.strategy import SuperScaleStrategyMixin
-from lightning_superscale.run.environment import DEFAULT_TIMEOUT
 
-if TYPE_CHECKING:
-    from lightning.fabric.plugins import ClusterEnvironment
-    from lightning.pytorch.accelerators import Accelerator
-    from lightning.pytorch.plugins import CheckpointIO, Precision
+_Class = TypeVar("_Class", bound=type)
 
 
+def with_defaults(**defaults: Any) -> Callable[[_Class], _Class]:
+    """A class decorator: the constructor that the class inherits, with other defaults and nothing else changed.
+
+    Raises:
+        TypeError: the constructor has no parameter of that name with a default; names those that it has.
+    """
+
+    def decorate(cls: _Class) -> _Class:
+        cls.__init__ = _with_other_defaults(cls, defaults)  # type: ignore[misc]
+        return cls
+
+    return decorate
+
+
+def _with_other_defaults(cls: type, defaults: dict[str, Any]) -> FunctionType:
+    """A copy of the constructor itself, so that whoever inspects it finds names, types and their module as ever.
+
+    Its `super()` goes on behind the class that wrote it, so no class between that one and `cls` may have a constructor.
+    """
+    init = cls.__init__  # type: ignore[misc]
+    if not isinstance(init, FunctionType):
+        raise TypeError(f"with_defaults expects a class with a constructor in Python, found {cls.__name__} without.")
+    params = [param for param in inspect.signature(init).parameters.values() if param.default is not param.empty]
+    names = [param.name for param in params]
+    unknown = [name for name in defaults if name not in names]
+    if unknown:
+        raise TypeError(
+            f"with_defaults of {cls.__name__} expects parameters that have a default, which are {', '.join(names)}; "
+            f"found {', '.join(unknown)}."
+        )
+    values = {param: defaults.get(param.name, param.default) for param in params}
+    by_name = {param.name: value for param, value in values.items() if param.kind is param.KEYWORD_ONLY}
+    by_place = tuple(value for param, value in values.items() if param.kind is not param.KEYWORD_ONLY)
+    copied = FunctionType(init.__code__, init.__globals__, init.__name__, by_place, init.__closure__)
+    # Not functools.wraps: that would show inspect.signature the way to the constructor with the old defaults.
+    copied.__module__, copied.__qualname__, copied.__doc__ = init.__module__, init.__qualname__, init.__doc__
+    copied.__annotations__, copied.__kwdefaults__ = dict(init.__annotations__), by_name
+    return copied
+
+
+@with_defaults(zero=2, offload="superoffload")
 class SuperOffloadStrategyMixin(SuperScaleStrategyMixin):
     """Master weights, optimizer states and the optimizer step in host memory; the device keeps weights.
 
@@ -25,69 +61,10 @@ class SuperOffloadStrategyMixin(SuperScaleStrategyMixin):
     Args: as SuperScaleStrategy's.
     """
 
-    def __init__(
-        self,
-        zero: Union[int, ZeroConfig] = 2,
-        offload: Union[Literal["cpu", "superoffload"], OffloadConfig, None] = "superoffload",
-        error_if_nonfinite: bool = False,
-        checkpoint: Union[CheckpointConfig, None] = None,
-        accelerator: Union[Accelerator, None] = None,
-        parallel_devices: Union[list[torch.device], None] = None,
-        cluster_environment: Union[ClusterEnvironment, None] = None,
-        checkpoint_io: Union[CheckpointIO, None] = None,
-        precision_plugin: Union[Precision, None] = None,
-        process_group_backend: Union[str, None] = None,
-        timeout: timedelta = DEFAULT_TIMEOUT,
-        start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
-    ) -> None:
-        super().__init__(
-            zero=zero,
-            offload=offload,
-            error_if_nonfinite=error_if_nonfinite,
-            checkpoint=checkpoint,
-            accelerator=accelerator,
-            parallel_devices=parallel_devices,
-            cluster_environment=cluster_environment,
-            checkpoint_io=checkpoint_io,
-            precision_plugin=precision_plugin,
-            process_group_backend=process_group_backend,
-            timeout=timeout,
-            start_method=start_method,
-        )
 
-
+@with_defaults(zero=3)
 class ZeroStrategyMixin(SuperScaleStrategyMixin):
     """Optimizer states, gradients and weights sharded over ranks (ZeRO), everything on the device.
 
     Args: as SuperScaleStrategy's.
     """
-
-    def __init__(
-        self,
-        zero: Union[int, ZeroConfig] = 3,
-        offload: Union[Literal["cpu", "superoffload"], OffloadConfig, None] = None,
-        error_if_nonfinite: bool = False,
-        checkpoint: Union[CheckpointConfig, None] = None,
-        accelerator: Union[Accelerator, None] = None,
-        parallel_devices: Union[list[torch.device], None] = None,
-        cluster_environment: Union[ClusterEnvironment, None] = None,
-        checkpoint_io: Union[CheckpointIO, None] = None,
-        precision_plugin: Union[Precision, None] = None,
-        process_group_backend: Union[str, None] = None,
-        timeout: timedelta = DEFAULT_TIMEOUT,
-        start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
-    ) -> None:
-        super().__init__(
-            zero=zero,
-            offload=offload,
-            error_if_nonfinite=error_if_nonfinite,
-            checkpoint=checkpoint,
-            accelerator=accelerator,
-            parallel_devices=parallel_devices,
-            cluster_environment=cluster_environment,
-            checkpoint_io=checkpoint_io,
-            precision_plugin=precision_plugin,
-            process_group_backend=process_group_backend,
-            timeout=timeout,
-            start_method=start_method,
-        )

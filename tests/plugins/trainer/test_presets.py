@@ -1,0 +1,135 @@
+"""Presets: the strategy's own constructor with other defaults, for callers, for inspection and for LightningCLI."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle
+import typing
+
+import pytest
+import yaml
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+import lightning_superscale as lss
+from lightning_superscale.plugins.bindings import pytorch, pytorch_lightning
+from lightning_superscale.plugins.trainer.presets import with_defaults
+from tests.helpers.trainers import Regressor
+
+PRESETS = {"SuperOffloadStrategy": {"zero": 2, "offload": "superoffload"}, "ZeroStrategy": {"zero": 3}}
+
+
+@pytest.fixture(params=PRESETS)
+def name(request):
+    return request.param
+
+
+@pytest.mark.parametrize("binding", [pytorch, pytorch_lightning])
+def test_the_signature_is_the_strategys_but_for_the_defaults(name, binding):
+    preset, strategy = getattr(binding, name), binding.SuperScaleStrategy
+    expected = inspect.signature(strategy)
+    params = [
+        param.replace(default=PRESETS[name].get(param.name, param.default)) for param in expected.parameters.values()
+    ]
+    assert inspect.signature(preset) == expected.replace(parameters=params)
+    assert {"zero", "offload"} <= set(expected.parameters)
+    assert inspect.getfullargspec(preset.__init__).defaults == tuple(param.default for param in params)
+    assert expected.parameters["zero"].default == 0
+    assert preset.__init__.__globals__ is strategy.__init__.__globals__
+    assert preset.__init__.__annotations__ == strategy.__init__.__annotations__
+    assert preset.__doc__ != strategy.__doc__
+
+
+@pytest.mark.parametrize("binding", [pytorch, pytorch_lightning])
+def test_arguments_by_place_and_by_name(name, binding):
+    preset = getattr(binding, name)
+    made, other = preset(), preset(1, "cpu", error_if_nonfinite=True)
+    assert (made.zero_config.stage, made.error_if_nonfinite) == (PRESETS[name]["zero"], False)
+    assert (made.offload_config is not None) == ("offload" in PRESETS[name])
+    assert (other.zero_config.stage, other.offload_config.engine, other.error_if_nonfinite) == (1, "cpu", True)
+    assert preset(offload=None).offload_config is None
+    with pytest.raises(TypeError, match="unexpected keyword argument 'zer'"):
+        preset(zer=1)
+
+
+def test_copies_keep_what_was_chosen(name):
+    made = getattr(lss, name)(1)
+    for again in (copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
+        assert type(again) is type(made)
+        assert again.zero_config == made.zero_config
+        assert again.offload_config == made.offload_config
+
+
+def test_a_subclass_may_have_a_constructor_of_its_own():
+    class Mine(lss.ZeroStrategy):
+        def __init__(self, stage: int = 1) -> None:
+            super().__init__(stage, error_if_nonfinite=True)
+
+    assert (Mine().zero_config.stage, Mine().error_if_nonfinite) == (1, True)
+
+
+@pytest.mark.parametrize("mode", ["yaml", "omegaconf"])
+def test_the_command_line_sees_every_parameter_its_default_and_its_help(name, mode, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train.py"])
+
+    def printed(*arguments: str) -> str:
+        with pytest.raises(SystemExit):
+            LightningCLI(Regressor, args=["fit", *arguments], parser_kwargs={"parser_mode": mode})
+        return capsys.readouterr().out
+
+    # Lightning takes a class path alone for a name and prints that.
+    flags = (f"--trainer.strategy=lightning_superscale.{name}", "--trainer.strategy.error_if_nonfinite=true")
+    init_args = yaml.safe_load(printed(*flags, "--print_config"))["trainer"]["strategy"]["init_args"]
+    names = list(inspect.signature(lss.SuperScaleStrategy).parameters)
+    assert {key: init_args[key] for key in PRESETS[name]} == PRESETS[name]
+    assert set(init_args) == set(names)
+    told = printed(f"--trainer.strategy.help=lightning_superscale.{name}")
+    assert all(f"--trainer.strategy.{key}" in told for key in names)
+    assert "raise before weights or states change when a gradient is NaN" in " ".join(told.split())
+
+
+@pytest.mark.parametrize("mode", ["yaml", "omegaconf"])
+def test_a_file_chooses_among_them(name, mode):
+    parser = LightningArgumentParser(parser_mode=mode)
+    parser.add_argument("--strategy", type=lss.SuperScaleStrategy)
+    chosen = {"class_path": f"lightning_superscale.{name}", "init_args": {"zero": {"stage": 1}}}
+    parsed = parser.parse_string(yaml.safe_dump({"strategy": chosen}))
+    strategy = parser.instantiate_classes(parsed).strategy
+    assert type(strategy) is getattr(lss, name)
+    assert strategy.zero_config == lss.ZeroConfig(stage=1)
+    assert (strategy.offload_config is not None) == ("offload" in PRESETS[name])
+
+
+class Base:
+    def __init__(self, first, second: int = 1, *, third: typing.Optional[str] = None) -> None:
+        self.seen = (first, second, third)
+
+
+def test_defaults_by_name_only_and_defaults_of_defaults():
+    @with_defaults(third="c")
+    class Once(Base):
+        pass
+
+    @with_defaults(second=2)
+    class Twice(Once):
+        pass
+
+    assert (Base(0).seen, Once(0).seen, Twice(0).seen) == ((0, 1, None), (0, 1, "c"), (0, 2, "c"))
+    assert typing.get_type_hints(Twice.__init__) == typing.get_type_hints(Base.__init__)
+
+
+@pytest.mark.parametrize("wrong", ["secnd", "first"])
+def test_a_name_without_a_default_is_refused_where_it_is_written(wrong):
+    with pytest.raises(TypeError, match=f"with_defaults of Wrong expects .* are second, third; found {wrong}"):
+
+        @with_defaults(**{wrong: 1})
+        class Wrong(Base):
+            pass
+
+
+def test_a_class_without_a_constructor_is_refused():
+    with pytest.raises(TypeError, match="found Bare without"):
+
+        @with_defaults(zero=1)
+        class Bare:
+            pass
