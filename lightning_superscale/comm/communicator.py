@@ -13,7 +13,7 @@ from lightning_superscale.comm.mesh import DataMesh, single_mesh
 
 
 @dataclass(frozen=True, slots=True)
-class Ranks:
+class Communicator:
     """The mesh, the collectives along its axes, and the agreement that every step begins with.
 
     Attributes:
@@ -35,7 +35,7 @@ class Ranks:
         return len(self.flag_of)
 
 
-def ranks_of(mesh: DataMesh, params: Iterable[nn.Parameter], *, num_buffers: int = 0) -> Ranks:
+def ranks_of(mesh: DataMesh, params: Iterable[nn.Parameter], *, num_buffers: int = 0) -> Communicator:
     """What one run's transports and engines share.
 
     Args:
@@ -44,7 +44,7 @@ def ranks_of(mesh: DataMesh, params: Iterable[nn.Parameter], *, num_buffers: int
             enter at different places has one length all the same, and says so.
     """
     flag_of = {param: i for i, param in enumerate(params)}
-    return Ranks(
+    return Communicator(
         mesh,
         AxisCollectives(mesh.shard, mesh),
         AxisCollectives(mesh.replicate, mesh),
@@ -56,6 +56,6 @@ def ranks_of(mesh: DataMesh, params: Iterable[nn.Parameter], *, num_buffers: int
     )
 
 
-def single_rank() -> Ranks:
+def single_rank() -> Communicator:
     """The only rank there is."""
     return ranks_of(single_mesh(), ())

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from lightning_superscale.comm.collectives import AxisCollectives
-from lightning_superscale.comm.communicator import Ranks
+from lightning_superscale.comm.communicator import Communicator
 from lightning_superscale.comm.mesh import TENSOR_AXIS, DataMesh
 from lightning_superscale.layout.rows import ParamSlice, ParamSpec, shard_rows
 
@@ -171,7 +171,7 @@ def placed_like(local: Tensor, like: Tensor) -> DTensor:
     )
 
 
-def gather_whole(ranks: Ranks, fqn: str, placed: Tensor) -> Tensor:
+def gather_whole(ranks: Communicator, fqn: str, placed: Tensor) -> Tensor:
     """The whole of a placed tensor, on the host. Every rank calls it."""
     part = local_rows_of(placed)
     if cast(DTensor, placed).device_mesh.mesh_dim_names != (TENSOR_AXIS,):

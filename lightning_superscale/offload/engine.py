@@ -24,7 +24,7 @@ from lightning_superscale.offload.weight_flow.weights import FlowingWeights, Str
 from lightning_superscale.ops.cpu.pool import Pool
 from lightning_superscale.ops.state_dtypes import FP32_STATES, StateDtypes
 from lightning_superscale.ops.update import UpdatePath
-from lightning_superscale.optim.adamw_step import BoundStep
+from lightning_superscale.optim.adamw_step import AdamWRule
 from lightning_superscale.optim.step_rule import StepGuard
 from lightning_superscale.optim.unit import ShardUnit
 from lightning_superscale.optim.unit_state import UnitState
@@ -127,7 +127,7 @@ class OffloadEngine(Protocol):
             streamed: the same unit, if its weights flow.
         """
 
-    def make_step(self, optimizer: Optimizer, guard: StepGuard, context: OffloadContext) -> BoundStep:
+    def make_step(self, optimizer: Optimizer, guard: StepGuard, context: OffloadContext) -> AdamWRule:
         """What steps Adam or AdamW on these states."""
 
     def how_it_steps(self, config: OffloadConfig, *, streams: bool) -> str:

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_superscale.ops.types import AdamWHyper, AdamWSegment
 from lightning_superscale.ops.update import Update
-from lightning_superscale.optim.param_update import Due, by_unit, hyper_of
+from lightning_superscale.optim.param_update import ParamUpdate, adamw_hyper, by_unit
 from lightning_superscale.optim.step_rule import StepGuard, SteppedUnit, SynchronousRule
 from lightning_superscale.optim.unit import ShardUnit, slice_view
 from lightning_superscale.optim.unit_state import COMPENSATION_KEY, UnitState
@@ -21,7 +21,7 @@ from lightning_superscale.timeline import UNTIMED, Lane, Timeline
 SubmitUpdate = Callable[[Sequence[AdamWSegment]], Update]
 
 
-class BoundStep(SynchronousRule):
+class AdamWRule(SynchronousRule):
     """What every way of stepping Adam natively shares: the optimizer's own state views our buffers.
 
     Subclasses say how, in `apply`.
@@ -36,11 +36,11 @@ class BoundStep(SynchronousRule):
     def attach(self, unit: ShardUnit, state: UnitState) -> None:
         """Nothing to prepare: states are bound at a parameter's first gradient, as plain AdamW makes them."""
 
-    def step(self, due: Sequence[Due], grad_scale: float, clip_value: float | None) -> Iterator[SteppedUnit]:
+    def step(self, due: Sequence[ParamUpdate], grad_scale: float, clip_value: float | None) -> Iterator[SteppedUnit]:
         yield from self.apply(due, grad_scale, clip_value)
         self._run_hooks()
 
-    def apply(self, due: Sequence[Due], grad_scale: float, clip_value: float | None) -> Iterator[SteppedUnit]:
+    def apply(self, due: Sequence[ParamUpdate], grad_scale: float, clip_value: float | None) -> Iterator[SteppedUnit]:
         """Step, without the hooks of the user's optimizer."""
         raise NotImplementedError
 
@@ -56,7 +56,7 @@ class BoundStep(SynchronousRule):
             for param, grad in parked:
                 _give_grad(param, grad)
 
-    def bound_state(self, item: Due) -> dict[str, Any]:
+    def bound_state(self, item: ParamUpdate) -> dict[str, Any]:
         """The optimizer's own state of a parameter, made of views into our buffers."""
         own: dict[str, Any] = self._optimizer.state[item.param]
         if "step" not in own:
@@ -76,7 +76,7 @@ class BoundStep(SynchronousRule):
                 own[key].copy_(held)
         return own
 
-    def _before_states_change(self, item: Due) -> None:
+    def _before_states_change(self, item: ParamUpdate) -> None:
         """Somebody else writes an item's states next."""
 
     def load(self, param: nn.Parameter, unit: ShardUnit, state: UnitState, i: int, saved: Mapping[str, Any]) -> None:
@@ -84,10 +84,10 @@ class BoundStep(SynchronousRule):
         self._optimizer.state[param] = {
             key: torch.tensor(float(value)) if key == "step" else value for key, value in saved.items()
         }
-        self.bound_state(Due(param, {}, unit, state, i, param))
+        self.bound_state(ParamUpdate(param, {}, unit, state, i, param))
 
 
-class NativeStep(BoundStep):
+class AdamWStep(AdamWRule):
     """Steps an optimizer whose update rule the kernel knows, once everything about the step is known.
 
     Args:
@@ -108,7 +108,7 @@ class NativeStep(BoundStep):
         self._timeline = timeline
         self._lane = lane
 
-    def apply(self, due: Sequence[Due], grad_scale: float, clip_value: float | None) -> Iterator[SteppedUnit]:
+    def apply(self, due: Sequence[ParamUpdate], grad_scale: float, clip_value: float | None) -> Iterator[SteppedUnit]:
         """Update every unit in the order of the next forward, giving each as soon as it is done."""
         counts: list[Tensor] = []
         hypers: dict[tuple[int, int], AdamWHyper] = {}  # most parameters of a group are at the same step
@@ -119,7 +119,7 @@ class NativeStep(BoundStep):
                 counts.append(self.bound_state(item)["step"])
                 key = (id(item.group), int(counts[-1]) + 1)
                 if key not in hypers:
-                    hypers[key] = hyper_of(self._optimizer, item.group, key[1], grad_scale, clip_value)
+                    hypers[key] = adamw_hyper(self._optimizer, item.group, key[1], grad_scale, clip_value)
                 if item.piece.numel:  # a rank may hold no row of a small parameter
                     segments.append(_segment(item, hypers[key]))
             with self._recorded(items, is_queued=True):
@@ -133,14 +133,14 @@ class NativeStep(BoundStep):
         for state in {id(item.state): item.state for item in due}.values():
             state.clear_grads()
 
-    def _recorded(self, items: Sequence[Due], *, is_queued: bool) -> AbstractContextManager[None]:
+    def _recorded(self, items: Sequence[ParamUpdate], *, is_queued: bool) -> AbstractContextManager[None]:
         """A GPU's kernels are timed where they are queued, the host's where they are waited for."""
         if is_queued != (self._lane == "device optimizer" and self._timeline.is_cuda):
             return nullcontext()
         return self._timeline.device(self._lane, f"unit {items[0].unit.index}")
 
 
-def _segment(item: Due, hyper: AdamWHyper) -> AdamWSegment:
+def _segment(item: ParamUpdate, hyper: AdamWHyper) -> AdamWSegment:
     state, piece = item.state, item.piece
     return AdamWSegment(
         param=state.master_of(item.i),

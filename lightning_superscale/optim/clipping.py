@@ -21,7 +21,7 @@ from lightning_superscale.comm.mesh import DataMesh
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.ops.cpu.flat import sumsq
 from lightning_superscale.ops.update import StatsSource
-from lightning_superscale.optim.param_update import Due, by_unit
+from lightning_superscale.optim.param_update import ParamUpdate, by_unit
 from lightning_superscale.optim.unit import GradientDelta
 
 
@@ -116,7 +116,7 @@ class EarlyNorms:
         """The step is over."""
         self._taken.clear()
 
-    def of(self, due: Sequence[Due]) -> Tensor:
+    def of(self, due: Sequence[ParamUpdate]) -> Tensor:
         """The measure of each gradient [len(due)], now at the latest; on the host unless all are on one device."""
         measures = []
         for item in due:
@@ -156,7 +156,7 @@ class LastNorm:
         return norm_over_ranks(mesh, self.sumsq)
 
 
-def norms_of(mesh: DataMesh, due: Sequence[Due], early: EarlyNorms) -> tuple[Tensor, Tensor]:
+def norms_of(mesh: DataMesh, due: Sequence[ParamUpdate], early: EarlyNorms) -> tuple[Tensor, Tensor]:
     """The norm of each gradient, as far as this rank has it, and of all gradients on all ranks. Every rank calls it."""
     measures = early.of(due)
     if mesh.num_shares == 1:
@@ -172,7 +172,7 @@ def norm_over_ranks(mesh: DataMesh, sumsq: float) -> Tensor:
     return total[0].sqrt().float()
 
 
-def counted_stats(mesh: DataMesh, due: Sequence[Due], stats: Sequence[StatsSource]) -> list[StatsSource]:
+def counted_stats(mesh: DataMesh, due: Sequence[ParamUpdate], stats: Sequence[StatsSource]) -> list[StatsSource]:
     """Statistics of every unit's gradients, empty for those that do not count on this rank.
 
     Args:

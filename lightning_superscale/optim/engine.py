@@ -14,20 +14,20 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_superscale.comm.communicator import Ranks
+from lightning_superscale.comm.communicator import Communicator
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.layout.rows import ParamSlice
 from lightning_superscale.ops.update import StatsSource
 from lightning_superscale.optim.bucketing import NamedParam
 from lightning_superscale.optim.clipping import ClipRequest, LastNorm
-from lightning_superscale.optim.param_update import Due, by_unit, reason_not_native
+from lightning_superscale.optim.param_update import ParamUpdate, by_unit, why_not_native
 from lightning_superscale.optim.state_dict import MASTER_KEY, pack_local_state, pack_state, unpack_state
 from lightning_superscale.optim.step_rule import StepGuard, SteppedUnit, StepRule
-from lightning_superscale.optim.torch_step import OwnStep
+from lightning_superscale.optim.torch_step import TorchStep
 from lightning_superscale.optim.transport import Transport
 from lightning_superscale.optim.unit import DeltaSink, GradientDelta, ShardUnit
 from lightning_superscale.optim.unit_state import UnitState, master_slice, settle_master
-from lightning_superscale.optim.verdict import EqualGradients, Judge
+from lightning_superscale.optim.verdict import EqualGradients, GradVerdict
 from lightning_superscale.timeline import UNTIMED, Timeline
 
 
@@ -67,7 +67,7 @@ class OptimizerEngine:
         optimizer: Optimizer,
         *,
         fqn_of: Mapping[nn.Parameter, str],
-        ranks: Ranks,
+        ranks: Communicator,
         make_transport: Callable[[DeltaSink], Transport],
         make_state: MakeState,
         make_native: Callable[[Optimizer, StepGuard], StepRule],
@@ -76,18 +76,18 @@ class OptimizerEngine:
     ) -> None:
         self.optimizer = optimizer
         self.ranks = ranks
-        self.reason_not_native = reason_not_native(optimizer)
+        self.why_not_native = why_not_native(optimizer)
         self.seconds = StepSeconds()
         self._fqn_of = fqn_of
         self._make_state = make_state
         self._make_native = make_native
-        self._judge = Judge(ranks, fqn_of, error_if_nonfinite=error_if_nonfinite)
+        self._judge = GradVerdict(ranks, fqn_of, error_if_nonfinite=error_if_nonfinite)
         self._guard = StepGuard(optimizer)
         self._equal_gradients = EqualGradients(ranks.mesh, fqn_of)
         self._timeline = timeline
         self._loss_scale: float | None = None
-        self._own = OwnStep(optimizer, self._guard, timeline)
-        self._rule: StepRule = make_native(optimizer, self._guard) if self.reason_not_native is None else self._own
+        self._own = TorchStep(optimizer, self._guard, timeline)
+        self._rule: StepRule = make_native(optimizer, self._guard) if self.why_not_native is None else self._own
         self._seen_versions: dict[nn.Parameter, int] = {}
         self.states: list[UnitState] = []
         self.transport = make_transport(self._receive)
@@ -121,7 +121,7 @@ class OptimizerEngine:
     @property
     def can_regroup(self) -> bool:
         """Whether states are ours to move: those of Adam and AdamW."""
-        return self.reason_not_native is None
+        return self.why_not_native is None
 
     def named_params(self) -> list[NamedParam]:
         """Parameters that units hold, in registration order."""
@@ -147,7 +147,7 @@ class OptimizerEngine:
         self._rule.receive(delta, state)
 
     def request_clip(self, clip: ClipRequest) -> None:
-        """See `Judge.request`."""
+        """See `GradVerdict.request`."""
         self._judge.request(clip)
 
     def discard_gradients(self) -> None:
@@ -163,7 +163,7 @@ class OptimizerEngine:
         self.discard_gradients()
         self.transport.abandon()
 
-    def _gather_due(self) -> list[Due]:
+    def _gather_due(self) -> list[ParamUpdate]:
         late = [p for p in self.params() if p.requires_grad and self.transport.place_of(p) is None]
         if late:
             self.adopt(late)
@@ -178,7 +178,7 @@ class OptimizerEngine:
                 state = self.states[unit.index]
                 grad = state.grad(i)
                 if grad is not None:
-                    due.append(Due(param, group, unit, state, i, grad))
+                    due.append(ParamUpdate(param, group, unit, state, i, grad))
         return due
 
     def _follow_edits(self) -> None:
@@ -279,7 +279,7 @@ class OptimizerEngine:
     def closure_step(self, closure: Callable[[], Any]) -> Any:
         """Step such an optimizer; `closure` runs forward and backward and returns the loss."""
 
-        def evaluate(stepped: Iterable[SteppedUnit]) -> tuple[Any, Sequence[Due], float, float | None]:
+        def evaluate(stepped: Iterable[SteppedUnit]) -> tuple[Any, Sequence[ParamUpdate], float, float | None]:
             self._publish_all(stepped)
             self.transport.wait_all_published()
             result = closure()
@@ -360,11 +360,11 @@ class OptimizerEngine:
             state.reload(range(len(unit.params)))
 
     def grad_norm(self) -> Tensor:
-        """See `Judge.grad_norm`."""
+        """See `GradVerdict.grad_norm`."""
         return self._judge.grad_norm()
 
     def last_norm(self) -> LastNorm:
-        """See `Judge.last_norm`."""
+        """See `GradVerdict.last_norm`."""
         return self._judge.last_norm()
 
     def close(self) -> None:

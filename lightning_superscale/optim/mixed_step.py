@@ -8,26 +8,26 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_superscale.optim.adamw_step import BoundStep
-from lightning_superscale.optim.param_update import Due
+from lightning_superscale.optim.adamw_step import AdamWRule
+from lightning_superscale.optim.param_update import ParamUpdate
 from lightning_superscale.optim.step_rule import StepGuard, SteppedUnit
 from lightning_superscale.optim.unit import GradientDelta, ShardUnit
 from lightning_superscale.optim.unit_state import UnitState
 
 
-class SplitStep(BoundStep):
+class MixedStep(AdamWRule):
     """Gives every unit to the rule of its home.
 
     Args:
         host, device: step units whose states are there.
     """
 
-    def __init__(self, optimizer: Optimizer, guard: StepGuard, *, host: BoundStep, device: BoundStep) -> None:
+    def __init__(self, optimizer: Optimizer, guard: StepGuard, *, host: AdamWRule, device: AdamWRule) -> None:
         super().__init__(optimizer, guard)
         self._host = host
         self._device = device
 
-    def _of(self, state: UnitState) -> BoundStep:
+    def _of(self, state: UnitState) -> AdamWRule:
         return self._host if state.is_on_host else self._device
 
     def attach(self, unit: ShardUnit, state: UnitState) -> None:
@@ -44,7 +44,7 @@ class SplitStep(BoundStep):
         self._host.quiesce()
         self._device.quiesce()
 
-    def apply(self, due: Sequence[Due], grad_scale: float, clip_value: float | None) -> Iterator[SteppedUnit]:
+    def apply(self, due: Sequence[ParamUpdate], grad_scale: float, clip_value: float | None) -> Iterator[SteppedUnit]:
         # The device's first: the next forward begins with them, and on a GPU they are only queued.
         for rule, is_on_host in ((self._device, False), (self._host, True)):
             items = [item for item in due if item.state.is_on_host == is_on_host]
@@ -53,7 +53,7 @@ class SplitStep(BoundStep):
     def load(self, param: nn.Parameter, unit: ShardUnit, state: UnitState, i: int, saved: Mapping[str, Any]) -> None:
         self._of(state).load(param, unit, state, i, saved)
 
-    def _before_states_change(self, item: Due) -> None:
+    def _before_states_change(self, item: ParamUpdate) -> None:
         self._of(item.state)._before_states_change(item)
 
     def flush(self) -> None:

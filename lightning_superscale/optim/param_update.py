@@ -17,7 +17,7 @@ from lightning_superscale.optim.unit_state import UnitState
 
 
 @dataclass(slots=True)
-class Due:
+class ParamUpdate:
     """One parameter to step.
 
     Attributes:
@@ -38,9 +38,9 @@ class Due:
         return self.unit.shard.slices[self.i]
 
 
-def by_unit(due: Iterable[Due]) -> dict[int, list[Due]]:
+def by_unit(due: Iterable[ParamUpdate]) -> dict[int, list[ParamUpdate]]:
     """Group by unit, last unit first: units follow the backward, uploads the next forward."""
-    units: dict[int, list[Due]] = {}
+    units: dict[int, list[ParamUpdate]] = {}
     for item in due:
         units.setdefault(item.unit.index, []).append(item)
     return dict(sorted(units.items(), reverse=True))
@@ -49,7 +49,7 @@ def by_unit(due: Iterable[Due]) -> dict[int, list[Due]]:
 _NATIVE_TYPES = (torch.optim.Adam, torch.optim.AdamW)
 
 
-def reason_not_native(optimizer: Optimizer) -> str | None:
+def why_not_native(optimizer: Optimizer) -> str | None:
     """Why an optimizer steps through its own code; None when the native AdamW kernel steps it.
 
     A subclass may override `step`, so only the two classes themselves qualify.
@@ -68,7 +68,7 @@ def reason_not_native(optimizer: Optimizer) -> str | None:
     return None
 
 
-def hyper_of(
+def adamw_hyper(
     optimizer: Optimizer, group: dict[str, Any], step: int, grad_scale: float, clip_value: float | None
 ) -> AdamWHyper:
     """The numbers of one update, read from the parameter group at the step, so that schedulers keep working.

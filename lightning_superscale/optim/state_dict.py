@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_superscale.comm.communicator import Ranks
+from lightning_superscale.comm.communicator import Communicator
 from lightning_superscale.comm.dtensor import gather_rows, join_parts, local_rows, take_part, take_rows
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.layout.rows import ParamSlice
@@ -20,7 +20,7 @@ class StateHolder(Protocol):
     """What these functions need of an optimizer engine."""
 
     optimizer: Optimizer
-    ranks: Ranks
+    ranks: Communicator
 
     def params(self) -> Iterator[nn.Parameter]: ...
     def piece_of(self, param: nn.Parameter) -> ParamSlice | None: ...
@@ -93,7 +93,7 @@ def _whole(engine: StateHolder, states: dict[int, dict[str, Any]]) -> dict[int, 
     return whole
 
 
-def _gathered(ranks: Ranks, rows: Tensor, piece: ParamSlice, param: nn.Parameter) -> Tensor:
+def _gathered(ranks: Communicator, rows: Tensor, piece: ParamSlice, param: nn.Parameter) -> Tensor:
     return join_parts(ranks.tensor, gather_rows(ranks.shard, rows, piece, param.device), param)
 
 

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_superscale.comm.dtensor import local_of
 from lightning_superscale.optim.grad_dtypes import grad_dtype_of
-from lightning_superscale.optim.param_update import Due, by_unit
+from lightning_superscale.optim.param_update import ParamUpdate, by_unit
 from lightning_superscale.optim.step_rule import StepGuard, SteppedUnit, SynchronousRule
 from lightning_superscale.optim.unit import ShardUnit
 from lightning_superscale.optim.unit_state import UnitState, master_slice
@@ -23,11 +23,11 @@ from lightning_superscale.timeline import UNTIMED, Lane, Timeline
 class Evaluate(Protocol):
     """Publishes new weights and runs forward and backward on them."""
 
-    def __call__(self, stepped: Iterator[SteppedUnit]) -> tuple[Any, Sequence[Due], float, float | None]:
+    def __call__(self, stepped: Iterator[SteppedUnit]) -> tuple[Any, Sequence[ParamUpdate], float, float | None]:
         """Returns (loss, gradients due, clip coefficient, clip value)."""
 
 
-class OwnStep(SynchronousRule):
+class TorchStep(SynchronousRule):
     """Steps an optimizer through its own `step`."""
 
     has_moments = False
@@ -59,7 +59,7 @@ class OwnStep(SynchronousRule):
     def has_stand_ins(self) -> bool:
         return bool(self._masters)
 
-    def step(self, due: Sequence[Due], grad_scale: float, clip_value: float | None) -> Iterator[SteppedUnit]:
+    def step(self, due: Sequence[ParamUpdate], grad_scale: float, clip_value: float | None) -> Iterator[SteppedUnit]:
         self._set_grads(due, grad_scale, clip_value)
         try:
             lane: Lane = "host optimizer" if any(item.state.is_on_host for item in due) else "device optimizer"
@@ -79,7 +79,7 @@ class OwnStep(SynchronousRule):
 
     def closure_step(self, evaluate: Evaluate) -> tuple[Any, Iterator[SteppedUnit]]:
         """Step an optimizer that evaluates the loss itself; returns the loss and what is to be published."""
-        due: list[Due] = []
+        due: list[ParamUpdate] = []
 
         def closure() -> Any:
             with self._params_in_place():
@@ -107,7 +107,7 @@ class OwnStep(SynchronousRule):
             for key, value in saved.items()
         }
 
-    def _set_grads(self, due: Sequence[Due], grad_scale: float, clip_value: float | None) -> None:
+    def _set_grads(self, due: Sequence[ParamUpdate], grad_scale: float, clip_value: float | None) -> None:
         for item in due:
             master = self._masters.get(item.param, item.param)
             grad = item.grad.to(torch.float32, copy=True)
@@ -117,11 +117,11 @@ class OwnStep(SynchronousRule):
                 grad.clamp_(-clip_value, clip_value)
             master.grad = grad.view(item.piece.local_shape).to(grad_dtype_of(master))
 
-    def _drop_grads(self, due: Sequence[Due]) -> None:
+    def _drop_grads(self, due: Sequence[ParamUpdate]) -> None:
         for item in due:
             self._masters.get(item.param, item.param).grad = None
 
-    def _stepped(self, due: Sequence[Due]) -> Iterator[SteppedUnit]:
+    def _stepped(self, due: Sequence[ParamUpdate]) -> Iterator[SteppedUnit]:
         """Round masters to new weights, where they are kept, unit by unit."""
         for items in by_unit(due).values():
             for item in items:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_superscale.comm.collectives import gather_objects
-from lightning_superscale.comm.communicator import Ranks
+from lightning_superscale.comm.communicator import Communicator
 from lightning_superscale.comm.dtensor import is_cut
 from lightning_superscale.comm.mesh import DataMesh
 from lightning_superscale.errors import SuperScaleError
@@ -34,7 +34,7 @@ from lightning_superscale.optim.clipping import (
     joined,
     norms_of,
 )
-from lightning_superscale.optim.param_update import Due
+from lightning_superscale.optim.param_update import ParamUpdate
 from lightning_superscale.optim.unit import GradientDelta
 
 # Sums of squares of one gradient, computed twice. Kernels that are not deterministic change each element by a few
@@ -56,7 +56,7 @@ class Verdict(NamedTuple):
     has_overflowed: bool = False
 
 
-class Judge:
+class GradVerdict:
     """Judges the gradients of one optimizer.
 
     Args:
@@ -64,7 +64,7 @@ class Judge:
         error_if_nonfinite: raise when a gradient is NaN or infinite.
     """
 
-    def __init__(self, ranks: Ranks, fqn_of: Mapping[nn.Parameter, str], *, error_if_nonfinite: bool) -> None:
+    def __init__(self, ranks: Communicator, fqn_of: Mapping[nn.Parameter, str], *, error_if_nonfinite: bool) -> None:
         self._ranks = ranks
         self._fqn_of = fqn_of
         self._error_if_nonfinite = error_if_nonfinite
@@ -90,7 +90,7 @@ class Judge:
         self._clips.clear()
         self._early.clear()
 
-    def judge(self, due: Sequence[Due], loss_scale: float | None) -> Verdict:
+    def judge(self, due: Sequence[ParamUpdate], loss_scale: float | None) -> Verdict:
         """Every rank calls it.
 
         Args:
@@ -121,7 +121,7 @@ class Judge:
             return Verdict(unscale, clip_value)
         return Verdict(float(clip_coefficient(self._last_norm, max_norm)) * unscale, clip_value)
 
-    def _raise_nonfinite(self, due: Sequence[Due], norms: Tensor) -> None:
+    def _raise_nonfinite(self, due: Sequence[ParamUpdate], norms: Tensor) -> None:
         is_bad = (~norms.isfinite()).tolist()
         here = {self._fqn_of[item.param] for item, flag in zip(due, is_bad, strict=True) if flag}
         anywhere = here.union(*gather_objects(self._ranks.mesh, here))
@@ -133,7 +133,7 @@ class Judge:
             "Look for a NaN loss or an overflow; pass error_if_nonfinite=False to train on regardless."
         )
 
-    def note(self, due: Sequence[Due], stats: Sequence[StatsSource]) -> None:
+    def note(self, due: Sequence[ParamUpdate], stats: Sequence[StatsSource]) -> None:
         """Know what the step's own kernels counted, for `grad_norm` of a step that needed no norm."""
         self._last_stats = counted_stats(self._ranks.mesh, due, stats)
 
@@ -170,7 +170,7 @@ class EqualGradients:
         self._fqn_of = fqn_of
         self._seen: set[nn.Parameter] = set()
 
-    def check(self, due: Sequence[Due]) -> None:
+    def check(self, due: Sequence[ParamUpdate]) -> None:
         """Every rank calls it at each step, with the same parameters.
 
         Raises:

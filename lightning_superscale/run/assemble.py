@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_superscale.comm.agreement import check_equal_on_all_ranks, raise_together
-from lightning_superscale.comm.communicator import Ranks, ranks_of
+from lightning_superscale.comm.communicator import Communicator, ranks_of
 from lightning_superscale.comm.dtensor import tensor_numel
 from lightning_superscale.comm.mesh import DataMesh
 from lightning_superscale.errors import SuperScaleError
@@ -20,11 +20,11 @@ from lightning_superscale.offload.link.arena import HostArena
 from lightning_superscale.offload.link.dtype import LinkDtype
 from lightning_superscale.offload.link.link import Link, link_for
 from lightning_superscale.ops.update import UpdatePath, update_path
-from lightning_superscale.optim.adamw_step import NativeStep
+from lightning_superscale.optim.adamw_step import AdamWStep
 from lightning_superscale.optim.bucketing import Grouping
 from lightning_superscale.optim.engine import MakeState, OptimizerEngine
 from lightning_superscale.optim.grad_dtypes import narrow_gradients, widen_gradients
-from lightning_superscale.optim.mixed_step import SplitStep
+from lightning_superscale.optim.mixed_step import MixedStep
 from lightning_superscale.optim.step_rule import StepGuard, StepRule
 from lightning_superscale.optim.transport import Transport
 from lightning_superscale.optim.unit import DeltaSink, ShardUnit
@@ -67,7 +67,7 @@ class Assembly:
     host: HostPlan
     update: UpdatePath
     buffers: BufferSync
-    ranks: Ranks
+    ranks: Communicator
     sharded: ShardedModule | None
     reasons: list[str] = field(default_factory=list)
     is_abandoned: bool = False
@@ -139,7 +139,7 @@ class Assembly:
     def plan(self) -> ParallelPlan:
         units = [unit for engine in self.engines.values() for unit in engine.transport.units]
         params = list(self.module.parameters())
-        own = sorted({e.reason_not_native for e in self.engines.values() if e.reason_not_native is not None})
+        own = sorted({e.why_not_native for e in self.engines.values() if e.why_not_native is not None})
         settings = self.settings
         return ParallelPlan(
             device=str(settings.device),
@@ -260,7 +260,7 @@ def _sharded(module: nn.Module, optimizers: Sequence[Optimizer], settings: RunSe
 
 
 def _transport_maker(
-    ranks: Ranks, settings: RunSettings, sharded: ShardedModule | None, grouping: Grouping, label: str
+    ranks: Communicator, settings: RunSettings, sharded: ShardedModule | None, grouping: Grouping, label: str
 ) -> Callable[[DeltaSink], Transport]:
     if sharded is not None:
         return lambda sink: Fsdp2Transport(
@@ -325,8 +325,8 @@ def _check_on_all_ranks(module: nn.Module, optimizers: Sequence[Optimizer], sett
 def _native_maker(
     settings: RunSettings, update: UpdatePath, context: OffloadContext | None
 ) -> Callable[[Optimizer, StepGuard], StepRule]:
-    def on_device(optimizer: Optimizer, guard: StepGuard, path: UpdatePath) -> NativeStep:
-        return NativeStep(optimizer, guard, path.submit, timeline=settings.timeline, lane="device optimizer")
+    def on_device(optimizer: Optimizer, guard: StepGuard, path: UpdatePath) -> AdamWStep:
+        return AdamWStep(optimizer, guard, path.submit, timeline=settings.timeline, lane="device optimizer")
 
     engine = settings.engine
     if engine is None or context is None:
@@ -335,7 +335,7 @@ def _native_maker(
     def split(optimizer: Optimizer, guard: StepGuard) -> StepRule:
         is_low = settings.precision.states.is_low_precision
         device = on_device(optimizer, guard, update_path(settings.device, is_low_precision=is_low))
-        return SplitStep(optimizer, guard, host=engine.make_step(optimizer, guard, context), device=device)
+        return MixedStep(optimizer, guard, host=engine.make_step(optimizer, guard, context), device=device)
 
     return split
 

@@ -18,7 +18,7 @@ from lightning_superscale.ops.state_dtypes import FP32_STATES, StateDtypes
 from lightning_superscale.optim.bucketing import Grouping, NamedParam, last_ready
 from lightning_superscale.optim.engine import OptimizerEngine
 from lightning_superscale.optim.grad_dtypes import grad_dtype_of
-from lightning_superscale.optim.param_update import reason_not_native
+from lightning_superscale.optim.param_update import why_not_native
 from lightning_superscale.optim.rebuild_buckets import regroup
 
 
@@ -35,7 +35,7 @@ def first_grouping(
         block_of: parameters whose weights stream from the host, and whose states stay there.
     """
     grouping = Grouping(unit_bytes, block_of=block_of)
-    if offload is None or offload.gpu_fraction == "auto" or reason_not_native(optimizer) is not None:
+    if offload is None or offload.gpu_fraction == "auto" or why_not_native(optimizer) is not None:
         return grouping
     own = {param for group in optimizer.param_groups for param in group["params"]}
     named = [(fqn, param) for param, fqn in fqn_of.items() if param in own and param.requires_grad]

@@ -13,7 +13,7 @@ from lightning_superscale.config import OffloadConfig, ZeroConfig
 from lightning_superscale.errors import SuperScaleError, did_you_mean
 from lightning_superscale.ops.state_dtypes import StateDtypes
 from lightning_superscale.optim.grad_dtypes import GradientDtypes
-from lightning_superscale.optim.param_update import reason_not_native
+from lightning_superscale.optim.param_update import why_not_native
 
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-mixed", "16-true")
 PrecisionName = Literal["32-true", "bf16-mixed", "bf16-true", "16-mixed", "16-true"]
@@ -198,7 +198,7 @@ def check_with_run(
     """
     states, gradients = choices.states, choices.gradients
     for optimizer in optimizers:
-        reason = reason_not_native(optimizer)
+        reason = why_not_native(optimizer)
         if reason is not None and type(optimizer).__name__ != "_MockOptimizer":
             _check_own_step(type(optimizer).__name__, reason, states)
     if states.is_low_precision and offload is not None and offload.link_dtype == "fp32":

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_superscale.comm.communicator import Ranks
+from lightning_superscale.comm.communicator import Communicator
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.optim.grad_dtypes import AS_WEIGHTS, GradientDtypes, grad_dtype_of
 from lightning_superscale.optim.transport import IsScaling
@@ -40,7 +40,7 @@ class _Noted(NamedTuple):
 class HeldGradients:
     """What one transport does about gradients in `param.grad` on several ranks."""
 
-    def __init__(self, ranks: Ranks, label: str, dtypes: GradientDtypes = AS_WEIGHTS) -> None:
+    def __init__(self, ranks: Communicator, label: str, dtypes: GradientDtypes = AS_WEIGHTS) -> None:
         self._ranks = ranks
         self._dtypes = dtypes
         self._label = f"{label}, gradients kept in param.grad"

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lightning_superscale.comm.collectives import Pending
-from lightning_superscale.comm.communicator import Ranks
+from lightning_superscale.comm.communicator import Communicator
 from lightning_superscale.layout.rows import ParamSlice
 from lightning_superscale.optim.grad_dtypes import AS_WEIGHTS, GradientDtypes, packed_into
 from lightning_superscale.optim.unit import DeltaSink, GradientDelta, ShardUnit, slice_view
@@ -67,7 +67,7 @@ class GradientReducer:
         dtypes: of gradients on their way.
     """
 
-    def __init__(self, ranks: Ranks, label: str, sink: DeltaSink, dtypes: GradientDtypes = AS_WEIGHTS) -> None:
+    def __init__(self, ranks: Communicator, label: str, sink: DeltaSink, dtypes: GradientDtypes = AS_WEIGHTS) -> None:
         self._ranks = ranks
         self._label = label
         self._sink = sink
@@ -204,7 +204,7 @@ class GradientReducer:
 
 
 def average_whole(
-    ranks: Ranks, grads: Mapping[int, Tensor], pieces: Sequence[ParamSlice], numel: int, dtype: torch.dtype
+    ranks: Communicator, grads: Mapping[int, Tensor], pieces: Sequence[ParamSlice], numel: int, dtype: torch.dtype
 ) -> Tensor:
     """Average whole gradients over all data-parallel ranks, [numel], laid out like `pieces`; zeros where one has none.
 

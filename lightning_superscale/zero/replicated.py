@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_superscale.comm.collectives import AxisCollectives
-from lightning_superscale.comm.communicator import Ranks
+from lightning_superscale.comm.communicator import Communicator
 from lightning_superscale.comm.dtensor import is_cut, local_of
 from lightning_superscale.comm.mesh import DataMesh
 from lightning_superscale.errors import SuperScaleError
@@ -50,7 +50,7 @@ def _broadcast_coalesced(axis: AxisCollectives, tensors: Sequence[Tensor]) -> No
 class BufferSync:
     """Makes every rank's buffers rank 0's before each forward, as DDP does, and only those that changed anywhere."""
 
-    def __init__(self, ranks: Ranks, module: nn.Module) -> None:
+    def __init__(self, ranks: Communicator, module: nn.Module) -> None:
         self._ranks = ranks
         self._module = module
         self._num_syncs = 0

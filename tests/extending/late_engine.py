@@ -11,8 +11,8 @@ import torch
 from lightning_superscale.offload.cpu.engine import CpuEngine
 from lightning_superscale.offload.cpu.state import HostState
 from lightning_superscale.offload.engine import RunFacts
-from lightning_superscale.optim.adamw_step import BoundStep, NativeStep
-from lightning_superscale.optim.param_update import Due
+from lightning_superscale.optim.adamw_step import AdamWRule, AdamWStep
+from lightning_superscale.optim.param_update import ParamUpdate
 from lightning_superscale.optim.step_rule import SteppedUnit
 from lightning_superscale.optim.unit import slice_view
 from lightning_superscale.optim.unit_state import StateBytes
@@ -34,14 +34,14 @@ class LateState(HostState):
         return slice_view(self.late, self.unit.shard.slices[i])
 
 
-class LateStep(BoundStep):
+class LateStep(AdamWRule):
     """Steps with what the last step brought, and keeps what this one brings."""
 
-    def __init__(self, optimizer, guard, native: NativeStep) -> None:
+    def __init__(self, optimizer, guard, native: AdamWStep) -> None:
         super().__init__(optimizer, guard)
         self._native = native
 
-    def apply(self, due: Sequence[Due], grad_scale: float, clip_value: float | None) -> Iterator[SteppedUnit]:
+    def apply(self, due: Sequence[ParamUpdate], grad_scale: float, clip_value: float | None) -> Iterator[SteppedUnit]:
         late = []
         for item in due:
             own, kept = self.bound_state(item), item.state.late_of(item.i)

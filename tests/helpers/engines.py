@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from lightning_superscale.comm.communicator import Ranks, single_rank
+from lightning_superscale.comm.communicator import Communicator, single_rank
 from lightning_superscale.config import OffloadConfig
 from lightning_superscale.offload.engine import OffloadContext, engine_of
 from lightning_superscale.offload.link.arena import HostArena
@@ -14,10 +14,10 @@ from lightning_superscale.offload.link.link import CpuLink
 from lightning_superscale.offload.weight_flow.schedule import WeightFlow
 from lightning_superscale.ops.cpu.pool import Pool, default_pool
 from lightning_superscale.ops.update import update_path
-from lightning_superscale.optim.adamw_step import NativeStep
+from lightning_superscale.optim.adamw_step import AdamWStep
 from lightning_superscale.optim.bucketing import Grouping
 from lightning_superscale.optim.engine import OptimizerEngine
-from lightning_superscale.optim.mixed_step import SplitStep
+from lightning_superscale.optim.mixed_step import MixedStep
 from lightning_superscale.optim.unit_state import ResidentState
 from lightning_superscale.zero.buckets.transport import BucketTransport
 
@@ -55,7 +55,7 @@ def build_engine(
     link: CpuLink | None = None,
     num_threads: int | None = None,
     error_if_nonfinite: bool = False,
-    ranks: Ranks | None = None,
+    ranks: Communicator | None = None,
     no_sync: bool = True,
     on_device: frozenset[nn.Parameter] = frozenset(),
     flow: WeightFlow | None = None,
@@ -65,11 +65,11 @@ def build_engine(
     chosen = engine_of("superoffload" if is_deferred else "cpu")
 
     def make_native(own, guard):
-        native = NativeStep(
+        native = AdamWStep(
             own, guard, update_path(torch.device("cpu"), Pool(num_threads) if num_threads else None).submit
         )
         host = chosen.make_step(own, guard, context) if is_deferred else native
-        return SplitStep(own, guard, host=host, device=native)
+        return MixedStep(own, guard, host=host, device=native)
 
     def make_state(unit, *, has_moments, is_on_device):
         if is_on_device or not (is_offloaded or is_deferred and has_moments):

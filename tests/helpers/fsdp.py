@@ -13,7 +13,7 @@ from lightning_superscale.comm.mesh import build_mesh
 from lightning_superscale.offload.engine import engine_of
 from lightning_superscale.offload.link.link import CpuLink
 from lightning_superscale.ops.update import update_path
-from lightning_superscale.optim.adamw_step import NativeStep
+from lightning_superscale.optim.adamw_step import AdamWStep
 from lightning_superscale.optim.bucketing import Grouping
 from lightning_superscale.optim.clipping import ClipByNorm
 from lightning_superscale.optim.engine import OptimizerEngine
@@ -107,7 +107,7 @@ def build_all(model, rank, world_size, case, optimizers, *, store=None, shard_si
     def make_native(optimizer, guard):
         if case.is_offloaded:
             return chosen.make_step(optimizer, guard, context)
-        return NativeStep(optimizer, guard, update_path(torch.device("cpu")).submit)
+        return AdamWStep(optimizer, guard, update_path(torch.device("cpu")).submit)
 
     engines = [
         OptimizerEngine(

@@ -7,7 +7,7 @@ import torch
 
 from lightning_superscale.comm.mesh import DataMesh, MeshAxis, single_mesh
 from lightning_superscale.optim.clipping import ClipByNorm, EarlyNorms
-from lightning_superscale.optim.param_update import Due
+from lightning_superscale.optim.param_update import ParamUpdate
 from lightning_superscale.optim.unit import GradientDelta
 from tests.helpers.engines import build_engine
 from tests.helpers.programs import Programs, plain_backward
@@ -22,8 +22,8 @@ def two_shares() -> DataMesh:
     return DataMesh(shard, replicate, world, gather)
 
 
-def due(i: int, grad: torch.Tensor) -> Due:
-    return Due(param=None, group={}, unit=Unit(), state=None, i=i, grad=grad)
+def due(i: int, grad: torch.Tensor) -> ParamUpdate:
+    return ParamUpdate(param=None, group={}, unit=Unit(), state=None, i=i, grad=grad)
 
 
 @pytest.mark.parametrize("mesh", [single_mesh(), two_shares()], ids=["whole", "shares"])

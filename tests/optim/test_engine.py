@@ -170,7 +170,7 @@ def test_other_optimizers_step_through_their_own_code(way, make, dtype):
     masters = [nn.Parameter(p.detach().float().clone()) for p in plain.parameters()]
     expected, optimizer = make(masters), make(list(model.parameters()))
     engine = build_engine(model, optimizer, **way)
-    assert engine.reason_not_native is not None
+    assert engine.why_not_native is not None
     for x in batches(4, dtype):
         plain.zero_grad()
         plain_backward(plain, x)

@@ -13,7 +13,7 @@ from lightning_superscale.offload.engine import OffloadContext, RunFacts
 from lightning_superscale.offload.link.dtype import LinkDtype
 from lightning_superscale.offload.weight_flow.weights import StreamedUnit
 from lightning_superscale.ops.state_dtypes import StateDtypes
-from lightning_superscale.optim.adamw_step import NativeStep
+from lightning_superscale.optim.adamw_step import AdamWStep
 from lightning_superscale.optim.step_rule import StepGuard
 from lightning_superscale.optim.unit import ShardUnit
 
@@ -36,8 +36,8 @@ class CpuEngine:
     ) -> HostState:
         return HostState(unit, context, has_moments=has_moments, streamed=streamed)
 
-    def make_step(self, optimizer: Optimizer, guard: StepGuard, context: OffloadContext) -> NativeStep:
-        return NativeStep(optimizer, guard, context.update.submit, timeline=context.timeline)
+    def make_step(self, optimizer: Optimizer, guard: StepGuard, context: OffloadContext) -> AdamWStep:
+        return AdamWStep(optimizer, guard, context.update.submit, timeline=context.timeline)
 
     def how_it_steps(self, config: OffloadConfig, *, streams: bool) -> str:
         return "the 'cpu' engine steps on the host, after backward"

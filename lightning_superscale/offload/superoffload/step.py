@@ -19,8 +19,8 @@ from torch.optim import Optimizer
 
 from lightning_superscale.offload.superoffload.worker import StepThread, StepWorker
 from lightning_superscale.ops.types import AdamWHyper, GradStats
-from lightning_superscale.optim.adamw_step import BoundStep
-from lightning_superscale.optim.param_update import Due, by_unit, hyper_of
+from lightning_superscale.optim.adamw_step import AdamWRule
+from lightning_superscale.optim.param_update import ParamUpdate, adamw_hyper, by_unit
 from lightning_superscale.optim.step_rule import StepGuard, SteppedUnit
 from lightning_superscale.optim.unit import GradientDelta, PublishEvent, ShardUnit
 from lightning_superscale.optim.unit_state import UnitState
@@ -85,7 +85,7 @@ class SettledWeights:
             upload.wait()
 
 
-class DeferredStep(BoundStep):
+class DeferredStep(AdamWRule):
     """Steps an optimizer one commit behind; its own state views our buffers, and is up to date after `flush`.
 
     Args:
@@ -141,9 +141,9 @@ class DeferredStep(BoundStep):
         hypers = self._hypers.setdefault(unit.index, {})
         for i, grad in delta.slices:
             param = unit.params[i]
-            item = Due(param, self._group(param), unit, state, i, grad)
+            item = ParamUpdate(param, self._group(param), unit, state, i, grad)
             count = int(self.bound_state(item)["step"]) + 1
-            hypers[i] = hyper_of(self._optimizer, item.group, count, self._grad_scale, self._clip_value)
+            hypers[i] = adamw_hyper(self._optimizer, item.group, count, self._grad_scale, self._clip_value)
         deferring = self._states[unit.index]
         ahead = functools.partial(self._look_ahead, unit.index, dict(hypers))
         self._looking[unit.index] = self._worker.look_ahead(ahead, deferring.has_arrived)
@@ -173,7 +173,7 @@ class DeferredStep(BoundStep):
 
     # The step
 
-    def apply(self, due: Sequence[Due], grad_scale: float, clip_value: float | None) -> Iterator[SteppedUnit]:
+    def apply(self, due: Sequence[ParamUpdate], grad_scale: float, clip_value: float | None) -> Iterator[SteppedUnit]:
         """Settle every unit in the order of the next forward; new weights may still be on their way afterwards."""
         self._clip_value = clip_value
         self._take_back()
@@ -187,7 +187,7 @@ class DeferredStep(BoundStep):
                 counts.append(self.bound_state(item)["step"])
                 key = (id(item.group), int(counts[-1]) + 1)
                 if key not in made:
-                    made[key] = hyper_of(self._optimizer, item.group, key[1], grad_scale, clip_value)
+                    made[key] = adamw_hyper(self._optimizer, item.group, key[1], grad_scale, clip_value)
                 hypers[item.i] = made[key]
             unit = items[0].unit
             state = self._states[unit.index]
@@ -225,7 +225,7 @@ class DeferredStep(BoundStep):
         for state in self._states.values():
             state.flush()
 
-    def _before_states_change(self, item: Due) -> None:
+    def _before_states_change(self, item: ParamUpdate) -> None:
         self._states[item.unit.index].flush()  # or what is pending would be committed on top
 
     def discard(self) -> None:

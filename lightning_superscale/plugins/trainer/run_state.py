@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_superscale.comm.communicator import Ranks
+from lightning_superscale.comm.communicator import Communicator
 from lightning_superscale.comm.dtensor import placed_state, whole_state
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.plugins.checkpoint.io import UniversalCheckpointIOMixin, load_through, save_through
@@ -110,7 +110,7 @@ class RunStateMixin(EvaluationMixin):
         return self._assembly
 
     @property
-    def ranks(self) -> Ranks:
+    def ranks(self) -> Communicator:
         """The other ranks of the run.
 
         Raises:

@@ -58,7 +58,7 @@ def _why_no_forecast(assembly: Assembly, work: HostWork) -> str | None:
     settings = assembly.settings
     if not work.num_params:
         return "nothing steps on the host"
-    own = [engine.reason_not_native for engine in assembly.engines.values() if engine.reason_not_native is not None]
+    own = [engine.why_not_native for engine in assembly.engines.values() if engine.why_not_native is not None]
     if own:
         return f"an optimizer steps through its own code ({own[0]})"
     if settings.engine is None or settings.offload is None:

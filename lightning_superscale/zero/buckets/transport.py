@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_superscale.comm.collectives import Pending
-from lightning_superscale.comm.communicator import Ranks
+from lightning_superscale.comm.communicator import Communicator
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.optim.bucketing import Grouping, NamedParam
 from lightning_superscale.optim.grad_dtypes import AS_WEIGHTS, GradientDtypes
@@ -59,7 +59,7 @@ class BucketTransport:
         *,
         grouping: Grouping,
         sink: DeltaSink,
-        ranks: Ranks,
+        ranks: Communicator,
         label: str = "optimizer",
         no_sync: bool = True,
         dtypes: GradientDtypes = AS_WEIGHTS,

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_superscale.comm.communicator import Ranks
+from lightning_superscale.comm.communicator import Communicator
 from lightning_superscale.comm.dtensor import gather_whole, local_of, rows_of_part, write_local, write_whole
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.optim.grad_dtypes import grad_dtype_of
@@ -313,7 +313,7 @@ class ShardedModule:
             group.fsdp.reshard()
         return dict(self.root.state_dict())
 
-    def state_dict(self, ranks: Ranks) -> dict[str, Any]:
+    def state_dict(self, ranks: Communicator) -> dict[str, Any]:
         """The module's state dict with whole tensors, on the host of rank 0; empty on the others. All ranks call it."""
         self.land_all()
         is_first = ranks.mesh.world.rank == 0

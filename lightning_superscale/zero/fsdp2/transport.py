@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_superscale.comm.collectives import local_grad
-from lightning_superscale.comm.communicator import Ranks
+from lightning_superscale.comm.communicator import Communicator
 from lightning_superscale.comm.dtensor import local_rows_of
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.optim.bucketing import Grouping, NamedParam
@@ -61,7 +61,7 @@ class Fsdp2Transport:
         sharded: ShardedModule,
         *,
         sink: DeltaSink,
-        ranks: Ranks,
+        ranks: Communicator,
         grouping: Grouping,
         label: str = "optimizer",
         no_sync: bool = True,

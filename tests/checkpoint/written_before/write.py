@@ -1,4 +1,4 @@
-"""Writes a checkpoint of every strategy as today's version does: `python -m tests.checkpoint.written_before.write v1.2`.
+"""Writes a checkpoint of every strategy as this version does: `python -m tests.checkpoint.written_before.write v1.2`.
 
 Run it once for a version whose checkpoints must be read for ever, into a new folder, and never over an old one: what
 lies in `v<version>` was written by that version's own code.

@@ -9,11 +9,11 @@ from lightning_superscale.comm.communicator import single_rank
 from lightning_superscale.offload.planner.forecast import StepTimes, exposed_seconds
 from lightning_superscale.offload.superoffload.step import DeferredStep
 from lightning_superscale.ops.update import update_path
-from lightning_superscale.optim.adamw_step import NativeStep
+from lightning_superscale.optim.adamw_step import AdamWStep
 from lightning_superscale.optim.bucketing import Grouping
 from lightning_superscale.optim.clipping import ClipByNorm
 from lightning_superscale.optim.engine import OptimizerEngine
-from lightning_superscale.optim.mixed_step import SplitStep
+from lightning_superscale.optim.mixed_step import MixedStep
 from lightning_superscale.optim.unit_state import ResidentState
 from lightning_superscale.zero.buckets.transport import BucketTransport
 from lightning_superscale.zero.forward_gates import PublishGates
@@ -54,8 +54,8 @@ def simulate(times: StepTimes) -> tuple[float, list[torch.Tensor]]:
         return TimedState(unit, context, time=time, seconds_per_param=seconds)
 
     def make_native(own, guard):
-        device = NativeStep(own, guard, update_path(torch.device("cpu")).submit)
-        return SplitStep(own, guard, host=DeferredStep(own, guard, worker=VirtualWorker(time)), device=device)
+        device = AdamWStep(own, guard, update_path(torch.device("cpu")).submit)
+        return MixedStep(own, guard, host=DeferredStep(own, guard, worker=VirtualWorker(time)), device=device)
 
     engine = OptimizerEngine(
         optimizer,
