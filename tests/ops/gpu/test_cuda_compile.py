@@ -103,7 +103,7 @@ def test_candidate_paths_environment_variable_is_the_only_one(monkeypatch: pytes
     monkeypatch.setenv("LSS_CUDA_LIB", str(tmp_path / "mine.so"))
     assert candidate_paths() == [tmp_path / "mine.so"]
     monkeypatch.delenv("LSS_CUDA_LIB")
-    library = tmp_path / "lightning_superscale" / "ops" / "_native" / "liblss_cuda.so"
+    library = tmp_path / "lightning_superscale" / "ops" / "native" / "_native" / "liblss_cuda.so"
     assert library not in candidate_paths([str(tmp_path)])
     library.parent.mkdir(parents=True)
     library.touch()
