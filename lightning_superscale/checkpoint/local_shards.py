@@ -6,11 +6,11 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
-from torch.distributed._shard.sharded_tensor import ShardedTensor  # type: ignore[attr-defined]
 from torch.distributed.tensor import DTensor
 
 from lightning_superscale.checkpoint.state import Shard
 from lightning_superscale.layout.box import Box, whole_box
+from lightning_superscale.torch_private import sharded_tensor_type
 
 
 @runtime_checkable
@@ -33,7 +33,9 @@ class LocalPart(Protocol):
 
 def is_tensor_like(value: Any) -> bool:
     """Whether `local_shards` knows what a value holds."""
-    return isinstance(value, (Tensor, ShardedTensor)) or (isinstance(value, LocalPart) and hasattr(value, "offset"))
+    return isinstance(value, (Tensor, sharded_tensor_type())) or (
+        isinstance(value, LocalPart) and hasattr(value, "offset")
+    )
 
 
 def local_shards(value: Any) -> tuple[tuple[int, ...], torch.dtype, tuple[Shard, ...]]:
@@ -42,7 +44,7 @@ def local_shards(value: Any) -> tuple[tuple[int, ...], torch.dtype, tuple[Shard,
     Args:
         value: a tensor that is whole, a DTensor, FSDP's ShardedTensor, or a LocalPart.
     """
-    if isinstance(value, ShardedTensor):
+    if isinstance(value, sharded_tensor_type()):
         shards = tuple(
             Shard(Box(tuple(one.metadata.shard_offsets), tuple(one.metadata.shard_sizes)), one.tensor)
             for one in value.local_shards()

@@ -20,12 +20,12 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
 
 from lightning_superscale.comm.mesh import DataMesh, MeshAxis
 from lightning_superscale.comm.watch import RankWatch
 from lightning_superscale.ops.cpu.memory import RecycledMemory
+from lightning_superscale.torch_private import AsyncCollectiveTensor, copy_all
 
 # How often a rank that waits looks whether another one failed.
 _LOOK_EVERY = timedelta(seconds=0.1)
@@ -189,7 +189,7 @@ class AxisCollectives:
         def finish() -> Tensor:
             for rank, those in enumerate(small):
                 if rank != self.axis.rank and those:
-                    torch._foreach_copy_(those, torch.split(packed[rank], [row.numel() for row in those]))
+                    copy_all(those, torch.split(packed[rank], [row.numel() for row in those]))
             return packed[self.axis.rank]
 
         sent = [[flat, *those] if flat.numel() else those for flat, those in zip(packed, large, strict=True)]

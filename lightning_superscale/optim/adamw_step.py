@@ -17,6 +17,7 @@ from lightning_superscale.optim.step_rule import StepGuard, SteppedUnit, Synchro
 from lightning_superscale.optim.unit import ShardUnit, slice_view
 from lightning_superscale.optim.unit_state import COMPENSATION_KEY, UnitState
 from lightning_superscale.timeline import UNTIMED, Lane, Timeline
+from lightning_superscale.torch_private import add_to_all
 
 SubmitUpdate = Callable[[Sequence[AdamWSegment]], Update]
 
@@ -129,7 +130,7 @@ class AdamWStep(AdamWRule):
                 stats = handle.wait()
             yield SteppedUnit(items[0].unit, [item.i for item in items], stats)
         if counts:
-            torch._foreach_add_(counts, 1.0)  # in place: they are the optimizer's own tensors
+            add_to_all(counts, 1.0)  # in place: they are the optimizer's own tensors
         for state in {id(item.state): item.state for item in due}.values():
             state.clear_grads()
 

@@ -29,6 +29,7 @@ from lightning_superscale.optim.unit import DeltaSink, GradientDelta, ShardUnit
 from lightning_superscale.optim.unit_state import UnitState, master_slice, settle_master
 from lightning_superscale.optim.verdict import EqualGradients, GradVerdict
 from lightning_superscale.timeline import UNTIMED, Timeline
+from lightning_superscale.torch_private import version_of
 
 
 class MakeState(Protocol):
@@ -114,7 +115,7 @@ class OptimizerEngine:
         state = self._make_state(unit, has_moments=self._rule.has_moments, is_on_device=is_on_device)
         self.states.append(state)
         self._rule.attach(unit, state)
-        self._seen_versions.update((param, param._version) for param in unit.params)
+        self._seen_versions.update((param, version_of(param)) for param in unit.params)
 
     # Moving on, see rebuild_buckets.py
 
@@ -188,11 +189,11 @@ class OptimizerEngine:
         don't raise the count, in-place operations of the user do. Changes through `param.data` raise none
         and can't be seen; they last until the next step.
         """
-        edited = [param for param, seen in self._seen_versions.items() if param._version != seen]
+        edited = [param for param, seen in self._seen_versions.items() if version_of(param) != seen]
         if edited:
             self._rule.quiesce()
         for param in edited:
-            self._seen_versions[param] = param._version
+            self._seen_versions[param] = version_of(param)
             place = self.transport.place_of(param)
             if place is not None:
                 self.states[place[0].index].reload([place[1]])
@@ -253,7 +254,7 @@ class OptimizerEngine:
             start = time.perf_counter()
             event = self.states[unit.index].upload(slices) if under_way is None else under_way
             self.transport.publish(unit, event, slices)
-            self._seen_versions.update((unit.params[i], unit.params[i]._version) for i in slices)
+            self._seen_versions.update((unit.params[i], version_of(unit.params[i])) for i in slices)
             self.seconds.publish += time.perf_counter() - start
             if source is not None:
                 stats[unit.index] = source

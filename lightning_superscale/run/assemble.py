@@ -38,9 +38,10 @@ from lightning_superscale.run.report.plan import ParallelPlan
 from lightning_superscale.run.report.reasons import reasons_of, where_states_are
 from lightning_superscale.run.settings import RunSettings
 from lightning_superscale.run.weight_flow import EnginePublications, how_weights_flow, stream_the_rest
+from lightning_superscale.torch_private import is_compiled
 from lightning_superscale.zero.buckets.transport import BucketTransport
 from lightning_superscale.zero.buckets.unit import BucketUnit
-from lightning_superscale.zero.forward_gates import PublishGates, is_compiled
+from lightning_superscale.zero.forward_gates import PublishGates
 from lightning_superscale.zero.fsdp2.module import ShardedModule
 from lightning_superscale.zero.fsdp2.shard import ShardingPolicy, shard_module
 from lightning_superscale.zero.fsdp2.transport import Fsdp2Transport

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from lightning_superscale.comm.dtensor import gather_whole
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.run.assemble import Assembly
+from lightning_superscale.torch_private import version_of
 from lightning_superscale.zero.replicated import broadcast_from_first
 
 
@@ -23,10 +24,10 @@ def full_params(assembly: Assembly, *, writes: bool) -> Iterator[dict[str, Tenso
     if sharded is not None:
         sharded.land_all()
     whole = {name: _whole(assembly, name, param) for name, param in own.items()}
-    seen = {name: (tensor._version, tensor.data_ptr()) for name, tensor in whole.items()}
+    seen = {name: (version_of(tensor), tensor.data_ptr()) for name, tensor in whole.items()}
     with torch.no_grad():
         yield whole
-    changed = [name for name, tensor in whole.items() if seen[name] != (tensor._version, tensor.data_ptr())]
+    changed = [name for name, tensor in whole.items() if seen[name] != (version_of(tensor), tensor.data_ptr())]
     if not writes:
         if changed:
             raise SuperScaleError(

@@ -17,9 +17,9 @@ from lightning_superscale.offload.weight_flow.weights import FlowingWeights, Str
 from lightning_superscale.ops.cpu.memory import RecycledMemory
 from lightning_superscale.optim.engine import OptimizerEngine
 from lightning_superscale.run.report.plan import format_bytes
+from lightning_superscale.torch_private import is_compiled
 from lightning_superscale.zero.buckets.transport import BucketTransport
 from lightning_superscale.zero.buckets.unit import BucketUnit
-from lightning_superscale.zero.forward_gates import is_compiled
 from lightning_superscale.zero.fsdp2.wrap import blocks_with_own_params
 
 _STATIONARY = "Use OffloadConfig(weights='stationary')."

@@ -12,7 +12,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -88,9 +87,3 @@ class PublishGates:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-
-
-def is_compiled(root: nn.Module) -> bool:
-    """Whether any part of the model is a `torch.compile` product."""
-    optimized = torch._dynamo.OptimizedModule if hasattr(torch, "_dynamo") else ()
-    return any(isinstance(m, optimized) or getattr(m, "_compiled_call_impl", None) is not None for m in root.modules())

@@ -19,6 +19,7 @@ from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.optim.grad_dtypes import AS_WEIGHTS, GradientDtypes, grad_dtype_of
 from lightning_superscale.optim.transport import IsScaling
 from lightning_superscale.optim.unit import DeltaSink, GradientDelta
+from lightning_superscale.torch_private import version_of
 from lightning_superscale.zero.buckets.unit import BucketUnit
 from lightning_superscale.zero.reducer import average_whole
 
@@ -106,16 +107,16 @@ class HeldGradients:
             if param not in self._hooks:
                 self._hooks[param] = param.register_post_accumulate_grad_hook(self._note)  # type: ignore[no-untyped-call]
                 if param.grad is not None:
-                    self._noted[param] = _Noted(id(param.grad), param.grad._version, True)
+                    self._noted[param] = _Noted(id(param.grad), version_of(param.grad), True)
 
     def _note(self, param: nn.Parameter) -> None:
         grad, before = param.grad, self._noted.get(param)
         if grad is None:
             return
         is_scaled = self._is_scaling is None or self._is_scaling()
-        if before is not None and before.identity == id(grad) and before.version < grad._version:  # it was added to
+        if before is not None and before.identity == id(grad) and before.version < version_of(grad):  # it was added to
             is_scaled = is_scaled and before.is_scaled
-        self._noted[param] = _Noted(id(grad), grad._version, is_scaled)
+        self._noted[param] = _Noted(id(grad), version_of(grad), is_scaled)
 
     def check(self, param: nn.Parameter, fqn: str) -> None:
         """Refuse a gradient that nobody scaled, where losses are scaled, and on several ranks one that was changed.
@@ -131,7 +132,7 @@ class HeldGradients:
         is_known = noted is not None and noted.identity == id(grad)
         if self._is_scaling is not None and not (noted is not None and is_known and noted.is_scaled):
             raise unscaled(fqn)
-        if self._ranks.mesh.is_single or noted is None or not is_known or noted.version == grad._version:
+        if self._ranks.mesh.is_single or noted is None or not is_known or noted.version == version_of(grad):
             return
         if bool(grad.any()):
             raise edited_in_place(fqn, self._ranks.mesh.world.size)

@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_superscale.comm.dtensor import placed_like, take_part
 from lightning_superscale.errors import SuperScaleError
+from lightning_superscale.torch_private import transient_buffers_of
 
 Places = Mapping[nn.Parameter, Sequence[tuple[nn.Module, str]]]
 
@@ -142,7 +143,7 @@ def materialise(
         for name, buffer in list(module.named_buffers(recurse=False)):
             if buffer.is_meta:
                 module.register_buffer(
-                    name, torch.empty_like(buffer, device=device), name not in module._non_persistent_buffers_set
+                    name, torch.empty_like(buffer, device=device), name not in transient_buffers_of(module)
                 )
     for module in touched:
         initialisers[module]()

@@ -12,6 +12,7 @@ from lightning_superscale.comm.communicator import Communicator
 from lightning_superscale.comm.dtensor import is_cut, local_of
 from lightning_superscale.comm.mesh import DataMesh
 from lightning_superscale.errors import SuperScaleError
+from lightning_superscale.torch_private import version_of
 
 
 def broadcast_from_first(mesh: DataMesh, tensors: Iterable[Tensor]) -> None:
@@ -75,11 +76,11 @@ class BufferSync:
             )
         vector = agreement.new_flags()
         for place, (fqn, buffer) in enumerate(buffers.items()):
-            agreement.flags_of(vector)[place] = int(self._seen.get(fqn) != (id(buffer), buffer._version))
+            agreement.flags_of(vector)[place] = int(self._seen.get(fqn) != (id(buffer), version_of(buffer)))
         anywhere = agreement.agree(vector, label="the start of a forward", step=self._num_syncs).tolist()
         self._num_syncs += 1
         chosen = [fqn for fqn, flag in zip(buffers, anywhere, strict=False) if flag]
         with torch.no_grad():
             broadcast_from_first(self._ranks.mesh, [buffers[fqn] for fqn in chosen])
         for fqn in chosen:
-            self._seen[fqn] = (id(buffers[fqn]), buffers[fqn]._version)
+            self._seen[fqn] = (id(buffers[fqn]), version_of(buffers[fqn]))

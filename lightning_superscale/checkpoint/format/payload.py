@@ -15,12 +15,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lightning_superscale.checkpoint.format.blocks import BlockHasher, FileDigest
 from lightning_superscale.checkpoint.format.dtypes import dtype_name
 from lightning_superscale.checkpoint.storage.files import FileWriter
 from lightning_superscale.layout.box import flat_boxes, whole_box
+from lightning_superscale.torch_private import is_traceable_wrapper_subclass
 
 ALIGNMENT = 64
 # How much of a tensor is copied to the host, or made contiguous, at a time.

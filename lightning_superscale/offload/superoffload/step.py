@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, NamedTuple, Protocol, cast
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -25,6 +24,7 @@ from lightning_superscale.optim.step_rule import StepGuard, SteppedUnit
 from lightning_superscale.optim.unit import GradientDelta, PublishEvent, ShardUnit
 from lightning_superscale.optim.unit_state import UnitState
 from lightning_superscale.timeline import UNTIMED, Timeline
+from lightning_superscale.torch_private import add_to_all
 
 # Looking ahead is given up for a while when more than so many of the last steps that tried had to look again: looking
 # twice costs more than waiting for the norm and hiding the step behind the next forward. After a pause the first such
@@ -195,7 +195,7 @@ class DeferredStep(AdamWRule):
             self._settling[unit.index] = settled
             yield SteppedUnit(unit, list(hypers), _stats_of(settled), SettledWeights(settled))
         if counts:
-            torch._foreach_add_(counts, 1.0)  # in place: they are the optimizer's own tensors
+            add_to_all(counts, 1.0)  # in place: they are the optimizer's own tensors
 
     def _settle(self, index: int, hypers: Mapping[int, AdamWHyper], fence: Any) -> _Settled:
         state = self._states[index]

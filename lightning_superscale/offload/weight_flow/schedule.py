@@ -24,11 +24,11 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.offload.weight_flow.weights import FlowingWeights, StreamedUnit
+from lightning_superscale.torch_private import saved_tensor_hooks, storage_id_of, tree_leaves, version_of
 
 # Blocks whose copies may be under way while another one is used.
 BLOCKS_AHEAD = 2
@@ -283,7 +283,7 @@ class WeightFlow:
         """Hooks for whatever autograd saves from now on; None where it saves nothing, or they are there."""
         if not torch.is_grad_enabled():
             return None
-        around = torch._C._autograd._top_saved_tensors_default_hooks(False)
+        around = saved_tensor_hooks()
         if around is not None and isinstance(getattr(around[0], "__self__", None), _SavedTensors):
             return None
         saved = _SavedTensors(self._unpacked, around)
@@ -297,7 +297,7 @@ class WeightFlow:
             owner = self.block_of.get(saved)
             block = None if owner is None else self._blocks[owner]
         else:
-            block = self._place.get(saved.untyped_storage()._cdata)
+            block = self._place.get(storage_id_of(saved.untyped_storage()))
         if block is not None:
             self._check_first_order(block)
             self._arrive(block)
@@ -327,17 +327,17 @@ class _SavedTensors:
         self._around = around
 
     def pack(self, saved: Tensor) -> Any:
-        return (saved, saved._version) if self._around is None else self._around[0](saved)
+        return (saved, version_of(saved)) if self._around is None else self._around[0](saved)
 
     def unpack(self, packed: Any) -> Tensor:
         if self._around is not None:
             saved = self._around[1](packed)
         else:
             saved, version = packed
-            if saved._version != version:
+            if version_of(saved) != version:
                 raise RuntimeError(
                     "one of the variables needed for gradient computation has been modified by an inplace operation: "
-                    f"{saved.dtype} {tuple(saved.shape)} is at version {saved._version}; expected version {version}"
+                    f"{saved.dtype} {tuple(saved.shape)} is at version {version_of(saved)}; expected version {version}"
                 )
         if saved.layout == torch.strided:
             self._unpacked(saved)

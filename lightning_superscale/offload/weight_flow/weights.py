@@ -40,6 +40,7 @@ from torch import Tensor, nn
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.layout.rows import ParamSlice, UnitLayout
 from lightning_superscale.offload.link.link import Link, LinkEvent, LinkFence
+from lightning_superscale.torch_private import storage_id_of
 
 
 class StreamedUnit(Protocol):
@@ -209,7 +210,7 @@ class FlowingWeights:
     @property
     def storage_id(self) -> int:
         """What tells this unit's device storage from others, filled or not."""
-        return int(self._storage._cdata)
+        return storage_id_of(self._storage)
 
     @property
     def full_bytes(self) -> int:

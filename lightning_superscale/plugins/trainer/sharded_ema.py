@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_superscale.comm.dtensor import gather_whole, local_of, local_part, placed_like, write_local
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.plugins.trainer.strategy import SuperScaleStrategyMixin
+from lightning_superscale.torch_private import lerp_all
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -69,7 +69,7 @@ class ShardedEMAMixin(_Base):
         for fqn in params.keys() - self._averages.keys():  # unfrozen since
             self._averages[fqn] = local_of(params[fqn]).float().clone()
         averages = [self._averages[fqn] for fqn in params]
-        torch._foreach_lerp_(averages, [local_of(param).float() for param in params.values()], 1 - self.decay)
+        lerp_all(averages, [local_of(param).float() for param in params.values()], 1 - self.decay)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._whole = self._gathered(trainer, pl_module)  # a checkpoint may be saved once nothing is sharded any more

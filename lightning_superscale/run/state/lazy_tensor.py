@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from lightning_superscale.checkpoint.state import ReadRequest, TensorInfo, TensorKey
 from lightning_superscale.layout.box import whole_box
+from lightning_superscale.torch_private import make_wrapper, tree_map
 
 if TYPE_CHECKING:
     from lightning_superscale.run.state.restore import OpenedCheckpoint
@@ -43,7 +43,7 @@ class LazyTensor(Tensor):
     @staticmethod
     def __new__(cls: type[LazyTensor], opened: OpenedCheckpoint, key: TensorKey, info: TensorInfo) -> LazyTensor:
         host = torch.device("cpu")
-        lazy: LazyTensor = torch.Tensor._make_wrapper_subclass(cls, info.shape, dtype=info.dtype, device=host)
+        lazy: LazyTensor = make_wrapper(cls, info.shape, info.dtype, host)
         lazy.key, lazy.opened = key, opened
         return lazy
 

@@ -24,6 +24,7 @@ from lightning_superscale.errors import CheckpointError
 from lightning_superscale.layout.box import Box, whole_box
 from lightning_superscale.run.state.collect import canonical
 from lightning_superscale.run.state.lazy_tensor import LazyTensor
+from lightning_superscale.torch_private import loaders_of
 
 
 class OpenedCheckpoint:
@@ -242,9 +243,7 @@ def check_fits(
 
 def _converts(module: nn.Module) -> bool:
     """Whether code that is not torch's has a say in what a module loads; torch's keeps names and shapes."""
-    hooks = module._load_state_dict_pre_hooks.values()
-    loaders = [type(module)._load_from_state_dict, *(getattr(hook, "hook", hook) for hook in hooks)]
-    return not all(str(getattr(loader, "__module__", "")).startswith("torch.") for loader in loaders)
+    return not all(str(getattr(loader, "__module__", "")).startswith("torch.") for loader in loaders_of(module))
 
 
 def _listed(names: Sequence[str]) -> str:

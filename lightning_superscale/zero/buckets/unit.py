@@ -13,6 +13,7 @@ from torch.autograd.graph import increment_version
 from lightning_superscale.layout.rows import ParamSpec, UnitLayout, shard_rows, unit_layout
 from lightning_superscale.ops.cpu.memory import RecycledMemory
 from lightning_superscale.optim.grad_dtypes import packed_into
+from lightning_superscale.torch_private import version_of
 
 
 class WeightHome(Protocol):
@@ -114,7 +115,7 @@ class BucketUnit:
 
     def edits_of(self, i: int) -> int:
         """A number that grows when anybody but a step changes a weight in place."""
-        return self.params[i]._version - self._num_steps[i]
+        return version_of(self.params[i]) - self._num_steps[i]
 
     # Gradients out
 

@@ -18,6 +18,7 @@ from lightning_superscale.comm.dtensor import local_rows_of, placed_like
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.layout.rows import ParamSlice
 from lightning_superscale.optim.grad_dtypes import grad_dtype_of
+from lightning_superscale.torch_private import version_of
 from lightning_superscale.zero.grads_in_param import edited_in_place, unscaled
 
 _MARK = 1e12
@@ -52,14 +53,14 @@ class HeldWholes:
         self._grads[param] = grad
         mark = torch.full_like(param.detach(), _MARK, dtype=grad_dtype_of(param))
         param.grad = mark
-        self._marks[param] = (mark, mark._version)
+        self._marks[param] = (mark, version_of(mark))
 
     def holds(self, param: nn.Parameter) -> bool:
         return param in self._grads
 
     def _is_marked(self, param: nn.Parameter) -> bool:
         mark, version = self._marks[param]
-        if param.grad is not mark or mark._version != version:
+        if param.grad is not mark or version_of(mark) != version:
             return False
         rows = local_rows_of(mark).view(-1)
         return rows.numel() == 0 or bool(rows[0])

@@ -13,10 +13,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from lightning_superscale.errors import SuperScaleError
+from lightning_superscale.torch_private import backward_hooks_of, has_post_accumulate_hooks, tree_leaves
 
 _Hooks = Mapping[int, Callable[[Tensor], Tensor | None]]
 
@@ -81,7 +81,7 @@ class UsersHooks:
     def hooks_of(self, param: nn.Parameter) -> list[_Hooks]:
         """Those of `register_hook`, oldest first."""
         owners = (self._original_of.get(param), param)
-        return [hooks for owner in owners if owner is not None and (hooks := getattr(owner, "_backward_hooks", None))]
+        return [hooks for owner in owners if owner is not None and (hooks := backward_hooks_of(owner))]
 
     def hand_back(self, plain: Mapping[nn.Parameter, nn.Parameter]) -> None:
         """Give hooks of sharded parameters to the plain ones that take their place; handles don't remove those."""
@@ -97,7 +97,7 @@ class UsersHooks:
             SuperScaleError: a hook that would look into `param.grad`, where a sharded parameter has no gradient.
         """
         for owner in (self._original_of.get(param), param):
-            if getattr(owner, "_post_accumulate_grad_hooks", None):
+            if owner is not None and has_post_accumulate_hooks(owner):
                 raise SuperScaleError(
                     f"parameter {fqn!r} has a hook of register_post_accumulate_grad_hook(), which reads param.grad; "
                     "with ZeRO-3 that is empty until the step. Use param.register_hook(), which is given the gradient, "

@@ -12,8 +12,9 @@ from collections.abc import Iterable, MutableMapping
 from typing import Any
 
 from torch import nn
-from torch.distributed._composable_state import _module_state_mapping
 from torch.distributed.fsdp import FSDPModule
+
+from lightning_superscale.torch_private import composable_states
 
 _OWNER = "torch.distributed.fsdp"
 _HOOK_TABLES = (
@@ -40,7 +41,7 @@ def release_modules(before: dict[nn.Module, frozenset[str]]) -> None:
         if isinstance(module, FSDPModule):
             original: Any = next(c for c in type(module).__mro__ if not issubclass(c, FSDPModule))
             module.__class__ = original
-        _module_state_mapping.pop(module, None)
+        composable_states().pop(module, None)
 
 
 def _is_fsdp_attribute(name: str) -> bool:

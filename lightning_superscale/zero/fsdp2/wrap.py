@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from lightning_superscale.comm.dtensor import local_of
 from lightning_superscale.errors import SuperScaleError, did_you_mean
+from lightning_superscale.torch_private import behind_compile, own_params_of
 
 Wrap = Iterable[type[nn.Module] | str] | None
 
@@ -151,7 +152,7 @@ def _class_names(module: nn.Module) -> set[str]:
 
 def _classes(module: nn.Module) -> tuple[type, ...]:
     """The classes of a module, seen through torch.compile and fully_shard."""
-    inner = getattr(module, "_orig_mod", module)
+    inner = behind_compile(module)
     return tuple(c for c in type(inner).__mro__ if issubclass(c, nn.Module) and c is not nn.Module)
 
 
@@ -215,7 +216,7 @@ def _sharing_with_others(root: nn.Module, chosen: set[nn.Module]) -> set[nn.Modu
 
     def visit(module: nn.Module, above: tuple[nn.Module, ...], seen: set[nn.Module]) -> None:
         path = (*above, module) if module in chosen else above
-        for param in module._parameters.values():
+        for param in own_params_of(module):
             if param is not None:
                 places.setdefault(param, []).append(path)
         for child in module.children():

@@ -1,0 +1,114 @@
+"""Every private name of torch that this package uses, and what for: where a new torch breaks us, it is here.
+
+`tests/test_torch_private.py` holds each of them, for the versions below. What FSDP2 leaves in a module is named where
+it is taken away, in zero/fsdp2/unwrap.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves, tree_map
+
+__all__ = [
+    "AsyncCollectiveTensor",
+    "is_traceable_wrapper_subclass",
+    "tree_leaves",
+    "tree_map",
+]
+
+VERSIONS = ("2.11", "2.13")
+"""The first and the last version with which the tests of these names have passed."""
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor was changed in place, as autograd counts it."""
+    return tensor._version
+
+
+def storage_id_of(storage: torch.UntypedStorage) -> int:
+    """What tells a storage from others, filled or not."""
+    return int(storage._cdata)
+
+
+def saved_tensor_hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None:
+    """The innermost pair (pack, unpack) of saved-tensor hooks that autograd would call now."""
+    found: Any = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return None if found is None else (found[0], found[1])
+
+
+def backward_hooks_of(param: Tensor) -> MutableMapping[int, Callable[[Tensor], Tensor | None]] | None:
+    """Those of `register_hook`, oldest first; None or empty where there are none."""
+    return getattr(param, "_backward_hooks", None)
+
+
+def has_post_accumulate_hooks(param: Tensor) -> bool:
+    return bool(getattr(param, "_post_accumulate_grad_hooks", None))
+
+
+def make_wrapper(cls: type[Tensor], shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Any:
+    """A tensor of a subclass that has a shape and no memory."""
+    return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+
+
+def add_to_all(tensors: list[Tensor], value: float) -> None:
+    """In place, in one launch."""
+    torch._foreach_add_(tensors, value)
+
+
+def copy_all(targets: list[Tensor], sources: list[Tensor] | tuple[Tensor, ...]) -> None:
+    """In place, in one launch."""
+    torch._foreach_copy_(targets, sources)
+
+
+def lerp_all(targets: list[Tensor], ends: list[Tensor], weight: float) -> None:
+    """`target += weight * (end - target)`, in place, in one launch."""
+    torch._foreach_lerp_(targets, ends, weight)
+
+
+def is_compiled(root: nn.Module) -> bool:
+    """Whether any part of the model is a `torch.compile` product."""
+    optimized = torch._dynamo.OptimizedModule if hasattr(torch, "_dynamo") else ()
+    return any(isinstance(m, optimized) or getattr(m, "_compiled_call_impl", None) is not None for m in root.modules())
+
+
+def behind_compile(module: nn.Module) -> nn.Module:
+    """The module that `torch.compile` wrapped, or itself."""
+    inner: nn.Module = getattr(module, "_orig_mod", module)
+    return inner
+
+
+def own_params_of(module: nn.Module) -> Iterable[nn.Parameter | None]:
+    """A module's parameters without those of its children, one that has several names as often."""
+    return module._parameters.values()
+
+
+def transient_buffers_of(module: nn.Module) -> Collection[str]:
+    """Names of a module's own buffers that are in no state dict."""
+    return module._non_persistent_buffers_set
+
+
+def loaders_of(module: nn.Module) -> list[object]:
+    """What has a say when a module loads a state dict: its method, and hooks before it."""
+    hooks = module._load_state_dict_pre_hooks.values()
+    return [type(module)._load_from_state_dict, *(getattr(hook, "hook", hook) for hook in hooks)]
+
+
+def composable_states() -> MutableMapping[nn.Module, Any]:
+    """The table in which `fully_shard` keeps a module's state."""
+    from torch.distributed._composable_state import _module_state_mapping
+
+    return _module_state_mapping
+
+
+def sharded_tensor_type() -> type[Any]:
+    """The tensor of FSDP1 and of old checkpoints, whose module few runs import."""
+    from torch.distributed._shard.sharded_tensor import ShardedTensor  # type: ignore[attr-defined]
+
+    found: type[Any] = ShardedTensor
+    return found

@@ -1,0 +1,150 @@
+"""Each private name of torch that we use does what we take it for; a failure here explains the others."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+
+import lightning_superscale
+from lightning_superscale import torch_private
+
+PACKAGE = Path(lightning_superscale.__file__).parent
+
+
+def test_this_torch_is_one_of_those_that_were_tried():
+    first, last = (tuple(map(int, version.split("."))) for version in torch_private.VERSIONS)
+    found = tuple(map(int, torch.__version__.split("+")[0].split(".")[:2]))
+    assert first <= found <= last, (
+        f"torch {torch.__version__} has not been tried: run the tests of this file, then widen torch_private.VERSIONS"
+    )
+
+
+def test_versions_count_changes_in_place_and_none_through_data():
+    tensor = torch.zeros(3)
+    before = torch_private.version_of(tensor)
+    tensor.add_(1)
+    tensor.data.add_(1)
+    assert torch_private.version_of(tensor) == before + 1
+
+
+def test_storages_are_told_apart_also_when_they_are_empty():
+    tensor, other = torch.zeros(3), torch.zeros(3)
+    found = torch_private.storage_id_of(tensor.untyped_storage())
+    tensor.untyped_storage().resize_(0)
+    assert torch_private.storage_id_of(tensor.detach().untyped_storage()) == found
+    assert torch_private.storage_id_of(other.untyped_storage()) != found
+
+
+def test_the_innermost_saved_tensor_hooks_are_found():
+    assert torch_private.saved_tensor_hooks() is None
+
+    def pack(tensor):
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, pack):
+        assert torch_private.saved_tensor_hooks() == (pack, pack)
+    assert torch_private.saved_tensor_hooks() is None
+
+
+def test_hooks_of_parameters_are_found():
+    param = nn.Parameter(torch.zeros(2))
+    assert not torch_private.backward_hooks_of(param)
+    assert not torch_private.has_post_accumulate_hooks(param)
+
+    def double(grad):
+        return grad * 2
+
+    param.register_hook(double)
+    assert list(torch_private.backward_hooks_of(param).values()) == [double]
+    param.register_post_accumulate_grad_hook(lambda param: None)
+    assert torch_private.has_post_accumulate_hooks(param)
+
+
+def test_a_wrapper_has_a_shape_and_no_memory():
+    class Shape(torch.Tensor):
+        @classmethod
+        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+            raise NotImplementedError
+
+    wrapper = torch_private.make_wrapper(Shape, (1 << 40, 2), torch.bfloat16, torch.device("cpu"))
+    assert (type(wrapper), tuple(wrapper.shape), wrapper.dtype) == (Shape, (1 << 40, 2), torch.bfloat16)
+    assert torch_private.is_traceable_wrapper_subclass(wrapper) is False
+
+
+def test_launches_for_many_tensors_change_each_in_place():
+    ones, twos = [torch.ones(2), torch.ones(3)], [torch.full((2,), 2.0), torch.full((3,), 2.0)]
+    torch_private.add_to_all(ones, 3.0)
+    assert all(torch.equal(t, torch.full_like(t, 4.0)) for t in ones)
+    torch_private.lerp_all(ones, twos, 0.5)
+    assert all(torch.equal(t, torch.full_like(t, 3.0)) for t in ones)
+    torch_private.copy_all(ones, twos)
+    assert all(torch.equal(t, u) for t, u in zip(ones, twos, strict=True))
+
+
+def test_compiled_modules_are_known_and_seen_through():
+    module = nn.Sequential(nn.Linear(2, 2))
+    assert not torch_private.is_compiled(module)
+    assert torch_private.behind_compile(module) is module
+    wrapped = torch.compile(module)
+    assert torch_private.is_compiled(wrapped)
+    assert torch_private.behind_compile(wrapped) is module
+    module[0].compile()
+    assert torch_private.is_compiled(module)
+
+
+def test_what_a_module_owns_is_found():
+    module = nn.Linear(2, 2)
+    module.again = module.weight
+    module.register_buffer("kept", torch.zeros(1))
+    module.register_buffer("transient", torch.zeros(1), persistent=False)
+    assert [param is module.weight for param in torch_private.own_params_of(module)] == [True, False, True]
+    assert set(torch_private.transient_buffers_of(module)) == {"transient"}
+
+
+def test_what_loads_a_module_is_found():
+    module = nn.Linear(2, 2)
+    assert [loader.__module__ for loader in torch_private.loaders_of(module)] == ["torch.nn.modules.module"]
+
+    def hook(module, *args):
+        return None
+
+    module.register_load_state_dict_pre_hook(hook)
+    assert hook in torch_private.loaders_of(module)
+
+
+def test_types_of_torch_distributed():
+    assert issubclass(torch_private.AsyncCollectiveTensor, torch.Tensor)
+    assert torch_private.sharded_tensor_type().__name__ == "ShardedTensor"
+    assert torch_private.tree_leaves({"a": [1, (2,)], "b": 3}) == [1, 2, 3]
+    assert torch_private.tree_map(lambda x: x + 1, {"a": [1, (2,)]}) == {"a": [2, (3,)]}
+
+
+def test_fully_shard_keeps_its_state_where_we_look(tmp_path):
+    from torch.distributed.fsdp import fully_shard
+
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        module = nn.Linear(2, 2)
+        assert module not in torch_private.composable_states()
+        fully_shard(module, mesh=init_device_mesh("cpu", (1,)))
+        assert module in torch_private.composable_states()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_other_file_imports_private_names_of_torch(path):
+    if path.name == "torch_private.py":
+        return
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "torch":
+            names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
+            assert not [name for name in names if name.startswith("_")], f"line {node.lineno}"
+        if isinstance(node, ast.Attribute) and node.attr in ("_version", "_cdata", "_parameters"):
+            raise AssertionError(f"line {node.lineno}: {node.attr} belongs in torch_private.py")
