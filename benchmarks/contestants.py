@@ -217,7 +217,7 @@ def run_trainer(
 
 def ours(**settings: Any) -> Callable[[], Any]:
     def build() -> Any:
-        from lightning_superscale.plugins.bindings.pytorch import SuperScaleStrategy
+        from lightning_superscale.plugins.pytorch import SuperScaleStrategy
 
         return SuperScaleStrategy(**settings)
 

@@ -14,7 +14,8 @@ import _lightning_superscale_autoload
 if TYPE_CHECKING:
     from lightning_superscale.config import CheckpointConfig, OffloadConfig, ZeroConfig
     from lightning_superscale.errors import CheckpointError, SuperScaleError
-    from lightning_superscale.plugins.bindings.pytorch import (
+    from lightning_superscale.plugins.checkpoint.load_from_checkpoint import load_from_checkpoint
+    from lightning_superscale.plugins.pytorch import (
         CheckpointBinder,
         ScaleMonitor,
         ShardedEMA,
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
         UniversalCheckpointIO,
         ZeroStrategy,
     )
-    from lightning_superscale.plugins.checkpoint.load_from_checkpoint import load_from_checkpoint
 
 __all__ = [
     "CheckpointBinder",

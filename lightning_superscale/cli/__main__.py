@@ -2,7 +2,7 @@
 
 import sys
 
-from lightning_superscale.cli.main import main
+from lightning_superscale.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any, TypeVar, Union
+from typing import Any, Literal, Optional, TypeVar, Union  # noqa: F401 # fields' annotations are read here
 
 from lightning_superscale.config.checkpoint import CheckpointConfig
 from lightning_superscale.config.offload import ENGINES, OffloadConfig
@@ -25,6 +25,11 @@ __all__ = [
 ]
 
 _C = TypeVar("_C")
+
+# Pickles and torch's list of safe globals know a class by its module: a checkpoint that holds a config as a
+# hyperparameter names this one, wherever the class is written.
+for _config in (CheckpointConfig, OffloadConfig, ZeroConfig):
+    _config.__module__ = __name__
 
 
 def config_from_mapping(config_class: type[_C], values: Mapping[str, Any], where: str) -> _C:

@@ -11,8 +11,8 @@ from typing import Any
 
 # Lightning's import name -> the module that binds our plugins to it.
 BINDINGS = {
-    "lightning.pytorch": "lightning_superscale.plugins.bindings.pytorch",
-    "pytorch_lightning": "lightning_superscale.plugins.bindings.pytorch_lightning",
+    "lightning.pytorch": "lightning_superscale.plugins.pytorch",
+    "pytorch_lightning": "lightning_superscale.plugins.pytorch_lightning",
 }
 
 # Name -> class, its arguments, and what the registry says of it.

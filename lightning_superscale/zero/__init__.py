@@ -1,1 +1,1 @@
-"""Shard units, the transports that feed them, and the optimizer engine that steps them."""
+"""Transports of ZeRO-0 to 3: they carry gradients to the optimizer's units, and new weights back."""

@@ -36,7 +36,7 @@ BY_TEST: dict[str, list[str]] = {
         "checkpoint/tools/diff.py",
         "checkpoint/tools/summary.py",
         "checkpoint/tools/view.py",
-        "cli/main.py",
+        "cli/command.py",
     ],
     "cli/test_doctor.py": ["cli/__main__.py"],
     # Real ranks: agreement, collectives and meshes only show over processes.
@@ -107,11 +107,11 @@ BY_TEST: dict[str, list[str]] = {
     "plugins/trainer/test_backward_patterns.py": ["plugins/trainer/backward.py", "zero/fsdp2/autograd.py"],
     "plugins/trainer/test_backward_in_fp16.py": ["zero/grad_schedule.py"],
     "plugins/test_registry.py": [
-        "plugins/bindings/pytorch.py",
-        "plugins/bindings/pytorch_lightning.py",
+        "plugins/pytorch.py",
+        "plugins/pytorch_lightning.py",
     ],
     "plugins/checkpoint/test_io.py": [
-        "plugins/checkpoint/binder.py",
+        "plugins/binder.py",
         "plugins/checkpoint/lightning_strategies.py",
         "plugins/checkpoint/load_from_checkpoint.py",
         "run/state/collect.py",

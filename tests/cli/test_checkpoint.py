@@ -27,7 +27,7 @@ from lightning_superscale.checkpoint.save.writer import save
 from lightning_superscale.checkpoint.state import MODEL, LocalState, TensorInfo, TensorKey
 from lightning_superscale.checkpoint.tools.chunks import SLAB_BYTES, slabs
 from lightning_superscale.checkpoint.tools.verify import verify
-from lightning_superscale.cli.main import main
+from lightning_superscale.cli import main
 from lightning_superscale.comm.mesh import single_mesh
 from lightning_superscale.errors import CheckpointError
 from tests.helpers.checkpoints import bits, local_state, state_tensors
@@ -551,7 +551,7 @@ import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job's children ignore it
 import sys, time
 from lightning_superscale.checkpoint.load.reader import SavedState
-from lightning_superscale.cli.main import main
+from lightning_superscale.cli import main
 
 read = SavedState.read
 def slowly(self, requests):

@@ -9,8 +9,7 @@ import sys
 
 import torch
 
-from lightning_superscale.cli import doctor
-from lightning_superscale.cli.main import main
+from lightning_superscale.cli import doctor, main
 from lightning_superscale.offload.planner import profile_cache
 from lightning_superscale.offload.planner.numa import available_cpus
 from lightning_superscale.offload.planner.profile import key_of

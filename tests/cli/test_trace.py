@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_superscale.cli.main import main
+from lightning_superscale.cli import main
 from lightning_superscale.cli.trace import Trace
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.timeline import LANES, Span

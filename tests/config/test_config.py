@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import zipfile
+from typing import get_type_hints
 
 import pytest
+import torch
 
 import lightning_superscale as lss
 from lightning_superscale.config import OffloadConfig, ZeroConfig, resolve_offload, resolve_zero
@@ -99,3 +102,16 @@ def test_a_mapping_is_taken_wherever_a_config_is():
 def test_configs_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         OffloadConfig().bucket_mb = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("config", [lss.OffloadConfig(engine="cpu"), lss.ZeroConfig(stage=2), lss.CheckpointConfig()])
+def test_checkpoints_know_configs_by_their_public_module(config, tmp_path):
+    """As those do that hold one as a hyperparameter, of versions whose configs were one file."""
+    name = type(config).__name__
+    torch.save({"hyper_parameters": {"config": config}}, tmp_path / "saved.ckpt")
+    with zipfile.ZipFile(tmp_path / "saved.ckpt") as saved:
+        written = saved.read(next(entry for entry in saved.namelist() if entry.endswith("data.pkl")))
+    assert f"clightning_superscale.config\n{name}\n".encode() in written
+    with torch.serialization.safe_globals([type(config)]):
+        assert torch.load(tmp_path / "saved.ckpt", weights_only=True)["hyper_parameters"]["config"] == config
+    assert get_type_hints(type(config)).keys() == {field.name for field in dataclasses.fields(config)}

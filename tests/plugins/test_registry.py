@@ -48,7 +48,7 @@ def test_autoload_registers_without_an_import_of_ours(lightning, binding):
     assert has_entry_point(), "the package is not installed: run `make setup`"
     done = python(f"import {lightning} as L\nNAME = 'superoffload'\n{TRAIN}")
     assert done.returncode == 0, done.stderr
-    assert f"trained with lightning_superscale.plugins.bindings.{binding} SuperOffloadStrategy 2" in done.stdout
+    assert f"trained with lightning_superscale.plugins.{binding} SuperOffloadStrategy 2" in done.stdout
 
 
 @pytest.mark.parametrize("opt_out", ["LSS_AUTOLOAD", "TORCH_DEVICE_BACKEND_AUTOLOAD"])
@@ -109,7 +109,7 @@ def test_importing_the_package_imports_neither_torch_nor_lightning():
 
 
 def test_the_two_bindings_differ_in_lightnings_name_only():
-    plugins = ROOT / "lightning_superscale" / "plugins" / "bindings"
+    plugins = ROOT / "lightning_superscale" / "plugins"
     ours = (plugins / "pytorch.py").read_text().replace("lightning.pytorch", "pytorch_lightning")
     assert ours == (plugins / "pytorch_lightning.py").read_text()
 
@@ -136,3 +136,16 @@ def test_public_names_are_what_the_docs_say():
     assert all(getattr(lss, name).__name__ == name for name in lss.__all__)
     with pytest.raises(AttributeError, match="no attribute 'SuperOfload'"):
         _ = lss.SuperOfload
+
+
+@pytest.mark.parametrize("lightning", ["lightning.pytorch", "pytorch_lightning"])
+def test_paths_that_users_have_written_down_stay(lightning):
+    """In YAML that --print_config gave, in pickles, and in the metadata of an editable install of an older checkout."""
+    path = f"lightning_superscale.plugins.{lightning.rpartition('.')[2]}.SuperOffloadStrategy"
+    done = python(f"import {lightning} as L\nNAME = '{path}'\n{TRAIN}")
+    assert done.returncode == 0, done.stderr
+    assert f"trained with {path.rpartition('.')[0]} SuperOffloadStrategy 2" in done.stdout
+    done = python("from lightning_superscale.cli import main; raise SystemExit(main(['--help']))")
+    assert done.returncode == 0, done.stderr
+    found = {point.module for point in entry_points(group=f"{lightning}.callbacks_factory")}
+    assert "lightning_superscale.plugins.binder" in found

@@ -71,7 +71,7 @@ class Manifest:
         libs: versions of the libraries that wrote it.
         root: folder within the checkpoint in which the files are; "" for its own.
         files: every file but the manifest, by name relative to `root`.
-        optimizers: as `rest.encode` wrote them.
+        optimizers: as `json_codec.encode` wrote them.
         aliases: name of a tied tensor -> the name under which it is.
         features: what a reader must know to read it at all.
         unknown: optional fields of a newer minor version, kept as they are.

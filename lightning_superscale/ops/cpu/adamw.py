@@ -89,7 +89,7 @@ def submit_adamw_commit(
 
     Args:
         priority: larger runs first; equal ones in order of submission.
-        held: start only at `ticket.release()` or when a CUDA stream reaches `cuda_rt.launch_notify`.
+        held: start only at `ticket.release()` or when a CUDA stream reaches `ops.cuda.runtime.launch_notify`.
     """
     return _submit(_COMMIT, segments, stats, pool, priority, held)
 

@@ -59,7 +59,7 @@ class Pool:
             self._destroy()
 
     def flag(self) -> Ticket[None]:
-        """A held ticket without work: `release()`, or a CUDA stream (`cuda_rt.launch_notify`), makes it done."""
+        """A held ticket without work: `release()`, or a CUDA stream (`launch_notify` of ops/cuda), makes it done."""
         if self._lib is None or self._handle is None:
             return Ticket(run=lambda: None, held=True)
         handle = c_void_p()

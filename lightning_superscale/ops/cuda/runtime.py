@@ -30,20 +30,20 @@ def pin(tensor: Tensor, *, device: int = 0) -> None:
     """Page-lock a contiguous CPU tensor's memory for every device; undo with `unpin` before it is freed."""
     if tensor.device.type != "cpu" or not tensor.is_contiguous():
         raise ValueError(f"pin: expected a contiguous CPU tensor, found {tensor.device}, stride {tensor.stride()}")
-    lib = loader.native_or_raise("cuda_rt.pin")
+    lib = loader.native_or_raise("runtime.pin")
     loader.check(lib, lib.lss_cu_pin(device, tensor.data_ptr(), tensor.nbytes))
 
 
 def unpin(tensor: Tensor, *, device: int = 0) -> None:
     """Undo `pin`."""
-    lib = loader.native_or_raise("cuda_rt.unpin")
+    lib = loader.native_or_raise("runtime.unpin")
     loader.check(lib, lib.lss_cu_unpin(device, tensor.data_ptr()))
 
 
 def copy_d2h(device: int, stream: int, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
     """Enqueue copies of (host dst, device src) pairs on a stream, in order, with one native call."""
     _check_pairs("copy_d2h", [(dst, src) for dst, src in pairs])
-    lib = loader.native_or_raise("cuda_rt.copy_d2h")
+    lib = loader.native_or_raise("runtime.copy_d2h")
     dst = (c_void_p * len(pairs))(*(dst.data_ptr() for dst, _ in pairs))
     src = (c_uint64 * len(pairs))(*(src.data_ptr() for _, src in pairs))
     sizes = (c_size_t * len(pairs))(*(src.nbytes for _, src in pairs))
@@ -53,7 +53,7 @@ def copy_d2h(device: int, stream: int, pairs: Sequence[tuple[Tensor, Tensor]]) -
 def copy_h2d(device: int, stream: int, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
     """Enqueue copies of (device dst, host src) pairs on a stream, in order, with one native call."""
     _check_pairs("copy_h2d", [(src, dst) for dst, src in pairs])
-    lib = loader.native_or_raise("cuda_rt.copy_h2d")
+    lib = loader.native_or_raise("runtime.copy_h2d")
     dst = (c_uint64 * len(pairs))(*(dst.data_ptr() for dst, _ in pairs))
     src = (c_void_p * len(pairs))(*(src.data_ptr() for _, src in pairs))
     sizes = (c_size_t * len(pairs))(*(src.nbytes for _, src in pairs))
@@ -62,19 +62,19 @@ def copy_h2d(device: int, stream: int, pairs: Sequence[tuple[Tensor, Tensor]]) -
 
 def record_event(device: int, event: int, stream: int) -> None:
     """Record an event. torch creates events lazily: `event.record()` once before taking `event.cuda_event`."""
-    lib = loader.native_or_raise("cuda_rt.record_event")
+    lib = loader.native_or_raise("runtime.record_event")
     loader.check(lib, lib.lss_cu_event_record(device, event, stream))
 
 
 def stream_wait_event(device: int, stream: int, event: int) -> None:
     """Work enqueued on the stream from now on waits for the event."""
-    lib = loader.native_or_raise("cuda_rt.stream_wait_event")
+    lib = loader.native_or_raise("runtime.stream_wait_event")
     loader.check(lib, lib.lss_cu_stream_wait_event(device, stream, event))
 
 
 def launch_notify(device: int, stream: int, ticket: Ticket[object]) -> None:
     """Release a held ticket when the stream reaches this point: a C callback, without the GIL."""
-    lib = loader.native_or_raise("cuda_rt.launch_notify")
+    lib = loader.native_or_raise("runtime.launch_notify")
     if ticket.handle is None:
         raise ValueError("launch_notify: expected a ticket of the native library, found one that ran without it")
     loader.check(lib, lib.lss_cu_launch_notify(device, stream, ticket.handle))

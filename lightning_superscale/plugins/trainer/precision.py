@@ -1,8 +1,8 @@
 """Dtypes of weights and of forward and backward; the optimizer step itself belongs to the engine.
 
 [Note: Two namespaces] Lightning ships twice, as `lightning.pytorch` and as `pytorch_lightning`, with
-unrelated class trees. All logic lives in mixins that import neither; `plugins/bindings/pytorch.py` and
-`plugins/bindings/pytorch_lightning.py` bind them to real bases.
+unrelated class trees. All logic lives in mixins that import neither; `plugins/pytorch.py` and
+`plugins/pytorch_lightning.py` bind them to real bases.
 """
 
 from __future__ import annotations

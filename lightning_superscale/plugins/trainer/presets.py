@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from types import FunctionType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from lightning_superscale.plugins.trainer.strategy import SuperScaleStrategyMixin
 
@@ -26,30 +26,35 @@ def with_defaults(**defaults: Any) -> Callable[[_Class], _Class]:
     return decorate
 
 
-def _with_other_defaults(cls: type, defaults: dict[str, Any]) -> FunctionType:
-    """A copy of the constructor itself, so that whoever inspects it finds names, types and their module as ever.
-
-    Its `super()` goes on behind the class that wrote it, so no class between that one and `cls` may have a constructor.
-    """
-    init = cls.__init__  # type: ignore[misc]
+def _with_other_defaults(cls: Any, defaults: dict[str, Any]) -> FunctionType:
+    """A constructor that calls the next class's with other defaults, and shows its names, types and module as ever."""
+    init = cls.__init__
     if not isinstance(init, FunctionType):
         raise TypeError(f"with_defaults expects a class with a constructor in Python, found {cls.__name__} without.")
-    params = [param for param in inspect.signature(init).parameters.values() if param.default is not param.empty]
-    names = [param.name for param in params]
+    shown = inspect.signature(init)
+    names = [param.name for param in shown.parameters.values() if param.default is not param.empty]
     unknown = [name for name in defaults if name not in names]
     if unknown:
         raise TypeError(
             f"with_defaults of {cls.__name__} expects parameters that have a default, which are {', '.join(names)}; "
             f"found {', '.join(unknown)}."
         )
-    values = {param: defaults.get(param.name, param.default) for param in params}
-    by_name = {param.name: value for param, value in values.items() if param.kind is param.KEYWORD_ONLY}
-    by_place = tuple(value for param, value in values.items() if param.kind is not param.KEYWORD_ONLY)
-    copied = FunctionType(init.__code__, init.__globals__, init.__name__, by_place, init.__closure__)
+    params = [param.replace(default=defaults.get(param.name, param.default)) for param in shown.parameters.values()]
+    signature = shown.replace(parameters=params)
+    names_self = params[0].name
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        given = signature.bind(self, *args, **kwargs)
+        given.apply_defaults()
+        del given.arguments[names_self]
+        super(cls, self).__init__(**given.arguments)
+
+    # Annotations are text, which is read in the globals of a function: those of the constructor that wrote it.
+    shows: Any = FunctionType(__init__.__code__, init.__globals__, init.__name__, None, __init__.__closure__)
     # Not functools.wraps: that would show inspect.signature the way to the constructor with the old defaults.
-    copied.__module__, copied.__qualname__, copied.__doc__ = init.__module__, init.__qualname__, init.__doc__
-    copied.__annotations__, copied.__kwdefaults__ = dict(init.__annotations__), by_name
-    return copied
+    shows.__module__, shows.__qualname__, shows.__doc__ = init.__module__, init.__qualname__, init.__doc__
+    shows.__annotations__, shows.__signature__ = dict(init.__annotations__), signature
+    return cast(FunctionType, shows)
 
 
 @with_defaults(zero=2, offload="superoffload")

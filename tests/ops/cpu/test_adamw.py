@@ -373,7 +373,7 @@ def test_adamw_commit_peek_divides_correctly_next_to_midpoints(path):
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("ieee_sqrt", [False, True])
 def test_adamw_deferred_commit_equals_clip_then_step(path, ieee_sqrt):
-    """ops.md 2.3: speculate, learn the verdict, and either stand, redo with the right coefficient, or drop."""
+    """Speculate, learn the verdict, and either stand, redo with the right coefficient, or drop."""
     numel, max_norm = 20_003, 1.0
     clipped, broken = {2, 3, 6, 9, 13, 14, 18}, {5: math.inf, 11: math.nan, 19: -math.inf}
     base = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1, "ieee_sqrt": ieee_sqrt}

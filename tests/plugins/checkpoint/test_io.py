@@ -22,7 +22,7 @@ import lightning_superscale as lss
 from lightning_superscale.checkpoint.load.reader import SavedState, is_checkpoint, open_checkpoint
 from lightning_superscale.checkpoint.state import TensorKey
 from lightning_superscale.errors import CheckpointError, SuperScaleError
-from lightning_superscale.plugins.checkpoint import binder
+from lightning_superscale.plugins import binder
 from tests.helpers.trainers import Regressor, assert_same_weights, loader, trainer
 from tests.helpers.universal import Mixed, content
 

@@ -12,7 +12,7 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import lightning_superscale as lss
-from lightning_superscale.plugins.bindings import pytorch, pytorch_lightning
+from lightning_superscale.plugins import pytorch, pytorch_lightning
 from lightning_superscale.plugins.trainer.presets import with_defaults
 from tests.helpers.trainers import Regressor
 
@@ -66,6 +66,19 @@ def test_a_subclass_may_have_a_constructor_of_its_own():
             super().__init__(stage, error_if_nonfinite=True)
 
     assert (Mine().zero_config.stage, Mine().error_if_nonfinite) == (1, True)
+
+
+def test_no_constructor_between_is_skipped():
+    class Logged(lss.SuperScaleStrategy):
+        def __init__(self, **arguments) -> None:
+            super().__init__(**arguments)
+            self.logged = arguments["zero"]
+
+    class Both(lss.SuperOffloadStrategy, Logged):
+        pass
+
+    made = Both()
+    assert (made.logged, made.zero_config.stage, made.offload_config.engine) == (2, 2, "superoffload")
 
 
 @pytest.mark.parametrize("mode", ["yaml", "omegaconf"])

@@ -1,13 +1,13 @@
-"""The plugins for `lightning.pytorch` ([Note: Two namespaces])."""
+"""The plugins for `pytorch_lightning` ([Note: Two namespaces])."""
 
 from __future__ import annotations
 
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.plugins.io import CheckpointIO
-from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.strategies import DDPStrategy
+from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.plugins.io import CheckpointIO
+from pytorch_lightning.plugins.precision import Precision
+from pytorch_lightning.strategies import DDPStrategy
 
-from lightning_superscale.plugins.checkpoint.binder import CheckpointBinderMixin
+from lightning_superscale.plugins.binder import CheckpointBinderMixin
 from lightning_superscale.plugins.checkpoint.io import UniversalCheckpointIOMixin
 from lightning_superscale.plugins.trainer.precision import SuperScalePrecisionMixin
 from lightning_superscale.plugins.trainer.presets import SuperOffloadStrategyMixin, ZeroStrategyMixin

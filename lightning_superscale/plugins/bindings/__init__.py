@@ -1,1 +1,0 @@
-"""The plugins bound to each import name of Lightning."""
