@@ -37,7 +37,7 @@ from lightning_superscale.run.report.memory import byte_classes
 from lightning_superscale.run.report.plan import ParallelPlan
 from lightning_superscale.run.report.reasons import reasons_of, where_states_are
 from lightning_superscale.run.settings import RunSettings
-from lightning_superscale.run.weight_flow import EnginePublications, how_weights_flow, stream_the_rest
+from lightning_superscale.run.weight_flow import EnginePublications, stream_the_rest
 from lightning_superscale.torch_private import is_compiled
 from lightning_superscale.zero.buckets.transport import BucketTransport
 from lightning_superscale.zero.buckets.unit import BucketUnit
@@ -45,7 +45,7 @@ from lightning_superscale.zero.forward_gates import PublishGates
 from lightning_superscale.zero.fsdp2.module import ShardedModule
 from lightning_superscale.zero.fsdp2.shard import ShardingPolicy, shard_module
 from lightning_superscale.zero.fsdp2.transport import Fsdp2Transport
-from lightning_superscale.zero.replicated import BufferSync, broadcast_from_first
+from lightning_superscale.zero.replicated import broadcast_from_first
 from lightning_superscale.zero.tensor_parallel import check_placements
 
 
@@ -67,7 +67,6 @@ class Assembly:
     link: Link | None
     host: HostPlan
     update: UpdatePath
-    buffers: BufferSync
     ranks: Communicator
     sharded: ShardedModule | None
     reasons: list[str] = field(default_factory=list)
@@ -94,20 +93,18 @@ class Assembly:
             self._old_gates_seconds = self.waited_seconds
             for gates in self.gates:
                 gates.close()
-            compiled = is_compiled(self.module)
+            compiled = self.settings.is_compiled or is_compiled(self.module)
             self.gates = _gates(self.module, self.engines.values(), self.settings, is_model_compiled=compiled)
 
     def enter_step(self) -> None:
-        """Before a training step's forward. Every rank calls it."""
-        if self.settings.flow is not None:
-            self.settings.flow.enter()
-        self.buffers.sync()
+        """Before a training step's forward, once techniques are ready for it. Every rank calls it."""
         for gates in self.gates:
             gates.enter_step()
 
     def after_backward(self) -> None:
         """After the last backward of a step. Every rank calls it."""
-        if self.settings.is_automatic and self.settings.why_held is not None:
+        visibility = self.settings.visibility
+        if visibility.is_automatic and visibility.why_gradients_stay is not None:
             for engine in self.engines.values():
                 engine.transport.average_held()
 
@@ -118,8 +115,8 @@ class Assembly:
     def abandon(self) -> None:
         """A step was interrupted, here or on another rank: wait for nobody."""
         self.is_abandoned = True
-        if self.settings.flow is not None:
-            self.settings.flow.rest()
+        for technique in self.settings.techniques:
+            technique.rest(is_visible=False)
         for engine in self.engines.values():
             engine.abandon()
         if self.sharded is not None:
@@ -128,12 +125,12 @@ class Assembly:
     def close(self) -> None:
         for gates in self.gates:
             gates.close()
-        if self.settings.flow is not None:
-            self.settings.flow.rest()
+        for technique in self.settings.techniques:
+            technique.rest(is_visible=False)
         for engine in self.engines.values():
             engine.close()
-        if self.settings.flow is not None:
-            self.settings.flow.close()
+        for technique in reversed(self.settings.techniques):
+            technique.close()
         if self.settings.precision.gradients.accumulation is not None:
             narrow_gradients(self.module.parameters())
 
@@ -156,15 +153,19 @@ class Assembly:
             unit_bytes=self.host.unit_bytes,
             cpu_threads=self.update.num_threads,
             kernel="its own code" if own else self.update.name,
-            bytes=byte_classes(
-                self.module,
-                self.engines.values(),
-                settings.zero,
-                shard_size=self.mesh.shard.size,
-                flow=settings.flow,
-            ),
+            bytes=[
+                *byte_classes(
+                    self.module,
+                    self.engines.values(),
+                    settings.zero,
+                    shard_size=self.mesh.shard.size,
+                    flow=settings.flow,
+                ),
+                *(row for technique in settings.techniques for row in technique.bytes()),
+            ],
             reasons=[
                 *self.reasons,
+                *(reason for technique in settings.techniques for reason in technique.reasons()),
                 *self.host.reasons,
                 *where_states_are(self.engines.values(), settings, has_settled_in=self._has_settled_in),
                 *(f"the optimizer steps through its own code: {reason}" for reason in own),
@@ -221,15 +222,14 @@ def assemble(module: nn.Module, optimizers: Sequence[Optimizer], settings: RunSe
     for engine in engines.values():
         if settings.streams:
             engine.transport.stream()
-        elif not settings.is_automatic:
+        elif not settings.visibility.is_automatic:
             engine.transport.watch_edits(settings.is_scaling)
-    compiled = is_compiled(module)
+    for technique in settings.techniques:
+        technique.connect(ranks)
+    compiled = settings.is_compiled or is_compiled(module)
     gates = _gates(module, engines.values(), settings, is_model_compiled=compiled)
     reasons = reasons_of(settings, is_model_compiled=compiled)
-    if offload is not None:
-        reasons.append(how_weights_flow(settings.weights, settings.flow, module))
-    buffers = BufferSync(ranks, module)
-    return Assembly(module, settings, engines, gates, link, host, update, buffers, ranks, sharded, reasons)
+    return Assembly(module, settings, engines, gates, link, host, update, ranks, sharded, reasons)
 
 
 def _offload_context(settings: RunSettings, host: HostPlan, update: UpdatePath, link: Link) -> OffloadContext | None:

@@ -17,8 +17,14 @@ from lightning_superscale.zero.replicated import broadcast_from_first
 
 
 @contextmanager
-def full_params(assembly: Assembly, *, writes: bool) -> Iterator[dict[str, Tensor]]:
-    """See `SuperScaleStrategyMixin.full_params`. New weights have arrived, and those that flow are at rest."""
+def full_params(assembly: Assembly | None, *, writes: bool) -> Iterator[dict[str, Tensor]]:
+    """See `Run.full_params`. New weights have arrived, and those that flow are at rest.
+
+    Raises:
+        SuperScaleError: nothing is trained, or a tensor was edited without `writes`.
+    """
+    if assembly is None:
+        raise SuperScaleError("full_params() gives weights while trainer.fit() runs; before and after, they are whole.")
     module, sharded, mesh = assembly.module, assembly.sharded, assembly.mesh
     own = dict(module.named_parameters())
     if sharded is not None:

@@ -12,9 +12,16 @@ from lightning_superscale.offload.engine import OffloadEngine, engine_of
 from lightning_superscale.offload.weight_flow.schedule import WeightFlow
 from lightning_superscale.optim.transport import IsScaling
 from lightning_superscale.run.precision import PrecisionChoices
-from lightning_superscale.run.weight_flow import WeightsChoice
+from lightning_superscale.run.techniques.registry import flow_among
+from lightning_superscale.run.techniques.technique import ModuleTechnique
+from lightning_superscale.run.visibility import Visibility
 from lightning_superscale.timeline import UNTIMED, Timeline
 from lightning_superscale.zero.fsdp2.gather_order import GatherOrder
+
+
+def shards_weights(zero: ZeroConfig, mesh: DataMesh) -> bool:
+    """Stage 3 over several ranks: FSDP2 gathers weights for forward and backward, over data-parallel ones."""
+    return zero.stage == 3 and mesh.num_shares > 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,15 +29,13 @@ class RunSettings:
     """What a run is assembled from.
 
     Attributes:
-        why_held: why gradients stay in `param.grad` until the step; None when they may leave during backward.
-        why_awaited: why new weights are waited for right after the step; None when forward may wait for them.
-        is_automatic: whether Lightning runs backward and step, or the user's training_step.
+        visibility: what user code may look at between the run's passes.
         precision: dtypes of everything.
         timeline: where a step is recorded, when one is.
         order: compares gathers between ranks; needed by stage 3 over several ranks.
-        weights: whether weights flow from the host, and why.
         is_scaling: whether losses are scaled by a backward that runs now; None where none ever is.
-        flow: brings them when they are used; None when they stay on the device.
+        techniques: what acts on the module around its forwards.
+        is_compiled: whether the framework says that the module is a product of `torch.compile`.
     """
 
     mesh: DataMesh
@@ -39,19 +44,22 @@ class RunSettings:
     offload: OffloadConfig | None
     precision: PrecisionChoices
     error_if_nonfinite: bool
-    why_held: str | None
-    why_awaited: str | None
-    is_automatic: bool
+    visibility: Visibility
     order: GatherOrder | None
-    weights: WeightsChoice
-    flow: WeightFlow | None = None
+    techniques: tuple[ModuleTechnique, ...] = ()
+    is_compiled: bool = False
     is_scaling: IsScaling | None = None
     timeline: Timeline = UNTIMED
 
     @property
     def shards_weights(self) -> bool:
-        """Stage 3 over several ranks: FSDP2 gathers weights for forward and backward, over data-parallel ones."""
-        return self.zero.stage == 3 and self.mesh.num_shares > 1
+        """See the function of this name."""
+        return shards_weights(self.zero, self.mesh)
+
+    @property
+    def flow(self) -> WeightFlow | None:
+        """What brings weights to the device when they are used; None when they stay there."""
+        return flow_among(self.techniques)
 
     @property
     def engine(self) -> OffloadEngine | None:
@@ -61,4 +69,4 @@ class RunSettings:
     @property
     def streams(self) -> bool:
         """Whether gradients leave during backward: they have somewhere to go, and nobody looks at them before."""
-        return self.why_held is None and (self.offload is not None or not self.mesh.is_single)
+        return self.visibility.why_gradients_stay is None and (self.offload is not None or not self.mesh.is_single)

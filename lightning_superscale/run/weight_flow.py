@@ -17,7 +17,6 @@ from lightning_superscale.offload.weight_flow.weights import FlowingWeights, Str
 from lightning_superscale.ops.cpu.memory import RecycledMemory
 from lightning_superscale.optim.engine import OptimizerEngine
 from lightning_superscale.run.report.plan import format_bytes
-from lightning_superscale.torch_private import is_compiled
 from lightning_superscale.zero.buckets.transport import BucketTransport
 from lightning_superscale.zero.buckets.unit import BucketUnit
 from lightning_superscale.zero.fsdp2.wrap import blocks_with_own_params
@@ -38,7 +37,12 @@ class WeightsChoice:
 
 
 def choose_weights(
-    offload: OffloadConfig | None, zero: ZeroConfig, module: nn.Module, device: torch.device
+    offload: OffloadConfig | None,
+    zero: ZeroConfig,
+    module: nn.Module,
+    device: torch.device,
+    *,
+    is_compiled: bool = False,
 ) -> WeightsChoice:
     """What `OffloadConfig.weights` means for a model that is not on the device yet. No rank asks another one."""
     if offload is None:
@@ -53,16 +57,16 @@ def choose_weights(
     share = f"they take {format_bytes(needed)} of {format_bytes(free)} that are free there"
     if needed <= _MOST_OF_DEVICE * free:
         return WeightsChoice(False, share)
-    why_not = _why_not_flow(offload, zero, module)
+    why_not = _why_not_flow(offload, zero, module, is_compiled=is_compiled)
     if why_not is not None:
         return WeightsChoice(False, f"{share}, but {why_not}")
     return WeightsChoice(True, share)
 
 
-def _why_not_flow(offload: OffloadConfig, zero: ZeroConfig, module: nn.Module) -> str | None:
+def _why_not_flow(offload: OffloadConfig, zero: ZeroConfig, module: nn.Module, *, is_compiled: bool) -> str | None:
     if zero.stage == 3:
         return "zero=3 shards them over ranks"
-    if is_compiled(module) or getattr(module, "_compiler_ctx", None) is not None:
+    if is_compiled:
         return "a compiled graph keeps views of weights"
     if offload.gpu_fraction not in ("auto", 0):
         return f"gpu_fraction={offload.gpu_fraction} keeps states there, and their weights with them"
@@ -87,14 +91,14 @@ def check_flow(zero: ZeroConfig, offload: OffloadConfig | None) -> None:
         )
 
 
-def flow_of(module: nn.Module, offload: OffloadConfig) -> WeightFlow:
+def flow_of(module: nn.Module, offload: OffloadConfig, *, is_compiled: bool = False) -> WeightFlow:
     """Find the blocks whose weights flow and hook them. The module is in host memory or on the device, whole.
 
     Raises:
         SuperScaleError: a compiled model, a model without blocks, or a name in `wrap` that matches nothing.
     """
     name = type(module).__name__
-    if is_compiled(module) or getattr(module, "_compiler_ctx", None) is not None:
+    if is_compiled:
         raise SuperScaleError(
             f"weights='flow' empties weights between uses, and a compiled graph of {name} keeps views of them. "
             f"Train without torch.compile. {_STATIONARY}"

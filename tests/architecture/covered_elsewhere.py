@@ -104,7 +104,7 @@ BY_TEST: dict[str, list[str]] = {
         "zero/fsdp2/unit.py",
     ],
     "zero/fsdp2/test_contract.py": ["zero/fsdp2/unwrap.py"],
-    "plugins/trainer/test_backward_patterns.py": ["plugins/trainer/backward.py", "zero/fsdp2/autograd.py"],
+    "plugins/trainer/test_backward_patterns.py": ["zero/fsdp2/autograd.py", "zero/fsdp2/user_errors.py"],
     "plugins/trainer/test_backward_in_fp16.py": ["zero/grad_schedule.py"],
     "plugins/test_registry.py": [
         "plugins/pytorch.py",
@@ -119,13 +119,14 @@ BY_TEST: dict[str, list[str]] = {
     ],
     "plugins/checkpoint/test_universal_checkpoints.py": ["run/state/optimizer_states.py"],
     "plugins/trainer/test_strategy.py": [
-        "plugins/trainer/evaluation.py",
-        "plugins/trainer/run_state.py",
         "run/assemble.py",
+        "run/state/module_state.py",
         "run/report/plan.py",
         "run/report/reasons.py",
         "run/settings.py",
     ],
-    "plugins/trainer/test_traps.py": ["plugins/trainer/visibility.py"],
+    "plugins/trainer/test_traps.py": ["plugins/trainer/visibility.py", "run/visibility.py"],
+    "extending/test_module_technique.py": ["run/techniques/registry.py", "run/techniques/technique.py"],
+    "run/test_weight_flow.py": ["run/techniques/weight_flow.py"],
     "cli/test_trace.py": ["run/report/phases.py", "run/report/recorder.py"],
 }

@@ -85,7 +85,7 @@ class Deep(L.LightningModule):
 def device_bytes(module) -> int:
     """Bytes of flowing weights on the device: of the storages that units were given, and nothing else."""
     strategy = module._trainer.strategy if module._trainer is not None else None
-    flow = getattr(strategy, "_flow", None)
+    flow = strategy.run.flow if isinstance(strategy, lss.SuperScaleStrategy) else None
     if flow is None:
         return 0
     return sum(weights.device_bytes for block in flow._blocks for weights in block.weights)
@@ -419,7 +419,7 @@ def test_auto_lets_weights_flow_that_would_crowd_the_device(monkeypatch, module,
 
     class Tells(L.Callback):
         def on_train_end(self, trainer, pl_module):
-            told.append((trainer.strategy.explain(), trainer.strategy._flow is not None))
+            told.append((trainer.strategy.explain(), trainer.strategy.run.flow is not None))
 
     fit(trained, strategy(weights="auto", **options), callbacks=[Tells()])
     [(explained, has_flow)] = told
@@ -472,11 +472,11 @@ class Backwards(Deep):
         strategy = self.trainer.strategy
         if isinstance(strategy, lss.SuperScaleStrategy):
             (engine,) = strategy.assembly.engines.values()
-            of_blocks = [{strategy._flow.block_of.get(p) for p in unit.params} for unit in engine.transport.units]
+            of_blocks = [{strategy.run.flow.block_of.get(p) for p in unit.params} for unit in engine.transport.units]
             assert all(len(blocks) == 1 for blocks in of_blocks)
             self.order = [blocks.pop() for blocks in of_blocks]
             frozen = 2  # one block, and a layer of another
-            held = [weights for block in strategy._flow._blocks for weights in block.weights]
+            held = [weights for block in strategy.run.flow._blocks for weights in block.weights]
             assert len(held) == sum(block is not None for block in self.order) + frozen
 
 

@@ -1,4 +1,4 @@
-"""Dtypes of weights and of forward and backward; the optimizer step itself belongs to the engine.
+"""Dtypes of weights and of forward and backward; the optimizer step itself belongs to the run.
 
 [Note: Two namespaces] Lightning ships twice, as `lightning.pytorch` and as `pytorch_lightning`, with
 unrelated class trees. All logic lives in mixins that import neither; `plugins/pytorch.py` and
@@ -7,9 +7,8 @@ unrelated class trees. All logic lives in mixins that import neither; `plugins/p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Optional, Union
 
 import torch
@@ -19,9 +18,10 @@ from torch.optim import Optimizer
 
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.optim.clipping import ClipByNorm, ClipByValue
-from lightning_superscale.optim.engine import OptimizerEngine
+from lightning_superscale.plugins.lightning_private import plain_optimizer
 from lightning_superscale.run.loss_scaler import LossScaler
 from lightning_superscale.run.precision import PrecisionName, choose
+from lightning_superscale.run.run import Run
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
@@ -105,22 +105,18 @@ class SuperScalePrecisionMixin(_Base):
         elif scaler is not None:
             raise SuperScaleError(f"precision={precision!r} scales no losses; found a scaler. Remove it.")
         self._device_type = "cpu"
-        self._engines: Mapping[Optimizer, OptimizerEngine] = {}
+        self._run: Run | None = None
 
     # What the strategy tells us
 
-    def attach(self, device_type: str, engines: Mapping[Optimizer, OptimizerEngine]) -> None:
+    def attach(self, run: Run, device_type: str) -> None:
         """Called by the strategy in setup, once its device and optimizers are known."""
         self._device_type = device_type
-        self._engines = engines
-        self._announce_scale()
+        self._run = run
 
     def detach(self) -> None:
         """Called by the strategy once the run is over: keep nothing of it."""
-        self._engines = {}
-
-    def _engine_of(self, optimizer: Any) -> OptimizerEngine | None:
-        return self._engines.get(getattr(optimizer, "_optimizer", optimizer))
+        self._run = None
 
     # Dtypes
 
@@ -154,16 +150,12 @@ class SuperScalePrecisionMixin(_Base):
     # Scaled losses
 
     def pre_backward(self, tensor: Tensor, module: LightningModule) -> Tensor:  # type: ignore[override]
-        self._announce_scale()
+        if self._run is not None:
+            self._run.announce_loss_scale()
         if self.scaler is not None:
             # The factor is a tensor of fp32, so that a loss in fp16 does not overflow before its gradients do.
             tensor = tensor * torch.tensor(self.scaler.scale, device=tensor.device)
         return super().pre_backward(tensor, module)
-
-    def _announce_scale(self) -> None:
-        if self.scaler is not None:
-            for engine in self._engines.values():
-                engine.scale_losses(self.scaler.scale)
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self.scaler is None else self.scaler.state_dict()
@@ -177,38 +169,7 @@ class SuperScalePrecisionMixin(_Base):
         if type(self).__qualname__ not in checkpoint and checkpoint.get("MixedPrecision"):
             self.load_state_dict(checkpoint["MixedPrecision"])
 
-    # The step
-
-    def optimizer_step(  # type: ignore[override]
-        self, optimizer: Any, model: LightningModule, closure: Callable[[], Any], **kwargs: Any
-    ) -> Any:
-        """Run the closure (forward, backward), then the hooks and the clipping request, then the engine."""
-        engine = self._engine_of(optimizer)
-        if engine is None:
-            return super().optimizer_step(optimizer, model=model, closure=closure, **kwargs)
-        if kwargs:
-            raise SuperScaleError(
-                f"optimizer.step() takes only a closure under this strategy, found {', '.join(map(repr, kwargs))}."
-            )
-        evaluate = partial(self._wrap_closure, model, optimizer, closure)
-        if engine.is_passthrough:
-            return engine.passthrough_step(evaluate)
-        if engine.needs_closure:
-            if self.scaler is not None:
-                raise SuperScaleError(
-                    f"{type(engine.optimizer).__name__} evaluates the loss itself, which precision={self.precision!r} "
-                    "can't scale. Use 'bf16-mixed' or 'bf16-true'."
-                )
-            return engine.closure_step(evaluate)
-        try:
-            result = evaluate()
-        except BaseException:
-            engine.discard_gradients()
-            raise
-        has_stepped = engine.step()
-        if self.scaler is not None and not (result is None and model.automatic_optimization):
-            self.scaler.update(has_overflowed=not has_stepped)
-        return result
+    # Clipping
 
     def clip_gradients(
         self,
@@ -219,10 +180,7 @@ class SuperScalePrecisionMixin(_Base):
         """Ask for clipping; the engine applies it inside the step, where it costs no pass of its own."""
         if clip_val <= 0:
             return
-        engine = self._engine_of(optimizer)
-        if engine is None or engine.is_passthrough:
+        limit = float(clip_val)
+        request = ClipByValue(limit) if gradient_clip_algorithm == "value" else ClipByNorm(limit)
+        if self._run is None or not self._run.clip(plain_optimizer(optimizer), request):
             super().clip_gradients(optimizer, clip_val, gradient_clip_algorithm)
-        elif gradient_clip_algorithm == "value":
-            engine.request_clip(ClipByValue(float(clip_val)))
-        else:
-            engine.request_clip(ClipByNorm(float(clip_val)))

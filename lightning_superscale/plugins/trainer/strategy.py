@@ -1,47 +1,47 @@
-"""The strategy: assembles units, transports, engines and link from the configs. No algorithms here."""
+"""The Trainer's strategy: Lightning's hooks, handed to a `Run`. No algorithms here."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, Union, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_superscale.comm.communicator import Communicator
 from lightning_superscale.comm.mesh import check_tensor_size
 from lightning_superscale.config import CheckpointConfig, OffloadConfig, ZeroConfig, resolve_offload, resolve_zero
 from lightning_superscale.errors import SuperScaleError
-from lightning_superscale.offload.weight_flow.schedule import WeightFlow
-from lightning_superscale.plugins.checkpoint.io import UniversalCheckpointIOMixin, before_step
-from lightning_superscale.plugins.trainer.backward import BackwardMixin
+from lightning_superscale.plugins.checkpoint.io import (
+    UniversalCheckpointIOMixin,
+    before_step,
+    load_through,
+    save_through,
+)
+from lightning_superscale.plugins.lightning_private import (
+    drop_launcher,
+    is_compiled_whole,
+    keep_sampler,
+    layer_sync_of,
+    plain_optimizer,
+    set_device_mesh,
+    wrapped_closure,
+)
 from lightning_superscale.plugins.trainer.precision import SuperScalePrecisionMixin
-from lightning_superscale.plugins.trainer.run_state import RunStateMixin
-from lightning_superscale.plugins.trainer.visibility import why_gradients_are_held, why_weights_are_awaited
-from lightning_superscale.run.assemble import Assembly, assemble
+from lightning_superscale.plugins.trainer.visibility import visibility_of
+from lightning_superscale.run.assemble import Assembly
 from lightning_superscale.run.checks import refuse_averaging
-from lightning_superscale.run.environment import DEFAULT_TIMEOUT, RankEnvironment, check_axes
+from lightning_superscale.run.environment import DEFAULT_TIMEOUT, check_axes
 from lightning_superscale.run.precision import PRECISIONS, check_precision
 from lightning_superscale.run.report.phases import PhaseSeconds
-from lightning_superscale.run.report.reasons import device_share
-from lightning_superscale.run.report.recorder import StepRecorder
-from lightning_superscale.run.report.run_report import RunReport
-from lightning_superscale.run.settings import RunSettings
-from lightning_superscale.run.weight_flow import (
-    WeightsChoice,
-    check_flow,
-    choose_weights,
-    flow_alone,
-    flow_of,
-    place_resident,
-)
-from lightning_superscale.timeline import Lane
-from lightning_superscale.zero.grad_schedule import Flag
-from lightning_superscale.zero.meta_init import is_on_meta, materialise_all
-from lightning_superscale.zero.replicated import broadcast_from_first
+from lightning_superscale.run.report.plan import ParallelPlan
+from lightning_superscale.run.run import Run
+from lightning_superscale.run.settings import shards_weights
+from lightning_superscale.run.weight_flow import check_flow
+from lightning_superscale.zero.meta_init import is_on_meta
 
 if TYPE_CHECKING:
     from lightning.fabric.plugins import ClusterEnvironment
@@ -52,8 +52,11 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
+# Where a checkpoint keeps states of module techniques; absent where none has any.
+TECHNIQUES_KEY = "lightning_superscale_techniques"
 
-class SuperScaleStrategyMixin(BackwardMixin, RunStateMixin, _Base):
+
+class SuperScaleStrategyMixin(_Base):
     """Data-parallel training with sharded, offloaded or plain optimizer states, exactly as plain AdamW.
 
     Args:
@@ -89,24 +92,13 @@ class SuperScaleStrategyMixin(BackwardMixin, RunStateMixin, _Base):
     ) -> None:
         self.zero_config = resolve_zero(zero)
         self.offload_config = resolve_offload(offload)
-        self.error_if_nonfinite = error_if_nonfinite
+        self.run = Run(self.zero_config, self.offload_config, error_if_nonfinite=error_if_nonfinite)
         if checkpoint is not None:
             if checkpoint_io is not None:
                 raise SuperScaleError("pass either checkpoint, which is of UniversalCheckpointIO, or checkpoint_io.")
             checkpoint_io = self.checkpoint_io_class(checkpoint)
-        self._assembly: Assembly | None = None
-        self._finished: Assembly | None = None
-        self._report: RunReport | None = None
-        self._flow: WeightFlow | None = None
-        self._weights = WeightsChoice(False, "zero=3 shards them over ranks")
-        self._environment = RankEnvironment()
-        self._awaits_weights = True
-        self._shows_weights = True
-        self._was_on_meta = False
-        self._is_blocked = False
-        self._in_backward = Flag()
-        self.phase_seconds = PhaseSeconds()
-        self._recorder: StepRecorder | None = None
+        self._start_method = start_method
+        self._timeout = timeout
         super().__init__(
             accelerator=accelerator,
             parallel_devices=parallel_devices,
@@ -138,6 +130,10 @@ class SuperScaleStrategyMixin(BackwardMixin, RunStateMixin, _Base):
         check_precision(precision)
         self._precision_plugin = self.precision_class(precision, getattr(plugin, "scaler", None))  # type: ignore[arg-type]
 
+    @property
+    def _precision(self) -> SuperScalePrecisionMixin:
+        return cast(SuperScalePrecisionMixin, self.precision_plugin)  # its setter takes or makes no other
+
     # Environment
 
     @property
@@ -145,8 +141,7 @@ class SuperScaleStrategyMixin(BackwardMixin, RunStateMixin, _Base):
         return self.num_nodes * max(1, self.num_processes)
 
     def _configure_launcher(self) -> None:
-        # One process needs no launcher, and without one notebooks work too.
-        self._launcher = None
+        drop_launcher(self)  # one process needs none, and without one notebooks work too
         check_flow(self.zero_config, self.offload_config)
         check_tensor_size(self.zero_config.tensor_parallel, self._num_ranks)
         if self.zero_config.tensor_parallel > 1 and self._start_method != "popen":
@@ -163,19 +158,15 @@ class SuperScaleStrategyMixin(BackwardMixin, RunStateMixin, _Base):
             raise AssertionError("the Trainer sets accelerator and cluster before it sets up the environment")
         if self._num_ranks > 1:
             super().setup_environment()
-            host = self.cluster_environment.main_address
-            timeout = self._timeout or DEFAULT_TIMEOUT
-            self._environment.open(self.zero_config, host, self.broadcast, timeout, self.root_device.type)
-            if self.lightning_module is not None and self._environment.mesh.device_mesh is not None:
-                # Lightning's own place for what configure_model() reads as self.device_mesh.
-                self.lightning_module._device_mesh = self._environment.mesh.device_mesh
+            host, timeout = self.cluster_environment.main_address, self._timeout or DEFAULT_TIMEOUT
+            self.run.environment.open(self.zero_config, host, self.broadcast, timeout, self.root_device.type)
+            device_mesh = self.run.environment.mesh.device_mesh
+            if self.lightning_module is not None and device_mesh is not None:
+                set_device_mesh(self.lightning_module, device_mesh)
             return
         self.accelerator.setup_device(self.root_device)
         self.set_world_ranks()
-        # With one rank the sampler must stay the user's: a DistributedSampler would shuffle otherwise.
-        module = self.lightning_module
-        if module is not None and module._trainer is not None:
-            module.trainer._accelerator_connector.use_distributed_sampler = False
+        keep_sampler(self.lightning_module)  # a DistributedSampler would shuffle otherwise than the user's
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
@@ -189,119 +180,66 @@ class SuperScaleStrategyMixin(BackwardMixin, RunStateMixin, _Base):
     # Setup
 
     def setup(self, trainer: Trainer) -> None:
-        if self.accelerator is None or self.lightning_module is None:
-            raise AssertionError("the Trainer connects accelerator and module before setup")
-        self._release()
-        self._finished = None
-        if trainer.state.fn == "fit":
-            self._report = None
+        if self.accelerator is None:
+            raise AssertionError("the Trainer connects the accelerator before setup")
+        trains = trainer.state.fn == "fit"
+        self.run.close()
         self.accelerator.setup(trainer)
-        model: nn.Module = self.lightning_module
-        self._was_on_meta = is_on_meta(model)
-        if trainer.state.fn == "fit" and self._layer_sync:
-            model = self._layer_sync.apply(model)
+        model: nn.Module = self._module
+        if trains and layer_sync_of(self):
+            model = layer_sync_of(self).apply(model)
         self.model = self.precision_plugin.convert_module(model)
-        is_sharded = trainer.state.fn == "fit" and self.zero_config.stage == 3 and self._num_ranks > 1
-        if not is_sharded:  # then the whole model is never on one device
-            self._place(model)
-        if trainer.state.fn == "fit":
+        self.run.prepare(model, self.root_device, trains=trains, is_compiled_whole=is_compiled_whole(model))
+        if trains:
             self.setup_optimizers(trainer)
-            self._assemble(trainer)
+            self._start_training(trainer)
         else:
-            broadcast_from_first(self._environment.mesh, [*self.model.parameters(), *self.model.buffers()])
-            if self._flow is not None and self.offload_config is not None:
-                flow_alone(self._flow, self.root_device, is_pinned=self.offload_config.pin_memory)
+            self.run.start_evaluation(model)
         self.setup_precision_plugin()
 
-    def _place(self, model: nn.Module) -> None:
-        """Give the model its initial weights on the device; those that flow stay in host memory."""
-        offload = self.offload_config
-        chosen = choose_weights(offload, self.zero_config, model, self.root_device)
-        materialise_all(model, torch.device("cpu") if chosen.flow else self.root_device)
-        if chosen.flow and offload is not None:
-            self._flow = flow_of(model, offload)
-        self._weights = chosen
-        self.model_to_device()
-
-    def _assemble(self, trainer: Trainer) -> None:
-        module = self.lightning_module
-        if module is None:
-            raise AssertionError("no module to assemble")
+    def _start_training(self, trainer: Trainer) -> None:
         callbacks = list(trainer.callbacks)  # type: ignore[attr-defined]
-        held = why_gradients_are_held(module, callbacks, len(self.optimizers))
-        awaited = why_weights_are_awaited(module, callbacks)
-        self._recorder = StepRecorder.from_environment(self.root_device, self.global_rank)
-        precision = cast(SuperScalePrecisionMixin, self.precision_plugin)  # its setter takes or makes no other
-        settings = RunSettings(
-            mesh=self._environment.mesh,
-            device=self.root_device,
-            zero=self.zero_config,
-            offload=self.offload_config,
-            precision=precision.choices,
-            error_if_nonfinite=self.error_if_nonfinite,
-            why_held=held,
-            why_awaited=awaited,
-            is_automatic=module.automatic_optimization,
-            order=self._environment.order,
-            weights=self._weights,
-            flow=self._flow,
-            is_scaling=self._is_scaling,
-            timeline=self._recorder.timeline,
-        )
-        if settings.shards_weights:
+        if shards_weights(self.zero_config, self.run.environment.mesh):
             refuse_averaging(callbacks)
-        self._assembly = assemble(module, self.optimizers, settings)
-        self._awaits_weights = awaited is not None
-        self._shows_weights = awaited is not None or held is not None
-        self.phase_seconds = PhaseSeconds()
-        precision.attach(self.root_device.type, self._assembly.engines)
+        module = trainer.lightning_module
+        self.run.start_training(
+            module,
+            self.optimizers,
+            precision=self._precision.choices,
+            scaler=self._precision.scaler,
+            visibility=visibility_of(module, callbacks, len(self.optimizers)),
+            rank=self.global_rank,
+        )
+        self._precision.attach(self.run, self.root_device.type)
 
     def model_to_device(self) -> None:
         if self.model is None:
             raise AssertionError("no model to move")
-        if self._flow is None:
-            self.model.to(self.root_device)
-        else:
-            place_resident(self.model, self._flow.block_of, self.root_device)
+        self.run.to_device(self.model)
 
     # Running
 
+    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
+        trains = self.lightning_module is not None and self.lightning_module.trainer.training
+        return self.run.batch(super().batch_to_device(batch, device, dataloader_idx), trains=trains)
+
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        num_steps = self.phase_seconds.num_steps
-        entered = time.perf_counter()
-        if self._recorder is not None:
-            self._recorder.before_forward(num_steps)
-        if self._assembly is not None:
-            if num_steps:
-                self._assembly.settle_in()
-            self._assembly.enter_step()
-        start = time.perf_counter()
-        self.phase_seconds.before += start - entered
-        try:
-            with self._recorded("forward"), self._in_training_step():
-                return super().training_step(*args, **kwargs)
-        finally:
-            self.phase_seconds.forward += time.perf_counter() - start
-            if self._assembly is not None:
-                self.phase_seconds.gates = self._assembly.waited_seconds
-            if self._recorder is not None and self._recorder.timeline.is_open:
-                self._recorder.after_forward(num_steps, self._facts())
+        with self.run.forward():
+            return super().training_step(*args, **kwargs)
 
-    def _recorded(self, lane: Lane) -> AbstractContextManager[None]:
-        return nullcontext() if self._recorder is None else self._recorder.phase(lane, self.phase_seconds.num_steps)
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        with self.run.backward(kwargs.get("inputs")):
+            return super().backward(closure_loss, optimizer, *args, **kwargs)
 
-    def _facts(self) -> dict[str, Any]:
-        """What a trace says of its run."""
-        if self._assembly is None:
-            return {}
-        plan, engine = self._assembly.plan(), self._assembly.settings.engine
-        return {
-            "device": plan.device,
-            "engine": plan.engine,
-            "num_params": plan.num_trainable,
-            "is_deferred": engine is not None and engine.weights_arrive == "next forward",
-            "device_share": device_share(self._assembly.engines.values()),
-        }
+    def post_backward(self, closure_loss: Tensor) -> None:
+        super().post_backward(closure_loss)
+        self.run.after_backward()
+
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """While open, more micro-batches of the same step follow: gradients accumulate where they are."""
+        with self.run.accumulating():
+            yield
 
     def optimizer_step(
         self,
@@ -310,43 +248,152 @@ class SuperScaleStrategyMixin(BackwardMixin, RunStateMixin, _Base):
         model: Union[LightningModule, nn.Module, None] = None,
         **kwargs: Any,
     ) -> Any:
-        start, inside = time.perf_counter(), self.phase_seconds.inside
-        self._rest_weights(are_visible=False)  # after a backward that Lightning did not run
-        io = self._io
-        if io is not None:
-            closure = before_step(io, closure)
-        result = super().optimizer_step(optimizer, closure, model, **kwargs)
-        if self._awaits_weights:
-            self._wait_for_weights()
-        self.phase_seconds.step += time.perf_counter() - start - (self.phase_seconds.inside - inside)
-        self.phase_seconds.end_step()
-        return result
+        if self._io is not None:
+            closure = before_step(self._io, closure)
+        closure = wrapped_closure(self.precision_plugin, model or self._module, optimizer, closure)
+        return self.run.step(optimizer, closure, **kwargs)
 
-    def teardown(self) -> None:
-        self._release()
-        self._environment.close()
-        super().teardown()
+    def on_validation_start(self) -> None:
+        super().on_validation_start()
+        self.run.before_evaluation()
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self.run.evaluating():
+            return super().validation_step(*args, **kwargs)
+
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self.run.evaluating():
+            return super().test_step(*args, **kwargs)
+
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self.run.evaluating():
+            return super().predict_step(*args, **kwargs)
 
     def on_exception(self, exception: BaseException) -> None:
-        self._environment.report(exception)
-        if self._assembly is not None:
-            self._assembly.abandon()
-        self._rest_weights(are_visible=False)
+        self.run.fail(exception)
         super().on_exception(exception)
 
-    def _release(self) -> None:
-        """Give the module back. Sharded states stay reachable, so that a checkpoint can be saved after training."""
-        if self._assembly is not None:
-            self._report = RunReport(self._assembly, self.phase_seconds)
-        if self._recorder is not None:
-            self._recorder.end(self.phase_seconds.num_steps, self._facts())
-            self._recorder = None
-        if self._assembly is not None:
-            self._assembly.close()
-            cast(SuperScalePrecisionMixin, self.precision_plugin).detach()
-            self._flow = None
-            self._finished = self._assembly if self._assembly.mesh.num_shares > 1 else None
-            self._assembly = None
-        if self._flow is not None:  # nothing was trained
-            self._flow.close()
-            self._flow = None
+    def teardown(self) -> None:
+        self.run.close()
+        self._precision.detach()
+        self.run.environment.close()
+        super().teardown()
+
+    # What users ask
+
+    @property
+    def plan(self) -> ParallelPlan:
+        """The resolved plan; after `fit()` as it was at the end.
+
+        Raises:
+            SuperScaleError: before `fit()` has set the strategy up.
+        """
+        return self.run.plan
+
+    def explain(self) -> str:
+        """What lives where, in which dtype, how large, and why. Known from `on_fit_start` on, and after `fit()`."""
+        return self.plan.table()
+
+    def exposure(self) -> list[str]:
+        """How much of a step the host optimizer should leave exposed, and does; nothing without offload."""
+        return self.run.exposure()
+
+    def grad_norm(self, optimizer_index: int = 0) -> Tensor:
+        """Global 2-norm of one optimizer's gradients at its last step, before clipping; fp32 scalar, CPU.
+
+        Every rank calls it, where states are sharded.
+
+        Raises:
+            SuperScaleError: no step has been taken yet.
+        """
+        return self.run.grad_norm(optimizer_index)
+
+    @contextmanager
+    def full_params(self, *, writes: bool = False) -> Iterator[dict[str, Tensor]]:
+        """Every weight whole, by name, between two steps: `with strategy.full_params() as weights:`.
+
+        Every rank calls it. Weights that every rank has whole are the module's own memory; of sharded ones every rank
+        gets copies in host memory, all of them at once.
+
+        Args:
+            writes: take rank 0's tensors, which were edited in place, as the new weights on every rank. Masters follow;
+                optimizer states stay.
+
+        Raises:
+            SuperScaleError: outside `fit()`, or a tensor was edited without `writes`.
+        """
+        with self.run.full_params(writes=writes) as weights:
+            yield weights
+
+    @property
+    def assembly(self) -> Assembly | None:
+        """The running parts, or None outside `fit()`."""
+        return self.run.assembly
+
+    @property
+    def phase_seconds(self) -> PhaseSeconds:
+        """How the host's time divides over the steps of training."""
+        return self.run.phases
+
+    @property
+    def ranks(self) -> Communicator:
+        """The other ranks of the run.
+
+        Raises:
+            SuperScaleError: outside `fit()`.
+        """
+        if self.run.assembly is None:
+            raise SuperScaleError("ranks are known once trainer.fit() has set up the model and its optimizers.")
+        return self.run.assembly.ranks
+
+    # State
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        """Whether Lightning restores weights after `setup`: what is on the meta device has no memory before."""
+        return self.run.was_on_meta or is_on_meta(self.lightning_module)
+
+    @property
+    def _io(self) -> UniversalCheckpointIOMixin | None:
+        """The universal checkpoint IO, bound to this run's ranks; None where the Trainer has another one."""
+        io = self.checkpoint_io
+        if not isinstance(io, UniversalCheckpointIOMixin):
+            return None
+        io.bind(self.run.environment.mesh)
+        return io
+
+    @property
+    def _module(self) -> LightningModule:
+        if self.lightning_module is None:
+            raise AssertionError("the Trainer connects the module before it asks for anything of it")
+        return self.lightning_module
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        states = self.run.technique_states()
+        if states and "optimizer_states" in checkpoint:  # otherwise weights are all that was asked for
+            checkpoint = {**checkpoint, TECHNIQUES_KEY: states}
+        if self._io is None:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+        else:
+            save_through(self._io, self, checkpoint, filepath)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        if self._io is None:
+            return super().load_checkpoint(checkpoint_path, weights_only=weights_only)
+        return load_through(self._io, self, checkpoint_path)
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        return self.run.module_state(self._module, is_local=self._io is not None)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        allow = None if self._io is None else self._io.config.allow
+        self.run.load_module_state(self._module, checkpoint["state_dict"], strict=strict, allow=allow)
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        plain, is_local = plain_optimizer(optimizer), self._io is not None
+        state = self.run.optimizer_state(self._module, plain, is_local=is_local)
+        return super().optimizer_state(optimizer) if state is None else state
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        self.run.load_optimizer_states(self._module, self.optimizers, checkpoint["optimizer_states"])
+        self.run.load_technique_states(checkpoint.get(TECHNIQUES_KEY, {}))

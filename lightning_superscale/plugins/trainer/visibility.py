@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from lightning_superscale.run.visibility import Visibility
+
 # Hooks between backward and step: whoever overrides one may read or change param.grad there.
 _GRAD_HOOKS = (
     "backward",
@@ -62,7 +64,16 @@ def _overrides(obj: Any, hooks: tuple[str, ...]) -> list[str]:
     return found
 
 
-def why_gradients_are_held(module: Any, callbacks: list[Any], num_optimizers: int) -> str | None:
+def visibility_of(module: Any, callbacks: list[Any], num_optimizers: int) -> Visibility:
+    """What the hooks of a LightningModule and of the Trainer's callbacks may look at."""
+    return Visibility(
+        why_gradients_stay=_why_gradients_stay(module, callbacks, num_optimizers),
+        why_weights_awaited=_why_weights_awaited(module, callbacks),
+        is_automatic=module.automatic_optimization,
+    )
+
+
+def _why_gradients_stay(module: Any, callbacks: list[Any], num_optimizers: int) -> str | None:
     """Why gradients stay in `param.grad` until the step; None when they may leave during backward."""
     if not module.automatic_optimization:
         return "manual optimization may read or clip param.grad at any time"
@@ -81,7 +92,7 @@ def why_gradients_are_held(module: Any, callbacks: list[Any], num_optimizers: in
     return None
 
 
-def why_weights_are_awaited(module: Any, callbacks: list[Any]) -> str | None:
+def _why_weights_awaited(module: Any, callbacks: list[Any]) -> str | None:
     """Why uploads are waited for right after the step; None when they may run until the next forward."""
     if not module.automatic_optimization:
         return "manual optimization may read weights right after step()"

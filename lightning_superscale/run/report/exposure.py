@@ -27,7 +27,7 @@ def exposure_of(assembly: Assembly, phases: PhaseSeconds) -> list[str]:
         # The host's clock sees when it queued work, not how long the device took.
         return [*said, "`superscale trace` measures how much of that forward and backward leave exposed"]
     steady = phases.steady()
-    if steady is None or not settings.is_automatic:
+    if steady is None or not settings.visibility.is_automatic:
         return said
     measured = f"{_ms(steady.exposed)} a step measured over {steady.num_steps} steps (host clock, hooks included)"
     why_not = _why_no_forecast(assembly, work)
@@ -66,9 +66,9 @@ def _why_no_forecast(assembly: Assembly, work: HostWork) -> str | None:
     why_not = settings.engine.why_no_forecast(settings.offload)
     if why_not is not None:
         return why_not
-    if settings.why_held is not None:
+    if settings.visibility.why_gradients_stay is not None:
         return "gradients stay in param.grad until the step"
-    return None if settings.why_awaited is None else "new weights are awaited right after the step"
+    return None if settings.visibility.why_weights_awaited is None else "new weights are awaited right after the step"
 
 
 def _ms(seconds: float) -> str:

@@ -95,13 +95,7 @@ def byte_classes(
         rows.add(name, param.dtype, tensor_numel(param), tensor_numel(param), is_on_host=param in flowing)
     for buffer in module.buffers():
         rows.add("buffers", buffer.dtype, tensor_numel(buffer), tensor_numel(buffer))
-    return [*rows.done(), *([] if flow is None else [_flowing(flow)])]
-
-
-def _flowing(flow: WeightFlow) -> ByteClass:
-    dtypes = sorted({str(param.dtype).removeprefix("torch.") for param in flow.block_of})
-    most = f"at most {flow.most_blocks} of {flow.num_blocks} blocks at a time"
-    return ByteClass("weights (flowing)", "/".join(dtypes), flow.most_device_bytes, 0, most)
+    return rows.done()
 
 
 def _add_unit(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -17,6 +17,7 @@ from lightning_superscale.run.assemble import Assembly
 from lightning_superscale.run.report.exposure import exposure_of
 from lightning_superscale.run.report.phases import PhaseSeconds
 from lightning_superscale.run.report.plan import ParallelPlan
+from lightning_superscale.run.report.reasons import device_share
 
 _Noted = TypeVar("_Noted")
 
@@ -25,6 +26,18 @@ def plan_of(assembly: Assembly, phases: PhaseSeconds) -> ParallelPlan:
     """The plan of a run as it is now, with the exposed time among its reasons. Any rank may ask by itself."""
     plan = assembly.plan()
     return replace(plan, bytes=tuple(plan.bytes), reasons=(*plan.reasons, *exposure_of(assembly, phases)))
+
+
+def facts_of_trace(assembly: Assembly) -> dict[str, Any]:
+    """What a trace says of its run. Any rank may ask by itself."""
+    plan, engine = assembly.plan(), assembly.settings.engine
+    return {
+        "device": plan.device,
+        "engine": plan.engine,
+        "num_params": plan.num_trainable,
+        "is_deferred": engine is not None and engine.weights_arrive == "next forward",
+        "device_share": device_share(assembly.engines.values()),
+    }
 
 
 @dataclass(frozen=True, slots=True)

@@ -154,7 +154,7 @@ def _collect_optimizer(
             role = state_role(key, shape, shapes.get(name, shape))
             own.add(TensorKey(optimizer_section(index), name, key), value, role)
     return OptimizerRecord(
-        class_name=type(getattr(optimizers[index], "_optimizer", optimizers[index])).__name__,
+        class_name=type(optimizers[index]).__name__,
         groups=tuple({k: v for k, v in group.items() if k not in ("params", "param_names")} for group in groups),
         names=tuple(tuple(name_of[number] for number in group["params"]) for group in groups),
         values=values,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,13 +11,13 @@ from torch.optim import Optimizer
 
 from lightning_superscale.checkpoint.state import MASTER, MODEL, TensorKey
 from lightning_superscale.comm.dtensor import local_rows
-from lightning_superscale.errors import CheckpointError
+from lightning_superscale.errors import CheckpointError, SuperScaleError
 from lightning_superscale.layout.box import Box, whole_box
 from lightning_superscale.layout.rows import ParamSlice
 from lightning_superscale.optim.engine import OptimizerEngine
 from lightning_superscale.run.state.collect import canonical
 from lightning_superscale.run.state.lazy_tensor import LazyTensor
-from lightning_superscale.run.state.restore import fill, read_boxes
+from lightning_superscale.run.state.restore import fill, read_boxes, read_whole
 
 
 def has_names(packed: Mapping[str, Any]) -> bool:
@@ -135,6 +135,35 @@ def _place_for(value: Tensor, key: str, param: nn.Parameter, *, has_steps_on_dev
         return torch.empty_like(param.detach(), dtype=value.dtype)
     device = param.device if key != "step" or has_steps_on_device else torch.device("cpu")
     return torch.empty(tuple(value.shape), dtype=value.dtype, device=device)
+
+
+def load_optimizer_states(
+    engine_of: Callable[[Optimizer], OptimizerEngine | None],
+    optimizers: Sequence[Optimizer],
+    states: Sequence[Mapping[str, Any]],
+    fqn_of: Mapping[nn.Parameter, str],
+) -> None:
+    """Load a checkpoint's state of each optimizer, in the order of `configure_optimizers`. Every rank calls it.
+
+    Args:
+        engine_of: what steps an optimizer; None for one that has no engine.
+        states: torch's packed states, whole or lazy.
+
+    Raises:
+        SuperScaleError: another number of optimizers, or other parameter groups.
+    """
+    if len(states) != len(optimizers):
+        raise SuperScaleError(
+            f"the checkpoint has states of {len(states)} optimizers, configure_optimizers returned {len(optimizers)}."
+        )
+    for optimizer, state in zip(optimizers, states, strict=True):
+        engine = engine_of(optimizer)
+        if engine is None:
+            optimizer.load_state_dict(dict(read_whole(state)))
+        elif has_names(state):
+            load_engine_state(engine, state, fqn_of)
+        else:
+            engine.load_state_dict(state)
 
 
 def load_engine_state(engine: OptimizerEngine, packed: Mapping[str, Any], fqn_of: Mapping[nn.Parameter, str]) -> None:

@@ -216,7 +216,7 @@ def test_a_run_goes_on_with_states_of_other_dtypes(source, target, universal, tm
 
     class Look(L.Callback):
         def on_train_start(self, trainer, module):
-            engine = next(iter(trainer.strategy._assembly.engines.values()))
+            engine = next(iter(trainer.strategy.assembly.engines.values()))
             states = engine.optimizer.state
             for name, p in module.named_parameters():
                 master = engine.master_of(p)

@@ -207,13 +207,13 @@ def test_gradients_leave_during_backward_only_where_nobody_looks():
 
         run = trainer("superoffload", max_steps=1, **flags)
         strategy = run.strategy
-        original = strategy._assemble
+        original = strategy._start_training
 
         def assemble(t):
             original(t)
             reasons["text"] = strategy.explain()
 
-        strategy._assemble = assemble
+        strategy._start_training = assemble
         run.fit(module, loader())
         return reasons["text"]
 

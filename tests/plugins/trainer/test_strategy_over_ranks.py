@@ -289,7 +289,8 @@ class OnMeta(Regressor):
 
 
 def test_a_model_on_the_meta_device_is_initialised_alike_on_all_ranks():
-    runs = [(settings(zero), {"max_epochs": 1}, OnMeta) for zero in (0, 2, 3)]
+    alone = {"stage": 3, "shard_size": 1}  # every rank keeps the whole model
+    runs = [(settings(zero), {"max_epochs": 1}, OnMeta) for zero in (0, 2, 3, alone)]
     for first, second in zip(*run_ranks(2, fit_settings, runs, limit_s=120), strict=True):
         for key, value in first[0].items():
             assert value.device.type == "cpu"

@@ -84,9 +84,9 @@ def test_nothing_of_the_run_stays_for_it(make):
     assert answers(run.strategy) == asks.said
     gc.collect()
     assert [type(part()).__name__ for part in asks.parts if part() is not None] == []
-    copied = copy.deepcopy(run.strategy._report)
+    copied = copy.deepcopy(run.strategy.run._report)
     assert (copied.plan, copied.exposure) == asks.said[1:3]
-    assert len(pickle.dumps(run.strategy._report)) < 20_000
+    assert len(pickle.dumps(run.strategy.run._report)) < 20_000
 
 
 def test_before_any_run_the_error_says_when(make):
@@ -189,7 +189,7 @@ def over_ranks(rank: int, world_size: int, names):
         asks, norms = Asks(), Norms()
         early = fit(Regressor(), name, devices=world_size, callbacks=[asks])
         late = fit(Regressor(), name, devices=world_size, callbacks=[norms])
-        assert "control" not in late.strategy._environment.mesh.counts.calls
+        assert "control" not in late.strategy.run.environment.mesh.counts.calls
         assert answers(early.strategy) == asks.said
         assert late.strategy.explain() == norms.text
         results.append((float(asks.said[3]), float(late.strategy.grad_norm())))

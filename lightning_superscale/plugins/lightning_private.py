@@ -1,0 +1,87 @@
+"""Every private name of Lightning that the package uses, once each; tests/plugins/test_lightning_private.py tries them.
+
+Both distributions, `lightning.pytorch` and `pytorch_lightning`, have the same private names, so that one function
+serves both ([Note: Two namespaces] in trainer/precision.py). Overridden methods keep their names, since Lightning calls
+them: `Strategy._configure_launcher`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+# The first and the last release that the tests were run with.
+VERSIONS = ("2.6", "2.6")
+
+
+def plain_optimizer(optimizer: Any) -> Optimizer:
+    """The user's optimizer, which LightningOptimizer wraps for hooks."""
+    plain: Optimizer = getattr(optimizer, "_optimizer", optimizer)
+    return plain
+
+
+def is_compiled_whole(module: nn.Module) -> bool:
+    """Whether the module is what `from_compiled` made: its steps are compiled, and it looks like any other."""
+    return getattr(module, "_compiler_ctx", None) is not None
+
+
+def wrapped_closure(precision: Any, model: Any, optimizer: Any, closure: Callable[[], Any]) -> Callable[[], Any]:
+    """A closure that calls `on_before_optimizer_step` and clips, after `closure` has run forward and backward."""
+    return partial(precision._wrap_closure, model, optimizer, closure)
+
+
+def set_device_mesh(module: Any, mesh: DeviceMesh) -> None:
+    """Give a LightningModule what `configure_model()` reads as `self.device_mesh`."""
+    module._device_mesh = mesh
+
+
+def keep_sampler(module: Any) -> None:
+    """Let the Trainer of a module keep the user's sampler; nothing for a module without a Trainer."""
+    if module is not None and module._trainer is not None:
+        module.trainer._accelerator_connector.use_distributed_sampler = False
+
+
+def drop_launcher(strategy: Any) -> None:
+    """Let the Trainer run in its own process."""
+    strategy._launcher = None
+
+
+def layer_sync_of(strategy: Any) -> Any:
+    """What `Trainer(sync_batchnorm=True)` applies to a model; None without."""
+    return strategy._layer_sync
+
+
+def checkpoint_io_of(strategy: Any) -> Any:
+    """The CheckpointIO that a strategy was given; None where it makes Lightning's own when it is asked."""
+    return strategy._checkpoint_io
+
+
+def load_state_of(package: str) -> Callable[..., Any]:
+    """What builds a module from a checkpoint's hyperparameters and loads its weights.
+
+    Args:
+        package: "lightning.pytorch" or "pytorch_lightning".
+    """
+    load_state: Callable[..., Any] = importlib.import_module(f"{package}.core.saving")._load_state
+    return load_state
+
+
+def fsdp_state_context(strategy: Any, *, whole: bool) -> AbstractContextManager[None]:
+    """The context in which an FSDPStrategy's model gives and takes state: this rank's shards, or all of it."""
+    package = next(one.__module__ for one in type(strategy).__mro__ if one.__name__ == "FSDPStrategy")
+    module = importlib.import_module(package)
+    if whole:
+        context = module._get_full_state_dict_context(strategy.model, world_size=strategy.world_size, rank0_only=False)
+    else:
+        context = module._get_sharded_state_dict_context(strategy.model)
+    found: AbstractContextManager[None] = context
+    return found

@@ -1,0 +1,103 @@
+"""The seam of module techniques: what acts on the module and its batches, whoever steps the optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_superscale.comm.communicator import Communicator
+from lightning_superscale.comm.mesh import DataMesh
+from lightning_superscale.config import OffloadConfig, ZeroConfig
+from lightning_superscale.run.report.plan import ByteClass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TechniqueFacts:
+    """What a technique is made from.
+
+    Attributes:
+        trains: whether the run trains; a run that only evaluates has no optimizer.
+        is_compiled: whether any part of the module is a product of `torch.compile`.
+        shards_weights: whether the run shards weights over ranks (stage 3), so that no rank ever has the whole model.
+    """
+
+    zero: ZeroConfig
+    offload: OffloadConfig | None
+    mesh: DataMesh
+    device: torch.device
+    trains: bool
+    is_compiled: bool
+    shards_weights: bool
+
+
+class ModuleTechnique:
+    """One technique during one run. A subclass overrides the hooks that it needs.
+
+    Every rank calls each hook at the same place of its run, in the order of the registry.
+    """
+
+    def prepare(self, module: nn.Module) -> None:
+        """Look at the module, and hook it, before it is on the device, sharded or wrapped.
+
+        What lies on the meta device has no values yet. Buffers that a technique registers are saved with the module.
+
+        Raises:
+            SuperScaleError: the module can't be trained with this technique; says why and what to do.
+        """
+
+    def off_device(self) -> Collection[nn.Parameter]:
+        """The parameters that stay in host memory when the module moves to the device."""
+        return ()
+
+    def connect(self, ranks: Communicator) -> None:
+        """Know the other ranks of a run that trains, once the module is sharded."""
+
+    def batch(self, batch: Any, *, trains: bool) -> Any:
+        """The batch that this rank's step gets, from the one that the data loader gave, on the device.
+
+        Args:
+            trains: it is for a training step.
+        """
+        return batch
+
+    def around_forward(self, *, trains: bool) -> AbstractContextManager[None]:
+        """A context around every step of the module.
+
+        Args:
+            trains: a training step, whose backward follows once the context is closed or runs inside; False for one
+                that evaluates.
+        """
+        return nullcontext()
+
+    def before_evaluation(self) -> None:
+        """An evaluation begins between two training steps."""
+
+    def rest(self, *, is_visible: bool) -> None:
+        """No forward or backward runs any more.
+
+        Args:
+            is_visible: whether user code may look at the module now, so that its weights must be there to read.
+        """
+
+    def reasons(self) -> list[str]:
+        """One sentence per choice that was made for the user, for `explain()`."""
+        return []
+
+    def bytes(self) -> list[ByteClass]:
+        """What the technique keeps in memory besides the module's own tensors, for `explain()`."""
+        return []
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs, of the values that checkpoints take; every rank gives the same."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` of the interrupted run gave."""
+
+    def close(self) -> None:
+        """Give the module back as it was, but for its weights. The hooks that came before may not all have run."""

@@ -1,0 +1,79 @@
+"""Weights that live in host memory and are on the device while a block uses them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from torch import nn
+
+from lightning_superscale.config import OffloadConfig
+from lightning_superscale.offload.weight_flow.schedule import WeightFlow
+from lightning_superscale.run.report.plan import ByteClass
+from lightning_superscale.run.techniques.technique import ModuleTechnique, TechniqueFacts
+from lightning_superscale.run.weight_flow import WeightsChoice, choose_weights, flow_of, how_weights_flow
+from lightning_superscale.zero.meta_init import materialise_all
+
+
+class FlowingWeights(ModuleTechnique):
+    """Weight flow of one run, or the reason why its weights stay on the device.
+
+    Attributes:
+        flow: brings weights to the device when they are used; None when they stay there.
+    """
+
+    def __init__(self, facts: TechniqueFacts, offload: OffloadConfig) -> None:
+        self.flow: WeightFlow | None = None
+        self._facts = facts
+        self._offload = offload
+        self._choice = WeightsChoice(False, "zero=3 shards them over ranks")
+        self._module: nn.Module | None = None
+
+    def prepare(self, module: nn.Module) -> None:
+        self._module = module
+        facts = self._facts
+        if facts.shards_weights:
+            return
+        self._choice = choose_weights(self._offload, facts.zero, module, facts.device, is_compiled=facts.is_compiled)
+        if self._choice.flow:
+            materialise_all(module, torch.device("cpu"))
+            self.flow = flow_of(module, self._offload, is_compiled=facts.is_compiled)
+
+    def off_device(self) -> Collection[nn.Parameter]:
+        return () if self.flow is None else self.flow.block_of.keys()
+
+    def around_forward(self, *, trains: bool) -> AbstractContextManager[None]:
+        return nullcontext() if self.flow is None else self._flowing(self.flow)
+
+    @staticmethod
+    @contextmanager
+    def _flowing(flow: WeightFlow) -> Iterator[None]:
+        flow.enter()
+        yield
+
+    def rest(self, *, is_visible: bool) -> None:
+        if self.flow is not None:
+            self.flow.rest()
+            if is_visible:
+                self.flow.synchronize()
+
+    def reasons(self) -> list[str]:
+        return [] if self._module is None else [how_weights_flow(self._choice, self.flow, self._module)]
+
+    def bytes(self) -> list[ByteClass]:
+        if self.flow is None:
+            return []
+        dtypes = sorted({str(param.dtype).removeprefix("torch.") for param in self.flow.block_of})
+        most = f"at most {self.flow.most_blocks} of {self.flow.num_blocks} blocks at a time"
+        return [ByteClass("weights (flowing)", "/".join(dtypes), self.flow.most_device_bytes, 0, most)]
+
+    def close(self) -> None:
+        flow, self.flow, self._module = self.flow, None, None
+        if flow is not None:
+            flow.close()
+
+
+def flowing_weights(facts: TechniqueFacts) -> ModuleTechnique | None:
+    """None where nothing is offloaded."""
+    return None if facts.offload is None else FlowingWeights(facts, facts.offload)
