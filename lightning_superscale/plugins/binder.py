@@ -10,6 +10,7 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from lightning_superscale.errors import CheckpointError
+from lightning_superscale.plugins.lightning_private import checkpoint_io_of
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -29,7 +30,7 @@ class CheckpointBinderMixin(_Base):
         Raises:
             CheckpointError: a strategy that writes checkpoints past any IO in a way that is not known here.
         """
-        io = trainer.strategy._checkpoint_io
+        io = checkpoint_io_of(trainer.strategy)
         if io is None or not any(one.__name__ == "UniversalCheckpointIOMixin" for one in type(io).__mro__):
             return
         bind(trainer.strategy)

@@ -21,6 +21,7 @@ from lightning_superscale.checkpoint.storage.local import remove
 from lightning_superscale.comm.mesh import DataMesh, build_mesh, single_mesh
 from lightning_superscale.config import CheckpointConfig, resolve_checkpoint
 from lightning_superscale.errors import CheckpointError
+from lightning_superscale.plugins.lightning_private import plain_optimizer
 from lightning_superscale.run.environment import DEFAULT_TIMEOUT
 from lightning_superscale.run.state.collect import local_state
 from lightning_superscale.run.state.restore import open_any
@@ -154,7 +155,8 @@ class UniversalCheckpointIOMixin(_Base):
 
 def save_through(io: UniversalCheckpointIOMixin, strategy: Any, checkpoint: Mapping[str, Any], path: Any) -> None:
     """What the `save_checkpoint` of a strategy does that is bound to an IO. Every rank calls it."""
-    io.save_on_all_ranks(checkpoint, str(strategy.broadcast(path)), strategy.lightning_module, strategy.optimizers)
+    optimizers = list(map(plain_optimizer, strategy.optimizers))
+    io.save_on_all_ranks(checkpoint, str(strategy.broadcast(path)), strategy.lightning_module, optimizers)
 
 
 def load_through(io: UniversalCheckpointIOMixin, strategy: Any, path: Any) -> dict[str, Any]:

@@ -5,9 +5,7 @@ Each function derives a class from a strategy's class. An instance becomes one o
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from functools import cache
 from typing import Any
 
@@ -22,6 +20,7 @@ from lightning_superscale.plugins.checkpoint.io import (
     load_through,
     save_through,
 )
+from lightning_superscale.plugins.lightning_private import fsdp_state_context, plain_optimizer
 from lightning_superscale.run.state.optimizer_states import by_name, has_names, load_placed_states, names_of, renumbered
 from lightning_superscale.run.state.restore import fill, fitted, is_lazy, read_whole
 
@@ -96,7 +95,7 @@ def model_parallel(base: Any) -> Any:
             return dict(self.lightning_module.state_dict())
 
         def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-            return _plain(optimizer).state_dict()
+            return plain_optimizer(optimizer).state_dict()
 
         def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
             _fill_own(self, checkpoint, strict=strict)
@@ -104,7 +103,7 @@ def model_parallel(base: Any) -> Any:
         def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
             names = names_of(self.lightning_module)
             for optimizer, packed in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-                load_placed_states(_plain(optimizer), packed, names)
+                load_placed_states(plain_optimizer(optimizer), packed, names)
 
     return ModelParallel
 
@@ -115,24 +114,26 @@ def fully_sharded(base: Any) -> Any:
 
     class FullySharded(_on_every_rank(base)):  # type: ignore[misc]
         def lightning_module_state_dict(self) -> dict[str, Any]:
-            with _context(self, "_get_sharded_state_dict_context"):
+            with fsdp_state_context(self, whole=False):
                 return dict(self.model.state_dict())
 
         def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-            with _context(self, "_get_sharded_state_dict_context"):
-                return FullyShardedDataParallel.optim_state_dict(self.model, _plain(optimizer))
+            with fsdp_state_context(self, whole=False):
+                return FullyShardedDataParallel.optim_state_dict(self.model, plain_optimizer(optimizer))
 
         def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
             own = _fill_own(self, checkpoint, strict=strict)
-            with _context(self, "_get_sharded_state_dict_context"):
+            with fsdp_state_context(self, whole=False):
                 self.model.load_state_dict(own)
 
         def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-            with _context(self, "_get_full_state_dict_context", world_size=self.world_size, rank0_only=False):
+            with fsdp_state_context(self, whole=True):
                 for optimizer, packed in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
                     whole = read_whole(by_name(packed))
-                    flat = FullyShardedDataParallel.optim_state_dict_to_load(self.model, _plain(optimizer), whole)
-                    _plain(optimizer).load_state_dict(flat)
+                    flat = FullyShardedDataParallel.optim_state_dict_to_load(
+                        self.model, plain_optimizer(optimizer), whole
+                    )
+                    plain_optimizer(optimizer).load_state_dict(flat)
 
     return FullySharded
 
@@ -143,17 +144,6 @@ def _fill_own(strategy: Any, checkpoint: Mapping[str, Any], *, strict: bool) -> 
     module, allow = strategy.lightning_module, io_of(strategy).config.allow
     fill(own, fitted(module, checkpoint["state_dict"], own, strict=strict, allow=allow))
     return own
-
-
-def _context(strategy: Any, name: str, **options: Any) -> AbstractContextManager[None]:
-    """One of Lightning's contexts for FSDP's state dicts, from the Lightning that the strategy comes from."""
-    module = next(one.__module__ for one in type(strategy).__mro__ if one.__name__ == "FSDPStrategy")
-    found: AbstractContextManager[None] = getattr(importlib.import_module(module), name)(strategy.model, **options)
-    return found
-
-
-def _plain(optimizer: Optimizer) -> Optimizer:
-    return getattr(optimizer, "_optimizer", optimizer)
 
 
 BOUND: dict[str, Callable[[Any], Any]] = {

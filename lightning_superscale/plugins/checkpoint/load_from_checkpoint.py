@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from typing import Any, TypeVar, Union
 
 import torch
 
 from lightning_superscale.errors import CheckpointError
+from lightning_superscale.plugins.lightning_private import load_state_of
 from lightning_superscale.run.state.restore import open_any, read_whole
 
 M = TypeVar("M")
@@ -49,7 +49,7 @@ def _load_state_of(module_class: type) -> Any:
     for base in module_class.__mro__:
         if base.__name__ in ("LightningModule", "LightningDataModule"):
             package = "pytorch_lightning" if base.__module__.startswith("pytorch_lightning") else "lightning.pytorch"
-            return importlib.import_module(f"{package}.core.saving")._load_state
+            return load_state_of(package)
     raise CheckpointError(
         f"{module_class.__name__} is no LightningModule or LightningDataModule, so a checkpoint can't build it."
     )
