@@ -157,6 +157,11 @@ class SuperScalePrecisionMixin(_Base):
             tensor = tensor * torch.tensor(self.scaler.scale, device=tensor.device)
         return super().pre_backward(tensor, module)
 
+    def post_backward(self, tensor: Tensor, module: LightningModule) -> Tensor:  # type: ignore[override]
+        if self._run is not None:
+            self._run.after_backward()  # before on_after_backward, in which user code may look
+        return super().post_backward(tensor, module)
+
     def state_dict(self) -> dict[str, Any]:
         return {} if self.scaler is None else self.scaler.state_dict()
 

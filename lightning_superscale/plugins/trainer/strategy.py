@@ -231,10 +231,6 @@ class SuperScaleStrategyMixin(_Base):
         with self.run.backward(kwargs.get("inputs")):
             return super().backward(closure_loss, optimizer, *args, **kwargs)
 
-    def post_backward(self, closure_loss: Tensor) -> None:
-        super().post_backward(closure_loss)
-        self.run.after_backward()
-
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
         """While open, more micro-batches of the same step follow: gradients accumulate where they are."""

@@ -92,6 +92,15 @@ class Peeking(Regressor):
                 param.grad.mul_(0.5)
 
 
+class Clamping(Regressor):
+    """Limits averaged gradients as soon as they are there: an average of limited ones is another."""
+
+    def on_after_backward(self):
+        for param in self.parameters():
+            if param.grad is not None:
+                param.grad.clamp_(-1e-3, 1e-3)
+
+
 def assert_same(mine, theirs, rank: int, *, exact: bool, name: str) -> None:
     (weights, losses, metrics), (expected_weights, expected_losses, expected_metrics) = mine, theirs
     if exact:
@@ -118,6 +127,7 @@ def test_training_equals_ddp(world_size):
             ({"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}, Regressor),
             ({}, Manual),
             ({}, Peeking),
+            ({}, Clamping),
         ]
     runs = [(make, flags, module) for flags, module in variants for make in (ddp, *STRATEGIES)]
     results = run_ranks(world_size, cases, runs, limit_s=60)
