@@ -51,6 +51,7 @@ from lightning_superscale.checkpoint.save.background import BackgroundSaver
 from lightning_superscale.checkpoint.save.writer import save
 from lightning_superscale.comm.mesh import DataMesh, build_mesh, single_mesh
 from lightning_superscale.layout.box import Box, row_box, whole_box
+from lightning_superscale.layout.mesh import MeshSpec
 
 warnings.filterwarnings("ignore", message=".*torch.distributed is disabled.*")
 
@@ -223,7 +224,7 @@ def run_rank(what: str, name: str, path: str, mib: int, folder: str) -> dict[str
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store = dist.FileStore(f"{folder}/store", size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(minutes=5))
-    mesh = build_mesh(size, timedelta(minutes=5))
+    mesh = build_mesh(MeshSpec(shard=size), timedelta(minutes=5))
     tensors = state_tensors(mib)
     is_writer = what == "write"
     wanted = part_of(rank, size, 0 if what == "read rows" else 1)

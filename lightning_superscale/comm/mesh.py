@@ -1,9 +1,6 @@
-"""The mesh of ranks: one axis shards, one replicates (hybrid sharding, HSDP), one computes together (tensor parallel).
+"""The mesh of ranks: the axes of a `MeshSpec`, each with the group that talks along it.
 
-Rank `r` of the world is member `r % shard_size` of its shard axis and member `r // shard_size` of its
-replicate axis, so that the ranks that shard a model together are neighbours: on one node where it fits.
-With tensor parallelism neighbours are those of the tensor axis, as in Lightning's ModelParallelStrategy: rank `r` is
-member `r % tensor_size` of it and member `r // tensor_size` of the shard axis, and nothing replicates.
+Ranks are numbered as the spec says, tensor axis innermost, as in Lightning's ModelParallelStrategy.
 
 [Note: Two groups] Gathers of weights follow each rank's forward and backward, reductions follow an order that ranks
 agree on. Where the two interleave depends on which modules and parameters a rank's batch used, so on one group they
@@ -12,6 +9,7 @@ would meet the wrong partner.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
@@ -19,8 +17,11 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from lightning_superscale.comm.watch import RankWatch
-from lightning_superscale.errors import SuperScaleError
+from lightning_superscale.layout.mesh import AXES, MeshSpec
 from lightning_superscale.ops.cpu.memory import RecycledMemory
+
+# Ranks that differ along these see other tokens, and other batches.
+DATA_AXES, BATCH_AXES = ("replicate", "shard", "sequence"), ("replicate", "shard")
 
 # The names that Lightning gives the axes of `LightningModule.device_mesh`.
 DATA_AXIS, TENSOR_AXIS = "data_parallel", "tensor_parallel"
@@ -59,14 +60,13 @@ class MeshAxis:
 
 @dataclass(frozen=True, slots=True)
 class DataMesh:
-    """The axes of one run.
+    """The axes of one run, see `MeshSpec`; `mesh["sequence"]` is one of them by name.
 
     Attributes:
-        shard: ranks that share one copy of what is sharded.
-        replicate: ranks that hold the same shard.
-        world: all of them.
+        shard, replicate, tensor, sequence: the axes.
+        world: all of them, flattened.
         gather: the ranks of `shard`, with a process group of their own ([Note: Two groups]).
-        tensor: ranks that compute each batch together, each with its part of what a plan parallelizes.
+        flattened: further combinations of axes that have a group.
         device_mesh: what users parallelize over, "data_parallel" by "tensor_parallel"; None without a tensor axis.
         watch: tells of ranks that failed; None on one rank.
         memory: where temporary buffers of collectives come from.
@@ -79,6 +79,8 @@ class DataMesh:
     world: MeshAxis
     gather: MeshAxis
     tensor: MeshAxis = field(default_factory=lambda: MeshAxis("tensor", 0, 1))
+    sequence: MeshAxis = field(default_factory=lambda: MeshAxis("sequence", 0, 1))
+    flattened: Mapping[frozenset[str], MeshAxis] = field(default_factory=dict)
     device_mesh: DeviceMesh | None = None
     control: dist.ProcessGroup | None = None
     watch: RankWatch | None = None
@@ -89,10 +91,28 @@ class DataMesh:
     def is_single(self) -> bool:
         return self.world.size == 1
 
+    def __getitem__(self, name: str) -> MeshAxis:
+        axes = {"replicate": self.replicate, "shard": self.shard, "sequence": self.sequence, "tensor": self.tensor}
+        if name not in axes:
+            raise KeyError(f"a mesh has the axes {', '.join(AXES)}; found {name!r}")
+        return axes[name]
+
+    def flat(self, *names: str) -> MeshAxis:
+        """These axes as one; those that data is averaged or dealt over have a group."""
+        present = frozenset(name for name in names if self[name].size > 1)
+        if present == frozenset(name for name in AXES if self[name].size > 1):
+            return self.world
+        return self[next(iter(present or names))] if len(present) < 2 else self.flattened[present]
+
     @property
     def data(self) -> MeshAxis:
-        """Ranks with batches of their own, over which gradients are averaged."""
-        return self.world if self.tensor.size == 1 else self.shard
+        """Ranks over which gradients are averaged."""
+        return self.flat(*DATA_AXES)
+
+    @property
+    def batch(self) -> MeshAxis:
+        """Ranks with batches of their own, which samplers deal to."""
+        return self.flat(*BATCH_AXES)
 
     @property
     def num_shares(self) -> int:
@@ -106,68 +126,66 @@ def single_mesh() -> DataMesh:
     return DataMesh(shard, replicate, world, gather)
 
 
-def check_shard_size(shard_size: int, world_size: int) -> None:
-    """Refuse a shard axis that does not divide the ranks.
-
-    Raises:
-        SuperScaleError: names both numbers and the sizes that work.
-    """
-    if world_size % shard_size:
-        fitting = [n for n in range(1, world_size + 1) if world_size % n == 0]
-        raise SuperScaleError(
-            f"ZeroConfig.shard_size={shard_size} does not divide the {world_size} data-parallel ranks. "
-            f"Use one of {', '.join(map(str, fitting))}, or None to shard over all ranks."
-        )
-
-
-def check_tensor_size(tensor_size: int, world_size: int) -> None:
-    """Refuse a tensor axis that does not divide the ranks.
-
-    Raises:
-        SuperScaleError: names both numbers and the sizes that work.
-    """
-    if world_size % tensor_size:
-        fitting = [n for n in range(1, world_size + 1) if world_size % n == 0]
-        raise SuperScaleError(
-            f"ZeroConfig.tensor_parallel={tensor_size} does not divide the {world_size} rank"
-            f"{'s' if world_size > 1 else ''} of the Trainer. Use one of {', '.join(map(str, fitting))}, or other "
-            "devices and num_nodes."
-        )
-
-
 def build_mesh(
-    shard_size: int,
-    timeout: timedelta,
-    watch: RankWatch | None = None,
-    *,
-    tensor_size: int = 1,
-    device_type: str = "cpu",
+    spec: MeshSpec, timeout: timedelta, watch: RankWatch | None = None, *, device_type: str = "cpu"
 ) -> DataMesh:
     """Make the mesh over the initialised default process group. Collective: every rank calls it.
 
     Args:
-        shard_size: ranks on the shard axis; with a tensor axis, the rest of the world.
+        spec: of as many ranks as the group has.
         timeout: of the control group's agreements.
-        tensor_size: ranks on the tensor axis.
         device_type: where tensors of the tensor axis live.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    if tensor_size > 1:
-        return _build_tensor_mesh(tensor_size, timeout, watch, device_type)
-    check_shard_size(shard_size, world_size)
+    if spec.world_size != world_size:
+        raise AssertionError(f"{spec} has {spec.world_size} ranks, the process group {world_size}")
     if world_size == 1:
         return single_mesh()
-    num_replicas = world_size // shard_size
-    shards = [[r * shard_size + s for s in range(shard_size)] for r in range(num_replicas)]
-    replicas = [[r * shard_size + s for r in range(num_replicas)] for s in range(shard_size)]
+    device_mesh = _device_mesh(spec, device_type)
+    made: dict[tuple[tuple[int, ...], ...], dist.ProcessGroup | None] = {}
+
+    def axis(name: str, *axes: str) -> MeshAxis:
+        groups = spec.groups(*axes)
+        key = tuple(map(tuple, groups))
+        if key not in made:
+            made[key] = dist.group.WORLD if len(groups) == 1 else _new_group(groups, rank)
+        return MeshAxis(name, spec.index_of(rank, *axes), spec.size_of(*axes), made[key])
+
+    if device_mesh is not None:
+        made[tuple(map(tuple, spec.groups("tensor")))] = device_mesh.get_group(TENSOR_AXIS)
+    single = {name: axis(name, name) for name in AXES}
+    flattened = {
+        present: axis(name, *present)
+        for name, axes in (("data", DATA_AXES), ("batch", BATCH_AXES))
+        if len(present := frozenset(a for a in axes if single[a].size > 1)) > 1
+    }
     return DataMesh(
-        MeshAxis("shard", rank % shard_size, shard_size, _group_of(shards, rank)),
-        MeshAxis("replicate", rank // shard_size, num_replicas, _group_of(replicas, rank)),
-        MeshAxis("world", rank, world_size, dist.group.WORLD),
-        MeshAxis("gather", rank % shard_size, shard_size, _new_group(shards, rank)),
+        single["shard"],
+        single["replicate"],
+        tensor=single["tensor"],
+        sequence=single["sequence"],
+        world=MeshAxis("world", rank, world_size, dist.group.WORLD),
+        gather=MeshAxis("gather", single["shard"].rank, spec.shard, _gather_group(spec, rank, device_mesh)),
+        flattened=flattened,
+        device_mesh=device_mesh,
         control=dist.new_group(backend="gloo", timeout=timeout),
         watch=watch,
     )
+
+
+def _device_mesh(spec: MeshSpec, device_type: str) -> DeviceMesh | None:
+    """What users parallelize modules over; None without a tensor axis."""
+    if spec.tensor == 1:
+        return None
+    shape = (spec.size_of(*DATA_AXES), spec.tensor)
+    return init_device_mesh(device_type, shape, mesh_dim_names=(DATA_AXIS, TENSOR_AXIS))
+
+
+def _gather_group(spec: MeshSpec, rank: int, device_mesh: DeviceMesh | None) -> dist.ProcessGroup | None:
+    """A second group over the shard axis, see [Note: Two groups]."""
+    if device_mesh is not None and spec.shard == spec.size_of(*DATA_AXES):
+        return device_mesh.get_group(DATA_AXIS)
+    return _new_group(spec.groups("shard"), rank)
 
 
 def with_own_control(mesh: DataMesh, timeout: timedelta | None = None) -> DataMesh:
@@ -180,29 +198,6 @@ def with_own_control(mesh: DataMesh, timeout: timedelta | None = None) -> DataMe
         return mesh
     group = dist.new_group(backend="gloo", timeout=timeout)
     return replace(mesh, control=group, watch=None, counts=CollectiveCount(), memory=RecycledMemory())
-
-
-def _build_tensor_mesh(tensor_size: int, timeout: timedelta, watch: RankWatch | None, device_type: str) -> DataMesh:
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    check_tensor_size(tensor_size, world_size)
-    shard_size = world_size // tensor_size
-    device_mesh = init_device_mesh(device_type, (shard_size, tensor_size), mesh_dim_names=(DATA_AXIS, TENSOR_AXIS))
-    shards = [[s * tensor_size + t for s in range(shard_size)] for t in range(tensor_size)]
-    return DataMesh(
-        MeshAxis("shard", rank // tensor_size, shard_size, _group_of(shards, rank)),
-        MeshAxis("replicate", 0, 1),
-        MeshAxis("world", rank, world_size, dist.group.WORLD),
-        MeshAxis("gather", rank // tensor_size, shard_size, device_mesh.get_group(DATA_AXIS)),
-        MeshAxis("tensor", rank % tensor_size, tensor_size, device_mesh.get_group(TENSOR_AXIS)),
-        device_mesh=device_mesh,
-        control=dist.new_group(backend="gloo", timeout=timeout),
-        watch=watch,
-    )
-
-
-def _group_of(groups: list[list[int]], rank: int) -> dist.ProcessGroup | None:
-    """The one of these groups that holds `rank`; the default group where that is it."""
-    return dist.group.WORLD if len(groups) == 1 else _new_group(groups, rank)
 
 
 def _new_group(groups: list[list[int]], rank: int) -> dist.ProcessGroup | None:

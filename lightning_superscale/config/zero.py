@@ -70,7 +70,3 @@ class ZeroConfig:
     def reduces_once(self) -> bool:
         """Whether gradients of all micro-batches of a step are reduced together."""
         return self.stage < 2 if self.no_sync == "auto" else bool(self.no_sync)
-
-    def shard_size_of(self, world_size: int) -> int:
-        """Ranks on the shard axis."""
-        return 1 if self.stage == 0 else (self.shard_size or world_size // self.tensor_parallel)

@@ -10,23 +10,41 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
-from lightning_superscale.comm.mesh import DataMesh, build_mesh, check_shard_size, check_tensor_size, single_mesh
+from lightning_superscale.comm.mesh import DataMesh, build_mesh, single_mesh
 from lightning_superscale.comm.watch import RankWatch, open_store
 from lightning_superscale.config import ZeroConfig
+from lightning_superscale.errors import SuperScaleError
+from lightning_superscale.layout.mesh import MeshSpec
 from lightning_superscale.zero.fsdp2.gather_order import GatherOrder
 
 # Of collectives; a rank that fails is heard of much sooner.
 DEFAULT_TIMEOUT = timedelta(minutes=30)
 
 
-def check_axes(zero: ZeroConfig, world_size: int) -> None:
-    """Refuse mesh axes that do not divide the ranks.
+def mesh_spec_of(zero: ZeroConfig, world_size: int) -> MeshSpec:
+    """The axes that the configs ask for, over `world_size` ranks.
 
     Raises:
-        SuperScaleError: names the option, both numbers and the sizes that work.
+        SuperScaleError: an axis that does not divide the ranks: names the option, both numbers and the sizes that work.
     """
-    check_tensor_size(zero.tensor_parallel, world_size)
-    check_shard_size(zero.shard_size_of(world_size), world_size)
+    if world_size % zero.tensor_parallel:
+        raise SuperScaleError(
+            f"ZeroConfig.tensor_parallel={zero.tensor_parallel} does not divide the {world_size} rank"
+            f"{'s' if world_size > 1 else ''} of the Trainer. Use one of {_fitting(world_size)}, or other devices and "
+            "num_nodes."
+        )
+    num_data = world_size // zero.tensor_parallel
+    shard = 1 if zero.stage == 0 or num_data == 1 else zero.shard_size or num_data
+    if num_data % shard:
+        raise SuperScaleError(
+            f"ZeroConfig.shard_size={shard} does not divide the {num_data} data-parallel ranks. "
+            f"Use one of {_fitting(num_data)}, or None to shard over all ranks."
+        )
+    return MeshSpec(replicate=num_data // shard, shard=shard, tensor=zero.tensor_parallel)
+
+
+def _fitting(num_ranks: int) -> str:
+    return ", ".join(str(size) for size in range(1, num_ranks + 1) if num_ranks % size == 0)
 
 
 class RankEnvironment:
@@ -54,7 +72,7 @@ class RankEnvironment:
         if self.mesh.watch is not None:
             return
         rank, world_size = dist.get_rank(), dist.get_world_size()
-        check_axes(zero, world_size)
+        spec = mesh_spec_of(zero, world_size)
         own = open_store(0, world_size, host, 0, timeout) if rank == 0 else None
         port = broadcast(None if own is None else own.port)
         store = own if own is not None else open_store(rank, world_size, host, port, timeout)
@@ -62,13 +80,7 @@ class RankEnvironment:
         if self._made_for is dist.group.WORLD:
             self.mesh = replace(self.mesh, watch=watch)  # torch never gives groups back, so they are made once
         else:
-            self.mesh = build_mesh(
-                zero.shard_size_of(world_size),
-                timeout,
-                watch,
-                tensor_size=zero.tensor_parallel,
-                device_type=device_type,
-            )
+            self.mesh = build_mesh(spec, timeout, watch, device_type=device_type)
             self._made_for = dist.group.WORLD
         if zero.stage == 3:
             self.order = GatherOrder(PrefixStore("gathers", store), rank, world_size, watch=watch)

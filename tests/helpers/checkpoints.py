@@ -24,6 +24,7 @@ from lightning_superscale.checkpoint.tools.verify import verify
 from lightning_superscale.comm.mesh import DataMesh, build_mesh, single_mesh
 from lightning_superscale.errors import CheckpointError
 from lightning_superscale.layout.box import Box, flat_boxes, row_box, whole_box
+from lightning_superscale.layout.mesh import MeshSpec
 
 LAYOUTS = ("whole", "rows", "columns", "flat", "boxes")
 
@@ -158,7 +159,7 @@ def assert_filled(requests: list[ReadRequest], tensors: dict[TensorKey, Tensor])
 
 
 def mesh_of(world_size: int) -> DataMesh:
-    return single_mesh() if world_size == 1 else build_mesh(world_size, timedelta(seconds=60))
+    return single_mesh() if world_size == 1 else build_mesh(MeshSpec(shard=world_size), timedelta(seconds=60))
 
 
 ONE_SHAPE = (6, 3)

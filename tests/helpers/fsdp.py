@@ -10,6 +10,7 @@ from torch import nn
 
 from lightning_superscale.comm.communicator import ranks_of
 from lightning_superscale.comm.mesh import build_mesh
+from lightning_superscale.layout.mesh import MeshSpec
 from lightning_superscale.offload.engine import engine_of
 from lightning_superscale.offload.link.link import CpuLink
 from lightning_superscale.ops.update import update_path
@@ -90,7 +91,11 @@ def build(model, rank, world_size, case, *, optimizer=None, **how):
 
 
 def build_all(model, rank, world_size, case, optimizers, *, store=None, shard_size=None, watch=None):
-    mesh = build_mesh(shard_size or world_size, timedelta(seconds=60), watch)
+    mesh = build_mesh(
+        MeshSpec(replicate=world_size // (shard_size or world_size), shard=shard_size or world_size),
+        timedelta(seconds=60),
+        watch,
+    )
     order = GatherOrder(store, rank, world_size, patience_s=5.0, watch=watch)
     sharded = shard_module(model, optimizers, mesh, torch.device("cpu"), order, case.policy)
     ranks = ranks_of(mesh, model.parameters())

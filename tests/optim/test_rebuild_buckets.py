@@ -12,6 +12,7 @@ from torch import nn
 
 from lightning_superscale.comm.communicator import ranks_of
 from lightning_superscale.comm.mesh import build_mesh
+from lightning_superscale.layout.mesh import MeshSpec
 from lightning_superscale.optim.bucketing import Grouping, is_same_cut, last_ready
 from lightning_superscale.optim.clipping import ClipByNorm
 from lightning_superscale.optim.rebuild_buckets import regroup
@@ -177,7 +178,7 @@ def test_a_parameter_that_is_never_used_does_not_hold_its_unit_back():
 
 def _on_ranks(rank: int, world_size: int) -> tuple[list[torch.Tensor], bool]:
     model = Shuffled()
-    ranks = ranks_of(build_mesh(world_size, timedelta(seconds=30)), model.parameters())
+    ranks = ranks_of(build_mesh(MeshSpec(shard=world_size), timedelta(seconds=30)), model.parameters())
     optimizer = torch.optim.AdamW(model.parameters(), **ADAMW)
     engine = build_engine(
         model, optimizer, is_offloaded=True, is_streamed=True, is_deferred=True, unit_bytes=1, ranks=ranks

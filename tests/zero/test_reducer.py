@@ -10,6 +10,7 @@ import torch
 from lightning_superscale.comm import collectives
 from lightning_superscale.comm.communicator import ranks_of
 from lightning_superscale.comm.mesh import build_mesh
+from lightning_superscale.layout.mesh import MeshSpec
 from lightning_superscale.ops.cpu import memory
 from lightning_superscale.optim.clipping import ClipByNorm, ClipByValue
 from tests.helpers.engines import build_engine
@@ -77,7 +78,8 @@ def train(rank, world_size, program, dtype, way, clip, micro_batches, shard_size
     """The same on one of several ranks; returns weights, whole optimizer states and norms."""
     way = dict(way)
     sharded = way.pop("is_sharded")
-    mesh = build_mesh((shard_size or world_size) if sharded else 1, timedelta(seconds=30))
+    shard = (shard_size or world_size) if sharded else 1
+    mesh = build_mesh(MeshSpec(replicate=world_size // shard, shard=shard), timedelta(seconds=30))
     model = Programs(dtype)
     params = list(model.parameters())
     optimizer = torch.optim.AdamW(params, **ADAMW)

@@ -27,6 +27,7 @@ from lightning_superscale.comm.dtensor import (
 )
 from lightning_superscale.comm.mesh import build_mesh
 from lightning_superscale.errors import SuperScaleError
+from lightning_superscale.layout.mesh import MeshSpec
 from lightning_superscale.layout.rows import shard_rows
 from lightning_superscale.zero.fsdp2.gather_order import GatherOrder
 from lightning_superscale.zero.fsdp2.shard import shard_module
@@ -70,7 +71,7 @@ REFUSED = {
 
 
 def _refused(rank, world_size):
-    mesh, said = build_mesh(1, timedelta(seconds=30), tensor_size=2), []
+    mesh, said = build_mesh(MeshSpec(tensor=2), timedelta(seconds=30)), []
     for spoil in REFUSED:
         root = Owner()
         spoil(root, mesh)
@@ -93,7 +94,7 @@ def test_modules_that_no_tensor_axis_can_train_are_refused_by_name():
 
 def _cuts(rank, world_size):
     """Parts and wholes of odd shapes, on two data-parallel ranks of two tensor-parallel ones."""
-    mesh = build_mesh(2, timedelta(seconds=30), tensor_size=2)
+    mesh = build_mesh(MeshSpec(shard=2, tensor=2), timedelta(seconds=30))
     assert (mesh.shard.rank, mesh.tensor.rank, mesh.data.size, mesh.num_shares) == (rank // 2, rank % 2, 2, 4)
     ranks, tensor_mesh = ranks_of(mesh, ()), mesh.device_mesh["tensor_parallel"]
     for shape in ((5,), (7, 3), (3, 5, 2), (4, 6)):
@@ -129,7 +130,7 @@ def test_parts_and_wholes_follow_both_cuts():
 
 def _owed(rank, world_size):
     """A gradient that is a sum over the tensor axis, or cut otherwise than its parameter."""
-    mesh = build_mesh(1, timedelta(seconds=30), tensor_size=2).device_mesh["tensor_parallel"]
+    mesh = build_mesh(MeshSpec(tensor=2), timedelta(seconds=30)).device_mesh["tensor_parallel"]
     whole = torch.arange(12.0).view(4, 3)
     param = distribute_tensor(torch.zeros(4, 3), mesh, [Shard(0)])
     owed = placed_like(whole * (rank + 1), distribute_tensor(torch.zeros(4, 3), mesh, [Replicate()]))

@@ -21,6 +21,7 @@ from lightning_superscale.checkpoint.storage.local import remove
 from lightning_superscale.comm.mesh import DataMesh, build_mesh, single_mesh
 from lightning_superscale.config import CheckpointConfig, resolve_checkpoint
 from lightning_superscale.errors import CheckpointError
+from lightning_superscale.layout.mesh import MeshSpec
 from lightning_superscale.plugins.lightning_private import plain_optimizer
 from lightning_superscale.run.environment import DEFAULT_TIMEOUT
 from lightning_superscale.run.state.collect import local_state
@@ -64,7 +65,7 @@ class UniversalCheckpointIOMixin(_Base):
             return single_mesh()
         if self._own_mesh is None or self._own_mesh[0] is not dist.group.WORLD:
             # torch never gives groups back, so they are made once for each process group
-            self._own_mesh = (dist.group.WORLD, build_mesh(dist.get_world_size(), DEFAULT_TIMEOUT))
+            self._own_mesh = (dist.group.WORLD, build_mesh(MeshSpec(shard=dist.get_world_size()), DEFAULT_TIMEOUT))
         return self._own_mesh[1]
 
     def save_on_all_ranks(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_superscale.comm.communicator import Communicator
-from lightning_superscale.comm.mesh import check_tensor_size
+from lightning_superscale.comm.mesh import BATCH_AXES
 from lightning_superscale.config import CheckpointConfig, OffloadConfig, ZeroConfig, resolve_offload, resolve_zero
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.plugins.checkpoint.io import (
@@ -34,7 +34,7 @@ from lightning_superscale.plugins.trainer.precision import SuperScalePrecisionMi
 from lightning_superscale.plugins.trainer.visibility import visibility_of
 from lightning_superscale.run.assemble import Assembly
 from lightning_superscale.run.checks import refuse_averaging
-from lightning_superscale.run.environment import DEFAULT_TIMEOUT, check_axes
+from lightning_superscale.run.environment import DEFAULT_TIMEOUT, mesh_spec_of
 from lightning_superscale.run.precision import PRECISIONS, check_precision
 from lightning_superscale.run.report.phases import PhaseSeconds
 from lightning_superscale.run.report.plan import ParallelPlan
@@ -143,14 +143,13 @@ class SuperScaleStrategyMixin(_Base):
     def _configure_launcher(self) -> None:
         drop_launcher(self)  # one process needs none, and without one notebooks work too
         check_flow(self.zero_config, self.offload_config)
-        check_tensor_size(self.zero_config.tensor_parallel, self._num_ranks)
+        mesh_spec_of(self.zero_config, self._num_ranks)
         if self.zero_config.tensor_parallel > 1 and self._start_method != "popen":
             raise SuperScaleError(
                 f"start_method={self._start_method!r} brings the module back to the main process, which has no other "
                 "ranks to hold its tensor-parallel parts. Use start_method='popen', or torchrun."
             )
         if self._num_ranks > 1:
-            check_axes(self.zero_config, self._num_ranks)
             super()._configure_launcher()
 
     def setup_environment(self) -> None:
@@ -170,9 +169,12 @@ class SuperScaleStrategyMixin(_Base):
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        """Ranks of one tensor axis get the same batches."""
-        size = self.zero_config.tensor_parallel
-        return {"num_replicas": self._num_ranks // size, "rank": self.global_rank // size}
+        """Ranks that compute a batch together get the same ones."""
+        spec = mesh_spec_of(self.zero_config, self._num_ranks)
+        return {
+            "num_replicas": spec.size_of(*BATCH_AXES),
+            "rank": spec.index_of(self.global_rank, *BATCH_AXES),
+        }
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
         return decision if self._num_ranks == 1 else super().reduce_boolean_decision(decision, all)

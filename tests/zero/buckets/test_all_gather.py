@@ -10,6 +10,7 @@ from torch import nn
 
 from lightning_superscale.comm.communicator import ranks_of
 from lightning_superscale.comm.mesh import build_mesh
+from lightning_superscale.layout.mesh import MeshSpec
 from lightning_superscale.offload.link.link import CpuLink, DoneEvent
 from lightning_superscale.zero.forward_gates import PublishGates
 from tests.helpers.engines import build_engine
@@ -58,7 +59,7 @@ def batch(step: int, rank: int) -> torch.Tensor:
 
 def build(world_size: int, link=None):
     model = Branches()
-    ranks = ranks_of(build_mesh(world_size, timedelta(seconds=30)), model.parameters())
+    ranks = ranks_of(build_mesh(MeshSpec(shard=world_size), timedelta(seconds=30)), model.parameters())
     optimizer = torch.optim.AdamW(model.parameters(), **ADAMW)
     engine = build_engine(
         model,

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_superscale.comm.mesh import build_mesh
 from lightning_superscale.errors import SuperScaleError
+from lightning_superscale.layout.mesh import MeshSpec
 from lightning_superscale.layout.rows import shard_rows
 from lightning_superscale.zero.fsdp2.unit import local_rows_of
 from lightning_superscale.zero.fsdp2.unwrap import attributes_of, release_modules
@@ -178,7 +179,7 @@ def test_one_rank_is_refused():
 
 
 def _axes(rank: int, world_size: int) -> tuple[int, int]:
-    mesh = build_mesh(2, timedelta(seconds=30))
+    mesh = build_mesh(MeshSpec(shard=2), timedelta(seconds=30))
     axis = mesh.gather
     assert axis.group is not mesh.shard.group
     return axis.rank, axis.size

@@ -1,0 +1,54 @@
+"""Sizes and ranks of the mesh's axes: arithmetic alone, so that it can be asked before any rank runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+# Outermost first. Neighbours on the last axis have neighbouring ranks, which are on one node where that fits.
+AXES = ("replicate", "shard", "sequence", "tensor")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeshSpec:
+    """How many ranks each axis has.
+
+    Attributes:
+        replicate: ranks that hold the same shard (hybrid sharding, HSDP).
+        shard: ranks that share one copy of what is sharded.
+        sequence: ranks that each compute a part of every sample's sequence.
+        tensor: ranks that compute each batch together, each with its part of what a plan parallelizes.
+    """
+
+    replicate: int = 1
+    shard: int = 1
+    sequence: int = 1
+    tensor: int = 1
+
+    @property
+    def world_size(self) -> int:
+        return self.size_of(*AXES)
+
+    def size_of(self, *axes: str) -> int:
+        """Ranks along these axes, flattened."""
+        return prod(getattr(self, axis) for axis in axes)
+
+    def index_of(self, rank: int, *axes: str) -> int:
+        """The place of a rank of the world along these axes, flattened in the order of AXES."""
+        index = 0
+        for axis in AXES:
+            if axis in axes:
+                index = index * getattr(self, axis) + self._coordinate(rank, axis)
+        return index
+
+    def groups(self, *axes: str) -> list[list[int]]:
+        """The ranks that differ along these axes only, one list per combination of the other axes; each in order."""
+        rest = tuple(axis for axis in AXES if axis not in axes)
+        members: list[list[int]] = [[] for _ in range(self.size_of(*rest))]
+        for rank in range(self.world_size):
+            members[self.index_of(rank, *rest)].append(rank)
+        return members
+
+    def _coordinate(self, rank: int, axis: str) -> int:
+        inner = AXES[AXES.index(axis) + 1 :]
+        return rank // self.size_of(*inner) % int(getattr(self, axis))
