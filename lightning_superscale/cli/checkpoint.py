@@ -19,7 +19,7 @@ from lightning_superscale.checkpoint.foreign.deepspeed_export import OptimizerKi
 from lightning_superscale.checkpoint.foreign.hf_export import export_hf
 from lightning_superscale.checkpoint.foreign.lightning_export import export_lightning
 from lightning_superscale.checkpoint.foreign.pieces import PieceSource
-from lightning_superscale.checkpoint.foreign.sniff import detect
+from lightning_superscale.checkpoint.foreign.registry import detect
 from lightning_superscale.checkpoint.load.reader import is_checkpoint
 from lightning_superscale.checkpoint.state import StateSource
 from lightning_superscale.checkpoint.storage.files import is_remote, local_path

@@ -21,7 +21,7 @@ BY_TEST: dict[str, list[str]] = {
         "checkpoint/foreign/deepspeed_files.py",
         "checkpoint/foreign/deepspeed_native.py",
         "checkpoint/foreign/deepspeed_universal.py",
-        "checkpoint/foreign/sniff.py",
+        "checkpoint/foreign/registry.py",
     ],
     "checkpoint/foreign/test_export.py": [
         "checkpoint/foreign/deepspeed_export.py",

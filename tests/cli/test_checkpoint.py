@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from lightning_superscale.checkpoint.foreign.lightning import OPTIMIZER_NAMES
 from lightning_superscale.checkpoint.foreign.pieces import PieceSource
-from lightning_superscale.checkpoint.foreign.sniff import open_foreign
+from lightning_superscale.checkpoint.foreign.registry import open_foreign
 from lightning_superscale.checkpoint.foreign.torch_optimizer import parameter_names
 from lightning_superscale.checkpoint.load.reader import SavedState, open_checkpoint
 from lightning_superscale.checkpoint.save.writer import save

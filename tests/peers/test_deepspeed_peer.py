@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from lightning_superscale.checkpoint.foreign.deepspeed_export import TAG, export_deepspeed_universal
-from lightning_superscale.checkpoint.foreign.sniff import open_foreign
+from lightning_superscale.checkpoint.foreign.registry import open_foreign
 from tests.checkpoint.foreign.test_deepspeed import FROZEN, expected
 from tests.helpers.foreign import read_all, truth, unpack
 from tests.peers.deepspeed_ranks import GROUPS, load, on_ranks

@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning_superscale.checkpoint.foreign.lightning import Names
 from lightning_superscale.checkpoint.foreign.lightning_dirs import META
-from lightning_superscale.checkpoint.foreign.sniff import detect
+from lightning_superscale.checkpoint.foreign.registry import detect
 from lightning_superscale.checkpoint.foreign.torch_files import load_torch_file
 from lightning_superscale.checkpoint.format import json_codec as rest_json
 from lightning_superscale.checkpoint.format.manifest import MANIFEST_NAME
@@ -59,7 +59,7 @@ class Summary:
     """A checkpoint, by what can be known without its values.
 
     Attributes:
-        format: "lightning-superscale", or one of `sniff.Format`.
+        format: "lightning-superscale", or the name of one of `foreign.registry.FORMATS`.
         schema: version of the format; "" where it has none.
         world: ranks that wrote it; None where the format does not say, like `step`.
         libraries: versions of what wrote it.

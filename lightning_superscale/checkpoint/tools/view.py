@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lightning_superscale.checkpoint.foreign.lightning import Names
-from lightning_superscale.checkpoint.foreign.sniff import open_foreign
+from lightning_superscale.checkpoint.foreign.registry import open_foreign
 from lightning_superscale.checkpoint.load.reader import is_checkpoint, open_checkpoint
 from lightning_superscale.checkpoint.state import (
     MODEL,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_superscale.checkpoint.foreign.lightning import EXTRA_STATE, LAYOUT_VERSION
-from lightning_superscale.checkpoint.foreign.sniff import detect, open_foreign
+from lightning_superscale.checkpoint.foreign.registry import detect, open_foreign
 from lightning_superscale.checkpoint.foreign.torch_files import load_torch_file
 from lightning_superscale.checkpoint.foreign.torch_optimizer import pack_optimizer
 from lightning_superscale.checkpoint.load.reader import is_checkpoint, open_checkpoint

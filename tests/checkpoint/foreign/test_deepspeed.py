@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_superscale.checkpoint.foreign.deepspeed_files import load_deepspeed_file
-from lightning_superscale.checkpoint.foreign.sniff import detect, open_foreign
+from lightning_superscale.checkpoint.foreign.registry import detect, open_foreign
 from lightning_superscale.checkpoint.foreign.torch_files import Inert
 from lightning_superscale.checkpoint.state import MASTER, MODEL, ReadRequest, TensorKey, optimizer_section
 from lightning_superscale.errors import CheckpointError

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from lightning_superscale.checkpoint.foreign.deepspeed_export import export_deepspeed_universal
 from lightning_superscale.checkpoint.foreign.hf_export import export_hf
 from lightning_superscale.checkpoint.foreign.lightning_export import export_lightning
-from lightning_superscale.checkpoint.foreign.sniff import detect, open_foreign
+from lightning_superscale.checkpoint.foreign.registry import detect, open_foreign
 from lightning_superscale.checkpoint.foreign.torch_optimizer import parameter_names
 from lightning_superscale.checkpoint.state import MODEL, TensorKey, optimizer_section
 from lightning_superscale.errors import CheckpointError

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file, save_model
 from torch import nn
 
-from lightning_superscale.checkpoint.foreign.sniff import detect, open_foreign
+from lightning_superscale.checkpoint.foreign.registry import detect, open_foreign
 from lightning_superscale.checkpoint.state import MODEL, TensorKey
 from lightning_superscale.errors import CheckpointError
 from tests.helpers.foreign import read_all, read_in_parts

@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_superscale import SuperOffloadStrategy
-from lightning_superscale.checkpoint.foreign.sniff import detect, open_foreign
+from lightning_superscale.checkpoint.foreign.registry import detect, open_foreign
 from lightning_superscale.checkpoint.foreign.torch_optimizer import parameter_names
 from lightning_superscale.checkpoint.state import MASTER, MODEL, TensorKey, optimizer_section
 from lightning_superscale.errors import CheckpointError

@@ -9,7 +9,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
-from lightning_superscale.checkpoint.foreign.sniff import detect, open_foreign
+from lightning_superscale.checkpoint.foreign.registry import detect, open_foreign
 from lightning_superscale.checkpoint.state import MODEL, TensorKey, optimizer_section
 from lightning_superscale.errors import CheckpointError
 from tests.helpers.foreign import Payload, read_all, read_in_parts

@@ -1,0 +1,147 @@
+"""Every foreign format: how a checkpoint of it is recognised, by its content, and what opens it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from lightning_superscale.checkpoint.foreign.dcp import METADATA
+from lightning_superscale.checkpoint.foreign.deepspeed_files import find_folder
+from lightning_superscale.checkpoint.foreign.deepspeed_native import has_native_states, open_deepspeed_native
+from lightning_superscale.checkpoint.foreign.deepspeed_universal import has_universal_states, open_deepspeed_universal
+from lightning_superscale.checkpoint.foreign.hf import find_index, open_hf
+from lightning_superscale.checkpoint.foreign.lightning import Names, open_lightning
+from lightning_superscale.checkpoint.foreign.lightning_dirs import META, open_sharded
+from lightning_superscale.checkpoint.state import StateSource
+from lightning_superscale.errors import CheckpointError
+
+Opener = Callable[["Names | None"], StateSource]
+
+
+@dataclass(frozen=True, slots=True)
+class ForeignFormat:
+    """One format.
+
+    Attributes:
+        name: what commands and errors call it.
+        looks_like: what a checkpoint of it has, in words, for the error where none was found; empty where another
+            format's cover it.
+        recognise: what opens the checkpoint at an existing path; None where there is none of this format. It may read
+            names and the first bytes of files, and raises nothing of a path that belongs to another format.
+    """
+
+    name: str
+    looks_like: str
+    recognise: Callable[[Path], Opener | None]
+
+
+def _lightning(path: Path) -> Opener | None:
+    # Whatever file is nothing else: what torch.save wrote has no mark that all of its versions share.
+    if not path.is_file() or _is_safetensors(path):
+        return None
+    return lambda names: open_lightning(path, names)
+
+
+def _lightning_sharded(path: Path) -> Opener | None:
+    if not (path / METADATA).is_file() or not (path / META).is_file():
+        return None
+    return lambda names: open_sharded(path, names)
+
+
+def _dcp(path: Path) -> Opener | None:
+    if not (path / METADATA).is_file() or (path / META).is_file():
+        return None
+    return lambda names: open_sharded(path, names)
+
+
+def _deepspeed(path: Path) -> Opener | None:
+    folder = find_folder(path) if path.is_dir() else None
+    return (lambda _: open_deepspeed_native(folder)) if folder is not None and has_native_states(folder) else None
+
+
+def _deepspeed_universal(path: Path) -> Opener | None:
+    folder = find_folder(path) if path.is_dir() else None
+    return (lambda _: open_deepspeed_universal(folder)) if folder is not None and has_universal_states(folder) else None
+
+
+def _safetensors(path: Path) -> Opener | None:
+    if path.is_file():
+        return (lambda _: open_hf(path)) if _is_safetensors(path) else None
+    has_any = find_index(path) is not None or any(path.glob("*.safetensors"))
+    return (lambda _: open_hf(path)) if has_any else None
+
+
+# The first that recognises a checkpoint reads it, so one whose files another would take as its own comes before that.
+FORMATS = [
+    ForeignFormat("lightning", "a Lightning .ckpt file", _lightning),
+    ForeignFormat(
+        "lightning-sharded",
+        "a Lightning FSDP or ModelParallel directory (.metadata and meta.pt)",
+        _lightning_sharded,
+    ),
+    ForeignFormat("dcp", "a directory of torch.distributed.checkpoint (.metadata)", _dcp),
+    ForeignFormat(
+        "deepspeed",
+        "a DeepSpeed directory (*_model_states.pt, or `latest` naming one) with *_optim_states.pt "
+        "or zero/optimizer_state.pt",
+        _deepspeed,
+    ),
+    ForeignFormat("deepspeed-universal", "", _deepspeed_universal),
+    ForeignFormat("safetensors", "a .safetensors file, or a directory with one or with an index", _safetensors),
+]
+
+
+def detect(path: str | Path) -> str:
+    """The name of a checkpoint's format.
+
+    A directory that has both of DeepSpeed's kinds is "deepspeed"; pass the universal one's own directory to read that.
+
+    Raises:
+        CheckpointError: no such path, or none of the formats that are known; says what was looked for.
+    """
+    return _decide(Path(path))[0]
+
+
+def open_foreign(path: str | Path, names: Names | None = None) -> StateSource:
+    """Open a checkpoint of any known format; reads no tensor's values.
+
+    Args:
+        path: file or directory.
+        names: of each optimizer's parameters, in the optimizer's order, for formats that number them: see
+            `torch_optimizer.parameter_names`. Formats that name them take no notice.
+
+    Raises:
+        CheckpointError: no known format, or a checkpoint of one that is damaged, incomplete, names code, or has a
+            layout that can't be read.
+    """
+    _, opener = _decide(Path(path))
+    return opener(names)
+
+
+def _decide(path: Path) -> tuple[str, Opener]:
+    if not path.is_file() and not path.is_dir():
+        raise CheckpointError(f"there is no checkpoint at {path}: no such file or directory.")
+    for known in FORMATS:
+        opener = known.recognise(path)
+        if opener is not None:
+            return known.name, opener
+    has = sorted(entry.name for entry in path.iterdir())[:8] if path.is_dir() else "other content"
+    looked_for = "; ".join(known.looks_like for known in FORMATS if known.looks_like)
+    raise CheckpointError(f"{path} is no checkpoint that is known. Looked for: {looked_for}. It has {has}.")
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Whether a file begins with a length and a JSON object of that length."""
+    with path.open("rb") as file:
+        head = file.read(8)
+        length = int.from_bytes(head, "little")
+        if path.suffix == ".safetensors":
+            return True
+        if len(head) < 8 or not 2 <= length <= 100_000_000:  # what the format allows
+            return False
+        try:
+            return isinstance(json.loads(file.read(length)), dict)
+        except ValueError:
+            return False
