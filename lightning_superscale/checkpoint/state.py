@@ -63,7 +63,7 @@ class TensorInfo:
 
 
 @dataclass(frozen=True, slots=True)
-class Shard:
+class LocalShard:
     """A part of a tensor that this rank holds.
 
     Attributes:
@@ -106,7 +106,7 @@ class LocalState:
     """
 
     tensors: dict[TensorKey, TensorInfo]
-    shards: dict[TensorKey, tuple[Shard, ...]]
+    shards: dict[TensorKey, tuple[LocalShard, ...]]
     optimizers: tuple[OptimizerRecord, ...] = ()
     aliases: dict[str, str] = field(default_factory=dict)
     rest: dict[str, Any] = field(default_factory=dict)

@@ -15,10 +15,10 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 from rich.text import Text
 
+from lightning_superscale.checkpoint.foreign.chunks import ForeignSource
 from lightning_superscale.checkpoint.foreign.deepspeed_export import OptimizerKind, export_deepspeed_universal
 from lightning_superscale.checkpoint.foreign.hf_export import export_hf
 from lightning_superscale.checkpoint.foreign.lightning_export import export_lightning
-from lightning_superscale.checkpoint.foreign.pieces import PieceSource
 from lightning_superscale.checkpoint.foreign.registry import detect
 from lightning_superscale.checkpoint.load.reader import is_checkpoint
 from lightning_superscale.checkpoint.state import StateSource
@@ -208,7 +208,7 @@ def _opened(path: str, reading: Reading, doing: str = "") -> Iterator[StateSourc
     _must_exist(path)
     source = open_state(path, reading.names())
     try:
-        if not reading.drop_optimizer and isinstance(source, PieceSource) and source.names_missing:
+        if not reading.drop_optimizer and isinstance(source, ForeignSource) and source.names_missing:
             raise UsageError(
                 f"{path} numbers the states of its optimizers and does not say which parameter has which number. Pass "
                 "--names FILE, a JSON list of names for each optimizer, which parameter_names(module, optimizers) of "

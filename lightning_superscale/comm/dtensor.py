@@ -21,7 +21,7 @@ from lightning_superscale.comm.mesh import TENSOR_AXIS, DataMesh
 from lightning_superscale.layout.rows import ParamSlice, ParamSpec, shard_rows
 
 
-class LocalRows(NamedTuple):
+class LocalBox(NamedTuple):
     """What one rank has of a tensor of a parameter's shape, and where in the user's whole it lies.
 
     Attributes:
@@ -35,7 +35,7 @@ class LocalRows(NamedTuple):
     tensor: Tensor
 
 
-def local_rows(rows: Tensor, piece: ParamSlice, like: Tensor) -> LocalRows:
+def local_rows(rows: Tensor, piece: ParamSlice, like: Tensor) -> LocalBox:
     """Where this rank's rows of a tensor that is cut as the parameter `like` lie; issues nothing.
 
     Args:
@@ -47,7 +47,7 @@ def local_rows(rows: Tensor, piece: ParamSlice, like: Tensor) -> LocalRows:
     if place is not None:
         dim, rank, size = place
         offset[dim] += shard_rows(shape[dim], rank, size)[0]
-    return LocalRows(shape, tuple(offset), rows)
+    return LocalBox(shape, tuple(offset), rows)
 
 
 def local_rows_of(placed: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ def pack_state(engine: StateHolder) -> dict[str, Any]:
 
 
 def pack_local_state(engine: StateHolder, name_of: Mapping[nn.Parameter, str]) -> dict[str, Any]:
-    """`optimizer.state_dict()` with parameters by name, and of each tensor this rank's rows (`LocalRows`).
+    """`optimizer.state_dict()` with parameters by name, and of each tensor this rank's rows (`LocalBox`).
 
     No rank asks another one. Tensors of a shape of their own, and those of parameters of which this rank has no rows
     in common with others, are as they are.

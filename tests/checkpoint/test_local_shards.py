@@ -10,7 +10,7 @@ from torch.distributed.tensor import Replicate, distribute_tensor
 from torch.distributed.tensor import Shard as Placement
 
 from lightning_superscale.checkpoint.local_shards import is_tensor_like, local_shards
-from lightning_superscale.comm.dtensor import LocalRows
+from lightning_superscale.comm.dtensor import LocalBox
 from lightning_superscale.layout.box import Box, whole_box
 from tests.helpers.ranks import run_ranks
 
@@ -23,12 +23,12 @@ def test_a_plain_tensor_is_held_whole():
 
 
 def test_rows_lie_where_they_were_cut():
-    rows = LocalRows((5, 3), (2, 0), torch.ones(2, 3))
+    rows = LocalBox((5, 3), (2, 0), torch.ones(2, 3))
     assert is_tensor_like(rows)
     shape, dtype, [shard] = local_shards(rows)
     assert (shape, dtype, shard.box) == ((5, 3), torch.float32, Box((2, 0), (2, 3)))
-    assert local_shards(LocalRows((5, 3), (5, 0), torch.ones(0, 3)))[2] == ()
-    assert local_shards(LocalRows((), (), torch.ones(0)))[2] == ()
+    assert local_shards(LocalBox((5, 3), (5, 0), torch.ones(0, 3)))[2] == ()
+    assert local_shards(LocalBox((), (), torch.ones(0)))[2] == ()
 
 
 def test_other_values_are_no_tensors():

@@ -14,7 +14,7 @@ import torch
 from lightning_superscale.checkpoint.load import exchange, segments
 from lightning_superscale.checkpoint.load.reader import open_checkpoint
 from lightning_superscale.checkpoint.save.writer import save
-from lightning_superscale.checkpoint.state import LocalState, ReadRequest, Shard, TensorInfo, TensorKey
+from lightning_superscale.checkpoint.state import LocalShard, LocalState, ReadRequest, TensorInfo, TensorKey
 from lightning_superscale.checkpoint.storage import files
 from lightning_superscale.comm.shared_memory import map_host_memory
 from lightning_superscale.errors import CheckpointError
@@ -116,7 +116,7 @@ def one_tensor(rank: int, world_size: int, value: float, rows: int = 8) -> Local
     tensor = torch.full((rows, 4), value)
     return LocalState(
         {key: TensorInfo(torch.float32, (rows, 4), "model")},
-        {key: (Shard(whole_box((rows, 4)), tensor),)},
+        {key: (LocalShard(whole_box((rows, 4)), tensor),)},
         rest={"value": value},
     )
 
@@ -158,7 +158,7 @@ def failing_ranks(rank: int, world_size: int, folder: str) -> list[str]:
         return write(descriptor, data)
 
     big = {
-        key: (Shard(whole_box((8, 4096)), torch.ones(8, 4096)),)
+        key: (LocalShard(whole_box((8, 4096)), torch.ones(8, 4096)),)
         for key in (TensorKey("model", f"w{i}") for i in range(20 * world_size))
     }
     infos = {key: TensorInfo(torch.float32, (8, 4096), "model") for key in big}

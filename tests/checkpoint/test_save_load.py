@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from lightning_superscale.checkpoint.load.reader import is_checkpoint, open_checkpoint
 from lightning_superscale.checkpoint.save.writer import save
-from lightning_superscale.checkpoint.state import LocalState, ReadRequest, Shard, TensorInfo, TensorKey
+from lightning_superscale.checkpoint.state import LocalShard, LocalState, ReadRequest, TensorInfo, TensorKey
 from lightning_superscale.comm.mesh import single_mesh
 from lightning_superscale.errors import CheckpointError
 from lightning_superscale.layout.box import Box, whole_box
@@ -21,7 +21,7 @@ def simple(**tensors: torch.Tensor) -> LocalState:
     keys = {TensorKey("model", name): tensor for name, tensor in tensors.items()}
     return LocalState(
         {key: TensorInfo(t.dtype, tuple(t.shape), "model") for key, t in keys.items()},
-        {key: (Shard(whole_box(t.shape), t),) for key, t in keys.items()},
+        {key: (LocalShard(whole_box(t.shape), t),) for key, t in keys.items()},
     )
 
 
@@ -117,7 +117,7 @@ def test_what_does_not_fit_a_request_is_refused_before_anything_is_read(tmp_path
         (
             LocalState(
                 {TensorKey("model", "w"): TensorInfo(torch.float32, (2,), "model")},
-                {TensorKey("model", "w"): (Shard(Box((0,), (2,)), torch.ones(2).half()),)},
+                {TensorKey("model", "w"): (LocalShard(Box((0,), (2,)), torch.ones(2).half()),)},
             ),
             "model: w.*float16",
         ),

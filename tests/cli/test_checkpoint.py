@@ -18,8 +18,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
+from lightning_superscale.checkpoint.foreign.chunks import ForeignSource
 from lightning_superscale.checkpoint.foreign.lightning import OPTIMIZER_NAMES
-from lightning_superscale.checkpoint.foreign.pieces import PieceSource
 from lightning_superscale.checkpoint.foreign.registry import open_foreign
 from lightning_superscale.checkpoint.foreign.torch_optimizer import parameter_names
 from lightning_superscale.checkpoint.load.reader import SavedState, open_checkpoint
@@ -206,14 +206,14 @@ def test_verify_finds_what_is_missing_and_what_is_too_many(run, ours):
 
 def test_verify_names_each_tensor_that_cannot_be_read(run, tmp_path, monkeypatch):
     torch.save({"state_dict": {"u": torch.ones(2), "v": torch.ones(2), "w": torch.ones(2)}}, tmp_path / "x.ckpt")
-    read = PieceSource.read
+    read = ForeignSource.read
 
     def broken(self, requests):
         if any(request.key.name in "uw" for request in requests):
             raise CheckpointError("its file is gone.")
         read(self, requests)
 
-    monkeypatch.setattr(PieceSource, "read", broken)
+    monkeypatch.setattr(ForeignSource, "read", broken)
     code, out, err = run("verify", tmp_path / "x.ckpt")
     assert code == 1
     assert out.splitlines() == [f"{tmp_path}/x.ckpt: its file is gone. (holds model: {name})" for name in "uw"]

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from lightning_superscale.checkpoint.load.reader import open_checkpoint
 from lightning_superscale.checkpoint.state import (
+    LocalShard,
     LocalState,
     OptimizerRecord,
     ReadRequest,
-    Shard,
     TensorInfo,
     TensorKey,
     optimizer_section,
@@ -116,7 +116,7 @@ def local_state(
     shards = {}
     for key, tensor in tensors.items():
         boxes = boxes_of(key, tuple(tensor.shape), layout, world_size)[rank]
-        shards[key] = tuple(Shard(box, tensor[box.within(whole_box(tensor.shape))]) for box in boxes)
+        shards[key] = tuple(LocalShard(box, tensor[box.within(whole_box(tensor.shape))]) for box in boxes)
     optimizer = OptimizerRecord(
         "AdamW",
         ({"lr": 0.1 + 0.2, "betas": (0.9, 0.999), "foreach": None}, {"lr": torch.tensor(0.5), "betas": (0.8, 0.9)}),
@@ -169,7 +169,7 @@ ONE_KEY = TensorKey("model", "w")
 def one_tensor(value: float, rank: int = 0, world_size: int = 1) -> LocalState:
     """A small state that holds one value everywhere, cut by rows."""
     box = row_box(ONE_SHAPE, ONE_SHAPE[0] * rank // world_size, ONE_SHAPE[0] * (rank + 1) // world_size)
-    shard = Shard(box, torch.full(box.size, value))
+    shard = LocalShard(box, torch.full(box.size, value))
     return LocalState(
         {ONE_KEY: TensorInfo(torch.float32, ONE_SHAPE, "model")}, {ONE_KEY: (shard,)}, rest={"value": value}
     )

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_superscale.checkpoint.foreign.pieces import Entry, Index, Piece
+from lightning_superscale.checkpoint.foreign.chunks import ForeignChunk, ForeignTensor, Index
 from lightning_superscale.checkpoint.foreign.torch_files import load_torch_bytes
 from lightning_superscale.checkpoint.state import TensorInfo
 from lightning_superscale.errors import CheckpointError
@@ -91,7 +91,7 @@ class DcpFolder:
 
     folder: Path
     paths: dict[str, tuple[Any, ...]] = field(default_factory=dict)
-    tensors: dict[str, Entry] = field(default_factory=dict)
+    tensors: dict[str, ForeignTensor] = field(default_factory=dict)
     blobs: dict[str, Place] = field(default_factory=dict)
     _held: tuple[Place, Any] | None = None
 
@@ -173,10 +173,10 @@ def _fill(found: DcpFolder, metadata: Any) -> None:
         if type(item).__name__ == "BytesStorageMetadata":
             found.blobs[key] = places[key, None]
             continue
-        shape, pieces = tuple(item.size), []
+        shape, chunks = tuple(item.size), []
         for chunk in item.chunks:
             box = Box(tuple(chunk.offsets), tuple(chunk.sizes))
             place = places[key, box.offset] if (key, box.offset) in places else places[key, None]
-            pieces.append(Piece(box, found.reader(place, key), f"{found.folder / place[0]}@{place[1]:020d}"))
+            chunks.append(ForeignChunk(box, found.reader(place, key), f"{found.folder / place[0]}@{place[1]:020d}"))
         dtype = item.properties.args[0] if item.properties.args else item.properties.dtype
-        found.tensors[key] = Entry(TensorInfo(dtype, shape, "model"), tuple(pieces))
+        found.tensors[key] = ForeignTensor(TensorInfo(dtype, shape, "model"), tuple(chunks))

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_superscale.checkpoint.foreign.chunks import ForeignChunk, ForeignTensor, Table, flat_chunks, whole_tensor
 from lightning_superscale.checkpoint.foreign.lightning import extra_state
-from lightning_superscale.checkpoint.foreign.pieces import Entry, Piece, Table, flat_pieces, whole_entry
 from lightning_superscale.checkpoint.foreign.torch_files import Inert, load_torch_file
 from lightning_superscale.checkpoint.state import MODEL, TensorInfo, TensorKey
 from lightning_superscale.errors import CheckpointError
@@ -208,7 +208,7 @@ def loss_scaler(state: Mapping[str, Any]) -> dict[str, Any]:
     return dict(vars(state["loss_scaler"])) if "loss_scaler" in state else {}
 
 
-def model_entries(files: ModelFiles, masters: Mapping[str, Entry]) -> Table:
+def model_entries(files: ModelFiles, masters: Mapping[str, ForeignTensor]) -> Table:
     """Weights and buffers, and the masters of weights that are narrower.
 
     Where stage 3 did not save a weight, it is its master's values rounded to its dtype, as DeepSpeed loads it.
@@ -225,9 +225,9 @@ def model_entries(files: ModelFiles, masters: Mapping[str, Entry]) -> Table:
             continue
         key, trainable = TensorKey(MODEL, name), name in masters
         if name in files.buffers:
-            table[key] = whole_entry(tensor, "buffer", str(files.file))
+            table[key] = whole_tensor(tensor, "buffer", str(files.file))
         elif not files.is_sharded:
-            table[key] = whole_entry(tensor, "model", str(files.file), trainable=trainable)
+            table[key] = whole_tensor(tensor, "model", str(files.file), trainable=trainable)
         elif trainable:
             table[key] = rounded(masters[name], tensor.dtype)
         else:
@@ -238,27 +238,27 @@ def model_entries(files: ModelFiles, masters: Mapping[str, Entry]) -> Table:
     return table
 
 
-def rounded(master: Entry, dtype: torch.dtype) -> Entry:
+def rounded(master: ForeignTensor, dtype: torch.dtype) -> ForeignTensor:
     """A master's values as the weight of `dtype` that was trained with."""
 
-    def read(piece: Piece) -> Piece:
-        return Piece(piece.box, lambda index: piece.read(index).to(dtype), piece.file)
+    def read(chunk: ForeignChunk) -> ForeignChunk:
+        return ForeignChunk(chunk.box, lambda index: chunk.read(index).to(dtype), chunk.file)
 
     info = TensorInfo(dtype, master.info.shape, "model", trainable=True)
-    return Entry(info, tuple(read(piece) for piece in master.pieces))
+    return ForeignTensor(info, tuple(read(chunk) for chunk in master.chunks))
 
 
-def _frozen_entry(files: ModelFiles, name: str) -> Entry:
+def _frozen_entry(files: ModelFiles, name: str) -> ForeignTensor:
     shape = files.frozen_shapes.get(name)
     if shape is None or any(name not in parts for parts in files.frozen):
         raise CheckpointError(
             f"{files.folder} has no values of {name!r}: neither a rank's states nor frozen fragments."
         )
-    numel, pieces = torch.Size(shape).numel(), list[Piece]()
+    numel, chunks = torch.Size(shape).numel(), list[ForeignChunk]()
     for rank, parts in enumerate(files.frozen):
         start, stop = rank_range(numel, files.ranks, rank)
-        pieces += flat_pieces(shape, start, parts[name].reshape(-1)[: stop - start], f"{files.folder} (rank {rank})")
-    return Entry(TensorInfo(files.frozen[0][name].dtype, shape, "model"), tuple(pieces))
+        chunks += flat_chunks(shape, start, parts[name].reshape(-1)[: stop - start], f"{files.folder} (rank {rank})")
+    return ForeignTensor(TensorInfo(files.frozen[0][name].dtype, shape, "model"), tuple(chunks))
 
 
 def rank_range(numel: int, ranks: int, rank: int) -> tuple[int, int]:

@@ -15,6 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_superscale.checkpoint.foreign.chunks import (
+    ForeignChunk,
+    ForeignSource,
+    ForeignTensor,
+    Table,
+    flat_chunks,
+    whole_tensor,
+)
 from lightning_superscale.checkpoint.foreign.deepspeed_files import (
     ModelFiles,
     class_name,
@@ -27,7 +35,6 @@ from lightning_superscale.checkpoint.foreign.deepspeed_files import (
     read_model_files,
     step_tensor,
 )
-from lightning_superscale.checkpoint.foreign.pieces import Entry, Piece, PieceSource, Table, flat_pieces, whole_entry
 from lightning_superscale.checkpoint.state import (
     MASTER,
     MODEL,
@@ -64,7 +71,7 @@ class _Flat:
     file: str
 
 
-def open_deepspeed_native(folder: Path) -> PieceSource:
+def open_deepspeed_native(folder: Path) -> ForeignSource:
     """Open a tag's directory (one that `find_folder` returns).
 
     Raises:
@@ -81,7 +88,7 @@ def open_deepspeed_native(folder: Path) -> PieceSource:
     names = _names(files, groups)
     record = OptimizerRecord(class_name(files.config), options_of(groups), names, values)
     rest = {**files.rest, "deepspeed": {**files.rest["deepspeed"], "loss_scaler": loss_scaler(states[0][1])}}
-    return PieceSource(str(folder), {**model, **table}, files.step, (record,), files.aliases, lambda: rest)
+    return ForeignSource(str(folder), {**model, **table}, files.step, (record,), files.aliases, lambda: rest)
 
 
 def _optimizer_files(files: ModelFiles) -> list[tuple[str, Mapping[str, Any]]]:
@@ -200,30 +207,30 @@ def _sharded(
 
 def _join(
     files: ModelFiles, parts: Sequence[Sequence[_Flat]]
-) -> tuple[dict[str, Entry], Table, dict[str, dict[str, Any]]]:
+) -> tuple[dict[str, ForeignTensor], Table, dict[str, dict[str, Any]]]:
     """The fp32 weights by name; the states; those of them that are no tensors, by name."""
-    masters: dict[str, Entry] = {}
+    masters: dict[str, ForeignTensor] = {}
     table, values = Table(), dict[str, dict[str, Any]]()
     for shapes, ranks in zip(files.shapes, parts, strict=True):
         keys = dict.fromkeys(key for flat in ranks for key in flat.tensors)
         for name, shape in shapes.items():
             for key in keys:
-                pieces = [piece for flat in ranks for piece in _pieces(flat, key, name, shape)]
+                chunks = [chunk for flat in ranks for chunk in _pieces(flat, key, name, shape)]
                 info = TensorInfo(ranks[0].tensors[key].dtype, shape, "master" if key == _WEIGHTS else "state")
                 if key == _WEIGHTS:
-                    masters[name] = Entry(info, tuple(pieces))
+                    masters[name] = ForeignTensor(info, tuple(chunks))
                 else:
-                    table[TensorKey(_SECTION, name, key)] = Entry(info, tuple(pieces))
+                    table[TensorKey(_SECTION, name, key)] = ForeignTensor(info, tuple(chunks))
             for key, value in ranks[0].scalars.items():
                 tensor = step_tensor(value) if key == "step" else value
                 if isinstance(tensor, Tensor):
-                    table[TensorKey(_SECTION, name, key)] = whole_entry(tensor, "scalar", ranks[0].file)
+                    table[TensorKey(_SECTION, name, key)] = whole_tensor(tensor, "scalar", ranks[0].file)
                 elif tensor is not None:
                     values.setdefault(name, {})[key] = tensor
     return masters, table, values
 
 
-def _pieces(flat: _Flat, key: str, name: str, shape: tuple[int, ...]) -> Iterator[Piece]:
+def _pieces(flat: _Flat, key: str, name: str, shape: tuple[int, ...]) -> Iterator[ForeignChunk]:
     if name in flat.ranges:
         offset, first, stop = flat.ranges[name]
         values = flat.tensors[key]
@@ -232,7 +239,7 @@ def _pieces(flat: _Flat, key: str, name: str, shape: tuple[int, ...]) -> Iterato
                 f"{flat.file} has {values.numel()} values of {key}, but {name!r} should end at "
                 f"{offset + stop - first}. The file is damaged."
             )
-        yield from flat_pieces(shape, first, values[offset : offset + stop - first], flat.file)
+        yield from flat_chunks(shape, first, values[offset : offset + stop - first], flat.file)
 
 
 def _names(files: ModelFiles, groups: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, ...], ...]:

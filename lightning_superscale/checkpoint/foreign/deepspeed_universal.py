@@ -13,6 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_superscale.checkpoint.foreign.chunks import (
+    ForeignChunk,
+    ForeignSource,
+    ForeignTensor,
+    Table,
+    reader,
+    whole_tensor,
+)
 from lightning_superscale.checkpoint.foreign.deepspeed_files import (
     ModelFiles,
     class_name,
@@ -23,7 +31,6 @@ from lightning_superscale.checkpoint.foreign.deepspeed_files import (
     read_model_files,
     step_tensor,
 )
-from lightning_superscale.checkpoint.foreign.pieces import Entry, Piece, PieceSource, Table, reader, whole_entry
 from lightning_superscale.checkpoint.state import (
     MASTER,
     MODEL,
@@ -45,7 +52,7 @@ def has_universal_states(folder: Path) -> bool:
     return (folder / "zero" / _STATE_FILE).is_file()
 
 
-def open_deepspeed_universal(folder: Path) -> PieceSource:
+def open_deepspeed_universal(folder: Path) -> ForeignSource:
     """Open a tag's directory (one that `find_folder` returns).
 
     Raises:
@@ -56,7 +63,7 @@ def open_deepspeed_universal(folder: Path) -> PieceSource:
     saved = load_deepspeed_file(state_file)
     if not isinstance(saved, Mapping) or "param_groups" not in saved:
         raise CheckpointError(f'{state_file} is no optimizer file of DeepSpeed: it lacks "param_groups".')
-    masters, table, values = dict[str, Entry](), Table(), dict[str, dict[str, Any]]()
+    masters, table, values = dict[str, ForeignTensor](), Table(), dict[str, dict[str, Any]]()
     for index, shapes in enumerate(files.shapes):
         for name, shape in shapes.items():
             found = _parameter(folder, name, shape)
@@ -73,14 +80,14 @@ def open_deepspeed_universal(folder: Path) -> PieceSource:
     groups = saved["param_groups"]
     record = OptimizerRecord(class_name(files.config), options_of(groups), _names(files, groups, state_file), values)
     rest = {**files.rest, "deepspeed": {**files.rest["deepspeed"], "loss_scaler": loss_scaler(saved)}}
-    return PieceSource(str(folder), {**model, **table}, files.step, (record,), files.aliases, lambda: rest)
+    return ForeignSource(str(folder), {**model, **table}, files.step, (record,), files.aliases, lambda: rest)
 
 
-def _parameter(folder: Path, name: str, shape: tuple[int, ...]) -> dict[str, Entry]:
+def _parameter(folder: Path, name: str, shape: tuple[int, ...]) -> dict[str, ForeignTensor]:
     """What a parameter's directory holds, by state key."""
     if Path(name).name != name:
         raise CheckpointError(f"{folder} has a parameter named {name!r}, which is no name of a directory.")
-    place, found = folder / "zero" / name, dict[str, Entry]()
+    place, found = folder / "zero" / name, dict[str, ForeignTensor]()
     if not place.is_dir():  # Lightning before 2.1 wrapped the module, and its names
         place = folder / "zero" / f"_forward_module.{name}"
     for file in sorted(place.glob("*.pt")):
@@ -90,11 +97,11 @@ def _parameter(folder: Path, name: str, shape: tuple[int, ...]) -> dict[str, Ent
                 raise CheckpointError(f"{file} holds an expert's weights, or none; that can't be read.")
             value = value["param"]
         if file.stem == "step":
-            found["step"] = whole_entry(_step(value, file), "scalar", str(file))
+            found["step"] = whole_tensor(_step(value, file), "scalar", str(file))
         elif isinstance(value, Tensor) and value.numel() == torch.Size(shape).numel():
-            piece = Piece(whole_box(shape), reader(value.reshape(shape)), str(file))
+            chunk = ForeignChunk(whole_box(shape), reader(value.reshape(shape)), str(file))
             role: Role = "master" if file.stem == "fp32" else "state"
-            found[file.stem] = Entry(TensorInfo(value.dtype, shape, role), (piece,))
+            found[file.stem] = ForeignTensor(TensorInfo(value.dtype, shape, role), (chunk,))
         else:
             what = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise CheckpointError(f"{file} should hold a tensor of shape {shape}, found {what}.")
@@ -124,7 +131,7 @@ def _add_scalars(
         if key_of in table or (isinstance(tensor, Tensor) and tensor.dim()):
             continue  # a per-element state, of which this is rank 0's part
         if isinstance(tensor, Tensor):
-            table[key_of] = whole_entry(tensor, "scalar", str(file))
+            table[key_of] = whole_tensor(tensor, "scalar", str(file))
         else:
             values.setdefault(name, {})[key] = tensor
 

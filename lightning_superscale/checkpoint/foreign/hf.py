@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lightning_superscale.checkpoint.foreign.pieces import Entry, Index, Piece, PieceSource, Table
+from lightning_superscale.checkpoint.foreign.chunks import ForeignChunk, ForeignSource, ForeignTensor, Index, Table
 from lightning_superscale.checkpoint.state import MODEL, TensorInfo, TensorKey
 from lightning_superscale.errors import CheckpointError
 from lightning_superscale.layout.box import whole_box
@@ -28,7 +28,7 @@ DTYPES = {
 }  # fmt: skip
 
 
-def open_hf(path: Path) -> PieceSource:
+def open_hf(path: Path) -> ForeignSource:
     """Open a safetensors file, or a directory with one or with shards and their index.
 
     Raises:
@@ -46,7 +46,7 @@ def open_hf(path: Path) -> PieceSource:
         table.update({TensorKey(MODEL, name): entry for name, entry in found.items()})
         aliases.update(tied)
     aliases = {alias: name for alias, name in aliases.items() if TensorKey(MODEL, name) in table}
-    return PieceSource(str(path), table, aliases=aliases)
+    return ForeignSource(str(path), table, aliases=aliases)
 
 
 def find_index(folder: Path) -> Path | None:
@@ -82,7 +82,7 @@ def _shards(path: Path) -> dict[Path, set[str] | None]:
     return dict(shards)
 
 
-def _open_file(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+def _open_file(path: Path) -> tuple[dict[str, ForeignTensor], dict[str, str]]:
     """A file's tensors, and the names that its header ties to them."""
     try:
         file: Any = safe_open(path, framework="pt")
@@ -92,8 +92,8 @@ def _open_file(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
             code, shape = view.get_dtype(), tuple(view.get_shape())
             if code not in DTYPES:
                 raise CheckpointError(f"{name!r} in {path} has dtype {code}, which torch does not have.")
-            piece = Piece(whole_box(shape), _reader(file, path, name), str(path))
-            entries[name] = Entry(TensorInfo(DTYPES[code], shape, "model"), (piece,))
+            chunk = ForeignChunk(whole_box(shape), _reader(file, path, name), str(path))
+            entries[name] = ForeignTensor(TensorInfo(DTYPES[code], shape, "model"), (chunk,))
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is damaged, or no safetensors file: {error}.") from error
     return entries, {alias: name for alias, name in metadata.items() if alias not in entries and name in entries}

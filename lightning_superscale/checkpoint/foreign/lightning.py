@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_superscale.checkpoint.foreign.pieces import PieceSource, Table, whole_entry
+from lightning_superscale.checkpoint.foreign.chunks import ForeignSource, Table, whole_tensor
 from lightning_superscale.checkpoint.foreign.torch_files import load_torch_file
 from lightning_superscale.checkpoint.foreign.torch_optimizer import NamesMissing, read_optimizer
 from lightning_superscale.checkpoint.state import MODEL, OptimizerRecord, TensorKey
@@ -29,7 +29,7 @@ LAYOUT_VERSION = {"pytorch-lightning_version": "2.6.0"}
 OPTIMIZER_NAMES = "lightning_superscale.optimizer_names"
 
 
-def open_lightning(path: Path, names: Names | None = None) -> PieceSource:
+def open_lightning(path: Path, names: Names | None = None) -> ForeignSource:
     """Open a Lightning checkpoint file.
 
     Args:
@@ -52,7 +52,7 @@ def open_lightning(path: Path, names: Names | None = None) -> PieceSource:
     apart = ("state_dict", "optimizer_states", OPTIMIZER_NAMES)
     rest = {key: value for key, value in checkpoint.items() if key not in apart}
     rest.update(extra_state(weights))
-    return PieceSource(file, table, checkpoint.get("global_step"), records, aliases, lambda: rest, missing)
+    return ForeignSource(file, table, checkpoint.get("global_step"), records, aliases, lambda: rest, missing)
 
 
 def _weights(weights: Mapping[str, Tensor], file: str, preferred: set[str]) -> tuple[Table, dict[str, str]]:
@@ -64,7 +64,7 @@ def _weights(weights: Mapping[str, Tensor], file: str, preferred: set[str]) -> t
     table, aliases = Table(), dict[str, str]()
     for tied in by_place.values():
         first = next((name for name in tied if name in preferred), tied[0])
-        table[TensorKey(MODEL, first)] = whole_entry(weights[first], "model", file)
+        table[TensorKey(MODEL, first)] = whole_tensor(weights[first], "model", file)
         aliases.update({name: first for name in tied if name != first})
     return table, aliases
 

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_superscale.checkpoint.foreign.chunks import ForeignSource, ForeignTensor, Table
 from lightning_superscale.checkpoint.foreign.dcp import METADATA, DcpFolder, open_dcp_folder
 from lightning_superscale.checkpoint.foreign.lightning import EXTRA_STATE, Names, read_optimizers
-from lightning_superscale.checkpoint.foreign.pieces import Entry, PieceSource, Table
 from lightning_superscale.checkpoint.foreign.torch_files import load_torch_file
 from lightning_superscale.checkpoint.state import MODEL, OptimizerRecord, TensorKey
 from lightning_superscale.errors import CheckpointError
@@ -27,7 +27,7 @@ _MODEL_ROOTS = ("state_dict", "model")
 _OPTIMIZER_ROOT = re.compile(r"optim(?:izer)?(?:_(\d+))?")
 
 
-def open_sharded(folder: Path, names: Names | None = None) -> PieceSource:
+def open_sharded(folder: Path, names: Names | None = None) -> ForeignSource:
     """Open a directory of torch.distributed.checkpoint, with Lightning's meta.pt or without.
 
     Args:
@@ -67,13 +67,13 @@ def open_sharded(folder: Path, names: Names | None = None) -> PieceSource:
             _put(tree, path, _whole(found.tensors[key]) if key in found.tensors else found.value(key))
         return tree
 
-    return PieceSource(str(folder), table, meta.get("global_step"), records, {}, rest, missing)
+    return ForeignSource(str(folder), table, meta.get("global_step"), records, {}, rest, missing)
 
 
-def _whole(entry: Entry) -> Tensor:
+def _whole(entry: ForeignTensor) -> Tensor:
     tensor, box = torch.empty(entry.info.shape, dtype=entry.info.dtype), whole_box(entry.info.shape)
-    for piece in entry.pieces:
-        tensor[piece.box.within(box)] = piece.read(piece.box.within(piece.box)).detach()
+    for chunk in entry.chunks:
+        tensor[chunk.box.within(box)] = chunk.read(chunk.box.within(chunk.box)).detach()
     return tensor
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_superscale.checkpoint.foreign.pieces import Entry, Table, whole_entry
+from lightning_superscale.checkpoint.foreign.chunks import ForeignTensor, Table, whole_tensor
 from lightning_superscale.checkpoint.state import MASTER, OptimizerRecord, Role, TensorKey, optimizer_section
 from lightning_superscale.errors import CheckpointError
 
@@ -77,8 +77,8 @@ def read_optimizer(
                 f"named {name!r}, of which it has no weight. Pass the names of the module that was saved.")
             )  # fmt: skip
         for key, value in state.items():
-            if isinstance(value, (Tensor, Entry)):
-                entry = whole_entry(value, "state", file) if isinstance(value, Tensor) else value
+            if isinstance(value, (Tensor, ForeignTensor)):
+                entry = whole_tensor(value, "state", file) if isinstance(value, Tensor) else value
                 role = state_role(key, entry.info.shape, shapes[name])
                 if key in _PER_ELEMENT and role == "scalar":
                     raise CheckpointError(

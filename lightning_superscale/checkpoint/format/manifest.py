@@ -29,7 +29,7 @@ _SAFE_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)*")
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class Chunk:
     """A box of a tensor, as it lies in a file.
 
     Attributes:
@@ -45,10 +45,10 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class TensorRecord:
-    """A tensor and the pieces it is made of, which cover each element once."""
+    """A tensor and the chunks it is made of, which cover each element once."""
 
     info: TensorInfo
-    pieces: tuple[Piece, ...]
+    chunks: tuple[Chunk, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,20 +132,20 @@ class Manifest:
         return manifest
 
     def check(self, where: str) -> None:
-        """Raises: CheckpointError: a file name that leaves the folder, a piece outside its file, a tensor with gaps."""
+        """Raises: CheckpointError: a file name that leaves the folder, a chunk outside its file, a tensor with gaps."""
         for name in (*self.files, *([self.root] if self.root else [])):
             if not _SAFE_NAME.fullmatch(name):
                 raise CheckpointError(f"{where} names the file {name!r}, which is not one of a checkpoint.")
         for key, record in self.tensors.items():
-            why = uncovered(record.info.shape, [piece.box for piece in record.pieces])
+            why = uncovered(record.info.shape, [chunk.box for chunk in record.chunks])
             if why is not None:
                 raise CheckpointError(f"{where}: {key} is not complete: {why}.")
-            for piece in record.pieces:
-                stop = piece.start + piece.box.numel * record.info.dtype.itemsize
-                if piece.start % record.info.dtype.itemsize:
-                    raise CheckpointError(f"{where}: {key} starts at byte {piece.start} of {piece.file}, unaligned.")
-                if piece.file not in self.files or piece.start < 0 or stop > self.files[piece.file].size:
-                    raise CheckpointError(f"{where}: {key} should end at byte {stop} of {piece.file}, which it lacks.")
+            for chunk in record.chunks:
+                stop = chunk.start + chunk.box.numel * record.info.dtype.itemsize
+                if chunk.start % record.info.dtype.itemsize:
+                    raise CheckpointError(f"{where}: {key} starts at byte {chunk.start} of {chunk.file}, unaligned.")
+                if chunk.file not in self.files or chunk.start < 0 or stop > self.files[chunk.file].size:
+                    raise CheckpointError(f"{where}: {key} should end at byte {stop} of {chunk.file}, which it lacks.")
 
 
 def blocks_name(data_name: str) -> str:
@@ -169,7 +169,7 @@ def _tensor_to_json(key: TensorKey, record: TensorRecord) -> dict[str, Any]:
         **({"trainable": True} if record.info.trainable else {}),
         "pieces": [
             {"file": p.file, "entry": p.entry, "at": p.start, "offset": list(p.box.offset), "size": list(p.box.size)}
-            for p in record.pieces
+            for p in record.chunks
         ],
     }
 
@@ -184,11 +184,11 @@ def _tensor_from_json(fields: dict[str, Any], where: str) -> tuple[TensorKey, Te
         fields["role"],
         bool(fields.get("trainable", False)),
     )
-    pieces = tuple(
-        Piece(p["file"], p["entry"], int(p["at"]), Box(tuple(map(int, p["offset"])), tuple(map(int, p["size"]))))
+    chunks = tuple(
+        Chunk(p["file"], p["entry"], int(p["at"]), Box(tuple(map(int, p["offset"])), tuple(map(int, p["size"]))))
         for p in fields["pieces"]
     )
-    return key, TensorRecord(info, pieces)
+    return key, TensorRecord(info, chunks)
 
 
 def _from_fields(fields: dict[str, Any], where: str) -> Manifest:

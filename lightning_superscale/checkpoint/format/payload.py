@@ -28,7 +28,7 @@ _CHUNK_BYTES = 2**23
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class FileEntry:
     """A tensor of a file, before it is written."""
 
     name: str
@@ -40,7 +40,7 @@ class Entry:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def sort_entries(entries: Sequence[Entry]) -> list[int]:
+def sort_entries(entries: Sequence[FileEntry]) -> list[int]:
     """Indices of the entries in the order in which a file has them (see the top of this file)."""
 
     def place(i: int) -> tuple[bool, int, str]:
@@ -58,7 +58,7 @@ class Layout:
     starts: tuple[int, ...]
 
 
-def layout(entries: Sequence[Entry], uuid: str) -> Layout:
+def layout(entries: Sequence[FileEntry], uuid: str) -> Layout:
     """Of a file with these entries, in this order.
 
     Args:

@@ -19,7 +19,7 @@ from torch import Tensor
 from lightning_superscale.checkpoint.format.blocks import BLOCK_BYTES
 from lightning_superscale.checkpoint.load import segments
 from lightning_superscale.checkpoint.load.scatter import Buffers, Filling, Others
-from lightning_superscale.checkpoint.load.segments import ALIGN_BYTES, Parcel, Segment, pack, rounds_of
+from lightning_superscale.checkpoint.load.segments import ALIGN_BYTES, Segment, Transfer, pack, rounds_of
 from lightning_superscale.comm.collectives import control_max, exchange
 from lightning_superscale.comm.mesh import DataMesh
 from lightning_superscale.comm.shared_memory import map_host_memory
@@ -31,12 +31,12 @@ Read = Callable[[Segment, Tensor], int]
 
 
 class _Round:
-    """Parcels that travel at once, as one rank sees them."""
+    """Transfers that travel at once, as one rank sees them."""
 
     def __init__(self) -> None:
         self.sent: list[tuple[Tensor, list[int]]] = []
         self.received: list[tuple[Tensor, int]] = []
-        self.arrivals: list[tuple[Parcel, Tensor]] = []
+        self.arrivals: list[tuple[Transfer, Tensor]] = []
         self.reading: list[Future[int]] = []
         self.scattering: list[Future[int]] = []
 
@@ -59,18 +59,18 @@ class Sharing:
         self._threads = threads
         self._errors = errors
 
-    def run_mapped(self, parcels: Sequence[Parcel]) -> int | None:
+    def run_mapped(self, transfers: Sequence[Transfer]) -> int | None:
         """Bytes that this rank read into memory of the host ([Note: One host]). Every rank calls it.
 
         Args:
-            parcels: of `mapped_parcel_of`, the same on every rank.
+            transfers: of `mapped_transfer_of`, the same on every rank.
 
         Returns:
             None, and nothing was done, where ranks can't map one another's memory.
         """
         world_size = self._mesh.world.size
         # Small, so that caches hold what one core wrote until another reads it.
-        rounds = rounds_of(parcels, segments.ROUND_BYTES // 4, is_mapped=True)
+        rounds = rounds_of(transfers, segments.ROUND_BYTES // 4, is_mapped=True)
         room = max((_room(those, rank, is_mapped=True) for those in rounds for rank in range(world_size)), default=0)
         num_areas = min(len(rounds), _ROUNDS_IN_MEMORY)
         memory = map_host_memory(self._mesh, num_areas * room)
@@ -91,12 +91,12 @@ class Sharing:
         self._finish(last.scattering)
         return nbytes
 
-    def run(self, parcels: Sequence[Parcel], others: Others) -> int:
-        """Bytes that this rank read and sent. Every rank calls it, with the same parcels, of `parcel_of`.
+    def run(self, transfers: Sequence[Transfer], others: Others) -> int:
+        """Bytes that this rank read and sent. Every rank calls it, with the same transfers, of `transfer_of`.
 
         A rank that can't read sends what it has, so that nobody waits, and adds its error to `errors`.
         """
-        planned = rounds_of(parcels)
+        planned = rounds_of(transfers)
         room = max((_room(those, self._rank) for those in planned), default=0)
         shape = (min(len(planned), _ROUNDS_IN_MEMORY), room)
         memory = torch.empty(shape, dtype=torch.uint8, pin_memory=self._mine.is_pinned)
@@ -116,20 +116,20 @@ class Sharing:
             self._finish(last.scattering)
         return nbytes
 
-    def _begin_mapped(self, parcels: Sequence[Parcel], area: Sequence[Tensor]) -> _Round:
+    def _begin_mapped(self, transfers: Sequence[Transfer], area: Sequence[Tensor]) -> _Round:
         """Place a round in the memory of its readers, and start to read this rank's part."""
         begun, used = _Round(), [0] * len(area)
-        for parcel in parcels:
-            reader = parcel.segment.reader
-            start, used[reader] = used[reader], used[reader] + _aligned(parcel.held(reader))
-            message = area[reader][start : start + parcel.held(reader)]
+        for transfer in transfers:
+            reader = transfer.segment.reader
+            start, used[reader] = used[reader], used[reader] + _aligned(transfer.held(reader))
+            message = area[reader][start : start + transfer.held(reader)]
             if reader == self._rank:
-                begun.reading.append(self._threads.submit(self._read_whole, parcel.segment, message))
-            elif parcel.nbytes[self._rank]:
-                begun.arrivals.append((parcel, message))
+                begun.reading.append(self._threads.submit(self._read_whole, transfer.segment, message))
+            elif transfer.nbytes[self._rank]:
+                begun.arrivals.append((transfer, message))
         return begun
 
-    def _begin(self, parcels: Sequence[Parcel], memory: Tensor, others: Others, buffers: Buffers) -> _Round:
+    def _begin(self, transfers: Sequence[Transfer], memory: Tensor, others: Others, buffers: Buffers) -> _Round:
         """Divide the memory among a round's messages, and start to read what this rank sends."""
         begun, used = _Round(), 0
 
@@ -138,23 +138,23 @@ class Sharing:
             start, used = used, used + _aligned(nbytes)
             return memory[start : start + nbytes]
 
-        for parcel in parcels:
-            reader, nbytes = parcel.segment.reader, parcel.nbytes
+        for transfer in transfers:
+            reader, nbytes = transfer.segment.reader, transfer.nbytes
             if reader != self._rank:
                 if nbytes[self._rank]:
                     message = take(nbytes[self._rank])
                     begun.received.append((message, reader))
-                    begun.arrivals.append((parcel, message))
+                    begun.arrivals.append((transfer, message))
                 continue
             getters = [rank for rank, count in enumerate(nbytes) if count]
-            if parcel.is_whole:
+            if transfer.is_whole:
                 whole = take(max(nbytes))
                 begun.sent.append((whole, getters))
-                begun.reading.append(self._threads.submit(self._read_whole, parcel.segment, whole))
+                begun.reading.append(self._threads.submit(self._read_whole, transfer.segment, whole))
             else:
                 messages = [(take(nbytes[rank]), rank) for rank in getters]
                 begun.sent += [(message, [rank]) for message, rank in messages]
-                reading = self._threads.submit(self._read_and_pack, parcel.segment, messages, others, buffers)
+                reading = self._threads.submit(self._read_and_pack, transfer.segment, messages, others, buffers)
                 begun.reading.append(reading)
         return begun
 
@@ -170,16 +170,16 @@ class Sharing:
             nbytes = self._read(segment, buffer)
             data = buffer[:nbytes]
             for message, rank in messages:
-                pack(others.windows(rank, segment), data, segment.first * BLOCK_BYTES, message)
+                pack(others.parts_of(rank, segment), data, segment.first * BLOCK_BYTES, message)
             self._mine.scatter(segment, data)
         return nbytes
 
     def _scatter_arrivals(self, now: _Round) -> None:
         now.scattering = [self._threads.submit(self._scatter, *arrived) for arrived in now.arrivals]
 
-    def _scatter(self, parcel: Parcel, message: Tensor) -> int:
+    def _scatter(self, transfer: Transfer, message: Tensor) -> int:
         if not self._errors:
-            (self._mine.scatter if parcel.is_whole else self._mine.scatter_packed)(parcel.segment, message)
+            (self._mine.scatter if transfer.is_whole else self._mine.scatter_packed)(transfer.segment, message)
         return 0
 
     def _finish(self, tasks: list[Future[int]]) -> int:
@@ -197,6 +197,6 @@ def _aligned(nbytes: int) -> int:
     return -(-nbytes // ALIGN_BYTES) * ALIGN_BYTES
 
 
-def _room(parcels: Sequence[Parcel], rank: int, *, is_mapped: bool = False) -> int:
+def _room(transfers: Sequence[Transfer], rank: int, *, is_mapped: bool = False) -> int:
     """Bytes of a round's messages in a rank's memory."""
-    return sum(_aligned(each.held(rank)) for each in parcels if not is_mapped or each.segment.reader == rank)
+    return sum(_aligned(each.held(rank)) for each in transfers if not is_mapped or each.segment.reader == rank)

@@ -25,12 +25,12 @@ from lightning_superscale.checkpoint.format.payload import is_wrapper
 from lightning_superscale.checkpoint.load.exchange import Sharing
 from lightning_superscale.checkpoint.load.scatter import READ_THREADS, Buffers, Filling, Others, Wanted
 from lightning_superscale.checkpoint.load.segments import (
-    Parcel,
     Segment,
-    copies_of,
-    mapped_parcel_of,
-    parcel_of,
+    Transfer,
+    mapped_transfer_of,
+    read_items_of,
     segments_of,
+    transfer_of,
 )
 from lightning_superscale.checkpoint.phases import attempt
 from lightning_superscale.checkpoint.state import EXTRA, OptimizerRecord, ReadRequest, TensorInfo, TensorKey
@@ -183,7 +183,7 @@ class SavedState:
         def look() -> tuple[dict[str, list[tuple[int, int]]], Wanted]:
             for request in requests:
                 self._check_request(request)
-            blocks = mine.take(copies_of([(r.key, r.box) for r in requests], self.manifest.tensors))
+            blocks = mine.take(read_items_of([(r.key, r.box) for r in requests], self.manifest.tensors))
             if self._mesh.is_single:
                 return blocks, ()
             number = {key: i for i, key in enumerate(self.manifest.tensors)}
@@ -202,10 +202,10 @@ class SavedState:
             if shared:
                 sharing = Sharing(self._mesh, mine, self._read_segment, threads, errors)
                 world_size = self._mesh.world.size
-                nbytes = sharing.run_mapped([mapped_parcel_of(s, self._nbytes(s), world_size) for s in shared])
+                nbytes = sharing.run_mapped([mapped_transfer_of(s, self._nbytes(s), world_size) for s in shared])
                 if nbytes is None:
                     others = Others([wanted for _, wanted in looked], self.manifest.tensors)
-                    nbytes = sharing.run(self._parcels(shared, mine, failed), others)
+                    nbytes = sharing.run(self._transfers(shared, mine, failed), others)
                 self.bytes_read += nbytes
             alone = [segment for segment in own if len(segment.ranks) == 1]
             attempt(self._mesh, lambda: self._read_alone(alone, mine, threads, errors), failed)
@@ -218,7 +218,7 @@ class SavedState:
         Raises:
             CheckpointError: on every rank: damage (which file, block and tensor).
         """
-        files = {piece.file for record in self.manifest.tensors.values() for piece in record.pieces}
+        files = {chunk.file for record in self.manifest.tensors.values() for chunk in record.chunks}
         blocks = {file: [(0, -(-self.manifest.files[file].size // BLOCK_BYTES))] for file in files}
         rank, world_size = self._mesh.world.rank, self._mesh.world.size
         own = [segment for segment in segments_of([blocks] * world_size) if segment.reader == rank]
@@ -268,22 +268,22 @@ class SavedState:
             with buffers.take() as buffer:
                 data = buffer[: self._nbytes(segment)]
                 destinations = mine.destinations(segment, data)
-                nbytes = self._read_verified(segment, *destinations.pieces)
+                nbytes = self._read_verified(segment, *destinations.memory)
                 mine.scatter_left(segment, destinations, data)
                 return nbytes
 
         self.bytes_read += sum(threads.map(read, segments))
 
-    def _parcels(self, shared: Sequence[Segment], mine: Filling, failed: str) -> list[Parcel]:
+    def _transfers(self, shared: Sequence[Segment], mine: Filling, failed: str) -> list[Transfer]:
         """How shared segments travel; every rank hears what each wants of them."""
         rank = self._mesh.world.rank
 
         def wanted_bytes() -> array[int]:
-            return array("q", (sum(w.packed_bytes for w in mine.windows(s)) if rank in s.ranks else 0 for s in shared))
+            return array("q", (sum(w.packed_bytes for w in mine.parts_of(s)) if rank in s.ranks else 0 for s in shared))
 
         wanted = attempt(self._mesh, wanted_bytes, failed)
         return [
-            parcel_of(segment, self._nbytes(segment), [counts[i] for counts in wanted])
+            transfer_of(segment, self._nbytes(segment), [counts[i] for counts in wanted])
             for i, segment in enumerate(shared)
         ]
 
@@ -333,7 +333,7 @@ class SavedState:
         info = self.manifest.tensors[key].info
         request = ReadRequest(key, whole_box(info.shape), torch.empty(info.shape, dtype=info.dtype))
         mine = Filling([request])
-        wanted = mine.take(copies_of([(key, request.box)], self.manifest.tensors))
+        wanted = mine.take(read_items_of([(key, request.box)], self.manifest.tensors))
         for segment in segments_of([wanted]):
             buffer = torch.empty(self._nbytes(segment), dtype=torch.uint8)
             self._read_segment(segment, buffer)
@@ -347,10 +347,10 @@ def tensors_in_block(manifest: Manifest, file: str, block: int) -> str:
     found = [
         str(key)
         for key, record in manifest.tensors.items()
-        for piece in record.pieces
-        if piece.file == file
-        and piece.start < high
-        and piece.start + piece.box.numel * record.info.dtype.itemsize > low
+        for chunk in record.chunks
+        if chunk.file == file
+        and chunk.start < high
+        and chunk.start + chunk.box.numel * record.info.dtype.itemsize > low
     ]
     shown = ", ".join(found[:3]) or "the file's header"
     return shown + (f" and {len(found) - 3} more" if len(found) > 3 else "")

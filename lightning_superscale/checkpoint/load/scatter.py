@@ -15,8 +15,15 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from lightning_superscale.checkpoint.format.blocks import BLOCK_BYTES
-from lightning_superscale.checkpoint.format.manifest import Piece, TensorRecord
-from lightning_superscale.checkpoint.load.segments import SEGMENT_BLOCKS, Copy, Segment, Window, blocks_of, windows
+from lightning_superscale.checkpoint.format.manifest import Chunk, TensorRecord
+from lightning_superscale.checkpoint.load.segments import (
+    SEGMENT_BLOCKS,
+    ReadItem,
+    ReadItemPart,
+    Segment,
+    blocks_of,
+    parts_of,
+)
 from lightning_superscale.checkpoint.state import ReadRequest, TensorKey
 from lightning_superscale.layout.box import Box
 
@@ -62,7 +69,7 @@ def _bytes_of(segment: Segment) -> tuple[int, int]:
 class _Run:
     """A copy of bytes [start, stop) of its file to as many consecutive bytes of host memory."""
 
-    copy: Copy
+    item: ReadItem
     start: int
     stop: int
     memory: memoryview
@@ -73,12 +80,12 @@ class Destinations:
     """Where a segment is read to.
 
     Attributes:
-        pieces: memory for all its bytes, in order.
+        memory: for all its bytes, in order.
         left: what is to be copied after that.
     """
 
-    pieces: Sequence[memoryview]
-    left: Sequence[Copy]
+    memory: Sequence[memoryview]
+    left: Sequence[ReadItem]
 
 
 class Filling:
@@ -90,40 +97,40 @@ class Filling:
 
     def __init__(self, requests: Sequence[ReadRequest]) -> None:
         self._requests = requests
-        self._copies: _Spans[Copy] = _Spans(())
+        self._items: _Spans[ReadItem] = _Spans(())
         self._runs: _Spans[_Run] = _Spans(())
         devices = {request.out.device for request in requests if request.out.is_cuda}
         self.is_pinned = bool(devices)
         # Reader threads have streams of their own; values must be there for what the caller runs next.
         self._streams = {device: torch.cuda.current_stream(device) for device in devices}
 
-    def take(self, copies: Sequence[Copy]) -> dict[str, list[tuple[int, int]]]:
+    def take(self, items: Sequence[ReadItem]) -> dict[str, list[tuple[int, int]]]:
         """Take what fills the requests, and say which blocks hold it, as `blocks_of` does."""
-        self._copies = _Spans((copy.piece.file, copy.start, copy.stop, copy) for copy in copies)
-        runs = [(copy, self._run_of(copy)) for copy in copies]
-        # What is wanted twice of a piece, once straight and once not, would lack where it is copied from.
-        copied = {(copy.piece.file, copy.start) for copy, run in runs if run is None}
+        self._items = _Spans((item.chunk.file, item.start, item.stop, item) for item in items)
+        runs = [(item, self._run_of(item)) for item in items]
+        # What is wanted twice of a chunk, once straight and once not, would lack where it is copied from.
+        copied = {(item.chunk.file, item.start) for item, run in runs if run is None}
         self._runs = _Spans(
-            (copy.piece.file, run.start, run.stop, run)
-            for copy, run in runs
-            if run is not None and (copy.piece.file, copy.start) not in copied
+            (item.chunk.file, run.start, run.stop, run)
+            for item, run in runs
+            if run is not None and (item.chunk.file, item.start) not in copied
         )
-        return blocks_of(copies)
+        return blocks_of(items)
 
-    def _run_of(self, copy: Copy) -> _Run | None:
-        request = self._requests[copy.request]
-        nbytes = copy.box.numel * copy.itemsize
+    def _run_of(self, item: ReadItem) -> _Run | None:
+        request = self._requests[item.request]
+        nbytes = item.box.numel * item.itemsize
         if nbytes < _LEAST_RUN_BYTES:
             return None
-        first, to = copy.box.run_within(copy.piece.box), copy.box.run_within(request.box)
+        first, to = item.box.run_within(item.chunk.box), item.box.run_within(request.box)
         if first is None or to is None:
             return None
         out = request.out.detach()
-        if not (out.is_cpu and out.dtype == copy.dtype and out.is_contiguous()) or out.is_conj() or out.is_neg():
+        if not (out.is_cpu and out.dtype == item.dtype and out.is_contiguous()) or out.is_conj() or out.is_neg():
             return None
-        memory: memoryview = out.view(-1)[to : to + copy.box.numel].view(torch.uint8).numpy().data
-        start = copy.start + first * copy.itemsize
-        return _Run(copy, start, start + nbytes, memory)
+        memory: memoryview = out.view(-1)[to : to + item.box.numel].view(torch.uint8).numpy().data
+        start = item.start + first * item.itemsize
+        return _Run(item, start, start + nbytes, memory)
 
     def destinations(self, segment: Segment, spare: Tensor) -> Destinations:
         """Memory that a segment's bytes can be read into, one piece after the other.
@@ -135,48 +142,48 @@ class Filling:
         """
         start, stop = _bytes_of(segment)
         between: memoryview = spare.numpy().data
-        pieces: list[memoryview] = []
+        memory: list[memoryview] = []
         at = start
         runs = sorted(self._runs.over(segment.file, start, stop), key=lambda run: run.start)
         for run in runs:
             if run.start < at and at > start:  # wanted twice
-                return Destinations([between], list(self._copies.over(segment.file, start, stop)))
+                return Destinations([between], list(self._items.over(segment.file, start, stop)))
             first, last = max(run.start, start), min(run.stop, stop)
-            pieces += [between[at - start : first - start], run.memory[first - run.start : last - run.start]]
+            memory += [between[at - start : first - start], run.memory[first - run.start : last - run.start]]
             at = last
-        increment_version([self._requests[run.copy.request].out for run in runs])
-        straight = {id(run.copy) for run in runs}
-        left = [copy for copy in self._copies.over(segment.file, start, stop) if id(copy) not in straight]
-        return Destinations([*pieces, between[at - start :]], left)
+        increment_version([self._requests[run.item.request].out for run in runs])
+        straight = {id(run.item) for run in runs}
+        left = [item for item in self._items.over(segment.file, start, stop) if id(item) not in straight]
+        return Destinations([*memory, between[at - start :]], left)
 
     def scatter_left(self, segment: Segment, destinations: Destinations, spare: Tensor) -> None:
         """Copy what did not go straight to where it was asked for, once `spare` holds it."""
-        for copy in destinations.left:
-            for window in windows(copy, *_bytes_of(segment)):
-                self._fill(window, window.values(spare, segment.first * BLOCK_BYTES))
+        for item in destinations.left:
+            for part in parts_of(item, *_bytes_of(segment)):
+                self._fill(part, part.values(spare, segment.first * BLOCK_BYTES))
 
-    def windows(self, segment: Segment) -> Iterator[Window]:
+    def parts_of(self, segment: Segment) -> Iterator[ReadItemPart]:
         """What is wanted of a segment, in the order in which `Others` of its reader has it."""
         start, stop = _bytes_of(segment)
-        for copy in self._copies.over(segment.file, start, stop):
-            yield from windows(copy, start, stop)
+        for item in self._items.over(segment.file, start, stop):
+            yield from parts_of(item, start, stop)
 
     def scatter(self, segment: Segment, data: Tensor) -> None:
         """Copy what lies in a segment to where it was asked for."""
-        for window in self.windows(segment):
-            self._fill(window, window.values(data, segment.first * BLOCK_BYTES))
+        for part in self.parts_of(segment):
+            self._fill(part, part.values(data, segment.first * BLOCK_BYTES))
 
     def scatter_packed(self, segment: Segment, message: Tensor) -> None:
         """Copy what was wanted of a segment, and came packed, to where it was asked for."""
         at = 0
-        for window in self.windows(segment):
-            self._fill(window, window.packed_values(message, at))
-            at += window.packed_bytes
+        for part in self.parts_of(segment):
+            self._fill(part, part.packed_values(message, at))
+            at += part.packed_bytes
 
-    def _fill(self, window: Window, values: Tensor) -> None:
-        request = self._requests[window.copy.request]
+    def _fill(self, part: ReadItemPart, values: Tensor) -> None:
+        request = self._requests[part.item.request]
         with self._on(request.out.device):
-            request.out[window.wanted.within(request.box)].copy_(values)
+            request.out[part.wanted.within(request.box)].copy_(values)
 
     def _on(self, device: torch.device) -> AbstractContextManager[Any]:
         return torch.cuda.stream(self._streams[device]) if device in self._streams else nullcontext()
@@ -190,10 +197,10 @@ class Others:
     """
 
     def __init__(self, wanted: Sequence[Wanted], tensors: Mapping[TensorKey, TensorRecord]) -> None:
-        self._pieces: _Spans[tuple[TensorKey, Piece]] = _Spans(
-            (piece.file, piece.start, piece.start + piece.box.numel * record.info.dtype.itemsize, (key, piece))
+        self._chunks: _Spans[tuple[TensorKey, Chunk]] = _Spans(
+            (chunk.file, chunk.start, chunk.start + chunk.box.numel * record.info.dtype.itemsize, (key, chunk))
             for key, record in tensors.items()
-            for piece in record.pieces
+            for chunk in record.chunks
         )
         self._dtypes = {key: record.info.dtype for key, record in tensors.items()}
         self._boxes: list[dict[TensorKey, list[tuple[int, Box]]]] = []
@@ -204,14 +211,14 @@ class Others:
                 own.setdefault(keys[at], []).append((i, Box(offset, size)))
             self._boxes.append(own)
 
-    def windows(self, rank: int, segment: Segment) -> Iterator[Window]:
+    def parts_of(self, rank: int, segment: Segment) -> Iterator[ReadItemPart]:
         """What a rank wants of a segment, as its `Filling` has it."""
         start, stop = _bytes_of(segment)
-        for key, piece in self._pieces.over(segment.file, start, stop):
+        for key, chunk in self._chunks.over(segment.file, start, stop):
             for i, box in self._boxes[rank].get(key, ()):
-                both = piece.box.intersect(box)
+                both = chunk.box.intersect(box)
                 if both is not None:
-                    yield from windows(Copy(i, piece, both, self._dtypes[key]), start, stop)
+                    yield from parts_of(ReadItem(i, chunk, both, self._dtypes[key]), start, stop)
 
 
 class Buffers:

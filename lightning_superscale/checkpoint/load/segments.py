@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from lightning_superscale.checkpoint.format.blocks import BLOCK_BYTES
-from lightning_superscale.checkpoint.format.manifest import Piece, TensorRecord
+from lightning_superscale.checkpoint.format.manifest import Chunk, TensorRecord
 from lightning_superscale.checkpoint.save.plan import boxes_between
 from lightning_superscale.checkpoint.state import TensorKey
 from lightning_superscale.layout.box import Box
@@ -29,8 +29,8 @@ Blocks = Mapping[str, Sequence[tuple[int, int]]]
 
 
 @dataclass(frozen=True, slots=True)
-class Copy:
-    """Values that one request takes from one piece.
+class ReadItem:
+    """What one request takes from one chunk of a file.
 
     Attributes:
         request: index of the request.
@@ -38,7 +38,7 @@ class Copy:
     """
 
     request: int
-    piece: Piece
+    chunk: Chunk
     box: Box
     dtype: torch.dtype
 
@@ -48,13 +48,13 @@ class Copy:
 
     @property
     def start(self) -> int:
-        """First byte of the piece in its file."""
-        return self.piece.start
+        """First byte of the chunk in its file."""
+        return self.chunk.start
 
     @property
     def stop(self) -> int:
-        """One past the piece's last byte in its file."""
-        return self.piece.start + self.piece.box.numel * self.itemsize
+        """One past the chunk's last byte in its file."""
+        return self.chunk.start + self.chunk.box.numel * self.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,22 +78,22 @@ class Segment:
         return (self.stop - self.first) * BLOCK_BYTES
 
 
-def copies_of(wanted: Sequence[tuple[TensorKey, Box]], tensors: Mapping[TensorKey, TensorRecord]) -> list[Copy]:
+def read_items_of(wanted: Sequence[tuple[TensorKey, Box]], tensors: Mapping[TensorKey, TensorRecord]) -> list[ReadItem]:
     """How each wanted box is put together."""
-    copies = []
+    items = []
     for i, (key, box) in enumerate(wanted):
         record = tensors[key]
-        for piece in record.pieces:
-            both = piece.box.intersect(box)
+        for chunk in record.chunks:
+            both = chunk.box.intersect(box)
             if both is not None:
-                copies.append(Copy(i, piece, both, record.info.dtype))
-    return copies
+                items.append(ReadItem(i, chunk, both, record.info.dtype))
+    return items
 
 
-def byte_runs(copy: Copy) -> Iterator[tuple[int, int]]:
+def byte_runs(item: ReadItem) -> Iterator[tuple[int, int]]:
     """Bytes [start, stop) of the file that hold what is copied; runs less than a block apart come as one."""
-    inner = copy.box.within(copy.piece.box)
-    sizes, itemsize = copy.piece.box.size, copy.itemsize
+    inner = item.box.within(item.chunk.box)
+    sizes, itemsize = item.chunk.box.size, item.itemsize
     # Bytes from one index to the next, along each dim.
     strides = [math.prod(sizes[dim + 1 :]) * itemsize for dim in range(len(sizes))]
     last = sum((part.stop - 1) * stride for part, stride in zip(inner, strides, strict=True)) + itemsize
@@ -107,19 +107,19 @@ def byte_runs(copy: Copy) -> Iterator[tuple[int, int]]:
     for part, stride in zip(inner[:far], strides[:far], strict=True):
         starts = [start + k * stride for start in starts for k in range(part.stop - part.start)]
     for start in starts:
-        yield copy.start + start, copy.start + start + run
+        yield item.start + start, item.start + start + run
 
 
 def _is_cut(inner: Sequence[slice], sizes: Sequence[int]) -> bool:
     return any(part.stop - part.start < size for part, size in zip(inner, sizes, strict=True))
 
 
-def blocks_of(copies: Sequence[Copy]) -> dict[str, list[tuple[int, int]]]:
+def blocks_of(items: Sequence[ReadItem]) -> dict[str, list[tuple[int, int]]]:
     """The blocks that hold what is copied: by file, intervals [first, stop) in order, apart from one another."""
     runs: dict[str, list[tuple[int, int]]] = {}
-    for copy in copies:
-        own = runs.setdefault(copy.piece.file, [])
-        own += [(start // BLOCK_BYTES, -(-stop // BLOCK_BYTES)) for start, stop in byte_runs(copy)]
+    for item in items:
+        own = runs.setdefault(item.chunk.file, [])
+        own += [(start // BLOCK_BYTES, -(-stop // BLOCK_BYTES)) for start, stop in byte_runs(item)]
     return {file: _merged(own) for file, own in sorted(runs.items())}
 
 
@@ -170,7 +170,7 @@ class _Cursor:
 
 
 @dataclass(frozen=True, slots=True)
-class Parcel:
+class Transfer:
     """A segment that several ranks want, on its way from its reader.
 
     Attributes:
@@ -190,7 +190,7 @@ class Parcel:
         return max(self.nbytes) if self.is_whole else sum(self.nbytes)
 
 
-def parcel_of(segment: Segment, size: int, packed: Sequence[int]) -> Parcel:
+def transfer_of(segment: Segment, size: int, packed: Sequence[int]) -> Transfer:
     """How a segment travels: packed where its reader then holds no more than the segment, else whole.
 
     Args:
@@ -199,39 +199,41 @@ def parcel_of(segment: Segment, size: int, packed: Sequence[int]) -> Parcel:
     """
     nbytes = [0 if rank == segment.reader else count for rank, count in enumerate(packed)]
     is_whole = sum(nbytes) > size
-    return Parcel(segment, tuple(size if is_whole and count else count for count in nbytes), is_whole)
+    return Transfer(segment, tuple(size if is_whole and count else count for count in nbytes), is_whole)
 
 
-def mapped_parcel_of(segment: Segment, size: int, num_ranks: int) -> Parcel:
+def mapped_transfer_of(segment: Segment, size: int, num_ranks: int) -> Transfer:
     """How a segment of `size` bytes travels where ranks look into one another's memory: not at all."""
     getters = set(segment.ranks) - {segment.reader}
-    return Parcel(segment, tuple(size if rank in getters else 0 for rank in range(num_ranks)), is_whole=True)
+    return Transfer(segment, tuple(size if rank in getters else 0 for rank in range(num_ranks)), is_whole=True)
 
 
-def rounds_of(parcels: Sequence[Parcel], limit: int | None = None, *, is_mapped: bool = False) -> list[list[Parcel]]:
-    """Parcels, in rounds in which no rank holds more than a limit (or one segment), by default ROUND_BYTES.
+def rounds_of(
+    transfers: Sequence[Transfer], limit: int | None = None, *, is_mapped: bool = False
+) -> list[list[Transfer]]:
+    """Transfers, in rounds in which no rank holds more than a limit (or one segment), by default ROUND_BYTES.
 
     Args:
-        is_mapped: only who reads a parcel holds it.
+        is_mapped: only who reads a transfer holds it.
     """
     limit = ROUND_BYTES if limit is None else limit
-    rounds: list[list[Parcel]] = []
+    rounds: list[list[Transfer]] = []
     held: dict[int, int] = {}
-    for parcel in parcels:
-        holders = (parcel.segment.reader,) if is_mapped else parcel.segment.ranks
-        more = {rank: parcel.held(rank) for rank in holders}
+    for transfer in transfers:
+        holders = (transfer.segment.reader,) if is_mapped else transfer.segment.ranks
+        more = {rank: transfer.held(rank) for rank in holders}
         if not rounds or any(held.get(rank, 0) + count > limit for rank, count in more.items()):
             rounds.append([])
             held = {}
-        rounds[-1].append(parcel)
+        rounds[-1].append(transfer)
         for rank, count in more.items():
             held[rank] = held.get(rank, 0) + count
     return rounds
 
 
 @dataclass(frozen=True, slots=True)
-class Window:
-    """A box of consecutive elements in a file, of which a part is copied.
+class ReadItemPart:
+    """The part of a read item that lies in consecutive elements of a file.
 
     Attributes:
         at: its first byte in the file.
@@ -239,7 +241,7 @@ class Window:
         wanted: what of them is copied.
     """
 
-    copy: Copy
+    item: ReadItem
     at: int
     box: Box
     wanted: Box
@@ -247,39 +249,39 @@ class Window:
     def values(self, data: torch.Tensor, start: int) -> torch.Tensor:
         """What is copied, as a view of the file's bytes from `start` on."""
         first = self.at - start
-        source = data[first : first + self.box.numel * self.copy.itemsize]
-        return source.view(self.copy.dtype).view(self.box.size)[self.wanted.within(self.box)]
+        source = data[first : first + self.box.numel * self.item.itemsize]
+        return source.view(self.item.dtype).view(self.box.size)[self.wanted.within(self.box)]
 
     @property
     def packed_bytes(self) -> int:
         """Bytes that it takes in a message."""
-        return -(-self.wanted.numel * self.copy.itemsize // ALIGN_BYTES) * ALIGN_BYTES
+        return -(-self.wanted.numel * self.item.itemsize // ALIGN_BYTES) * ALIGN_BYTES
 
     def packed_values(self, message: torch.Tensor, start: int) -> torch.Tensor:
         """Where they are, or come to be, in a message in which they begin at byte `start`."""
-        packed = message[start : start + self.wanted.numel * self.copy.itemsize]
-        return packed.view(self.copy.dtype).view(self.wanted.size)
+        packed = message[start : start + self.wanted.numel * self.item.itemsize]
+        return packed.view(self.item.dtype).view(self.wanted.size)
 
 
-def windows(copy: Copy, start: int, stop: int) -> Iterator[Window]:
-    """What of a copy lies in bytes [start, stop) of its file, which begin and end between elements."""
-    first = (max(start, copy.start) - copy.start) // copy.itemsize
-    last = (min(stop, copy.stop) - copy.start) // copy.itemsize
-    at = copy.start + first * copy.itemsize
-    for box in boxes_between(copy.piece.box, first, last):
-        wanted = box.intersect(copy.box)
+def parts_of(item: ReadItem, start: int, stop: int) -> Iterator[ReadItemPart]:
+    """The parts of a read item that lie in bytes [start, stop) of its file; these begin and end between elements."""
+    first = (max(start, item.start) - item.start) // item.itemsize
+    last = (min(stop, item.stop) - item.start) // item.itemsize
+    at = item.start + first * item.itemsize
+    for box in boxes_between(item.chunk.box, first, last):
+        wanted = box.intersect(item.box)
         if wanted is not None:
-            yield Window(copy, at, box, wanted)
-        at += box.numel * copy.itemsize
+            yield ReadItemPart(item, at, box, wanted)
+        at += box.numel * item.itemsize
 
 
-def pack(packed: Iterable[Window], data: torch.Tensor, start: int, message: torch.Tensor) -> None:
-    """Copy windows into a message, one after the other.
+def pack(packed: Iterable[ReadItemPart], data: torch.Tensor, start: int, message: torch.Tensor) -> None:
+    """Copy parts of read items into a message, one after the other.
 
     Args:
         data: the file's bytes from `start` on.
     """
     at = 0
-    for window in packed:
-        window.packed_values(message, at).copy_(window.values(data, start))
-        at += window.packed_bytes
+    for part in packed:
+        part.packed_values(message, at).copy_(part.values(data, start))
+        at += part.packed_bytes

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lightning_superscale.checkpoint.phases import attempt
-from lightning_superscale.checkpoint.save.writer import OwnPart, PreparedSave, Values, prepare, with_values, write
+from lightning_superscale.checkpoint.save.writer import OwnItem, PreparedSave, Values, prepare, with_values, write
 from lightning_superscale.checkpoint.state import LocalState, TensorKey
 from lightning_superscale.checkpoint.storage.local import remove
 from lightning_superscale.comm.collectives import control_max
@@ -173,13 +173,13 @@ class BackgroundSaver:
             self._is_writing = bool(removals)
             return removals
 
-    def _snapshot(self, one: OwnPart, prepared: PreparedSave) -> Values:
+    def _snapshot(self, one: OwnItem, prepared: PreparedSave) -> Values:
         with one.values.use() as tensor:
             if tensor.device.type != "cpu":
                 # Forward may change a buffer at once, without asking whether it was copied.
-                is_buffer = prepared.tensors[one.part.key].role == "buffer"
-                return _CopiedValues(self._slabs.copy(one.part, tensor.clone() if is_buffer else tensor))
-            if self._is_immutable(one.part.key):
+                is_buffer = prepared.tensors[one.item.key].role == "buffer"
+                return _CopiedValues(self._slabs.copy(one.item, tensor.clone() if is_buffer else tensor))
+            if self._is_immutable(one.item.key):
                 self._borrowed.append(_BorrowedValues(tensor))
                 return self._borrowed[-1]
             return _CopiedValues(tensor.detach().clone(memory_format=torch.contiguous_format))

@@ -17,18 +17,18 @@ from lightning_superscale.layout.box import Box, flat_boxes
 
 # A replica is not cut into parts smaller than this.
 _MIN_PART_BYTES = 2**20
-# No piece is larger, so that files can be filled evenly.
-MAX_PIECE_BYTES = 2**30
+# No chunk is larger, so that files can be filled evenly.
+MAX_CHUNK_BYTES = 2**30
 MAX_FILE_BYTES = 2**32
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """Something that one rank writes.
+class WriteItem:
+    """A box that one rank writes as one chunk of a file.
 
     Attributes:
-        shard: the rank's box that it is a part of.
-        box: the part, in the whole tensor.
+        shard: the rank's own box, which contains it.
+        box: what is written, in the whole tensor.
     """
 
     key: TensorKey
@@ -39,8 +39,8 @@ class Part:
 Held = Sequence[Mapping[TensorKey, Sequence[Box]]]
 
 
-def divide(tensors: Mapping[TensorKey, TensorInfo], held: Held) -> list[list[Part]]:
-    """The parts that each rank writes.
+def divide(tensors: Mapping[TensorKey, TensorInfo], held: Held) -> list[list[WriteItem]]:
+    """The items that each rank writes.
 
     Args:
         held: by rank, its boxes of each tensor.
@@ -51,7 +51,7 @@ def divide(tensors: Mapping[TensorKey, TensorInfo], held: Held) -> list[list[Par
     Raises:
         CheckpointError: the boxes don't cover a tensor, or overlap without being equal; names it.
     """
-    parts: list[list[Part]] = [[] for _ in held]
+    items: list[list[WriteItem]] = [[] for _ in held]
     loads = [0] * len(held)
     shared: dict[tuple[int, ...], list[tuple[TensorKey, Box]]] = {}
     for key in sorted(tensors):
@@ -71,12 +71,12 @@ def divide(tensors: Mapping[TensorKey, TensorInfo], held: Held) -> list[list[Par
                 continue
             if len(holding) == 1:
                 loads[holding[0]] += box.numel * tensors[key].dtype.itemsize
-                parts[holding[0]].append(Part(key, box, box))
+                items[holding[0]].append(WriteItem(key, box, box))
             else:
                 shared.setdefault(tuple(holding), []).append((key, box))
     for ranks in sorted(shared, key=lambda ranks: (len(ranks), ranks)):
-        _share(shared[ranks], ranks, tensors, loads, parts)
-    return [[piece for part in own for piece in _limited(part, tensors)] for own in parts]
+        _share(shared[ranks], ranks, tensors, loads, items)
+    return [[chunk for item in own for chunk in _limited(item, tensors)] for own in items]
 
 
 def _share(
@@ -84,7 +84,7 @@ def _share(
     ranks: tuple[int, ...],
     tensors: Mapping[TensorKey, TensorInfo],
     loads: list[int],
-    parts: list[list[Part]],
+    items: list[list[WriteItem]],
 ) -> None:
     """Divide boxes that all of `ranks` hold: whoever has less to write so far takes more."""
     left = sum(box.numel * tensors[key].dtype.itemsize for key, box in boxes)
@@ -100,7 +100,7 @@ def _share(
             if count == 0:
                 at += 1
                 continue
-            parts[ranks[at]] += [Part(key, box, part) for part in boxes_between(box, start, start + count)]
+            items[ranks[at]] += [WriteItem(key, box, part) for part in boxes_between(box, start, start + count)]
             shares[at] = max(0, shares[at] - count * itemsize)
             loads[ranks[at]] += count * itemsize
             start += count
@@ -140,30 +140,30 @@ def boxes_between(box: Box, start: int, stop: int) -> list[Box]:
     ]
 
 
-def _limited(part: Part, tensors: Mapping[TensorKey, TensorInfo]) -> list[Part]:
-    """The part, in pieces that are not too large."""
-    limit = MAX_PIECE_BYTES // tensors[part.key].dtype.itemsize
-    numel = part.box.numel
+def _limited(item: WriteItem, tensors: Mapping[TensorKey, TensorInfo]) -> list[WriteItem]:
+    """The item, cut into items whose chunks are not too large."""
+    limit = MAX_CHUNK_BYTES // tensors[item.key].dtype.itemsize
+    numel = item.box.numel
     if numel <= limit:
-        return [part]
-    row = math.prod(part.box.size[1:])
+        return [item]
+    row = math.prod(item.box.size[1:])
     step = max(row, limit // row * row) if row <= limit else limit
     return [
-        Part(part.key, part.shard, box)
+        WriteItem(item.key, item.shard, box)
         for start in range(0, numel, step)
-        for box in boxes_between(part.box, start, min(start + step, numel))
+        for box in boxes_between(item.box, start, min(start + step, numel))
     ]
 
 
 def fill_files(nbytes: Sequence[int], num_files: int) -> list[list[int]]:
-    """Indices of pieces, divided into consecutive files of about equal size, none above the limit.
+    """Indices of chunks, divided into consecutive files of about equal size, none above the limit.
 
     Args:
-        nbytes: of each piece.
-        num_files: at least so many, where there are as many pieces.
+        nbytes: of each chunk.
+        num_files: at least so many, where there are as many chunks.
     """
     total = sum(nbytes)
-    num_files = max(num_files, -(-total // (MAX_FILE_BYTES - MAX_PIECE_BYTES)), 1)
+    num_files = max(num_files, -(-total // (MAX_FILE_BYTES - MAX_CHUNK_BYTES)), 1)
     files: list[list[int]] = [[]]
     size = done = 0
     for i, count in enumerate(nbytes):

@@ -24,15 +24,15 @@ from lightning_superscale.checkpoint.format.blocks import FileDigest, hex_digest
 from lightning_superscale.checkpoint.format.dtypes import dtype_name
 from lightning_superscale.checkpoint.format.manifest import (
     REST_NAME,
+    Chunk,
     FileRecord,
     Manifest,
-    Piece,
     TensorRecord,
     blocks_name,
 )
-from lightning_superscale.checkpoint.format.payload import Entry, PayloadWriter, is_wrapper, layout, sort_entries
+from lightning_superscale.checkpoint.format.payload import FileEntry, PayloadWriter, is_wrapper, layout, sort_entries
 from lightning_superscale.checkpoint.phases import attempt
-from lightning_superscale.checkpoint.save.plan import Part, divide, fill_files
+from lightning_superscale.checkpoint.save.plan import WriteItem, divide, fill_files
 from lightning_superscale.checkpoint.state import EXTRA, LocalState, TensorInfo, TensorKey
 from lightning_superscale.checkpoint.storage.local import Target, new_uuid, target_at
 from lightning_superscale.comm.collectives import gather_objects
@@ -63,10 +63,10 @@ class HeldValues:
 
 
 @dataclass(frozen=True, slots=True)
-class OwnPart:
-    """A part that this rank writes, and its values, of shape `part.box.size`."""
+class OwnItem:
+    """An item that this rank writes, and its values, of shape `item.box.size`."""
 
-    part: Part
+    item: WriteItem
     values: Values
 
 
@@ -75,13 +75,13 @@ class PreparedSave:
     """What one rank needs to write its part of a state.
 
     Attributes:
-        own: this rank's parts.
-        nbytes: of all ranks' parts.
+        own: this rank's items.
+        nbytes: of all ranks' items.
         rest: content of rest.json; of use on rank 0 only, like `optimizers` and `aliases`.
     """
 
     tensors: dict[TensorKey, TensorInfo]
-    own: tuple[OwnPart, ...]
+    own: tuple[OwnItem, ...]
     nbytes: int
     step: int | None
     rest: bytes
@@ -103,7 +103,7 @@ class _Written:
     """What a rank wrote."""
 
     files: dict[str, FileRecord] = field(default_factory=dict)
-    pieces: list[tuple[TensorKey, Piece]] = field(default_factory=list)
+    chunks: list[tuple[TensorKey, Chunk]] = field(default_factory=list)
 
 
 def save(path: str, state: LocalState, mesh: DataMesh, *, step: int | None = None) -> None:
@@ -148,16 +148,16 @@ def prepare(state: LocalState, mesh: DataMesh, *, step: int | None = None) -> Pr
     held = [dict(zip(keys, offer.boxes, strict=True)) for offer in offers]
     tensors = {**state.tensors, **offers[0].extras}
     held[0] |= {key: (whole_box(info.shape),) for key, info in offers[0].extras.items()}
-    parts = divide(tensors, held)
+    items = divide(tensors, held)
     values = {(key, shard.box): shard.tensor for key, shards in state.shards.items() for shard in shards}
     values |= {(_extra_key(name), whole_box(tensor.shape)): tensor for name, tensor in extras.items()}
     return PreparedSave(
         tensors=tensors,
         own=tuple(
-            OwnPart(part, HeldValues(values[part.key, part.shard][part.box.within(part.shard)]))
-            for part in parts[mesh.world.rank]
+            OwnItem(item, HeldValues(values[item.key, item.shard][item.box.within(item.shard)]))
+            for item in items[mesh.world.rank]
         ),
-        nbytes=sum(part.box.numel * tensors[part.key].dtype.itemsize for own in parts for part in own),
+        nbytes=sum(item.box.numel * tensors[item.key].dtype.itemsize for own in items for item in own),
         step=step,
         rest=json.dumps(encoded.get("rest"), separators=(",", ":"), allow_nan=False).encode(),
         optimizers=tuple(encoded.get("optimizers", ())),
@@ -241,7 +241,7 @@ def _write_own(target: Target, prepared: PreparedSave, uuid: str, mesh: DataMesh
     target.join(uuid)
     written = _Written()
     own = prepared.own
-    sizes = [one.part.box.numel * prepared.tensors[one.part.key].dtype.itemsize for one in own]
+    sizes = [one.item.box.numel * prepared.tensors[one.item.key].dtype.itemsize for one in own]
     num_files = min(_WRITE_THREADS, max(1, sum(sizes) // _MIN_FILE_BYTES))
     names = {}
     for k, indices in enumerate(fill_files(sizes, num_files)):
@@ -249,36 +249,36 @@ def _write_own(target: Target, prepared: PreparedSave, uuid: str, mesh: DataMesh
     with ThreadPoolExecutor(_WRITE_THREADS, thread_name_prefix="checkpoint writer") as threads:
         tasks = [threads.submit(_write_file, target, name, names[name], prepared, uuid) for name in names]
     for name, task in zip(names, tasks, strict=True):
-        digest, pieces = task.result()
+        digest, chunks = task.result()
         written.files[name] = FileRecord(digest.size, digest.xxh3)
-        written.pieces.extend(pieces)
+        written.chunks.extend(chunks)
         written.files[blocks_name(name)] = _write_bytes(target, blocks_name(name), digest.blocks)
     target.seal()
     return written
 
 
 def _write_file(
-    target: Target, name: str, own: Sequence[OwnPart], prepared: PreparedSave, uuid: str
-) -> tuple[FileDigest, list[tuple[TensorKey, Piece]]]:
+    target: Target, name: str, own: Sequence[OwnItem], prepared: PreparedSave, uuid: str
+) -> tuple[FileDigest, list[tuple[TensorKey, Chunk]]]:
     counts: dict[TensorKey, int] = {}
     entries = []
     for one in own:
-        key = one.part.key
+        key = one.item.key
         number = counts[key] = counts.get(key, -1) + 1
         state = f"[{key.state}]" if key.state else ""
         entries.append(
-            Entry(f"{key.section}/{key.name}{state}#{number}", prepared.tensors[key].dtype, one.part.box.size)
+            FileEntry(f"{key.section}/{key.name}{state}#{number}", prepared.tensors[key].dtype, one.item.box.size)
         )
     order = sort_entries(entries)
     place = layout([entries[i] for i in order], uuid)
     writer = PayloadWriter(target.create(name))
     writer.write(place.header)
-    pieces = []
+    chunks = []
     for i, start in zip(order, place.starts, strict=True):
         with own[i].values.use() as tensor:
             writer.write_tensor(tensor)
-        pieces.append((own[i].part.key, Piece(name, entries[i].name, start, own[i].part.box)))
-    return writer.finish(), pieces
+        chunks.append((own[i].item.key, Chunk(name, entries[i].name, start, own[i].item.box)))
+    return writer.finish(), chunks
 
 
 def _write_bytes(target: Target, name: str, data: bytes) -> FileRecord:
@@ -289,10 +289,10 @@ def _write_bytes(target: Target, name: str, data: bytes) -> FileRecord:
 
 
 def _publish(target: Target, prepared: PreparedSave, uuid: str, written: Sequence[_Written]) -> None:
-    pieces: dict[TensorKey, list[Piece]] = {key: [] for key in prepared.tensors}
+    chunks: dict[TensorKey, list[Chunk]] = {key: [] for key in prepared.tensors}
     for one in written:
-        for key, piece in one.pieces:
-            pieces[key].append(piece)
+        for key, chunk in one.chunks:
+            chunks[key].append(chunk)
     manifest = Manifest(
         uuid=uuid,
         step=prepared.step,
@@ -304,7 +304,7 @@ def _publish(target: Target, prepared: PreparedSave, uuid: str, written: Sequenc
         },
         files={name: file for one in written for name, file in one.files.items()}
         | {REST_NAME: _write_bytes(target, REST_NAME, prepared.rest)},
-        tensors={key: TensorRecord(info, tuple(pieces[key])) for key, info in prepared.tensors.items()},
+        tensors={key: TensorRecord(info, tuple(chunks[key])) for key, info in prepared.tensors.items()},
         optimizers=prepared.optimizers,
         aliases=prepared.aliases,
         root=target.root,

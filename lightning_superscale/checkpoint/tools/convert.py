@@ -10,8 +10,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from lightning_superscale.checkpoint.save.writer import OwnPart, Values, prepare, with_values, write
-from lightning_superscale.checkpoint.state import EXTRA, LocalState, ReadRequest, Shard, StateSource, TensorKey
+from lightning_superscale.checkpoint.save.writer import OwnItem, Values, prepare, with_values, write
+from lightning_superscale.checkpoint.state import EXTRA, LocalShard, LocalState, ReadRequest, StateSource, TensorKey
 from lightning_superscale.checkpoint.tools.chunks import slabs
 from lightning_superscale.comm.mesh import single_mesh
 from lightning_superscale.errors import CheckpointError
@@ -29,7 +29,7 @@ def convert(source: StateSource, path: str) -> None:
     """
     prepared = prepare(_described(source), single_mesh(), step=source.step)
     reading = _Reading(source)
-    values = [one.values if one.part.key.section == EXTRA else reading.values(one) for one in prepared.own]
+    values = [one.values if one.item.key.section == EXTRA else reading.values(one) for one in prepared.own]
     # In a thread of its own: an interrupt here stops the reading, and `write` cleans up once its threads are done.
     with ThreadPoolExecutor(1, thread_name_prefix="checkpoint conversion") as writer:
         task = writer.submit(write, path, with_values(prepared, values), single_mesh())
@@ -44,7 +44,7 @@ def _described(source: StateSource) -> LocalState:
     """The state with slabs that have no memory yet."""
     shards = {
         key: tuple(
-            Shard(box, torch.empty(box.size, dtype=info.dtype, device="meta"))
+            LocalShard(box, torch.empty(box.size, dtype=info.dtype, device="meta"))
             for box in slabs(info.shape, info.dtype.itemsize)
         )
         for key, info in source.tensors.items()
@@ -60,8 +60,8 @@ class _Reading:
         self._source = source
         self._lock = threading.Lock()  # sources promise nothing of several threads
 
-    def values(self, one: OwnPart) -> Values:
-        return _Slab(self, one.part.key, one.part.box)
+    def values(self, one: OwnItem) -> Values:
+        return _Slab(self, one.item.key, one.item.box)
 
     def read(self, key: TensorKey, box: Box) -> Tensor:
         with self._lock:

@@ -178,7 +178,7 @@ def _of_ours(source: SavedState) -> Summary:
         world=manifest.world,
         libraries=manifest.libs,
         tensors=tuple(
-            TensorSummary(key, record.info, len(record.pieces)) for key, record in sorted(manifest.tensors.items())
+            TensorSummary(key, record.info, len(record.chunks)) for key, record in sorted(manifest.tensors.items())
         ),
         optimizers=tuple(
             OptimizerSummary(

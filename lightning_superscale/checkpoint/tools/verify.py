@@ -167,17 +167,17 @@ class _Verification:
             return [Finding(name, "has no safetensors header")]
         findings = []
         for key, record in self._manifest.tensors.items():
-            for piece in record.pieces:
-                if piece.file != name:
+            for chunk in record.chunks:
+                if chunk.file != name:
                     continue
-                start = piece.start - 8 - nbytes
+                start = chunk.start - 8 - nbytes
                 expected = {
                     "dtype": dtype_name(record.info.dtype, key),
-                    "shape": list(piece.box.size),
-                    "data_offsets": [start, start + piece.box.numel * record.info.dtype.itemsize],
+                    "shape": list(chunk.box.size),
+                    "data_offsets": [start, start + chunk.box.numel * record.info.dtype.itemsize],
                 }
-                if entries.get(piece.entry) != expected:
-                    findings.append(Finding(name, f"has another entry {piece.entry} than the manifest", None, str(key)))
+                if entries.get(chunk.entry) != expected:
+                    findings.append(Finding(name, f"has another entry {chunk.entry} than the manifest", None, str(key)))
         return findings
 
     def _advance(self, nbytes: int) -> None:

@@ -13,10 +13,10 @@ from lightning_superscale.checkpoint.foreign.torch_optimizer import parameter_na
 from lightning_superscale.checkpoint.local_shards import is_tensor_like, local_shards
 from lightning_superscale.checkpoint.state import (
     MODEL,
+    LocalShard,
     LocalState,
     OptimizerRecord,
     Role,
-    Shard,
     TensorInfo,
     TensorKey,
     optimizer_section,
@@ -40,7 +40,7 @@ class _Collected:
 
     def __init__(self) -> None:
         self.infos: dict[TensorKey, TensorInfo] = {}
-        self.shards: dict[TensorKey, tuple[Shard, ...]] = {}
+        self.shards: dict[TensorKey, tuple[LocalShard, ...]] = {}
 
     def add(self, key: TensorKey, value: Any, role: Role, *, is_trainable: bool = False) -> tuple[int, ...]:
         shape, dtype, held = local_shards(value)

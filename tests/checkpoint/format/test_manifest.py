@@ -8,7 +8,7 @@ import torch
 
 from lightning_superscale.checkpoint.format import manifest as module
 from lightning_superscale.checkpoint.format.blocks import hex_digest
-from lightning_superscale.checkpoint.format.manifest import FileRecord, Manifest, Piece, TensorRecord
+from lightning_superscale.checkpoint.format.manifest import Chunk, FileRecord, Manifest, TensorRecord
 from lightning_superscale.checkpoint.state import TensorInfo, TensorKey
 from lightning_superscale.errors import CheckpointError
 from lightning_superscale.layout.box import Box, row_box
@@ -26,9 +26,9 @@ SAMPLE = Manifest(
     tensors={
         KEY: TensorRecord(
             TensorInfo(torch.bfloat16, (4, 8), "state"),
-            (Piece(FILE, "x#0", 64, row_box((4, 8), 0, 1)), Piece(FILE, "x#1", 128, row_box((4, 8), 1, 4))),
+            (Chunk(FILE, "x#0", 64, row_box((4, 8), 0, 1)), Chunk(FILE, "x#1", 128, row_box((4, 8), 1, 4))),
         ),
-        SCALAR: TensorRecord(TensorInfo(torch.int64, (), "model", True), (Piece(FILE, "s#0", 80, Box((), ())),)),
+        SCALAR: TensorRecord(TensorInfo(torch.int64, (), "model", True), (Chunk(FILE, "s#0", 80, Box((), ())),)),
     },
     optimizers=({"class": "AdamW", "groups": [], "names": [], "values": {}},),
     aliases={"b": "a.weight"},

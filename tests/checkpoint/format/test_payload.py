@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from lightning_superscale.checkpoint.format import payload
 from lightning_superscale.checkpoint.format.blocks import BLOCK_BYTES, BlockHasher, BlockSums
 from lightning_superscale.checkpoint.format.dtypes import _NAMES, dtype_name, dtype_of
-from lightning_superscale.checkpoint.format.payload import Entry, PayloadWriter, host_chunks, layout, sort_entries
+from lightning_superscale.checkpoint.format.payload import FileEntry, PayloadWriter, host_chunks, layout, sort_entries
 from lightning_superscale.checkpoint.storage.files import LocalFile
 from lightning_superscale.errors import CheckpointError
 
@@ -24,7 +24,7 @@ def values(dtype: torch.dtype, *shape: int) -> torch.Tensor:
 
 def write(path, tensors):
     names = list(tensors)
-    entries = [Entry(name, tensors[name].dtype, tuple(tensors[name].shape)) for name in names]
+    entries = [FileEntry(name, tensors[name].dtype, tuple(tensors[name].shape)) for name in names]
     order = sort_entries(entries)
     place = layout([entries[i] for i in order], "some uuid")
     writer = PayloadWriter(LocalFile(str(path)))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_superscale.checkpoint.save.writer import save
-from lightning_superscale.checkpoint.state import LocalState, OptimizerRecord, Shard, TensorInfo, TensorKey
+from lightning_superscale.checkpoint.state import LocalShard, LocalState, OptimizerRecord, TensorInfo, TensorKey
 from lightning_superscale.comm.mesh import single_mesh
 from lightning_superscale.layout.box import row_box, whole_box
 
@@ -52,7 +52,7 @@ def state() -> LocalState:
         boxes = [whole_box(tensor.shape)]
         if tensor.dim() == 2 and tensor.shape[0] == 6:
             boxes = [row_box(tensor.shape, 0, 4), row_box(tensor.shape, 4, 6)]
-        shards[key] = tuple(Shard(box, tensor[box.within(whole_box(tensor.shape))]) for box in boxes)
+        shards[key] = tuple(LocalShard(box, tensor[box.within(whole_box(tensor.shape))]) for box in boxes)
     infos = {key: TensorInfo(t.dtype, tuple(t.shape), "model", key.name == "bias") for key, t in tensors().items()}
     return LocalState(infos, shards, (OPTIMIZER,), ALIASES, {**REST, "best": torch.tensor([1.0, 2.5])})
 

@@ -9,7 +9,7 @@ from lightning_superscale.checkpoint.format.blocks import BLOCK_BYTES
 from lightning_superscale.checkpoint.load import scatter
 from lightning_superscale.checkpoint.load.reader import SavedState, open_checkpoint
 from lightning_superscale.checkpoint.save.writer import save
-from lightning_superscale.checkpoint.state import LocalState, ReadRequest, Shard, TensorInfo, TensorKey
+from lightning_superscale.checkpoint.state import LocalShard, LocalState, ReadRequest, TensorInfo, TensorKey
 from lightning_superscale.comm.mesh import single_mesh
 from lightning_superscale.errors import CheckpointError
 from lightning_superscale.layout.box import Box, row_box, whole_box
@@ -22,7 +22,7 @@ def saved(path, **tensors: torch.Tensor) -> SavedState:
     keys = {TensorKey("model", name): tensor for name, tensor in tensors.items()}
     state = LocalState(
         {key: TensorInfo(t.dtype, tuple(t.shape), "model") for key, t in keys.items()},
-        {key: (Shard(whole_box(t.shape), t),) for key, t in keys.items()},
+        {key: (LocalShard(whole_box(t.shape), t),) for key, t in keys.items()},
     )
     save(str(path), state, single_mesh())
     return open_checkpoint(str(path), check_first=False)
@@ -34,9 +34,9 @@ def copied(monkeypatch) -> list[int]:
     numels = []
     fill = scatter.Filling._fill
 
-    def counted(self, window, values):
+    def counted(self, part, values):
         numels.append(values.numel())
-        fill(self, window, values)
+        fill(self, part, values)
 
     monkeypatch.setattr(scatter.Filling, "_fill", counted)
     return numels

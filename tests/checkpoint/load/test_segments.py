@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_superscale.checkpoint.format.blocks import BLOCK_BYTES
-from lightning_superscale.checkpoint.format.manifest import Piece, TensorRecord
+from lightning_superscale.checkpoint.format.manifest import Chunk, TensorRecord
 from lightning_superscale.checkpoint.load import segments
 from lightning_superscale.checkpoint.load.scatter import Filling, Others
-from lightning_superscale.checkpoint.load.segments import Segment, copies_of, pack, parcel_of, rounds_of
+from lightning_superscale.checkpoint.load.segments import Segment, pack, read_items_of, rounds_of, transfer_of
 from lightning_superscale.checkpoint.state import ReadRequest, TensorInfo, TensorKey
 from lightning_superscale.layout.box import Box, whole_box
 
@@ -25,28 +25,28 @@ MIB = 2**20
 )
 def test_a_parcel_never_makes_its_reader_hold_more_than_the_segment(size, packed, reader):
     reader %= len(packed)
-    parcel = parcel_of(Segment("f", 0, 4, tuple(range(len(packed))), reader), size, packed)
-    assert parcel.held(reader) <= size
-    assert parcel.nbytes[reader] == 0
+    transfer = transfer_of(Segment("f", 0, 4, tuple(range(len(packed))), reader), size, packed)
+    assert transfer.held(reader) <= size
+    assert transfer.nbytes[reader] == 0
     for rank, wanted in enumerate(packed):
         if rank != reader:
-            assert parcel.nbytes[rank] == (0 if not wanted else size if parcel.is_whole else wanted)
+            assert transfer.nbytes[rank] == (0 if not wanted else size if transfer.is_whole else wanted)
     wanted = sum(count for rank, count in enumerate(packed) if rank != reader)
-    assert parcel.is_whole == (wanted > size)
+    assert transfer.is_whole == (wanted > size)
 
 
 def test_rounds_keep_order_and_no_rank_holds_more_than_a_round(monkeypatch):
     monkeypatch.setattr(segments, "ROUND_BYTES", 10 * MIB)
-    parcels = [
-        parcel_of(
+    transfers = [
+        transfer_of(
             Segment("f", 4 * i, 4 * i + 4, (0, 1, 2), i % 3), 4 * MIB, [MIB * (1 + (i + r) % 2) for r in range(3)]
         )
         for i in range(30)
     ]
-    rounds = rounds_of(parcels)
-    assert [parcel for those in rounds for parcel in those] == parcels
+    rounds = rounds_of(transfers)
+    assert [transfer for those in rounds for transfer in those] == transfers
     for rank in range(3):
-        held = [sum(parcel.held(rank) for parcel in those) for those in rounds]
+        held = [sum(transfer.held(rank) for transfer in those) for those in rounds]
         assert max(held) <= 10 * MIB
     for those, after in zip(rounds, rounds[1:], strict=False):  # none is needlessly short
         assert any(sum(p.held(rank) for p in (*those, after[0])) > 10 * MIB for rank in range(3))
@@ -62,21 +62,21 @@ def test_what_one_rank_packs_for_another_is_what_that_scatters(dtype):
     keys = [TensorKey("model", "a"), TensorKey("model", "b")]
     starts = [192, 192 + -(-count // 64) * 64]
     tensors = {
-        key: TensorRecord(TensorInfo(dtype, shape, "model"), (Piece("f", key.name, start, whole_box(shape)),))
+        key: TensorRecord(TensorInfo(dtype, shape, "model"), (Chunk("f", key.name, start, whole_box(shape)),))
         for key, start in zip(keys, starts, strict=True)
     }
     boxes = [Box((3, 5, 7), (30, 40, 9)), Box((0, 0, 0), shape), Box((30, 0, 28), (67, 53, 1))]
     wanted = [(keys[i % 2], box) for i, box in enumerate([*boxes, *reversed(boxes)])]
     outs = [torch.zeros(box.size, dtype=dtype) for _, box in wanted]
     filling = Filling([ReadRequest(key, box, out) for (key, box), out in zip(wanted, outs, strict=True)])
-    filling.take(copies_of(wanted, tensors))
+    filling.take(read_items_of(wanted, tensors))
     others = Others([(), [(keys.index(key), box.offset, box.size) for key, box in wanted]], tensors)
     for first in range(3):
         segment = Segment("f", first, first + 1, (0, 1), 0)
         start = first * BLOCK_BYTES
-        message = torch.full((sum(w.packed_bytes for w in filling.windows(segment)),), 255, dtype=torch.uint8)
-        assert list(others.windows(1, segment)) == list(filling.windows(segment))
-        pack(others.windows(1, segment), data[start : start + BLOCK_BYTES], start, message)
+        message = torch.full((sum(w.packed_bytes for w in filling.parts_of(segment)),), 255, dtype=torch.uint8)
+        assert list(others.parts_of(1, segment)) == list(filling.parts_of(segment))
+        pack(others.parts_of(1, segment), data[start : start + BLOCK_BYTES], start, message)
         filling.scatter_packed(segment, message)
     for (key, box), out in zip(wanted, outs, strict=True):
         start = starts[keys.index(key)]

@@ -13,7 +13,7 @@ from lightning_superscale.checkpoint.load.reader import open_checkpoint
 from lightning_superscale.checkpoint.save import background
 from lightning_superscale.checkpoint.save.background import BackgroundSaver
 from lightning_superscale.checkpoint.save.writer import save
-from lightning_superscale.checkpoint.state import LocalState, ReadRequest, Shard, TensorInfo, TensorKey
+from lightning_superscale.checkpoint.state import LocalShard, LocalState, ReadRequest, TensorInfo, TensorKey
 from lightning_superscale.comm.collectives import gather_objects
 from lightning_superscale.comm.mesh import single_mesh
 from lightning_superscale.errors import CheckpointError
@@ -28,7 +28,7 @@ def state_of(weight: torch.Tensor, moment: torch.Tensor, **rest) -> LocalState:
     tensors = {WEIGHT: weight, MOMENT: moment}
     return LocalState(
         {key: TensorInfo(t.dtype, tuple(t.shape), "model") for key, t in tensors.items()},
-        {key: (Shard(whole_box(t.shape), t),) for key, t in tensors.items()},
+        {key: (LocalShard(whole_box(t.shape), t),) for key, t in tensors.items()},
         rest=rest,
     )
 

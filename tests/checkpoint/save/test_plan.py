@@ -26,15 +26,15 @@ def held_by(layout: str, world_size: int):
 def test_every_element_is_written_once_by_a_rank_that_holds_it(layout, world_size, monkeypatch):
     monkeypatch.setattr(plan, "_MIN_PART_BYTES", 16)
     held = held_by(layout, world_size)
-    parts = divide(TENSORS, held)
+    items = divide(TENSORS, held)
     for key, info in TENSORS.items():
-        boxes = [part.box for own in parts for part in own if part.key == key]
+        boxes = [item.box for own in items for item in own if item.key == key]
         assert uncovered(info.shape, boxes) is None
         assert all(box.numel for box in boxes)
-    for rank, own in enumerate(parts):
-        for part in own:
-            assert part.shard in held[rank][part.key]
-            assert part.box.intersect(part.shard) == part.box
+    for rank, own in enumerate(items):
+        for item in own:
+            assert item.shard in held[rank][item.key]
+            assert item.box.intersect(item.shard) == item.box
 
 
 @given(st.lists(st.tuples(st.integers(1, 300), st.integers(1, 40)), min_size=1, max_size=8), st.integers(2, 5))
@@ -44,10 +44,10 @@ def test_replicas_share_the_bytes_evenly(shapes, world_size):
     least = plan._MIN_PART_BYTES
     plan._MIN_PART_BYTES = 64
     try:
-        parts = divide(tensors, held)
+        items = divide(tensors, held)
     finally:
         plan._MIN_PART_BYTES = least
-    loads = [sum(part.box.numel * 4 for part in own) for own in parts]
+    loads = [sum(item.box.numel * 4 for item in own) for own in items]
     # A cut falls on a row, of at most 160 bytes, and leaves no part below 64 bytes; each rank has two ends.
     assert max(loads) - sum(loads) / world_size <= 2 * (160 + 64)
 
@@ -56,8 +56,8 @@ def test_who_holds_more_of_his_own_takes_less_of_what_is_shared():
     own, shared = TensorKey("model", "own"), TensorKey("model", "shared")
     tensors = {key: TensorInfo(torch.uint8, (2**23,), "model") for key in (own, shared)}
     whole = whole_box((2**23,))
-    parts = divide(tensors, [{own: (whole,), shared: (whole,)}, {shared: (whole,)}])
-    assert [sum(part.box.numel for part in those) for those in parts] == [2**23, 2**23]
+    items = divide(tensors, [{own: (whole,), shared: (whole,)}, {shared: (whole,)}])
+    assert [sum(item.box.numel for item in those) for those in items] == [2**23, 2**23]
 
 
 @pytest.mark.parametrize(
@@ -75,24 +75,24 @@ def test_a_gap_and_an_overlap_are_refused_by_name(boxes, why):
         divide({key: TensorInfo(torch.float32, (4, 2), "state")}, held)
 
 
-def test_large_tensors_come_in_pieces_of_whole_rows(monkeypatch):
-    monkeypatch.setattr(plan, "MAX_PIECE_BYTES", 100)
+def test_large_tensors_come_in_chunks_of_whole_rows(monkeypatch):
+    monkeypatch.setattr(plan, "MAX_CHUNK_BYTES", 100)
     key = TensorKey("model", "w")
     for shape in ((10, 7), (2, 60), (300,)):
-        parts = divide({key: TensorInfo(torch.float32, shape, "model")}, [{key: (whole_box(shape),)}])[0]
-        assert uncovered(shape, [part.box for part in parts]) is None
-        assert max(part.box.numel * 4 for part in parts) <= 100
-    parts = divide({key: TensorInfo(torch.float32, (10, 7), "model")}, [{key: (whole_box((10, 7)),)}])[0]
-    assert parts[0].box == Box((0, 0), (3, 7))
+        items = divide({key: TensorInfo(torch.float32, shape, "model")}, [{key: (whole_box(shape),)}])[0]
+        assert uncovered(shape, [item.box for item in items]) is None
+        assert max(item.box.numel * 4 for item in items) <= 100
+    items = divide({key: TensorInfo(torch.float32, (10, 7), "model")}, [{key: (whole_box((10, 7)),)}])[0]
+    assert items[0].box == Box((0, 0), (3, 7))
 
 
 @given(st.lists(st.integers(0, 100), max_size=30), st.integers(1, 4))
 def test_files_are_consecutive_and_below_the_limit(sizes, num_files):
-    limits = plan.MAX_FILE_BYTES, plan.MAX_PIECE_BYTES
-    plan.MAX_FILE_BYTES, plan.MAX_PIECE_BYTES = 250, 100
+    limits = plan.MAX_FILE_BYTES, plan.MAX_CHUNK_BYTES
+    plan.MAX_FILE_BYTES, plan.MAX_CHUNK_BYTES = 250, 100
     try:
         files = fill_files(sizes, num_files)
     finally:
-        plan.MAX_FILE_BYTES, plan.MAX_PIECE_BYTES = limits
+        plan.MAX_FILE_BYTES, plan.MAX_CHUNK_BYTES = limits
     assert [i for file in files for i in file] == list(range(len(sizes)))
     assert all(file and sum(sizes[i] for i in file) <= 250 for file in files)

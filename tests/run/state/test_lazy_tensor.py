@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lightning_superscale.checkpoint.save.writer import save
-from lightning_superscale.checkpoint.state import LocalState, Shard, TensorInfo, TensorKey
+from lightning_superscale.checkpoint.state import LocalShard, LocalState, TensorInfo, TensorKey
 from lightning_superscale.comm.mesh import single_mesh
 from lightning_superscale.layout.box import whole_box
 from lightning_superscale.run.state.lazy_tensor import LazyTensor
@@ -26,7 +26,7 @@ def lazy(tmp_path, monkeypatch):
     keys = {TensorKey("model", name): tensor for name, tensor in WEIGHTS.items()}
     state = LocalState(
         {key: TensorInfo(tensor.dtype, tuple(tensor.shape), "model") for key, tensor in keys.items()},
-        {key: (Shard(whole_box(tensor.shape), tensor),) for key, tensor in keys.items()},
+        {key: (LocalShard(whole_box(tensor.shape), tensor),) for key, tensor in keys.items()},
     )
     save(str(tmp_path / "x.ckpt"), state, single_mesh())
     found = open_any(str(tmp_path / "x.ckpt"))["state_dict"]

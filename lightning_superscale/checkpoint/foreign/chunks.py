@@ -1,4 +1,4 @@
-"""A foreign checkpoint as a table: which tensors it has, and of which pieces in which files each is made."""
+"""A foreign checkpoint as a table: which tensors it has, and of which chunks in which files each is made."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ Index = tuple[slice, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class ForeignChunk:
     """A part of a tensor that lies in one file.
 
     Attributes:
         box: which part.
-        read: values at an index within the piece, in the tensor's dtype; reads no more of the file than its format
+        read: values at an index within the chunk, in the tensor's dtype; reads no more of the file than its format
             lets it.
         file: for messages, and so that reads of one file follow one another.
     """
@@ -34,14 +34,14 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
-    """A tensor and all its pieces."""
+class ForeignTensor:
+    """A tensor and all its chunks."""
 
     info: TensorInfo
-    pieces: tuple[Piece, ...]
+    chunks: tuple[ForeignChunk, ...]
 
 
-Table = dict[TensorKey, Entry]
+Table = dict[TensorKey, ForeignTensor]
 
 
 def reader(tensor: Tensor, dtype: torch.dtype | None = None) -> Callable[[Index], Tensor]:
@@ -49,27 +49,27 @@ def reader(tensor: Tensor, dtype: torch.dtype | None = None) -> Callable[[Index]
     return (lambda index: tensor[index]) if dtype is None else (lambda index: tensor[index].to(dtype))
 
 
-def whole_entry(tensor: Tensor, role: Role, file: str, *, trainable: bool = False) -> Entry:
-    """A tensor that a file has in one piece."""
+def whole_tensor(tensor: Tensor, role: Role, file: str, *, trainable: bool = False) -> ForeignTensor:
+    """A tensor that a file has in one chunk."""
     shape = tuple(tensor.shape)
-    piece = Piece(whole_box(shape), reader(tensor), file)
-    return Entry(TensorInfo(tensor.dtype, shape, role, trainable), (piece,))
+    chunk = ForeignChunk(whole_box(shape), reader(tensor), file)
+    return ForeignTensor(TensorInfo(tensor.dtype, shape, role, trainable), (chunk,))
 
 
-def flat_pieces(
+def flat_chunks(
     shape: Sequence[int], start: int, values: Tensor, file: str, dtype: torch.dtype | None = None
-) -> list[Piece]:
-    """The pieces that `values` [n] make, which are elements [start, start + n) of a flattened tensor."""
-    pieces, done = [], 0
+) -> list[ForeignChunk]:
+    """The chunks that `values` [n] make, which are elements [start, start + n) of a flattened tensor."""
+    chunks, done = [], 0
     for box in flat_boxes(shape, start, start + values.numel()):
         part = values[done : done + box.numel].view(box.size)
-        pieces.append(Piece(box, reader(part, dtype), file))
+        chunks.append(ForeignChunk(box, reader(part, dtype), file))
         done += box.numel
-    return pieces
+    return chunks
 
 
 @dataclass(slots=True)
-class PieceSource:
+class ForeignSource:
     """A StateSource over mapped files; the values of a tensor are read when they are asked for.
 
     Attributes:
@@ -115,20 +115,20 @@ class PieceSource:
         Raises:
             CheckpointError: a tensor or box that the checkpoint does not have, or a damaged file.
         """
-        jobs: list[tuple[Piece, Box, ReadRequest]] = []
+        jobs: list[tuple[ForeignChunk, Box, ReadRequest]] = []
         for request in requests:
             entry = self._entry(request)
-            for piece in entry.pieces:
-                part = piece.box.intersect(request.box)
+            for chunk in entry.chunks:
+                part = chunk.box.intersect(request.box)
                 if part is not None:
-                    jobs.append((piece, part, request))
+                    jobs.append((chunk, part, request))
         jobs.sort(key=lambda job: (job[0].file, str(job[2].key), job[0].box))
-        for piece, part, request in jobs:
+        for chunk, part, request in jobs:
             target = request.out[part.within(request.box)]
-            values = piece.read(part.within(piece.box))
+            values = chunk.read(part.within(chunk.box))
             if values.shape != target.shape:
                 raise CheckpointError(
-                    f"{request.key} in {piece.file} should have {part.size} values at {part.offset}, found "
+                    f"{request.key} in {chunk.file} should have {part.size} values at {part.offset}, found "
                     f"{tuple(values.shape)}. The file is damaged."
                 )
             target.copy_(values.detach())  # DeepSpeed saves masters that require gradients
@@ -137,7 +137,7 @@ class PieceSource:
         """Let go of the files; nothing can be read afterwards."""
         self.table.clear()
 
-    def _entry(self, request: ReadRequest) -> Entry:
+    def _entry(self, request: ReadRequest) -> ForeignTensor:
         key, entry = request.key, self.table.get(request.key)
         if entry is None:
             hint = did_you_mean(key.name, [k.name for k in self.table if k.section == key.section])
@@ -152,8 +152,8 @@ class PieceSource:
         return entry
 
 
-def _check_covers(path: str, key: TensorKey, entry: Entry) -> None:
-    """Every element of a tensor must be in exactly one piece."""
-    why = uncovered(entry.info.shape, [piece.box for piece in entry.pieces])
+def _check_covers(path: str, key: TensorKey, entry: ForeignTensor) -> None:
+    """Every element of a tensor must be in exactly one chunk."""
+    why = uncovered(entry.info.shape, [chunk.box for chunk in entry.chunks])
     if why is not None:
         raise CheckpointError(f"{key} in {path} is not complete: {why}. A file is missing or damaged.")
