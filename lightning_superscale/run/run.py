@@ -57,7 +57,6 @@ class Run:
     Args:
         zero: what is sharded over ranks.
         offload: where the optimizer lives; None for the device.
-        error_if_nonfinite: raise before weights or states change when a gradient is NaN or infinite.
 
     Attributes:
         environment: the other ranks; kept between runs.
@@ -66,13 +65,12 @@ class Run:
         was_on_meta: whether any part of the module was on the meta device when the run was prepared.
     """
 
-    def __init__(self, zero: ZeroConfig, offload: OffloadConfig | None, *, error_if_nonfinite: bool = False) -> None:
+    def __init__(self, zero: ZeroConfig, offload: OffloadConfig | None) -> None:
         self.zero = zero
         self.offload = offload
         self.environment = RankEnvironment()
         self.assembly: Assembly | None = None
         self.phases = PhaseSeconds()
-        self._error_if_nonfinite = error_if_nonfinite
         self._finished: Assembly | None = None
         self._report: RunReport | None = None
         self._recorder: StepRecorder | None = None
@@ -132,12 +130,14 @@ class Run:
         scaler: LossScaler | None,
         visibility: Visibility,
         rank: int,
+        error_if_nonfinite: bool = False,
     ) -> None:
         """Build the engines of the module's optimizers.
 
         Args:
             scaler: of the losses; None where none is scaled.
             rank: of this process in the world, for the names of files.
+            error_if_nonfinite: raise before weights or states change when a gradient is NaN or infinite.
 
         Raises:
             SuperScaleError: what can't be trained, on every rank, before anything is changed.
@@ -152,7 +152,7 @@ class Run:
             zero=self.zero,
             offload=self.offload,
             precision=precision,
-            error_if_nonfinite=self._error_if_nonfinite,
+            error_if_nonfinite=error_if_nonfinite,
             visibility=visibility,
             order=self.environment.order,
             techniques=tuple(self._techniques.values()),

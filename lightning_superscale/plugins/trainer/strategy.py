@@ -92,7 +92,8 @@ class SuperScaleStrategyMixin(_Base):
     ) -> None:
         self.zero_config = resolve_zero(zero)
         self.offload_config = resolve_offload(offload)
-        self.run = Run(self.zero_config, self.offload_config, error_if_nonfinite=error_if_nonfinite)
+        self.error_if_nonfinite = error_if_nonfinite
+        self.run = Run(self.zero_config, self.offload_config)
         if checkpoint is not None:
             if checkpoint_io is not None:
                 raise SuperScaleError("pass either checkpoint, which is of UniversalCheckpointIO, or checkpoint_io.")
@@ -211,6 +212,7 @@ class SuperScaleStrategyMixin(_Base):
             scaler=self._precision.scaler,
             visibility=visibility_of(module, callbacks, len(self.optimizers)),
             rank=self.global_rank,
+            error_if_nonfinite=self.error_if_nonfinite,
         )
         self._precision.attach(self.run, self.root_device.type)
 
