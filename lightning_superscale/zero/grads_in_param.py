@@ -50,7 +50,6 @@ class HeldGradients:
         self._is_watching = False
         self._noted: dict[nn.Parameter, _Noted] = {}
         self._is_scaling: IsScaling | None = None
-        self.is_averaged = False
 
     def average(self, units: Sequence[BucketUnit]) -> None:
         """Overwrite `param.grad` with the average over ranks; parameters without one anywhere keep None."""
@@ -67,7 +66,6 @@ class HeldGradients:
             present = [i for i, param in enumerate(unit.params) if agreed[flag_of[param]]]
             if present:
                 self._average_unit(unit, present)
-        self.is_averaged = True
 
     def _average_unit(self, unit: BucketUnit, present: Iterable[int]) -> None:
         grads = {}
@@ -84,7 +82,6 @@ class HeldGradients:
 
     def hand_over(self, units: Sequence[BucketUnit], sink: DeltaSink) -> None:
         """Give the sink this rank's rows of averaged gradients. Every rank calls it."""
-        self.is_averaged = False
         for unit in units:
             slices = []
             for i, param in enumerate(unit.params):
@@ -136,9 +133,6 @@ class HeldGradients:
             return
         if bool(grad.any()):
             raise edited_in_place(fqn, self._ranks.mesh.world.size)
-
-    def discard(self) -> None:
-        self.is_averaged = False
 
     def close(self) -> None:
         for hook in self._hooks.values():

@@ -18,6 +18,7 @@ from lightning_superscale.comm.dtensor import local_rows_of, placed_like
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.layout.rows import ParamSlice
 from lightning_superscale.optim.grad_dtypes import grad_dtype_of
+from lightning_superscale.optim.transport import IsScaling
 from lightning_superscale.torch_private import version_of
 from lightning_superscale.zero.grads_in_param import edited_in_place, unscaled
 
@@ -32,14 +33,21 @@ class HeldWholes:
         self._marks: dict[nn.Parameter, tuple[Tensor, int]] = {}
         self._edited: nn.Parameter | None = None
         self._unscaled: set[nn.Parameter] = set()
+        self._is_scaling: IsScaling | None = None
+        self.is_watching = False
         self.has_seen_any = False
 
-    def hold(self, param: nn.Parameter, grad: Tensor, *, is_scaled: bool = True) -> None:
-        """Add to what is held of a parameter, unless that was zeroed since.
+    def watch(self, is_scaling: IsScaling | None) -> None:
+        """Refuse, at the step, what somebody put into `param.grad`; and losses that were not scaled.
 
         Args:
-            is_scaled: whether it came of a loss that was scaled as it should be.
+            is_scaling: whether a loss is scaled now; None where none ever is.
         """
+        self.is_watching, self._is_scaling = True, is_scaling
+
+    def hold(self, param: nn.Parameter, grad: Tensor) -> None:
+        """Add to what is held of a parameter, unless that was zeroed since."""
+        is_scaled = self._is_scaling is None or self._is_scaling()
         self.has_seen_any = True
         is_more = param in self._grads and self._is_marked(param)
         if not is_scaled:
@@ -77,7 +85,7 @@ class HeldWholes:
         """Refuse what can't become a gradient.
 
         Args:
-            filled: parameters whose `param.grad` only backward may fill.
+            filled: parameters whose `param.grad` only backward may fill; looked at where edits are watched.
 
         Raises:
             SuperScaleError: a held gradient that somebody meant to change in place, or one that somebody put there.
@@ -89,7 +97,7 @@ class HeldWholes:
         for param in self._unscaled:
             if self._is_marked(param):
                 raise unscaled(fqn_of(param))
-        for param in filled:
+        for param in filled if self.is_watching else ():
             mark, _ = self._marks.get(param, (None, 0))
             if param.grad is not None and param.grad is not mark and bool(local_rows_of(param.grad).any()):
                 raise _put_by_hand(fqn_of(param))
