@@ -109,7 +109,7 @@ class Assembly:
         """After the last backward of a step. Every rank calls it."""
         if self.settings.is_automatic and self.settings.why_held is not None:
             for engine in self.engines.values():
-                engine.transport.average_held()
+                engine.transport.average_grads()
 
     def wait_all_published(self) -> None:
         for engine in self.engines.values():

@@ -21,7 +21,7 @@ from lightning_superscale.optim.transport import IsScaling
 from lightning_superscale.optim.unit import DeltaSink, GradientDelta
 from lightning_superscale.torch_private import version_of
 from lightning_superscale.zero.buckets.unit import BucketUnit
-from lightning_superscale.zero.reducer import average_whole
+from lightning_superscale.zero.reducer import average_unsharded
 
 
 class _Noted(NamedTuple):
@@ -38,7 +38,7 @@ class _Noted(NamedTuple):
     is_scaled: bool
 
 
-class HeldGradients:
+class GradsInParam:
     """What one transport does about gradients in `param.grad` on several ranks."""
 
     def __init__(self, ranks: Communicator, label: str, dtypes: GradientDtypes = AS_WEIGHTS) -> None:
@@ -75,7 +75,7 @@ class HeldGradients:
                 param.grad = torch.zeros_like(param, dtype=grad_dtype_of(param))
             grads[i] = param.grad.detach().reshape(-1)
         dtype = self._dtypes.reduced(unit.params[0])
-        averaged = average_whole(self._ranks, grads, unit.full.slices, unit.full.shard_numel, dtype)
+        averaged = average_unsharded(self._ranks, grads, unit.full.slices, unit.full.shard_numel, dtype)
         for i, grad in grads.items():
             piece = unit.full.slices[i]
             grad.copy_(averaged[piece.offset : piece.offset + piece.numel])

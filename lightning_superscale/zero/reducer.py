@@ -325,10 +325,12 @@ def reducer_for(ranks: Communicator, label: str, sink: DeltaSink, dtypes: Gradie
     return LocalReducer(sink) if ranks.mesh.is_single else GradientReducer(ranks, label, sink, dtypes)
 
 
-def average_whole(
+def average_unsharded(
     ranks: Communicator, grads: Mapping[int, Tensor], pieces: Sequence[ParamSlice], numel: int, dtype: torch.dtype
 ) -> Tensor:
-    """Average whole gradients over all data-parallel ranks, [numel], laid out like `pieces`; zeros where one has none.
+    """Average unsharded gradients over all data-parallel ranks, [numel], laid out like `pieces`.
+
+    A rank that has none of a parameter counts as zeros.
 
     Args:
         grads: by index into `pieces`, 1D, at least one.

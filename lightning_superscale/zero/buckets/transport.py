@@ -20,7 +20,7 @@ from lightning_superscale.optim.unit import DeltaSink, PublishEvent, ShardUnit, 
 from lightning_superscale.zero.buckets.all_gather import LateGathers
 from lightning_superscale.zero.buckets.unit import BucketUnit
 from lightning_superscale.zero.grad_schedule import Departure, GradSchedule, NewGrad
-from lightning_superscale.zero.grads_in_param import HeldGradients
+from lightning_superscale.zero.grads_in_param import GradsInParam
 from lightning_superscale.zero.reducer import Reducer, reducer_for
 
 
@@ -48,7 +48,7 @@ class BucketTransport:
         ranks: the other ranks.
         label: names the optimizer in errors.
         no_sync: micro-batches before the last of a step accumulate in `param.grad`, so that ranks talk once
-            per step; False reduces each, so that no rank holds whole gradients between them.
+            per step; False reduces each, so that no rank keeps unsharded gradients between them.
         dtypes: of gradients on their way to other ranks.
         streams_to: the device of parameters whose weights stream (`Grouping.block_of`).
         reducer: what another transport of the same optimizer shares with this one; None for one of its own.
@@ -78,7 +78,7 @@ class BucketTransport:
         self._ranks = ranks
         self._reducer = reducer or reducer_for(ranks, label, sink, dtypes)
         self._schedule = schedule or GradSchedule(no_sync=no_sync or self.is_local)
-        self._held = HeldGradients(ranks, label, dtypes)
+        self._in_param = GradsInParam(ranks, label, dtypes)
         self._place: dict[nn.Parameter, tuple[BucketUnit, int]] = {}
         self._hooks: dict[nn.Parameter, RemovableHandle] = {}
         self._observed: dict[nn.Parameter, None] = {}
@@ -112,7 +112,7 @@ class BucketTransport:
             self._of_index[index] = unit
             self._reducer.add_unit(unit)
             added.append(unit)
-            self._held.follow(unit.params)
+            self._in_param.follow(unit.params)
             for i, param in enumerate(unit.params):
                 self._place[param] = (unit, i)
                 if self._schedule.is_streamed:
@@ -142,7 +142,7 @@ class BucketTransport:
     def watch_edits(self, is_scaling: IsScaling | None = None) -> None:
         """Refuse, at the step, gradients that somebody changed in place: they are only this rank's share."""
         if not self.is_local or is_scaling is not None:
-            self._held.watch(self._place, is_scaling)
+            self._in_param.watch(self._place, is_scaling)
 
     def _hook(self, param: nn.Parameter) -> None:
         if param not in self._hooks:
@@ -177,14 +177,14 @@ class BucketTransport:
         param.grad = None
         return grad.detach().reshape(-1)
 
-    def average_held(self) -> None:
+    def average_grads(self) -> None:
         """Make gradients in `param.grad` what every rank would see under DDP: averages.
 
         Every rank calls it after backward.
         """
         if not self.is_local and not self._schedule.is_streamed:
             self._late_gathers.issue_all()
-            self._held.average(self.units)
+            self._in_param.average(self.units)
             self._schedule.mark_averaged()
 
     def collect(self) -> None:
@@ -200,7 +200,7 @@ class BucketTransport:
 
     def hand_over(self) -> None:
         """Give the sink this rank's rows of averaged gradients. Every rank calls it."""
-        self._held.hand_over(self.units, self._sink)
+        self._in_param.hand_over(self.units, self._sink)
 
     def _reduce(self) -> None:
         error: SuperScaleError | None = None
@@ -230,7 +230,7 @@ class BucketTransport:
                 slices.append((i, self._take(unit, i)))
             else:
                 check_dense(unit.full.slices[i].fqn, param.grad)
-                self._held.check(param, unit.full.slices[i].fqn)
+                self._in_param.check(param, unit.full.slices[i].fqn)
                 slices.append((i, param.grad.detach().reshape(-1)))
         return slices
 
@@ -265,10 +265,10 @@ class BucketTransport:
         """Return when whatever runs next sees the new weights of these units."""
         for unit in units:
             bucket = self._of_index[unit.index]
-            self.land(bucket)
+            self.wait_weights(bucket)
             bucket.leave_unused()
 
-    def land(self, unit: BucketUnit) -> None:
+    def wait_weights(self, unit: BucketUnit) -> None:
         """The same for one unit, which is used next: weights that stream may be on the device already."""
         upload = self._uploads.pop(unit.index, None)
         if upload is not None:
@@ -296,7 +296,7 @@ class BucketTransport:
     def close(self) -> None:
         """Remove every hook and give parameters their own storage back."""
         self.wait_all_published()
-        self._held.close()
+        self._in_param.close()
         for hook in self._hooks.values():
             hook.remove()
         self._hooks.clear()

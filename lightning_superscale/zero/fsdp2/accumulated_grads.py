@@ -1,4 +1,4 @@
-"""Whole gradients that wait for the step, of parameters whose `param.grad` can only hold rows.
+"""Unsharded gradients that wait for the step, of parameters whose `param.grad` can only hold rows.
 
 Under manual optimization a user may throw gradients away with `zero_grad()`, between any two backward calls. That is
 seen by what lies in `param.grad` meanwhile: a row-sharded mark, full of a number so large that nobody takes it for a
@@ -25,8 +25,8 @@ from lightning_superscale.zero.grads_in_param import edited_in_place, unscaled
 _MARK = 1e12
 
 
-class HeldWholes:
-    """Whole gradients by sharded parameter, accumulated as autograd would in `param.grad`."""
+class UnshardedGrads:
+    """Unsharded gradients by sharded parameter, accumulated as autograd would in `param.grad`."""
 
     def __init__(self) -> None:
         self._grads: dict[nn.Parameter, Tensor] = {}
@@ -45,8 +45,8 @@ class HeldWholes:
         """
         self.is_watching, self._is_scaling = True, is_scaling
 
-    def hold(self, param: nn.Parameter, grad: Tensor) -> None:
-        """Add to what is held of a parameter, unless that was zeroed since."""
+    def add(self, param: nn.Parameter, grad: Tensor) -> None:
+        """Add to the gradient of a parameter, unless that was zeroed since."""
         is_scaled = self._is_scaling is None or self._is_scaling()
         self.has_seen_any = True
         is_more = param in self._grads and self._is_marked(param)
@@ -63,7 +63,7 @@ class HeldWholes:
         param.grad = mark
         self._marks[param] = (mark, version_of(mark))
 
-    def holds(self, param: nn.Parameter) -> bool:
+    def has(self, param: nn.Parameter) -> bool:
         return param in self._grads
 
     def _is_marked(self, param: nn.Parameter) -> bool:
@@ -88,7 +88,7 @@ class HeldWholes:
             filled: parameters whose `param.grad` only backward may fill; looked at where edits are watched.
 
         Raises:
-            SuperScaleError: a held gradient that somebody meant to change in place, or one that somebody put there.
+            SuperScaleError: a gradient that somebody meant to change in place, or one that somebody put there.
         """
         for param in self._grads:
             self._note_edit(param)
@@ -103,7 +103,7 @@ class HeldWholes:
                 raise _put_by_hand(fqn_of(param))
 
     def take_all(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """What was not zeroed since; afterwards nothing is held."""
+        """Give every gradient that was not zeroed since, and forget all."""
         for param, grad in list(self._grads.items()):
             if self._is_marked(param):
                 param.grad = None

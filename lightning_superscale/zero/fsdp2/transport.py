@@ -21,7 +21,7 @@ from lightning_superscale.optim.grad_dtypes import AS_WEIGHTS, GradientDtypes
 from lightning_superscale.optim.transport import IsScaling
 from lightning_superscale.optim.unit import DeltaSink, GradientDelta, PublishEvent, ShardUnit, check_dense
 from lightning_superscale.zero.buckets.transport import BucketTransport
-from lightning_superscale.zero.fsdp2.accumulated_grads import HeldWholes, lost_gradients, show_rows
+from lightning_superscale.zero.fsdp2.accumulated_grads import UnshardedGrads, lost_gradients, show_rows
 from lightning_superscale.zero.fsdp2.gather_order import OrderDeparted
 from lightning_superscale.zero.fsdp2.grouping import fsdp2_units_of, split_by_kind
 from lightning_superscale.zero.fsdp2.module import ShardedModule
@@ -41,16 +41,16 @@ class Fsdp2Transport:
     """Carries the gradients of one optimizer's parameters to a sink, and new weights back.
 
     A gradient never stays where autograd left it, in the gathered parameter. *Streamed*, it goes to the reducer at
-    once. Otherwise it waits whole for the step, so that `zero_grad()` between two backward calls means what it does
-    in plain PyTorch; and where users may look at gradients, `average_held()` makes `param.grad` this rank's rows
+    once. Otherwise it waits unsharded for the step, so that `zero_grad()` between two backward calls means what it does
+    in plain PyTorch; and where users may look at gradients, `average_grads()` makes `param.grad` this rank's rows
     of the average, as FSDP2 would.
 
     Args:
         sharded: the module, already sharded; several transports may share it.
         ranks: made after sharding, from the module's parameters of then.
         grouping: which parameters share a bucket, of those that FSDP2 can't take, and which stay on the device.
-        no_sync: micro-batches before the last of a step accumulate whole gradients, so that ranks talk once per step;
-            False reduces each, so that no rank holds whole gradients between them.
+        no_sync: micro-batches before the last of a step accumulate unsharded gradients, so that ranks talk once per
+            step; False reduces each, so that no rank keeps unsharded gradients between them.
         dtypes: of gradients on their way to other ranks.
     """
 
@@ -81,7 +81,7 @@ class Fsdp2Transport:
             reducer=self._reducer,
             schedule=self._schedule,
         )
-        self._held = HeldWholes()
+        self._waiting = UnshardedGrads()
         self._place: dict[nn.Parameter, tuple[Fsdp2Unit, int]] = {}
         self._units: dict[int, Fsdp2Unit] = {}
         self._uploads: dict[int, _Upload] = {}
@@ -136,7 +136,7 @@ class Fsdp2Transport:
 
     def watch_edits(self, is_scaling: IsScaling | None = None) -> None:
         """Refuse edits of gradients at the step; sharded ones can't be edited before they are averaged."""
-        self._held.watch(is_scaling)
+        self._waiting.watch(is_scaling)
         self._buckets.watch_edits(is_scaling)
 
     def blocked(self) -> AbstractContextManager[None]:
@@ -146,29 +146,29 @@ class Fsdp2Transport:
     def holding(self) -> AbstractContextManager[None]:
         return self._schedule.holding()
 
-    def take_grad(self, param: nn.Parameter, whole: nn.Parameter) -> None:
+    def take_grad(self, param: nn.Parameter, unsharded: nn.Parameter) -> None:
         match self._schedule.new_grad:
             case NewGrad.LEAVES:
-                self._put(param, self._taken(param, whole))
+                self._put(param, self._taken(param, unsharded))
                 self._reducer.launch_complete()
             case NewGrad.WAITS:
-                self._held.hold(param, self._taken(param, whole))
+                self._waiting.add(param, self._taken(param, unsharded))
             case NewGrad.ACCUMULATES:
                 return
 
-    def _taken(self, param: nn.Parameter, whole: nn.Parameter) -> Tensor:
-        grad = whole.grad
+    def _taken(self, param: nn.Parameter, unsharded: nn.Parameter) -> Tensor:
+        grad = unsharded.grad
         if grad is None:
             raise AssertionError(f"no gradient to take from {self._fqn_of(param)}")
         check_dense(self._fqn_of(param), grad)
-        whole.grad = None
-        return local_grad(grad, whole)
+        unsharded.grad = None
+        return local_grad(grad, unsharded)
 
     def _put(self, param: nn.Parameter, grad: Tensor) -> None:
         unit, i = self._place[param]
         self._reducer.put(unit, i, grad.reshape(-1))
 
-    def average_held(self) -> None:
+    def average_grads(self) -> None:
         """Make gradients what every rank would see under FSDP2: its rows of the averages.
 
         Every rank calls it after backward.
@@ -177,11 +177,11 @@ class Fsdp2Transport:
             return
         self._enter_step()
         for param in self._place:
-            if not self._held.holds(param):
+            if not self._waiting.has(param):
                 param.grad = None
         self._finish(self._error_of(self._put_sharded), sink=_show)
         if self._buckets.units:
-            self._buckets.average_held()
+            self._buckets.average_grads()
         self._sharded.order.step_agreed()
         self._schedule.mark_averaged()
 
@@ -192,11 +192,11 @@ class Fsdp2Transport:
             self._hand_over()
             return
         self._enter_step()
-        has_seen_any = self._held.has_seen_any
+        has_seen_any = self._waiting.has_seen_any
         present = self._reduce()
         self._sharded.order.step_agreed()
         used = self._sharded.graphs.take_used({unit.group for unit in self._units.values()})
-        if self._held.is_watching and used and not has_seen_any and not present & self._units.keys():
+        if self._waiting.is_watching and used and not has_seen_any and not present & self._units.keys():
             raise lost_gradients(self._sharded.groups[min(used)].fqn)
 
     def _hand_over(self) -> None:
@@ -235,13 +235,13 @@ class Fsdp2Transport:
         Raises:
             SuperScaleError: one that can't be used; names the parameter.
         """
-        self._held.check(self._place, self._fqn_of, self._ranks.mesh.world.size)
-        for param, grad in self._held.take_all():
+        self._waiting.check(self._place, self._fqn_of, self._ranks.mesh.world.size)
+        for param, grad in self._waiting.take_all():
             self._put(param, grad)
         for param in self._place:
-            whole = self._sharded.whole_of(param)
-            if whole is not None and whole.grad is not None:
-                self._put(param, self._taken(param, whole))
+            unsharded = self._sharded.unsharded_param(param)
+            if unsharded is not None and unsharded.grad is not None:
+                self._put(param, self._taken(param, unsharded))
 
     def _fqn_of(self, param: nn.Parameter) -> str:
         unit, i = self._place[param]
@@ -253,11 +253,11 @@ class Fsdp2Transport:
     def discard(self) -> None:
         """Forget gradients of an interrupted step."""
         self._buckets.discard()
-        self._held.clear()
+        self._waiting.clear()
         for param in filter(self._sharded.holds, self._place):  # none after the module was released
-            whole = self._sharded.whole_of(param)
-            if whole is not None:
-                whole.grad = None
+            unsharded = self._sharded.unsharded_param(param)
+            if unsharded is not None:
+                unsharded.grad = None
 
     # Weights
 
@@ -275,19 +275,19 @@ class Fsdp2Transport:
 
     def wait_published(self, units: Iterable[ShardUnit]) -> None:
         for unit in units:
-            self._land(unit.index)
+            self._wait_upload(unit.index)
 
-    def _land(self, index: int) -> bool:
+    def _wait_upload(self, index: int) -> bool:
         upload = self._uploads.pop(index, None)
         if upload is None:
             return False
         upload.event.wait()
-        self._units[index].land(upload.stepped)
+        self._units[index].take_inbox(upload.stepped)
         return True
 
-    def land_group(self, group: int) -> bool:
-        landed = [self._land(unit.index) for unit in self._units.values() if unit.group == group]
-        return any(landed)
+    def wait_uploads(self, group: int) -> bool:
+        waited = [self._wait_upload(unit.index) for unit in self._units.values() if unit.group == group]
+        return any(waited)
 
     def wait_all_published(self) -> None:
         self.wait_published(self.units)
@@ -305,7 +305,7 @@ class Fsdp2Transport:
     def close(self) -> None:
         """Remove every hook; with the last transport of the module, its parameters become plain and whole again."""
         self.wait_all_published()
-        self._held.clear()
+        self._waiting.clear()
         self._buckets.close()
         self._sharded.detach(self)
 

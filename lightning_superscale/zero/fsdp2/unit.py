@@ -68,7 +68,7 @@ class Fsdp2Unit:
             self._inbox = torch.empty(self.shard.shard_numel, dtype=self.dtype, device=self.device)
         return self._inbox
 
-    def land(self, stepped: Sequence[int]) -> None:
+    def take_inbox(self, stepped: Sequence[int]) -> None:
         """Copy the stepped slices from the inbox to where gathers read them; frees the inbox."""
         inbox = self.inbox()
         for i in stepped:
