@@ -102,7 +102,7 @@ def tensor_numel(tensor: Tensor) -> int:
     return ParamSpec("", tensor_shape(tensor)).numel
 
 
-def take_part(whole: Tensor, like: Tensor) -> Tensor:
+def local_shard(whole: Tensor, like: Tensor) -> Tensor:
     """The tensor axis' part of a whole tensor of `like`'s shape, a view."""
     place = _tensor_place(like)
     if place is None:
@@ -113,7 +113,7 @@ def take_part(whole: Tensor, like: Tensor) -> Tensor:
 
 
 def join_parts(tensor_axis: AxisCollectives, part: Tensor, like: Tensor) -> Tensor:
-    """The whole of what `take_part` cut, on the host. Every rank of the tensor axis calls it.
+    """The whole of what `local_shard` cut, on the host. Every rank of the tensor axis calls it.
 
     Args:
         part: of any device.
@@ -142,7 +142,7 @@ def rows_of_part(part: Tensor, like: Tensor) -> Tensor:
 
 def local_part(whole: Tensor, like: Tensor) -> Tensor:
     """What this rank holds of a whole tensor that is placed as `like`, a view."""
-    return rows_of_part(take_part(whole, like), like)
+    return rows_of_part(local_shard(whole, like), like)
 
 
 def write_whole(param: Tensor, whole: Tensor) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_superscale.comm.communicator import Communicator
-from lightning_superscale.comm.dtensor import gather_rows, join_parts, local_rows, take_part, take_rows
+from lightning_superscale.comm.dtensor import gather_rows, join_parts, local_rows, local_shard, take_rows
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.layout.rows import ParamSlice
 
@@ -134,7 +134,7 @@ def _load_one(engine: StateHolder, param: nn.Parameter, saved: Mapping[str, Any]
 
     def local(key: str, value: Any) -> Any:
         is_rows = isinstance(value, Tensor) and key != "step" and value.shape == param.shape
-        return take_rows(take_part(value, param), piece) if is_rows else value
+        return take_rows(local_shard(value, param), piece) if is_rows else value
 
     rows = {key: local(key, value) for key, value in rest.items()}
-    engine.load_param_state(param, rows, None if master is None else take_rows(take_part(master, param), piece))
+    engine.load_param_state(param, rows, None if master is None else take_rows(local_shard(master, param), piece))

@@ -66,7 +66,7 @@ class Transport(Protocol):
             is_scaling: where losses are scaled: refuse those that were made while it said no, too.
         """
 
-    def average_held(self) -> None:
+    def average_grads(self) -> None:
         """Make gradients that are kept in `param.grad` averages over ranks. Every rank calls it after backward."""
 
     def blocked(self) -> AbstractContextManager[None]:

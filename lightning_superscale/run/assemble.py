@@ -106,7 +106,7 @@ class Assembly:
         visibility = self.settings.visibility
         if visibility.is_automatic and visibility.why_gradients_stay is not None:
             for engine in self.engines.values():
-                engine.transport.average_held()
+                engine.transport.average_grads()
 
     def wait_all_published(self) -> None:
         for engine in self.engines.values():

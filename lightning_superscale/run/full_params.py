@@ -28,7 +28,7 @@ def full_params(assembly: Assembly | None, *, writes: bool) -> Iterator[dict[str
     module, sharded, mesh = assembly.module, assembly.sharded, assembly.mesh
     own = dict(module.named_parameters())
     if sharded is not None:
-        sharded.land_all()
+        sharded.wait_all_uploads()
     whole = {name: _whole(assembly, name, param) for name, param in own.items()}
     seen = {name: (version_of(tensor), tensor.data_ptr()) for name, tensor in whole.items()}
     with torch.no_grad():

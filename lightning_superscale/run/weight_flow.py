@@ -174,7 +174,7 @@ class EnginePublications:
     def wait(self, unit: StreamedUnit) -> None:
         found = self._found(unit)
         if found is not None:
-            found[0].land(found[1])
+            found[0].wait_weights(found[1])
 
     def _found(self, unit: StreamedUnit) -> tuple[BucketTransport, BucketUnit] | None:
         """Whose new weights these are; None for a unit that no engine steps."""

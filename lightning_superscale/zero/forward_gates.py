@@ -25,7 +25,7 @@ class PublishGates:
     Args:
         root: the module whose submodules own the transport's parameters.
         per_module: False keeps every unit at the root gate (compiled models: a hook per module would
-            break their graphs; held gradients: nothing observes them).
+            break their graphs; gradients kept in `param.grad`: nothing observes them).
 
     Attributes:
         waited_seconds: how long modules' gates kept the host inside forward, so far.

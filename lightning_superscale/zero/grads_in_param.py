@@ -21,7 +21,7 @@ from lightning_superscale.optim.transport import IsScaling
 from lightning_superscale.optim.unit import DeltaSink, GradientDelta
 from lightning_superscale.torch_private import version_of
 from lightning_superscale.zero.buckets.unit import BucketUnit
-from lightning_superscale.zero.reducer import average_whole
+from lightning_superscale.zero.reducer import average_unsharded
 
 
 class _Noted(NamedTuple):
@@ -38,7 +38,7 @@ class _Noted(NamedTuple):
     is_scaled: bool
 
 
-class HeldGradients:
+class GradsInParam:
     """What one transport does about gradients in `param.grad` on several ranks."""
 
     def __init__(self, ranks: Communicator, label: str, dtypes: GradientDtypes = AS_WEIGHTS) -> None:
@@ -50,7 +50,6 @@ class HeldGradients:
         self._is_watching = False
         self._noted: dict[nn.Parameter, _Noted] = {}
         self._is_scaling: IsScaling | None = None
-        self.is_averaged = False
 
     def average(self, units: Sequence[BucketUnit]) -> None:
         """Overwrite `param.grad` with the average over ranks; parameters without one anywhere keep None."""
@@ -67,7 +66,6 @@ class HeldGradients:
             present = [i for i, param in enumerate(unit.params) if agreed[flag_of[param]]]
             if present:
                 self._average_unit(unit, present)
-        self.is_averaged = True
 
     def _average_unit(self, unit: BucketUnit, present: Iterable[int]) -> None:
         grads = {}
@@ -77,14 +75,13 @@ class HeldGradients:
                 param.grad = torch.zeros_like(param, dtype=grad_dtype_of(param))
             grads[i] = param.grad.detach().reshape(-1)
         dtype = self._dtypes.reduced(unit.params[0])
-        averaged = average_whole(self._ranks, grads, unit.full.slices, unit.full.shard_numel, dtype)
+        averaged = average_unsharded(self._ranks, grads, unit.full.slices, unit.full.shard_numel, dtype)
         for i, grad in grads.items():
             piece = unit.full.slices[i]
             grad.copy_(averaged[piece.offset : piece.offset + piece.numel])
 
     def hand_over(self, units: Sequence[BucketUnit], sink: DeltaSink) -> None:
         """Give the sink this rank's rows of averaged gradients. Every rank calls it."""
-        self.is_averaged = False
         for unit in units:
             slices = []
             for i, param in enumerate(unit.params):
@@ -136,9 +133,6 @@ class HeldGradients:
             return
         if bool(grad.any()):
             raise edited_in_place(fqn, self._ranks.mesh.world.size)
-
-    def discard(self) -> None:
-        self.is_averaged = False
 
     def close(self) -> None:
         for hook in self._hooks.values():

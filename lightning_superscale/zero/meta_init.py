@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from lightning_superscale.comm.dtensor import placed_like, take_part
+from lightning_superscale.comm.dtensor import local_shard, placed_like
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.torch_private import transient_buffers_of
 
@@ -105,7 +105,7 @@ def cut_again(made: Mapping[nn.Parameter, nn.Parameter], places: Places) -> dict
     cut = dict(made)
     for old, whole in made.items():
         if isinstance(old, DTensor):
-            own = placed_like(take_part(whole.detach(), old).clone(), old)
+            own = placed_like(local_shard(whole.detach(), old).clone(), old)
             cut[old] = nn.Parameter(own, requires_grad=old.requires_grad)
             for owner, name in places[old]:
                 owner.register_parameter(name, cut[old])

@@ -31,6 +31,47 @@ class ReducedUnit(ShardUnit, Protocol):
         """Whole 1D gradients by index, times `scale`, as [shard_world_size, shard_numel]; zeros where one lacks."""
 
 
+class Reducer(Protocol):
+    """Takes one optimizer's gradients as backward makes them, and gives a sink this rank's rows of their averages.
+
+    Attributes:
+        units: what it reduces, by index. Several transports may share one reducer; their units are one sequence.
+    """
+
+    @property
+    def units(self) -> Sequence[ReducedUnit]: ...
+
+    def add_unit(self, unit: ReducedUnit) -> None:
+        """Know one more unit, whose index is the number of those known."""
+
+    def forget_units(self) -> None:
+        """Between two steps: start anew. Every rank calls it."""
+
+    def put(self, unit: ReducedUnit, i: int, grad: Tensor) -> None:
+        """Take one parameter's gradient, 1D and whole, which nobody else changes. Issues nothing."""
+
+    def launch_complete(self) -> None:
+        """After `put` in backward: let go of the units that are complete, and deliver what has arrived."""
+
+    def finish(self, error: BaseException | None, order: str = "", *, sink: DeltaSink | None = None) -> set[int]:
+        """Reduce everything that any rank has put. Every rank calls it once per step.
+
+        Args:
+            error: what this rank has to say instead.
+            order: what must be equal on all ranks besides, e.g. the order in which modules were gathered.
+            sink: takes what this call delivers; None for the reducer's own.
+
+        Returns:
+            indices of units of which any rank had a gradient.
+
+        Raises:
+            SuperScaleError: on every rank, when any passed an error or ranks went apart.
+        """
+
+    def discard(self) -> None:
+        """Forget this step."""
+
+
 @dataclass(slots=True)
 class _Flight:
     """One unit's reduction under way.
@@ -59,7 +100,7 @@ class _UnitGrads:
 
 
 class GradientReducer:
-    """Averages gradients over all data-parallel ranks and gives each rank its rows.
+    """Averages gradients over all data-parallel ranks and gives each rank its rows. Satisfies `Reducer`.
 
     Args:
         label: names the optimizer in errors.
@@ -73,7 +114,7 @@ class GradientReducer:
         self._sink = sink
         self._dtypes = dtypes
         self._scale = 1.0 / ranks.mesh.data.size
-        self._units: list[ReducedUnit] = []
+        self.units: list[ReducedUnit] = []
         self._order: list[ReducedUnit] = []
         self._expected: dict[int, set[int]] = {}
         self._num_launched = 0
@@ -82,12 +123,18 @@ class GradientReducer:
         self._num_steps = 0
 
     def add_unit(self, unit: ReducedUnit) -> None:
-        self._units.append(unit)
+        self.units.append(unit)
         self._order.append(unit)
         self._expected[unit.index] = set(range(len(unit.params)))
 
+    def forget_units(self) -> None:
+        self.discard()
+        self.units = []
+        self._order = []
+        self._expected = {}
+        self._num_steps = 0
+
     def put(self, unit: ReducedUnit, i: int, grad: Tensor) -> None:
-        """Take one parameter's gradient, 1D and whole, which nobody else changes. Issues nothing."""
         grads = self._grads.setdefault(unit.index, _UnitGrads())
         grads.present.add(i)
         into = grads.late if grads.is_launched else grads.waiting
@@ -102,7 +149,7 @@ class GradientReducer:
                 break
             self._num_launched += 1
             self._launch(unit, grads)
-        self._advance(block=False)
+        self._advance(self._sink, block=False)
 
     def _launch(self, unit: ReducedUnit, grads: _UnitGrads) -> None:
         slices = tuple(sorted(grads.waiting))
@@ -111,7 +158,7 @@ class GradientReducer:
         grads.is_launched = True
         self._flights.append(_Flight(unit, slices, self._ranks.shard.reduce_scatter(packed)))
 
-    def _advance(self, *, block: bool) -> None:
+    def _advance(self, sink: DeltaSink, *, block: bool) -> None:
         """Move flights on, strictly in order, because each stage of each issues a collective."""
         for flight in self._flights:
             if flight.over_shard is not None:
@@ -125,39 +172,24 @@ class GradientReducer:
                     return
                 flight.result = flight.over_replicas.wait()
                 flight.over_replicas = None
-                self._deliver(flight, flight.slices)
-
-    def _deliver(self, flight: _Flight, slices: Sequence[int]) -> None:
-        if flight.result is not None and slices:
-            pieces = flight.unit.shard.slices
-            self._sink(GradientDelta(flight.unit, [(i, slice_view(flight.result, pieces[i])) for i in slices]))
+                _deliver(flight, flight.slices, sink)
 
     # The step
 
-    def finish(self, error: BaseException | None, order: str = "") -> set[int]:
-        """Reduce everything that any rank has. Every rank calls it once per step.
-
-        Args:
-            order: what must be equal on all ranks besides, e.g. the order in which modules were gathered.
-
-        Returns:
-            indices of units of which any rank had a gradient.
-
-        Raises:
-            SuperScaleError: on every rank, when any passed an error or ranks went apart.
-        """
+    def finish(self, error: BaseException | None, order: str = "", *, sink: DeltaSink | None = None) -> set[int]:
+        sink = sink or self._sink
         present, late = self._agree(error, order)
         self._num_steps += 1
         rest = self._order[self._num_launched :]
         expected = {unit.index for unit in self._order}
-        rest += [unit for unit in self._units if unit.index not in expected]
+        rest += [unit for unit in self.units if unit.index not in expected]
         for unit in rest:
             if present[unit.index]:
                 self._launch(unit, self._grads.setdefault(unit.index, _UnitGrads()))
-        self._advance(block=True)
+        self._advance(sink, block=True)
         for flight in self._flights:
-            self._deliver(flight, sorted(present[flight.unit.index] - set(flight.slices)))
-        self._finish_late(late)
+            _deliver(flight, sorted(present[flight.unit.index] - set(flight.slices)), sink)
+        self._finish_late(late, sink)
         self._expect(present, late)
         self.discard()
         return {index for index, slices in present.items() if slices}
@@ -167,7 +199,7 @@ class GradientReducer:
         vector = agreement.new_flags()
         flags = agreement.flags_of(vector)
         num_params = self._ranks.num_params
-        for unit in self._units:
+        for unit in self.units:
             grads = self._grads.get(unit.index)
             if grads is None:
                 continue
@@ -176,37 +208,129 @@ class GradientReducer:
             flags[places] = 1
         agreed = agreement.agree(vector, label=self._label, step=self._num_steps, order=order, error=error).tolist()
         present, late = {}, {}
-        for unit in self._units:
+        for unit in self.units:
             places = [flag_of[param] for param in unit.params]
             present[unit.index] = {i for i, place in enumerate(places) if agreed[place]}
             late[unit.index] = {i for i, place in enumerate(places) if agreed[num_params + place]}
         return present, late
 
-    def _finish_late(self, late: Mapping[int, set[int]]) -> None:
+    def _finish_late(self, late: Mapping[int, set[int]], sink: DeltaSink) -> None:
         self._flights.clear()
-        for unit in self._units:
+        for unit in self.units:
             if late[unit.index]:
                 grads = self._grads[unit.index] if unit.index in self._grads else _UnitGrads()
                 packed = unit.packed(grads.late, self._scale, self._dtypes.reduced(unit.params[0]))
                 slices = tuple(sorted(late[unit.index]))
                 self._flights.append(_Flight(unit, slices, self._ranks.shard.reduce_scatter(packed)))
-        self._advance(block=True)
+        self._advance(sink, block=True)
 
     def _expect(self, present: Mapping[int, set[int]], late: Mapping[int, set[int]]) -> None:
         self._expected = {index: set(slices) for index, slices in present.items() if slices}
-        self._order = [u for u in self._units if u.index in self._expected and not late[u.index]]
+        self._order = [u for u in self.units if u.index in self._expected and not late[u.index]]
 
     def discard(self) -> None:
-        """Forget this step."""
         self._num_launched = 0
         self._grads.clear()
         self._flights.clear()
 
 
-def average_whole(
+def _deliver(flight: _Flight, slices: Sequence[int], sink: DeltaSink) -> None:
+    if flight.result is not None and slices:
+        pieces = flight.unit.shard.slices
+        sink(GradientDelta(flight.unit, [(i, slice_view(flight.result, pieces[i])) for i in slices]))
+
+
+class LocalReducer:
+    """The only rank's: collects each unit's gradients and gives them to the sink. Satisfies `Reducer`.
+
+    A unit leaves in backward once it has what the last step's backward gave it, so that an unused parameter doesn't
+    hold it back. What comes after that leaves by itself: a second backward of the step, a block that a reentrant
+    checkpoint uses again, a parameter that nobody expected.
+
+    Args:
+        sink: receives the gradients as they are.
+    """
+
+    def __init__(self, sink: DeltaSink) -> None:
+        self._sink = sink
+        self.units: list[ReducedUnit] = []
+        self._put: list[tuple[ReducedUnit, int, Tensor]] = []
+        self._waiting: dict[int, dict[int, Tensor]] = {}
+        self._sent: dict[int, set[int]] = {}
+        self._expected: dict[int, set[int]] = {}
+
+    def add_unit(self, unit: ReducedUnit) -> None:
+        self.units.append(unit)
+
+    def forget_units(self) -> None:
+        self.discard()
+        self.units = []
+        self._expected = {}
+
+    def put(self, unit: ReducedUnit, i: int, grad: Tensor) -> None:
+        self._put.append((unit, i, grad))
+
+    def launch_complete(self) -> None:
+        put, self._put = self._put, []
+        for unit, i, grad in put:
+            if unit.index in self._sent:
+                self._sent[unit.index].add(i)
+                self._sink(GradientDelta(unit, [(i, grad)]))
+                continue
+            waiting = self._waiting.setdefault(unit.index, {})
+            if i in waiting:
+                waiting[i].add_(grad)
+            else:
+                waiting[i] = grad
+            expected = self._expected.get(unit.index)
+            if len(waiting) == len(unit.params) or (expected is not None and expected <= waiting.keys()):
+                self._send(unit, self._sink)
+
+    def _send(self, unit: ReducedUnit, sink: DeltaSink) -> None:
+        waiting = self._waiting.pop(unit.index)
+        self._sent[unit.index] = set(waiting)
+        sink(GradientDelta(unit, sorted(waiting.items())))
+
+    def finish(self, error: BaseException | None, order: str = "", *, sink: DeltaSink | None = None) -> set[int]:
+        if error is not None:
+            raise error
+        sink = sink or self._sink
+        left: dict[int, list[tuple[int, Tensor]]] = {}
+        for unit, i, grad in self._put:
+            left.setdefault(unit.index, []).append((i, grad))
+        self._put = []
+        for unit in self.units:
+            if unit.index in self._waiting:
+                self._send(unit, sink)
+            if unit.index in left:
+                sink(GradientDelta(unit, left[unit.index]))
+        # What was put only now came from backward calls of which no gradient leaves: the next step's will not either.
+        self._expected, self._sent = self._sent, {}
+        return self._expected.keys() | left.keys()
+
+    def discard(self) -> None:
+        self._put = []
+        self._waiting.clear()
+        self._sent.clear()
+
+
+def reducer_for(ranks: Communicator, label: str, sink: DeltaSink, dtypes: GradientDtypes = AS_WEIGHTS) -> Reducer:
+    """The reducer of one optimizer's gradients.
+
+    Args:
+        label: names the optimizer in errors.
+        sink: receives this rank's rows of the averages.
+        dtypes: of gradients on their way to other ranks.
+    """
+    return LocalReducer(sink) if ranks.mesh.is_single else GradientReducer(ranks, label, sink, dtypes)
+
+
+def average_unsharded(
     ranks: Communicator, grads: Mapping[int, Tensor], pieces: Sequence[ParamSlice], numel: int, dtype: torch.dtype
 ) -> Tensor:
-    """Average whole gradients over all data-parallel ranks, [numel], laid out like `pieces`; zeros where one has none.
+    """Average unsharded gradients over all data-parallel ranks, [numel], laid out like `pieces`.
+
+    A rank that has none of a parameter counts as zeros.
 
     Args:
         grads: by index into `pieces`, 1D, at least one.

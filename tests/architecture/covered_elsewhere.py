@@ -105,7 +105,6 @@ BY_TEST: dict[str, list[str]] = {
     ],
     "zero/fsdp2/test_contract.py": ["zero/fsdp2/unwrap.py"],
     "plugins/trainer/test_backward_patterns.py": ["zero/fsdp2/autograd.py", "zero/fsdp2/user_errors.py"],
-    "plugins/trainer/test_backward_in_fp16.py": ["zero/grad_schedule.py"],
     "plugins/test_registry.py": [
         "plugins/pytorch.py",
         "plugins/pytorch_lightning.py",

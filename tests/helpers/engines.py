@@ -118,4 +118,4 @@ class Published:
         return self._transport.is_published(unit)
 
     def wait(self, unit) -> None:
-        self._transport.land(unit)
+        self._transport.wait_weights(unit)

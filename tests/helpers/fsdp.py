@@ -146,7 +146,7 @@ def train_sharded(case: Case, rank: int, world_size: int, **how):
             else:
                 case.program(model, x)
         if case.is_averaged:
-            engine.transport.average_held()
+            engine.transport.average_grads()
         if case.max_norm is not None:
             engine.request_clip(ClipByNorm(case.max_norm))
         engine.step()

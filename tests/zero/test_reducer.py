@@ -1,4 +1,7 @@
-"""The bucket transport and the engine over real ranks, against one process that holds every rank's batch."""
+"""The reducers: the only rank's by its deltas, that of several through the engine over real ranks.
+
+Those are compared with one process that holds every rank's batch.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,17 @@ from datetime import timedelta
 
 import pytest
 import torch
+from torch import nn
 
 from lightning_superscale.comm import collectives
 from lightning_superscale.comm.communicator import ranks_of
 from lightning_superscale.comm.mesh import build_mesh
+from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.layout.mesh import MeshSpec
 from lightning_superscale.ops.cpu import memory
 from lightning_superscale.optim.clipping import ClipByNorm, ClipByValue
+from lightning_superscale.zero.buckets.unit import BucketUnit
+from lightning_superscale.zero.reducer import LocalReducer
 from tests.helpers.engines import build_engine
 from tests.helpers.plain import PlainMasterAdamW
 from tests.helpers.programs import PROGRAMS, Programs, extra_backward_of_a_part, plain_backward
@@ -221,3 +228,69 @@ def test_replicas_of_shards_equal_one_process():
         for k, program in enumerate(PROGRAMS)
     ]
     run_matrix(4, cases, shard_size=2)
+
+
+class _Deltas:
+    """A local reducer's sink and two units of two parameters each."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, list[tuple[int, float]]]] = []
+        self.reducer = LocalReducer(self)
+        for index in range(2):
+            named = [(f"{index}.{i}", nn.Parameter(torch.zeros(2))) for i in range(2)]
+            self.reducer.add_unit(BucketUnit(index, named, 0, 1, memory.RecycledMemory()))
+
+    def __call__(self, delta) -> None:
+        self.seen.append((delta.unit.index, [(i, float(grad.sum())) for i, grad in delta.slices]))
+
+    def put(self, index: int, i: int, value: float, *, in_backward: bool = True) -> None:
+        self.reducer.put(self.reducer.units[index], i, torch.tensor([value, 0.0]))
+        if in_backward:
+            self.reducer.launch_complete()
+
+    def take(self) -> list[tuple[int, list[tuple[int, float]]]]:
+        seen, self.seen = self.seen, []
+        return seen
+
+
+def test_alone_a_unit_leaves_when_it_is_complete_and_late_gradients_by_themselves():
+    deltas = _Deltas()
+    deltas.put(1, 1, 1.0)
+    deltas.put(1, 1, 2.0)
+    assert deltas.take() == []
+    deltas.put(1, 0, 4.0)
+    assert deltas.take() == [(1, [(0, 4.0), (1, 3.0)])]
+    deltas.put(1, 0, 8.0)
+    assert deltas.take() == [(1, [(0, 8.0)])]
+    deltas.put(0, 1, 16.0)
+    assert deltas.reducer.finish(None) == {0, 1}
+    assert deltas.take() == [(0, [(1, 16.0)])]
+
+
+def test_alone_an_unused_parameter_holds_its_unit_back_only_once():
+    deltas = _Deltas()
+    deltas.put(0, 0, 1.0)
+    deltas.put(0, 1, 2.0, in_backward=False)  # of a micro-batch before: it is no sign that the next backward has it
+    deltas.reducer.finish(None)
+    assert deltas.take() == [(0, [(0, 1.0)]), (0, [(1, 2.0)])]
+    deltas.put(0, 0, 1.0)
+    assert deltas.take() == [(0, [(0, 1.0)])]
+
+
+def test_alone_an_error_or_an_interruption_delivers_nothing():
+    deltas = _Deltas()
+    deltas.put(0, 0, 1.0)
+    deltas.put(1, 0, 1.0, in_backward=False)
+    with pytest.raises(SuperScaleError, match="no good"):
+        deltas.reducer.finish(SuperScaleError("no good"))
+    deltas.reducer.discard()
+    assert deltas.reducer.finish(None) == set()
+    assert deltas.take() == []
+
+
+def test_alone_another_sink_takes_what_the_step_delivers():
+    deltas, others = _Deltas(), []
+    deltas.put(0, 0, 1.0, in_backward=False)
+    deltas.reducer.finish(None, sink=others.append)
+    assert deltas.take() == []
+    assert [delta.unit.index for delta in others] == [0]

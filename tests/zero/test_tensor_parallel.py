@@ -19,9 +19,9 @@ from lightning_superscale.comm.dtensor import (
     join_parts,
     local_of,
     local_part,
+    local_shard,
     placed_like,
     placed_state,
-    take_part,
     tensor_shape,
     write_whole,
 )
@@ -101,7 +101,7 @@ def _cuts(rank, world_size):
         whole = torch.arange(float(torch.Size(shape).numel())).view(shape)
         for placement in [Replicate(), *(Shard(dim) for dim in range(len(shape)))]:
             placed = distribute_tensor(whole, tensor_mesh, [placement])
-            part = take_part(whole, placed)
+            part = local_shard(whole, placed)
             assert torch.equal(part, placed.to_local())
             assert tensor_shape(placed) == tuple(part.shape)
             assert is_cut(placed) == isinstance(placement, Shard)

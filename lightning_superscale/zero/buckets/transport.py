@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
@@ -16,12 +16,12 @@ from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.optim.bucketing import Grouping, NamedParam
 from lightning_superscale.optim.grad_dtypes import AS_WEIGHTS, GradientDtypes
 from lightning_superscale.optim.transport import IsScaling
-from lightning_superscale.optim.unit import DeltaSink, GradientDelta, PublishEvent, ShardUnit, check_dense
+from lightning_superscale.optim.unit import DeltaSink, PublishEvent, ShardUnit, check_dense
 from lightning_superscale.zero.buckets.all_gather import LateGathers
 from lightning_superscale.zero.buckets.unit import BucketUnit
-from lightning_superscale.zero.grad_schedule import Flag
-from lightning_superscale.zero.grads_in_param import HeldGradients
-from lightning_superscale.zero.reducer import GradientReducer
+from lightning_superscale.zero.grad_schedule import Departure, GradSchedule, NewGrad
+from lightning_superscale.zero.grads_in_param import GradsInParam
+from lightning_superscale.zero.reducer import Reducer, reducer_for
 
 
 class _Gather(NamedTuple):
@@ -38,8 +38,8 @@ class _Gather(NamedTuple):
 class BucketTransport:
     """Carries the gradients of one optimizer's parameters to a sink, and new weights back.
 
-    Gradients are either *held*: they stay in `param.grad`, as in plain PyTorch, until `collect()`; or
-    *streamed*: each leaves `param.grad` as soon as its unit is complete in the last backward of a step.
+    Gradients either stay in `param.grad`, as in plain PyTorch, until `collect()`; or they are *streamed*: each leaves
+    `param.grad` as soon as its unit is complete in the last backward of a step.
 
     Args:
         named_params: trainable parameters without duplicates, in registration order.
@@ -48,9 +48,14 @@ class BucketTransport:
         ranks: the other ranks.
         label: names the optimizer in errors.
         no_sync: micro-batches before the last of a step accumulate in `param.grad`, so that ranks talk once
-            per step; False reduces each, so that no rank holds whole gradients between them.
+            per step; False reduces each, so that no rank keeps unsharded gradients between them.
         dtypes: of gradients on their way to other ranks.
         streams_to: the device of parameters whose weights stream (`Grouping.block_of`).
+        reducer: what another transport of the same optimizer shares with this one; None for one of its own.
+        schedule: the same.
+
+    Attributes:
+        units: the buckets, by their own order; their indices leave out those of units that share the reducer.
     """
 
     def __init__(
@@ -64,30 +69,23 @@ class BucketTransport:
         no_sync: bool = True,
         dtypes: GradientDtypes = AS_WEIGHTS,
         streams_to: torch.device | None = None,
+        reducer: Reducer | None = None,
+        schedule: GradSchedule | None = None,
     ) -> None:
         self.grouping = grouping
         self._streams_to = streams_to
         self._sink = sink
-        self._dtypes = dtypes
         self._ranks = ranks
-        self._label = label
-        self._no_sync = no_sync or self.is_local
-        self._reducer = GradientReducer(ranks, label, sink, dtypes)
-        self._held = HeldGradients(ranks, label, dtypes)
+        self._reducer = reducer or reducer_for(ranks, label, sink, dtypes)
+        self._schedule = schedule or GradSchedule(no_sync=no_sync or self.is_local)
+        self._in_param = GradsInParam(ranks, label, dtypes)
         self._place: dict[nn.Parameter, tuple[BucketUnit, int]] = {}
         self._hooks: dict[nn.Parameter, RemovableHandle] = {}
         self._observed: dict[nn.Parameter, None] = {}
-        self._is_streamed = False
-        self._is_blocked = False
-        self._holding = Flag()
-        # Per unit, on one rank: gradients that wait for the rest of their unit, and which were sent this step. The
-        # rest is whatever the last step had: an unused parameter doesn't hold its unit back.
-        self._waiting: dict[int, dict[int, Tensor]] = {}
-        self._sent: dict[int, set[int]] = {}
-        self._expected: dict[int, set[int]] = {}
         self._uploads: dict[int, PublishEvent] = {}
         self._gathers: dict[int, _Gather] = {}
         self._late_gathers = LateGathers(ranks.gather)
+        self._of_index: dict[int, BucketUnit] = {}
         self.units: list[BucketUnit] = []
         self.add_params(named_params)
 
@@ -108,14 +106,16 @@ class BucketTransport:
         for members in self.units_of(named_params, self.grouping):
             streams_to = self._streams_to if members[0][1] in self.grouping.block_of else None
             memory = self._ranks.mesh.memory
-            unit = BucketUnit(len(self.units), members, axis.rank, axis.size, memory, streams_to=streams_to)
+            index = len(self._reducer.units)
+            unit = BucketUnit(index, members, axis.rank, axis.size, memory, streams_to=streams_to)
             self.units.append(unit)
+            self._of_index[index] = unit
             self._reducer.add_unit(unit)
             added.append(unit)
-            self._held.follow(unit.params)
+            self._in_param.follow(unit.params)
             for i, param in enumerate(unit.params):
                 self._place[param] = (unit, i)
-                if self._is_streamed:
+                if self._schedule.is_streamed:
                     self._hook(param)
         return added
 
@@ -123,9 +123,9 @@ class BucketTransport:
         self.wait_all_published()
         self.grouping = grouping
         self.units = []
+        self._of_index = {}
         self._place = {}
-        self._expected = {}
-        self._reducer = GradientReducer(self._ranks, self._label, self._sink, self._dtypes)
+        self._reducer.forget_units()
 
     def place_of(self, param: nn.Parameter) -> tuple[BucketUnit, int] | None:
         """The unit of a parameter and its index there, or None when no unit holds it."""
@@ -135,60 +135,38 @@ class BucketTransport:
 
     def stream(self) -> None:
         """From now on, take gradients during the last backward of a step rather than at the step."""
-        self._is_streamed = True
+        self._schedule.stream()
         for param in self._place:
             self._hook(param)
 
     def watch_edits(self, is_scaling: IsScaling | None = None) -> None:
-        """Refuse, at the step, held gradients that somebody changed in place: they are only this rank's share."""
+        """Refuse, at the step, gradients that somebody changed in place: they are only this rank's share."""
         if not self.is_local or is_scaling is not None:
-            self._held.watch(self._place, is_scaling)
+            self._in_param.watch(self._place, is_scaling)
 
     def _hook(self, param: nn.Parameter) -> None:
         if param not in self._hooks:
             self._hooks[param] = param.register_post_accumulate_grad_hook(self._on_grad)  # type: ignore[no-untyped-call]
 
-    @contextmanager
-    def blocked(self) -> Iterator[None]:
+    def blocked(self) -> AbstractContextManager[None]:
         """While open, more micro-batches of the step follow.
 
         With no_sync, gradients accumulate in `param.grad`; without, and streamed, they are reduced before
         this returns, so that every rank calls it.
         """
-        before, self._is_blocked = self._is_blocked, self._no_sync
-        try:
-            yield
-        finally:
-            self._is_blocked = before
-        if not self._no_sync and self._is_streamed:
-            self._collect_over_ranks()
+        return self._schedule.blocked(self._reduce)
 
     def holding(self) -> AbstractContextManager[None]:
-        return self._holding.raised()
+        return self._schedule.holding()
 
     def _on_grad(self, param: nn.Parameter) -> None:
         self._late_gathers.issue_all()
-        if self._is_blocked or self._holding:
+        if self._schedule.new_grad is not NewGrad.LEAVES:
             return
         self._observed.setdefault(param)
         unit, i = self._place[param]
-        grad = self._take(unit, i)
-        if not self.is_local:
-            self._reducer.put(unit, i, grad)
-            self._reducer.launch_complete()
-            return
-        if unit.index in self._sent:
-            # A second backward of this step, a block used again by a reentrant checkpoint, or one that nobody expected.
-            self._sent[unit.index].add(i)
-            self._sink(GradientDelta(unit, [(i, grad)]))
-            return
-        waiting = self._waiting.setdefault(unit.index, {})
-        if i in waiting:
-            waiting[i].add_(grad)
-        else:
-            waiting[i] = grad
-        if self._expected.get(unit.index, set(range(len(unit.params)))) <= waiting.keys():
-            self._send(unit)
+        self._reducer.put(unit, i, self._take(unit, i))
+        self._reducer.launch_complete()
 
     def _take(self, unit: BucketUnit, i: int) -> Tensor:
         param = unit.params[i]
@@ -199,71 +177,73 @@ class BucketTransport:
         param.grad = None
         return grad.detach().reshape(-1)
 
-    def _send(self, unit: BucketUnit) -> None:
-        waiting = self._waiting.pop(unit.index)
-        self._sent[unit.index] = set(waiting)
-        self._sink(GradientDelta(unit, sorted(waiting.items())))
+    def average_grads(self) -> None:
+        """Make gradients in `param.grad` what every rank would see under DDP: averages.
 
-    def average_held(self) -> None:
-        """Make held gradients what every rank would see under DDP: averages. Every rank calls it after backward."""
-        if not self.is_local and not self._is_streamed:
+        Every rank calls it after backward.
+        """
+        if not self.is_local and not self._schedule.is_streamed:
             self._late_gathers.issue_all()
-            self._held.average(self.units)
+            self._in_param.average(self.units)
+            self._schedule.mark_averaged()
 
     def collect(self) -> None:
-        """Send what the step still lacks: held gradients, and units of which only a part arrived.
+        """Send what the step still lacks: gradients in `param.grad`, and units of which only a part arrived.
 
-        Held gradients stay visible in `param.grad` until the user's `zero_grad()`, as in plain PyTorch.
+        Those that are not streamed stay visible in `param.grad` until the user's `zero_grad()`, as in plain PyTorch.
         """
-        if self.is_local:
-            for unit in self.units:
-                if unit.index in self._waiting:
-                    self._send(unit)
-                slices = self._left_in_params(unit)
-                if slices:
-                    self._sink(GradientDelta(unit, slices))
-            self._expected, self._sent = self._sent, {}
-        elif self._held.is_averaged:
-            self._held.hand_over(self.units, self._sink)
+        if self._schedule.departure is Departure.AVERAGED:
+            self._schedule.end_step()
+            self.hand_over()
         else:
-            self._collect_over_ranks()
+            self._reduce()
 
-    def _collect_over_ranks(self) -> None:
-        self._late_gathers.issue_all()
+    def hand_over(self) -> None:
+        """Give the sink this rank's rows of averaged gradients. Every rank calls it."""
+        self._in_param.hand_over(self.units, self._sink)
+
+    def _reduce(self) -> None:
         error: SuperScaleError | None = None
         try:
-            for unit in self.units:
-                for i, grad in self._left_in_params(unit):
-                    self._reducer.put(unit, i, grad)
+            self.put_left()
         except SuperScaleError as found:
             error = found  # the other ranks are on their way into the agreement
         self._reducer.finish(error)
+
+    def put_left(self) -> None:
+        """Give the reducer the gradients that are still in `param.grad`.
+
+        Raises:
+            SuperScaleError: one that can't be used; names the parameter.
+        """
+        self._late_gathers.issue_all()
+        for unit in self.units:
+            for i, grad in self._left_in_params(unit):
+                self._reducer.put(unit, i, grad)
 
     def _left_in_params(self, unit: BucketUnit) -> list[tuple[int, Tensor]]:
         slices = []
         for i, param in enumerate(unit.params):
             if param.grad is None:
                 continue
-            if self._is_streamed:
+            if self._schedule.is_streamed:
                 slices.append((i, self._take(unit, i)))
             else:
                 check_dense(unit.full.slices[i].fqn, param.grad)
-                self._held.check(param, unit.full.slices[i].fqn)
+                self._in_param.check(param, unit.full.slices[i].fqn)
                 slices.append((i, param.grad.detach().reshape(-1)))
         return slices
 
     def discard(self) -> None:
         """Forget gradients of an interrupted step."""
-        self._waiting.clear()
-        self._sent.clear()
         self._reducer.discard()
-        self._held.discard()
+        self._schedule.end_step()
 
     # Weights
 
     def publish(self, unit: ShardUnit, event: PublishEvent | None, stepped: Sequence[int]) -> None:
         """Note that new weights are on their way into `unit.weights`; gather them from the ranks that hold them."""
-        bucket = self.units[unit.index]
+        bucket = self._of_index[unit.index]
         bucket.mark_stepped(stepped)
         if bucket.is_whole:
             if event is not None:
@@ -279,15 +259,16 @@ class BucketTransport:
     def is_published(self, unit: ShardUnit) -> bool:
         """Whether waiting for new weights that the host makes would return at once."""
         upload = self._uploads.get(unit.index)
-        return (upload is None or upload.is_ready()) and not self._late_gathers.holds(self.units[unit.index])
+        return (upload is None or upload.is_ready()) and not self._late_gathers.holds(self._of_index[unit.index])
 
     def wait_published(self, units: Iterable[ShardUnit]) -> None:
         """Return when whatever runs next sees the new weights of these units."""
         for unit in units:
-            self.land(self.units[unit.index])
-            self.units[unit.index].leave_unused()
+            bucket = self._of_index[unit.index]
+            self.wait_weights(bucket)
+            bucket.leave_unused()
 
-    def land(self, unit: BucketUnit) -> None:
+    def wait_weights(self, unit: BucketUnit) -> None:
         """The same for one unit, which is used next: weights that stream may be on the device already."""
         upload = self._uploads.pop(unit.index, None)
         if upload is not None:
@@ -315,7 +296,7 @@ class BucketTransport:
     def close(self) -> None:
         """Remove every hook and give parameters their own storage back."""
         self.wait_all_published()
-        self._held.close()
+        self._in_param.close()
         for hook in self._hooks.values():
             hook.remove()
         self._hooks.clear()

@@ -12,8 +12,9 @@ from torch.autograd.graph import increment_version
 
 from lightning_superscale.layout.rows import ParamSpec, UnitLayout, shard_rows, unit_layout
 from lightning_superscale.ops.cpu.memory import RecycledMemory
-from lightning_superscale.optim.grad_dtypes import packed_into
+from lightning_superscale.optim.unit import slice_view
 from lightning_superscale.torch_private import version_of
+from lightning_superscale.zero.packing import RankedRows
 
 
 class WeightHome(Protocol):
@@ -64,6 +65,7 @@ class BucketUnit:
         self.is_streamed = streams_to is not None
         self._shard_rank = shard_rank
         self._shard_world_size = shard_world_size
+        self._ranked = RankedRows(self.shard, shard_world_size)
         self._memory = memory
         self._gathered: Tensor | None = None
         self._rows_of_ranks: list[list[Tensor]] = []
@@ -128,25 +130,7 @@ class BucketUnit:
             grads: by index of the parameter, 1D and whole.
         """
         packed = self._memory.empty(self._shard_world_size, self.shard.shard_numel, dtype=dtype, device=self.device)
-        for i in range(len(self.params)):
-            grad = grads.get(i)
-            for here, there in self._spans(packed, grad, i):
-                if there is None:
-                    here.zero_()
-                else:
-                    packed_into(here, there, scale)
-        return packed
-
-    def _spans(self, packed: Tensor, flat: Tensor | None, i: int) -> Iterable[tuple[Tensor, Tensor | None]]:
-        """Pairs of equal shape: parameter i's rows in `packed`, by rank, and in `flat` (whole, 1D)."""
-        offset, spec = self.shard.slices[i].offset, self.shard.slices[i].spec
-        if spec.num_rows % self._shard_world_size == 0:  # all ranks at once
-            numel = spec.numel // self._shard_world_size
-            yield packed[:, offset : offset + numel], None if flat is None else flat.view(self._shard_world_size, numel)
-            return
-        for rank in range(self._shard_world_size):
-            start, stop = (row * spec.row_numel for row in shard_rows(spec.num_rows, rank, self._shard_world_size))
-            yield packed[rank, offset : offset + stop - start], None if flat is None else flat[start:stop]
+        return self._ranked.pack(packed, grads, scale)
 
     # Weights in
 
@@ -176,13 +160,11 @@ class BucketUnit:
         """Copy the stepped weights' rows of all ranks to where forward reads them; frees the buffer."""
         packed = self.gathered()
         is_whole = len(stepped) == len(self.params)
+        columns = self._ranked.columns(packed)
         with nullcontext() if self._home is None else self._home.filling(is_whole=is_whole):
             for i in stepped:
-                piece = self.full.slices[i]
-                whole = self.weights[piece.offset : piece.offset + piece.numel]
-                for there, here in self._spans(packed, whole, i):
-                    if here is not None:
-                        here.copy_(there)
+                for there, here in self._ranked.blocks(columns[i], slice_view(self.weights, self.full.slices[i]), i):
+                    here.copy_(there)
         self._gathered = None
 
     def rows_of_ranks(self) -> list[list[Tensor]]:

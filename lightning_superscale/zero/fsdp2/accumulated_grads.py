@@ -1,4 +1,4 @@
-"""Whole gradients that wait for the step, of parameters whose `param.grad` can only hold rows.
+"""Unsharded gradients that wait for the step, of parameters whose `param.grad` can only hold rows.
 
 Under manual optimization a user may throw gradients away with `zero_grad()`, between any two backward calls. That is
 seen by what lies in `param.grad` meanwhile: a row-sharded mark, full of a number so large that nobody takes it for a
@@ -18,28 +18,36 @@ from lightning_superscale.comm.dtensor import local_rows_of, placed_like
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.layout.rows import ParamSlice
 from lightning_superscale.optim.grad_dtypes import grad_dtype_of
+from lightning_superscale.optim.transport import IsScaling
 from lightning_superscale.torch_private import version_of
 from lightning_superscale.zero.grads_in_param import edited_in_place, unscaled
 
 _MARK = 1e12
 
 
-class HeldWholes:
-    """Whole gradients by sharded parameter, accumulated as autograd would in `param.grad`."""
+class UnshardedGrads:
+    """Unsharded gradients by sharded parameter, accumulated as autograd would in `param.grad`."""
 
     def __init__(self) -> None:
         self._grads: dict[nn.Parameter, Tensor] = {}
         self._marks: dict[nn.Parameter, tuple[Tensor, int]] = {}
         self._edited: nn.Parameter | None = None
         self._unscaled: set[nn.Parameter] = set()
+        self._is_scaling: IsScaling | None = None
+        self.is_watching = False
         self.has_seen_any = False
 
-    def hold(self, param: nn.Parameter, grad: Tensor, *, is_scaled: bool = True) -> None:
-        """Add to what is held of a parameter, unless that was zeroed since.
+    def watch(self, is_scaling: IsScaling | None) -> None:
+        """Refuse, at the step, what somebody put into `param.grad`; and losses that were not scaled.
 
         Args:
-            is_scaled: whether it came of a loss that was scaled as it should be.
+            is_scaling: whether a loss is scaled now; None where none ever is.
         """
+        self.is_watching, self._is_scaling = True, is_scaling
+
+    def add(self, param: nn.Parameter, grad: Tensor) -> None:
+        """Add to the gradient of a parameter, unless that was zeroed since."""
+        is_scaled = self._is_scaling is None or self._is_scaling()
         self.has_seen_any = True
         is_more = param in self._grads and self._is_marked(param)
         if not is_scaled:
@@ -55,7 +63,7 @@ class HeldWholes:
         param.grad = mark
         self._marks[param] = (mark, version_of(mark))
 
-    def holds(self, param: nn.Parameter) -> bool:
+    def has(self, param: nn.Parameter) -> bool:
         return param in self._grads
 
     def _is_marked(self, param: nn.Parameter) -> bool:
@@ -77,10 +85,10 @@ class HeldWholes:
         """Refuse what can't become a gradient.
 
         Args:
-            filled: parameters whose `param.grad` only backward may fill.
+            filled: parameters whose `param.grad` only backward may fill; looked at where edits are watched.
 
         Raises:
-            SuperScaleError: a held gradient that somebody meant to change in place, or one that somebody put there.
+            SuperScaleError: a gradient that somebody meant to change in place, or one that somebody put there.
         """
         for param in self._grads:
             self._note_edit(param)
@@ -89,13 +97,13 @@ class HeldWholes:
         for param in self._unscaled:
             if self._is_marked(param):
                 raise unscaled(fqn_of(param))
-        for param in filled:
+        for param in filled if self.is_watching else ():
             mark, _ = self._marks.get(param, (None, 0))
             if param.grad is not None and param.grad is not mark and bool(local_rows_of(param.grad).any()):
                 raise _put_by_hand(fqn_of(param))
 
     def take_all(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """What was not zeroed since; afterwards nothing is held."""
+        """Give every gradient that was not zeroed since, and forget all."""
         for param, grad in list(self._grads.items()):
             if self._is_marked(param):
                 param.grad = None

@@ -52,7 +52,7 @@ class GroupGraphs:
 
         return module.register_forward_hook(cast(Any, torch.compiler.disable(after)))  # type: ignore[no-untyped-call]
 
-    def let_go(self, index: int, module: nn.Module) -> None:
+    def allow_reshard(self, index: int, module: nn.Module) -> None:
         """The group's weights change: no graph needs the old ones."""
         if index in self._kept:
             self._kept.discard(index)
@@ -68,7 +68,7 @@ class GroupGraphs:
 
 
 class UsersHooks:
-    """Hooks that users registered on parameters, run where their whole gradients are.
+    """Hooks that users registered on parameters, run where their unsharded gradients are.
 
     Args:
         original_of: the parameter that a sharded one replaced; hooks of both count.
@@ -90,7 +90,7 @@ class UsersHooks:
                 for hook in hooks.values():
                     own.register_hook(hook)  # type: ignore[no-untyped-call]
 
-    def follow(self, param: nn.Parameter, whole: nn.Parameter, fqn: str) -> RemovableHandle | None:
+    def follow(self, param: nn.Parameter, unsharded: nn.Parameter, fqn: str) -> RemovableHandle | None:
         """Let hooks of a sharded parameter see the gradient of the gathered one, before anybody takes it.
 
         Raises:
@@ -103,9 +103,9 @@ class UsersHooks:
                     "with ZeRO-3 that is empty until the step. Use param.register_hook(), which is given the gradient, "
                     "or ZeRO-2."
                 )
-        if self._followed.get(param) is whole or not self.hooks_of(param):
+        if self._followed.get(param) is unsharded or not self.hooks_of(param):
             return None
-        self._followed[param] = whole
+        self._followed[param] = unsharded
 
         def run(grad: Tensor) -> Tensor:
             for hooks in self.hooks_of(param):
@@ -114,4 +114,4 @@ class UsersHooks:
                     grad = grad if found is None else found
             return grad
 
-        return cast(RemovableHandle, whole.register_hook(run))  # type: ignore[no-untyped-call]
+        return cast(RemovableHandle, unsharded.register_hook(run))  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""Which parameters share a unit in stage 3: those of one FSDP2 group, and buckets of what FSDP2 can't take."""
+"""Which parameters share a unit in stage 3: those of one FSDP2 group; what FSDP2 can't take goes into buckets."""
 
 from __future__ import annotations
 
@@ -25,22 +25,28 @@ class _GroupKey(NamedTuple):
     is_cut: bool
 
 
+def split_by_kind(
+    sharded: ShardedModule, named_params: Sequence[NamedParam]
+) -> tuple[list[NamedParam], list[NamedParam]]:
+    """Parameters that FSDP2 shards, and those that it can't take; each in the given order."""
+    own = [named for named in named_params if sharded.holds(named[1])]
+    return own, [named for named in named_params if not sharded.holds(named[1])]
+
+
 def fsdp2_units_of(
     sharded: ShardedModule, named_params: Sequence[NamedParam], grouping: Grouping
 ) -> list[list[NamedParam]]:
-    """Members of every unit: inner groups from last to first, as their gradients come; then buckets.
+    """Members of every unit of sharded parameters: inner groups from last to first, as their gradients come.
 
     A top group's own parameters frame the inner ones, so their gradients are complete last.
     """
     by_group: dict[_GroupKey, list[NamedParam]] = {}
     for fqn, param in reversed(named_params):
-        if sharded.holds(param):
-            group, is_on_device = sharded.group_of(param).index, param in grouping.on_device
-            key = _GroupKey(group, param.dtype, is_on_device, is_cut(param))
-            by_group.setdefault(key, []).append((fqn, param))
+        group, is_on_device = sharded.group_of(param).index, param in grouping.on_device
+        key = _GroupKey(group, param.dtype, is_on_device, is_cut(param))
+        by_group.setdefault(key, []).append((fqn, param))
 
     def place(key: _GroupKey) -> tuple[bool, int, str]:
         return sharded.groups[key.group].has_inner, -key.group, str(key)
 
-    plain = [(fqn, param) for fqn, param in named_params if not sharded.holds(param)]
-    return [by_group[key] for key in sorted(by_group, key=place)] + grouping.units_of(plain)
+    return [by_group[key] for key in sorted(by_group, key=place)]

@@ -28,10 +28,10 @@ from lightning_superscale.zero.fsdp2.unwrap import release_modules
 class GradientTaker(Protocol):
     """Whoever carries the gradients of some of the module's parameters."""
 
-    def take_grad(self, param: nn.Parameter, whole: nn.Parameter) -> None:
-        """Backward accumulated a gradient into `whole`, the gathered parameter of `param`."""
+    def take_grad(self, param: nn.Parameter, unsharded: nn.Parameter) -> None:
+        """Backward accumulated a gradient into `unsharded`, the gathered parameter of `param`."""
 
-    def land_group(self, group: int) -> bool:
+    def wait_uploads(self, group: int) -> bool:
         """Bring new weights of a group to where its gather reads them; whether there were any."""
 
     def join_agreement(self, error: OrderDeparted) -> None:
@@ -50,7 +50,7 @@ class ShardedGroup:
         has_inner: other groups are inside it.
         params: sharded parameters (DTensors), by name from the root.
         places: where each is registered.
-        wholes: by sharded parameter, the one that forward sees while the group is gathered: plain, or cut over the
+        unsharded: by sharded parameter, the one that forward sees while the group is gathered: plain, or cut over the
             tensor axis alone.
     """
 
@@ -61,7 +61,7 @@ class ShardedGroup:
     has_inner: bool
     params: dict[str, nn.Parameter]
     places: dict[nn.Parameter, list[tuple[nn.Module, str]]]
-    wholes: dict[nn.Parameter, nn.Parameter] = field(default_factory=dict)
+    unsharded: dict[nn.Parameter, nn.Parameter] = field(default_factory=dict)
 
     @property
     def fsdp(self) -> FSDPModule:
@@ -72,7 +72,7 @@ class ShardedModule:
     """A module whose parameters FSDP2 gathers at each group's forward and frees afterwards.
 
     FSDP2 gathers, prefetches and frees; it never reduces. [Note: Gradients of gathered parameters] Autograd
-    accumulates into the whole parameter that forward saw, which is one object for the whole run. A hook there takes
+    accumulates into the unsharded parameter that forward saw, which is one object for the whole run. A hook there takes
     the gradient away before FSDP2 looks for it, so that gradients are linear deltas in the order, dtype and
     agreement of every other transport, whatever is used twice, late, on some ranks or not at all. FSDP2's own
     reduction assumes that all ranks have gradients for the same parameters and that a group's backward runs once
@@ -131,11 +131,11 @@ class ShardedModule:
             self.release()
 
     def give_to(self, taker: GradientTaker, params: Iterable[nn.Parameter]) -> None:
-        """From now on, `taker` gets the gradients of these parameters; earlier ones it finds at `whole_of`."""
+        """From now on, `taker` gets the gradients of these parameters; earlier ones it finds at `unsharded_param`."""
         for param in params:
             self._takers[param] = taker
             if param in self._strays:
-                self.group_of(param).wholes[param].grad = self._strays.pop(param)
+                self.group_of(param).unsharded[param].grad = self._strays.pop(param)
                 param.grad = None
 
     def group_of(self, param: nn.Parameter) -> ShardedGroup:
@@ -144,9 +144,9 @@ class ShardedModule:
     def holds(self, param: nn.Parameter) -> bool:
         return param in self._group_of
 
-    def whole_of(self, param: nn.Parameter) -> nn.Parameter | None:
+    def unsharded_param(self, param: nn.Parameter) -> nn.Parameter | None:
         """The gathered parameter that autograd accumulates into; None before the first forward."""
-        return self._group_of[param].wholes.get(param)
+        return self._group_of[param].unsharded.get(param)
 
     def join_agreement(self, error: OrderDeparted) -> None:
         if self._transports:
@@ -158,58 +158,58 @@ class ShardedModule:
         def enter(module: nn.Module, _inputs: object) -> None:
             if group.is_top:
                 self.order.begin_pass(group.fqn, is_inference=not torch.is_grad_enabled())
-            landed = self._land(group.index)
+            waited = self._wait_uploads(group.index)
             if torch.is_inference_mode_enabled():
                 # Memory that FSDP2 makes at a first gather in inference mode could never be trained with.
                 with torch.inference_mode(False), torch.no_grad():
                     group.fsdp.unshard()
-            elif landed:
+            elif waited:
                 # FSDP2 copies rows on a stream that waited for this one at the root's forward, before the upload
-                # landed. An explicit gather copies them on this stream.
+                # arrived. An explicit gather copies them on this stream.
                 group.fsdp.unshard(async_op=True)
 
         return cast(Callable[..., None], torch.compiler.disable(enter))  # type: ignore[no-untyped-call]
 
-    def _land(self, index: int) -> bool:
-        landed = [transport.land_group(index) for transport in self._transports]
-        return any(landed)
+    def _wait_uploads(self, index: int) -> bool:
+        waited = [transport.wait_uploads(index) for transport in self._transports]
+        return any(waited)
 
     def _after_gather(self, group: ShardedGroup) -> Callable[..., None]:
         def entered(module: nn.Module, _inputs: object) -> None:
-            self._hook_wholes(group)
+            self._hook_unsharded(group)
 
         return cast(Callable[..., None], torch.compiler.disable(entered))  # type: ignore[no-untyped-call]
 
-    def _hook_wholes(self, group: ShardedGroup) -> None:
+    def _hook_unsharded(self, group: ShardedGroup) -> None:
         for fqn, param in group.params.items():
             if not param.requires_grad:
                 continue
             owner, name = group.places[param][0]
-            whole = owner.get_parameter(name)
-            if group.wholes.get(param) is not whole:
-                if whole is param:
+            unsharded = owner.get_parameter(name)
+            if group.unsharded.get(param) is not unsharded:
+                if unsharded is param:
                     raise AssertionError(f"{group.fqn!r} was entered, and its parameters are not gathered")
-                group.wholes[param] = whole
-                if grad_dtype_of(param) != grad_dtype_of(whole):
-                    whole.grad_dtype = grad_dtype_of(param)
-                self._hooks.append(whole.register_post_accumulate_grad_hook(self._taken(param)))  # type: ignore[no-untyped-call]
-            followed = self._users_hooks.follow(param, whole, fqn)
+                group.unsharded[param] = unsharded
+                if grad_dtype_of(param) != grad_dtype_of(unsharded):
+                    unsharded.grad_dtype = grad_dtype_of(param)
+                self._hooks.append(unsharded.register_post_accumulate_grad_hook(self._taken(param)))  # type: ignore[no-untyped-call]
+            followed = self._users_hooks.follow(param, unsharded, fqn)
             if followed is not None:
                 self._hooks.append(followed)
 
     def _taken(self, param: nn.Parameter) -> Callable[[nn.Parameter], None]:
-        def take(whole: nn.Parameter) -> None:
+        def take(unsharded: nn.Parameter) -> None:
             taker = self._takers.get(param)
             if taker is not None:
-                taker.take_grad(param, whole)
+                taker.take_grad(param, unsharded)
             else:
-                self._keep_stray(param, whole)
+                self._keep_stray(param, unsharded)
 
         return take
 
-    def _keep_stray(self, param: nn.Parameter, whole: nn.Parameter) -> None:
+    def _keep_stray(self, param: nn.Parameter, unsharded: nn.Parameter) -> None:
         """Unfrozen since the start: keep its gradient, and show the engine that there is one."""
-        grad, whole.grad = whole.grad, None
+        grad, unsharded.grad = unsharded.grad, None
         owned = (own for optimizer in self._optimizers for group in optimizer.param_groups for own in group["params"])
         if grad is None or not any(own is param for own in owned):
             return
@@ -217,17 +217,17 @@ class ShardedModule:
         if param.grad is None:
             param.grad = torch.zeros_like(param)
 
-    # Whole weights
+    # Unsharded weights
 
-    def land_all(self) -> None:
+    def wait_all_uploads(self) -> None:
         for group in self.groups:
-            self._land(group.index)
+            self._wait_uploads(group.index)
 
     def reshard(self, index: int, changed: Iterable[nn.Parameter]) -> None:
         """Let go of a group's weights, some of which changed, so that the next forward gathers new ones."""
         group = self.groups[index]
-        increment_version([group.wholes[param] for param in changed if param in group.wholes])
-        self.graphs.let_go(index, group.module)
+        increment_version([group.unsharded[param] for param in changed if param in group.unsharded])
+        self.graphs.allow_reshard(index, group.module)
         group.fsdp.reshard()
 
     def reshard_all(self) -> None:
@@ -242,7 +242,7 @@ class ShardedModule:
         Args:
             writeback: keep changes; each rank's rows of them, so all ranks must make the same.
         """
-        self.land_all()
+        self.wait_all_uploads()
         with torch.inference_mode(False), torch.no_grad():
             for group in self.groups:
                 group.fsdp.unshard()
@@ -256,10 +256,10 @@ class ShardedModule:
                 group.fsdp.reshard()
 
     def _write_back(self, group: ShardedGroup) -> None:
-        wholes = {param: local_of(_whole_at(group, param)).clone() for param in group.params.values()}
+        unsharded = {param: local_of(_unsharded_at(group, param)).clone() for param in group.params.values()}
         group.fsdp.reshard()
-        for param, whole in wholes.items():
-            write_local(param, rows_of_part(whole, param))
+        for param, own in unsharded.items():
+            write_local(param, rows_of_part(own, param))
 
     def load_state_dict(self, state: Mapping[str, Any], *, strict: bool) -> None:
         """Take over a state dict of whole tensors, given alike on every rank.
@@ -287,7 +287,7 @@ class ShardedModule:
         Raises:
             SuperScaleError: another shape.
         """
-        self.land_all()
+        self.wait_all_uploads()
         params = {fqn: param for group in self.groups for fqn, param in group.params.items()}
         params.update((fqn, param) for fqn, param in self.root.named_parameters() if fqn not in params)
         for group in self.groups:
@@ -308,14 +308,14 @@ class ShardedModule:
 
         Engines follow changed weights when they are told (`reload_masters`).
         """
-        self.land_all()
+        self.wait_all_uploads()
         for group in self.groups:
             group.fsdp.reshard()
         return dict(self.root.state_dict())
 
     def state_dict(self, ranks: Communicator) -> dict[str, Any]:
         """The module's state dict with whole tensors, on the host of rank 0; empty on the others. All ranks call it."""
-        self.land_all()
+        self.wait_all_uploads()
         is_first = ranks.mesh.world.rank == 0
         whole: dict[str, Any] = {}
         for name, value in self.root.state_dict().items():
@@ -355,7 +355,7 @@ class ShardedModule:
         if self._is_released:
             return
         self._is_released = True
-        self.land_all()
+        self.wait_all_uploads()
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -364,14 +364,14 @@ class ShardedModule:
             # Also a group that is gathered now, whose weights may be older than the rows.
             group.fsdp.reshard()
             group.fsdp.unshard()
-            wholes = {param: _whole_at(group, param) for param in group.params.values()}
-            new = {p: nn.Parameter(w.clone(), requires_grad=p.requires_grad) for p, w in wholes.items()}
+            unsharded = {param: _unsharded_at(group, param) for param in group.params.values()}
+            new = {p: nn.Parameter(w.clone(), requires_grad=p.requires_grad) for p, w in unsharded.items()}
             group.fsdp.reshard()
             for param, own in new.items():
                 for owner, name in group.places[param]:
                     owner.register_parameter(name, own)
             plain.update(new)
-            group.wholes.clear()
+            group.unsharded.clear()
         self._users_hooks.hand_back(plain)
         release_modules(self._before)
         self.groups.clear()
@@ -382,7 +382,7 @@ class ShardedModule:
         self.replaced = {old: plain.get(new, new) for old, new in self.replaced.items()}
 
 
-def _whole_at(group: ShardedGroup, param: nn.Parameter) -> nn.Parameter:
+def _unsharded_at(group: ShardedGroup, param: nn.Parameter) -> nn.Parameter:
     owner, name = group.places[param][0]
     return owner.get_parameter(name)
 

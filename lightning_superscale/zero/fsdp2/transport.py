@@ -1,17 +1,16 @@
 """FSDP2 transport (ZeRO-3): parameters live in row shards; FSDP2 gathers them, this page moves everything else.
 
-Parameters that FSDP2 can't take stay whole in buckets, as in the bucket transport, and share its reducer: what ranks
-reduce has one order, whichever kind of unit it belongs to.
+Parameters that FSDP2 can't take stay whole in buckets. A bucket transport carries those; both transports share one
+reducer and one schedule, so that what ranks reduce has one order, whichever kind of unit it belongs to.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from lightning_superscale.comm.collectives import local_grad
 from lightning_superscale.comm.communicator import Communicator
@@ -21,14 +20,13 @@ from lightning_superscale.optim.bucketing import Grouping, NamedParam
 from lightning_superscale.optim.grad_dtypes import AS_WEIGHTS, GradientDtypes
 from lightning_superscale.optim.transport import IsScaling
 from lightning_superscale.optim.unit import DeltaSink, GradientDelta, PublishEvent, ShardUnit, check_dense
-from lightning_superscale.zero.buckets.unit import BucketUnit
-from lightning_superscale.zero.fsdp2.accumulated_grads import HeldWholes, lost_gradients, show_rows
+from lightning_superscale.zero.buckets.transport import BucketTransport
+from lightning_superscale.zero.fsdp2.accumulated_grads import UnshardedGrads, lost_gradients, show_rows
 from lightning_superscale.zero.fsdp2.gather_order import OrderDeparted
-from lightning_superscale.zero.fsdp2.grouping import fsdp2_units_of
+from lightning_superscale.zero.fsdp2.grouping import fsdp2_units_of, split_by_kind
 from lightning_superscale.zero.fsdp2.module import ShardedModule
 from lightning_superscale.zero.fsdp2.unit import Fsdp2Unit
-from lightning_superscale.zero.grad_schedule import Flag
-from lightning_superscale.zero.grads_in_param import HeldGradients
+from lightning_superscale.zero.grad_schedule import Departure, GradSchedule, NewGrad
 from lightning_superscale.zero.reducer import GradientReducer
 
 
@@ -43,16 +41,16 @@ class Fsdp2Transport:
     """Carries the gradients of one optimizer's parameters to a sink, and new weights back.
 
     A gradient never stays where autograd left it, in the gathered parameter. *Streamed*, it goes to the reducer at
-    once. *Held*, it waits whole for the step, so that `zero_grad()` between two backward calls means what it does
-    in plain PyTorch; and where users may look at gradients, `average_held()` makes `param.grad` this rank's rows
+    once. Otherwise it waits unsharded for the step, so that `zero_grad()` between two backward calls means what it does
+    in plain PyTorch; and where users may look at gradients, `average_grads()` makes `param.grad` this rank's rows
     of the average, as FSDP2 would.
 
     Args:
         sharded: the module, already sharded; several transports may share it.
         ranks: made after sharding, from the module's parameters of then.
         grouping: which parameters share a bucket, of those that FSDP2 can't take, and which stay on the device.
-        no_sync: micro-batches before the last of a step accumulate whole gradients, so that ranks talk once per step;
-            False reduces each, so that no rank holds whole gradients between them.
+        no_sync: micro-batches before the last of a step accumulate unsharded gradients, so that ranks talk once per
+            step; False reduces each, so that no rank keeps unsharded gradients between them.
         dtypes: of gradients on their way to other ranks.
     """
 
@@ -69,26 +67,29 @@ class Fsdp2Transport:
     ) -> None:
         self._sharded = sharded
         self._ranks = ranks
-        self._label = label
-        self.grouping = grouping
-        self._no_sync = no_sync
         self._sink = sink
-        self._dtypes = dtypes
-        self._reducer = GradientReducer(ranks, label, self._deliver, dtypes)
-        self._held = HeldWholes()
-        self._held_plain = HeldGradients(ranks, label, dtypes)
-        self._is_streamed = False
-        self._is_manual = False
-        self._is_scaling: IsScaling | None = None
-        self._is_averaging = False
-        self._is_averaged = False
-        self._place: dict[nn.Parameter, tuple[Fsdp2Unit | BucketUnit, int]] = {}
-        self._is_blocked = False
-        self._holding = Flag()
-        self._hooks: dict[nn.Parameter, RemovableHandle] = {}
+        self.grouping = grouping
+        self._schedule = GradSchedule(no_sync=no_sync)
+        self._reducer = GradientReducer(ranks, label, sink, dtypes)
+        self._buckets = BucketTransport(
+            [],
+            grouping=grouping,
+            sink=sink,
+            ranks=ranks,
+            label=label,
+            dtypes=dtypes,
+            reducer=self._reducer,
+            schedule=self._schedule,
+        )
+        self._waiting = UnshardedGrads()
+        self._place: dict[nn.Parameter, tuple[Fsdp2Unit, int]] = {}
+        self._units: dict[int, Fsdp2Unit] = {}
         self._uploads: dict[int, _Upload] = {}
-        self.units: list[Fsdp2Unit | BucketUnit] = []
         sharded.attach(self)
+
+    @property
+    def units(self) -> Sequence[ShardUnit]:
+        return self._reducer.units
 
     @property
     def is_local(self) -> bool:
@@ -99,150 +100,111 @@ class Fsdp2Transport:
         return ()  # FSDP2's groups decide what travels together
 
     def units_of(self, named_params: Sequence[NamedParam], grouping: Grouping) -> list[list[NamedParam]]:
-        return fsdp2_units_of(self._sharded, named_params, grouping)
+        sharded, plain = split_by_kind(self._sharded, named_params)
+        return fsdp2_units_of(self._sharded, sharded, grouping) + self._buckets.units_of(plain, grouping)
 
-    def add_params(self, named_params: Sequence[NamedParam]) -> list[Fsdp2Unit | BucketUnit]:
+    def add_params(self, named_params: Sequence[NamedParam]) -> list[ShardUnit]:
         axis = self._ranks.mesh.shard
-        added: list[Fsdp2Unit | BucketUnit] = []
-        for members in self.units_of(named_params, self.grouping):
-            index, first = len(self.units), members[0][1]
-            if self._sharded.holds(first):
-                group = self._sharded.group_of(first).index
-                added.append(self._add(Fsdp2Unit(index, group, members, axis.rank, axis.size)))
-            else:
-                added.append(self._add(BucketUnit(index, members, axis.rank, axis.size, self._ranks.mesh.memory)))
-        for unit in added:
-            self._listen(unit)
+        sharded, plain = split_by_kind(self._sharded, named_params)
+        added: list[ShardUnit] = []
+        for members in fsdp2_units_of(self._sharded, sharded, self.grouping):
+            index, group = len(self._reducer.units), self._sharded.group_of(members[0][1]).index
+            unit = Fsdp2Unit(index, group, members, axis.rank, axis.size)
+            self._units[index] = unit
+            self._reducer.add_unit(unit)
+            self._place.update((param, (unit, i)) for i, param in enumerate(unit.params))
+            added.append(unit)
+        added += self._buckets.add_params(plain)
+        self._sharded.give_to(self, (param for _, param in sharded))
         return added
 
     def regroup(self, grouping: Grouping) -> None:
         self.wait_all_published()
         self.grouping = grouping
-        self.units = []
+        self._units = {}
         self._place = {}
-        self._reducer = GradientReducer(self._ranks, self._label, self._deliver, self._dtypes)
-
-    def _add(self, unit: Fsdp2Unit | BucketUnit) -> Fsdp2Unit | BucketUnit:
-        self.units.append(unit)
-        self._reducer.add_unit(unit)
-        for i, param in enumerate(unit.params):
-            self._place[param] = (unit, i)
-        return unit
-
-    def _listen(self, unit: Fsdp2Unit | BucketUnit) -> None:
-        if isinstance(unit, Fsdp2Unit):
-            self._sharded.give_to(self, unit.params)
-            return
-        self._held_plain.follow(unit.params)
-        for param in unit.params:
-            if param not in self._hooks:
-                self._hooks[param] = param.register_post_accumulate_grad_hook(self._on_plain_grad)  # type: ignore[no-untyped-call]
+        self._buckets.regroup(grouping)
 
     def place_of(self, param: nn.Parameter) -> tuple[ShardUnit, int] | None:
-        return self._place.get(param)
+        return self._place.get(param) or self._buckets.place_of(param)
 
     # Gradients
 
     def stream(self) -> None:
         """From now on, give gradients to the reducer during backward."""
-        self._is_streamed = True
+        self._buckets.stream()
 
     def watch_edits(self, is_scaling: IsScaling | None = None) -> None:
-        """Refuse edits of held gradients at the step; sharded ones can't be edited before they are averaged."""
-        self._is_manual, self._is_scaling = True, is_scaling
-        self._held_plain.watch((p for bucket in self._buckets() for p in bucket.params), is_scaling)
+        """Refuse edits of gradients at the step; sharded ones can't be edited before they are averaged."""
+        self._waiting.watch(is_scaling)
+        self._buckets.watch_edits(is_scaling)
 
-    @contextmanager
-    def blocked(self) -> Iterator[None]:
+    def blocked(self) -> AbstractContextManager[None]:
         """While open, more micro-batches follow; without no_sync, and streamed, every rank calls it and reduces."""
-        before, self._is_blocked = self._is_blocked, self._no_sync
-        try:
-            yield
-        finally:
-            self._is_blocked = before
-        if not self._no_sync and self._is_streamed:
-            self._reduce()
+        return self._schedule.blocked(self._reduce)
 
     def holding(self) -> AbstractContextManager[None]:
-        return self._holding.raised()
+        return self._schedule.holding()
 
-    def _on_plain_grad(self, param: nn.Parameter) -> None:
-        if self._is_streamed and not self._is_blocked and not self._holding:
-            self.take_grad(param, param)
+    def take_grad(self, param: nn.Parameter, unsharded: nn.Parameter) -> None:
+        match self._schedule.new_grad:
+            case NewGrad.LEAVES:
+                self._put(param, self._taken(param, unsharded))
+                self._reducer.launch_complete()
+            case NewGrad.WAITS:
+                self._waiting.add(param, self._taken(param, unsharded))
+            case NewGrad.ACCUMULATES:
+                return
 
-    def take_grad(self, param: nn.Parameter, whole: nn.Parameter) -> None:
-        if not self._is_streamed or self._holding:
-            self._held.hold(param, self._taken(param, whole), is_scaled=not self._is_scaling or self._is_scaling())
-        elif not self._is_blocked:
-            self._put(param, self._taken(param, whole))
-            self._reducer.launch_complete()
-
-    def _taken(self, param: nn.Parameter, whole: nn.Parameter) -> Tensor:
-        grad = whole.grad
+    def _taken(self, param: nn.Parameter, unsharded: nn.Parameter) -> Tensor:
+        grad = unsharded.grad
         if grad is None:
             raise AssertionError(f"no gradient to take from {self._fqn_of(param)}")
         check_dense(self._fqn_of(param), grad)
-        whole.grad = None
-        return local_grad(grad, whole)
+        unsharded.grad = None
+        return local_grad(grad, unsharded)
 
     def _put(self, param: nn.Parameter, grad: Tensor) -> None:
         unit, i = self._place[param]
         self._reducer.put(unit, i, grad.reshape(-1))
 
-    def _deliver(self, delta: GradientDelta) -> None:
-        if not self._is_averaging:
-            self._sink(delta)
-            return
-        for i, rows in delta.slices:
-            show_rows(delta.unit.params[i], rows, delta.unit.shard.slices[i])
-
-    def average_held(self) -> None:
-        """Make held gradients what every rank would see under FSDP2: its rows of the averages.
+    def average_grads(self) -> None:
+        """Make gradients what every rank would see under FSDP2: its rows of the averages.
 
         Every rank calls it after backward.
         """
-        if self._is_streamed:
+        if self._schedule.is_streamed:
             return
         self._enter_step()
-        for unit in self.units:
-            for param in unit.params if isinstance(unit, Fsdp2Unit) else ():
-                if not self._held.holds(param):
-                    param.grad = None
-        self._is_averaging = True
-        try:
-            self._reduce(with_plain=False)
-        finally:
-            self._is_averaging = False
-        if self._buckets():
-            self._held_plain.average(self._buckets())
+        for param in self._place:
+            if not self._waiting.has(param):
+                param.grad = None
+        self._finish(self._error_of(self._put_sharded), sink=_show)
+        if self._buckets.units:
+            self._buckets.average_grads()
         self._sharded.order.step_agreed()
-        self._is_averaged = True
+        self._schedule.mark_averaged()
 
     def collect(self) -> None:
         """Reduce what the step still lacks; averaged gradients stay visible in `param.grad`, others are gone."""
-        if self._is_averaged:
+        if self._schedule.departure is Departure.AVERAGED:
+            self._schedule.end_step()
             self._hand_over()
             return
         self._enter_step()
-        has_seen_any = self._held.has_seen_any
+        has_seen_any = self._waiting.has_seen_any
         present = self._reduce()
         self._sharded.order.step_agreed()
-        group_of = {unit.index: unit.group for unit in self.units if isinstance(unit, Fsdp2Unit)}
-        used = self._sharded.graphs.take_used({*group_of.values()})
-        if self._is_manual and used and not has_seen_any and not present & group_of.keys():
+        used = self._sharded.graphs.take_used({unit.group for unit in self._units.values()})
+        if self._waiting.is_watching and used and not has_seen_any and not present & self._units.keys():
             raise lost_gradients(self._sharded.groups[min(used)].fqn)
 
     def _hand_over(self) -> None:
-        self._is_averaged = False
-        for unit in self.units:
-            if isinstance(unit, Fsdp2Unit):
-                shown = [(i, p.grad) for i, p in enumerate(unit.params) if p.grad is not None]
-                if shown:
-                    self._sink(GradientDelta(unit, [(i, local_rows_of(grad).reshape(-1)) for i, grad in shown]))
-        self._held_plain.hand_over(self._buckets(), self._sink)
-
-    def _buckets(self) -> list[BucketUnit]:
-        return [unit for unit in self.units if isinstance(unit, BucketUnit)]
+        for unit in self._units.values():
+            shown = [(i, p.grad) for i, p in enumerate(unit.params) if p.grad is not None]
+            if shown:
+                self._sink(GradientDelta(unit, [(i, local_rows_of(grad).reshape(-1)) for i, grad in shown]))
+        self._buckets.hand_over()
 
     def _enter_step(self) -> None:
         try:
@@ -251,88 +213,81 @@ class Fsdp2Transport:
             self.discard()
             raise
 
-    def _reduce(self, *, with_plain: bool = True) -> set[int]:
+    def _reduce(self) -> set[int]:
         """Returns: indices of units of which any rank had a gradient."""
-        error: SuperScaleError | None = None
+        return self._finish(self._error_of(self._put_sharded, self._buckets.put_left))
+
+    def _error_of(self, *puts: Callable[[], None]) -> SuperScaleError | None:
+        """Give the reducer everything that is left, or say why not: the others are on their way into the agreement."""
         try:
-            filled = filter(self._sharded.holds, self._place) if self._is_manual else ()
-            self._held.check(filled, self._fqn_of, self._ranks.mesh.world.size)
-            for param, grad in self._held.take_all():
-                self._put(param, grad)
-            for param in self._place:
-                self._put_left(param, with_plain=with_plain)
-        except SuperScaleError as found:
-            error = found  # the other ranks are on their way into the agreement
-        return self._reducer.finish(error, order=self._sharded.order.digest())
+            for put in puts:
+                put()
+        except SuperScaleError as error:
+            return error
+        return None
+
+    def _finish(self, error: SuperScaleError | None, sink: DeltaSink | None = None) -> set[int]:
+        return self._reducer.finish(error, order=self._sharded.order.digest(), sink=sink)
+
+    def _put_sharded(self) -> None:
+        """Give the reducer the gradients that wait, and those that lie where autograd left them.
+
+        Raises:
+            SuperScaleError: one that can't be used; names the parameter.
+        """
+        self._waiting.check(self._place, self._fqn_of, self._ranks.mesh.world.size)
+        for param, grad in self._waiting.take_all():
+            self._put(param, grad)
+        for param in self._place:
+            unsharded = self._sharded.unsharded_param(param)
+            if unsharded is not None and unsharded.grad is not None:
+                self._put(param, self._taken(param, unsharded))
 
     def _fqn_of(self, param: nn.Parameter) -> str:
         unit, i = self._place[param]
         return unit.full.slices[i].fqn
-
-    def _put_left(self, param: nn.Parameter, *, with_plain: bool) -> None:
-        """Give the reducer a gradient that still lies where autograd left it."""
-        if self._sharded.holds(param):
-            whole = self._sharded.whole_of(param)
-            if whole is not None and whole.grad is not None:
-                self._put(param, self._taken(param, whole))
-        elif with_plain and param.grad is not None:
-            if self._is_streamed:
-                self._put(param, self._taken(param, param))
-                return
-            check_dense(self._fqn_of(param), param.grad)
-            self._held_plain.check(param, self._fqn_of(param))
-            self._put(param, param.grad.detach())
 
     def join_agreement(self, error: OrderDeparted) -> None:
         self._reducer.finish(error)
 
     def discard(self) -> None:
         """Forget gradients of an interrupted step."""
-        self._reducer.discard()
-        self._held.clear()
-        self._held_plain.discard()
-        self._is_averaged = False
-        for param in self._place:
-            whole = self._sharded.whole_of(param) if self._sharded.holds(param) else None
-            if whole is not None:
-                whole.grad = None
+        self._buckets.discard()
+        self._waiting.clear()
+        for param in filter(self._sharded.holds, self._place):  # none after the module was released
+            unsharded = self._sharded.unsharded_param(param)
+            if unsharded is not None:
+                unsharded.grad = None
 
     # Weights
 
     def publish(self, unit: ShardUnit, event: PublishEvent | None, stepped: Sequence[int]) -> None:
         """Note that new weights are on their way; gathered old ones are let go of, and buckets are gathered."""
-        own = self.units[unit.index]
-        if isinstance(own, Fsdp2Unit):
-            self._sharded.reshard(own.group, [own.params[i] for i in stepped])
-            if event is not None:
-                self._uploads[own.index] = _Upload(event, stepped)
+        own = self._units.get(unit.index)
+        if own is None:
+            self._buckets.publish(unit, event, stepped)
+            # Few and small, and anything may read them, so nothing is left under way.
+            self._buckets.wait_published([unit])
             return
-        own.mark_stepped(stepped)
-        # Few and small, and anything may read them, so nothing is left under way.
+        self._sharded.reshard(own.group, [own.params[i] for i in stepped])
         if event is not None:
-            event.wait()
-        if own.is_whole:
-            return
-        if event is None:
-            own.pack_rows(stepped)
-        self._ranks.shard.all_gather(own.gathered()).wait()
-        own.unpack_gathered(stepped)
+            self._uploads[own.index] = _Upload(event, stepped)
 
     def wait_published(self, units: Iterable[ShardUnit]) -> None:
         for unit in units:
-            self._land(unit.index)
+            self._wait_upload(unit.index)
 
-    def _land(self, index: int) -> bool:
-        unit, upload = self.units[index], self._uploads.pop(index, None)
-        if upload is None or not isinstance(unit, Fsdp2Unit):
+    def _wait_upload(self, index: int) -> bool:
+        upload = self._uploads.pop(index, None)
+        if upload is None:
             return False
         upload.event.wait()
-        unit.land(upload.stepped)
+        self._units[index].take_inbox(upload.stepped)
         return True
 
-    def land_group(self, group: int) -> bool:
-        landed = [self._land(u.index) for u in self.units if isinstance(u, Fsdp2Unit) and u.group == group]
-        return any(landed)
+    def wait_uploads(self, group: int) -> bool:
+        waited = [self._wait_upload(unit.index) for unit in self._units.values() if unit.group == group]
+        return any(waited)
 
     def wait_all_published(self) -> None:
         self.wait_published(self.units)
@@ -344,17 +299,18 @@ class Fsdp2Transport:
     def abandon(self) -> None:
         """Stop waiting for other ranks: one of them failed, and what is under way may never arrive."""
         self.discard()
+        self._buckets.abandon()
         self._uploads.clear()
 
     def close(self) -> None:
         """Remove every hook; with the last transport of the module, its parameters become plain and whole again."""
         self.wait_all_published()
-        self._held.clear()
-        self._held_plain.close()
-        for hook in self._hooks.values():
-            hook.remove()
-        self._hooks.clear()
-        for unit in self.units:
-            if isinstance(unit, BucketUnit):
-                unit.release()
+        self._waiting.clear()
+        self._buckets.close()
         self._sharded.detach(self)
+
+
+def _show(delta: GradientDelta) -> None:
+    """Put averages into `param.grad`."""
+    for i, rows in delta.slices:
+        show_rows(delta.unit.params[i], rows, delta.unit.shard.slices[i])

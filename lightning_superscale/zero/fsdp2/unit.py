@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_superscale.comm.dtensor import local_rows_of, tensor_shape
-from lightning_superscale.layout.rows import ParamSpec, UnitLayout, shard_rows, unit_layout
-from lightning_superscale.optim.grad_dtypes import packed_into
+from lightning_superscale.layout.rows import ParamSpec, UnitLayout, unit_layout
 from lightning_superscale.optim.unit import slice_view
+from lightning_superscale.zero.packing import RankedRows
 
 
 class Fsdp2Unit:
@@ -41,6 +41,7 @@ class Fsdp2Unit:
         self.is_whole = False  # even the only shard is not what the module's parameter is
         self.has_whole_weights = False
         self._shard_world_size = shard_world_size
+        self._ranked = RankedRows(self.shard, shard_world_size)
         self._inbox: Tensor | None = None
         for piece, param in zip(self.shard.slices, self.params, strict=True):
             found = tuple(local_rows_of(param).shape)
@@ -67,7 +68,7 @@ class Fsdp2Unit:
             self._inbox = torch.empty(self.shard.shard_numel, dtype=self.dtype, device=self.device)
         return self._inbox
 
-    def land(self, stepped: Sequence[int]) -> None:
+    def take_inbox(self, stepped: Sequence[int]) -> None:
         """Copy the stepped slices from the inbox to where gathers read them; frees the inbox."""
         inbox = self.inbox()
         for i in stepped:
@@ -82,15 +83,5 @@ class Fsdp2Unit:
         Args:
             grads: by index of the parameter, 1D and whole.
         """
-        size = self._shard_world_size
-        packed = torch.empty(size, self.shard.shard_numel, dtype=dtype, device=self.device)
-        for i, piece in enumerate(self.shard.slices):
-            grad, spec = grads.get(i), piece.spec
-            for rank in range(size):
-                start, stop = (row * spec.row_numel for row in shard_rows(spec.num_rows, rank, size))
-                here = packed[rank, piece.offset : piece.offset + stop - start]
-                if grad is None:
-                    here.zero_()
-                else:
-                    packed_into(here, grad[start:stop], scale)
-        return packed
+        packed = torch.empty(self._shard_world_size, self.shard.shard_numel, dtype=dtype, device=self.device)
+        return self._ranked.pack(packed, grads, scale)

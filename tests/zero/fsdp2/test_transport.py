@@ -404,7 +404,7 @@ def _shown(rank: int, world_size: int) -> None:
     engine, _ = build(model, rank, world_size, case)
     averages = rank_averages(case, plain, 0, world_size)
     run_net(model, batch(case, 0, 0, rank))
-    engine.transport.average_held()
+    engine.transport.average_grads()
     for param, average in zip(model.parameters(), averages, strict=True):
         grad = param.grad
         if isinstance(grad, DTensor):
@@ -431,13 +431,13 @@ def _freed(rank: int, world_size: int) -> None:
     engine, sharded = build(model, rank, world_size, Case(None, run_net))
 
     def bytes_gathered() -> list[int]:
-        wholes = [whole for group in sharded.groups for whole in group.wholes.values()]
+        wholes = [whole for group in sharded.groups for whole in group.unsharded.values()]
         assert all(whole.grad is None for whole in wholes)
-        return [whole.untyped_storage().nbytes() for group in sharded.groups for whole in group.wholes.values()]
+        return [whole.untyped_storage().nbytes() for group in sharded.groups for whole in group.unsharded.values()]
 
     for _ in range(2):
         loss = loss_of(model.net(torch.ones(2, 12)))
-        inner = sum(len(group.wholes) for group in sharded.groups if not group.is_top)
+        inner = sum(len(group.unsharded) for group in sharded.groups if not group.is_top)
         assert sum(bytes_gathered()[:inner]) == 0
         loss.backward()
         assert sum(bytes_gathered()) == 0
