@@ -179,7 +179,7 @@ def test_one_rank_is_refused():
 
 
 def _axes(rank: int, world_size: int) -> tuple[int, int]:
-    mesh = build_mesh(MeshSpec(shard=2), timedelta(seconds=30))
+    mesh = build_mesh(MeshSpec(replicate=2, shard=2), timedelta(seconds=30))
     axis = mesh.gather
     assert axis.group is not mesh.shard.group
     return axis.rank, axis.size
