@@ -85,7 +85,7 @@ class AdamWRule(SynchronousRule):
         self._optimizer.state[param] = {
             key: torch.tensor(float(value)) if key == "step" else value for key, value in saved.items()
         }
-        self.bound_state(ParamUpdate(param, {}, unit, state, i, param))
+        self.bound_state(ParamUpdate(param, {}, unit, state, i))
 
 
 class AdamWStep(AdamWRule):
@@ -147,7 +147,7 @@ def _segment(item: ParamUpdate, hyper: AdamWHyper) -> AdamWSegment:
         param=state.master_of(item.i),
         exp_avg=slice_view(_present(state.exp_avg), piece),
         exp_avg_sq=slice_view(_present(state.exp_avg_sq), piece),
-        grad=item.grad,
+        grad=item.grad(),
         hyper=hyper,
         weight_out=state.weight_out_of(item.i),
         rounding=state.rounding_of(item.i),

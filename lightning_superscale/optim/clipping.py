@@ -121,7 +121,7 @@ class EarlyNorms:
         measures = []
         for item in due:
             early = self._taken.get((item.unit.index, item.i))
-            measures.append(self._measure(item.grad) if early is None else early)
+            measures.append(self._measure(item.grad()) if early is None else early)
         devices = {measure.device for measure in measures}
         return torch.stack(measures if len(devices) == 1 else [measure.cpu() for measure in measures])
 

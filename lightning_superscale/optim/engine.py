@@ -177,9 +177,8 @@ class OptimizerEngine:
                     continue
                 unit, i = place
                 state = self.states[unit.index]
-                grad = state.grad(i)
-                if grad is not None:
-                    due.append(ParamUpdate(param, group, unit, state, i, grad))
+                if state.has_grad(i):
+                    due.append(ParamUpdate(param, group, unit, state, i))
         return due
 
     def _follow_edits(self) -> None:
@@ -286,8 +285,6 @@ class OptimizerEngine:
             result = closure()
             due = self._gather_due()
             verdict = self._judge.judge(due, None)
-            for state in self.states:
-                state.clear_grads()
             return result, due, verdict.grad_scale, verdict.clip_value
 
         self.settle()

@@ -68,8 +68,7 @@ class TorchStep(SynchronousRule):
         finally:
             self._drop_grads(due)
         yield from self._stepped(due)
-        for item in due:
-            item.state.clear_grads()
+        self._forget_grads(due)
 
     @property
     def needs_closure(self) -> bool:
@@ -85,6 +84,7 @@ class TorchStep(SynchronousRule):
             with self._params_in_place():
                 result, due[:], grad_scale, clip_value = evaluate(self._stepped(due))
             self._set_grads(due, grad_scale, clip_value)
+            self._forget_grads(due)  # the next evaluation brings its own
             return result
 
         try:
@@ -110,12 +110,16 @@ class TorchStep(SynchronousRule):
     def _set_grads(self, due: Sequence[ParamUpdate], grad_scale: float, clip_value: float | None) -> None:
         for item in due:
             master = self._masters.get(item.param, item.param)
-            grad = item.grad.to(torch.float32, copy=True)
+            grad = item.grad().to(torch.float32, copy=True)
             if grad_scale != 1.0:
                 grad.mul_(grad_scale)
             if clip_value is not None:
                 grad.clamp_(-clip_value, clip_value)
             master.grad = grad.view(item.piece.local_shape).to(grad_dtype_of(master))
+
+    def _forget_grads(self, due: Sequence[ParamUpdate]) -> None:
+        for item in due:
+            item.state.clear_grads()
 
     def _drop_grads(self, due: Sequence[ParamUpdate]) -> None:
         for item in due:

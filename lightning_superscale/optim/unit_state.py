@@ -79,8 +79,14 @@ class UnitState(Protocol):
     def receive(self, slices: Sequence[tuple[int, Tensor]]) -> None:
         """Take gradient deltas: the first of a slice in a step replaces, later ones add."""
 
+    def has_grad(self, i: int) -> bool:
+        """Whether slice i has a gradient this step, also one that is still on its way to the states."""
+
     def grad(self, i: int) -> Tensor | None:
-        """This step's whole gradient of slice i, ready to read where the states live; None without one."""
+        """This step's whole gradient of slice i, ready to read where the states live; None without one.
+
+        Blocks the calling thread until it is there.
+        """
 
     def clear_grads(self) -> None:
         """Forget this step's gradients."""
@@ -147,6 +153,9 @@ class ResidentState:
                 self._grads[i] = self._grads[i] + grad
             else:
                 self._grads[i] = grad
+
+    def has_grad(self, i: int) -> bool:
+        return i in self._grads
 
     def grad(self, i: int) -> Tensor | None:
         return self._grads.get(i)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -45,11 +44,11 @@ class LateStep(AdamWRule):
         late = []
         for item in due:
             own, kept = self.bound_state(item), item.state.late_of(item.i)
-            new = item.grad.float() * grad_scale
+            new = item.grad().float() * grad_scale
             if clip_value is not None:
                 new.clamp_(-clip_value, clip_value)
             if LATE_KEY in own:
-                late.append(replace(item, grad=kept.to(item.state.transfer_dtype, copy=True)))
+                late.append(item.with_grad(kept.to(item.state.transfer_dtype, copy=True)))
             own[LATE_KEY] = kept.view(item.piece.local_shape)
             kept.copy_(new)
         yield from self._native.apply(late, 1.0, None)

@@ -23,7 +23,7 @@ def two_shares() -> DataMesh:
 
 
 def due(i: int, grad: torch.Tensor) -> ParamUpdate:
-    return ParamUpdate(param=None, group={}, unit=Unit(), state=None, i=i, grad=grad)
+    return ParamUpdate(param=None, group={}, unit=Unit(), state=None, i=i).with_grad(grad)
 
 
 @pytest.mark.parametrize("mesh", [single_mesh(), two_shares()], ids=["whole", "shares"])

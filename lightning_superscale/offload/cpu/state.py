@@ -93,6 +93,8 @@ class HostState:
             if has_own_weights and streamed.is_whole:
                 self._weight_out = weights
             self.flowing = FlowingWeights(streamed, link, [weights])
+        # The host may wait for a copy long after it was started: the event keeps what it reads, and where a step is
+        # dropped with copies under way, the link's next copy into the same buffer comes after them.
         self._arrivals: dict[int, LinkEvent] = {}
         self.reload(range(len(unit.shard.slices)))
 
@@ -115,6 +117,9 @@ class HostState:
                 add_late_gradient(self._link, here, grad, self.unit.dtype, self._arrivals[i])
             else:
                 self._arrivals[i] = send_gradient(self._link, here, grad, self.unit.dtype)
+
+    def has_grad(self, i: int) -> bool:
+        return i in self._arrivals
 
     def grad(self, i: int) -> Tensor | None:
         if i not in self._arrivals:

@@ -70,7 +70,7 @@ class _Slice:
         front: which buffer receives this step's gradient.
         back: which one holds the pending gradient, and then the new weights.
         resting: which one holds the weights that flow; None where they don't.
-        arrival: of this step's gradient; None without one.
+        arrival: of this step's gradient; None without one. Keeps alive what the copy reads.
         looked_at: the numbers with which new weights were computed from this step's gradient; None before.
         pending: the numbers of the gradient in the other buffer, which waits for its commit; None without one.
     """
@@ -142,12 +142,21 @@ class DeferredState:
             add_late_gradient(self._link, here, grad, self.unit.dtype, known.arrival)
             known.looked_at = None
 
+    def has_grad(self, i: int) -> bool:
+        return self._slices[i].arrival is not None
+
     def grad(self, i: int) -> Tensor | None:
         known = self._slices[i]
         if known.arrival is None:
             return None
         known.arrival.synchronize()
         return self._span(self._buffers[known.front], i)
+
+    def order_after_copies(self) -> None:
+        """Let the device change gradients only after the copies of them that are still under way; the host goes on."""
+        for known in self._slices:
+            if known.arrival is not None:
+                known.arrival.wait()
 
     def has_arrived(self) -> bool:
         """Whether every gradient that is under way is there."""
@@ -193,15 +202,20 @@ class DeferredState:
             known = self._slices[i]
             known.pending, known.looked_at, known.stats = None, hypers[i], stats
 
+    def look_again(self, hypers: Mapping[int, AdamWHyper]) -> int:
+        """Look ahead to slices that were not looked at with these numbers; how many had been with others."""
+        redo = {i: hyper for i, hyper in hypers.items() if self._slices[i].looked_at != hyper}
+        num_redone = sum(self._slices[i].looked_at is not None for i in redo)
+        self.look_ahead(redo)
+        return num_redone
+
     def settle(self, hypers: Mapping[int, AdamWHyper]) -> tuple[list[GradStats], int]:
         """Make this step's update final: the weights are as of `hypers`, and the gradients pending.
 
         Returns:
             statistics of the gradients, and how many slices had been looked at with other numbers.
         """
-        redo = {i: hyper for i, hyper in hypers.items() if self._slices[i].looked_at != hyper}
-        num_redone = sum(self._slices[i].looked_at is not None for i in redo)
-        self.look_ahead(redo)
+        num_redone = self.look_again(hypers)
         seen = []
         for i, hyper in hypers.items():
             known = self._slices[i]

@@ -41,6 +41,12 @@ class DeferringState(UnitState, Protocol):
     def has_arrived(self) -> bool:
         """Whether `look_ahead` would wait for no gradient."""
 
+    def order_after_copies(self) -> None:
+        """Let the device change gradients only after the copies of them that are still under way."""
+
+    def look_again(self, hypers: Mapping[int, AdamWHyper]) -> int:
+        """Look ahead to slices that were not looked at with these numbers; how many had been with others."""
+
     def settle(self, hypers: Mapping[int, AdamWHyper]) -> tuple[list[GradStats], int]:
         """Make this step final with these numbers: (statistics of its gradients, slices that were looked at again)."""
 
@@ -65,6 +71,36 @@ class _Settled(NamedTuple):
     stats: list[GradStats]
     num_redone: int
     upload: PublishEvent | None
+
+
+class _Settlement:
+    """What the worker does to settle one unit.
+
+    Args:
+        hypers: by slice, the numbers of this step's update.
+        fence: the point of the device's work after which its weights may be replaced.
+    """
+
+    def __init__(
+        self, state: DeferringState, index: int, hypers: Mapping[int, AdamWHyper], fence: Any, timeline: Timeline
+    ) -> None:
+        self.has_arrived = state.has_arrived
+        self._state = state
+        self._label = f"unit {index}"
+        self._hypers = hypers
+        self._fence = fence
+        self._timeline = timeline
+        self._num_redone = 0
+
+    def prepare(self) -> None:
+        with self._timeline.host("host optimizer", f"{self._label}, early"):
+            self._num_redone = self._state.look_again(self._hypers)
+
+    def settle(self) -> _Settled:
+        with self._timeline.host("host optimizer", self._label):
+            stats, num_redone = self._state.settle(self._hypers)
+        upload = self._state.upload(list(self._hypers), self._fence)
+        return _Settled(stats, self._num_redone + num_redone, upload)
 
 
 class SettledWeights:
@@ -139,9 +175,9 @@ class DeferredStep(AdamWRule):
         if not self._looks_ahead or self._pause or is_begun:
             return
         hypers = self._hypers.setdefault(unit.index, {})
-        for i, grad in delta.slices:
+        for i, _ in delta.slices:
             param = unit.params[i]
-            item = ParamUpdate(param, self._group(param), unit, state, i, grad)
+            item = ParamUpdate(param, self._group(param), unit, state, i)
             count = int(self.bound_state(item)["step"]) + 1
             hypers[i] = adamw_hyper(self._optimizer, item.group, count, self._grad_scale, self._clip_value)
         deferring = self._states[unit.index]
@@ -181,6 +217,8 @@ class DeferredStep(AdamWRule):
         self._remember_last()
         counts: list[Tensor] = []
         made: dict[tuple[int, int], AdamWHyper] = {}
+        settlements: list[_Settlement] = []
+        stepped = []
         for items in by_unit(due).values():
             hypers = {}
             for item in items:
@@ -191,17 +229,17 @@ class DeferredStep(AdamWRule):
                 hypers[item.i] = made[key]
             unit = items[0].unit
             state = self._states[unit.index]
-            settled = self._worker.settle(functools.partial(self._settle, unit.index, hypers, state.fence()))
+            # Copies may still be under way when the step returns. What they read stays alive (CudaLinkEvent), and most
+            # of it is nobody else's; but a gradient in param.grad may be zeroed or added to in place next.
+            if any(item.param.grad is not None for item in items):
+                state.order_after_copies()
+            stepped.append((unit, list(hypers)))
+            settlements.append(_Settlement(state, unit.index, hypers, state.fence(), self._timeline))
+        for (unit, slices), settled in zip(stepped, self._worker.settle(settlements), strict=True):
             self._settling[unit.index] = settled
-            yield SteppedUnit(unit, list(hypers), _stats_of(settled), SettledWeights(settled))
+            yield SteppedUnit(unit, slices, _stats_of(settled), SettledWeights(settled))
         if counts:
             add_to_all(counts, 1.0)  # in place: they are the optimizer's own tensors
-
-    def _settle(self, index: int, hypers: Mapping[int, AdamWHyper], fence: Any) -> _Settled:
-        state = self._states[index]
-        with self._timeline.host("host optimizer", f"unit {index}"):
-            stats, num_redone = state.settle(hypers)
-        return _Settled(stats, num_redone, state.upload(list(hypers), fence))
 
     def _remember_last(self) -> None:
         """Decide from the last step whether its successors look ahead."""
