@@ -68,7 +68,10 @@ def weights_on_host(unit: OffloadableUnit, i: int, flowing: FlowingWeights | Non
 
 def host_buffers(state: UnitState, num_transfer_buffers: int) -> list[StateBytes]:
     """What a state keeps in host memory: masters, moments, and the ends of transfers."""
-    return [*adam_buffers(state), StateBytes("transfer buffers", state.transfer_dtype, num_transfer_buffers, True)]
+    return [
+        *adam_buffers(state, "host"),
+        StateBytes("transfer buffers", state.transfer_dtype, num_transfer_buffers, "host"),
+    ]
 
 
 def compensation_of(arena: HostArena, numel: int, dtype: torch.dtype, dtypes: StateDtypes) -> Tensor | None:

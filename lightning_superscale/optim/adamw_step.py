@@ -77,6 +77,10 @@ class AdamWRule(SynchronousRule):
                 own[key].copy_(held)
         return own
 
+    def numbers(self, grad_scale: float, clip_value: float | None) -> StepNumbers:
+        """The numbers of one step's updates."""
+        return StepNumbers(self, self._optimizer, grad_scale, clip_value)
+
     def _before_states_change(self, item: ParamUpdate) -> None:
         """Somebody else writes an item's states next."""
 
@@ -86,6 +90,32 @@ class AdamWRule(SynchronousRule):
             key: torch.tensor(float(value)) if key == "step" else value for key, value in saved.items()
         }
         self.bound_state(ParamUpdate(param, {}, unit, state, i))
+
+
+class StepNumbers:
+    """What the updates of one step have in common: hyperparameters by group and step, and counts that go up with it."""
+
+    def __init__(self, rule: AdamWRule, optimizer: Optimizer, grad_scale: float, clip_value: float | None) -> None:
+        self._rule = rule
+        self._optimizer = optimizer
+        self._grad_scale = grad_scale
+        self._clip_value = clip_value
+        self._counts: list[Tensor] = []
+        self._made: dict[tuple[int, int], AdamWHyper] = {}  # most parameters of a group are at the same step
+
+    def hyper_of(self, item: ParamUpdate) -> AdamWHyper:
+        """The numbers of one update; its parameter takes part in the step from now on."""
+        count = self._rule.bound_state(item)["step"]
+        self._counts.append(count)
+        key = (id(item.group), int(count) + 1)
+        if key not in self._made:
+            self._made[key] = adamw_hyper(self._optimizer, item.group, key[1], self._grad_scale, self._clip_value)
+        return self._made[key]
+
+    def advance(self) -> None:
+        """The step is taken: count it for each parameter that took part."""
+        if self._counts:
+            add_to_all(self._counts, 1.0)  # in place: they are the optimizer's own tensors
 
 
 class AdamWStep(AdamWRule):
@@ -111,26 +141,19 @@ class AdamWStep(AdamWRule):
 
     def apply(self, due: Sequence[ParamUpdate], grad_scale: float, clip_value: float | None) -> Iterator[SteppedUnit]:
         """Update every unit in the order of the next forward, giving each as soon as it is done."""
-        counts: list[Tensor] = []
-        hypers: dict[tuple[int, int], AdamWHyper] = {}  # most parameters of a group are at the same step
+        numbers = self.numbers(grad_scale, clip_value)
         handles = []
         for items in by_unit(due).values():
-            segments = []
-            for item in items:
-                counts.append(self.bound_state(item)["step"])
-                key = (id(item.group), int(counts[-1]) + 1)
-                if key not in hypers:
-                    hypers[key] = adamw_hyper(self._optimizer, item.group, key[1], grad_scale, clip_value)
-                if item.piece.numel:  # a rank may hold no row of a small parameter
-                    segments.append(_segment(item, hypers[key]))
+            hypers = [numbers.hyper_of(item) for item in items]
+            # A rank may hold no row of a small parameter.
+            segments = [_segment(item, hyper) for item, hyper in zip(items, hypers, strict=True) if item.piece.numel]
             with self._recorded(items, is_queued=True):
                 handles.append((items, self._submit_update(segments)))
         for items, handle in handles:
             with self._recorded(items, is_queued=False):
                 stats = handle.wait()
             yield SteppedUnit(items[0].unit, [item.i for item in items], stats)
-        if counts:
-            add_to_all(counts, 1.0)  # in place: they are the optimizer's own tensors
+        numbers.advance()
         for state in {id(item.state): item.state for item in due}.values():
             state.clear_grads()
 

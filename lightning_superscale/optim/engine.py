@@ -143,7 +143,7 @@ class OptimizerEngine:
 
     def _receive(self, delta: GradientDelta) -> None:
         state = self.states[delta.unit.index]
-        if state.is_on_host:
+        if "host" in state.homes:
             self._judge.receive(delta)
         self._rule.receive(delta, state)
 

@@ -1,4 +1,4 @@
-"""Adam and AdamW where some units' states are on the host and others' on the device: each steps where they are."""
+"""Adam and AdamW where some units' states are only on the device, and an offload engine has others."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from lightning_superscale.optim.unit_state import UnitState
 
 
 class MixedStep(AdamWRule):
-    """Gives every unit to the rule of its home.
+    """Gives every unit to the rule that steps its states.
 
     Args:
-        host, device: step units whose states are there.
+        host: steps units that have any state on the host.
+        device: steps the others.
     """
 
     def __init__(self, optimizer: Optimizer, guard: StepGuard, *, host: AdamWRule, device: AdamWRule) -> None:
@@ -28,7 +29,7 @@ class MixedStep(AdamWRule):
         self._device = device
 
     def _of(self, state: UnitState) -> AdamWRule:
-        return self._host if state.is_on_host else self._device
+        return self._host if "host" in state.homes else self._device
 
     def attach(self, unit: ShardUnit, state: UnitState) -> None:
         self._of(state).attach(unit, state)
@@ -46,8 +47,8 @@ class MixedStep(AdamWRule):
 
     def apply(self, due: Sequence[ParamUpdate], grad_scale: float, clip_value: float | None) -> Iterator[SteppedUnit]:
         # The device's first: the next forward begins with them, and on a GPU they are only queued.
-        for rule, is_on_host in ((self._device, False), (self._host, True)):
-            items = [item for item in due if item.state.is_on_host == is_on_host]
+        for rule, has_host in ((self._device, False), (self._host, True)):
+            items = [item for item in due if ("host" in item.state.homes) == has_host]
             yield from rule.apply(items, grad_scale, clip_value)
 
     def load(self, param: nn.Parameter, unit: ShardUnit, state: UnitState, i: int, saved: Mapping[str, Any]) -> None:

@@ -62,7 +62,7 @@ class TorchStep(SynchronousRule):
     def step(self, due: Sequence[ParamUpdate], grad_scale: float, clip_value: float | None) -> Iterator[SteppedUnit]:
         self._set_grads(due, grad_scale, clip_value)
         try:
-            lane: Lane = "host optimizer" if any(item.state.is_on_host for item in due) else "device optimizer"
+            lane: Lane = "host optimizer" if any("host" in item.state.homes for item in due) else "device optimizer"
             with self._guard.opened(), self._masters_in_place(), self._timeline.device(lane, "its own step"):
                 self._optimizer.step()
         finally:

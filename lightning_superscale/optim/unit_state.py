@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from lightning_superscale.optim.unit import PublishEvent, ShardUnit, slice_view
 # Beside exp_avg and exp_avg_sq in the optimizer's own state, where bf16 masters are compensated.
 COMPENSATION_KEY = "compensation"
 
+Home = Literal["device", "host"]
+"""The memory of the parameters' device, or that of its host across the link."""
+
 
 @dataclass(frozen=True, slots=True)
 class StateBytes:
@@ -25,12 +28,13 @@ class StateBytes:
     Attributes:
         name: as `explain()` prints it.
         copies: how many such buffers.
+        home: whose memory they are in.
     """
 
     name: str
     dtype: torch.dtype
     copies: int = 1
-    is_on_host: bool = False
+    home: Home = "device"
 
 
 class UnitState(Protocol):
@@ -53,8 +57,10 @@ class UnitState(Protocol):
     @property
     def compensation(self) -> Tensor | None: ...
     @property
-    def is_on_host(self) -> bool:
-        """Whether they live in host memory and weights on a device go there over a link."""
+    def homes(self) -> frozenset[Home]:
+        """Where they live, one place or both. With "host", gradients go there over a link, and an engine's rule steps
+        them; without, nothing leaves the device.
+        """
 
     def bytes(self) -> Sequence[StateBytes]:
         """All that it keeps between steps, but for copies of weights that flow."""
@@ -101,15 +107,15 @@ class UnitState(Protocol):
         """Free what the garbage collector does not."""
 
 
-def adam_buffers(state: UnitState) -> list[StateBytes]:
-    """Master, compensation and moments of a state, as far as it has them."""
+def adam_buffers(state: UnitState, home: Home) -> list[StateBytes]:
+    """Master, compensation and moments of a state that has them in one place, as far as it has them."""
     kept = []
     if state.master is not None:
-        kept.append(StateBytes("master weights", state.master.dtype, 1, state.is_on_host))
+        kept.append(StateBytes("master weights", state.master.dtype, 1, home))
     if state.compensation is not None:
-        kept.append(StateBytes("compensation", state.compensation.dtype, 1, state.is_on_host))
+        kept.append(StateBytes("compensation", state.compensation.dtype, 1, home))
     if state.exp_avg is not None:
-        kept.append(StateBytes("optimizer states", state.exp_avg.dtype, 2, state.is_on_host))
+        kept.append(StateBytes("optimizer states", state.exp_avg.dtype, 2, home))
     return kept
 
 
@@ -121,7 +127,7 @@ class ResidentState:
             return torch.zeros(unit.shard.shard_numel, dtype=dtype, device=unit.device)
 
         self.unit = unit
-        self.is_on_host = False
+        self.homes: frozenset[Home] = frozenset({"device"})
         self.host_copy_numel = 0
         self.transfer_dtype = unit.dtype
         self.master: Tensor | None = None
@@ -145,7 +151,7 @@ class ResidentState:
         return None if self.master is None else self.unit.local_rows(i)
 
     def bytes(self) -> Sequence[StateBytes]:
-        return adam_buffers(self)
+        return adam_buffers(self, "device")
 
     def receive(self, slices: Sequence[tuple[int, Tensor]]) -> None:
         for i, grad in slices:

@@ -27,7 +27,7 @@ class LateState(HostState):
         self.late = context.arena.zeros(unit.shard.shard_numel, torch.float32, is_pinned=False)
 
     def bytes(self) -> Sequence[StateBytes]:
-        return [*super().bytes(), StateBytes("late gradients", torch.float32, is_on_host=True)]
+        return [*super().bytes(), StateBytes("late gradients", torch.float32, home="host")]
 
     def late_of(self, i: int) -> torch.Tensor:
         return slice_view(self.late, self.unit.shard.slices[i])

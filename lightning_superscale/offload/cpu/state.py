@@ -29,7 +29,7 @@ from lightning_superscale.offload.weight_flow.weights import FlowingWeights, Hos
 from lightning_superscale.ops.state_dtypes import FP32_STATES, StateDtypes, follow_weights
 from lightning_superscale.ops.types import Rounding
 from lightning_superscale.optim.unit import ShardUnit
-from lightning_superscale.optim.unit_state import StateBytes, roundings_of
+from lightning_superscale.optim.unit_state import Home, StateBytes, roundings_of
 
 
 def host_bytes(
@@ -72,7 +72,7 @@ class HostState:
         self.transfer_dtype = dtype_on_link(context.link_dtype, dtype)
         has_own_weights = dtypes.master_of(dtype) != self.transfer_dtype
         self.unit = unit
-        self.is_on_host = True
+        self.homes: frozenset[Home] = frozenset({"host"})
         self.num_transfer_buffers = 1
         self._link = link
         self._roundings = roundings_of(unit, dtypes)

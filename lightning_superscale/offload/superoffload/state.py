@@ -44,7 +44,7 @@ from lightning_superscale.ops.cpu.adamw import adamw_commit, adamw_commit_peek, 
 from lightning_superscale.ops.state_dtypes import FP32_STATES, StateDtypes, follow_weights
 from lightning_superscale.ops.types import AdamWHyper, AdamWSegment, GradStats, Rounding
 from lightning_superscale.optim.unit import ShardUnit
-from lightning_superscale.optim.unit_state import StateBytes, roundings_of
+from lightning_superscale.optim.unit_state import Home, StateBytes, roundings_of
 
 _Kernel = Callable[..., list[GradStats] | None]
 
@@ -105,7 +105,7 @@ class DeferredState:
         link, arena, dtypes, is_pinned = context.link, context.arena, context.dtypes, context.is_pinned
         numel = unit.shard.shard_numel
         self.unit = unit
-        self.is_on_host = True
+        self.homes: frozenset[Home] = frozenset({"host"})
         self.num_transfer_buffers = 2
         self.transfer_dtype = dtype_on_link(context.link_dtype, unit.dtype)
         self._link = link

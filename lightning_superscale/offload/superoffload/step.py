@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, NamedTuple, Protocol, cast
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from lightning_superscale.offload.superoffload.worker import StepThread, StepWorker
@@ -24,7 +24,6 @@ from lightning_superscale.optim.step_rule import StepGuard, SteppedUnit
 from lightning_superscale.optim.unit import GradientDelta, PublishEvent, ShardUnit
 from lightning_superscale.optim.unit_state import UnitState
 from lightning_superscale.timeline import UNTIMED, Timeline
-from lightning_superscale.torch_private import add_to_all
 
 # Looking ahead is given up for a while when more than so many of the last steps that tried had to look again: looking
 # twice costs more than waiting for the norm and hiding the step behind the next forward. After a pause the first such
@@ -215,18 +214,11 @@ class DeferredStep(AdamWRule):
         self._take_back()
         self._forget()
         self._remember_last()
-        counts: list[Tensor] = []
-        made: dict[tuple[int, int], AdamWHyper] = {}
+        numbers = self.numbers(grad_scale, clip_value)
         settlements: list[_Settlement] = []
         stepped = []
         for items in by_unit(due).values():
-            hypers = {}
-            for item in items:
-                counts.append(self.bound_state(item)["step"])
-                key = (id(item.group), int(counts[-1]) + 1)
-                if key not in made:
-                    made[key] = adamw_hyper(self._optimizer, item.group, key[1], grad_scale, clip_value)
-                hypers[item.i] = made[key]
+            hypers = {item.i: numbers.hyper_of(item) for item in items}
             unit = items[0].unit
             state = self._states[unit.index]
             # Copies may still be under way when the step returns. What they read stays alive (CudaLinkEvent), and most
@@ -238,8 +230,7 @@ class DeferredStep(AdamWRule):
         for (unit, slices), settled in zip(stepped, self._worker.settle(settlements), strict=True):
             self._settling[unit.index] = settled
             yield SteppedUnit(unit, slices, _stats_of(settled), SettledWeights(settled))
-        if counts:
-            add_to_all(counts, 1.0)  # in place: they are the optimizer's own tensors
+        numbers.advance()
 
     def _remember_last(self) -> None:
         """Decide from the last step whether its successors look ahead."""

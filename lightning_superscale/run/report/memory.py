@@ -14,7 +14,7 @@ from lightning_superscale.offload.weight_flow.schedule import WeightFlow
 from lightning_superscale.optim.engine import OptimizerEngine
 from lightning_superscale.optim.grad_dtypes import grad_dtype_of
 from lightning_superscale.optim.unit import ShardUnit
-from lightning_superscale.optim.unit_state import UnitState
+from lightning_superscale.optim.unit_state import Home, UnitState
 from lightning_superscale.run.report.plan import ByteClass
 
 
@@ -52,13 +52,13 @@ class _Rows:
         *,
         num_shares: int = 1,
         copies: int = 1,
-        is_on_host: bool = False,
+        home: Home = "device",
     ) -> None:
         """Args: copies: tensors of `held_numel` elements each."""
         key = (name, str(dtype).removeprefix("torch."))
         row = self.rows.setdefault(key, _Row(copies * dtype.itemsize, num_shares))
         held_bytes = copies * held_numel * dtype.itemsize
-        if is_on_host:
+        if home == "host":
             row.host_bytes += held_bytes
         else:
             row.device_bytes += held_bytes
@@ -92,7 +92,9 @@ def byte_classes(
     in_units = {param for unit, _ in pairs for param in unit.params}
     for param in (param for param in module.parameters() if param not in in_units):
         name = "frozen (host copy)" if param in flowing else "frozen weights"
-        rows.add(name, param.dtype, tensor_numel(param), tensor_numel(param), is_on_host=param in flowing)
+        rows.add(
+            name, param.dtype, tensor_numel(param), tensor_numel(param), home="host" if param in flowing else "device"
+        )
     for buffer in module.buffers():
         rows.add("buffers", buffer.dtype, tensor_numel(buffer), tensor_numel(buffer))
     return [*rows.done(), *([] if flow is None else [_flowing(flow)])]
@@ -112,7 +114,7 @@ def _add_unit(
     if not flows:
         rows.add("weights", unit.dtype, numel, unit.weight_numel, num_shares=weight_shares)
     elif state.host_copy_numel:
-        rows.add("weights (host copy)", unit.dtype, numel, state.host_copy_numel, is_on_host=True)
+        rows.add("weights (host copy)", unit.dtype, numel, state.host_copy_numel, home="host")
     if zero.reduces_once:
         rows.add("gradients", grad_dtype_of(unit.params[0]), numel, numel)
     else:
@@ -125,5 +127,5 @@ def _add_unit(
             share,
             num_shares=shard_size,
             copies=kept.copies,
-            is_on_host=kept.is_on_host,
+            home=kept.home,
         )
