@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from lightning_superscale.optim.adamw_step import AdamWRule
 from lightning_superscale.optim.param_update import ParamUpdate
-from lightning_superscale.optim.step_rule import StepGuard, SteppedUnit
+from lightning_superscale.optim.step_rule import RuleState, StepGuard, SteppedUnit
 from lightning_superscale.optim.unit import GradientDelta, ShardUnit
 from lightning_superscale.optim.unit_state import UnitState
 
@@ -60,6 +60,21 @@ class MixedStep(AdamWRule):
     def flush(self) -> None:
         self._host.flush()
         self._device.flush()
+
+    @property
+    def evaluates_stale(self) -> bool:
+        return self._host.evaluates_stale or self._device.evaluates_stale
+
+    def catch_up(self) -> Iterator[SteppedUnit]:
+        yield from self._device.catch_up()
+        yield from self._host.catch_up()
+
+    def state_dict(self) -> RuleState:
+        return {**self._device.state_dict(), **self._host.state_dict()}
+
+    def load_state_dict(self, saved: RuleState) -> None:
+        self._device.load_state_dict(saved)
+        self._host.load_state_dict(saved)
 
     def discard(self) -> None:
         self._host.discard()

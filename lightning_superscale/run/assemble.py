@@ -105,6 +105,11 @@ class Assembly:
         for gates in self.gates:
             gates.enter_step()
 
+    def before_evaluation(self) -> None:
+        """Before forwards that train nothing, between steps: weights have all gradients. Every rank calls it."""
+        for engine in self.engines.values():
+            engine.before_evaluation()
+
     def after_backward(self) -> None:
         """After the last backward of a step. Every rank calls it."""
         if self.settings.is_automatic and self.settings.why_held is not None:

@@ -52,6 +52,7 @@ class EvaluationMixin(_Base):
     def on_validation_start(self) -> None:
         super().on_validation_start()
         if self._assembly is not None:
+            self._assembly.before_evaluation()
             self._assembly.buffers.sync()
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
