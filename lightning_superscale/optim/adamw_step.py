@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_superscale.ops.types import AdamWHyper, AdamWSegment
 from lightning_superscale.ops.update import Update
-from lightning_superscale.optim.param_update import ParamUpdate, adamw_hyper, by_unit
+from lightning_superscale.optim.param_update import GradScale, ParamUpdate, adamw_hyper, by_unit
 from lightning_superscale.optim.step_rule import StepGuard, SteppedUnit, SynchronousRule
 from lightning_superscale.optim.unit import ShardUnit, slice_view
 from lightning_superscale.optim.unit_state import COMPENSATION_KEY, UnitState
@@ -37,11 +37,15 @@ class AdamWRule(SynchronousRule):
     def attach(self, unit: ShardUnit, state: UnitState) -> None:
         """Nothing to prepare: states are bound at a parameter's first gradient, as plain AdamW makes them."""
 
-    def step(self, due: Sequence[ParamUpdate], grad_scale: float, clip_value: float | None) -> Iterator[SteppedUnit]:
+    def step(
+        self, due: Sequence[ParamUpdate], grad_scale: GradScale, clip_value: float | None
+    ) -> Iterator[SteppedUnit]:
         yield from self.apply(due, grad_scale, clip_value)
         self._run_hooks()
 
-    def apply(self, due: Sequence[ParamUpdate], grad_scale: float, clip_value: float | None) -> Iterator[SteppedUnit]:
+    def apply(
+        self, due: Sequence[ParamUpdate], grad_scale: GradScale, clip_value: float | None
+    ) -> Iterator[SteppedUnit]:
         """Step, without the hooks of the user's optimizer."""
         raise NotImplementedError
 
@@ -123,6 +127,7 @@ class AdamWStep(AdamWRule):
 
     Args:
         timeline, lane: where that is recorded.
+        scales_on_device: the kernel reads what gradients are multiplied by on the device, if it is there.
     """
 
     def __init__(
@@ -133,20 +138,31 @@ class AdamWStep(AdamWRule):
         *,
         timeline: Timeline = UNTIMED,
         lane: Lane = "host optimizer",
+        scales_on_device: bool = False,
     ) -> None:
         super().__init__(optimizer, guard)
         self._submit_update = submit_update
         self._timeline = timeline
         self._lane = lane
+        self._scales_on_device = scales_on_device
 
-    def apply(self, due: Sequence[ParamUpdate], grad_scale: float, clip_value: float | None) -> Iterator[SteppedUnit]:
+    def apply(
+        self, due: Sequence[ParamUpdate], grad_scale: GradScale, clip_value: float | None
+    ) -> Iterator[SteppedUnit]:
         """Update every unit in the order of the next forward, giving each as soon as it is done."""
+        device_scale = None
+        if isinstance(grad_scale, Tensor):
+            grad_scale, device_scale = (1.0, grad_scale) if self._scales_on_device else (float(grad_scale), None)
         numbers = self.numbers(grad_scale, clip_value)
         handles = []
         for items in by_unit(due).values():
             hypers = [numbers.hyper_of(item) for item in items]
             # A rank may hold no row of a small parameter.
-            segments = [_segment(item, hyper) for item, hyper in zip(items, hypers, strict=True) if item.piece.numel]
+            segments = [
+                _segment(item, hyper, device_scale)
+                for item, hyper in zip(items, hypers, strict=True)
+                if item.piece.numel
+            ]
             with self._recorded(items, is_queued=True):
                 handles.append((items, self._submit_update(segments)))
         for items, handle in handles:
@@ -164,7 +180,7 @@ class AdamWStep(AdamWRule):
         return self._timeline.device(self._lane, f"unit {items[0].unit.index}")
 
 
-def _segment(item: ParamUpdate, hyper: AdamWHyper) -> AdamWSegment:
+def _segment(item: ParamUpdate, hyper: AdamWHyper, device_scale: Tensor | None) -> AdamWSegment:
     state, piece = item.state, item.piece
     return AdamWSegment(
         param=state.master_of(item.i),
@@ -175,6 +191,7 @@ def _segment(item: ParamUpdate, hyper: AdamWHyper) -> AdamWSegment:
         weight_out=state.weight_out_of(item.i),
         rounding=state.rounding_of(item.i),
         compensation=None if state.compensation is None else slice_view(state.compensation, piece),
+        device_scale=device_scale,
     )
 
 

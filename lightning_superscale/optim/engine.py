@@ -20,7 +20,7 @@ from lightning_superscale.layout.rows import ParamSlice
 from lightning_superscale.ops.update import StatsSource
 from lightning_superscale.optim.bucketing import NamedParam
 from lightning_superscale.optim.clipping import ClipRequest, LastNorm
-from lightning_superscale.optim.param_update import ParamUpdate, by_unit, why_not_native
+from lightning_superscale.optim.param_update import GradScale, ParamUpdate, by_unit, why_not_native
 from lightning_superscale.optim.state_dict import (
     MASTER_KEY,
     keep_rule_state,
@@ -293,7 +293,7 @@ class OptimizerEngine:
     def closure_step(self, closure: Callable[[], Any]) -> Any:
         """Step such an optimizer; `closure` runs forward and backward and returns the loss."""
 
-        def evaluate(stepped: Iterable[SteppedUnit]) -> tuple[Any, Sequence[ParamUpdate], float, float | None]:
+        def evaluate(stepped: Iterable[SteppedUnit]) -> tuple[Any, Sequence[ParamUpdate], GradScale, float | None]:
             self._publish_all(stepped)
             self.transport.wait_all_published()
             result = closure()

@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_superscale.optim.adamw_step import AdamWRule
-from lightning_superscale.optim.param_update import ParamUpdate
+from lightning_superscale.optim.param_update import GradScale, ParamUpdate
 from lightning_superscale.optim.step_rule import RuleState, StepGuard, SteppedUnit
 from lightning_superscale.optim.unit import GradientDelta, ShardUnit
 from lightning_superscale.optim.unit_state import UnitState
@@ -45,7 +45,9 @@ class MixedStep(AdamWRule):
         self._host.quiesce()
         self._device.quiesce()
 
-    def apply(self, due: Sequence[ParamUpdate], grad_scale: float, clip_value: float | None) -> Iterator[SteppedUnit]:
+    def apply(
+        self, due: Sequence[ParamUpdate], grad_scale: GradScale, clip_value: float | None
+    ) -> Iterator[SteppedUnit]:
         # The device's first: the next forward begins with them, and on a GPU they are only queued.
         for rule, has_host in ((self._device, False), (self._host, True)):
             items = [item for item in due if ("host" in item.state.homes) == has_host]

@@ -15,6 +15,9 @@ from lightning_superscale.ops.types import AdamWHyper
 from lightning_superscale.optim.unit import ShardUnit
 from lightning_superscale.optim.unit_state import UnitState
 
+GradScale = float | Tensor
+"""What a step's gradients are multiplied by; one fp32 element on their device where the host need not know it."""
+
 
 @dataclass(slots=True)
 class ParamUpdate:

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.ops.update import StatsSource
-from lightning_superscale.optim.param_update import ParamUpdate
+from lightning_superscale.optim.param_update import GradScale, ParamUpdate
 from lightning_superscale.optim.unit import GradientDelta, PublishEvent, ShardUnit
 from lightning_superscale.optim.unit_state import UnitState
 
@@ -63,7 +63,9 @@ class StepRule(Protocol):
         Raises: what failed there.
         """
 
-    def step(self, due: Sequence[ParamUpdate], grad_scale: float, clip_value: float | None) -> Iterator[SteppedUnit]:
+    def step(
+        self, due: Sequence[ParamUpdate], grad_scale: GradScale, clip_value: float | None
+    ) -> Iterator[SteppedUnit]:
         """Step every unit in the order of the next forward, and forget its gradients.
 
         The engine runs it to its end and publishes each unit while the next ones are still being stepped.

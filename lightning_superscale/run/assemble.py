@@ -332,7 +332,14 @@ def _native_maker(
     settings: RunSettings, update: UpdatePath, context: OffloadContext | None
 ) -> Callable[[Optimizer, StepGuard], StepRule]:
     def on_device(optimizer: Optimizer, guard: StepGuard, path: UpdatePath) -> AdamWStep:
-        return AdamWStep(optimizer, guard, path.submit, timeline=settings.timeline, lane="device optimizer")
+        return AdamWStep(
+            optimizer,
+            guard,
+            path.submit,
+            timeline=settings.timeline,
+            lane="device optimizer",
+            scales_on_device=path.scales_on_device,
+        )
 
     engine = settings.engine
     if engine is None or context is None:

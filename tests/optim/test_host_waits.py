@@ -6,8 +6,11 @@ import threading
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from lightning_superscale.offload.link.link import CpuLink
+from lightning_superscale.ops.cuda import kernels
+from lightning_superscale.ops.update import update_path
 from lightning_superscale.optim.clipping import ClipByNorm
 from tests.helpers.engines import build_engine
 from tests.helpers.plain import PlainMasterAdamW
@@ -128,3 +131,80 @@ def test_gradients_in_param_grad_may_be_zeroed_in_place_right_after_the_step(is_
     for name, param in model.named_parameters():
         if name in used:
             assert torch.equal(param, plain.get_parameter(name)), name
+
+
+class DeviceDouble(TorchFunctionMode):
+    """Takes every tensor for the device's, but for those that it is told of, and notes who reads one on the host."""
+
+    READS = ("item", "tolist", "cpu", "numpy", "__float__", "__int__", "__bool__", "__index__", "__contains__", "equal")
+
+    def __init__(self, on_host) -> None:
+        super().__init__()
+        self._on_host = {id(tensor) for tensor in on_host}
+        self.reads: list[str] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name = getattr(func, "__name__", "")
+        to_host = name == "to" and "cpu" in [str(value) for value in (*args[1:], *(kwargs or {}).values())]
+        if (name in self.READS or to_host) and id(args[0]) not in self._on_host:
+            self.reads.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_double_notes_every_way_of_reading():
+    tensor, own = torch.tensor(1.0), torch.tensor(2.0)
+    with DeviceDouble([own]) as double:
+        assert tensor.item() == 1.0 == float(tensor) == int(tensor)
+        assert bool(tensor)
+        assert bool(tensor.isfinite())
+        assert (tensor.cpu() + tensor.to("cpu") + tensor.to(device="cpu")).tolist() == 3.0
+        assert float(own) == 2.0
+    assert sorted(double.reads) == sorted(
+        ["item", "__float__", "__int__", "__bool__", "__bool__", "cpu", "to", "to", "tolist"]
+    )
+
+
+@pytest.mark.parametrize("make", ["AdamW", "SGD"])
+@pytest.mark.parametrize("clip", [None, 0.05, 1e6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16-true"])
+def test_a_resident_step_reads_nothing_of_the_device(clip, dtype, make, monkeypatch):
+    monkeypatch.setattr(kernels, "unavailable_reason", lambda: "a double of the device has no kernels")
+    plain, model = Programs(dtype), Programs(dtype)
+    oracle = PlainMasterAdamW(plain.parameters(), max_norm=clip, **ADAMW)
+    optimizer = torch.optim.AdamW(model.parameters(), **ADAMW)
+    if make == "SGD":
+        oracle.optimizer = torch.optim.SGD(oracle.masters, lr=0.1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    path = update_path(torch.device("cuda"))
+    engine = build_engine(model, optimizer, is_offloaded=False, unit_bytes=300, device_path=path)
+    for step in range(3):
+        oracle.zero_grad()
+        plain_backward(plain, batch(step, dtype))
+        oracle.step()
+        optimizer.zero_grad()
+        plain_backward(model, batch(step, dtype))
+        if clip is not None:
+            engine.request_clip(ClipByNorm(clip))
+        with DeviceDouble([state["step"] for state in optimizer.state.values() if "step" in state]) as double:
+            engine.step()
+        # Counts of steps are made at a parameter's first one, on the host.
+        assert double.reads == (["__int__"] * 7 if step == 0 and make == "AdamW" else [])
+    engine.close()
+    assert all(map(torch.equal, model.parameters(), plain.parameters()))
+
+
+def test_scaled_losses_cost_one_look_at_the_norm(monkeypatch):
+    """Whether a step overflowed decides over counts and the next scale, which are the host's."""
+    monkeypatch.setattr(kernels, "unavailable_reason", lambda: "a double of the device has no kernels")
+    model = Programs()
+    optimizer = torch.optim.AdamW(model.parameters(), **ADAMW)
+    path = update_path(torch.device("cuda"))
+    engine = build_engine(model, optimizer, is_offloaded=False, unit_bytes=300, device_path=path)
+    for step in range(2):
+        engine.scale_losses(1024.0)
+        optimizer.zero_grad()
+        plain_backward(model, batch(step, torch.float32))
+        with DeviceDouble([state["step"] for state in optimizer.state.values()]) as double:
+            engine.step()
+    engine.close()
+    assert double.reads == ["__bool__"]

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from lightning_superscale.offload.superoffload.worker import StepThread, StepWorker
 from lightning_superscale.ops.types import AdamWHyper, GradStats
 from lightning_superscale.optim.adamw_step import AdamWRule
-from lightning_superscale.optim.param_update import ParamUpdate, adamw_hyper, by_unit
+from lightning_superscale.optim.param_update import GradScale, ParamUpdate, adamw_hyper, by_unit
 from lightning_superscale.optim.step_rule import StepGuard, SteppedUnit
 from lightning_superscale.optim.unit import GradientDelta, PublishEvent, ShardUnit
 from lightning_superscale.optim.unit_state import UnitState
@@ -208,13 +208,15 @@ class DeferredStep(AdamWRule):
 
     # The step
 
-    def apply(self, due: Sequence[ParamUpdate], grad_scale: float, clip_value: float | None) -> Iterator[SteppedUnit]:
+    def apply(
+        self, due: Sequence[ParamUpdate], grad_scale: GradScale, clip_value: float | None
+    ) -> Iterator[SteppedUnit]:
         """Settle every unit in the order of the next forward; new weights may still be on their way afterwards."""
         self._clip_value = clip_value
         self._take_back()
         self._forget()
         self._remember_last()
-        numbers = self.numbers(grad_scale, clip_value)
+        numbers = self.numbers(float(grad_scale), clip_value)
         settlements: list[_Settlement] = []
         stepped = []
         for items in by_unit(due).values():
