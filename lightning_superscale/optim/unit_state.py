@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from lightning_superscale.comm.dtensor import tensor_part_name
+from lightning_superscale.layout.memory import Home
 from lightning_superscale.ops.state_dtypes import FP32_STATES, StateDtypes, follow_weights
 from lightning_superscale.ops.types import Rounding
 from lightning_superscale.optim.unit import PublishEvent, ShardUnit, slice_view
@@ -17,13 +18,11 @@ from lightning_superscale.optim.unit import PublishEvent, ShardUnit, slice_view
 # Beside exp_avg and exp_avg_sq in the optimizer's own state, where bf16 masters are compensated.
 COMPENSATION_KEY = "compensation"
 
-Home = Literal["device", "host"]
-"""The memory of the parameters' device, or that of its host across the link."""
-
 
 @dataclass(frozen=True, slots=True)
 class StateBytes:
-    """One kind of buffer that a unit's state keeps, of one element per element of the unit's rows.
+    """One kind of buffer that a unit's state has, of one element per element of the unit's rows: what there is, where
+    `MemoryModel` says what there should be.
 
     Attributes:
         name: as `explain()` prints it.

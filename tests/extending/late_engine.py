@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 
+from lightning_superscale.layout.memory import MemoryModel
 from lightning_superscale.offload.cpu.engine import CpuEngine
 from lightning_superscale.offload.cpu.state import HostState
 from lightning_superscale.offload.engine import RunFacts
+from lightning_superscale.ops.state_dtypes import bytes_of
 from lightning_superscale.optim.adamw_step import AdamWRule, AdamWStep
 from lightning_superscale.optim.param_update import ParamUpdate
 from lightning_superscale.optim.step_rule import RuleState, SteppedUnit
@@ -108,8 +110,8 @@ class LateEngine(CpuEngine):
         if facts.dtypes.is_low_precision:
             raise ValueError("the late engine keeps fp32 states; found 16-bit ones. Use engine='cpu'.")
 
-    def host_bytes(self, numel, dtype, **how) -> int:
-        return super().host_bytes(numel, dtype, **how) + 4 * numel
+    def memory(self, weights, **how) -> MemoryModel:
+        return super().memory(weights, **how) + MemoryModel((bytes_of("late gradients", torch.float32, "host"),))
 
     def make_state(self, unit, context, *, has_moments, streamed) -> LateState:
         return LateState(unit, context, streamed=streamed)

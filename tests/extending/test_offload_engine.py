@@ -81,6 +81,7 @@ def test_it_is_explained_and_counted():
     masters, late = rows["master weights"], rows["late gradients"]
     assert late.host_bytes == masters.host_bytes > 0
     assert late.device_bytes == 0
+    assert late.arithmetic == masters.arithmetic
 
 
 def test_what_it_refuses_is_refused_before_training():

@@ -13,6 +13,7 @@ from lightning_superscale.offload.link.dtype import LinkDtype
 from lightning_superscale.offload.link.link import CpuLink
 from lightning_superscale.offload.weight_flow.schedule import WeightFlow
 from lightning_superscale.ops.cpu.pool import Pool, default_pool
+from lightning_superscale.ops.state_dtypes import FP32_STATES, StateDtypes
 from lightning_superscale.ops.update import UpdatePath, update_path
 from lightning_superscale.optim.adamw_step import AdamWStep
 from lightning_superscale.optim.bucketing import Grouping
@@ -42,6 +43,24 @@ def offload_context(
         link_dtype=link_dtype,
         streams=streams,
     )
+
+
+def host_bytes(
+    engine: str,
+    numel: int,
+    dtype: torch.dtype,
+    *,
+    has_moments: bool = True,
+    flows: bool = False,
+    num_shares: int = 1,
+    dtypes: StateDtypes = FP32_STATES,
+    link_dtype: LinkDtype = "weights",
+) -> int:
+    """What an engine says that so many parameters take of the host."""
+    model = engine_of(engine).memory(
+        dtype, has_moments=has_moments, flows=flows, num_shares=num_shares, dtypes=dtypes, link_dtype=link_dtype
+    )
+    return model.bytes("host", numel, num_shares)
 
 
 def build_engine(

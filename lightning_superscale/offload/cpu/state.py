@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
+from lightning_superscale.layout.memory import Home
 from lightning_superscale.offload.engine import OffloadContext
 from lightning_superscale.offload.host_state import (
     UploadEvent,
@@ -23,28 +23,13 @@ from lightning_superscale.offload.host_state import (
     way_of_weights,
     weights_on_host,
 )
-from lightning_superscale.offload.link.dtype import LinkDtype, add_late_gradient, dtype_on_link, send_gradient
+from lightning_superscale.offload.link.dtype import add_late_gradient, dtype_on_link, send_gradient
 from lightning_superscale.offload.link.link import LinkEvent
 from lightning_superscale.offload.weight_flow.weights import FlowingWeights, HostBound, LateUpload, StreamedUnit
-from lightning_superscale.ops.state_dtypes import FP32_STATES, StateDtypes, follow_weights
+from lightning_superscale.ops.state_dtypes import follow_weights
 from lightning_superscale.ops.types import Rounding
 from lightning_superscale.optim.unit import ShardUnit
-from lightning_superscale.optim.unit_state import Home, StateBytes, roundings_of
-
-
-def host_bytes(
-    numel: int,
-    dtype: torch.dtype,
-    *,
-    has_moments: bool,
-    flows: bool = False,
-    dtypes: StateDtypes = FP32_STATES,
-    link_dtype: LinkDtype = "weights",
-) -> int:
-    """Host bytes that `HostState` allocates for a unit of `numel` elements of `dtype` weights."""
-    states = dtypes.state_bytes(dtype, has_moments=has_moments, is_on_host=True)
-    copy = dtype.itemsize if flows and dtypes.master_of(dtype) != dtype else 0
-    return numel * (states + dtype_on_link(link_dtype, dtype).itemsize + copy)
+from lightning_superscale.optim.unit_state import StateBytes, roundings_of
 
 
 class HostState:

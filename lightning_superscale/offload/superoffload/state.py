@@ -26,9 +26,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
+from lightning_superscale.layout.memory import Home
 from lightning_superscale.offload.engine import OffloadContext
 from lightning_superscale.offload.host_state import (
     UploadEvent,
@@ -37,29 +37,16 @@ from lightning_superscale.offload.host_state import (
     way_of_weights,
     weights_on_host,
 )
-from lightning_superscale.offload.link.dtype import LinkDtype, add_late_gradient, dtype_on_link, send_gradient
+from lightning_superscale.offload.link.dtype import add_late_gradient, dtype_on_link, send_gradient
 from lightning_superscale.offload.link.link import LinkEvent, LinkFence
 from lightning_superscale.offload.weight_flow.weights import FlowingWeights, HostBound, LateUpload, StreamedUnit
 from lightning_superscale.ops.cpu.adamw import adamw_commit, adamw_commit_peek, adamw_peek
-from lightning_superscale.ops.state_dtypes import FP32_STATES, StateDtypes, follow_weights
+from lightning_superscale.ops.state_dtypes import follow_weights
 from lightning_superscale.ops.types import AdamWHyper, AdamWSegment, GradStats, Rounding
 from lightning_superscale.optim.unit import ShardUnit
-from lightning_superscale.optim.unit_state import Home, StateBytes, roundings_of
+from lightning_superscale.optim.unit_state import StateBytes, roundings_of
 
 _Kernel = Callable[..., list[GradStats] | None]
-
-
-def deferred_host_bytes(
-    numel: int,
-    dtype: torch.dtype,
-    *,
-    flows: bool = False,
-    dtypes: StateDtypes = FP32_STATES,
-    link_dtype: LinkDtype = "weights",
-) -> int:
-    """Host bytes that `DeferredState` allocates for a unit of `numel` elements of `dtype` weights."""
-    states = dtypes.state_bytes(dtype, has_moments=True, is_on_host=True)
-    return numel * (states + (3 if flows else 2) * dtype_on_link(link_dtype, dtype).itemsize)
 
 
 @dataclass(slots=True)
