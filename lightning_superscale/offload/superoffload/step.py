@@ -92,7 +92,7 @@ class _Settlement:
         self._num_redone = 0
 
     def prepare(self) -> None:
-        with self._timeline.host("host optimizer", f"{self._label}, early"):
+        with self._timeline.host("host optimizer", f"{self._label}, ahead"):
             self._num_redone = self._state.look_again(self._hypers)
 
     def settle(self) -> _Settled:
