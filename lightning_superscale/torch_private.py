@@ -61,6 +61,11 @@ def add_to_all(tensors: list[Tensor], value: float) -> None:
     torch._foreach_add_(tensors, value)
 
 
+def norms_of_all(tensors: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """The 2-norm of each, a scalar of `dtype` in which it is summed up; in one launch where they are on a GPU."""
+    return torch._foreach_norm(tensors, 2, dtype=dtype)
+
+
 def copy_all(targets: list[Tensor], sources: list[Tensor] | tuple[Tensor, ...]) -> None:
     """In place, in one launch."""
     torch._foreach_copy_(targets, sources)

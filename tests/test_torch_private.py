@@ -86,6 +86,16 @@ def test_launches_for_many_tensors_change_each_in_place():
     assert all(torch.equal(t, u) for t, u in zip(ones, twos, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_norms_of_many_tensors_are_those_of_each_on_a_cpu(dtype):
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(shape, generator=generator).to(dtype) for shape in ((3,), (0,), (70000,), (33, 65), ())]
+    tensors += [tensors[3].t(), torch.full((4,), torch.inf).to(dtype), torch.full((4,), torch.nan).to(dtype)]
+    found = torch_private.norms_of_all(tensors, torch.float32)
+    expected = [torch.linalg.vector_norm(tensor, 2, dtype=torch.float32) for tensor in tensors]
+    assert torch.equal(torch.stack(found).view(torch.int32), torch.stack(expected).view(torch.int32))
+
+
 def test_compiled_modules_are_known_and_seen_through():
     module = nn.Sequential(nn.Linear(2, 2))
     assert not torch_private.is_compiled(module)

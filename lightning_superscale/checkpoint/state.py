@@ -19,6 +19,7 @@ Role = Literal["model", "buffer", "master", "state", "scalar", "extra"]
 
 MODEL = "model"
 MASTER = "master_param"
+RULE_STATE = "rule_state"
 EXTRA = "extra"
 
 
@@ -84,12 +85,14 @@ class OptimizerRecord:
         groups: each parameter group's options (lr, betas, ...; numbers, strings, booleans, lists, tuples, None).
         names: each group's parameters, by name, in the optimizer's order.
         values: by parameter name and state key, entries of the parameter's state that are not tensors.
+        rule: what belongs to no parameter: numbers and small tensors by name, of the rule that stepped it.
     """
 
     class_name: str
     groups: tuple[dict[str, Any], ...]
     names: tuple[tuple[str, ...], ...]
     values: dict[str, dict[str, Any]] = field(default_factory=dict)
+    rule: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from lightning_superscale.config import OffloadConfig, ZeroConfig
 from lightning_superscale.config.offload import ENGINES
+from lightning_superscale.layout.memory import MemoryModel
 from lightning_superscale.offload.link.arena import HostArena
 from lightning_superscale.offload.link.dtype import LinkDtype
 from lightning_superscale.offload.link.link import Link
@@ -108,13 +109,23 @@ class OffloadEngine(Protocol):
             SuperScaleError: names the option and what to do.
         """
 
-    def host_bytes(
-        self, numel: int, dtype: torch.dtype, *, flows: bool, dtypes: StateDtypes, link_dtype: LinkDtype
-    ) -> int:
-        """Host bytes that the states of `numel` parameters of this dtype take, but for padding.
+    def memory(
+        self,
+        weights: torch.dtype,
+        *,
+        has_moments: bool,
+        flows: bool,
+        num_shares: int,
+        dtypes: StateDtypes,
+        link_dtype: LinkDtype,
+    ) -> MemoryModel:
+        """What the states of parameters of this dtype take, by class; see [Note: One memory model] in layout/memory.py.
 
         Args:
+            has_moments: as `make_state`'s.
             flows: their weights stream from host memory.
+            num_shares: ranks that share their steps.
+            dtypes, link_dtype: as the context's.
         """
 
     def make_state(

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_superscale.ops.types import AdamWHyper, AdamWSegment, GradStats, Rounding
+from lightning_superscale.ops.types import AdamWSegment, GradStats, Rounding
 
 # [Note: Sum of squares] A segment is cut into blocks of 4096 elements from its own start. Within a
 # block, lane j of 16 adds the squares of elements j, j+16, j+32, ... in that order, in fp32; the 16
@@ -36,17 +36,16 @@ def _sqrt(x: Tensor, is_ieee: bool) -> Tensor:
     return x.double().sqrt().float() if is_ieee else x.sqrt()
 
 
-def scaled_grad(grad: Tensor, hyper: AdamWHyper) -> Tensor:
+def scaled_grad(seg: AdamWSegment) -> Tensor:
     """fp32 gradient after scaling, before clipping and sign."""
-    return grad.float() * hyper.grad_scale
+    return seg.grad.float() * seg.grad_scale
 
 
-def _adamw_math(
-    param: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, hyper: AdamWHyper
-) -> tuple[Tensor, Tensor, Tensor]:
+def _adamw_math(seg: AdamWSegment) -> tuple[Tensor, Tensor, Tensor]:
     """One update, out of place, in fp32: new (param, exp_avg, exp_avg_sq)."""
+    param, exp_avg, exp_avg_sq, hyper = seg.param, seg.exp_avg, seg.exp_avg_sq, seg.hyper
     s = hyper.scalars()
-    g = scaled_grad(grad, hyper)
+    g = scaled_grad(seg)
     if hyper.clip_value is not None:
         g = g.clamp(-hyper.clip_value, hyper.clip_value)
     if hyper.maximize:
@@ -63,8 +62,8 @@ def _adamw_math(
     return p.addcdiv(m, denom, value=s.neg_step_size), m, v
 
 
-def _stats(grad: Tensor, hyper: AdamWHyper) -> GradStats:
-    g = scaled_grad(grad, hyper)
+def _stats(seg: AdamWSegment) -> GradStats:
+    g = scaled_grad(seg)
     return GradStats(sumsq(g), int((~g.isfinite()).sum()))
 
 
@@ -84,17 +83,17 @@ class _Updated(NamedTuple):
             seg.compensation.copy_(self.compensation)
 
 
-def _updated(seg: AdamWSegment, grad: Tensor, hyper: AdamWHyper) -> _Updated:
+def _updated(seg: AdamWSegment) -> _Updated:
     if seg.rounding is not None:
-        return _low_precision_update(seg, grad, hyper, seg.rounding)
-    return _Updated(*_adamw_math(seg.param, seg.exp_avg, seg.exp_avg_sq, grad, hyper), None)
+        return _low_precision_update(seg, seg.rounding)
+    return _Updated(*_adamw_math(seg), None)
 
 
 def adamw_commit(segments: Sequence[AdamWSegment], *, stats: bool = False) -> list[GradStats] | None:
     """Apply `grad` to param, exp_avg, exp_avg_sq in place; write `weight_out` if present."""
-    seen = [_stats(seg.grad, seg.hyper) for seg in segments] if stats else None
+    seen = [_stats(seg) for seg in segments] if stats else None
     for seg in segments:
-        new = _updated(seg, seg.grad, seg.hyper)
+        new = _updated(seg)
         new.store(seg)
         if seg.weight_out is not None:
             seg.weight_out.copy_(new.param)
@@ -103,11 +102,11 @@ def adamw_commit(segments: Sequence[AdamWSegment], *, stats: bool = False) -> li
 
 def adamw_peek(segments: Sequence[AdamWSegment], *, stats: bool = False) -> list[GradStats] | None:
     """Write to `weight_out` what `adamw_commit` would write, and change nothing else."""
-    seen = [_stats(seg.grad, seg.hyper) for seg in segments] if stats else None
+    seen = [_stats(seg) for seg in segments] if stats else None
     for seg in segments:
         if seg.weight_out is None:
             raise ValueError("adamw_peek writes only weight_out, and this segment has none")
-        seg.weight_out.copy_(_updated(seg, seg.grad, seg.hyper).param)
+        seg.weight_out.copy_(_updated(seg).param)
     return seen
 
 
@@ -117,8 +116,8 @@ def adamw_commit_peek(segments: Sequence[AdamWSegment], *, stats: bool = False) 
     for seg in segments:
         if seg.next_grad is None or seg.next_hyper is None:
             raise ValueError("adamw_commit_peek needs next_grad and next_hyper in every segment")
-        ahead.append(dataclasses.replace(seg, grad=seg.next_grad, hyper=seg.next_hyper))
-        _updated(seg, seg.grad, seg.hyper).store(seg)
+        ahead.append(dataclasses.replace(seg, grad=seg.next_grad, hyper=seg.next_hyper, device_scale=None))
+        _updated(seg).store(seg)
     return adamw_peek(ahead, stats=stats)
 
 
@@ -256,9 +255,9 @@ def adamw_low(seg: AdamWSegment) -> None:
     adamw_commit([seg])
 
 
-def _low_precision_update(seg: AdamWSegment, grad: Tensor, hyper: AdamWHyper, rounding: Rounding) -> _Updated:
-    s = hyper.scalars()
-    p, g = seg.param.float(), scaled_grad(grad, hyper)
+def _low_precision_update(seg: AdamWSegment, rounding: Rounding) -> _Updated:
+    hyper, s = seg.hyper, seg.hyper.scalars()
+    p, g = seg.param.float(), scaled_grad(seg)
     if seg.compensation is not None:
         p = p + seg.compensation.float()
     if hyper.clip_value is not None:

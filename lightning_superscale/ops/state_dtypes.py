@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_superscale.layout.memory import Axis, BytesPerParam, Home, MemoryModel
 from lightning_superscale.ops.types import Rounding
 
 
@@ -52,20 +53,35 @@ class StateDtypes:
         digest = hashlib.blake2b(f"{self.seed}:{fqn}".encode(), digest_size=8).digest()
         return Rounding(True, int.from_bytes(digest, "little") >> 1, first_element)
 
-    def state_bytes(self, weights: torch.dtype, *, has_moments: bool, is_on_host: bool) -> int:
+    def memory(self, weights: torch.dtype, *, has_moments: bool, home: Home) -> MemoryModel:
         """Bytes per parameter beside the device's weights: master, compensation, moments.
 
         On the device, weights may be their own masters; the host has masters always.
         """
         master = self.master_of(weights)
-        return (
-            (master.itemsize if is_on_host or master != weights else 0)
-            + (2 if self.compensates(weights) else 0)
-            + (2 * self.moments.itemsize if has_moments else 0)
-        )
+        kept = []
+        if home == "host" or master != weights:
+            kept.append(bytes_of("master weights", master, home))
+        if self.compensates(weights):
+            kept.append(bytes_of("compensation", torch.bfloat16, home))
+        if has_moments:
+            kept.append(bytes_of("optimizer states", self.moments, home, copies=2))
+        return MemoryModel(tuple(kept))
 
 
 FP32_STATES = StateDtypes()
+
+
+def bytes_of(
+    name: str, dtype: torch.dtype, home: Home, *, copies: int = 1, axis: Axis | None = "shard"
+) -> BytesPerParam:
+    """The class of so many buffers of one element per parameter."""
+    return BytesPerParam(name, dtype_name(dtype), copies * dtype.itemsize, home, axis)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype as `explain()` prints it."""
+    return str(dtype).removeprefix("torch.")
 
 
 def follow_weights(master: Tensor, weights: Tensor) -> None:

@@ -112,6 +112,8 @@ class AdamWSegment:
             committed.
         rounding: the update is one of low-precision states; None for torch's own order of operations. Then
             `weight_out` of a bf16 `param` is bf16, and gets the very value that `param` gets.
+        device_scale: one fp32 element on the tensors' device, by which `grad` is multiplied in place of
+            `hyper.grad_scale`, which is 1 then: a clip coefficient that the host need not know.
         compensation: with `rounding` and a bf16 `param`: bf16, what rounding `param` lost (Kahan's), which
             the next update adds; written by commit and commit_peek.
     """
@@ -126,6 +128,12 @@ class AdamWSegment:
     next_hyper: AdamWHyper | None = None
     rounding: Rounding | None = None
     compensation: torch.Tensor | None = None
+    device_scale: torch.Tensor | None = None
+
+    @property
+    def grad_scale(self) -> float | torch.Tensor:
+        """What `grad` is multiplied by."""
+        return self.hyper.grad_scale if self.device_scale is None else self.device_scale
 
 
 class GradStats(NamedTuple):

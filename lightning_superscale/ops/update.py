@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -12,6 +13,7 @@ from lightning_superscale.ops import reference
 from lightning_superscale.ops.cpu import adamw
 from lightning_superscale.ops.cpu.pool import Pool, Ticket, default_pool
 from lightning_superscale.ops.types import AdamWSegment, GradStats
+from lightning_superscale.torch_private import norms_of_all
 
 # Statistics of an update's gradients, fetched when they are asked for: on a GPU that waits for the device.
 StatsSource = Callable[[], Sequence[GradStats]]
@@ -53,11 +55,13 @@ class UpdatePath:
         name: the kernel, in words, for `explain()`.
         submit: starts an update of segments that are all on one device.
         num_threads: host worker threads; 0 where the update runs on a GPU.
+        scales_on_device: a segment may have a `device_scale`, which the host never reads.
     """
 
     name: str
     submit: Callable[[Sequence[AdamWSegment]], Update]
     num_threads: int
+    scales_on_device: bool = False
 
 
 def update_path(device: torch.device, pool: Pool | None = None, *, is_low_precision: bool = False) -> UpdatePath:
@@ -96,11 +100,14 @@ def _cuda_path(*, is_low_precision: bool) -> UpdatePath:
 
     kernel, why_none = ("Triton AdamW", why_no_triton) if is_low_precision else ("CUDA AdamW", reason)
     name = kernel if why_none is None else f"PyTorch operations on the GPU, not fused ({why_none})"
-    return UpdatePath(name, cuda_update, 0)
+    return UpdatePath(name, cuda_update, 0, scales_on_device=True)
 
 
 def _beside_norms(step: Callable[[Sequence[AdamWSegment]], object], segments: Sequence[AdamWSegment]) -> QueuedUpdate:
     """Queue an update, and torch's own norms as its statistics: the oracle's would be thousands of small kernels."""
-    norms = [torch.linalg.vector_norm(seg.grad, dtype=torch.float32) * seg.hyper.grad_scale for seg in segments]
+    if not segments:
+        return QueuedUpdate(list)
+    norms = norms_of_all([seg.grad for seg in segments], torch.float32)
+    scaled = torch.stack([norm * seg.grad_scale for norm, seg in zip(norms, segments, strict=True)])
     step(segments)
-    return QueuedUpdate(lambda: [GradStats(float(n) ** 2, int(not n.isfinite())) for n in norms])
+    return QueuedUpdate(lambda: [GradStats(n**2, int(not math.isfinite(n))) for n in scaled.tolist()])

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_superscale.ops.types import AdamWHyper, AdamWSegment
 from lightning_superscale.ops.update import Update
-from lightning_superscale.optim.param_update import ParamUpdate, adamw_hyper, by_unit
+from lightning_superscale.optim.param_update import GradScale, ParamUpdate, adamw_hyper, by_unit
 from lightning_superscale.optim.step_rule import StepGuard, SteppedUnit, SynchronousRule
 from lightning_superscale.optim.unit import ShardUnit, slice_view
 from lightning_superscale.optim.unit_state import COMPENSATION_KEY, UnitState
@@ -37,11 +37,15 @@ class AdamWRule(SynchronousRule):
     def attach(self, unit: ShardUnit, state: UnitState) -> None:
         """Nothing to prepare: states are bound at a parameter's first gradient, as plain AdamW makes them."""
 
-    def step(self, due: Sequence[ParamUpdate], grad_scale: float, clip_value: float | None) -> Iterator[SteppedUnit]:
+    def step(
+        self, due: Sequence[ParamUpdate], grad_scale: GradScale, clip_value: float | None
+    ) -> Iterator[SteppedUnit]:
         yield from self.apply(due, grad_scale, clip_value)
         self._run_hooks()
 
-    def apply(self, due: Sequence[ParamUpdate], grad_scale: float, clip_value: float | None) -> Iterator[SteppedUnit]:
+    def apply(
+        self, due: Sequence[ParamUpdate], grad_scale: GradScale, clip_value: float | None
+    ) -> Iterator[SteppedUnit]:
         """Step, without the hooks of the user's optimizer."""
         raise NotImplementedError
 
@@ -77,6 +81,10 @@ class AdamWRule(SynchronousRule):
                 own[key].copy_(held)
         return own
 
+    def numbers(self, grad_scale: float, clip_value: float | None) -> StepNumbers:
+        """The numbers of one step's updates."""
+        return StepNumbers(self, self._optimizer, grad_scale, clip_value)
+
     def _before_states_change(self, item: ParamUpdate) -> None:
         """Somebody else writes an item's states next."""
 
@@ -85,7 +93,33 @@ class AdamWRule(SynchronousRule):
         self._optimizer.state[param] = {
             key: torch.tensor(float(value)) if key == "step" else value for key, value in saved.items()
         }
-        self.bound_state(ParamUpdate(param, {}, unit, state, i, param))
+        self.bound_state(ParamUpdate(param, {}, unit, state, i))
+
+
+class StepNumbers:
+    """What the updates of one step have in common: hyperparameters by group and step, and counts that go up with it."""
+
+    def __init__(self, rule: AdamWRule, optimizer: Optimizer, grad_scale: float, clip_value: float | None) -> None:
+        self._rule = rule
+        self._optimizer = optimizer
+        self._grad_scale = grad_scale
+        self._clip_value = clip_value
+        self._counts: list[Tensor] = []
+        self._made: dict[tuple[int, int], AdamWHyper] = {}  # most parameters of a group are at the same step
+
+    def hyper_of(self, item: ParamUpdate) -> AdamWHyper:
+        """The numbers of one update; its parameter takes part in the step from now on."""
+        count = self._rule.bound_state(item)["step"]
+        self._counts.append(count)
+        key = (id(item.group), int(count) + 1)
+        if key not in self._made:
+            self._made[key] = adamw_hyper(self._optimizer, item.group, key[1], self._grad_scale, self._clip_value)
+        return self._made[key]
+
+    def advance(self) -> None:
+        """The step is taken: count it for each parameter that took part."""
+        if self._counts:
+            add_to_all(self._counts, 1.0)  # in place: they are the optimizer's own tensors
 
 
 class AdamWStep(AdamWRule):
@@ -93,6 +127,7 @@ class AdamWStep(AdamWRule):
 
     Args:
         timeline, lane: where that is recorded.
+        scales_on_device: the kernel reads what gradients are multiplied by on the device, if it is there.
     """
 
     def __init__(
@@ -103,34 +138,38 @@ class AdamWStep(AdamWRule):
         *,
         timeline: Timeline = UNTIMED,
         lane: Lane = "host optimizer",
+        scales_on_device: bool = False,
     ) -> None:
         super().__init__(optimizer, guard)
         self._submit_update = submit_update
         self._timeline = timeline
         self._lane = lane
+        self._scales_on_device = scales_on_device
 
-    def apply(self, due: Sequence[ParamUpdate], grad_scale: float, clip_value: float | None) -> Iterator[SteppedUnit]:
+    def apply(
+        self, due: Sequence[ParamUpdate], grad_scale: GradScale, clip_value: float | None
+    ) -> Iterator[SteppedUnit]:
         """Update every unit in the order of the next forward, giving each as soon as it is done."""
-        counts: list[Tensor] = []
-        hypers: dict[tuple[int, int], AdamWHyper] = {}  # most parameters of a group are at the same step
+        device_scale = None
+        if isinstance(grad_scale, Tensor):
+            grad_scale, device_scale = (1.0, grad_scale) if self._scales_on_device else (float(grad_scale), None)
+        numbers = self.numbers(grad_scale, clip_value)
         handles = []
         for items in by_unit(due).values():
-            segments = []
-            for item in items:
-                counts.append(self.bound_state(item)["step"])
-                key = (id(item.group), int(counts[-1]) + 1)
-                if key not in hypers:
-                    hypers[key] = adamw_hyper(self._optimizer, item.group, key[1], grad_scale, clip_value)
-                if item.piece.numel:  # a rank may hold no row of a small parameter
-                    segments.append(_segment(item, hypers[key]))
+            hypers = [numbers.hyper_of(item) for item in items]
+            # A rank may hold no row of a small parameter.
+            segments = [
+                _segment(item, hyper, device_scale)
+                for item, hyper in zip(items, hypers, strict=True)
+                if item.piece.numel
+            ]
             with self._recorded(items, is_queued=True):
                 handles.append((items, self._submit_update(segments)))
         for items, handle in handles:
             with self._recorded(items, is_queued=False):
                 stats = handle.wait()
             yield SteppedUnit(items[0].unit, [item.i for item in items], stats)
-        if counts:
-            add_to_all(counts, 1.0)  # in place: they are the optimizer's own tensors
+        numbers.advance()
         for state in {id(item.state): item.state for item in due}.values():
             state.clear_grads()
 
@@ -141,17 +180,18 @@ class AdamWStep(AdamWRule):
         return self._timeline.device(self._lane, f"unit {items[0].unit.index}")
 
 
-def _segment(item: ParamUpdate, hyper: AdamWHyper) -> AdamWSegment:
+def _segment(item: ParamUpdate, hyper: AdamWHyper, device_scale: Tensor | None) -> AdamWSegment:
     state, piece = item.state, item.piece
     return AdamWSegment(
         param=state.master_of(item.i),
         exp_avg=slice_view(_present(state.exp_avg), piece),
         exp_avg_sq=slice_view(_present(state.exp_avg_sq), piece),
-        grad=item.grad,
+        grad=item.grad(),
         hyper=hyper,
         weight_out=state.weight_out_of(item.i),
         rounding=state.rounding_of(item.i),
         compensation=None if state.compensation is None else slice_view(state.compensation, piece),
+        device_scale=device_scale,
     )
 
 

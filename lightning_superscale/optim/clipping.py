@@ -9,7 +9,7 @@ Over ranks every element of the model's gradient counts once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,7 @@ from lightning_superscale.ops.cpu.flat import sumsq
 from lightning_superscale.ops.update import StatsSource
 from lightning_superscale.optim.param_update import ParamUpdate, by_unit
 from lightning_superscale.optim.unit import GradientDelta
+from lightning_superscale.torch_private import norms_of_all
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +63,34 @@ def joined(requests: Sequence[ClipRequest], new: ClipRequest) -> list[ClipReques
     ]
 
 
-def grad_norm(grad: Tensor) -> Tensor:
-    """2-norm of one gradient, fp32 scalar on its device, as `torch.nn.utils.clip_grad_norm_` takes it of fp32 ones."""
-    norm: Tensor = torch.linalg.vector_norm(grad, 2, dtype=torch.float32)
-    return norm
+def grad_norms(grads: Sequence[Tensor]) -> list[Tensor]:
+    """2-norm of each gradient, fp32 scalars on their devices: one launch per device and dtype.
+
+    `torch.nn.utils.clip_grad_norm_` takes them of fp32 ones in the same way, so that on each device they have its bits.
+    """
+    return _by_kind(grads, lambda alike: norms_of_all(alike, torch.float32))
+
+
+def grad_sumsqs(grads: Sequence[Tensor]) -> list[Tensor]:
+    """Sum of squares of each gradient, fp64 scalars on their devices: shards add up to the same norm however cut."""
+    return _by_kind(grads, _sumsqs)
+
+
+def _sumsqs(alike: list[Tensor]) -> Sequence[Tensor]:
+    if alike[0].device.type == "cpu":
+        return [grad_sumsq(grad) for grad in alike]
+    return [norm.square() for norm in norms_of_all(alike, torch.float64)]
+
+
+def _by_kind(grads: Sequence[Tensor], measure: Callable[[list[Tensor]], Sequence[Tensor]]) -> list[Tensor]:
+    """The measures of tensors that are measured with all others of their device and dtype."""
+    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for i, grad in enumerate(grads):
+        kinds.setdefault((grad.device, grad.dtype), []).append(i)
+    found: dict[int, Tensor] = {}
+    for alike in kinds.values():
+        found.update(zip(alike, measure([grads[i] for i in alike]), strict=True))
+    return [found[i] for i in range(len(grads))]
 
 
 def grad_sumsq(grad: Tensor) -> Tensor:
@@ -100,17 +125,18 @@ class EarlyNorms:
 
     def __init__(self, mesh: DataMesh) -> None:
         self.are_wanted = False
-        self._measure = grad_norm if mesh.num_shares == 1 else grad_sumsq
+        self._measure = grad_norms if mesh.num_shares == 1 else grad_sumsqs
         self._taken: dict[tuple[int, int], Tensor | None] = {}
 
     def take(self, delta: GradientDelta) -> None:
         """Measure gradients where they are, in the order of the device's work; the host does not wait on CUDA."""
         if not self.are_wanted:
             return
-        for i, grad in delta.slices:
-            key = (delta.unit.index, i)
-            # A second delta adds to the first, and only the sum has the norm that counts.
-            self._taken[key] = None if key in self._taken else self._measure(grad)
+        keys = [(delta.unit.index, i) for i, _ in delta.slices]
+        # A second delta adds to the first, and only the sum has the norm that counts.
+        self._taken.update((key, None) for key in keys if key in self._taken)
+        new = [(key, grad) for key, (_, grad) in zip(keys, delta.slices, strict=True) if key not in self._taken]
+        self._taken.update(zip([key for key, _ in new], self._measure([grad for _, grad in new]), strict=True))
 
     def clear(self) -> None:
         """The step is over."""
@@ -118,10 +144,9 @@ class EarlyNorms:
 
     def of(self, due: Sequence[ParamUpdate]) -> Tensor:
         """The measure of each gradient [len(due)], now at the latest; on the host unless all are on one device."""
-        measures = []
-        for item in due:
-            early = self._taken.get((item.unit.index, item.i))
-            measures.append(self._measure(item.grad) if early is None else early)
+        early = [self._taken.get((item.unit.index, item.i)) for item in due]
+        late = iter(self._measure([item.grad() for item, taken in zip(due, early, strict=True) if taken is None]))
+        measures = [next(late) if taken is None else taken for taken in early]
         devices = {measure.device for measure in measures}
         return torch.stack(measures if len(devices) == 1 else [measure.cpu() for measure in measures])
 

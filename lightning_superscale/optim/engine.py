@@ -20,9 +20,15 @@ from lightning_superscale.layout.rows import ParamSlice
 from lightning_superscale.ops.update import StatsSource
 from lightning_superscale.optim.bucketing import NamedParam
 from lightning_superscale.optim.clipping import ClipRequest, LastNorm
-from lightning_superscale.optim.param_update import ParamUpdate, by_unit, why_not_native
-from lightning_superscale.optim.state_dict import MASTER_KEY, pack_local_state, pack_state, unpack_state
-from lightning_superscale.optim.step_rule import StepGuard, SteppedUnit, StepRule
+from lightning_superscale.optim.param_update import GradScale, ParamUpdate, by_unit, why_not_native
+from lightning_superscale.optim.state_dict import (
+    MASTER_KEY,
+    keep_rule_state,
+    pack_local_state,
+    pack_state,
+    unpack_state,
+)
+from lightning_superscale.optim.step_rule import RuleState, StepGuard, SteppedUnit, StepRule
 from lightning_superscale.optim.torch_step import TorchStep
 from lightning_superscale.optim.transport import Transport
 from lightning_superscale.optim.unit import DeltaSink, GradientDelta, ShardUnit
@@ -136,14 +142,16 @@ class OptimizerEngine:
     def start_over(self) -> None:
         """Know no unit any more."""
         self._rule.close()
+        kept = self._rule.state_dict()
         self._rule = self._make_native(self.optimizer, self._guard)
+        self._rule.load_state_dict(kept)
         self.states = []
 
     # Gradients
 
     def _receive(self, delta: GradientDelta) -> None:
         state = self.states[delta.unit.index]
-        if state.is_on_host:
+        if "host" in state.homes:
             self._judge.receive(delta)
         self._rule.receive(delta, state)
 
@@ -177,9 +185,8 @@ class OptimizerEngine:
                     continue
                 unit, i = place
                 state = self.states[unit.index]
-                grad = state.grad(i)
-                if grad is not None:
-                    due.append(ParamUpdate(param, group, unit, state, i, grad))
+                if state.has_grad(i):
+                    due.append(ParamUpdate(param, group, unit, state, i))
         return due
 
     def _follow_edits(self) -> None:
@@ -243,6 +250,12 @@ class OptimizerEngine:
         self.transport.wait_all_published()
         self._follow_edits()
 
+    def before_evaluation(self) -> None:
+        """Apply gradients that the rule has kept back, if it has. Every rank calls it, between steps."""
+        if self._rule.evaluates_stale:
+            self.settle()
+            self._publish_all(self._rule.catch_up())
+
     def _publish_all(self, stepped: Iterable[SteppedUnit]) -> dict[int, StatsSource]:
         """Bring new weights to where forward reads them, each unit's as soon as it is stepped.
 
@@ -280,14 +293,12 @@ class OptimizerEngine:
     def closure_step(self, closure: Callable[[], Any]) -> Any:
         """Step such an optimizer; `closure` runs forward and backward and returns the loss."""
 
-        def evaluate(stepped: Iterable[SteppedUnit]) -> tuple[Any, Sequence[ParamUpdate], float, float | None]:
+        def evaluate(stepped: Iterable[SteppedUnit]) -> tuple[Any, Sequence[ParamUpdate], GradScale, float | None]:
             self._publish_all(stepped)
             self.transport.wait_all_published()
             result = closure()
             due = self._gather_due()
             verdict = self._judge.judge(due, None)
-            for state in self.states:
-                state.clear_grads()
             return result, due, verdict.grad_scale, verdict.clip_value
 
         self.settle()
@@ -320,13 +331,22 @@ class OptimizerEngine:
         self._rule.flush()
         unpack_state(self, packed)
 
-    def take_states(self, states: Mapping[nn.Parameter, Mapping[str, Any]]) -> None:
-        """Forget all states and take over these: this rank's rows, with masters under MASTER_KEY."""
+    def rule_state(self) -> RuleState:
+        """What the rule keeps for itself; empty for most."""
+        return self._rule.state_dict()
+
+    def load_rule_state(self, saved: RuleState) -> None:
+        """See `StepRule.load_state_dict`."""
+        self._rule.load_state_dict(saved)
+
+    def take_states(self, states: Mapping[nn.Parameter, Mapping[str, Any]], rule_state: RuleState) -> None:
+        """Forget all states and take over these: this rank's rows, with masters under MASTER_KEY, and the rule's."""
         self._rule.flush()
         self.optimizer.state.clear()
         for param, state in states.items():
             rest = {key: value for key, value in state.items() if key != MASTER_KEY}
             self.load_param_state(param, rest, state.get(MASTER_KEY))
+        self._rule.load_state_dict(rule_state)
 
     def piece_of(self, param: nn.Parameter) -> ParamSlice | None:
         """This rank's rows of a parameter; None for one that is not trained."""
@@ -371,9 +391,11 @@ class OptimizerEngine:
     def close(self) -> None:
         """Hand everything back: parameters own their storage again, the optimizer is the user's alone.
 
-        Masters go into the optimizer's state, so that a checkpoint saved after training still has them.
+        Masters go into the optimizer's state, so that a checkpoint saved after training still has them, and what the
+        rule keeps into its state dict.
         """
         self._rule.close()
+        keep_rule_state(self.optimizer, self._rule.state_dict())
         for param in self.params():
             master = self.master_of(param)
             if master is not None and param in self.optimizer.state:

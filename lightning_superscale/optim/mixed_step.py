@@ -1,4 +1,4 @@
-"""Adam and AdamW where some units' states are on the host and others' on the device: each steps where they are."""
+"""Adam and AdamW where some units' states are only on the device, and an offload engine has others."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_superscale.optim.adamw_step import AdamWRule
-from lightning_superscale.optim.param_update import ParamUpdate
-from lightning_superscale.optim.step_rule import StepGuard, SteppedUnit
+from lightning_superscale.optim.param_update import GradScale, ParamUpdate
+from lightning_superscale.optim.step_rule import RuleState, StepGuard, SteppedUnit
 from lightning_superscale.optim.unit import GradientDelta, ShardUnit
 from lightning_superscale.optim.unit_state import UnitState
 
 
 class MixedStep(AdamWRule):
-    """Gives every unit to the rule of its home.
+    """Gives every unit to the rule that steps its states.
 
     Args:
-        host, device: step units whose states are there.
+        host: steps units that have any state on the host.
+        device: steps the others.
     """
 
     def __init__(self, optimizer: Optimizer, guard: StepGuard, *, host: AdamWRule, device: AdamWRule) -> None:
@@ -28,7 +29,7 @@ class MixedStep(AdamWRule):
         self._device = device
 
     def _of(self, state: UnitState) -> AdamWRule:
-        return self._host if state.is_on_host else self._device
+        return self._host if "host" in state.homes else self._device
 
     def attach(self, unit: ShardUnit, state: UnitState) -> None:
         self._of(state).attach(unit, state)
@@ -44,10 +45,12 @@ class MixedStep(AdamWRule):
         self._host.quiesce()
         self._device.quiesce()
 
-    def apply(self, due: Sequence[ParamUpdate], grad_scale: float, clip_value: float | None) -> Iterator[SteppedUnit]:
+    def apply(
+        self, due: Sequence[ParamUpdate], grad_scale: GradScale, clip_value: float | None
+    ) -> Iterator[SteppedUnit]:
         # The device's first: the next forward begins with them, and on a GPU they are only queued.
-        for rule, is_on_host in ((self._device, False), (self._host, True)):
-            items = [item for item in due if item.state.is_on_host == is_on_host]
+        for rule, has_host in ((self._device, False), (self._host, True)):
+            items = [item for item in due if ("host" in item.state.homes) == has_host]
             yield from rule.apply(items, grad_scale, clip_value)
 
     def load(self, param: nn.Parameter, unit: ShardUnit, state: UnitState, i: int, saved: Mapping[str, Any]) -> None:
@@ -59,6 +62,21 @@ class MixedStep(AdamWRule):
     def flush(self) -> None:
         self._host.flush()
         self._device.flush()
+
+    @property
+    def evaluates_stale(self) -> bool:
+        return self._host.evaluates_stale or self._device.evaluates_stale
+
+    def catch_up(self) -> Iterator[SteppedUnit]:
+        yield from self._device.catch_up()
+        yield from self._host.catch_up()
+
+    def state_dict(self) -> RuleState:
+        return {**self._device.state_dict(), **self._host.state_dict()}
+
+    def load_state_dict(self, saved: RuleState) -> None:
+        self._device.load_state_dict(saved)
+        self._host.load_state_dict(saved)
 
     def discard(self) -> None:
         self._host.discard()

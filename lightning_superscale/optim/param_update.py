@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,9 @@ from lightning_superscale.ops.types import AdamWHyper
 from lightning_superscale.optim.unit import ShardUnit
 from lightning_superscale.optim.unit_state import UnitState
 
+GradScale = float | Tensor
+"""What a step's gradients are multiplied by; one fp32 element on their device where the host need not know it."""
+
 
 @dataclass(slots=True)
 class ParamUpdate:
@@ -23,7 +26,6 @@ class ParamUpdate:
     Attributes:
         group: the optimizer's parameter group that holds it.
         i: index of its slice in `unit`.
-        grad: this step's whole gradient of the slice, 1D, where the states live.
     """
 
     param: nn.Parameter
@@ -31,11 +33,28 @@ class ParamUpdate:
     unit: ShardUnit
     state: UnitState
     i: int
-    grad: Tensor
+    _in_place_of_grad: Tensor | None = None
 
     @property
     def piece(self) -> ParamSlice:
         return self.unit.shard.slices[self.i]
+
+    def grad(self) -> Tensor:
+        """This step's whole gradient of the slice, 1D, where the states live.
+
+        Waits for copies that bring it there, so that only those ask who read it next.
+
+        Raises:
+            AssertionError: the step is over, and its gradients are gone.
+        """
+        found = self.state.grad(self.i) if self._in_place_of_grad is None else self._in_place_of_grad
+        if found is None:
+            raise AssertionError(f"slice {self.i} of unit {self.unit.index} has no gradient any more")
+        return found
+
+    def with_grad(self, grad: Tensor) -> ParamUpdate:
+        """The same update with another gradient, for a rule that steps with something else than what arrived."""
+        return replace(self, _in_place_of_grad=grad)
 
 
 def by_unit(due: Iterable[ParamUpdate]) -> dict[int, list[ParamUpdate]]:

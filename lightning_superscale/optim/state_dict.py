@@ -4,16 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from lightning_superscale.comm.communicator import Communicator
 from lightning_superscale.comm.dtensor import gather_rows, join_parts, local_rows, local_shard, take_rows
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.layout.rows import ParamSlice
+from lightning_superscale.optim.step_rule import RuleState
 
 MASTER_KEY = "master_param"
+# Beside "state" and "param_groups", where a rule keeps anything.
+RULE_STATE_KEY = "rule_state"
+
+_kept: WeakKeyDictionary[Optimizer, RemovableHandle] = WeakKeyDictionary()
 
 
 class StateHolder(Protocol):
@@ -26,6 +33,29 @@ class StateHolder(Protocol):
     def piece_of(self, param: nn.Parameter) -> ParamSlice | None: ...
     def master_of(self, param: nn.Parameter) -> Tensor | None: ...
     def load_param_state(self, param: nn.Parameter, state: Mapping[str, Any], master: Tensor | None) -> None: ...
+    def rule_state(self) -> RuleState: ...
+    def load_rule_state(self, saved: RuleState) -> None: ...
+
+
+def keep_rule_state(optimizer: Optimizer, state: RuleState) -> None:
+    """From now on `optimizer.state_dict()` has what the rule that stepped it kept for itself, if anything."""
+    old = _kept.pop(optimizer, None)
+    if old is not None:
+        old.remove()
+    if state:
+        packed = _packed_rule_state(state)
+
+        def add(optimizer: Optimizer, own: dict[str, Any]) -> None:
+            own.update(packed)
+
+        _kept[optimizer] = optimizer.register_state_dict_post_hook(add)
+
+
+def _packed_rule_state(state: RuleState) -> dict[str, Any]:
+    """The entry of a packed state, with copies of tensors; empty where nothing is kept."""
+    if not state:
+        return {}
+    return {RULE_STATE_KEY: {k: v.detach().cpu().clone() if isinstance(v, Tensor) else v for k, v in state.items()}}
 
 
 def pack_state(engine: StateHolder) -> dict[str, Any]:
@@ -43,7 +73,7 @@ def pack_state(engine: StateHolder) -> dict[str, Any]:
     if engine.ranks.mesh.num_shares > 1:
         states = _whole(engine, states)
     packed["state"] = states
-    return packed
+    return {**packed, **_packed_rule_state(engine.rule_state())}
 
 
 def pack_local_state(engine: StateHolder, name_of: Mapping[nn.Parameter, str]) -> dict[str, Any]:
@@ -71,7 +101,7 @@ def pack_local_state(engine: StateHolder, name_of: Mapping[nn.Parameter, str]) -
             states[name_of[param]] = state
     names = [name_of[param] for param in params]
     groups = [{**group, "params": [names[index] for index in group["params"]]} for group in packed["param_groups"]]
-    return {"state": states, "param_groups": groups}
+    return {"state": states, "param_groups": groups, **_packed_rule_state(engine.rule_state())}
 
 
 def _whole(engine: StateHolder, states: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
@@ -122,6 +152,7 @@ def unpack_state(engine: StateHolder, packed: Mapping[str, Any]) -> None:
         saved = packed["state"].get(index)
         if saved is not None:
             _load_one(engine, param, saved)
+    engine.load_rule_state(packed.get(RULE_STATE_KEY, {}))
 
 
 def _load_one(engine: StateHolder, param: nn.Parameter, saved: Mapping[str, Any]) -> None:

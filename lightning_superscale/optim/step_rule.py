@@ -6,14 +6,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.ops.update import StatsSource
-from lightning_superscale.optim.param_update import ParamUpdate
+from lightning_superscale.optim.param_update import GradScale, ParamUpdate
 from lightning_superscale.optim.unit import GradientDelta, PublishEvent, ShardUnit
 from lightning_superscale.optim.unit_state import UnitState
+
+RuleState = Mapping[str, Tensor | int | float]
+"""What a rule keeps for itself beside states of parameters, by name; small, and the same on every rank."""
 
 
 class SteppedUnit(NamedTuple):
@@ -36,10 +39,14 @@ class StepRule(Protocol):
 
     Attributes:
         has_moments: whether states keep exp_avg and exp_avg_sq for it.
+        evaluates_stale: whether weights lack gradients, between steps, that the rule has kept back; evaluation then
+            begins with `catch_up`.
     """
 
     @property
     def has_moments(self) -> bool: ...
+    @property
+    def evaluates_stale(self) -> bool: ...
 
     def attach(self, unit: ShardUnit, state: UnitState) -> None:
         """Know a new unit."""
@@ -56,7 +63,9 @@ class StepRule(Protocol):
         Raises: what failed there.
         """
 
-    def step(self, due: Sequence[ParamUpdate], grad_scale: float, clip_value: float | None) -> Iterator[SteppedUnit]:
+    def step(
+        self, due: Sequence[ParamUpdate], grad_scale: GradScale, clip_value: float | None
+    ) -> Iterator[SteppedUnit]:
         """Step every unit in the order of the next forward, and forget its gradients.
 
         The engine runs it to its end and publishes each unit while the next ones are still being stepped.
@@ -66,7 +75,23 @@ class StepRule(Protocol):
         """Take over one parameter's saved state."""
 
     def flush(self) -> None:
-        """Bring masters and moments up to the last step."""
+        """Bring masters and moments up to the weights that forward reads."""
+
+    def catch_up(self) -> Iterator[SteppedUnit]:
+        """Step with the gradients that were kept back, between steps; the engine publishes as in `step`."""
+
+    def state_dict(self) -> RuleState:
+        """Accumulators, phases and counters that belong to no parameter, for a checkpoint; flushed, also after `close`.
+
+        Tensors of the shape of a parameter belong into the optimizer's own state of it.
+        """
+
+    def load_state_dict(self, saved: RuleState) -> None:
+        """Take over what `state_dict` of this or of another rule returned: of that, the names that this rule knows.
+
+        Nothing of them there, as in a checkpoint that another engine wrote, and the rule begins anew. Units may be
+        attached before or afterwards.
+        """
 
     def discard(self) -> None:
         """Forget an interrupted step."""
@@ -76,7 +101,11 @@ class StepRule(Protocol):
 
 
 class SynchronousRule:
-    """The part of a rule that does everything inside `step`: nothing runs ahead or lags behind."""
+    """The part of a rule that does everything inside `step`: nothing runs ahead or lags behind, nothing is kept."""
+
+    @property
+    def evaluates_stale(self) -> bool:
+        return False
 
     def expect(self, grad_scale: float) -> None:
         return
@@ -88,6 +117,15 @@ class SynchronousRule:
         return
 
     def flush(self) -> None:
+        return
+
+    def catch_up(self) -> Iterator[SteppedUnit]:
+        return iter(())
+
+    def state_dict(self) -> RuleState:
+        return {}
+
+    def load_state_dict(self, saved: RuleState) -> None:
         return
 
     def discard(self) -> None:

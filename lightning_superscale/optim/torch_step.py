@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_superscale.comm.dtensor import local_of
 from lightning_superscale.optim.grad_dtypes import grad_dtype_of
-from lightning_superscale.optim.param_update import ParamUpdate, by_unit
+from lightning_superscale.optim.param_update import GradScale, ParamUpdate, by_unit
 from lightning_superscale.optim.step_rule import StepGuard, SteppedUnit, SynchronousRule
 from lightning_superscale.optim.unit import ShardUnit
 from lightning_superscale.optim.unit_state import UnitState, master_slice
@@ -23,7 +23,7 @@ from lightning_superscale.timeline import UNTIMED, Lane, Timeline
 class Evaluate(Protocol):
     """Publishes new weights and runs forward and backward on them."""
 
-    def __call__(self, stepped: Iterator[SteppedUnit]) -> tuple[Any, Sequence[ParamUpdate], float, float | None]:
+    def __call__(self, stepped: Iterator[SteppedUnit]) -> tuple[Any, Sequence[ParamUpdate], GradScale, float | None]:
         """Returns (loss, gradients due, clip coefficient, clip value)."""
 
 
@@ -59,17 +59,18 @@ class TorchStep(SynchronousRule):
     def has_stand_ins(self) -> bool:
         return bool(self._masters)
 
-    def step(self, due: Sequence[ParamUpdate], grad_scale: float, clip_value: float | None) -> Iterator[SteppedUnit]:
+    def step(
+        self, due: Sequence[ParamUpdate], grad_scale: GradScale, clip_value: float | None
+    ) -> Iterator[SteppedUnit]:
         self._set_grads(due, grad_scale, clip_value)
         try:
-            lane: Lane = "host optimizer" if any(item.state.is_on_host for item in due) else "device optimizer"
+            lane: Lane = "host optimizer" if any("host" in item.state.homes for item in due) else "device optimizer"
             with self._guard.opened(), self._masters_in_place(), self._timeline.device(lane, "its own step"):
                 self._optimizer.step()
         finally:
             self._drop_grads(due)
         yield from self._stepped(due)
-        for item in due:
-            item.state.clear_grads()
+        self._forget_grads(due)
 
     @property
     def needs_closure(self) -> bool:
@@ -85,6 +86,7 @@ class TorchStep(SynchronousRule):
             with self._params_in_place():
                 result, due[:], grad_scale, clip_value = evaluate(self._stepped(due))
             self._set_grads(due, grad_scale, clip_value)
+            self._forget_grads(due)  # the next evaluation brings its own
             return result
 
         try:
@@ -107,15 +109,21 @@ class TorchStep(SynchronousRule):
             for key, value in saved.items()
         }
 
-    def _set_grads(self, due: Sequence[ParamUpdate], grad_scale: float, clip_value: float | None) -> None:
+    def _set_grads(self, due: Sequence[ParamUpdate], grad_scale: GradScale, clip_value: float | None) -> None:
+        if isinstance(grad_scale, Tensor) and any("host" in item.state.homes for item in due):
+            grad_scale = float(grad_scale)
         for item in due:
             master = self._masters.get(item.param, item.param)
-            grad = item.grad.to(torch.float32, copy=True)
-            if grad_scale != 1.0:
+            grad = item.grad().to(torch.float32, copy=True)
+            if isinstance(grad_scale, Tensor) or grad_scale != 1.0:  # one on the device is not looked at
                 grad.mul_(grad_scale)
             if clip_value is not None:
                 grad.clamp_(-clip_value, clip_value)
             master.grad = grad.view(item.piece.local_shape).to(grad_dtype_of(master))
+
+    def _forget_grads(self, due: Sequence[ParamUpdate]) -> None:
+        for item in due:
+            item.state.clear_grads()
 
     def _drop_grads(self, due: Sequence[ParamUpdate]) -> None:
         for item in due:

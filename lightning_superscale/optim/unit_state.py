@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_superscale.comm.dtensor import tensor_part_name
+from lightning_superscale.layout.memory import Home
 from lightning_superscale.ops.state_dtypes import FP32_STATES, StateDtypes, follow_weights
 from lightning_superscale.ops.types import Rounding
 from lightning_superscale.optim.unit import PublishEvent, ShardUnit, slice_view
@@ -20,17 +21,19 @@ COMPENSATION_KEY = "compensation"
 
 @dataclass(frozen=True, slots=True)
 class StateBytes:
-    """One kind of buffer that a unit's state keeps, of one element per element of the unit's rows.
+    """One kind of buffer that a unit's state has, of one element per element of the unit's rows: what there is, where
+    `MemoryModel` says what there should be.
 
     Attributes:
         name: as `explain()` prints it.
         copies: how many such buffers.
+        home: whose memory they are in.
     """
 
     name: str
     dtype: torch.dtype
     copies: int = 1
-    is_on_host: bool = False
+    home: Home = "device"
 
 
 class UnitState(Protocol):
@@ -53,8 +56,10 @@ class UnitState(Protocol):
     @property
     def compensation(self) -> Tensor | None: ...
     @property
-    def is_on_host(self) -> bool:
-        """Whether they live in host memory and weights on a device go there over a link."""
+    def homes(self) -> frozenset[Home]:
+        """Where they live, one place or both. With "host", gradients go there over a link, and an engine's rule steps
+        them; without, nothing leaves the device.
+        """
 
     def bytes(self) -> Sequence[StateBytes]:
         """All that it keeps between steps, but for copies of weights that flow."""
@@ -79,8 +84,14 @@ class UnitState(Protocol):
     def receive(self, slices: Sequence[tuple[int, Tensor]]) -> None:
         """Take gradient deltas: the first of a slice in a step replaces, later ones add."""
 
+    def has_grad(self, i: int) -> bool:
+        """Whether slice i has a gradient this step, also one that is still on its way to the states."""
+
     def grad(self, i: int) -> Tensor | None:
-        """This step's whole gradient of slice i, ready to read where the states live; None without one."""
+        """This step's whole gradient of slice i, ready to read where the states live; None without one.
+
+        Blocks the calling thread until it is there.
+        """
 
     def clear_grads(self) -> None:
         """Forget this step's gradients."""
@@ -95,15 +106,15 @@ class UnitState(Protocol):
         """Free what the garbage collector does not."""
 
 
-def adam_buffers(state: UnitState) -> list[StateBytes]:
-    """Master, compensation and moments of a state, as far as it has them."""
+def adam_buffers(state: UnitState, home: Home) -> list[StateBytes]:
+    """Master, compensation and moments of a state that has them in one place, as far as it has them."""
     kept = []
     if state.master is not None:
-        kept.append(StateBytes("master weights", state.master.dtype, 1, state.is_on_host))
+        kept.append(StateBytes("master weights", state.master.dtype, 1, home))
     if state.compensation is not None:
-        kept.append(StateBytes("compensation", state.compensation.dtype, 1, state.is_on_host))
+        kept.append(StateBytes("compensation", state.compensation.dtype, 1, home))
     if state.exp_avg is not None:
-        kept.append(StateBytes("optimizer states", state.exp_avg.dtype, 2, state.is_on_host))
+        kept.append(StateBytes("optimizer states", state.exp_avg.dtype, 2, home))
     return kept
 
 
@@ -115,7 +126,7 @@ class ResidentState:
             return torch.zeros(unit.shard.shard_numel, dtype=dtype, device=unit.device)
 
         self.unit = unit
-        self.is_on_host = False
+        self.homes: frozenset[Home] = frozenset({"device"})
         self.host_copy_numel = 0
         self.transfer_dtype = unit.dtype
         self.master: Tensor | None = None
@@ -139,7 +150,7 @@ class ResidentState:
         return None if self.master is None else self.unit.local_rows(i)
 
     def bytes(self) -> Sequence[StateBytes]:
-        return adam_buffers(self)
+        return adam_buffers(self, "device")
 
     def receive(self, slices: Sequence[tuple[int, Tensor]]) -> None:
         for i, grad in slices:
@@ -147,6 +158,9 @@ class ResidentState:
                 self._grads[i] = self._grads[i] + grad
             else:
                 self._grads[i] = grad
+
+    def has_grad(self, i: int) -> bool:
+        return i in self._grads
 
     def grad(self, i: int) -> Tensor | None:
         return self._grads.get(i)

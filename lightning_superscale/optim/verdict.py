@@ -34,7 +34,7 @@ from lightning_superscale.optim.clipping import (
     joined,
     norms_of,
 )
-from lightning_superscale.optim.param_update import ParamUpdate
+from lightning_superscale.optim.param_update import GradScale, ParamUpdate
 from lightning_superscale.optim.unit import GradientDelta
 
 # Sums of squares of one gradient, computed twice. Kernels that are not deterministic change each element by a few
@@ -51,13 +51,18 @@ class Verdict(NamedTuple):
         has_overflowed: a gradient of a scaled loss is NaN or infinite somewhere: the step is dropped.
     """
 
-    grad_scale: float
+    grad_scale: GradScale
     clip_value: float | None
     has_overflowed: bool = False
 
 
 class GradVerdict:
     """Judges the gradients of one optimizer.
+
+    [Note: Verdicts on the device] Where gradients are whole and on one device, a clip coefficient stays there, and the
+    host queues the step without waiting for backward. It waits once where it has to decide something: with
+    error_if_nonfinite, and where losses are scaled: a step that overflowed counts in no step number and changes the
+    scale of the next loss, both of which are the host's. Where ranks share gradients it waits for them.
 
     Args:
         fqn_of: names of the module's parameters, in registration order.
@@ -111,7 +116,8 @@ class GradVerdict:
         self._early.clear()
         if loss_scale is not None:
             self._last_norm = self._last_norm * unscale
-        if not bool(self._last_norm.isfinite()):
+        must_be_finite = self._error_if_nonfinite or loss_scale is not None
+        if must_be_finite and not bool(self._last_norm.isfinite()):
             # An overflow is the scaler's business, as long as it can do something about it.
             if self._error_if_nonfinite and (loss_scale is None or loss_scale <= 1):
                 self._raise_nonfinite(due, norms)
@@ -119,7 +125,10 @@ class GradVerdict:
                 return Verdict(unscale, clip_value, has_overflowed=True)
         if max_norm is None:
             return Verdict(unscale, clip_value)
-        return Verdict(float(clip_coefficient(self._last_norm, max_norm)) * unscale, clip_value)
+        coefficient = clip_coefficient(self._last_norm, max_norm)
+        if loss_scale is None and coefficient.device == due[0].unit.device and self._ranks.mesh.num_shares == 1:
+            return Verdict(coefficient, clip_value)
+        return Verdict(float(coefficient) * unscale, clip_value)
 
     def _raise_nonfinite(self, due: Sequence[ParamUpdate], norms: Tensor) -> None:
         is_bad = (~norms.isfinite()).tolist()
@@ -181,7 +190,7 @@ class EqualGradients:
         new = [i for i, item in enumerate(due) if item.param not in self._seen and not is_cut(item.param)]
         if not new:
             return
-        own = [float(grad_sumsq(due[i].grad)) for i in new]
+        own = [float(grad_sumsq(due[i].grad())) for i in new]
         everybody = torch.tensor(gather_objects(self._mesh, own), dtype=torch.float64)
         by_data = everybody.view(-1, self._mesh.tensor.size, len(new))
         low, high = by_data.amin(dim=1), by_data.amax(dim=1)

@@ -12,12 +12,10 @@ from torch.optim import Optimizer
 
 from lightning_superscale.comm.agreement import check_equal_on_all_ranks, raise_together
 from lightning_superscale.comm.communicator import Communicator, ranks_of
-from lightning_superscale.comm.dtensor import tensor_numel
 from lightning_superscale.comm.mesh import DataMesh
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.offload.engine import OffloadContext, RunFacts, engine_of
 from lightning_superscale.offload.link.arena import HostArena
-from lightning_superscale.offload.link.dtype import LinkDtype
 from lightning_superscale.offload.link.link import Link, link_for
 from lightning_superscale.ops.update import UpdatePath, update_path
 from lightning_superscale.optim.adamw_step import AdamWStep
@@ -31,6 +29,7 @@ from lightning_superscale.optim.unit import DeltaSink, ShardUnit
 from lightning_superscale.optim.unit_state import ResidentState, UnitState
 from lightning_superscale.run.checks import check_optimizers_over_ranks, check_parameters, facts_of_run
 from lightning_superscale.run.host_plan import HostPlan, plan_host
+from lightning_superscale.run.memory import host_bytes_needed
 from lightning_superscale.run.placement import first_grouping, settle_in
 from lightning_superscale.run.precision import check_with_run
 from lightning_superscale.run.report.memory import byte_classes
@@ -101,6 +100,11 @@ class Assembly:
         for gates in self.gates:
             gates.enter_step()
 
+    def before_evaluation(self) -> None:
+        """Before forwards that train nothing, between steps: weights have all gradients. Every rank calls it."""
+        for engine in self.engines.values():
+            engine.before_evaluation()
+
     def after_backward(self) -> None:
         """After the last backward of a step. Every rank calls it."""
         visibility = self.settings.visibility
@@ -154,13 +158,7 @@ class Assembly:
             cpu_threads=self.update.num_threads,
             kernel="its own code" if own else self.update.name,
             bytes=[
-                *byte_classes(
-                    self.module,
-                    self.engines.values(),
-                    settings.zero,
-                    shard_size=self.mesh.shard.size,
-                    flow=settings.flow,
-                ),
+                *byte_classes(self.module, self.engines.values(), settings, self.host.link_dtype),
                 *(row for technique in settings.techniques for row in technique.bytes()),
             ],
             reasons=[
@@ -183,7 +181,7 @@ def assemble(module: nn.Module, optimizers: Sequence[Optimizer], settings: RunSe
     """
     mesh, offload = settings.mesh, settings.offload
     _check_on_all_ranks(module, optimizers, settings)
-    host = plan_host(optimizers, settings, functools.partial(_host_bytes_needed, module, optimizers, settings))
+    host = plan_host(optimizers, settings, functools.partial(host_bytes_needed, module, optimizers, settings))
     sharded = _sharded(module, optimizers, settings)
     precision = settings.precision
     if precision.gradients.accumulation is not None:  # frozen ones may be unfrozen later
@@ -327,7 +325,14 @@ def _native_maker(
     settings: RunSettings, update: UpdatePath, context: OffloadContext | None
 ) -> Callable[[Optimizer, StepGuard], StepRule]:
     def on_device(optimizer: Optimizer, guard: StepGuard, path: UpdatePath) -> AdamWStep:
-        return AdamWStep(optimizer, guard, path.submit, timeline=settings.timeline, lane="device optimizer")
+        return AdamWStep(
+            optimizer,
+            guard,
+            path.submit,
+            timeline=settings.timeline,
+            lane="device optimizer",
+            scales_on_device=path.scales_on_device,
+        )
 
     engine = settings.engine
     if engine is None or context is None:
@@ -357,34 +362,3 @@ def _state_maker(settings: RunSettings, context: OffloadContext | None) -> MakeS
         return state
 
     return make_state
-
-
-def _host_bytes_needed(
-    module: nn.Module, optimizers: Sequence[Optimizer], settings: RunSettings, link_dtype: LinkDtype
-) -> int:
-    """Host bytes of this rank's states and of weights that flow, but for padding.
-
-    What may go to the device later counts as here.
-    """
-
-    def is_copied(param: nn.Parameter) -> bool:
-        # A copy takes the place of weights that are in host memory already.
-        return settings.flow is not None and param in settings.flow.block_of and param.device.type != "cpu"
-
-    stepped = {p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-    stepped = {param for param in stepped if param.requires_grad}
-    dtypes, shard_size = settings.precision.states, settings.mesh.shard.size
-    engine = settings.engine
-    if engine is None:
-        return 0
-
-    def state_bytes(param: nn.Parameter) -> int:
-        flows = is_copied(param) and shard_size == 1  # otherwise the copy is whole, and counted below
-        return engine.host_bytes(tensor_numel(param), param.dtype, flows=flows, dtypes=dtypes, link_dtype=link_dtype)
-
-    states = sum(map(state_bytes, stepped))
-    whole = (p for p in module.parameters() if is_copied(p) and (shard_size > 1 or p not in stepped))
-    offload = settings.offload
-    stays = 0.0 if offload is None or offload.gpu_fraction == "auto" else offload.gpu_fraction
-    copies = sum(param.numel() * param.element_size() for param in whole)
-    return round(states * (1 - stays) / shard_size) + copies

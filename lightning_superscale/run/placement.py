@@ -13,8 +13,9 @@ from lightning_superscale.comm.collectives import gather_objects
 from lightning_superscale.comm.dtensor import tensor_numel
 from lightning_superscale.comm.mesh import DataMesh
 from lightning_superscale.config import OffloadConfig
+from lightning_superscale.layout.memory import MemoryModel
 from lightning_superscale.offload.link.arena import free_device_bytes
-from lightning_superscale.ops.state_dtypes import FP32_STATES, StateDtypes
+from lightning_superscale.ops.state_dtypes import FP32_STATES, StateDtypes, bytes_of
 from lightning_superscale.optim.bucketing import Grouping, NamedParam, last_ready
 from lightning_superscale.optim.engine import OptimizerEngine
 from lightning_superscale.optim.grad_dtypes import grad_dtype_of
@@ -49,8 +50,9 @@ def _share(grouping: Grouping, named: Sequence[NamedParam], fraction: float) -> 
 
 def device_bytes_of(param: nn.Parameter, shard_size: int, dtypes: StateDtypes) -> int:
     """What one parameter's states and its gradient take on the device until the step, but for padding."""
-    states = dtypes.state_bytes(param.dtype, has_moments=True, is_on_host=False)
-    return -(-tensor_numel(param) * (states + grad_dtype_of(param).itemsize) // shard_size)
+    states = dtypes.memory(param.dtype, has_moments=True, home="device")
+    grads = MemoryModel((bytes_of("gradients", grad_dtype_of(param), "device"),))
+    return (states + grads).bytes("device", tensor_numel(param), shard_size)
 
 
 def settle_in(

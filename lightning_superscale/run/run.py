@@ -339,6 +339,7 @@ class Run:
     def before_evaluation(self) -> None:
         """An evaluation begins, perhaps between two training steps."""
         if self.assembly is not None:
+            self.assembly.before_evaluation()
             for technique in self._techniques.values():
                 technique.before_evaluation()
 

@@ -13,7 +13,8 @@ from lightning_superscale.offload.link.dtype import LinkDtype
 from lightning_superscale.offload.link.link import CpuLink
 from lightning_superscale.offload.weight_flow.schedule import WeightFlow
 from lightning_superscale.ops.cpu.pool import Pool, default_pool
-from lightning_superscale.ops.update import update_path
+from lightning_superscale.ops.state_dtypes import FP32_STATES, StateDtypes
+from lightning_superscale.ops.update import UpdatePath, update_path
 from lightning_superscale.optim.adamw_step import AdamWStep
 from lightning_superscale.optim.bucketing import Grouping
 from lightning_superscale.optim.engine import OptimizerEngine
@@ -44,6 +45,24 @@ def offload_context(
     )
 
 
+def host_bytes(
+    engine: str,
+    numel: int,
+    dtype: torch.dtype,
+    *,
+    has_moments: bool = True,
+    flows: bool = False,
+    num_shares: int = 1,
+    dtypes: StateDtypes = FP32_STATES,
+    link_dtype: LinkDtype = "weights",
+) -> int:
+    """What an engine says that so many parameters take of the host."""
+    model = engine_of(engine).memory(
+        dtype, has_moments=has_moments, flows=flows, num_shares=num_shares, dtypes=dtypes, link_dtype=link_dtype
+    )
+    return model.bytes("host", numel, num_shares)
+
+
 def build_engine(
     module: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -60,14 +79,14 @@ def build_engine(
     on_device: frozenset[nn.Parameter] = frozenset(),
     flow: WeightFlow | None = None,
     link_dtype: LinkDtype = "weights",
+    device_path: UpdatePath | None = None,
 ) -> OptimizerEngine:
     context = offload_context(link=link, pool=Pool(num_threads or 2), link_dtype=link_dtype, streams=is_streamed)
     chosen = engine_of("superoffload" if is_deferred else "cpu")
 
     def make_native(own, guard):
-        native = AdamWStep(
-            own, guard, update_path(torch.device("cpu"), Pool(num_threads) if num_threads else None).submit
-        )
+        path = device_path or update_path(torch.device("cpu"), Pool(num_threads) if num_threads else None)
+        native = AdamWStep(own, guard, path.submit, scales_on_device=path.scales_on_device)
         host = chosen.make_step(own, guard, context) if is_deferred else native
         return MixedStep(own, guard, host=host, device=native)
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_superscale.offload.link.link import CpuLink
 from lightning_superscale.offload.superoffload.state import DeferredState
+from lightning_superscale.offload.superoffload.worker import Settling, next_to_settle
 
 
 class VirtualTime:
@@ -100,56 +101,80 @@ class VirtualWorker:
     def __init__(self, time: VirtualTime) -> None:
         self.time = time
         self._ahead: list[tuple[float, VirtualFuture, object, object]] = []
-        self._settles: list[tuple[float, VirtualFuture, object]] = []
+        self._settles: list[tuple[float, Settling]] = []
 
     def look_ahead(self, task, has_arrived):
         future = VirtualFuture(self)
         self._ahead.append((self.time.model, future, task, has_arrived))
         return future
 
-    def settle(self, task):
-        future = VirtualFuture(self)
-        self._settles.append((self.time.model, future, task))
-        return future
+    def settle(self, units):
+        added = [Settling(VirtualFuture(self), unit) for unit in units]
+        self._settles += [(self.time.model, settling) for settling in added]
+        return [settling.future for settling in added]
 
     def close(self) -> None:
         self.run_until(float("inf"))
 
+    def _at(self, when: float, look):
+        """What the worker would see at a time."""
+        self.time.worker, before, self.time.is_worker = when, self.time.worker, True
+        try:
+            return look()
+        finally:
+            self.time.worker, self.time.is_worker = before, False
+
     def _next(self):
-        """(start, queue, entry) of the task that the worker takes next; None without one."""
+        """(start, how to run it) of what the worker does next; None without anything."""
         self._ahead = [entry for entry in self._ahead if not entry[1].cancelled()]
         starts = []
         if self._settles:
-            starts.append((max(self.time.worker, self._settles[0][0]), self._settles, self._settles[0]))
+            start = max(self.time.worker, self._settles[0][0])
+            known = [settling for when, settling in self._settles if when <= start]
+            chosen, is_early = self._at(start, lambda: next_to_settle(known))
+            starts.append((start, lambda: self._settle(start, chosen, is_early)))
         if self._ahead:
-            start = max(self.time.worker, self._ahead[0][0])
-            known = [entry for entry in self._ahead if entry[0] <= start]
-            self.time.worker, before, self.time.is_worker = start, self.time.worker, True
-            arrived = [entry for entry in known if entry[3]()]
-            self.time.worker, self.time.is_worker = before, False
-            starts.append((start, self._ahead, arrived[-1] if arrived else known[0]))
+            at = max(self.time.worker, self._ahead[0][0])
+            seen = [entry for entry in self._ahead if entry[0] <= at]
+            arrived = self._at(at, lambda: [entry for entry in seen if entry[3]()])
+            starts.append((at, lambda: self._look_ahead(at, arrived[-1] if arrived else seen[0])))
         return min(starts, key=lambda found: found[0]) if starts else None
 
     def run_until(self, when: float) -> None:
         while (found := self._next()) is not None and found[0] < when:
-            self._run(*found)
+            found[1]()
 
     def run_for(self, future: VirtualFuture) -> None:
         while not Future.done(future):
-            self._run(*self._next())
+            self._next()[1]()
         self.time.advance_to(future.done_at)
 
-    def _run(self, start, queue, entry) -> None:
-        queue.remove(entry)
-        _, future, task = entry[:3]
+    def _settle(self, start, settling, is_early) -> None:
+        settling.is_prepared = is_early
+        if is_early:
+            self._run(start, settling.unit.prepare)
+            return
+        self._settles = [entry for entry in self._settles if entry[1] is not settling]
+        settling.future.set_running_or_notify_cancel()
+        self._finish(start, settling.future, settling.unit.settle)
+
+    def _look_ahead(self, start, entry) -> None:
+        self._ahead.remove(entry)
+        _, future, task, _ = entry
         future.set_running_or_notify_cancel()
-        self.time.worker, self.time.is_worker = start, True
-        try:
-            result = task()
-        finally:
-            self.time.is_worker = False
+        self._finish(start, future, task)
+
+    def _finish(self, start, future, task) -> None:
+        result = self._run(start, task)
         future.done_at = self.time.worker
         future.set_result(result)
+
+    def _run(self, start, task):
+        self.time.worker, self.time.is_worker = start, True
+        try:
+            return task()
+        finally:
+            self.time.is_worker = False
 
 
 class TimedState(DeferredState):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_superscale.comm.mesh import DataMesh, MeshAxis, single_mesh
-from lightning_superscale.optim.clipping import ClipByNorm, EarlyNorms
+from lightning_superscale.optim.clipping import ClipByNorm, EarlyNorms, grad_norms, total_norm
 from lightning_superscale.optim.param_update import ParamUpdate
 from lightning_superscale.optim.unit import GradientDelta
 from tests.helpers.engines import build_engine
@@ -23,7 +23,7 @@ def two_shares() -> DataMesh:
 
 
 def due(i: int, grad: torch.Tensor) -> ParamUpdate:
-    return ParamUpdate(param=None, group={}, unit=Unit(), state=None, i=i, grad=grad)
+    return ParamUpdate(param=None, group={}, unit=Unit(), state=None, i=i).with_grad(grad)
 
 
 @pytest.mark.parametrize("mesh", [single_mesh(), two_shares()], ids=["whole", "shares"])
@@ -47,6 +47,13 @@ def test_measures_are_those_of_the_sum_of_all_deltas(mesh):
     assert norms.of([due(1, wrong)]).isnan().all()
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the order of a GPU's sums shows on one")
+def test_norms_on_a_gpu_are_those_of_clip_grad_norm():
+    generator = torch.Generator("cuda").manual_seed(0)
+    grads = [torch.randn(n, generator=generator, device="cuda") for n in (7, 4096, 70000, 300001)]
+    assert torch.equal(total_norm(torch.stack(grad_norms(grads))), torch.nn.utils.get_total_norm(grads))
+
+
 @pytest.mark.parametrize("is_deferred", [False, True])
 def test_steps_that_clip_measure_no_gradient_again(monkeypatch, is_deferred):
     """From the second step on, everything was measured when it left."""
@@ -56,7 +63,7 @@ def test_steps_that_clip_measure_no_gradient_again(monkeypatch, is_deferred):
     early = engine._judge._early
     measured = []
     measure = early._measure
-    monkeypatch.setattr(early, "_measure", lambda grad: measured.append(grad.numel()) or measure(grad))
+    monkeypatch.setattr(early, "_measure", lambda grads: measured.extend(grads) or measure(grads))
     counts = []
     for _ in range(3):
         engine.transport.wait_all_published()

@@ -8,7 +8,10 @@ from torch import nn
 
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.ops.native import loader
+from lightning_superscale.optim.adamw_step import AdamWRule
 from lightning_superscale.optim.clipping import ClipByNorm, ClipByValue
+from lightning_superscale.optim.mixed_step import MixedStep
+from lightning_superscale.optim.param_update import ParamUpdate
 from tests.helpers.engines import build_engine
 from tests.helpers.plain import PlainMasterAdamW, assert_equal_states
 from tests.helpers.programs import PROGRAMS, Programs, plain_backward
@@ -432,3 +435,28 @@ def test_state_put_straight_into_the_optimizer_is_taken_over_and_stays_bound(way
     assert_equal_states(
         list(model.parameters()), optimizer, list(plain.parameters()), [expected.state[p] for p in plain.parameters()]
     )
+
+
+class Homes:
+    """A state that says where it lives."""
+
+    def __init__(self, *homes) -> None:
+        self.homes = frozenset(homes)
+
+
+def test_a_state_of_two_homes_is_stepped_by_the_hosts_rule():
+    stepped = []
+
+    class Rule(AdamWRule):
+        def __init__(self, name) -> None:
+            self._name = name
+
+        def apply(self, due, grad_scale, clip_value):
+            stepped.extend((self._name, item.state.homes) for item in due)
+            yield from ()
+
+    states = [Homes("device"), Homes("host"), Homes("device", "host")]
+    due = [ParamUpdate(None, {}, None, state, 0) for state in states]
+    rule = MixedStep(None, None, host=Rule("host"), device=Rule("device"))
+    assert list(rule.apply(due, 1.0, None)) == []
+    assert stepped == [("device", {"device"}), ("host", {"host"}), ("host", {"device", "host"})]

@@ -114,7 +114,7 @@ def test_states_change_their_units_and_homes_while_training(dtype, is_deferred, 
         engine.transport.wait_all_published()
         optimizer.zero_grad()
         pairs = zip(engine.transport.units, engine.states, strict=True)
-        on_device = {param for unit, state in pairs if not state.is_on_host for param in unit.params}
+        on_device = {param for unit, state in pairs if "host" not in state.homes for param in unit.params}
         assert on_device == (homes[(step - 1) // 2] if step else frozenset())
     engine.close()
     states = [oracle.optimizer.state.get(master, {}) for master in oracle.masters]

@@ -34,7 +34,7 @@ class Shares(L.Callback):
         for unit, state in zip(engine.transport.units, engine.states, strict=True):
             numel = sum(param.numel() for param in unit.params)
             total += numel
-            here += 0 if state.is_on_host else numel
+            here += 0 if "host" in state.homes else numel
         self.shares.append(here / total)
 
 

@@ -10,7 +10,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_superscale.checkpoint.foreign.chunks import ForeignTensor, Table, whole_tensor
-from lightning_superscale.checkpoint.state import MASTER, OptimizerRecord, Role, TensorKey, optimizer_section
+from lightning_superscale.checkpoint.state import (
+    MASTER,
+    RULE_STATE,
+    OptimizerRecord,
+    Role,
+    TensorKey,
+    optimizer_section,
+)
 from lightning_superscale.errors import CheckpointError
 
 # States of torch's optimizers that have the parameter's shape: where they do not, names are in the wrong order.
@@ -93,6 +100,7 @@ def read_optimizer(
         groups=tuple({key: value for key, value in group.items() if key != "params"} for group in groups),
         names=tuple(tuple(name_of[number] for number in group["params"]) for group in groups),
         values=values,
+        rule=dict(packed.get(RULE_STATE, {})),
     )
     return table, record
 
@@ -145,4 +153,5 @@ def pack_optimizer(record: OptimizerRecord, tensors: Mapping[TensorKey, Tensor],
         {**group, "params": [number_of[name] for name in names]}
         for group, names in zip(record.groups, record.names, strict=True)
     ]
-    return {"state": dict(sorted(state.items())), "param_groups": groups}
+    rule = {RULE_STATE: record.rule} if record.rule else {}
+    return {"state": dict(sorted(state.items())), "param_groups": groups, **rule}

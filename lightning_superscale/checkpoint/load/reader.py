@@ -150,6 +150,7 @@ class SavedState:
                 groups=tuple(rest_json.decode(fields["groups"], f"optimizers[{i}]/groups", self._extra)),
                 names=tuple(tuple(names) for names in fields["names"]),
                 values=rest_json.decode(fields["values"], f"optimizers[{i}]/values", self._extra),
+                rule=rest_json.decode(fields.get("rule", {}), f"optimizers[{i}]/rule", self._extra),
             )
             for i, fields in enumerate(self.manifest.optimizers)
         )

@@ -215,6 +215,7 @@ def _encode_optimizer(state: LocalState, index: int, extras: dict[str, Tensor]) 
         "groups": rest_json.encode(list(record.groups), f"{where}/groups", extras),
         "names": [list(names) for names in record.names],
         "values": rest_json.encode(record.values, f"{where}/values", extras),
+        **({"rule": rest_json.encode(record.rule, f"{where}/rule", extras)} if record.rule else {}),
     }
 
 

@@ -143,6 +143,7 @@ def _optimizer_differences(a: tuple[OptimizerRecord, ...], b: tuple[OptimizerRec
             if names[0] != names[1]:
                 yield Difference(f"{where}: group {number}", _names_differ(*names))
             yield from _entries(f"{where}: group {number}", one.groups[number], two.groups[number])
+        yield from _entries(f"{where}: rule", one.rule, two.rule)
         for name in sorted(one.values.keys() | two.values.keys()):
             yield from _entries(f"{where}: {name}", one.values.get(name, {}), two.values.get(name, {}))
 

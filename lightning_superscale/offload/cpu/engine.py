@@ -8,9 +8,11 @@ import torch
 from torch.optim import Optimizer
 
 from lightning_superscale.config import OffloadConfig
-from lightning_superscale.offload.cpu.state import HostState, host_bytes
+from lightning_superscale.layout.memory import MemoryModel
+from lightning_superscale.offload.cpu.state import HostState
 from lightning_superscale.offload.engine import OffloadContext, RunFacts
-from lightning_superscale.offload.link.dtype import LinkDtype
+from lightning_superscale.offload.host_state import host_memory
+from lightning_superscale.offload.link.dtype import LinkDtype, dtype_on_link
 from lightning_superscale.offload.weight_flow.weights import StreamedUnit
 from lightning_superscale.ops.state_dtypes import StateDtypes
 from lightning_superscale.optim.adamw_step import AdamWStep
@@ -26,10 +28,26 @@ class CpuEngine:
     def refuse(self, facts: RunFacts) -> None:
         """Everything works."""
 
-    def host_bytes(
-        self, numel: int, dtype: torch.dtype, *, flows: bool, dtypes: StateDtypes, link_dtype: LinkDtype
-    ) -> int:
-        return host_bytes(numel, dtype, has_moments=True, flows=flows, dtypes=dtypes, link_dtype=link_dtype)
+    def memory(
+        self,
+        weights: torch.dtype,
+        *,
+        has_moments: bool,
+        flows: bool,
+        num_shares: int,
+        dtypes: StateDtypes,
+        link_dtype: LinkDtype,
+    ) -> MemoryModel:
+        # A master of the weights' dtype is what flows, where it is whole.
+        has_own_weights = dtypes.master_of(weights) != dtype_on_link(link_dtype, weights)
+        return host_memory(
+            weights,
+            has_moments=has_moments,
+            num_transfer_buffers=1,
+            has_copy=flows and (has_own_weights or num_shares > 1),
+            dtypes=dtypes,
+            link_dtype=link_dtype,
+        )
 
     def make_state(
         self, unit: ShardUnit, context: OffloadContext, *, has_moments: bool, streamed: StreamedUnit | None

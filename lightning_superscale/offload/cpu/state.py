@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
+from lightning_superscale.layout.memory import Home
 from lightning_superscale.offload.engine import OffloadContext
 from lightning_superscale.offload.host_state import (
     UploadEvent,
@@ -23,28 +23,13 @@ from lightning_superscale.offload.host_state import (
     way_of_weights,
     weights_on_host,
 )
-from lightning_superscale.offload.link.dtype import LinkDtype, add_late_gradient, dtype_on_link, send_gradient
+from lightning_superscale.offload.link.dtype import add_late_gradient, dtype_on_link, send_gradient
 from lightning_superscale.offload.link.link import LinkEvent
 from lightning_superscale.offload.weight_flow.weights import FlowingWeights, HostBound, LateUpload, StreamedUnit
-from lightning_superscale.ops.state_dtypes import FP32_STATES, StateDtypes, follow_weights
+from lightning_superscale.ops.state_dtypes import follow_weights
 from lightning_superscale.ops.types import Rounding
 from lightning_superscale.optim.unit import ShardUnit
 from lightning_superscale.optim.unit_state import StateBytes, roundings_of
-
-
-def host_bytes(
-    numel: int,
-    dtype: torch.dtype,
-    *,
-    has_moments: bool,
-    flows: bool = False,
-    dtypes: StateDtypes = FP32_STATES,
-    link_dtype: LinkDtype = "weights",
-) -> int:
-    """Host bytes that `HostState` allocates for a unit of `numel` elements of `dtype` weights."""
-    states = dtypes.state_bytes(dtype, has_moments=has_moments, is_on_host=True)
-    copy = dtype.itemsize if flows and dtypes.master_of(dtype) != dtype else 0
-    return numel * (states + dtype_on_link(link_dtype, dtype).itemsize + copy)
 
 
 class HostState:
@@ -72,7 +57,7 @@ class HostState:
         self.transfer_dtype = dtype_on_link(context.link_dtype, dtype)
         has_own_weights = dtypes.master_of(dtype) != self.transfer_dtype
         self.unit = unit
-        self.is_on_host = True
+        self.homes: frozenset[Home] = frozenset({"host"})
         self.num_transfer_buffers = 1
         self._link = link
         self._roundings = roundings_of(unit, dtypes)
@@ -93,6 +78,8 @@ class HostState:
             if has_own_weights and streamed.is_whole:
                 self._weight_out = weights
             self.flowing = FlowingWeights(streamed, link, [weights])
+        # The host may wait for a copy long after it was started: the event keeps what it reads, and where a step is
+        # dropped with copies under way, the link's next copy into the same buffer comes after them.
         self._arrivals: dict[int, LinkEvent] = {}
         self.reload(range(len(unit.shard.slices)))
 
@@ -115,6 +102,9 @@ class HostState:
                 add_late_gradient(self._link, here, grad, self.unit.dtype, self._arrivals[i])
             else:
                 self._arrivals[i] = send_gradient(self._link, here, grad, self.unit.dtype)
+
+    def has_grad(self, i: int) -> bool:
+        return i in self._arrivals
 
     def grad(self, i: int) -> Tensor | None:
         if i not in self._arrivals:

@@ -8,9 +8,11 @@ import torch
 from torch.optim import Optimizer
 
 from lightning_superscale.config import OffloadConfig
+from lightning_superscale.layout.memory import MemoryModel
 from lightning_superscale.offload.engine import OffloadContext, RunFacts
+from lightning_superscale.offload.host_state import host_memory
 from lightning_superscale.offload.link.dtype import LinkDtype
-from lightning_superscale.offload.superoffload.state import DeferredState, deferred_host_bytes
+from lightning_superscale.offload.superoffload.state import DeferredState
 from lightning_superscale.offload.superoffload.step import DeferredStep
 from lightning_superscale.offload.weight_flow.weights import StreamedUnit
 from lightning_superscale.ops.state_dtypes import StateDtypes
@@ -26,10 +28,24 @@ class SuperOffloadEngine:
     def refuse(self, facts: RunFacts) -> None:
         """Everything works."""
 
-    def host_bytes(
-        self, numel: int, dtype: torch.dtype, *, flows: bool, dtypes: StateDtypes, link_dtype: LinkDtype
-    ) -> int:
-        return deferred_host_bytes(numel, dtype, flows=flows, dtypes=dtypes, link_dtype=link_dtype)
+    def memory(
+        self,
+        weights: torch.dtype,
+        *,
+        has_moments: bool,
+        flows: bool,
+        num_shares: int,
+        dtypes: StateDtypes,
+        link_dtype: LinkDtype,
+    ) -> MemoryModel:
+        return host_memory(
+            weights,
+            has_moments=has_moments,
+            num_transfer_buffers=2,
+            has_copy=flows,
+            dtypes=dtypes,
+            link_dtype=link_dtype,
+        )
 
     def make_state(
         self, unit: ShardUnit, context: OffloadContext, *, has_moments: bool, streamed: StreamedUnit | None

@@ -26,9 +26,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
+from lightning_superscale.layout.memory import Home
 from lightning_superscale.offload.engine import OffloadContext
 from lightning_superscale.offload.host_state import (
     UploadEvent,
@@ -37,29 +37,16 @@ from lightning_superscale.offload.host_state import (
     way_of_weights,
     weights_on_host,
 )
-from lightning_superscale.offload.link.dtype import LinkDtype, add_late_gradient, dtype_on_link, send_gradient
+from lightning_superscale.offload.link.dtype import add_late_gradient, dtype_on_link, send_gradient
 from lightning_superscale.offload.link.link import LinkEvent, LinkFence
 from lightning_superscale.offload.weight_flow.weights import FlowingWeights, HostBound, LateUpload, StreamedUnit
 from lightning_superscale.ops.cpu.adamw import adamw_commit, adamw_commit_peek, adamw_peek
-from lightning_superscale.ops.state_dtypes import FP32_STATES, StateDtypes, follow_weights
+from lightning_superscale.ops.state_dtypes import follow_weights
 from lightning_superscale.ops.types import AdamWHyper, AdamWSegment, GradStats, Rounding
 from lightning_superscale.optim.unit import ShardUnit
 from lightning_superscale.optim.unit_state import StateBytes, roundings_of
 
 _Kernel = Callable[..., list[GradStats] | None]
-
-
-def deferred_host_bytes(
-    numel: int,
-    dtype: torch.dtype,
-    *,
-    flows: bool = False,
-    dtypes: StateDtypes = FP32_STATES,
-    link_dtype: LinkDtype = "weights",
-) -> int:
-    """Host bytes that `DeferredState` allocates for a unit of `numel` elements of `dtype` weights."""
-    states = dtypes.state_bytes(dtype, has_moments=True, is_on_host=True)
-    return numel * (states + (3 if flows else 2) * dtype_on_link(link_dtype, dtype).itemsize)
 
 
 @dataclass(slots=True)
@@ -70,7 +57,7 @@ class _Slice:
         front: which buffer receives this step's gradient.
         back: which one holds the pending gradient, and then the new weights.
         resting: which one holds the weights that flow; None where they don't.
-        arrival: of this step's gradient; None without one.
+        arrival: of this step's gradient; None without one. Keeps alive what the copy reads.
         looked_at: the numbers with which new weights were computed from this step's gradient; None before.
         pending: the numbers of the gradient in the other buffer, which waits for its commit; None without one.
     """
@@ -105,7 +92,7 @@ class DeferredState:
         link, arena, dtypes, is_pinned = context.link, context.arena, context.dtypes, context.is_pinned
         numel = unit.shard.shard_numel
         self.unit = unit
-        self.is_on_host = True
+        self.homes: frozenset[Home] = frozenset({"host"})
         self.num_transfer_buffers = 2
         self.transfer_dtype = dtype_on_link(context.link_dtype, unit.dtype)
         self._link = link
@@ -142,12 +129,21 @@ class DeferredState:
             add_late_gradient(self._link, here, grad, self.unit.dtype, known.arrival)
             known.looked_at = None
 
+    def has_grad(self, i: int) -> bool:
+        return self._slices[i].arrival is not None
+
     def grad(self, i: int) -> Tensor | None:
         known = self._slices[i]
         if known.arrival is None:
             return None
         known.arrival.synchronize()
         return self._span(self._buffers[known.front], i)
+
+    def order_after_copies(self) -> None:
+        """Let the device change gradients only after the copies of them that are still under way; the host goes on."""
+        for known in self._slices:
+            if known.arrival is not None:
+                known.arrival.wait()
 
     def has_arrived(self) -> bool:
         """Whether every gradient that is under way is there."""
@@ -193,15 +189,20 @@ class DeferredState:
             known = self._slices[i]
             known.pending, known.looked_at, known.stats = None, hypers[i], stats
 
+    def look_again(self, hypers: Mapping[int, AdamWHyper]) -> int:
+        """Look ahead to slices that were not looked at with these numbers; how many had been with others."""
+        redo = {i: hyper for i, hyper in hypers.items() if self._slices[i].looked_at != hyper}
+        num_redone = sum(self._slices[i].looked_at is not None for i in redo)
+        self.look_ahead(redo)
+        return num_redone
+
     def settle(self, hypers: Mapping[int, AdamWHyper]) -> tuple[list[GradStats], int]:
         """Make this step's update final: the weights are as of `hypers`, and the gradients pending.
 
         Returns:
             statistics of the gradients, and how many slices had been looked at with other numbers.
         """
-        redo = {i: hyper for i, hyper in hypers.items() if self._slices[i].looked_at != hyper}
-        num_redone = sum(self._slices[i].looked_at is not None for i in redo)
-        self.look_ahead(redo)
+        num_redone = self.look_again(hypers)
         seen = []
         for i, hyper in hypers.items():
             known = self._slices[i]

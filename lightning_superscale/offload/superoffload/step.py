@@ -13,18 +13,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, NamedTuple, Protocol, cast
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from lightning_superscale.offload.superoffload.worker import StepThread, StepWorker
 from lightning_superscale.ops.types import AdamWHyper, GradStats
 from lightning_superscale.optim.adamw_step import AdamWRule
-from lightning_superscale.optim.param_update import ParamUpdate, adamw_hyper, by_unit
+from lightning_superscale.optim.param_update import GradScale, ParamUpdate, adamw_hyper, by_unit
 from lightning_superscale.optim.step_rule import StepGuard, SteppedUnit
 from lightning_superscale.optim.unit import GradientDelta, PublishEvent, ShardUnit
 from lightning_superscale.optim.unit_state import UnitState
 from lightning_superscale.timeline import UNTIMED, Timeline
-from lightning_superscale.torch_private import add_to_all
 
 # Looking ahead is given up for a while when more than so many of the last steps that tried had to look again: looking
 # twice costs more than waiting for the norm and hiding the step behind the next forward. After a pause the first such
@@ -40,6 +39,12 @@ class DeferringState(UnitState, Protocol):
 
     def has_arrived(self) -> bool:
         """Whether `look_ahead` would wait for no gradient."""
+
+    def order_after_copies(self) -> None:
+        """Let the device change gradients only after the copies of them that are still under way."""
+
+    def look_again(self, hypers: Mapping[int, AdamWHyper]) -> int:
+        """Look ahead to slices that were not looked at with these numbers; how many had been with others."""
 
     def settle(self, hypers: Mapping[int, AdamWHyper]) -> tuple[list[GradStats], int]:
         """Make this step final with these numbers: (statistics of its gradients, slices that were looked at again)."""
@@ -65,6 +70,36 @@ class _Settled(NamedTuple):
     stats: list[GradStats]
     num_redone: int
     upload: PublishEvent | None
+
+
+class _Settlement:
+    """What the worker does to settle one unit.
+
+    Args:
+        hypers: by slice, the numbers of this step's update.
+        fence: the point of the device's work after which its weights may be replaced.
+    """
+
+    def __init__(
+        self, state: DeferringState, index: int, hypers: Mapping[int, AdamWHyper], fence: Any, timeline: Timeline
+    ) -> None:
+        self.has_arrived = state.has_arrived
+        self._state = state
+        self._label = f"unit {index}"
+        self._hypers = hypers
+        self._fence = fence
+        self._timeline = timeline
+        self._num_redone = 0
+
+    def prepare(self) -> None:
+        with self._timeline.host("host optimizer", f"{self._label}, ahead"):
+            self._num_redone = self._state.look_again(self._hypers)
+
+    def settle(self) -> _Settled:
+        with self._timeline.host("host optimizer", self._label):
+            stats, num_redone = self._state.settle(self._hypers)
+        upload = self._state.upload(list(self._hypers), self._fence)
+        return _Settled(stats, self._num_redone + num_redone, upload)
 
 
 class SettledWeights:
@@ -139,9 +174,9 @@ class DeferredStep(AdamWRule):
         if not self._looks_ahead or self._pause or is_begun:
             return
         hypers = self._hypers.setdefault(unit.index, {})
-        for i, grad in delta.slices:
+        for i, _ in delta.slices:
             param = unit.params[i]
-            item = ParamUpdate(param, self._group(param), unit, state, i, grad)
+            item = ParamUpdate(param, self._group(param), unit, state, i)
             count = int(self.bound_state(item)["step"]) + 1
             hypers[i] = adamw_hyper(self._optimizer, item.group, count, self._grad_scale, self._clip_value)
         deferring = self._states[unit.index]
@@ -173,35 +208,31 @@ class DeferredStep(AdamWRule):
 
     # The step
 
-    def apply(self, due: Sequence[ParamUpdate], grad_scale: float, clip_value: float | None) -> Iterator[SteppedUnit]:
+    def apply(
+        self, due: Sequence[ParamUpdate], grad_scale: GradScale, clip_value: float | None
+    ) -> Iterator[SteppedUnit]:
         """Settle every unit in the order of the next forward; new weights may still be on their way afterwards."""
         self._clip_value = clip_value
         self._take_back()
         self._forget()
         self._remember_last()
-        counts: list[Tensor] = []
-        made: dict[tuple[int, int], AdamWHyper] = {}
+        numbers = self.numbers(float(grad_scale), clip_value)
+        settlements: list[_Settlement] = []
+        stepped = []
         for items in by_unit(due).values():
-            hypers = {}
-            for item in items:
-                counts.append(self.bound_state(item)["step"])
-                key = (id(item.group), int(counts[-1]) + 1)
-                if key not in made:
-                    made[key] = adamw_hyper(self._optimizer, item.group, key[1], grad_scale, clip_value)
-                hypers[item.i] = made[key]
+            hypers = {item.i: numbers.hyper_of(item) for item in items}
             unit = items[0].unit
             state = self._states[unit.index]
-            settled = self._worker.settle(functools.partial(self._settle, unit.index, hypers, state.fence()))
+            # Copies may still be under way when the step returns. What they read stays alive (CudaLinkEvent), and most
+            # of it is nobody else's; but a gradient in param.grad may be zeroed or added to in place next.
+            if any(item.param.grad is not None for item in items):
+                state.order_after_copies()
+            stepped.append((unit, list(hypers)))
+            settlements.append(_Settlement(state, unit.index, hypers, state.fence(), self._timeline))
+        for (unit, slices), settled in zip(stepped, self._worker.settle(settlements), strict=True):
             self._settling[unit.index] = settled
-            yield SteppedUnit(unit, list(hypers), _stats_of(settled), SettledWeights(settled))
-        if counts:
-            add_to_all(counts, 1.0)  # in place: they are the optimizer's own tensors
-
-    def _settle(self, index: int, hypers: Mapping[int, AdamWHyper], fence: Any) -> _Settled:
-        state = self._states[index]
-        with self._timeline.host("host optimizer", f"unit {index}"):
-            stats, num_redone = state.settle(hypers)
-        return _Settled(stats, num_redone, state.upload(list(hypers), fence))
+            yield SteppedUnit(unit, slices, _stats_of(settled), SettledWeights(settled))
+        numbers.advance()
 
     def _remember_last(self) -> None:
         """Decide from the last step whether its successors look ahead."""

@@ -5,16 +5,34 @@ forward has to hide them. It needs the first layers first, whose gradients came 
 gradient first, of those that have arrived: what is left then belongs to later layers, evenly, and no forward waits
 as long as a step's work on the host takes no longer than a whole step. Oldest first, the first layer would wait for
 all of the rest.
+
+[Note: Settling early] A verdict does not wait for gradients to arrive, so a step is settled while some are still under
+way: those of the first layers, which the next forward reads first and whose weights have to go up first. Until they are
+there the thread computes new weights of units whose gradients are, and keeps them for their turn.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Settlement(Protocol[T_co]):
+    """One unit's part of a step that is to be made final."""
+
+    def has_arrived(self) -> bool:
+        """Whether its gradients are there."""
+
+    def prepare(self) -> None:
+        """Do what may be done before its turn; waits for its gradients. Called at most once."""
+
+    def settle(self) -> T_co:
+        """Make it final, prepared or not; waits for its gradients."""
 
 
 class StepWorker(Protocol):
@@ -26,11 +44,31 @@ class StepWorker(Protocol):
         Cancelling the future takes it back. Where none has arrived, the oldest begins, and waits.
         """
 
-    def settle(self, task: Callable[[], T]) -> Future[T]:
-        """Run a task once, in the order of these calls; earlier ones that look ahead are to be taken back before."""
+    def settle(self, units: Sequence[Settlement[T_co]]) -> list[Future[T_co]]:
+        """Settle units in this order, which `next_to_settle` knows; what looks ahead is to be taken back before."""
 
     def close(self) -> None:
         """No more tasks; waits for those that run."""
+
+
+@dataclass(slots=True)
+class Settling:
+    """A unit that waits for its turn."""
+
+    future: Future[Any]
+    unit: Settlement[Any]
+    is_prepared: bool = False
+
+
+def next_to_settle(queue: Sequence[Settling]) -> tuple[Settling, bool]:
+    """Which unit to work on, and whether only to prepare it: while gradients of the first are missing, another one.
+
+    That is the first of those that have arrived, and where none has, the last, whose gradients left first.
+    """
+    others = [settling for settling in queue[1:] if not settling.is_prepared]
+    if not others or queue[0].unit.has_arrived():
+        return queue[0], False
+    return next((settling for settling in others if settling.unit.has_arrived()), others[-1]), True
 
 
 class _Ahead(NamedTuple):
@@ -47,6 +85,7 @@ class StepThread:
         self._executor = ThreadPoolExecutor(1, "lightning-superscale step")
         self._lock = threading.Lock()
         self._waiting: list[_Ahead] = []
+        self._settling: list[Settling] = []
 
     def look_ahead(self, task: Callable[[], None], has_arrived: Callable[[], bool]) -> Future[None]:
         ahead = _Ahead(Future(), task, has_arrived)
@@ -55,11 +94,42 @@ class StepThread:
         self._executor.submit(self._run_one)
         return ahead.future
 
+    def settle(self, units: Sequence[Settlement[T_co]]) -> list[Future[T_co]]:
+        added = [Settling(Future(), unit) for unit in units]
+        with self._lock:  # all at once: with only the first in sight the thread would wait for its gradients
+            self._settling += added
+        for _ in added:
+            self._executor.submit(self._run_one)
+        return [settling.future for settling in added]
+
     def _run_one(self) -> None:
+        if self._settle_one():
+            return
         while (ahead := self._next()) is not None:
             if ahead.future.set_running_or_notify_cancel():
                 _run(ahead.future, ahead.task)
                 return
+
+    def _settle_one(self) -> bool:
+        """Settle one unit, and prepare others until its gradients are there; returns whether there was one."""
+        while True:
+            with self._lock:
+                if not self._settling:
+                    return False
+                chosen, is_early = next_to_settle(self._settling)
+                chosen.is_prepared = is_early
+                if not is_early:
+                    self._settling.remove(chosen)
+            if not is_early:
+                _run(chosen.future, chosen.unit.settle)
+                return True
+            try:
+                chosen.unit.prepare()
+            except BaseException as error:
+                with self._lock:
+                    self._settling.remove(chosen)
+                chosen.future.set_exception(error)  # whoever waits for it raises it
+                return True
 
     def _next(self) -> _Ahead | None:
         with self._lock:
@@ -67,9 +137,6 @@ class StepThread:
                 return None
             newest = (i for i in reversed(range(len(self._waiting))) if self._waiting[i].has_arrived())
             return self._waiting.pop(next(newest, 0))
-
-    def settle(self, task: Callable[[], T]) -> Future[T]:
-        return self._executor.submit(task)
 
     def close(self) -> None:
         self._executor.shutdown()

@@ -284,6 +284,8 @@ def _structs(mode: _Mode, segments: Sequence[AdamWSegment]) -> ctypes.Array[load
             struct.weight_out = seg.weight_out.data_ptr()
             struct.weight_out_dtype = loader.DTYPE_CODES[seg.weight_out.dtype]
         _fill_hyper(struct.hyper, seg.hyper)
+        if seg.device_scale is not None:
+            struct.hyper.grad_scale = float(seg.device_scale)
         if mode.takes_next and seg.next_grad is not None and seg.next_hyper is not None:
             struct.next_grad = seg.next_grad.data_ptr()
             struct.next_grad_dtype = loader.DTYPE_CODES[seg.next_grad.dtype]

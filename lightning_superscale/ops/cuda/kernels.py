@@ -143,6 +143,19 @@ def _check_unscaled(hyper: AdamWHyper, name: str, where: str) -> None:
         )
 
 
+def _shared_scale(segments: Sequence[AdamWSegment], name: str) -> Tensor | None:
+    """The segments' device_scale: a launch reads one."""
+    first = segments[0].device_scale
+    for index, seg in enumerate(segments):
+        if seg.device_scale is not first:
+            raise ValueError(
+                f"{name}: segment {index}.device_scale: expected the tensor of segment 0, found another; a call has one"
+            )
+        if first is not None:
+            _check_unscaled(seg.hyper, "device_scale", f"{name}: segment {index}")
+    return first
+
+
 def _fill(out: abi.Segment, seg: AdamWSegment, mode: int, where: str, device: torch.device) -> None:
     """Check one segment and write it into its struct."""
     numel = seg.param.numel()
@@ -199,6 +212,8 @@ def _adamw(
             _check_unscaled(seg.hyper, "grad_scale", where)
         if next_grad_scale is not None and seg.next_hyper is not None:
             _check_unscaled(seg.next_hyper, "next_grad_scale", where)
+    if grad_scale is None:
+        grad_scale = _shared_scale(segments, name)
     call = abi.Call(
         segments=array,
         num_segments=len(segments),

@@ -17,6 +17,15 @@ from lightning_superscale.ops.types import STATE_DTYPES, AdamWSegment
 _BLOCK = 512
 
 
+def _check_scale(seg: AdamWSegment) -> None:
+    scale, device = seg.device_scale, seg.param.device
+    if scale is not None and (scale.dtype != torch.float32 or scale.numel() != 1 or scale.device != device):
+        raise ValueError(
+            f"adamw_low: expected device_scale to be one float32 element on {device}, found {scale.dtype} of shape "
+            f"{tuple(scale.shape)} on {scale.device}"
+        )
+
+
 def adamw_low(seg: AdamWSegment) -> None:
     """Commit one segment's update of low-precision states, as in `ops/reference.py`, on the current stream.
 
@@ -27,6 +36,7 @@ def adamw_low(seg: AdamWSegment) -> None:
     if rounding is None:
         raise TypeError("adamw_low: expected a segment with a rounding, found None; use adamw_commit for torch's order")
     tensors = {"param": seg.param, "exp_avg": seg.exp_avg, "exp_avg_sq": seg.exp_avg_sq, "grad": seg.grad}
+    _check_scale(seg)
     optional = {"weight_out": seg.weight_out, "compensation": seg.compensation}
     given = tensors | {name: tensor for name, tensor in optional.items() if tensor is not None}
     require("adamw_low", given)
@@ -54,7 +64,7 @@ def adamw_low(seg: AdamWSegment) -> None:
             rounding.first_element,
             hyper.step,
             *hyper.scalars(),
-            hyper.grad_scale,
+            seg.grad_scale,
             hyper.clip_value or 0.0,
             PARAM=DTYPE_CODES[seg.param.dtype],
             EXP_AVG=DTYPE_CODES[seg.exp_avg.dtype],
@@ -65,6 +75,7 @@ def adamw_low(seg: AdamWSegment) -> None:
             COMPENSATED=seg.compensation is not None,
             HAS_DECAY=hyper.decoupled and hyper.weight_decay != 0,
             HAS_L2=not hyper.decoupled and hyper.weight_decay != 0,
+            SCALE_ON_DEVICE=seg.device_scale is not None,
             HAS_CLIP=hyper.clip_value is not None,
             MAXIMIZE=hyper.maximize,
             BLOCK=_BLOCK,

@@ -43,7 +43,7 @@ def host_work(assembly: Assembly) -> HostWork:
         (unit.shard.shard_numel, state.transfer_dtype)
         for engine in assembly.engines.values()
         for unit, state in zip(engine.transport.units, engine.states, strict=True)
-        if state.is_on_host
+        if "host" in state.homes
     ]
     return HostWork(
         num_params=sum(numel for numel, _ in on_host),

@@ -1,4 +1,4 @@
-"""Bytes of one rank by class, counted from the tensors that exist, beside the arithmetic of their ZeRO stage."""
+"""Bytes of one rank by class, counted from the tensors that exist, beside the arithmetic of what should be there."""
 
 from __future__ import annotations
 
@@ -9,13 +9,17 @@ import torch
 from torch import nn
 
 from lightning_superscale.comm.dtensor import tensor_numel
-from lightning_superscale.config import ZeroConfig
-from lightning_superscale.offload.weight_flow.schedule import WeightFlow
+from lightning_superscale.layout.memory import Home, MemoryModel
+from lightning_superscale.offload.link.dtype import LinkDtype
+from lightning_superscale.ops.state_dtypes import bytes_of, dtype_name
 from lightning_superscale.optim.engine import OptimizerEngine
 from lightning_superscale.optim.grad_dtypes import grad_dtype_of
 from lightning_superscale.optim.unit import ShardUnit
 from lightning_superscale.optim.unit_state import UnitState
+from lightning_superscale.run.memory import states_memory, weights_memory
 from lightning_superscale.run.report.plan import ByteClass
+from lightning_superscale.run.settings import RunSettings
+from lightning_superscale.zero.memory import frozen_memory
 
 
 @dataclass(slots=True)
@@ -24,45 +28,44 @@ class _Row:
 
     Attributes:
         device_bytes, host_bytes: of the tensors, padding included.
-        numel: elements of the whole parameters or buffers in it; of those that a plan cut, this rank's part.
-        num_shares: ranks that share them.
+        numel: elements of the whole parameters or buffers that have it; of those that a plan cut, this rank's part.
+        bytes_each: what one of these takes by the model, on all ranks that share it together; 0 where it is silent.
+        num_shares: ranks that share it.
     """
 
-    bytes_each: int
-    num_shares: int
     device_bytes: int = 0
     host_bytes: int = 0
     numel: int = 0
+    bytes_each: int = 0
+    num_shares: int = 1
 
     def arithmetic(self) -> str:
         shared = f" / {self.num_shares} ranks" if self.num_shares > 1 else ""
-        return f"{self.bytes_each} B x {self.numel:,}{shared}"
+        return f"{self.bytes_each} B x {self.numel:,}{shared}" if self.bytes_each else ""
 
 
 class _Rows:
-    def __init__(self) -> None:
+    """Args: shard_size: ranks that share what is divided."""
+
+    def __init__(self, shard_size: int) -> None:
+        self._shard_size = shard_size
         self.rows: dict[tuple[str, str], _Row] = {}
 
-    def add(
-        self,
-        name: str,
-        dtype: torch.dtype,
-        numel: int,
-        held_numel: int,
-        *,
-        num_shares: int = 1,
-        copies: int = 1,
-        is_on_host: bool = False,
-    ) -> None:
-        """Args: copies: tensors of `held_numel` elements each."""
-        key = (name, str(dtype).removeprefix("torch."))
-        row = self.rows.setdefault(key, _Row(copies * dtype.itemsize, num_shares))
-        held_bytes = copies * held_numel * dtype.itemsize
-        if is_on_host:
-            row.host_bytes += held_bytes
+    def count(self, name: str, dtype: torch.dtype, numel: int, home: Home = "device") -> None:
+        """Tensors of so many elements are there."""
+        row = self.rows.setdefault((name, dtype_name(dtype)), _Row())
+        if home == "host":
+            row.host_bytes += numel * dtype.itemsize
         else:
-            row.device_bytes += held_bytes
-        row.numel += numel
+            row.device_bytes += numel * dtype.itemsize
+
+    def expect(self, model: MemoryModel, numel: int) -> None:
+        """So many parameters should take what the model says."""
+        for one in model.classes:
+            row = self.rows.setdefault((one.name, one.dtype), _Row())
+            row.numel += numel
+            row.bytes_each = one.bytes
+            row.num_shares = self._shard_size if one.axis == "shard" else 1
 
     def done(self) -> list[ByteClass]:
         return [
@@ -72,12 +75,7 @@ class _Rows:
 
 
 def byte_classes(
-    module: nn.Module,
-    engines: Iterable[OptimizerEngine],
-    zero: ZeroConfig,
-    *,
-    shard_size: int,
-    flow: WeightFlow | None = None,
+    module: nn.Module, engines: Iterable[OptimizerEngine], settings: RunSettings, link_dtype: LinkDtype
 ) -> list[ByteClass]:
     """Bytes of this rank by class.
 
@@ -85,39 +83,51 @@ def byte_classes(
     rank's rows otherwise.
     """
     pairs = [pair for engine in engines for pair in zip(engine.transport.units, engine.states, strict=True)]
-    rows = _Rows()
+    rows = _Rows(settings.mesh.shard.size)
+    flow = settings.flow
     flowing = {} if flow is None else flow.block_of
     for unit, state in pairs:
-        _add_unit(rows, unit, state, zero, shard_size, flows=unit.params[0] in flowing)
+        flows = unit.params[0] in flowing
+        _count_unit(rows, unit, state, settings, flows=flows)
+        rows.expect(_model_of(unit, state, settings, link_dtype, flows=flows), sum(map(tensor_numel, unit.params)))
     in_units = {param for unit, _ in pairs for param in unit.params}
     for param in (param for param in module.parameters() if param not in in_units):
-        name = "frozen (host copy)" if param in flowing else "frozen weights"
-        rows.add(name, param.dtype, tensor_numel(param), tensor_numel(param), is_on_host=param in flowing)
+        model, numel = frozen_memory(param.dtype, flows=param in flowing), tensor_numel(param)
+        for one in model.classes:
+            rows.count(one.name, param.dtype, numel, one.home)
+        rows.expect(model, numel)
     for buffer in module.buffers():
-        rows.add("buffers", buffer.dtype, tensor_numel(buffer), tensor_numel(buffer))
+        rows.count("buffers", buffer.dtype, tensor_numel(buffer))
+        rows.expect(MemoryModel((bytes_of("buffers", buffer.dtype, "device", axis=None),)), tensor_numel(buffer))
     return rows.done()
 
 
-def _add_unit(
-    rows: _Rows, unit: ShardUnit, state: UnitState, zero: ZeroConfig, shard_size: int, *, flows: bool
-) -> None:
-    numel, share = sum(map(tensor_numel, unit.params)), unit.shard.shard_numel
-    weight_shares = 1 if unit.has_whole_weights else shard_size
+def _count_unit(rows: _Rows, unit: ShardUnit, state: UnitState, settings: RunSettings, *, flows: bool) -> None:
+    share = unit.shard.shard_numel
     if not flows:
-        rows.add("weights", unit.dtype, numel, unit.weight_numel, num_shares=weight_shares)
+        rows.count("weights", unit.dtype, unit.weight_numel)
     elif state.host_copy_numel:
-        rows.add("weights (host copy)", unit.dtype, numel, state.host_copy_numel, is_on_host=True)
-    if zero.reduces_once:
-        rows.add("gradients", grad_dtype_of(unit.params[0]), numel, numel)
-    else:
-        rows.add("gradients", grad_dtype_of(unit.params[0]), numel, share, num_shares=shard_size)
+        rows.count("weights (host copy)", unit.dtype, state.host_copy_numel, "host")
+    whole = sum(map(tensor_numel, unit.params))
+    rows.count("gradients", grad_dtype_of(unit.params[0]), whole if settings.zero.reduces_once else share)
     for kept in state.bytes():
-        rows.add(
-            kept.name,
-            kept.dtype,
-            numel,
-            share,
-            num_shares=shard_size,
-            copies=kept.copies,
-            is_on_host=kept.is_on_host,
-        )
+        rows.count(kept.name, kept.dtype, kept.copies * share, kept.home)
+
+
+def _model_of(
+    unit: ShardUnit, state: UnitState, settings: RunSettings, link_dtype: LinkDtype, *, flows: bool
+) -> MemoryModel:
+    return weights_memory(
+        settings,
+        unit.dtype,
+        grad_dtype_of(unit.params[0]),
+        has_whole_weights=unit.has_whole_weights,
+        flows=flows,
+    ) + states_memory(
+        settings,
+        unit.dtype,
+        is_on_host="host" in state.homes,
+        link_dtype=link_dtype,
+        has_moments=state.exp_avg is not None,
+        flows=flows,
+    )

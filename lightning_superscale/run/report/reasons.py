@@ -28,13 +28,13 @@ def reasons_of(settings: RunSettings, *, is_model_compiled: bool) -> list[str]:
 
 
 def device_share(engines: Iterable[OptimizerEngine]) -> float:
-    """Share of the trainable parameters whose states are on the device."""
+    """Share of the trainable parameters whose states are on the device, all of them."""
     numel_here = numel = 0
     for engine in engines:
         for unit, state in zip(engine.transport.units, engine.states, strict=True):
             numel_of_unit = sum(param.numel() for param in unit.params)
             numel += numel_of_unit
-            numel_here += 0 if state.is_on_host else numel_of_unit
+            numel_here += 0 if "host" in state.homes else numel_of_unit
     return numel_here / max(1, numel)
 
 

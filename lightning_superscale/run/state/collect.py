@@ -13,6 +13,7 @@ from lightning_superscale.checkpoint.foreign.torch_optimizer import parameter_na
 from lightning_superscale.checkpoint.local_shards import is_tensor_like, local_shards
 from lightning_superscale.checkpoint.state import (
     MODEL,
+    RULE_STATE,
     LocalShard,
     LocalState,
     OptimizerRecord,
@@ -158,4 +159,5 @@ def _collect_optimizer(
         groups=tuple({k: v for k, v in group.items() if k not in ("params", "param_names")} for group in groups),
         names=tuple(tuple(name_of[number] for number in group["params"]) for group in groups),
         values=values,
+        rule=dict(packed.get(RULE_STATE, {})),
     )

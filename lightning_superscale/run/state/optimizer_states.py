@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_superscale.checkpoint.state import MASTER, MODEL, TensorKey
+from lightning_superscale.checkpoint.state import MASTER, MODEL, RULE_STATE, TensorKey
 from lightning_superscale.comm.dtensor import local_rows
 from lightning_superscale.errors import CheckpointError, SuperScaleError
 from lightning_superscale.layout.box import Box, whole_box
@@ -189,7 +189,7 @@ def load_engine_state(engine: OptimizerEngine, packed: Mapping[str, Any], fqn_of
         }
     read_boxes(wanted, opened)
     _take_groups(engine.optimizer, saved)
-    engine.take_states({param: state for param, state in states.items() if state})
+    engine.take_states({p: state for p, state in states.items() if state}, packed.get(RULE_STATE, {}))
 
 
 def _wanted(

@@ -8,15 +8,15 @@ import torch
 from torch import nn
 
 from lightning_superscale.errors import SuperScaleError
-from lightning_superscale.offload.cpu.state import HostState, host_bytes
+from lightning_superscale.offload.cpu.state import HostState
 from lightning_superscale.offload.link.arena import HostArena, check_host_memory
 from lightning_superscale.offload.link.link import CpuLink
-from lightning_superscale.offload.superoffload.state import DeferredState, deferred_host_bytes
+from lightning_superscale.offload.superoffload.state import DeferredState
 from lightning_superscale.ops.cpu.memory import RecycledMemory
 from lightning_superscale.ops.cpu.pool import Pool
 from lightning_superscale.ops.native import loader
 from lightning_superscale.zero.buckets.unit import BucketUnit
-from tests.helpers.engines import offload_context
+from tests.helpers.engines import host_bytes, offload_context
 
 
 def build(dtype, *, has_moments=True):
@@ -35,7 +35,7 @@ def test_host_bytes_equal_the_arithmetic(dtype, has_moments):
     assert numel == 256  # 64 * 3 and 64, both multiples of the alignment
     expected = {torch.float32: (4 + 4), torch.bfloat16: (4 + 2)}[dtype] + (8 if has_moments else 0)
     assert arena.pageable_bytes + arena.pinned_bytes == numel * expected
-    assert host_bytes(numel, dtype, has_moments=has_moments) == numel * expected
+    assert host_bytes("cpu", numel, dtype, has_moments=has_moments) == numel * expected
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -48,10 +48,10 @@ def test_host_bytes_of_weights_that_flow_equal_the_arithmetic(dtype, is_deferred
     arena = HostArena()
     if is_deferred:
         state = DeferredState(unit, offload_context(arena=arena, pool=Pool(1)), streamed=unit)
-        counted, expected = deferred_host_bytes(256, dtype, flows=True), 12 + 3 * dtype.itemsize
+        counted, expected = host_bytes("superoffload", 256, dtype, flows=True), 12 + 3 * dtype.itemsize
     else:
         state = HostState(unit, offload_context(arena=arena), has_moments=True, streamed=unit)
-        counted = host_bytes(256, dtype, has_moments=True, flows=True)
+        counted = host_bytes("cpu", 256, dtype, flows=True)
         expected = 12 + {torch.float32: 4, torch.bfloat16: 2 + 2}[dtype]  # an fp32 master is what flows
     assert arena.pageable_bytes + arena.pinned_bytes == counted == 256 * expected
     assert unit.weights.untyped_storage().nbytes() == 0

@@ -6,16 +6,16 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_superscale.offload.cpu.state import HostState, host_bytes
+from lightning_superscale.offload.cpu.state import HostState
 from lightning_superscale.offload.link.arena import HostArena
 from lightning_superscale.offload.link.link import CpuLink
-from lightning_superscale.offload.superoffload.state import DeferredState, deferred_host_bytes
+from lightning_superscale.offload.superoffload.state import DeferredState
 from lightning_superscale.ops.cpu.memory import RecycledMemory
 from lightning_superscale.ops.cpu.pool import Pool
 from lightning_superscale.ops.types import AdamWHyper
 from lightning_superscale.optim.clipping import ClipByNorm
 from lightning_superscale.zero.buckets.unit import BucketUnit
-from tests.helpers.engines import build_engine, offload_context
+from tests.helpers.engines import build_engine, host_bytes, offload_context
 from tests.helpers.plain import PlainMasterAdamW, assert_equal_states
 from tests.helpers.programs import Programs, extra_backward_of_a_part, plain_backward
 
@@ -49,11 +49,7 @@ def build(dtype, link_dtype="fp32", *, is_deferred):
 def test_bytes_on_the_link_and_the_host_equal_the_arithmetic(dtype, link_dtype, width, is_deferred):
     _, link, arena, state = build(dtype, link_dtype, is_deferred=is_deferred)
     num_buffers = 2 if is_deferred else 1
-    predicted = (
-        deferred_host_bytes(NUMEL, dtype, link_dtype=link_dtype)
-        if is_deferred
-        else host_bytes(NUMEL, dtype, has_moments=True, link_dtype=link_dtype)
-    )
+    predicted = host_bytes("superoffload" if is_deferred else "cpu", NUMEL, dtype, link_dtype=link_dtype)
     assert arena.pageable_bytes + arena.pinned_bytes == predicted == NUMEL * (12 + num_buffers * width)
     assert (state.num_transfer_buffers, state.transfer_dtype.itemsize) == (num_buffers, width)
     link.bytes.d2h = link.bytes.h2d = 0

@@ -88,14 +88,15 @@ def batch(step: int) -> torch.Tensor:
     return torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(step)).to(torch.bfloat16)
 
 
-# A host that is busy all through backward, but not through the whole step, is the case with half a bucket of freedom.
+# A host that is busy all through backward, but not for longer than the whole step, has half a bucket of freedom. With
+# 8000 tokens GH200's is busy exactly as long as the step.
 @pytest.mark.parametrize("profile", PROFILES)
 @pytest.mark.parametrize("tokens", [500, 1000, 2000, 4000, 8000, 11000, 16000, 32000, 64000])
 def test_exposed_time_is_the_forecast(profile, tokens):
     times = times_of(profile, tokens)
     found, _ = simulate(times)
     expected = exposed_seconds(times)
-    is_between = times.backward < times.host < times.forward + times.backward
+    is_between = times.backward < times.host <= (times.forward + times.backward) * (1 + 1e-9)
     half_a_bucket = times.host / times.num_buckets / 2
     assert abs(found - expected) <= max(0.05 * expected, half_a_bucket if is_between else 0.0), (found, expected)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import math
 
@@ -474,3 +475,14 @@ def test_adamw_segments_sharing_memory_are_refused():
     seg.grad, seg.weight_out = shifted[:10], shifted[1:]
     with pytest.raises(ValueError, match="overlap"):
         adamw.adamw_commit([seg])
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_device_scale_is_what_the_same_number_is(path):
+    number = make_segment(3000, hyper=dataclasses.replace(HYPER, grad_scale=0.37))
+    scaled = copied(number)
+    scaled.hyper, scaled.device_scale = dataclasses.replace(HYPER, grad_scale=1.0), torch.tensor(0.37)
+    with running(path):
+        assert adamw.adamw_commit([number], stats=True) == adamw.adamw_commit([scaled], stats=True)
+    for field in ("param", "exp_avg", "exp_avg_sq", "weight_out"):
+        assert same(getattr(number, field), getattr(scaled, field)), field

@@ -222,3 +222,27 @@ def test_adamw_bad_segment_names_it_and_writes_nothing() -> None:
         kernels.adamw_commit([scaled], grad_scale=torch.ones(1))
     with pytest.raises(ValueError, match="skip: expected one float32 element"):
         kernels.adamw_commit([good], skip=torch.ones(2))
+
+
+def test_a_device_scale_is_what_the_same_number_is() -> None:
+    scale = torch.tensor(0.37)
+    numbers = [make_segment(1000 + 17 * i, i, hyper=dataclasses.replace(BASE_HYPER, grad_scale=0.37)) for i in range(3)]
+    scaled = [
+        dataclasses.replace(
+            move_segment(seg, "cpu"), device_scale=scale, hyper=dataclasses.replace(seg.hyper, grad_scale=1.0)
+        )
+        for seg in numbers
+    ]
+    kernels.adamw_commit(numbers)
+    _assert_same_as_reference("adamw_commit", scaled)
+    assert_same_segments([dataclasses.replace(seg, device_scale=None) for seg in scaled], numbers)
+
+
+def test_a_device_scale_that_a_launch_cant_take_is_refused() -> None:
+    one, two = make_segment(100, 1, hyper=dataclasses.replace(BASE_HYPER, grad_scale=1.0)), make_segment(100, 2)
+    one.device_scale = torch.tensor(0.5)
+    with pytest.raises(ValueError, match=r"segment 1.device_scale: expected the tensor of segment 0"):
+        kernels.adamw_commit([one, two])
+    two.device_scale, two.hyper = one.device_scale, dataclasses.replace(BASE_HYPER, grad_scale=0.5)
+    with pytest.raises(ValueError, match="device_scale is given as a device scalar, so the segment's own must be 1.0"):
+        kernels.adamw_commit([one, two])

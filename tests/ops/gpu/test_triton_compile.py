@@ -60,10 +60,13 @@ def _cases() -> list[tuple[str, Any, dict[str, str], dict[str, int | bool]]]:
             "COMPENSATED": is_compensated,
             "HAS_DECAY": True,
             "HAS_L2": False,
+            "SCALE_ON_DEVICE": False,
             "HAS_CLIP": True,
             "MAXIMIZE": False,
             "BLOCK": 512,
         }
+        if state == 2 and code == 1:
+            types["grad_scale"], constants["SCALE_ON_DEVICE"] = "*fp32", True
         label = f"adamw_low-{state}{code}{'-compensated' if is_compensated else ''}"
         cases.append((label, adamw_low.adamw_low_kernel, types, constants))
     types = {"sums": "*fp32", "out": "*fp32", "cols": "i32"}

@@ -126,7 +126,7 @@ def _low_segment(
 
 
 def _check_low(name: str, hyper: AdamWHyper, expected: AdamWSegment, device: str) -> None:
-    fields = ("param", "exp_avg", "exp_avg_sq", "grad", "weight_out", "compensation")
+    fields = ("param", "exp_avg", "exp_avg_sq", "grad", "weight_out", "compensation", "device_scale")
     moved = {key: getattr(expected, key).to(device, copy=True) for key in fields if getattr(expected, key) is not None}
     found = dataclasses.replace(expected, **moved)
     for step in (hyper.step, hyper.step + 1):
@@ -141,6 +141,9 @@ def check_adamw_low(device: str) -> None:
     bf16, far = torch.bfloat16, 2**33 + 5
     for (name, hyper), grad in itertools.product(HYPERS.items(), GRAD_DTYPES):
         _check_low(name, hyper, _low_segment(bf16, (bf16, bf16), grad, Rounding(True, 2**61 + 17, far), False), device)
+    scaled = _low_segment(bf16, (bf16, bf16), bf16, Rounding(True, 7, far), False)
+    scaled.device_scale = torch.tensor(0.37)
+    _check_low("device_scale", dataclasses.replace(HYPERS["adamw"], grad_scale=1.0), scaled, device)
     for master, m, v, is_stochastic in itertools.product(STATE_DTYPES, STATE_DTYPES, STATE_DTYPES, (False, True)):
         for kahan in (False, True) if master == bf16 else (False,):
             segment = _low_segment(master, (m, v), bf16, Rounding(is_stochastic, 7, far - 1), kahan)

@@ -117,6 +117,7 @@ def adamw_low_kernel(  # noqa: PLR0913
     COMPENSATED: tl.constexpr,
     HAS_DECAY: tl.constexpr,
     HAS_L2: tl.constexpr,
+    SCALE_ON_DEVICE: tl.constexpr,
     HAS_CLIP: tl.constexpr,
     MAXIMIZE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -128,7 +129,8 @@ def adamw_low_kernel(  # noqa: PLR0913
     v = load_f32(exp_avg_sq + index, mask, EXP_AVG_SQ)
     if COMPENSATED:
         p = p + load_f32(compensation + index, mask, BF16)
-    g = clipped(load_f32(grad + index, mask, GRAD) * grad_scale, clip_value, HAS_CLIP, MAXIMIZE)
+    scale = tl.load(grad_scale) if SCALE_ON_DEVICE else grad_scale
+    g = clipped(load_f32(grad + index, mask, GRAD) * scale, clip_value, HAS_CLIP, MAXIMIZE)
     if HAS_L2:
         g = g + l2 * p
     if HAS_DECAY:
@@ -137,7 +139,6 @@ def adamw_low_kernel(  # noqa: PLR0913
     v = v * beta2 + (one_minus_beta2 * g) * g
     denom = tl.div_rn(tl.sqrt_rn(v), bias_correction2_sqrt) + eps
     p = p + tl.div_rn(neg_step_size * m, denom)
-
     zero = tl.zeros([BLOCK], dtype=tl.uint32)
     first, second = zero, zero
     if STOCHASTIC:

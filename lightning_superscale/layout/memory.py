@@ -1,0 +1,57 @@
+"""How many bytes each parameter takes on one rank, by class: plain data that each technique states once.
+
+[Note: One memory model] An offload engine states what its states take, `StateDtypes` what masters and moments take, a
+ZeRO stage what weights and gradients take. The check of the host's memory, the share of states that fits the device and
+the arithmetic that `explain()` prints read these statements; tests hold them equal to the tensors that exist.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Home = Literal["device", "host"]
+"""The memory of the parameters' device, or that of its host across the link."""
+
+Axis = Literal["shard"]
+"""A mesh axis over whose ranks bytes are divided."""
+
+
+@dataclass(frozen=True, slots=True)
+class BytesPerParam:
+    """One class of bytes.
+
+    Attributes:
+        name, dtype: as `explain()` prints them.
+        bytes: per parameter, of all ranks that share it together.
+        home: whose memory they are in.
+        axis: whose ranks divide them; None where each rank has all.
+    """
+
+    name: str
+    dtype: str
+    bytes: int
+    home: Home
+    axis: Axis | None = "shard"
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryModel:
+    """All classes of one kind of parameter, but for padding."""
+
+    classes: tuple[BytesPerParam, ...] = ()
+
+    def __add__(self, other: MemoryModel) -> MemoryModel:
+        return MemoryModel(self.classes + other.classes)
+
+    def per_param(self, home: Home, axis: Axis | None) -> int:
+        """Bytes per parameter in one memory that the ranks of an axis divide; None for those that each rank has."""
+        return sum(one.bytes for one in self.classes if one.home == home and one.axis == axis)
+
+    def bytes(self, home: Home, numel: int, num_shards: int = 1) -> int:
+        """Bytes of so many parameters in one memory of one rank, rounded up.
+
+        Args:
+            num_shards: ranks of the shard axis.
+        """
+        return numel * self.per_param(home, None) - (-numel * self.per_param(home, "shard") // num_shards)

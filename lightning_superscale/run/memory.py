@@ -1,0 +1,92 @@
+"""What one run should take of each memory, from configs, dtypes and sizes alone; see [Note: One memory model]."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_superscale.comm.dtensor import tensor_numel
+from lightning_superscale.layout.memory import Home, MemoryModel
+from lightning_superscale.offload.engine import engine_of
+from lightning_superscale.offload.link.dtype import LinkDtype
+from lightning_superscale.run.settings import RunSettings
+from lightning_superscale.zero.memory import frozen_memory, trained_memory
+
+
+def states_memory(
+    settings: RunSettings,
+    weights: torch.dtype,
+    *,
+    is_on_host: bool,
+    link_dtype: LinkDtype,
+    has_moments: bool = True,
+    flows: bool = False,
+) -> MemoryModel:
+    """What masters, moments and buffers of parameters of this dtype take.
+
+    Args:
+        is_on_host: an offload engine has them, if one runs; False for those that stay on the device.
+        has_moments: False for an optimizer that keeps states of its own.
+    """
+    dtypes, engine = settings.precision.states, settings.engine
+    if engine is None or not is_on_host:
+        return dtypes.memory(weights, has_moments=has_moments, home="device")
+    return (engine if has_moments else engine_of("cpu")).memory(
+        weights,
+        has_moments=has_moments,
+        flows=flows,
+        num_shares=settings.mesh.shard.size,
+        dtypes=dtypes,
+        link_dtype=link_dtype,
+    )
+
+
+def weights_memory(
+    settings: RunSettings, weights: torch.dtype, gradients: torch.dtype, *, has_whole_weights: bool, flows: bool
+) -> MemoryModel:
+    """What the stage keeps of trained weights and their gradients.
+
+    Args:
+        has_whole_weights: of parameters that stage 3 does not shard, too.
+    """
+    return trained_memory(
+        weights,
+        gradients,
+        has_whole_weights=has_whole_weights,
+        reduces_once=settings.zero.reduces_once,
+        flows=flows,
+    )
+
+
+def host_bytes_needed(
+    module: nn.Module, optimizers: Iterable[Optimizer], settings: RunSettings, link_dtype: LinkDtype
+) -> int:
+    """Host bytes of this rank's states and of weights that flow, but for padding.
+
+    What may go to the device later counts as here, and states of an optimizer that keeps its own as moments.
+    """
+    if settings.engine is None:
+        return 0
+
+    def is_copied(param: nn.Parameter) -> bool:
+        # A copy takes the place of weights that are in host memory already.
+        return settings.flow is not None and param in settings.flow.block_of and param.device.type != "cpu"
+
+    stepped = {p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    host: Home = "host"
+    divided = whole = 0
+    for param in stepped:
+        if param.requires_grad:
+            model = states_memory(settings, param.dtype, is_on_host=True, link_dtype=link_dtype, flows=is_copied(param))
+            divided += tensor_numel(param) * model.per_param(host, "shard")
+            whole += param.numel() * model.per_param(host, None)
+    trained = {param for param in stepped if param.requires_grad}
+    for param in module.parameters():
+        if is_copied(param) and param not in trained:
+            whole += param.numel() * frozen_memory(param.dtype, flows=True).per_param(host, None)
+    offload = settings.offload
+    stays = 0.0 if offload is None or offload.gpu_fraction == "auto" else offload.gpu_fraction
+    return round(divided * (1 - stays) / settings.mesh.shard.size) + whole
