@@ -68,16 +68,16 @@ class _Settled(NamedTuple):
 
 
 class SettledWeights:
-    """Completion of a settled unit's upload, which another thread starts."""
+    """A settled unit's upload, which another thread starts: waitable once it is started and waitable itself."""
 
     def __init__(self, settled: Future[_Settled]) -> None:
         self._settled = settled
 
-    def is_ready(self) -> bool:
+    def is_waitable(self) -> bool:
         if not self._settled.done():
             return False
         upload = self._settled.result().upload
-        return upload is None or upload.is_ready()
+        return upload is None or upload.is_waitable()
 
     def wait(self) -> None:
         upload = self._settled.result().upload
