@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 from lightning_superscale.comm.mesh import DataMesh, MeshAxis
 from lightning_superscale.comm.watch import RankWatch
 from lightning_superscale.ops.cpu.memory import RecycledMemory
+from lightning_superscale.ops.events import Done, Event
 from lightning_superscale.torch_private import AsyncCollectiveTensor, copy_all
 
 # How often a rank that waits looks whether another one failed.
@@ -34,29 +35,6 @@ _OWN_MESSAGE_NUMEL = 2**15
 
 # torch 2.13 gave it a new name and warns at the old one.
 _ALL_GATHER: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
-
-class Pending(Protocol):
-    """A collective under way."""
-
-    def is_done(self) -> bool:
-        """Whether `wait` would return at once."""
-
-    def wait(self) -> Tensor:
-        """The result, ready for whatever runs next on its device."""
-
-
-class Done:
-    """A result that is there."""
-
-    def __init__(self, result: Tensor) -> None:
-        self._result = result
-
-    def is_done(self) -> bool:
-        return True
-
-    def wait(self) -> Tensor:
-        return self._result
 
 
 def _wait(works: list[Any], watch: RankWatch | None, what: str, *, can_look: bool = True) -> None:
@@ -83,24 +61,56 @@ def _wait(works: list[Any], watch: RankWatch | None, what: str, *, can_look: boo
 
 
 class InFlight:
-    """Collectives that were issued, and what makes their result of what they moved."""
+    """Collectives that were issued, and what makes their result of what they moved.
+
+    Complete when every one of them says so, which gloo's sends and receives do only after `wait`. With NCCL waitable
+    at once, because waiting orders streams; with gloo when complete.
+
+    Args:
+        works: what torch gave for each.
+        finish: makes the result, once they are through.
+        watch: tells of ranks that failed while this one blocks; None where waiting does not block.
+        what: names them in errors.
+        can_look: whether a work can be waited for more than once.
+        orders_streams: whether waiting for a work orders streams and does not block.
+    """
 
     def __init__(
-        self, works: list[Any], finish: Callable[[], Tensor], watch: RankWatch | None, what: str, *, can_look: bool
+        self,
+        works: list[Any],
+        finish: Callable[[], Tensor],
+        watch: RankWatch | None,
+        what: str,
+        *,
+        can_look: bool,
+        orders_streams: bool,
     ) -> None:
         self._works = works
         self._finish = finish
         self._watch = watch
         self._what = what
         self._can_look = can_look
-
-    def is_done(self) -> bool:
-        return all(work.is_completed() for work in self._works)
+        self._orders_streams = orders_streams
+        self._result: Tensor | None = None
 
     def wait(self) -> Tensor:
-        _wait(self._works, self._watch, self._what, can_look=self._can_look)
-        self._works = []
-        return self._finish()
+        if self._result is None:
+            _wait(self._works, self._watch, self._what, can_look=self._can_look)
+            if not self._orders_streams:
+                self._works = []
+            self._result = self._finish()
+        return self._result
+
+    def synchronize(self) -> None:
+        result = self.wait()
+        if result.is_cuda:
+            torch.cuda.current_stream(result.device).synchronize()
+
+    def is_waitable(self) -> bool:
+        return self._orders_streams or self.is_complete()
+
+    def is_complete(self) -> bool:
+        return all(work.is_completed() for work in self._works)
 
 
 class AxisCollectives:
@@ -115,7 +125,7 @@ class AxisCollectives:
         self._watch = mesh.watch if self._is_gloo else None
         self._exchanges = 0
 
-    def reduce_scatter(self, packed: Tensor) -> Pending:
+    def reduce_scatter(self, packed: Tensor) -> Event[Tensor]:
         """Sum over ranks of `packed` [size, n]; this rank gets row `rank` of it, [n].
 
         `packed` must stay untouched until the result is there, and belongs to the result from then on.
@@ -139,7 +149,7 @@ class AxisCollectives:
         rows = [received[row - first] if first <= row < last else packed[row] for row in range(size)]
         return self._in_flight([work], lambda: _sum_of_rows(rows, received[0], self._memory), "reduce-scatter")
 
-    def all_reduce(self, tensor: Tensor) -> Pending:
+    def all_reduce(self, tensor: Tensor) -> Event[Tensor]:
         """Sum over ranks, in place."""
         if self.axis.size == 1:
             return Done(tensor)
@@ -147,11 +157,11 @@ class AxisCollectives:
         work = dist.all_reduce(tensor, group=self.axis.group, async_op=True)
         return self._in_flight([work], lambda: tensor, "all-reduce")
 
-    def all_gather(self, packed: Tensor, *, is_polled: bool = False) -> Pending:
+    def all_gather(self, packed: Tensor, *, is_polled: bool = False) -> Event[Tensor]:
         """Fill every row of `packed` [size, n] with its rank's row; this rank's own row is there already.
 
         Args:
-            is_polled: `is_done()` has to become true before `wait()`, which it doesn't for gloo's sends and receives.
+            is_polled: `is_complete()` has to become true before `wait()`, as it does not for gloo's sends and receives.
         """
         if self.axis.size == 1:
             return Done(packed)
@@ -168,7 +178,7 @@ class AxisCollectives:
         """Whether `all_gather_rows` works here: on gloo."""
         return self._is_gloo
 
-    def all_gather_rows(self, rows: Sequence[Sequence[Tensor]]) -> Pending:
+    def all_gather_rows(self, rows: Sequence[Sequence[Tensor]]) -> Event[Tensor]:
         """Fill every other rank's tensors, `rows[its rank]`, with what that rank has there.
 
         Args:
@@ -198,7 +208,8 @@ class AxisCollectives:
     def _in_flight(
         self, works: list[Any], finish: Callable[[], Tensor], kind: str, *, can_look: bool = True
     ) -> InFlight:
-        return InFlight(works, finish, self._watch, f"{kind} over the {self.axis.name} axis", can_look=can_look)
+        what = f"{kind} over the {self.axis.name} axis"
+        return InFlight(works, finish, self._watch, what, can_look=can_look, orders_streams=not self._is_gloo)
 
     def _exchange(self, rows: Sequence[Sequence[Tensor]]) -> list[Any]:
         """Send this rank's tensors to every other, receive theirs in place: no copy but the wire's."""

@@ -17,7 +17,9 @@ from lightning_superscale.offload.link.arena import HostArena
 from lightning_superscale.offload.link.dtype import LinkDtype, dtype_on_link
 from lightning_superscale.offload.link.link import Link, LinkEvent
 from lightning_superscale.offload.weight_flow.weights import FlowingWeights, HostBound, LateUpload
+from lightning_superscale.ops.events import AllOf
 from lightning_superscale.ops.state_dtypes import StateDtypes, bytes_of
+from lightning_superscale.optim.unit import PublishEvent
 from lightning_superscale.optim.unit_state import StateBytes, UnitState, adam_buffers
 
 
@@ -32,30 +34,14 @@ class OffloadableUnit(Protocol):
     def inbox(self) -> Tensor: ...
 
 
-class UploadEvent:
-    """Completion of the copies that carry one unit's new weights."""
-
-    def __init__(self, copies: Sequence[LinkEvent]) -> None:
-        self._copies = copies
-
-    def is_ready(self) -> bool:
-        return all(copy.is_ready() for copy in self._copies)
-
-    def wait(self) -> None:
-        for copy in self._copies:
-            copy.wait()
-
-
-def way_of_weights(
-    flowing: FlowingWeights | None, upload: Callable[[], Sequence[LinkEvent]]
-) -> UploadEvent | HostBound | LateUpload:
+def way_of_weights(flowing: FlowingWeights | None, upload: Callable[[], Sequence[LinkEvent]]) -> PublishEvent:
     """How a unit's new weights get to where forward reads them: uploaded now, where they are, or for a later gather.
 
     Args:
         upload: starts their copies.
     """
     if flowing is None:
-        return UploadEvent(upload())
+        return AllOf(upload())
     return HostBound(flowing) if flowing.unit.is_whole else LateUpload(upload)
 
 

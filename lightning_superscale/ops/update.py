@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
 from lightning_superscale.ops import reference
 from lightning_superscale.ops.cpu import adamw
 from lightning_superscale.ops.cpu.pool import Pool, Ticket, default_pool
+from lightning_superscale.ops.events import Waitable
 from lightning_superscale.ops.types import AdamWSegment, GradStats
 from lightning_superscale.torch_private import norms_of_all
 
@@ -19,18 +19,18 @@ from lightning_superscale.torch_private import norms_of_all
 StatsSource = Callable[[], Sequence[GradStats]]
 
 
-class Update(Protocol):
-    """An update that was submitted."""
-
-    def wait(self) -> StatsSource:
-        """Return once masters and states are new for whatever runs next on their device."""
+# An update that was submitted. Masters and states are new for whatever runs next on their device.
+Update = Waitable[StatsSource]
 
 
 class HostUpdate:
-    """An update that the pool's threads run."""
+    """An update that the pool's threads run: waitable when they have done it."""
 
     def __init__(self, ticket: Ticket[list[GradStats] | None]) -> None:
         self._ticket = ticket
+
+    def is_waitable(self) -> bool:
+        return self._ticket.is_waitable()
 
     def wait(self) -> StatsSource:
         stats = self._ticket.wait() or []
@@ -38,10 +38,13 @@ class HostUpdate:
 
 
 class QueuedUpdate:
-    """An update that was put on the current stream: nothing to wait for."""
+    """An update that was put on the current stream: waitable at once. Its completion is the stream's."""
 
     def __init__(self, stats: StatsSource) -> None:
         self._stats = stats
+
+    def is_waitable(self) -> bool:
+        return True
 
     def wait(self) -> StatsSource:
         return self._stats

@@ -10,16 +10,10 @@ from torch import Tensor, nn
 
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.layout.rows import ParamSlice, UnitLayout
+from lightning_superscale.ops.events import Waitable
 
-
-class PublishEvent(Protocol):
-    """Completion of an upload of new weights."""
-
-    def is_ready(self) -> bool:
-        """Whether `wait` would return at once."""
-
-    def wait(self) -> None:
-        """Make whatever runs next on the parameters' device see the new weights."""
+PublishEvent = Waitable[None]
+"""An upload of new weights: after `wait`, whatever runs next on the parameters' device sees them."""
 
 
 class ShardUnit(Protocol):

@@ -167,7 +167,7 @@ class EnginePublications:
         if found is not None:
             found[0].begin_gather(found[1])
 
-    def is_ready(self, unit: StreamedUnit) -> bool:
+    def is_waitable(self, unit: StreamedUnit) -> bool:
         found = self._found(unit)
         return found is None or found[0].is_published(found[1])
 

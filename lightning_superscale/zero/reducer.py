@@ -17,9 +17,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lightning_superscale.comm.collectives import Pending
 from lightning_superscale.comm.communicator import Communicator
 from lightning_superscale.layout.rows import ParamSlice
+from lightning_superscale.ops.events import Event
 from lightning_superscale.optim.grad_dtypes import AS_WEIGHTS, GradientDtypes, packed_into
 from lightning_superscale.optim.unit import DeltaSink, GradientDelta, ShardUnit, slice_view
 
@@ -84,8 +84,8 @@ class _Flight:
 
     unit: ReducedUnit
     slices: tuple[int, ...]
-    over_shard: Pending | None
-    over_replicas: Pending | None = None
+    over_shard: Event[Tensor] | None
+    over_replicas: Event[Tensor] | None = None
     result: Tensor | None = None
 
 
@@ -162,13 +162,13 @@ class GradientReducer:
         """Move flights on, strictly in order, because each stage of each issues a collective."""
         for flight in self._flights:
             if flight.over_shard is not None:
-                if not (block or flight.over_shard.is_done()):
+                if not (block or flight.over_shard.is_complete()):
                     return
                 flight.over_replicas = self._ranks.replicate.all_reduce(flight.over_shard.wait())
                 flight.over_shard = None
         for flight in self._flights:
             if flight.over_replicas is not None:
-                if not (block or flight.over_replicas.is_done()):
+                if not (block or flight.over_replicas.is_complete()):
                     return
                 flight.result = flight.over_replicas.wait()
                 flight.over_replicas = None

@@ -133,7 +133,7 @@ class Published:
     def begin(self, unit) -> None:
         self._transport.begin_gather(unit)
 
-    def is_ready(self, unit) -> bool:
+    def is_waitable(self, unit) -> bool:
         return self._transport.is_published(unit)
 
     def wait(self, unit) -> None:

@@ -41,7 +41,7 @@ class _Delayed:
         self._copy = (dst, src)
         self._is_done = False
 
-    def is_ready(self) -> bool:
+    def is_waitable(self) -> bool:
         return self._is_done
 
     def wait(self) -> None:

@@ -35,10 +35,10 @@ class VirtualEvent:
     def __init__(self, time: VirtualTime, done_at: float) -> None:
         self._time, self._done_at = time, done_at
 
-    def is_ready(self) -> bool:
+    def is_waitable(self) -> bool:
         return self._time.now >= self._done_at
 
-    is_done = is_ready
+    is_complete = is_waitable
 
     def wait(self) -> None:
         self._time.advance_to(self._done_at)

@@ -31,10 +31,10 @@ class LazyCopy:
         self._dst, self._src, self._waits = dst, src, waits
         self._lock = threading.Lock()
 
-    def is_ready(self) -> bool:
+    def is_waitable(self) -> bool:
         return True
 
-    def is_done(self) -> bool:
+    def is_complete(self) -> bool:
         return self._src is None
 
     def wait(self) -> None:

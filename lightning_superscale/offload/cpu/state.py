@@ -17,7 +17,6 @@ from torch import Tensor
 from lightning_superscale.layout.memory import Home
 from lightning_superscale.offload.engine import OffloadContext
 from lightning_superscale.offload.host_state import (
-    UploadEvent,
     compensation_of,
     host_buffers,
     way_of_weights,
@@ -25,10 +24,10 @@ from lightning_superscale.offload.host_state import (
 )
 from lightning_superscale.offload.link.dtype import add_late_gradient, dtype_on_link, send_gradient
 from lightning_superscale.offload.link.link import LinkEvent
-from lightning_superscale.offload.weight_flow.weights import FlowingWeights, HostBound, LateUpload, StreamedUnit
+from lightning_superscale.offload.weight_flow.weights import FlowingWeights, StreamedUnit
 from lightning_superscale.ops.state_dtypes import follow_weights
 from lightning_superscale.ops.types import Rounding
-from lightning_superscale.optim.unit import ShardUnit
+from lightning_superscale.optim.unit import PublishEvent, ShardUnit
 from lightning_superscale.optim.unit_state import StateBytes, roundings_of
 
 
@@ -119,7 +118,7 @@ class HostState:
     def clear_grads(self) -> None:
         self._arrivals.clear()
 
-    def upload(self, stepped: Sequence[int]) -> UploadEvent | HostBound | LateUpload:
+    def upload(self, stepped: Sequence[int]) -> PublishEvent:
         """Send new weights. Only of stepped slices: elsewhere the shared buffer may hold anything."""
         return way_of_weights(self.flowing, lambda: self._upload(stepped))
 

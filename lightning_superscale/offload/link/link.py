@@ -12,7 +12,7 @@ before the fence that the copy waits for.
 
 from __future__ import annotations
 
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lightning_superscale.ops.cpu.flat import submit_copy
+from lightning_superscale.ops.events import Done, Event, FutureEvent, StreamEvent
 from lightning_superscale.ops.types import WEIGHT_DTYPES
 from lightning_superscale.timeline import UNTIMED, Timeline
 
@@ -32,26 +33,14 @@ class LinkBytes:
     h2d: int = 0
 
 
-class LinkEvent(Protocol):
-    """Completion of one copy."""
-
-    def is_ready(self) -> bool:
-        """Whether `wait` would return at once."""
-
-    def wait(self) -> None:
-        """Order what runs next on the *device* after the copy; blocks the host only where there is no stream."""
-
-    def is_done(self) -> bool:
-        """Whether `synchronize` would return at once."""
-
-    def synchronize(self) -> None:
-        """Block the host until the copy is done."""
+LinkEvent = Event[None]
+"""Completion of one copy: `wait` orders what runs next on the *device* after it, `synchronize` the host."""
 
 
 class LinkFence(Protocol):
     """A point of the device's work."""
 
-    def order(self, stream: torch.cuda.Stream) -> None:
+    def wait(self, stream: torch.cuda.Stream) -> None:
         """Let a stream go on only after it."""
 
 
@@ -92,60 +81,6 @@ def _check(host: Tensor, device: Tensor) -> int:
     return host.nbytes
 
 
-class DoneEvent:
-    """A copy that was complete when its call returned."""
-
-    def is_ready(self) -> bool:
-        return True
-
-    def is_done(self) -> bool:
-        return True
-
-    def wait(self) -> None:
-        return
-
-    def synchronize(self) -> None:
-        return
-
-
-class FutureEvent:
-    """A copy that a thread of the link runs."""
-
-    def __init__(self, future: Future[None]) -> None:
-        self._future = future
-
-    def is_ready(self) -> bool:
-        return self._future.done()
-
-    def is_done(self) -> bool:
-        return self._future.done()
-
-    def wait(self) -> None:
-        self._future.result()
-
-    def synchronize(self) -> None:
-        self._future.result()
-
-
-class CpuEvent:
-    """A copy that a worker thread runs. There is no stream to order, so both waits block."""
-
-    def __init__(self, dst: Tensor, src: Tensor) -> None:
-        self._ticket = submit_copy(dst, src)
-
-    def is_ready(self) -> bool:
-        return self._ticket.done()
-
-    def is_done(self) -> bool:
-        return self._ticket.done()
-
-    def wait(self) -> None:
-        self._ticket.wait()
-
-    def synchronize(self) -> None:
-        self._ticket.wait()
-
-
 class CpuLink:
     """Host memory on both sides. Gradients go at once, while they are warm; weights come from a worker thread."""
 
@@ -161,7 +96,7 @@ class CpuLink:
         self.bytes.d2h += nbytes
         with self._timeline.host("device to host", "gradients", nbytes):
             dst.copy_(src)
-        return DoneEvent()
+        return Done(None)
 
     def fence(self) -> None:
         return None
@@ -170,7 +105,7 @@ class CpuLink:
         nbytes = _check(host=src, device=dst)
         self.bytes.h2d += nbytes
         if not self._timeline.is_open and dst.dtype == src.dtype:
-            return CpuEvent(dst, src)
+            return submit_copy(dst, src)
         return FutureEvent(self._timed.submit(self._copy, dst, src, nbytes))
 
     def _copy(self, dst: Tensor, src: Tensor, nbytes: int) -> None:
@@ -179,34 +114,6 @@ class CpuLink:
 
     def needs_pinned_host(self) -> bool:
         return False
-
-
-class CudaLinkEvent:
-    def __init__(self, stream: torch.cuda.Stream, src: Tensor) -> None:
-        self._src = src
-        self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._event.record(stream)
-
-    def is_ready(self) -> bool:
-        return True  # waiting orders streams
-
-    def is_done(self) -> bool:
-        return bool(self._event.query())  # type: ignore[no-untyped-call]
-
-    def wait(self) -> None:
-        torch.cuda.current_stream().wait_event(self._event)
-
-    def synchronize(self) -> None:
-        self._event.synchronize()
-
-
-class CudaFence:
-    def __init__(self, stream: torch.cuda.Stream) -> None:
-        self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._event.record(stream)
-
-    def order(self, stream: torch.cuda.Stream) -> None:
-        stream.wait_event(self._event)
 
 
 class CudaLink:
@@ -228,24 +135,24 @@ class CudaLink:
             dst.copy_(src.to(dst.dtype), non_blocking=True)
         # The caching allocator must not hand src's memory out before this stream has read it.
         src.record_stream(stream)
-        return CudaLinkEvent(stream, src)
+        return StreamEvent(stream, keep=src)
 
     def fence(self) -> LinkFence:
-        return CudaFence(torch.cuda.current_stream(self._device))
+        return StreamEvent(torch.cuda.current_stream(self._device))
 
     def h2d(self, dst: Tensor, src: Tensor, after: LinkFence | None = None) -> LinkEvent:
         nbytes = _check(host=src, device=dst)
         self.bytes.h2d += nbytes
         stream = self._h2d_stream
         # Earlier kernels may still read the weights that this copy replaces.
-        (after or self.fence()).order(stream)
+        (after or self.fence()).wait(stream)
         with torch.cuda.stream(stream), self._timeline.device("host to device", "weights", nbytes):
             # In one call torch would cast on the host. The landing place is this stream's, so it needs no fence.
             landed = dst if dst.dtype == src.dtype else torch.empty_like(dst, dtype=src.dtype)
             landed.copy_(src, non_blocking=True)
             if landed is not dst:
                 dst.copy_(landed)
-        return CudaLinkEvent(stream, src)
+        return StreamEvent(stream, keep=src)
 
     def needs_pinned_host(self) -> bool:
         return True

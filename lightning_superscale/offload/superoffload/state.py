@@ -31,7 +31,6 @@ from torch import Tensor
 from lightning_superscale.layout.memory import Home
 from lightning_superscale.offload.engine import OffloadContext
 from lightning_superscale.offload.host_state import (
-    UploadEvent,
     compensation_of,
     host_buffers,
     way_of_weights,
@@ -39,11 +38,11 @@ from lightning_superscale.offload.host_state import (
 )
 from lightning_superscale.offload.link.dtype import add_late_gradient, dtype_on_link, send_gradient
 from lightning_superscale.offload.link.link import LinkEvent, LinkFence
-from lightning_superscale.offload.weight_flow.weights import FlowingWeights, HostBound, LateUpload, StreamedUnit
+from lightning_superscale.offload.weight_flow.weights import FlowingWeights, StreamedUnit
 from lightning_superscale.ops.cpu.adamw import adamw_commit, adamw_commit_peek, adamw_peek
 from lightning_superscale.ops.state_dtypes import follow_weights
 from lightning_superscale.ops.types import AdamWHyper, AdamWSegment, GradStats, Rounding
-from lightning_superscale.optim.unit import ShardUnit
+from lightning_superscale.optim.unit import PublishEvent, ShardUnit
 from lightning_superscale.optim.unit_state import StateBytes, roundings_of
 
 _Kernel = Callable[..., list[GradStats] | None]
@@ -147,7 +146,7 @@ class DeferredState:
 
     def has_arrived(self) -> bool:
         """Whether every gradient that is under way is there."""
-        return all(known.arrival is None or known.arrival.is_done() for known in self._slices)
+        return all(known.arrival is None or known.arrival.is_complete() for known in self._slices)
 
     def clear_grads(self) -> None:
         """Forget gradients of this step that no verdict made pending."""
@@ -277,7 +276,7 @@ class DeferredState:
         """The point of the device's work after which its weights may be replaced: call it when backward is over."""
         return self._link.fence()
 
-    def upload(self, stepped: Sequence[int], after: LinkFence | None = None) -> UploadEvent | HostBound | LateUpload:
+    def upload(self, stepped: Sequence[int], after: LinkFence | None = None) -> PublishEvent:
         """Send settled new weights to the device, from any thread."""
         # What is uploaded late lands in memory that is taken late, and waits for whoever had that last.
         fence = after if self.flowing is None else None

@@ -103,16 +103,16 @@ class _Settlement:
 
 
 class SettledWeights:
-    """Completion of a settled unit's upload, which another thread starts."""
+    """A settled unit's upload, which another thread starts: waitable once it is started and waitable itself."""
 
     def __init__(self, settled: Future[_Settled]) -> None:
         self._settled = settled
 
-    def is_ready(self) -> bool:
+    def is_waitable(self) -> bool:
         if not self._settled.done():
             return False
         upload = self._settled.result().upload
-        return upload is None or upload.is_ready()
+        return upload is None or upload.is_waitable()
 
     def wait(self) -> None:
         upload = self._settled.result().upload
@@ -223,7 +223,7 @@ class DeferredStep(AdamWRule):
             hypers = {item.i: numbers.hyper_of(item) for item in items}
             unit = items[0].unit
             state = self._states[unit.index]
-            # Copies may still be under way when the step returns. What they read stays alive (CudaLinkEvent), and most
+            # Copies may still be under way when the step returns. What they read stays alive (StreamEvent), and most
             # of it is nobody else's; but a gradient in param.grad may be zeroed or added to in place next.
             if any(item.param.grad is not None for item in items):
                 state.order_after_copies()

@@ -40,8 +40,8 @@ class Publications(Protocol):
     def begin(self, unit: StreamedUnit) -> None:
         """The unit is used soon: start what can be started without waiting. Several ranks may go different ways."""
 
-    def is_ready(self, unit: StreamedUnit) -> bool:
-        """Whether `wait` would return at once."""
+    def is_waitable(self, unit: StreamedUnit) -> bool:
+        """Whether `wait` would not block."""
 
     def wait(self, unit: StreamedUnit) -> None:
         """Return when the unit's new weights are in host memory, or on the device on their way there."""
@@ -53,7 +53,7 @@ class NothingPublished:
     def begin(self, unit: StreamedUnit) -> None:
         return
 
-    def is_ready(self, unit: StreamedUnit) -> bool:
+    def is_waitable(self, unit: StreamedUnit) -> bool:
         return True
 
     def wait(self, unit: StreamedUnit) -> None:
@@ -242,7 +242,7 @@ class WeightFlow:
         self._on_device[block.index] = block
         for weights in block.weights:
             self._publications.begin(weights.unit)
-            weights.want(is_ready=self._publications.is_ready(weights.unit))
+            weights.want(is_ready=self._publications.is_waitable(weights.unit))
 
     def _arrive(self, block: _Block) -> None:
         self._on_device[block.index] = block

@@ -70,12 +70,12 @@ class StreamedUnit(Protocol):
 
 
 class HostBound:
-    """Completion of new weights in host memory: whoever waits lets the parameters view them."""
+    """New weights that stay in host memory: `wait` lets the parameters view them, and is possible at once."""
 
     def __init__(self, weights: FlowingWeights) -> None:
         self._weights = weights
 
-    def is_ready(self) -> bool:
+    def is_waitable(self) -> bool:
         return True
 
     def wait(self) -> None:
@@ -83,12 +83,15 @@ class HostBound:
 
 
 class LateUpload:
-    """New rows that a rank keeps on the host until their gather begins: all units' at once would fill the device."""
+    """New rows that a rank keeps on the host until their gather begins: all units' at once would fill the device.
+
+    `wait` starts their copies and orders what runs next after them; waitable at once, because they are on the host.
+    """
 
     def __init__(self, start: Callable[[], Sequence[LinkEvent]]) -> None:
         self._start = start
 
-    def is_ready(self) -> bool:
+    def is_waitable(self) -> bool:
         return True
 
     def wait(self) -> None:
@@ -230,7 +233,7 @@ class FlowingWeights:
             self._storage.resize_(self.full_bytes)
             self._fence = self._link.fence()
             self._copies = []
-        if self._landing is not None and self._landing.is_done():
+        if self._landing is not None and self._landing.is_complete():
             self._landing = None
         if is_ready and self._landing is None and not self._copies:
             self._copies = [self._link.h2d(there, here, self._fence) for there, here in self._pairs()]

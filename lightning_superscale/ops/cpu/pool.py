@@ -85,7 +85,9 @@ def default_pool() -> Pool:
 
 
 class Ticket(Generic[T]):
-    """Work that was submitted. Keeps the tensors of the work alive until it is done.
+    """Work that was submitted: an `Event`. Keeps the tensors of the work alive until it is done.
+
+    It runs on the host, so that it is waitable when it is complete, or failed, or cancelled.
 
     Dropping the last reference to an unfinished ticket waits for the work (or cancels it while it is held),
     because the work writes to memory that the ticket keeps.
@@ -114,8 +116,7 @@ class Ticket(Generic[T]):
         if handle is None and not held:
             self.release()
 
-    def done(self) -> bool:
-        """Whether `wait` would return at once."""
+    def is_complete(self) -> bool:
         if self._lib is None or self._handle is None:
             return self._run is None
         return bool(self._lib.lss_ticket_done(self._handle))
@@ -134,6 +135,12 @@ class Ticket(Generic[T]):
         if self._error is not None:
             raise self._error
         return cast("T", self._result)
+
+    def synchronize(self) -> None:
+        self.wait()
+
+    def is_waitable(self) -> bool:
+        return self.is_complete()
 
     def release(self) -> None:
         """Let held work start. No effect on work that was not held."""

@@ -14,7 +14,10 @@ from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from lightning_superscale.comm.collectives import AxisCollectives, Pending
+from torch import Tensor
+
+from lightning_superscale.comm.collectives import AxisCollectives
+from lightning_superscale.ops.events import Event
 from lightning_superscale.optim.unit import PublishEvent
 from lightning_superscale.zero.buckets.unit import BucketUnit
 
@@ -28,7 +31,7 @@ class _Queued(NamedTuple):
 
 
 class _Issued(NamedTuple):
-    pending: Pending
+    pending: Event[Tensor]
     unit: BucketUnit
     stepped: Sequence[int]
 
@@ -50,7 +53,7 @@ class LateGathers:
         if self._is_queued(unit):
             while unit.index not in self._issued:
                 self._issue_next()
-            while self._queue and self._queue[0].event.is_ready() and not self._queue[0].unit.is_streamed:
+            while self._queue and self._queue[0].event.is_waitable() and not self._queue[0].unit.is_streamed:
                 self._issue_next()
         issued = self._issued.pop(unit.index, None)
         if issued is not None:
@@ -63,7 +66,7 @@ class LateGathers:
 
     def begin(self, unit: BucketUnit) -> None:
         """Start the gather of a unit that is used soon, unless the host still steps it or one before it."""
-        while self._is_queued(unit) and self._queue[0].event.is_ready():
+        while self._is_queued(unit) and self._queue[0].event.is_waitable():
             self._issue_next()
 
     def _is_queued(self, unit: BucketUnit) -> bool:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_superscale.comm.collectives import Pending
 from lightning_superscale.comm.communicator import Communicator
 from lightning_superscale.errors import SuperScaleError
+from lightning_superscale.ops.events import Event
 from lightning_superscale.optim.bucketing import Grouping, NamedParam
 from lightning_superscale.optim.grad_dtypes import AS_WEIGHTS, GradientDtypes
 from lightning_superscale.optim.transport import IsScaling
@@ -31,7 +31,7 @@ class _Gather(NamedTuple):
         packed: the stepped weights to unpack once they are there; empty where they arrive in place.
     """
 
-    pending: Pending
+    pending: Event[Tensor]
     packed: Sequence[int]
 
 
@@ -259,7 +259,7 @@ class BucketTransport:
     def is_published(self, unit: ShardUnit) -> bool:
         """Whether waiting for new weights that the host makes would return at once."""
         upload = self._uploads.get(unit.index)
-        return (upload is None or upload.is_ready()) and not self._late_gathers.holds(self._of_index[unit.index])
+        return (upload is None or upload.is_waitable()) and not self._late_gathers.holds(self._of_index[unit.index])
 
     def wait_published(self, units: Iterable[ShardUnit]) -> None:
         """Return when whatever runs next sees the new weights of these units."""

@@ -58,7 +58,7 @@ class GroupGather:
         if self._is_polled:
             patience, pause = Patience(), _FIRST_PAUSE_S
             with self._order.waiting(self._name):
-                while not pending.is_done():
+                while not pending.is_complete():
                     if patience.should_look():
                         self._order.look(self._name)
                     self._order.raise_if_failed()

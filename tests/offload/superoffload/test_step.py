@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from lightning_superscale.errors import SuperScaleError
-from lightning_superscale.offload.link.link import CpuLink, DoneEvent
+from lightning_superscale.offload.link.link import CpuLink
 from lightning_superscale.offload.superoffload.state import DeferredState
+from lightning_superscale.ops.events import Done
 from lightning_superscale.optim.clipping import ClipByNorm
 from tests.helpers.engines import build_engine
 from tests.helpers.extent import IS_ALL
@@ -297,7 +298,7 @@ class GatedLink(CpuLink):
         if self.is_armed and dst.numel() == self.held_numel:
             self.outcomes.append(self.may_go.wait(TIMEOUT_S))
         super().h2d(dst, src).wait()
-        return DoneEvent()
+        return Done(None)
 
 
 def test_the_last_upload_waits_for_the_next_forward_and_nobody_waits_for_it_before():

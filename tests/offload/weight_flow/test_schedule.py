@@ -14,10 +14,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from lightning_superscale.errors import SuperScaleError
-from lightning_superscale.offload.link.link import CpuLink, DoneEvent
+from lightning_superscale.offload.link.link import CpuLink
 from lightning_superscale.offload.weight_flow.schedule import BLOCKS_AHEAD, BlockParams, WeightFlow
 from lightning_superscale.offload.weight_flow.weights import FlowingWeights
 from lightning_superscale.ops.cpu.memory import RecycledMemory
+from lightning_superscale.ops.events import Done
 from lightning_superscale.optim.clipping import ClipByNorm
 from lightning_superscale.zero.buckets.unit import BucketUnit
 from lightning_superscale.zero.fsdp2.wrap import blocks_with_own_params
@@ -370,7 +371,7 @@ class TorchLink(CpuLink):
     def h2d(self, dst, src, after=None):
         self.bytes.h2d += dst.nbytes
         dst.copy_(src)
-        return DoneEvent()
+        return Done(None)
 
 
 @pytest.mark.parametrize("program", DOORS, ids=lambda f: f.__name__)
@@ -665,10 +666,10 @@ class LateLink(CpuLink):
         def __init__(self, dst, src) -> None:
             self.dst, self.src, self.is_over = dst, src.clone(), False
 
-        def is_done(self) -> bool:
+        def is_complete(self) -> bool:
             return self.is_over
 
-        is_ready = is_done
+        is_waitable = is_complete
 
         def wait(self) -> None:
             return

@@ -221,10 +221,10 @@ def test_submit_adamw_equals_reference(path, mode, pool):
             expected_stats = oracle(expected, stats=True)
             ticket = submit(segments, stats=True, pool=pool, held=held)
             if held:
-                assert not ticket.done()
+                assert not ticket.is_complete()
                 ticket.release()
             assert ticket.wait() == expected_stats
-            assert ticket.done()
+            assert ticket.is_complete()
             for seg, want in zip(segments, expected, strict=True):
                 assert_same_segment(seg, want)
 

@@ -181,7 +181,7 @@ def test_submit_copy_equals_source(path, pool):
         for numel in (*SIZES, LARGE):
             src, dst = values(numel, BF16), torch.zeros(numel, dtype=BF16)
             ticket = flat.submit_copy(dst, src, pool=pool, held=True)
-            assert not ticket.done()
+            assert not ticket.is_complete()
             ticket.release()
             ticket.wait()
             assert same(dst, src)

@@ -70,7 +70,7 @@ def test_pool_runs_higher_priority_first():
     low = flat.submit_copy(torch.empty(numel), src, pool=pool)
     high = flat.submit_copy(torch.empty(1000), src[:1000], pool=pool, priority=1)
     high.wait()  # overtakes both at the next chunk
-    assert not low.done()
+    assert not low.is_complete()
     blocker.wait()
     low.wait()
 
@@ -114,17 +114,17 @@ def test_pool_closed_cancels_held_work():
 def test_flag_is_done_after_notify():
     pool = Pool(1)
     flag = pool.flag()
-    assert not flag.done()
+    assert not flag.is_complete()
     waiter = threading.Thread(target=flag.wait)
     waiter.start()
     lib = loader.native()
     lib.lss_ticket_ref(flag.handle)
     lib.lss_notify(flag.handle)  # what a CUDA stream calls
     waiter.join(timeout=10)
-    assert flag.done()
+    assert flag.is_complete()
     with loader.without_native():
         fallback = Pool(1).flag()
-        assert not fallback.done()
+        assert not fallback.is_complete()
         fallback.release()
         assert fallback.wait() is None
 
@@ -134,7 +134,7 @@ def test_ticket_without_native_work_raises_the_error_in_wait():
         raise ValueError("broken")
 
     ticket = Ticket(run=fail)
-    assert ticket.done()
+    assert ticket.is_complete()
     with pytest.raises(ValueError, match="broken"):
         ticket.wait()
     with pytest.raises(RuntimeError, match="held"):

@@ -37,7 +37,7 @@ def test_calls_without_cuda_say_so():
     ):
         with pytest.raises(RuntimeError, match="no CUDA"):
             call()
-    assert not ticket.done()
+    assert not ticket.is_complete()
 
 
 def test_copy_of_wrong_tensors_is_refused_by_index():

@@ -11,7 +11,8 @@ from torch import nn
 from lightning_superscale.comm.communicator import ranks_of
 from lightning_superscale.comm.mesh import build_mesh
 from lightning_superscale.layout.mesh import MeshSpec
-from lightning_superscale.offload.link.link import CpuLink, DoneEvent
+from lightning_superscale.offload.link.link import CpuLink
+from lightning_superscale.ops.events import Done
 from lightning_superscale.zero.forward_gates import PublishGates
 from tests.helpers.engines import build_engine
 from tests.helpers.fsdp import DelayedLink
@@ -36,7 +37,7 @@ class GatedLink(CpuLink):
         if self.is_armed and dst.numel() == self.held_numel:
             self.outcomes.append(self.may_go.wait(WAIT_S))
         super().h2d(dst, src).wait()
-        return DoneEvent()
+        return Done(None)
 
 
 class Branches(nn.Module):
