@@ -95,7 +95,7 @@ def local_state(tensors: Tensors, rank: int = 0, num_ranks: int = 1) -> states.L
     box = row_box(SHAPE, SHAPE[0] * rank // num_ranks, SHAPE[0] * (rank + 1) // num_ranks)
     return states.LocalState(
         {key_of(name): states.TensorInfo(t.dtype, SHAPE, "model") for name, t in tensors.items()},
-        {key_of(name): (states.Shard(box, t[box.within(whole_box(SHAPE))]),) for name, t in tensors.items()},
+        {key_of(name): (states.LocalShard(box, t[box.within(whole_box(SHAPE))]),) for name, t in tensors.items()},
     )
 
 

@@ -187,7 +187,7 @@ def test_a_flipped_byte_of_an_optimizer_state_is_named_and_the_model_untouched(t
     """States are read when weights have been loaded already."""
     path = saved(tmp_path, Large())
     key = TensorKey("optimizer.0", "large", "exp_avg_sq")
-    [piece] = open_checkpoint(path).manifest.tensors[key].pieces
+    [piece] = open_checkpoint(path).manifest.tensors[key].chunks
     data = Path(path, piece.file)
     damaged = bytearray(data.read_bytes())
     damaged[piece.start + 2**20] ^= 1
