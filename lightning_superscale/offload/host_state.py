@@ -14,8 +14,8 @@ from torch import Tensor
 from lightning_superscale.layout.rows import UnitLayout
 from lightning_superscale.offload.link.arena import HostArena
 from lightning_superscale.offload.link.link import Link, LinkEvent
-from lightning_superscale.offload.weight_flow.weights import FlowingWeights, HostBound, LateUpload
-from lightning_superscale.ops.events import AllOf
+from lightning_superscale.offload.weight_flow.weights import FlowingWeights, LateUpload
+from lightning_superscale.ops.events import AllOf, Done
 from lightning_superscale.ops.state_dtypes import StateDtypes
 from lightning_superscale.optim.unit import PublishEvent
 from lightning_superscale.optim.unit_state import StateBytes, UnitState, adam_buffers
@@ -40,7 +40,7 @@ def way_of_weights(flowing: FlowingWeights | None, upload: Callable[[], Sequence
     """
     if flowing is None:
         return AllOf(upload())
-    return HostBound(flowing) if flowing.unit.is_whole else LateUpload(upload)
+    return Done(None) if flowing.unit.is_whole else LateUpload(upload)
 
 
 def weights_on_host(unit: OffloadableUnit, i: int, flowing: FlowingWeights | None, link: Link) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, Protocol
 
 import torch
@@ -14,6 +15,92 @@ from lightning_superscale.ops.events import Waitable
 
 PublishEvent = Waitable[None]
 """An upload of new weights: after `wait`, whatever runs next on the parameters' device sees them."""
+
+
+class NewWeights(Protocol):
+    """New weights of one unit that a step has made, on their way to the unit's store.
+
+    [Note: New weights] They come up over a link, from other ranks, or both. The transport knows the way and hands this
+    object to the store; the store knows when somebody uses the weights, and waits. Nobody looks for the other.
+    """
+
+    def begin(self) -> None:
+        """The weights are used soon: start what can be started without waiting."""
+
+    def are_on_host(self) -> bool:
+        """Whether the store's own host memory has them, so that they may be copied from there before `wait`."""
+
+    def wait(self) -> None:
+        """Return when whatever runs next sees them in the unit's weights, or in the memory of its store."""
+
+    def abandon(self) -> None:
+        """A rank failed: `wait` waits for no other rank any more, and may bring nothing."""
+
+
+class WeightStore(Protocol):
+    """Where the weights of one unit are between their uses, and who waits for new ones.
+
+    Every unit has one. `OnDevice` keeps them where forward reads them, whole or in shards that FSDP2 gathers;
+    `offload/weight_flow/weights.py` keeps them in host memory, and brings them to the device when they are used.
+    """
+
+    def receive(self, new: NewWeights) -> None:
+        """The last step made new weights. Whoever uses them next waits for them."""
+
+    def settle(self) -> bool:
+        """Return when whatever runs next sees the new weights, and nothing is kept ready for a use.
+
+        Returns:
+            whether there were any.
+        """
+
+    def filling(self, *, is_whole: bool) -> AbstractContextManager[None]:
+        """While open, the unit's weights on the device can be written, all of them if `is_whole`; then they are new."""
+
+    def abandon(self) -> None:
+        """A rank failed: see `NewWeights.abandon`."""
+
+
+class OnDevice:
+    """Weights that stay where forward, or FSDP2's gather, reads them. Satisfies `WeightStore`."""
+
+    def __init__(self) -> None:
+        self._new: NewWeights | None = None
+
+    def receive(self, new: NewWeights) -> None:
+        self._new = new
+
+    def settle(self) -> bool:
+        new, self._new = self._new, None
+        if new is not None:
+            new.wait()
+        return new is not None
+
+    def filling(self, *, is_whole: bool) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def abandon(self) -> None:
+        if self._new is not None:
+            self._new.abandon()
+
+
+class Uploaded:
+    """New weights that come over a link, or stay in host memory. Satisfies `NewWeights`."""
+
+    def __init__(self, event: PublishEvent) -> None:
+        self._event = event
+
+    def begin(self) -> None:
+        return
+
+    def are_on_host(self) -> bool:
+        return self._event.is_waitable()
+
+    def wait(self) -> None:
+        self._event.wait()
+
+    def abandon(self) -> None:
+        return
 
 
 class ShardUnit(Protocol):

@@ -37,7 +37,7 @@ from lightning_superscale.run.report.memory import byte_classes
 from lightning_superscale.run.report.plan import ParallelPlan
 from lightning_superscale.run.report.reasons import reasons_of, where_states_are
 from lightning_superscale.run.settings import RunSettings
-from lightning_superscale.run.weight_flow import EnginePublications, how_weights_flow, stream_the_rest
+from lightning_superscale.run.weight_flow import how_weights_flow, stream_the_rest
 from lightning_superscale.torch_private import is_compiled
 from lightning_superscale.zero.buckets.transport import BucketTransport
 from lightning_superscale.zero.buckets.unit import BucketUnit
@@ -216,7 +216,6 @@ def assemble(module: nn.Module, optimizers: Sequence[Optimizer], settings: RunSe
         if any(param in fqn_of for group in optimizer.param_groups for param in group["params"])
     }
     if settings.flow is not None and context is not None:
-        settings.flow.follow(EnginePublications(engines.values()))
         stream_the_rest(settings.flow, context.link, settings.device, context.arena, is_pinned=context.is_pinned)
     for engine in engines.values():
         if settings.streams:
@@ -352,7 +351,7 @@ def _state_maker(settings: RunSettings, context: OffloadContext | None) -> MakeS
         maker = engine if has_moments else engine_of("cpu")
         state = maker.make_state(unit, context, has_moments=has_moments, streamed=streamed)
         if flow is not None and streamed is not None and state.flowing is not None:
-            streamed.rest_at(state.flowing)
+            streamed.keep_in(state.flowing)
             flow.add(state.flowing)
         return state
 

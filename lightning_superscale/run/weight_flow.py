@@ -13,12 +13,10 @@ from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.offload.link.arena import HostArena, free_device_bytes
 from lightning_superscale.offload.link.link import Link, link_for
 from lightning_superscale.offload.weight_flow.schedule import BlockParams, WeightFlow
-from lightning_superscale.offload.weight_flow.weights import FlowingWeights, StreamedUnit
+from lightning_superscale.offload.weight_flow.weights import FlowingWeights
 from lightning_superscale.ops.cpu.memory import RecycledMemory
-from lightning_superscale.optim.engine import OptimizerEngine
 from lightning_superscale.run.report.plan import format_bytes
 from lightning_superscale.torch_private import is_compiled
-from lightning_superscale.zero.buckets.transport import BucketTransport
 from lightning_superscale.zero.buckets.unit import BucketUnit
 from lightning_superscale.zero.fsdp2.wrap import blocks_with_own_params
 
@@ -149,36 +147,3 @@ def how_weights_flow(choice: WeightsChoice, flow: WeightFlow | None, module: nn.
         f"through at most {format_bytes(flow.most_device_bytes)} of the device, in forward and in backward; weights "
         f"that no block or more than one owns stay there: {choice.reason}"
     )
-
-
-class EnginePublications:
-    """New weights that engines are making, by unit."""
-
-    def __init__(self, engines: Iterable[OptimizerEngine]) -> None:
-        self._engines = list(engines)
-        self._known: dict[StreamedUnit, tuple[BucketTransport, BucketUnit] | None] = {}
-
-    def begin(self, unit: StreamedUnit) -> None:
-        found = self._found(unit)
-        if found is not None:
-            found[0].begin_gather(found[1])
-
-    def is_waitable(self, unit: StreamedUnit) -> bool:
-        found = self._found(unit)
-        return found is None or found[0].is_published(found[1])
-
-    def wait(self, unit: StreamedUnit) -> None:
-        found = self._found(unit)
-        if found is not None:
-            found[0].wait_weights(found[1])
-
-    def _found(self, unit: StreamedUnit) -> tuple[BucketTransport, BucketUnit] | None:
-        """Whose new weights these are; None for a unit that no engine steps."""
-        if unit not in self._known:
-            self._known[unit] = None
-            for transport in (engine.transport for engine in self._engines):
-                if isinstance(transport, BucketTransport):
-                    for own in transport.units:
-                        if own is unit:
-                            self._known[unit] = (transport, own)
-        return self._known[unit]

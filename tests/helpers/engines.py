@@ -78,7 +78,7 @@ def build_engine(
         maker = chosen if has_moments else engine_of("cpu")
         state = maker.make_state(unit, context, has_moments=has_moments, streamed=streamed)
         if streamed is not None:
-            streamed.rest_at(state.flowing)
+            streamed.keep_in(state.flowing)
             flow.add(state.flowing)
         return state
 
@@ -100,22 +100,4 @@ def build_engine(
     )
     if is_streamed:
         engine.transport.stream()
-    if flow is not None:
-        flow.follow(Published(engine.transport))
     return engine
-
-
-class Published:
-    """What a weight flow asks of one transport."""
-
-    def __init__(self, transport: BucketTransport) -> None:
-        self._transport = transport
-
-    def begin(self, unit) -> None:
-        self._transport.begin_gather(unit)
-
-    def is_waitable(self, unit) -> bool:
-        return self._transport.is_published(unit)
-
-    def wait(self, unit) -> None:
-        self._transport.wait_weights(unit)

@@ -14,7 +14,7 @@ import torch
 from lightning_superscale.comm.collectives import InFlight
 from lightning_superscale.offload.link.link import CpuLink
 from lightning_superscale.offload.superoffload.step import SettledWeights, _Settled
-from lightning_superscale.offload.weight_flow.weights import HostBound, LateUpload
+from lightning_superscale.offload.weight_flow.weights import LateUpload
 from lightning_superscale.ops.cpu.pool import Pool
 from lightning_superscale.ops.events import AllOf, Done, FutureEvent, StreamEvent
 from lightning_superscale.ops.update import HostUpdate, QueuedUpdate
@@ -138,16 +138,12 @@ def settled(_device: Device) -> Case:
     )
 
 
-def host_bound(device: Device) -> Case:
-    return Case(HostBound(SimpleNamespace(follow_host=lambda: None)), device.is_through.set, blocks=False)
-
-
 def late_upload(device: Device) -> Case:
     return Case(LateUpload(lambda: [StreamEvent(device)]), device.is_through.set, blocks=False)
 
 
 EVENTS = [done, future, ticket, all_of, stream, collective, collective_on_a_stream]
-WAITABLES = [update, queued_update, settled, host_bound, late_upload]
+WAITABLES = [update, queued_update, settled, late_upload]
 
 
 @pytest.fixture

@@ -20,44 +20,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_superscale.errors import SuperScaleError
-from lightning_superscale.offload.weight_flow.weights import FlowingWeights, StreamedUnit
+from lightning_superscale.offload.weight_flow.weights import FlowingWeights
 from lightning_superscale.torch_private import saved_tensor_hooks, storage_id_of, tree_leaves, version_of
 
 # Blocks whose copies may be under way while another one is used.
 BLOCKS_AHEAD = 2
-
-
-class Publications(Protocol):
-    """New weights of a unit that the last step is still making."""
-
-    def begin(self, unit: StreamedUnit) -> None:
-        """The unit is used soon: start what can be started without waiting. Several ranks may go different ways."""
-
-    def is_waitable(self, unit: StreamedUnit) -> bool:
-        """Whether `wait` would not block."""
-
-    def wait(self, unit: StreamedUnit) -> None:
-        """Return when the unit's new weights are in host memory, or on the device on their way there."""
-
-
-class NothingPublished:
-    """Weights that no step changes."""
-
-    def begin(self, unit: StreamedUnit) -> None:
-        return
-
-    def is_waitable(self, unit: StreamedUnit) -> bool:
-        return True
-
-    def wait(self, unit: StreamedUnit) -> None:
-        return
 
 
 class BlockParams(NamedTuple):
@@ -114,7 +88,6 @@ class WeightFlow:
         self.named_params = [item for block in blocks for item in block.params.items()]
         self.block_of = {param: i for i, block in enumerate(blocks) for param in block.params.values()}
         self._num_ahead = num_ahead
-        self._publications: Publications = NothingPublished()
         self._blocks = [_Block(i, block.fqn, block.module) for i, block in enumerate(blocks)]
         self._owner: dict[nn.Parameter, FlowingWeights] = {}
         self._place: dict[int, _Block] = {}  # by storage, filled or not
@@ -130,10 +103,6 @@ class WeightFlow:
 
     # What flows
 
-    def follow(self, publications: Publications) -> None:
-        """Know who makes new weights."""
-        self._publications = publications
-
     def add(self, weights: FlowingWeights) -> None:
         """Let weights flow with the block that owns them; another unit's hold on the same parameters ends.
 
@@ -146,7 +115,7 @@ class WeightFlow:
             if before is not None:
                 before.forget(param)
                 if before.is_empty:
-                    before.leave()
+                    before.release()
                     block.weights.remove(before)
                     del self._place[before.storage_id]
             self._owner[param] = weights
@@ -204,7 +173,7 @@ class WeightFlow:
         self._hooks.clear()
         for block in self._blocks:
             for weights in block.weights:
-                weights.release()
+                weights.close()
 
     # Uses
 
@@ -241,19 +210,17 @@ class WeightFlow:
     def _want(self, block: _Block) -> None:
         self._on_device[block.index] = block
         for weights in block.weights:
-            self._publications.begin(weights.unit)
-            weights.want(is_ready=self._publications.is_waitable(weights.unit))
+            weights.prefetch()
 
     def _arrive(self, block: _Block) -> None:
         self._on_device[block.index] = block
         for weights in block.weights:
-            self._publications.wait(weights.unit)
-            weights.arrive()
+            weights.acquire()
 
     def _leave(self, block: _Block) -> None:
         del self._on_device[block.index]
         for weights in block.weights:
-            weights.leave()
+            weights.release()
 
     # Hooks: closures, because a deep copy of the module copies bound methods with all they are bound to.
 

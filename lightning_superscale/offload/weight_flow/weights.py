@@ -4,7 +4,7 @@
 or more flat host buffers. While its weights are on the device, its parameters view the device buffer; otherwise they
 view the host's, so that whoever reads or edits a parameter between steps finds the weight there, whole and right. The
 storage is emptied and filled again in place: autograd's saved views of a weight (`weight.t()`) keep the storage, and
-find it filled whenever something has called `arrive`. What arrives twice in a step is the same, because nothing writes
+find it filled whenever something has called `acquire`. What arrives twice in a step is the same, because nothing writes
 the host's current weights before the step's verdict.
 
     absent      storage empty, parameters view the host
@@ -40,6 +40,7 @@ from torch import Tensor, nn
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.layout.rows import ParamSlice, UnitLayout
 from lightning_superscale.offload.link.link import Link, LinkEvent, LinkFence
+from lightning_superscale.optim.unit import NewWeights
 from lightning_superscale.torch_private import storage_id_of
 
 
@@ -69,19 +70,6 @@ class StreamedUnit(Protocol):
     views: tuple[Tensor, ...]
 
 
-class HostBound:
-    """New weights that stay in host memory: `wait` lets the parameters view them, and is possible at once."""
-
-    def __init__(self, weights: FlowingWeights) -> None:
-        self._weights = weights
-
-    def is_waitable(self) -> bool:
-        return True
-
-    def wait(self) -> None:
-        self._weights.follow_host()
-
-
 class LateUpload:
     """New rows that a rank keeps on the host until their gather begins: all units' at once would fill the device.
 
@@ -100,7 +88,10 @@ class LateUpload:
 
 
 class FlowingWeights:
-    """The weights of one unit, wherever they are. Takes over its parameters' present values.
+    """The store of weights that flow, of one unit. Takes over its parameters' present values.
+
+    Satisfies `WeightStore` of optim/unit.py: the step's new weights are announced to it (`receive`), and it waits for
+    them when they are used. A use is `acquire`, then `release`; `prefetch` goes before one that is foreseen.
 
     Args:
         unit: whole parameters of one dtype, in host memory or on the device.
@@ -121,11 +112,43 @@ class FlowingWeights:
         self._fence: LinkFence | None = None
         self._copies: list[LinkEvent] = []
         self._is_filled = False
+        self._new: NewWeights | None = None
         self._landing: LinkEvent | None = None
         self._edits: dict[int, int] = {}
         for i, param in self._params.items():
             self._on_host[first][i].copy_(param.detach())
         self._bind_host()
+
+    # New weights
+
+    def receive(self, new: NewWeights) -> None:
+        """The last step made new weights. Whoever uses them next waits for them."""
+        self._new = new
+
+    def settle(self) -> bool:
+        """Return when new weights are in host memory, or on their way there; those that came over the device leave it.
+
+        Returns:
+            whether there were any.
+        """
+        has_new = self._wait_new()
+        if self._is_filled:
+            self.release()
+        return has_new
+
+    def _wait_new(self) -> bool:
+        new, self._new = self._new, None
+        if new is None:
+            return False
+        new.wait()
+        if self.unit.is_whole:
+            self._follow_host()
+        return True
+
+    def abandon(self) -> None:
+        """A rank failed: wait for no other rank any more."""
+        if self._new is not None:
+            self._new.abandon()
 
     # Host side
 
@@ -139,17 +162,17 @@ class FlowingWeights:
         """Slice i's current weights are in another buffer from now on. Any thread; parameters follow when awaited."""
         self._current[i] = buffer
 
-    def follow_host(self) -> None:
+    def _follow_host(self) -> None:
         """Let parameters view the current host weights, after those changed; old ones leave the device.
 
         Edits of the old ones are on the host by then: the step began by asking for each (`settled`).
         """
-        self.leave()
+        self.release()
         self._bind_host()
 
     def settled(self, i: int) -> Tensor:
         """This rank's rows of the current host weight i, 1D, with edits that were made on the device."""
-        self.leave()
+        self.release()
         self._await_landing()
         return self.of(i)
 
@@ -172,32 +195,27 @@ class FlowingWeights:
     def filling(self, *, is_whole: bool) -> Iterator[None]:
         """While open, `unit.weights` can be written; then those weights go to the host, and are there to be used.
 
-        Whoever will not use them calls `leave_unused`.
+        They stay on the device for their use, or until `settle`.
 
         Args:
             is_whole: all of them will be written; otherwise the others are as they were.
         """
-        self.leave()
+        self.release()
         self.synchronize()
         if is_whole:
             self._storage.resize_(self.full_bytes)
         else:
-            self.want(is_ready=True)
+            self._want(are_on_host=True)
             for copy in self._copies:
                 copy.wait()
         self._copies = []
         try:
             yield
         except BaseException:
-            self.leave()
+            self.release()
             raise
         self._landing = self._link.d2h(self._buffers[0], self.unit.weights)
         self._is_filled = True
-
-    def leave_unused(self) -> None:
-        """Free the device memory of weights that were filled and that nothing uses."""
-        if self._is_filled:
-            self.leave()
 
     def forget(self, param: nn.Parameter) -> None:
         """Another unit owns this parameter from now on."""
@@ -225,8 +243,13 @@ class FlowingWeights:
         """Device memory that the weights occupy now."""
         return int(self._storage.nbytes())
 
-    def want(self, *, is_ready: bool) -> None:
-        """Give the weights device memory, and start their copies once the host has them (`is_ready`)."""
+    def prefetch(self) -> None:
+        """The weights are used soon: give them device memory, and start their copies once the host has them."""
+        if self._new is not None:
+            self._new.begin()
+        self._want(are_on_host=self._new is None or self._new.are_on_host())
+
+    def _want(self, *, are_on_host: bool) -> None:
         if self.is_present or self._is_filled:
             return
         if not self.device_bytes:
@@ -235,7 +258,7 @@ class FlowingWeights:
             self._copies = []
         if self._landing is not None and self._landing.is_complete():
             self._landing = None
-        if is_ready and self._landing is None and not self._copies:
+        if are_on_host and self._landing is None and not self._copies:
             self._copies = [self._link.h2d(there, here, self._fence) for there, here in self._pairs()]
 
     def _pairs(self) -> list[tuple[Tensor, Tensor]]:
@@ -246,17 +269,18 @@ class FlowingWeights:
         places = [i for i, piece in enumerate(self.unit.full.slices) if piece.numel]
         return [(weights[span], self._buffers[self._current[i]][span]) for i, span in zip(places, spans, strict=True)]
 
-    def arrive(self) -> None:
+    def acquire(self) -> None:
         """Whatever runs next on the device sees the weights in the parameters and in saved views of them.
 
         Raises:
             SuperScaleError: a parameter was given other memory (`param.data = ...`).
         """
+        self._wait_new()
         if self.is_present:
             return
         if not self._is_filled:
             self._await_landing()
-            self.want(is_ready=True)
+            self._want(are_on_host=True)
         for copy in self._copies:
             copy.wait()
         self._check_bound([self._on_host[at][i] for i, at in enumerate(self._current)])
@@ -265,7 +289,7 @@ class FlowingWeights:
         self._edits = {i: self.unit.edits_of(i) for i in self._params}
         self.is_present, self._is_filled = True, False
 
-    def leave(self) -> None:
+    def release(self) -> None:
         """Free the device memory. What was edited there in place is kept.
 
         Raises:
@@ -298,9 +322,9 @@ class FlowingWeights:
                     "param.copy_(new), or train with OffloadConfig(weights='stationary')."
                 )
 
-    def release(self) -> None:
+    def close(self) -> None:
         """Let go of the parameters: each owns its weight, in host memory."""
-        self.leave()
+        self.release()
         for i, param in self._params.items():
             if param.data_ptr() == self._on_host[self._current[i]][i].data_ptr():
                 param.data = param.detach().clone()

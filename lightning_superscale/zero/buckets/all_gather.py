@@ -36,6 +36,54 @@ class _Issued(NamedTuple):
     stepped: Sequence[int]
 
 
+class Gathered:
+    """New weights under way from the other ranks since the step. Satisfies `NewWeights`.
+
+    Args:
+        packed: the stepped weights to unpack once they are there; empty where they arrive in place.
+    """
+
+    def __init__(self, unit: BucketUnit, pending: Event[Tensor], packed: Sequence[int]) -> None:
+        self._unit = unit
+        self._pending: Event[Tensor] | None = pending
+        self._packed = packed
+
+    def begin(self) -> None:
+        return
+
+    def are_on_host(self) -> bool:
+        return False
+
+    def wait(self) -> None:
+        if self._pending is not None:
+            self._pending.wait()
+            if self._packed:
+                self._unit.unpack_gathered(self._packed)
+
+    def abandon(self) -> None:
+        self._pending = None
+
+
+class LateGather:
+    """New weights of a unit whose gather waits in a queue of `LateGathers`. Satisfies `NewWeights`."""
+
+    def __init__(self, gathers: LateGathers, unit: BucketUnit) -> None:
+        self._gathers = gathers
+        self._unit = unit
+
+    def begin(self) -> None:
+        self._gathers.begin(self._unit)
+
+    def are_on_host(self) -> bool:
+        return False  # ranks meet on the device
+
+    def wait(self) -> None:
+        self._gathers.wait(self._unit)
+
+    def abandon(self) -> None:
+        self._gathers.clear()
+
+
 class LateGathers:
     """The gathers of one transport's units whose rows come from the host, in published order."""
 
@@ -44,9 +92,10 @@ class LateGathers:
         self._queue: deque[_Queued] = deque()
         self._issued: dict[int, _Issued] = {}
 
-    def add(self, unit: BucketUnit, event: PublishEvent, stepped: Sequence[int]) -> None:
-        """Every rank calls it for the same units in the same order."""
+    def add(self, unit: BucketUnit, event: PublishEvent, stepped: Sequence[int]) -> LateGather:
+        """Queue a unit. Every rank calls it for the same units in the same order."""
         self._queue.append(_Queued(unit, event, stepped))
+        return LateGather(self, unit)
 
     def wait(self, unit: BucketUnit) -> None:
         """Return when whatever runs next sees this unit's new weights."""
@@ -59,10 +108,6 @@ class LateGathers:
         if issued is not None:
             issued.pending.wait()
             issued.unit.unpack_gathered(issued.stepped)
-
-    def holds(self, unit: BucketUnit) -> bool:
-        """Whether new weights of this unit are still awaited."""
-        return unit.index in self._issued or self._is_queued(unit)
 
     def begin(self, unit: BucketUnit) -> None:
         """Start the gather of a unit that is used soon, unless the host still steps it or one before it."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,27 +11,15 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_superscale.comm.communicator import Communicator
 from lightning_superscale.errors import SuperScaleError
-from lightning_superscale.ops.events import Event
 from lightning_superscale.optim.bucketing import Grouping, NamedParam
 from lightning_superscale.optim.grad_dtypes import AS_WEIGHTS, GradientDtypes
 from lightning_superscale.optim.transport import IsScaling
-from lightning_superscale.optim.unit import DeltaSink, PublishEvent, ShardUnit, check_dense
-from lightning_superscale.zero.buckets.all_gather import LateGathers
+from lightning_superscale.optim.unit import DeltaSink, PublishEvent, ShardUnit, Uploaded, check_dense
+from lightning_superscale.zero.buckets.all_gather import Gathered, LateGathers
 from lightning_superscale.zero.buckets.unit import BucketUnit
 from lightning_superscale.zero.grad_schedule import Departure, GradSchedule, NewGrad
 from lightning_superscale.zero.grads_in_param import GradsInParam
 from lightning_superscale.zero.reducer import Reducer, reducer_for
-
-
-class _Gather(NamedTuple):
-    """New weights under way from the other ranks.
-
-    Attributes:
-        packed: the stepped weights to unpack once they are there; empty where they arrive in place.
-    """
-
-    pending: Event[Tensor]
-    packed: Sequence[int]
 
 
 class BucketTransport:
@@ -82,8 +69,6 @@ class BucketTransport:
         self._place: dict[nn.Parameter, tuple[BucketUnit, int]] = {}
         self._hooks: dict[nn.Parameter, RemovableHandle] = {}
         self._observed: dict[nn.Parameter, None] = {}
-        self._uploads: dict[int, PublishEvent] = {}
-        self._gathers: dict[int, _Gather] = {}
         self._late_gathers = LateGathers(ranks.gather)
         self._of_index: dict[int, BucketUnit] = {}
         self.units: list[BucketUnit] = []
@@ -242,47 +227,25 @@ class BucketTransport:
     # Weights
 
     def publish(self, unit: ShardUnit, event: PublishEvent | None, stepped: Sequence[int]) -> None:
-        """Note that new weights are on their way into `unit.weights`; gather them from the ranks that hold them."""
+        """Give the unit's store the way of its new weights, and send this rank's to the ranks that lack them."""
         bucket = self._of_index[unit.index]
         bucket.mark_stepped(stepped)
         if bucket.is_whole:
             if event is not None:
-                self._uploads[bucket.index] = event
+                bucket.store.receive(Uploaded(event))
         elif event is not None:
-            self._late_gathers.add(bucket, event, stepped)
+            bucket.store.receive(self._late_gathers.add(bucket, event, stepped))
         elif self._ranks.shard.gathers_rows:
-            self._gathers[bucket.index] = _Gather(self._ranks.shard.all_gather_rows(bucket.rows_of_ranks()), ())
+            pending = self._ranks.shard.all_gather_rows(bucket.rows_of_ranks())
+            bucket.store.receive(Gathered(bucket, pending, ()))
         else:
             bucket.pack_rows(stepped)
-            self._gathers[bucket.index] = _Gather(self._ranks.shard.all_gather(bucket.gathered()), stepped)
-
-    def is_published(self, unit: ShardUnit) -> bool:
-        """Whether waiting for new weights that the host makes would return at once."""
-        upload = self._uploads.get(unit.index)
-        return (upload is None or upload.is_waitable()) and not self._late_gathers.holds(self._of_index[unit.index])
+            bucket.store.receive(Gathered(bucket, self._ranks.shard.all_gather(bucket.gathered()), stepped))
 
     def wait_published(self, units: Iterable[ShardUnit]) -> None:
         """Return when whatever runs next sees the new weights of these units."""
         for unit in units:
-            bucket = self._of_index[unit.index]
-            self.wait_weights(bucket)
-            bucket.leave_unused()
-
-    def wait_weights(self, unit: BucketUnit) -> None:
-        """The same for one unit, which is used next: weights that stream may be on the device already."""
-        upload = self._uploads.pop(unit.index, None)
-        if upload is not None:
-            upload.wait()
-        gather = self._gathers.pop(unit.index, None)
-        if gather is not None:
-            gather.pending.wait()
-            if gather.packed:
-                unit.unpack_gathered(gather.packed)
-        self._late_gathers.wait(unit)
-
-    def begin_gather(self, unit: BucketUnit) -> None:
-        """A unit is used soon: let its new rows come from the other ranks, if this rank's are there."""
-        self._late_gathers.begin(unit)
+            self._of_index[unit.index].store.settle()
 
     def wait_all_published(self) -> None:
         self.wait_published(self.units)
@@ -290,8 +253,8 @@ class BucketTransport:
     def abandon(self) -> None:
         """Stop waiting for other ranks: one of them failed, and what is under way may never arrive."""
         self.discard()
-        self._gathers.clear()
-        self._late_gathers.clear()
+        for unit in self.units:
+            unit.store.abandon()
 
     def close(self) -> None:
         """Remove every hook and give parameters their own storage back."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,19 +10,9 @@ from torch.autograd.graph import increment_version
 
 from lightning_superscale.layout.rows import ParamSpec, UnitLayout, shard_rows, unit_layout
 from lightning_superscale.ops.cpu.memory import RecycledMemory
-from lightning_superscale.optim.unit import slice_view
+from lightning_superscale.optim.unit import OnDevice, WeightStore, slice_view
 from lightning_superscale.torch_private import version_of
 from lightning_superscale.zero.packing import RankedRows
-
-
-class WeightHome(Protocol):
-    """Where weights that stream to the device rest."""
-
-    def filling(self, *, is_whole: bool) -> AbstractContextManager[None]:
-        """While open, the unit's `weights` can be written, all of them if `is_whole`; then they may be used."""
-
-    def leave_unused(self) -> None:
-        """Free the memory of such weights that nothing uses."""
 
 
 class BucketUnit:
@@ -43,6 +31,7 @@ class BucketUnit:
         weights: [full.shard_numel], the parameters' dtype, on their device or on `streams_to`.
         views: each parameter's whole weight in it.
         is_streamed: whether it was given `streams_to`.
+        store: where the weights are between their uses.
     """
 
     def __init__(
@@ -70,7 +59,7 @@ class BucketUnit:
         self._gathered: Tensor | None = None
         self._rows_of_ranks: list[list[Tensor]] = []
         self._num_steps = [0] * len(self.params)
-        self._home: WeightHome | None = None
+        self.store: WeightStore = OnDevice()
         first = self.params[0]
         self.weights = torch.zeros(self.full.shard_numel, dtype=first.dtype, device=streams_to or first.device)
         self.views = tuple(
@@ -84,14 +73,9 @@ class BucketUnit:
             view.copy_(param.detach())
             param.data = view
 
-    def leave_unused(self) -> None:
-        """Nobody is about to use what was gathered: weights that stream need no memory on the device then."""
-        if self._home is not None:
-            self._home.leave_unused()
-
-    def rest_at(self, home: WeightHome) -> None:
+    def keep_in(self, store: WeightStore) -> None:
         """Know who fills the buffer of a streamed unit."""
-        self._home = home
+        self.store = store
 
     @property
     def weight_numel(self) -> int:
@@ -161,7 +145,7 @@ class BucketUnit:
         packed = self.gathered()
         is_whole = len(stepped) == len(self.params)
         columns = self._ranked.columns(packed)
-        with nullcontext() if self._home is None else self._home.filling(is_whole=is_whole):
+        with self.store.filling(is_whole=is_whole):
             for i in stepped:
                 for there, here in self._ranked.blocks(columns[i], slice_view(self.weights, self.full.slices[i]), i):
                     here.copy_(there)

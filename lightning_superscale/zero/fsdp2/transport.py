@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -25,16 +24,9 @@ from lightning_superscale.zero.fsdp2.accumulated_grads import UnshardedGrads, lo
 from lightning_superscale.zero.fsdp2.gather_order import OrderDeparted
 from lightning_superscale.zero.fsdp2.grouping import fsdp2_units_of, split_by_kind
 from lightning_superscale.zero.fsdp2.module import ShardedModule
-from lightning_superscale.zero.fsdp2.unit import Fsdp2Unit
+from lightning_superscale.zero.fsdp2.unit import Fsdp2Unit, Inboxed
 from lightning_superscale.zero.grad_schedule import Departure, GradSchedule, NewGrad
 from lightning_superscale.zero.reducer import GradientReducer
-
-
-class _Upload(NamedTuple):
-    """New weights on their way into a unit's inbox."""
-
-    event: PublishEvent
-    stepped: Sequence[int]
 
 
 class Fsdp2Transport:
@@ -84,7 +76,6 @@ class Fsdp2Transport:
         self._waiting = UnshardedGrads()
         self._place: dict[nn.Parameter, tuple[Fsdp2Unit, int]] = {}
         self._units: dict[int, Fsdp2Unit] = {}
-        self._uploads: dict[int, _Upload] = {}
         sharded.attach(self)
 
     @property
@@ -271,22 +262,16 @@ class Fsdp2Transport:
             return
         self._sharded.reshard(own.group, [own.params[i] for i in stepped])
         if event is not None:
-            self._uploads[own.index] = _Upload(event, stepped)
+            own.store.receive(Inboxed(own, event, stepped))
 
     def wait_published(self, units: Iterable[ShardUnit]) -> None:
         for unit in units:
-            self._wait_upload(unit.index)
-
-    def _wait_upload(self, index: int) -> bool:
-        upload = self._uploads.pop(index, None)
-        if upload is None:
-            return False
-        upload.event.wait()
-        self._units[index].take_inbox(upload.stepped)
-        return True
+            own = self._units.get(unit.index)
+            if own is not None:
+                own.store.settle()
 
     def wait_uploads(self, group: int) -> bool:
-        waited = [self._wait_upload(unit.index) for unit in self._units.values() if unit.group == group]
+        waited = [unit.store.settle() for unit in self._units.values() if unit.group == group]
         return any(waited)
 
     def wait_all_published(self) -> None:
@@ -300,7 +285,8 @@ class Fsdp2Transport:
         """Stop waiting for other ranks: one of them failed, and what is under way may never arrive."""
         self.discard()
         self._buckets.abandon()
-        self._uploads.clear()
+        for unit in self._units.values():
+            unit.store.abandon()
 
     def close(self) -> None:
         """Remove every hook; with the last transport of the module, its parameters become plain and whole again."""

@@ -701,35 +701,35 @@ def fill(weights, unit, value: float, *, is_whole: bool = True) -> None:
 def test_gathered_weights_are_used_where_they_are_and_then_come_home(shared):
     weights, unit = shared
     fill(weights, unit, 2.0)
-    weights.want(is_ready=True)
-    weights.arrive()
+    weights.prefetch()
+    weights.acquire()
     for param, view in zip(unit.params, unit.views, strict=True):
         assert (param == 2).all()
         assert param.data_ptr() == view.data_ptr()
     assert weights._link.bytes.h2d == 0
-    weights.leave()
+    weights.release()
     weights.synchronize()
     assert weights.device_bytes == 0
     assert all((param == 2).all() for param in unit.params)
 
 
-@pytest.mark.parametrize("look", ["arrive", "settled", "synchronize", "fill again"])
+@pytest.mark.parametrize("look", ["acquire", "settled", "synchronize", "fill again"])
 def test_whoever_needs_the_host_copy_waits_until_it_has_landed(shared, look):
     weights, unit = shared
     fill(weights, unit, 2.0)
-    weights.leave_unused()
+    weights.settle()
     assert weights.device_bytes == 0
-    weights.want(is_ready=True)
+    weights.prefetch()
     assert weights._link.bytes.h2d == 0  # the old weights are still there
-    if look == "arrive":
-        weights.arrive()
+    if look == "acquire":
+        weights.acquire()
     elif look == "settled":
         assert (weights.settled(0) == 2).all()
     elif look == "synchronize":
         weights.synchronize()
     else:
         fill(weights, unit, 3.0, is_whole=False)
-        weights.arrive()
+        weights.acquire()
         assert (unit.params[0] == 3).all()
         assert (unit.params[1] == 2).all()
         return
