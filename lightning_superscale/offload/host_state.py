@@ -48,7 +48,7 @@ def way_of_weights(flowing: FlowingWeights | None, upload: Callable[[], Sequence
 def weights_on_host(unit: OffloadableUnit, i: int, flowing: FlowingWeights | None, link: Link) -> Tensor:
     """The current weights of slice i in host memory, 1D: where they flow from, or a copy."""
     if flowing is not None:
-        return flowing.settled(i)
+        return flowing.rows_with_edits(i)
     weights = torch.empty(unit.shard.slices[i].numel, dtype=unit.dtype)
     link.d2h(weights, unit.local_rows(i)).synchronize()
     return weights

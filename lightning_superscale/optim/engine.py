@@ -32,7 +32,7 @@ from lightning_superscale.optim.step_rule import RuleState, StepGuard, SteppedUn
 from lightning_superscale.optim.torch_step import TorchStep
 from lightning_superscale.optim.transport import Transport
 from lightning_superscale.optim.unit import DeltaSink, GradientDelta, ShardUnit
-from lightning_superscale.optim.unit_state import UnitState, master_slice, settle_master
+from lightning_superscale.optim.unit_state import UnitState, load_master, master_slice
 from lightning_superscale.optim.verdict import EqualGradients, GradVerdict
 from lightning_superscale.timeline import UNTIMED, Timeline
 from lightning_superscale.torch_private import version_of
@@ -97,7 +97,7 @@ class OptimizerEngine:
         self._rule: StepRule = make_native(optimizer, self._guard) if self.why_not_native is None else self._own
         self._seen_versions: dict[nn.Parameter, int] = {}
         self.states: list[UnitState] = []
-        self.transport = make_transport(self._receive)
+        self.transport = make_transport(self._add_grads)
         own = set(self.params())
         self.adopt([p for p in fqn_of if p in own and p.requires_grad])
 
@@ -149,11 +149,11 @@ class OptimizerEngine:
 
     # Gradients
 
-    def _receive(self, delta: GradientDelta) -> None:
+    def _add_grads(self, delta: GradientDelta) -> None:
         state = self.states[delta.unit.index]
         if "host" in state.homes:
-            self._judge.receive(delta)
-        self._rule.receive(delta, state)
+            self._judge.measure(delta)
+        self._rule.add_grads(delta, state)
 
     def request_clip(self, clip: ClipRequest) -> None:
         """See `GradVerdict.request`."""
@@ -224,7 +224,7 @@ class OptimizerEngine:
         """
         start = time.perf_counter()
         try:
-            self.settle()
+            self.wait_idle()
             due = self._gather_due()
             self._equal_gradients.check(due)
             collected = time.perf_counter()
@@ -245,7 +245,7 @@ class OptimizerEngine:
         self.seconds.update += time.perf_counter() - judged - (self.seconds.publish - published_before)
         return True
 
-    def settle(self) -> None:
+    def wait_idle(self) -> None:
         """Bring weights to rest: uploads of the last step are through, edits are taken over."""
         self.transport.wait_all_published()
         self._follow_edits()
@@ -253,7 +253,7 @@ class OptimizerEngine:
     def before_evaluation(self) -> None:
         """Apply gradients that the rule has kept back, if it has. Every rank calls it, between steps."""
         if self._rule.evaluates_stale:
-            self.settle()
+            self.wait_idle()
             self._publish_all(self._rule.catch_up())
 
     def _publish_all(self, stepped: Iterable[SteppedUnit]) -> dict[int, StatsSource]:
@@ -301,7 +301,7 @@ class OptimizerEngine:
             verdict = self._judge.judge(due, None)
             return result, due, verdict.grad_scale, verdict.clip_value
 
-        self.settle()
+        self.wait_idle()
         result, stepped = self._own.closure_step(evaluate)
         self._publish_all(stepped)
         return result
@@ -370,7 +370,7 @@ class OptimizerEngine:
             raise AssertionError("a parameter that was just adopted has no unit")
         unit, i = place
         kept, rest = self.states[unit.index], dict(state)
-        settle_master(unit, kept, i, master, rest)
+        load_master(unit, kept, i, master, rest)
         if rest:
             self._rule.load(param, unit, kept, i, rest)
 

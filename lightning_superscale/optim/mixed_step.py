@@ -38,8 +38,8 @@ class MixedStep(AdamWRule):
         self._host.expect(grad_scale)
         self._device.expect(grad_scale)
 
-    def receive(self, delta: GradientDelta, state: UnitState) -> None:
-        self._of(state).receive(delta, state)
+    def add_grads(self, delta: GradientDelta, state: UnitState) -> None:
+        self._of(state).add_grads(delta, state)
 
     def quiesce(self) -> None:
         self._host.quiesce()

@@ -54,7 +54,7 @@ class StepRule(Protocol):
     def expect(self, grad_scale: float) -> None:
         """What this step's gradients will be multiplied by if they are not clipped: the inverse of a loss scale."""
 
-    def receive(self, delta: GradientDelta, state: UnitState) -> None:
+    def add_grads(self, delta: GradientDelta, state: UnitState) -> None:
         """Take reduced gradients during backward or at the step."""
 
     def quiesce(self) -> None:
@@ -110,8 +110,8 @@ class SynchronousRule:
     def expect(self, grad_scale: float) -> None:
         return
 
-    def receive(self, delta: GradientDelta, state: UnitState) -> None:
-        state.receive(delta.slices)
+    def add_grads(self, delta: GradientDelta, state: UnitState) -> None:
+        state.add_grads(delta.slices)
 
     def quiesce(self) -> None:
         return

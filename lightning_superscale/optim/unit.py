@@ -47,7 +47,7 @@ class WeightStore(Protocol):
     def receive(self, new: NewWeights) -> None:
         """The last step made new weights. Whoever uses them next waits for them."""
 
-    def settle(self) -> bool:
+    def wait_new(self) -> bool:
         """Return when whatever runs next sees the new weights, and nothing is kept ready for a use.
 
         Returns:
@@ -70,7 +70,7 @@ class OnDevice:
     def receive(self, new: NewWeights) -> None:
         self._new = new
 
-    def settle(self) -> bool:
+    def wait_new(self) -> bool:
         new, self._new = self._new, None
         if new is not None:
             new.wait()

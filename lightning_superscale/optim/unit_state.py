@@ -81,7 +81,7 @@ class UnitState(Protocol):
     def weight_out_of(self, i: int) -> Tensor | None:
         """Where a step writes slice i's new weights; None when the masters are these."""
 
-    def receive(self, slices: Sequence[tuple[int, Tensor]]) -> None:
+    def add_grads(self, slices: Sequence[tuple[int, Tensor]]) -> None:
         """Take gradient deltas: the first of a slice in a step replaces, later ones add."""
 
     def has_grad(self, i: int) -> bool:
@@ -152,7 +152,7 @@ class ResidentState:
     def bytes(self) -> Sequence[StateBytes]:
         return adam_buffers(self, "device")
 
-    def receive(self, slices: Sequence[tuple[int, Tensor]]) -> None:
+    def add_grads(self, slices: Sequence[tuple[int, Tensor]]) -> None:
         for i, grad in slices:
             if i in self._grads:
                 self._grads[i] = self._grads[i] + grad
@@ -195,7 +195,7 @@ def master_slice(unit: ShardUnit, state: UnitState, i: int) -> Tensor:
     return state.master_of(i).view(unit.shard.slices[i].local_shape)
 
 
-def settle_master(unit: ShardUnit, state: UnitState, i: int, saved: Tensor | None, rest: dict[str, Tensor]) -> None:
+def load_master(unit: ShardUnit, state: UnitState, i: int, saved: Tensor | None, rest: dict[str, Tensor]) -> None:
     """Take over a saved master of slice i, in whatever dtype it was kept, with what its rounding had lost.
 
     Args:

@@ -78,7 +78,7 @@ class GradVerdict:
         self._last_stats: Sequence[StatsSource] = ()
         self._early = EarlyNorms(ranks.mesh)
 
-    def receive(self, delta: GradientDelta) -> None:
+    def measure(self, delta: GradientDelta) -> None:
         """Gradients that leave for the host; where steps need norms, they are measured before."""
         self._early.take(delta)
 

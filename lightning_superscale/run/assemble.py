@@ -30,7 +30,7 @@ from lightning_superscale.optim.unit_state import ResidentState, UnitState
 from lightning_superscale.run.checks import check_optimizers_over_ranks, check_parameters, facts_of_run
 from lightning_superscale.run.host_plan import HostPlan, plan_host
 from lightning_superscale.run.memory import host_bytes_needed
-from lightning_superscale.run.placement import first_grouping, settle_in
+from lightning_superscale.run.placement import adapt_after_first_step, first_grouping
 from lightning_superscale.run.precision import check_with_run
 from lightning_superscale.run.report.memory import byte_classes
 from lightning_superscale.run.report.plan import ParallelPlan
@@ -70,7 +70,7 @@ class Assembly:
     sharded: ShardedModule | None
     reasons: list[str] = field(default_factory=list)
     is_abandoned: bool = False
-    _has_settled_in: bool = False
+    _has_adapted: bool = False
     _old_gates_seconds: float = 0.0
 
     @property
@@ -82,13 +82,15 @@ class Assembly:
         """How long weights that were under way kept the host inside forward, so far."""
         return self._old_gates_seconds + sum(gates.waited_seconds for gates in self.gates)
 
-    def settle_in(self) -> None:
+    def adapt_after_first_step(self) -> None:
         """Once the first step was taken, before the next one's forward: adapt to it. Every rank calls it."""
         offload = self.settings.offload
-        if self._has_settled_in or offload is None:
+        if self._has_adapted or offload is None:
             return
-        self._has_settled_in = True
-        if settle_in(self.engines.values(), self.mesh, offload, self.settings.device, self.settings.precision.states):
+        self._has_adapted = True
+        if adapt_after_first_step(
+            self.engines.values(), self.mesh, offload, self.settings.device, self.settings.precision.states
+        ):
             self._old_gates_seconds = self.waited_seconds
             for gates in self.gates:
                 gates.close()
@@ -165,7 +167,7 @@ class Assembly:
                 *self.reasons,
                 *(reason for technique in settings.techniques for reason in technique.reasons()),
                 *self.host.reasons,
-                *where_states_are(self.engines.values(), settings, has_settled_in=self._has_settled_in),
+                *where_states_are(self.engines.values(), settings, has_adapted=self._has_adapted),
                 *(f"the optimizer steps through its own code: {reason}" for reason in own),
             ],
         )

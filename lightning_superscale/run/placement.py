@@ -55,7 +55,7 @@ def device_bytes_of(param: nn.Parameter, shard_size: int, dtypes: StateDtypes) -
     return (states + grads).bytes("device", tensor_numel(param), shard_size)
 
 
-def settle_in(
+def adapt_after_first_step(
     engines: Iterable[OptimizerEngine],
     mesh: DataMesh,
     offload: OffloadConfig,

@@ -188,7 +188,7 @@ class Run:
         if self._recorder is not None:
             self._recorder.before_forward(num_steps)
         if self.assembly is not None and num_steps:
-            self.assembly.settle_in()
+            self.assembly.adapt_after_first_step()
         with ExitStack() as stack:
             for technique in self._techniques.values():
                 stack.enter_context(technique.around_forward(trains=True))

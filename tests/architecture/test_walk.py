@@ -23,7 +23,7 @@ DRIVEN = (
     "ops/",
 )
 # A transport delivers gradients into the sink that it was given; a unit is the object that states fill.
-SINK, UNITS = "_receive", ("zero/buckets/unit.py", "zero/fsdp2/unit.py")
+SINK, UNITS = "_add_grads", ("zero/buckets/unit.py", "zero/fsdp2/unit.py")
 
 
 class Walk:

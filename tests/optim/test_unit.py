@@ -24,11 +24,11 @@ class Event:
 
 def test_new_weights_are_waited_for_once():
     store, event = OnDevice(), Event()
-    assert not store.settle()
+    assert not store.wait_new()
     store.receive(Uploaded(event))
     assert event.num_waits == 0
-    assert store.settle()
-    assert not store.settle()
+    assert store.wait_new()
+    assert not store.wait_new()
     assert event.num_waits == 1
 
 
@@ -46,7 +46,7 @@ def test_uploads_of_this_rank_outlive_the_failure_of_another():
     store, event = OnDevice(), Event()
     store.receive(Uploaded(event))
     store.abandon()
-    store.settle()
+    store.wait_new()
     assert event.num_waits == 1
 
 
@@ -64,7 +64,7 @@ def test_gathers_are_unpacked_unless_another_rank_failed():
         store.receive(Gathered(unit, Done(torch.ones(1)), [0, 2]))
         if is_abandoned:
             store.abandon()
-        store.settle()
+        store.wait_new()
         assert unit.unpacked == ([] if is_abandoned else [[0, 2]])
 
 

@@ -94,7 +94,7 @@ class HostState:
     def weight_out_of(self, i: int) -> Tensor | None:
         return None if self._weight_out is None else self._slice(self._weight_out, i)
 
-    def receive(self, slices: Sequence[tuple[int, Tensor]]) -> None:
+    def add_grads(self, slices: Sequence[tuple[int, Tensor]]) -> None:
         for i, grad in slices:
             here = self._slice(self._grads, i)
             if i in self._arrivals:

@@ -114,7 +114,7 @@ class DeferredState:
 
     # Gradients
 
-    def receive(self, slices: Sequence[tuple[int, Tensor]]) -> None:
+    def add_grads(self, slices: Sequence[tuple[int, Tensor]]) -> None:
         """Take gradient deltas: the first of a slice in a step replaces, later ones add.
 
         A later one may not meet a running `look_ahead` of its unit: the caller waits for that first.

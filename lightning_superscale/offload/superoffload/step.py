@@ -162,7 +162,7 @@ class DeferredStep(AdamWRule):
     def expect(self, grad_scale: float) -> None:
         self._grad_scale = grad_scale
 
-    def receive(self, delta: GradientDelta, state: UnitState) -> None:
+    def add_grads(self, delta: GradientDelta, state: UnitState) -> None:
         unit = delta.unit
         settling, looking = self._settling.get(unit.index), self._looking.get(unit.index)
         if settling is not None:
@@ -170,7 +170,7 @@ class DeferredStep(AdamWRule):
         is_begun = looking is not None and not looking.cancel()
         if looking is not None and is_begun:
             looking.result()  # a late gradient may not meet a running look ahead
-        state.receive(delta.slices)
+        state.add_grads(delta.slices)
         if not self._looks_ahead or self._pause or is_begun:
             return
         hypers = self._hypers.setdefault(unit.index, {})

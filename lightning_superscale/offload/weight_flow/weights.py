@@ -125,7 +125,7 @@ class FlowingWeights:
         """The last step made new weights. Whoever uses them next waits for them."""
         self._new = new
 
-    def settle(self) -> bool:
+    def wait_new(self) -> bool:
         """Return when new weights are in host memory, or on their way there; those that came over the device leave it.
 
         Returns:
@@ -165,12 +165,12 @@ class FlowingWeights:
     def _follow_host(self) -> None:
         """Let parameters view the current host weights, after those changed; old ones leave the device.
 
-        Edits of the old ones are on the host by then: the step began by asking for each (`settled`).
+        Edits of the old ones are on the host by then: the step began by asking for each (`rows_with_edits`).
         """
         self.release()
         self._bind_host()
 
-    def settled(self, i: int) -> Tensor:
+    def rows_with_edits(self, i: int) -> Tensor:
         """This rank's rows of the current host weight i, 1D, with edits that were made on the device."""
         self.release()
         self._await_landing()
@@ -195,7 +195,7 @@ class FlowingWeights:
     def filling(self, *, is_whole: bool) -> Iterator[None]:
         """While open, `unit.weights` can be written; then those weights go to the host, and are there to be used.
 
-        They stay on the device for their use, or until `settle`.
+        They stay on the device for their use, or until `wait_new`.
 
         Args:
             is_whole: all of them will be written; otherwise the others are as they were.

@@ -38,7 +38,7 @@ def device_share(engines: Iterable[OptimizerEngine]) -> float:
     return numel_here / max(1, numel)
 
 
-def where_states_are(engines: Iterable[OptimizerEngine], settings: RunSettings, *, has_settled_in: bool) -> list[str]:
+def where_states_are(engines: Iterable[OptimizerEngine], settings: RunSettings, *, has_adapted: bool) -> list[str]:
     """Which share of the parameters steps on the device although there is a host to step on."""
     offload = settings.offload
     if offload is None:
@@ -47,7 +47,7 @@ def where_states_are(engines: Iterable[OptimizerEngine], settings: RunSettings, 
         why = f"gpu_fraction={offload.gpu_fraction}"
     elif settings.device.type != "cuda":
         why = "gpu_fraction='auto', and device memory is host memory here"
-    elif not has_settled_in:
+    elif not has_adapted:
         why = "gpu_fraction='auto' waits for the first step, to see what memory it leaves free"
     else:
         why = "gpu_fraction='auto': what fits the memory that the first step left free"

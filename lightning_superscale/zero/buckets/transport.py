@@ -245,7 +245,7 @@ class BucketTransport:
     def wait_published(self, units: Iterable[ShardUnit]) -> None:
         """Return when whatever runs next sees the new weights of these units."""
         for unit in units:
-            self._of_index[unit.index].store.settle()
+            self._of_index[unit.index].store.wait_new()
 
     def wait_all_published(self) -> None:
         self.wait_published(self.units)

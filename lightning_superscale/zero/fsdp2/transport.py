@@ -268,10 +268,10 @@ class Fsdp2Transport:
         for unit in units:
             own = self._units.get(unit.index)
             if own is not None:
-                own.store.settle()
+                own.store.wait_new()
 
     def wait_uploads(self, group: int) -> bool:
-        waited = [unit.store.settle() for unit in self._units.values() if unit.group == group]
+        waited = [unit.store.wait_new() for unit in self._units.values() if unit.group == group]
         return any(waited)
 
     def wait_all_published(self) -> None:

@@ -63,7 +63,7 @@ def test_host_bytes_of_weights_that_flow_equal_the_arithmetic(dtype, is_deferred
 def test_a_step_moves_each_gradient_and_each_weight_once_in_its_own_dtype(dtype):
     unit, link, _, state = build(dtype)
     link.bytes.d2h = link.bytes.h2d = 0
-    state.receive([(0, torch.randn(192).to(dtype)), (1, torch.randn(64).to(dtype))])
+    state.add_grads([(0, torch.randn(192).to(dtype)), (1, torch.randn(64).to(dtype))])
     state.upload([0, 1]).wait()
     assert link.bytes.d2h == link.bytes.h2d == 256 * dtype.itemsize
 
@@ -71,20 +71,20 @@ def test_a_step_moves_each_gradient_and_each_weight_once_in_its_own_dtype(dtype)
 def test_late_deltas_add_in_the_gradients_dtype():
     _, _, _, state = build(torch.bfloat16)
     first, second = torch.randn(192).bfloat16(), torch.randn(192).bfloat16()
-    state.receive([(0, first)])
-    state.receive([(0, second)])
+    state.add_grads([(0, first)])
+    state.add_grads([(0, second)])
     assert torch.equal(state.grad(0), first + second)
     assert state.grad(1) is None
     state.clear_grads()
     assert state.grad(0) is None
-    state.receive([(0, second)])
+    state.add_grads([(0, second)])
     assert torch.equal(state.grad(0), second)
 
 
 def test_upload_of_some_slices_leaves_the_others_weights():
     unit, _, _, state = build(torch.bfloat16)
     before = unit.params[1].detach().clone()
-    state.receive([(0, torch.zeros(192, dtype=torch.bfloat16))])
+    state.add_grads([(0, torch.zeros(192, dtype=torch.bfloat16))])
     state._grads[:192] = 7.0
     state.upload([0]).wait()
     assert bool((unit.params[0] == 7.0).all())

@@ -53,7 +53,7 @@ def test_bytes_on_the_link_and_the_host_equal_the_arithmetic(dtype, link_dtype, 
     assert arena.pageable_bytes + arena.pinned_bytes == predicted == NUMEL * (12 + num_buffers * width)
     assert (state.num_transfer_buffers, state.transfer_dtype.itemsize) == (num_buffers, width)
     link.bytes.d2h = link.bytes.h2d = 0
-    state.receive([(0, torch.randn(192).to(dtype)), (1, torch.randn(64).to(dtype))])
+    state.add_grads([(0, torch.randn(192).to(dtype)), (1, torch.randn(64).to(dtype))])
     state.upload([0, 1]).wait()
     assert link.bytes.d2h == link.bytes.h2d == NUMEL * width
 
@@ -68,9 +68,9 @@ def test_gradients_are_those_of_the_weights_dtype(dtype, is_deferred):
     seen = []
     for link_dtype in ("weights", "fp32"):
         _, _, _, state = build(dtype, link_dtype, is_deferred=is_deferred)
-        state.receive([(0, wide)])
+        state.add_grads([(0, wide)])
         first = state.grad(0).clone()
-        state.receive([(0, late)])
+        state.add_grads([(0, late)])
         seen.append((first, state.grad(0)))
     for narrow, on_fp32 in zip(*seen, strict=True):
         assert (narrow.dtype, on_fp32.dtype) == (dtype, torch.float32)
@@ -100,7 +100,7 @@ def test_weights_beyond_the_dtype_overflow_alike(dtype):
         hyper = AdamWHyper(lr=4e4, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.0, step=1)
         torch.manual_seed(1)
         state.master.normal_(std=4e4)
-        state.receive([(0, torch.randn(192).to(dtype)), (1, torch.randn(64).to(dtype))])
+        state.add_grads([(0, torch.randn(192).to(dtype)), (1, torch.randn(64).to(dtype))])
         state.settle({0: hyper, 1: hyper})
         state.upload([0, 1]).wait()
         weights.append(unit.weights)

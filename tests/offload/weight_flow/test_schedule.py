@@ -717,14 +717,14 @@ def test_gathered_weights_are_used_where_they_are_and_then_come_home(shared):
 def test_whoever_needs_the_host_copy_waits_until_it_has_landed(shared, look):
     weights, unit = shared
     fill(weights, unit, 2.0)
-    weights.settle()
+    weights.wait_new()
     assert weights.device_bytes == 0
     weights.prefetch()
     assert weights._link.bytes.h2d == 0  # the old weights are still there
     if look == "acquire":
         weights.acquire()
     elif look == "settled":
-        assert (weights.settled(0) == 2).all()
+        assert (weights.rows_with_edits(0) == 2).all()
     elif look == "synchronize":
         weights.synchronize()
     else:

@@ -82,11 +82,11 @@ def test_a_use_waits_for_new_weights_once(is_gathered):
 def test_without_a_use_new_weights_end_in_host_memory(is_gathered):
     weights = flowing(2 if is_gathered else 1)
     step(weights, is_gathered=is_gathered)
-    assert weights.settle()
+    assert weights.wait_new()
     assert weights.device_bytes == 0
     weights.synchronize()
     assert are_twos(weights)
-    assert not weights.settle()
+    assert not weights.wait_new()
 
 
 @KINDS
