@@ -9,7 +9,7 @@ from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.offload.weight_flow.schedule import WeightFlow
 from lightning_superscale.run.techniques.buffer_sync import synchronized_buffers
 from lightning_superscale.run.techniques.technique import ModuleTechnique, TechniqueFacts
-from lightning_superscale.run.techniques.weight_flow import FlowingWeights, flowing_weights
+from lightning_superscale.run.techniques.weight_flow import WeightFlowTechnique, flowing_weights
 
 # Each makes the technique of one run, or None where the run does without.
 TECHNIQUES: dict[str, Callable[[TechniqueFacts], ModuleTechnique | None]] = {
@@ -26,7 +26,7 @@ def techniques_of(facts: TechniqueFacts) -> dict[str, ModuleTechnique]:
 
 def flow_among(techniques: Iterable[ModuleTechnique]) -> WeightFlow | None:
     """What brings weights to the device when they are used, if a technique does: the states of a run join it."""
-    return next((one.flow for one in techniques if isinstance(one, FlowingWeights)), None)
+    return next((one.flow for one in techniques if isinstance(one, WeightFlowTechnique)), None)
 
 
 def states_of(techniques: Mapping[str, ModuleTechnique]) -> dict[str, dict[str, Any]]:

@@ -16,7 +16,7 @@ from lightning_superscale.run.weight_flow import WeightsChoice, choose_weights, 
 from lightning_superscale.zero.meta_init import materialise_all
 
 
-class FlowingWeights(ModuleTechnique):
+class WeightFlowTechnique(ModuleTechnique):
     """Weight flow of one run, or the reason why its weights stay on the device.
 
     Attributes:
@@ -76,4 +76,4 @@ class FlowingWeights(ModuleTechnique):
 
 def flowing_weights(facts: TechniqueFacts) -> ModuleTechnique | None:
     """None where nothing is offloaded."""
-    return None if facts.offload is None else FlowingWeights(facts, facts.offload)
+    return None if facts.offload is None else WeightFlowTechnique(facts, facts.offload)
