@@ -83,7 +83,8 @@ def test_wheel_has_the_library_and_needs_no_torch(python, source, tmp_path):
     # torch is not there, so the library is loaded without the package.
     load = (
         "import ctypes, sysconfig, pathlib\n"
-        "path = pathlib.Path(sysconfig.get_path('purelib'), 'lightning_superscale', 'ops', '_native', 'liblss.so')\n"
+        "site = pathlib.Path(sysconfig.get_path('purelib'))\n"
+        "path = site / 'lightning_superscale/ops/native/_native/liblss.so'\n"
         "print(ctypes.CDLL(str(path)).lss_abi_version())"
     )
     assert run([python, "-c", load]).stdout == f"{ABI_VERSION}\n"
