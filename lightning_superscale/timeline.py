@@ -31,7 +31,7 @@ LANES: tuple[Lane, ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """One piece of work.
+    """One piece of work on a lane of the timeline.
 
     Attributes:
         start, end: seconds since the recording began.

@@ -57,7 +57,7 @@ def make_wrapper(cls: type[Tensor], shape: Sequence[int], dtype: torch.dtype, de
 
 
 def add_to_all(tensors: list[Tensor], value: float) -> None:
-    """In place, in one launch."""
+    """Add a number to every tensor, in place, in one launch."""
     torch._foreach_add_(tensors, value)
 
 
@@ -67,7 +67,7 @@ def norms_of_all(tensors: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...
 
 
 def copy_all(targets: list[Tensor], sources: list[Tensor] | tuple[Tensor, ...]) -> None:
-    """In place, in one launch."""
+    """Copy tensors into others, in place, in one launch."""
     torch._foreach_copy_(targets, sources)
 
 

@@ -30,7 +30,7 @@ def optimizer_section(index: int) -> str:
 
 @dataclass(frozen=True, slots=True, order=True)
 class TensorKey:
-    """Which tensor of a training state.
+    """The name of one tensor of a training state.
 
     Attributes:
         section: "model", "optimizer.<index>", or "extra" for tensors in the rest of Lightning's state.

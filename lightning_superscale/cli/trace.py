@@ -24,7 +24,7 @@ _COLOURS = ("#4c78a8", "#72b7b2", "#eeca3b", "#f58518", "#b279a2", "#54a24b", "#
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """One rank's recorded step.
+    """The step that one rank recorded.
 
     Attributes:
         facts: device, engine and size of the run.

@@ -57,5 +57,5 @@ def ranks_of(mesh: DataMesh, params: Iterable[nn.Parameter], *, num_buffers: int
 
 
 def single_rank() -> Communicator:
-    """The only rank there is."""
+    """The communicator of a run of one rank."""
     return ranks_of(single_mesh(), ())

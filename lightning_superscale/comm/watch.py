@@ -190,7 +190,7 @@ def _is_broken_connection(message: str) -> bool:
 
 
 def _main_frame() -> Any:
-    """Where the main thread is, or None."""
+    """The frame that the main thread executes now, or None."""
     return sys._current_frames().get(threading.main_thread().ident or 0)
 
 

@@ -19,7 +19,7 @@ Axis = Literal["shard"]
 
 @dataclass(frozen=True, slots=True)
 class BytesPerParam:
-    """One class of bytes.
+    """One class of bytes that parameters take, such as master weights.
 
     Attributes:
         name, dtype: as `explain()` prints them.

@@ -131,7 +131,7 @@ class OffloadEngine(Protocol):
     def make_state(
         self, unit: ShardUnit, context: OffloadContext, *, has_moments: bool, streamed: StreamedUnit | None
     ) -> HostUnitState:
-        """The states of a unit.
+        """Make the states of a unit, in host memory.
 
         Args:
             has_moments: False for an optimizer that keeps states of its own.

@@ -17,7 +17,7 @@ from lightning_superscale.ops.gpu_catalog import CUDA_OPS, TRITON_OPS
 
 @dataclass(frozen=True, slots=True)
 class Op:
-    """One op.
+    """One operation, and the paths that implement it.
 
     Attributes:
         reference: the oracle, which also runs where no native library was built.

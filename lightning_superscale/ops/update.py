@@ -52,7 +52,7 @@ class QueuedUpdate:
 
 @dataclass(frozen=True, slots=True)
 class UpdatePath:
-    """How updates run.
+    """The kernel that runs the updates of a device's states.
 
     Attributes:
         name: the kernel, in words, for `explain()`.

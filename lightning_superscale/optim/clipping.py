@@ -139,7 +139,7 @@ class EarlyNorms:
         self._taken.update(zip([key for key, _ in new], self._measure([grad for _, grad in new]), strict=True))
 
     def clear(self) -> None:
-        """The step is over."""
+        """Forget the measures of this step, which is over."""
         self._taken.clear()
 
     def of(self, due: Sequence[ParamUpdate]) -> Tensor:

@@ -39,7 +39,7 @@ from lightning_superscale.torch_private import version_of
 
 
 class MakeState(Protocol):
-    """Builds the state of a unit."""
+    """A function that builds the state of a unit."""
 
     def __call__(self, unit: ShardUnit, *, has_moments: bool, is_on_device: bool) -> UnitState:
         """Args: is_on_device: on the unit's device, wherever others are."""
@@ -140,7 +140,7 @@ class OptimizerEngine:
         return state
 
     def start_over(self) -> None:
-        """Know no unit any more."""
+        """Forget every unit and its state, so that new ones can take their place."""
         self._rule.close()
         kept = self._rule.state_dict()
         self._rule = self._make_native(self.optimizer, self._guard)
@@ -156,7 +156,7 @@ class OptimizerEngine:
         self._rule.add_grads(delta, state)
 
     def request_clip(self, clip: ClipRequest) -> None:
-        """See `GradVerdict.request`."""
+        """Clip the gradients of the next step; see `GradVerdict.request`."""
         self._judge.request(clip)
 
     def discard_gradients(self) -> None:
@@ -282,7 +282,7 @@ class OptimizerEngine:
         return self._rule is self._own and is_plain
 
     def passthrough_step(self, closure: Callable[[], Any]) -> Any:
-        """Let it."""
+        """Let the user's optimizer step the module's parameters as if no engine were there."""
         return self._own.passthrough_step(closure)
 
     @property
@@ -336,7 +336,7 @@ class OptimizerEngine:
         return self._rule.state_dict()
 
     def load_rule_state(self, saved: RuleState) -> None:
-        """See `StepRule.load_state_dict`."""
+        """Give the rule what it kept for itself; see `StepRule.load_state_dict`."""
         self._rule.load_state_dict(saved)
 
     def take_states(self, states: Mapping[nn.Parameter, Mapping[str, Any]], rule_state: RuleState) -> None:
@@ -381,11 +381,11 @@ class OptimizerEngine:
             state.reload(range(len(unit.params)))
 
     def grad_norm(self) -> Tensor:
-        """See `GradVerdict.grad_norm`."""
+        """Global 2-norm of the last step's gradients before clipping; see `GradVerdict.grad_norm`."""
         return self._judge.grad_norm()
 
     def last_norm(self) -> LastNorm:
-        """See `GradVerdict.last_norm`."""
+        """The last step's norm as far as this rank knows it without asking another; see `GradVerdict.last_norm`."""
         return self._judge.last_norm()
 
     def close(self) -> None:

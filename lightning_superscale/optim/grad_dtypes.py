@@ -32,7 +32,7 @@ AS_WEIGHTS = GradientDtypes()
 
 
 def grad_dtype_of(param: Tensor) -> torch.dtype:
-    """The dtype of `param.grad`."""
+    """The dtype that a parameter's gradient has in `param.grad`."""
     return getattr(param, "grad_dtype", None) or param.dtype
 
 
@@ -52,7 +52,7 @@ def widen_gradients(params: Iterable[nn.Parameter], dtype: torch.dtype) -> None:
 
 
 def narrow_gradients(params: Iterable[nn.Parameter]) -> None:
-    """Undo `widen_gradients`."""
+    """Give parameters gradients of their own dtype again, after `widen_gradients`."""
     for param in params:
         if grad_dtype_of(param) != param.dtype:
             _convert(param, param.dtype)

@@ -21,7 +21,7 @@ GradScale = float | Tensor
 
 @dataclass(slots=True)
 class ParamUpdate:
-    """One parameter to step.
+    """One parameter that a step updates.
 
     Attributes:
         group: the optimizer's parameter group that holds it.

@@ -49,7 +49,7 @@ class StepRule(Protocol):
     def evaluates_stale(self) -> bool: ...
 
     def attach(self, unit: ShardUnit, state: UnitState) -> None:
-        """Know a new unit."""
+        """Prepare to step a unit that was made now."""
 
     def expect(self, grad_scale: float) -> None:
         """What this step's gradients will be multiplied by if they are not clipped: the inverse of a loss scale."""
@@ -94,10 +94,10 @@ class StepRule(Protocol):
         """
 
     def discard(self) -> None:
-        """Forget an interrupted step."""
+        """Forget the gradients and the work of an interrupted step."""
 
     def close(self) -> None:
-        """No more steps; flushed."""
+        """Take no more steps; states are up to date afterwards."""
 
 
 class SynchronousRule:

@@ -96,7 +96,7 @@ class GradVerdict:
         self._early.clear()
 
     def judge(self, due: Sequence[ParamUpdate], loss_scale: float | None) -> Verdict:
-        """Every rank calls it.
+        """Decide what a step does to its gradients. Every rank calls it.
 
         Args:
             loss_scale: what the loss of these gradients was multiplied by; None without a scaler.
@@ -159,7 +159,7 @@ class GradVerdict:
         return norm
 
     def last_norm(self) -> LastNorm:
-        """What this rank knows of it, without asking any other."""
+        """The last step's norm as far as this rank knows it without asking another."""
         if self._last_norm is not None:
             return LastNorm(norm=float(self._last_norm))
         if self._last_stats:

@@ -51,7 +51,7 @@ def check_parameters(module: nn.Module, optimizers: Sequence[Optimizer], fqn_of:
 
 
 def _owners(name: str, optimizers: Sequence[Optimizer], fqn_of: Mapping[nn.Parameter, str]) -> dict[nn.Parameter, int]:
-    """Which optimizer steps each parameter."""
+    """The number of the optimizer that steps each parameter."""
     owner: dict[nn.Parameter, int] = {}
     for number, optimizer in enumerate(optimizers):
         if type(optimizer).__name__ == "_MockOptimizer":

@@ -19,7 +19,7 @@ _KEYS = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth
 
 
 class LossScaler:
-    """A power of two by default, which multiplies losses exactly.
+    """A dynamic loss scale: a power of two by default, which multiplies losses exactly.
 
     Attributes:
         scale: of the next backward.
@@ -61,7 +61,7 @@ class LossScaler:
                 self.scale *= self._growth_factor
 
     def state_dict(self) -> dict[str, Any]:
-        """As `torch.amp.GradScaler.state_dict()`."""
+        """The scale and its factors, under the keys of `torch.amp.GradScaler.state_dict()`."""
         return {
             "scale": self.scale,
             "growth_factor": self._growth_factor,

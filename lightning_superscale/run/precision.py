@@ -122,7 +122,7 @@ def _refusal(key: str, value: object, why: str, remedy: str) -> SuperScaleError:
 
 
 def _dtype(key: str, value: object, allowed: Sequence[str]) -> torch.dtype | None:
-    """None for 'auto'."""
+    """The dtype of a name; None for 'auto'."""
     if value not in allowed:
         names = ", ".join(map(repr, allowed))
         hint = did_you_mean(value, allowed) if isinstance(value, str) else ""

@@ -385,14 +385,14 @@ class Run:
     # State
 
     def module_state(self, module: nn.Module, *, is_local: bool) -> dict[str, Any]:
-        """See the function of this name."""
+        """The module's weights and buffers for a checkpoint; see `module_state` in state/module_state.py."""
         self._weights_at_rest(is_visible=False)  # they are read where they live
         return module_state(module, self.assembly, self.environment.mesh, is_local=is_local)
 
     def load_module_state(
         self, module: nn.Module, weights: Mapping[str, Any], *, strict: bool, allow: Sequence[str] | None
     ) -> None:
-        """See the function of this name."""
+        """Load weights and buffers into the module; see `load_module_state` in state/module_state.py."""
         self._weights_at_rest(is_visible=True)
         load_module_state(module, self.assembly, weights, strict=strict, allow=allow)
 
@@ -420,11 +420,11 @@ class Run:
         load_optimizer_states(self._engine_of, optimizers, states, names_of(module))
 
     def technique_states(self) -> dict[str, dict[str, Any]]:
-        """See `states_of`; after training as they were at its end."""
+        """States of the techniques that have any, by name; after training as they were at its end."""
         return states_of(self._techniques) or self._technique_states
 
     def load_technique_states(self, states: Mapping[str, Mapping[str, Any]]) -> None:
-        """See `load_states`."""
+        """Load what `technique_states` gave; see `load_states` in techniques/registry.py."""
         load_states(self._techniques, states)
 
     def _engine_of(self, optimizer: Optimizer) -> OptimizerEngine | None:

@@ -53,7 +53,7 @@ class RunSettings:
 
     @property
     def shards_weights(self) -> bool:
-        """See the function of this name."""
+        """Whether this run shards weights over ranks."""
         return shards_weights(self.zero, self.mesh)
 
     @property

@@ -69,7 +69,7 @@ class Reducer(Protocol):
         """
 
     def discard(self) -> None:
-        """Forget this step."""
+        """Forget the gradients of this step."""
 
 
 @dataclass(slots=True)

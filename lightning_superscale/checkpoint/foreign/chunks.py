@@ -110,7 +110,7 @@ class ForeignSource:
         return self._rest
 
     def read(self, requests: Sequence[ReadRequest]) -> None:
-        """Fill each request.
+        """Fill each request with the values that the checkpoint's files hold.
 
         Raises:
             CheckpointError: a tensor or box that the checkpoint does not have, or a damaged file.

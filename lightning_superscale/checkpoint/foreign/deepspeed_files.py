@@ -37,7 +37,7 @@ _STAND_INS = [
 
 
 def load_deepspeed_file(path: Path) -> Any:
-    """A file of DeepSpeed, with stand-ins for its classes."""
+    """Read a file that DeepSpeed wrote, with stand-ins for the classes that it names."""
     return load_torch_file(path, _STAND_INS)
 
 
@@ -75,7 +75,7 @@ def clean(name: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class ModelFiles:
-    """What the model's files say.
+    """The content of a DeepSpeed checkpoint's model files.
 
     Attributes:
         folder: where they are.

@@ -22,7 +22,7 @@ Opener = Callable[["Names | None"], StateSource]
 
 @dataclass(frozen=True, slots=True)
 class ForeignFormat:
-    """One format.
+    """A checkpoint format of another program, and how it is told from the others.
 
     Attributes:
         name: what commands and errors call it.

@@ -54,7 +54,7 @@ class BlockHasher:
 
     @property
     def size(self) -> int:
-        """Bytes seen so far."""
+        """Bytes that the hasher was given so far."""
         return self._size
 
     def update(self, data: memoryview) -> None:
@@ -73,7 +73,7 @@ class BlockHasher:
         self._block.reset()
 
     def digest(self) -> FileDigest:
-        """Of the whole file; nothing may be added after it."""
+        """The checksums of the whole file; nothing may be added after it."""
         if self._size % BLOCK_BYTES:
             self._end_block()
         return FileDigest(self._size, self._whole.hexdigest(), struct.pack(f"<{len(self._sums)}Q", *self._sums))

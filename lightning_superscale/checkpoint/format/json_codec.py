@@ -32,7 +32,7 @@ _PLAIN = (type(None), bool, int, str)
 
 
 def encode(value: object, where: str, tensors: dict[str, Tensor]) -> Any:
-    """The JSON form of a value.
+    """Turn a value into JSON that `decode` turns back.
 
     Args:
         where: what the value is, for messages and for names of tensors within it.
@@ -45,7 +45,7 @@ def encode(value: object, where: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def decode(value: Any, where: str, tensor: Callable[[str], Tensor]) -> Any:
-    """The value of its JSON form.
+    """Turn JSON that `encode` made back into the value.
 
     Args:
         where: as at `encode`, for messages.

@@ -61,7 +61,7 @@ class FileRecord:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What MANIFEST.json says.
+    """The content of MANIFEST.json: what a checkpoint holds, and where.
 
     Attributes:
         uuid: of this checkpoint, new with every save.

@@ -59,7 +59,7 @@ class Layout:
 
 
 def layout(entries: Sequence[FileEntry], uuid: str) -> Layout:
-    """Of a file with these entries, in this order.
+    """The layout of a file with these entries, in this order.
 
     Args:
         uuid: of the checkpoint, noted in the header.
@@ -98,7 +98,7 @@ class PayloadWriter:
             self.write(chunk.numpy().data)
 
     def finish(self) -> FileDigest:
-        """Make the file durable."""
+        """Make the file durable, and return its checksums."""
         self._file.close()
         return self._hasher.digest()
 

@@ -77,7 +77,7 @@ class _Run:
 
 @dataclass(frozen=True, slots=True)
 class Destinations:
-    """Where a segment is read to.
+    """The memory that a segment's bytes are read into.
 
     Attributes:
         memory: for all its bytes, in order.

@@ -100,7 +100,7 @@ class _Offer:
 
 @dataclass(frozen=True, slots=True)
 class _Written:
-    """What a rank wrote."""
+    """The files and chunks that one rank wrote."""
 
     files: dict[str, FileRecord] = field(default_factory=dict)
     chunks: list[tuple[TensorKey, Chunk]] = field(default_factory=list)

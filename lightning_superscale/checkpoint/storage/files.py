@@ -19,11 +19,11 @@ _MOST_PIECES = os.sysconf("SC_IOV_MAX")
 
 
 class FileWriter(Protocol):
-    """A new file."""
+    """A new file that is written front to back."""
 
     def write(self, data: memoryview) -> None: ...
     def close(self) -> None:
-        """Make it durable."""
+        """End the file, and make it durable."""
 
 
 class Folder(Protocol):
@@ -42,7 +42,7 @@ class Folder(Protocol):
         """Every file in it, by name relative to it."""
 
     def read(self, name: str) -> bytes:
-        """All of a file."""
+        """The whole content of one file."""
 
     def read_into(self, name: str, start: int, *outs: memoryview) -> None:
         """Fill memory, one piece after the other, with a file's bytes from `start` on; pieces are flat, of bytes."""
@@ -61,7 +61,7 @@ def local_path(path: str) -> str:
 
 
 def open_folder(path: str, root: str = "") -> Folder:
-    """A checkpoint's files.
+    """The folder of a checkpoint's files, local or remote.
 
     Args:
         root: folder within it in which they are.

@@ -56,7 +56,7 @@ class Target(Protocol):
         """Every rank, after `begin`: find what rank 0 has made."""
 
     def create(self, name: str) -> FileWriter:
-        """Every rank: a new file."""
+        """Begin a new file of the checkpoint. Each rank calls it for its own files."""
 
     def seal(self) -> None:
         """Every rank, after its files are closed: make their names durable."""
@@ -69,7 +69,7 @@ class Target(Protocol):
 
 
 def target_at(path: str) -> Target:
-    """Where a checkpoint of this path or URL is written."""
+    """The target that writes a checkpoint at this path or URL."""
     if is_remote(path):
         from lightning_superscale.checkpoint.storage.remote import RemoteTarget
 

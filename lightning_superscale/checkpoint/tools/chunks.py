@@ -57,5 +57,5 @@ def batches(
 
 
 def num_bytes(info: TensorInfo) -> int:
-    """Of a whole tensor."""
+    """Bytes of a whole tensor."""
     return math.prod(info.shape) * info.dtype.itemsize

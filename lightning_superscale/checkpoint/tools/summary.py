@@ -34,7 +34,7 @@ CLASSES = {
 
 @dataclass(frozen=True, slots=True)
 class TensorSummary:
-    """One tensor.
+    """One tensor of a checkpoint, without its values.
 
     Attributes:
         num_pieces: in how many pieces it lies in files; None where the format's reader does not tell.
@@ -137,12 +137,12 @@ class Summary:
 
 
 def dtype_text(info: TensorInfo) -> str:
-    """Such as "float32"."""
+    """The name of a tensor's dtype, such as "float32"."""
     return str(info.dtype).removeprefix("torch.")
 
 
 def numel_of(info: TensorInfo) -> int:
-    """Of a whole tensor."""
+    """The number of elements of a whole tensor."""
     return num_bytes(info) // info.dtype.itemsize
 
 

@@ -21,12 +21,12 @@ from lightning_superscale.optim.unit import ShardUnit
 
 
 class CpuEngine:
-    """Satisfies `OffloadEngine`."""
+    """The engine that steps on the host after backward, one unit after the other. Satisfies `OffloadEngine`."""
 
     weights_arrive: Literal["at step"] = "at step"
 
     def refuse(self, facts: RunFacts) -> None:
-        """Everything works."""
+        """Refuse nothing: this engine works with every other setting."""
 
     def memory(
         self,

@@ -38,7 +38,7 @@ LinkEvent = Event[None]
 
 
 class LinkFence(Protocol):
-    """A point of the device's work."""
+    """A point of the device's work that later copies can be ordered after."""
 
     def wait(self, stream: torch.cuda.Stream) -> None:
         """Let a stream go on only after it."""

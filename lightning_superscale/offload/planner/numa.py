@@ -18,7 +18,7 @@ _SYS = Path("/sys")
 
 @dataclass(frozen=True, slots=True)
 class Topology:
-    """Where CPUs are.
+    """The NUMA node and the core of each CPU.
 
     Attributes:
         node_of: NUMA node of each CPU; 0 where the system does not say.
@@ -84,7 +84,7 @@ def available_cpus() -> tuple[int, ...]:
 
 @dataclass(frozen=True, slots=True)
 class RankPlace:
-    """Where one rank runs.
+    """The host, the CPUs and the NUMA node of one rank.
 
     Attributes:
         host: the machine's name.

@@ -83,7 +83,7 @@ class HardwareProfile:
             raise ValueError(f"expected positive, finite rates, found {self}")
 
     def summary(self) -> str:
-        """The figures in one line."""
+        """The measured speeds in one line."""
         gb = 1e9
         best = max(rate for _, rate in self.memory)
         return (

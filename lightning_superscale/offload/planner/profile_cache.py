@@ -30,7 +30,7 @@ def is_switched_off() -> bool:
 
 
 def profile_path(key: HardwareKey) -> Path:
-    """Where the profile of a key is, or would be."""
+    """The file that keeps the profile of a key, whether it exists or not."""
     filed_under = {"format": _FORMAT, **asdict(key)}
     digest = hashlib.sha256(json.dumps(filed_under, sort_keys=True).encode()).hexdigest()[:16]
     return user_cache() / f"hardware-{digest}.json"

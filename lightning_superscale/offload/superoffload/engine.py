@@ -26,7 +26,7 @@ class SuperOffloadEngine:
     weights_arrive: Literal["next forward"] = "next forward"
 
     def refuse(self, facts: RunFacts) -> None:
-        """Everything works."""
+        """Refuse nothing: this engine works with every other setting."""
 
     def memory(
         self,

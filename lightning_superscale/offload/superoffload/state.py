@@ -50,7 +50,7 @@ _Kernel = Callable[..., list[GradStats] | None]
 
 @dataclass(slots=True)
 class _Slice:
-    """Where one slice stands.
+    """The progress of one slice within a step.
 
     Attributes:
         front: which buffer receives this step's gradient.

@@ -60,7 +60,7 @@ class DeferringState(UnitState, Protocol):
 
 
 class _Settled(NamedTuple):
-    """A unit whose step is final.
+    """The outcome of settling one unit.
 
     Attributes:
         num_redone: slices that had been looked at with other numbers.

@@ -78,7 +78,7 @@ class _Ahead(NamedTuple):
 
 
 class StepThread:
-    """A thread of its own."""
+    """A `StepWorker` on a thread of its own."""
 
     def __init__(self) -> None:
         # One thread: units are worked on one after the other, each by all of the pool's threads.

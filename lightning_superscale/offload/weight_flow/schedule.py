@@ -59,7 +59,7 @@ _START = _Use(-1, False)
 
 @dataclass(slots=True, eq=False)
 class _Block:
-    """One block while it flows.
+    """One block whose weights flow, during a run.
 
     Attributes:
         guards: what to close when a forward of it ends, innermost last; None where there was nothing to guard.

@@ -91,7 +91,7 @@ class RecycledMemory:
 
     @property
     def free_bytes(self) -> int:
-        """Mapped and in nobody's use."""
+        """Bytes that are mapped and that no tensor uses."""
         return sum(block.nbytes for block in self._free)
 
     def empty(self, *shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -124,7 +124,7 @@ class RecycledMemory:
         self._free.append(block)
 
     def clear(self) -> None:
-        """Free what nobody uses."""
+        """Give memory that no tensor uses back to the system."""
         self._free.clear()
 
 

@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 class Pool:
-    """Worker threads of its own.
+    """A pool of worker threads that run native kernels.
 
     Args:
         num_threads: None takes LSS_CPU_THREADS, else the CPUs of this process less one (the launching

@@ -45,12 +45,12 @@ class DeviceGradStats:
 
     @property
     def sumsq(self) -> Tensor:
-        """float64 [n], a view."""
+        """Sums of squares, float64 [n]: a view."""
         return self.raw.view(torch.float64)[:, 0]
 
     @property
     def nonfinite(self) -> Tensor:
-        """int64 [n], a view."""
+        """Counts of elements that are NaN or infinite, int64 [n]: a view."""
         return self.raw[:, 1]
 
     def to_host(self) -> list[GradStats]:

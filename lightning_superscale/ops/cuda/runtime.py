@@ -35,7 +35,7 @@ def pin(tensor: Tensor, *, device: int = 0) -> None:
 
 
 def unpin(tensor: Tensor, *, device: int = 0) -> None:
-    """Undo `pin`."""
+    """Let memory that `pin` locked be paged again."""
     lib = loader.native_or_raise("runtime.unpin")
     loader.check(lib, lib.lss_cu_unpin(device, tensor.data_ptr()))
 

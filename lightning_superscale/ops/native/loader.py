@@ -33,7 +33,7 @@ _ERRORS: dict[int, type[Exception]] = {-1: ValueError, -2: MemoryError, -3: Valu
 
 
 class AdamWHyperStruct(ctypes.Structure):
-    """`lss_adamw_hyper`."""
+    """The C struct `lss_adamw_hyper`: hyperparameters of one update."""
 
     _fields_ = (
         ("weight_decay_factor", c_double),
@@ -55,7 +55,7 @@ class AdamWHyperStruct(ctypes.Structure):
 
 
 class AdamWSegmentStruct(ctypes.Structure):
-    """`lss_adamw_segment`."""
+    """The C struct `lss_adamw_segment`: pointers and sizes of one update."""
 
     _fields_ = (
         ("param", c_void_p),
@@ -84,7 +84,7 @@ class AdamWSegmentStruct(ctypes.Structure):
 
 
 class SubmitStruct(ctypes.Structure):
-    """`lss_submit`."""
+    """The C struct `lss_submit`: how the pool schedules a piece of work."""
 
     _fields_ = (("priority", c_int32), ("held", c_int32))
 

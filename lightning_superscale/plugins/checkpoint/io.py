@@ -125,7 +125,7 @@ class UniversalCheckpointIOMixin(_Base):
         return self.load_on_all_ranks(str(path), is_all_used=False)
 
     def load_on_all_ranks(self, path: str, *, is_all_used: bool) -> dict[str, Any]:
-        """As `load_checkpoint`. Every rank calls it.
+        """Open a checkpoint as `load_checkpoint` does, for all ranks at once. Every rank calls it.
 
         Args:
             is_all_used: whether optimizer states are going to be loaded too.

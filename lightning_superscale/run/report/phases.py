@@ -48,7 +48,7 @@ class PhaseSeconds:
         return self.forward + self.backward + self.before
 
     def end_step(self) -> None:
-        """An optimizer step is over."""
+        """Count an optimizer step, which is over."""
         self.num_steps += 1
         if self.num_steps == WARM_UP_STEPS:
             self.warm = replace(self)

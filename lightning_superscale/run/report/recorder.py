@@ -63,7 +63,7 @@ class StepRecorder:
             self._write(facts)
 
     def end(self, num_steps: int, facts: dict[str, Any]) -> None:
-        """Training is over."""
+        """Write what was recorded, or warn that nothing was: training is over."""
         if self.timeline.is_open:
             self._write(facts)
         elif not self._is_done:

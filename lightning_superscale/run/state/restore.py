@@ -41,7 +41,7 @@ class OpenedCheckpoint:
 
     @cached_property
     def alone(self) -> StateSource:
-        """The same state, for this rank to read by itself."""
+        """A view of the checkpoint that this rank reads by itself."""
         if self.mesh.is_single or not is_checkpoint(self.source.path):
             return self.source
         return open_checkpoint(self.source.path, check_first=False)

@@ -43,7 +43,7 @@ class GradientTaker(Protocol):
 
 @dataclass(slots=True)
 class ShardedGroup:
-    """One FSDP2 group.
+    """Parameters that FSDP2 gathers and reshards together.
 
     Attributes:
         is_top: no other group is around it.
@@ -224,14 +224,14 @@ class ShardedModule:
             self._wait_uploads(group.index)
 
     def reshard(self, index: int, changed: Iterable[nn.Parameter]) -> None:
-        """Let go of a group's weights, some of which changed, so that the next forward gathers new ones."""
+        """Reshard a group, some of whose weights changed, so that the next forward gathers new ones."""
         group = self.groups[index]
         increment_version([group.unsharded[param] for param in changed if param in group.unsharded])
         self.graphs.allow_reshard(index, group.module)
         group.fsdp.reshard()
 
     def reshard_all(self) -> None:
-        """The same for every group."""
+        """Reshard every group, so that the next forward gathers new weights."""
         for group in self.groups:
             group.fsdp.reshard()
 
