@@ -27,12 +27,12 @@ VERSIONS = ("2.11", "2.13")
 
 
 def version_of(tensor: Tensor) -> int:
-    """How often a tensor was changed in place, as autograd counts it."""
+    """The number of times that a tensor was changed in place, as autograd counts it."""
     return tensor._version
 
 
 def storage_id_of(storage: torch.UntypedStorage) -> int:
-    """What tells a storage from others, filled or not."""
+    """A number that tells a storage from others, filled or not."""
     return int(storage._cdata)
 
 
@@ -99,7 +99,7 @@ def transient_buffers_of(module: nn.Module) -> Collection[str]:
 
 
 def loaders_of(module: nn.Module) -> list[object]:
-    """What has a say when a module loads a state dict: its method, and hooks before it."""
+    """The functions that have a say when a module loads a state dict: its method, and hooks before it."""
     hooks = module._load_state_dict_pre_hooks.values()
     return [type(module)._load_from_state_dict, *(getattr(hook, "hook", hook) for hook in hooks)]
 

@@ -78,7 +78,7 @@ class LocalShard:
 
 @dataclass(frozen=True, slots=True)
 class OptimizerRecord:
-    """What an optimizer has beside tensors.
+    """The state of an optimizer that is not tensors.
 
     Attributes:
         class_name: such as "AdamW".

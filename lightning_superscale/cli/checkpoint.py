@@ -44,7 +44,7 @@ class UsageError(SuperScaleError):
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """How optimizer states that a file numbers are read.
+    """Options of a command that reads optimizer states which a file numbers.
 
     Attributes:
         names_file: JSON: for each optimizer a list of its parameters' names, in its order.

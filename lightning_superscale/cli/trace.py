@@ -62,7 +62,7 @@ class Trace:
 
     @property
     def exposed_seconds(self) -> float:
-        """What the step took beyond its own forward and backward."""
+        """Seconds that the step took beyond its own forward and backward."""
         return max(0.0, self.step_seconds - self.busy_seconds("forward") - self.busy_seconds("backward"))
 
     def table(self) -> Table:

@@ -36,7 +36,7 @@ class Communicator:
 
 
 def ranks_of(mesh: DataMesh, params: Iterable[nn.Parameter], *, num_buffers: int = 0) -> Communicator:
-    """What one run's transports and engines share.
+    """Make the communicator that one run's transports and engines share.
 
     Args:
         params: the module's, without duplicates, in the same order on every rank.

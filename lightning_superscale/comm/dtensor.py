@@ -22,7 +22,7 @@ from lightning_superscale.layout.rows import ParamSlice, ParamSpec, shard_rows
 
 
 class LocalBox(NamedTuple):
-    """What one rank has of a tensor of a parameter's shape, and where in the user's whole it lies.
+    """One rank's box of a tensor of a parameter's shape, and where in the user's whole it lies.
 
     Attributes:
         shape: of the whole.
@@ -36,7 +36,7 @@ class LocalBox(NamedTuple):
 
 
 def local_rows(rows: Tensor, piece: ParamSlice, like: Tensor) -> LocalBox:
-    """Where this rank's rows of a tensor that is cut as the parameter `like` lie; issues nothing.
+    """This rank's rows of a tensor that is cut as the parameter `like`, with their place; issues nothing.
 
     Args:
         rows: of `piece.local_shape`.
@@ -51,13 +51,13 @@ def local_rows(rows: Tensor, piece: ParamSlice, like: Tensor) -> LocalBox:
 
 
 def local_rows_of(placed: Tensor) -> Tensor:
-    """What this rank has of a DTensor: its rows, the memory that FSDP2's gathers read."""
+    """This rank's rows of a DTensor, in the memory that FSDP2's gathers read."""
     with torch.no_grad():
         return cast(DTensor, placed).to_local().detach()
 
 
 def local_of(tensor: Tensor) -> Tensor:
-    """What this rank has of any tensor, in the tensor's own memory."""
+    """This rank's part of any tensor, in the tensor's own memory."""
     return local_rows_of(tensor) if isinstance(tensor, DTensor) else tensor.detach()
 
 
@@ -141,7 +141,7 @@ def rows_of_part(part: Tensor, like: Tensor) -> Tensor:
 
 
 def local_part(whole: Tensor, like: Tensor) -> Tensor:
-    """What this rank holds of a whole tensor that is placed as `like`, a view."""
+    """This rank's part of a whole tensor that is placed as `like`: a view."""
     return rows_of_part(local_shard(whole, like), like)
 
 

@@ -29,7 +29,7 @@ DATA_AXIS, TENSOR_AXIS = "data_parallel", "tensor_parallel"
 
 @dataclass(slots=True)
 class CollectiveCount:
-    """What was sent since the count began, by kind of collective.
+    """Collectives and bytes since the count began, by kind of collective.
 
     Attributes:
         calls: number of collectives.
@@ -174,7 +174,7 @@ def build_mesh(
 
 
 def _device_mesh(spec: MeshSpec, device_type: str) -> DeviceMesh | None:
-    """What users parallelize modules over; None without a tensor axis."""
+    """The DeviceMesh that users parallelize modules over; None without a tensor axis."""
     if spec.tensor == 1:
         return None
     shape = (spec.size_of(*DATA_AXES), spec.tensor)

@@ -40,7 +40,7 @@ _FAILED, _APART = "failed", "apart"
 
 
 class _Sign(NamedTuple):
-    """What a rank last said of itself: how often, and what it waits for ("" when it runs)."""
+    """A rank's last sign of life: its number, and what the rank waits for ("" when it runs)."""
 
     beat: int
     waits_for: str

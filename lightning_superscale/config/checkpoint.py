@@ -9,7 +9,7 @@ from lightning_superscale.errors import SuperScaleError
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """How universal checkpoints are written and read.
+    """Options for writing and reading universal checkpoints.
 
     Args:
         asynchronous: training goes on while a snapshot is written; one is in flight at a time, and its errors are

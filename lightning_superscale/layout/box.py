@@ -43,7 +43,7 @@ class Box:
         )
 
     def intersect(self, other: Box) -> Box | None:
-        """What both cover; None where that is nothing."""
+        """The box that both cover; None where there is none."""
         start = tuple(map(max, self.offset, other.offset))
         size = tuple(min(a, b) - low for a, b, low in zip(self.stop, other.stop, start, strict=True))
         return Box(start, size) if all(extent > 0 for extent in size) else None

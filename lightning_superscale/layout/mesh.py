@@ -11,7 +11,7 @@ AXES = ("replicate", "shard", "sequence", "tensor")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeshSpec:
-    """How many ranks each axis has.
+    """The number of ranks on each axis of a mesh.
 
     Attributes:
         replicate: ranks that hold the same shard (hybrid sharding, HSDP).

@@ -34,7 +34,7 @@ from lightning_superscale.timeline import UNTIMED, Timeline
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OffloadContext:
-    """What the states and rules of one run's engine are made of.
+    """The parts of a run that its offload engine makes states and rules from.
 
     Attributes:
         config: the user's settings.
@@ -66,7 +66,7 @@ class OffloadContext:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunFacts:
-    """What an engine may have to refuse, known before any work starts.
+    """The facts of a run that an engine may have to refuse, known before any work starts.
 
     Attributes:
         dtypes: of masters and moments.
@@ -119,7 +119,7 @@ class OffloadEngine(Protocol):
         dtypes: StateDtypes,
         link_dtype: LinkDtype,
     ) -> MemoryModel:
-        """What the states of parameters of this dtype take, by class; see [Note: One memory model] in layout/memory.py.
+        """Bytes that the states of parameters of this dtype take; see [Note: One memory model] in layout/memory.py.
 
         Args:
             has_moments: as `make_state`'s.
@@ -139,7 +139,7 @@ class OffloadEngine(Protocol):
         """
 
     def make_step(self, optimizer: Optimizer, guard: StepGuard, context: OffloadContext) -> AdamWRule:
-        """What steps Adam or AdamW on these states."""
+        """Make the rule that steps Adam or AdamW on these states."""
 
     def how_it_steps(self, config: OffloadConfig, *, streams: bool) -> str:
         """When the host steps and what hides it: a sentence for `explain()`."""

@@ -24,7 +24,7 @@ from lightning_superscale.optim.unit_state import StateBytes, UnitState, adam_bu
 
 
 class OffloadableUnit(Protocol):
-    """What this page needs of a shard unit."""
+    """The members of a shard unit that host states use."""
 
     @property
     def shard(self) -> UnitLayout: ...
@@ -35,7 +35,7 @@ class OffloadableUnit(Protocol):
 
 
 def way_of_weights(flowing: FlowingWeights | None, upload: Callable[[], Sequence[LinkEvent]]) -> PublishEvent:
-    """How a unit's new weights get to where forward reads them: uploaded now, where they are, or for a later gather.
+    """The event of a unit's new weights: an upload that begins now, none where they stay, or one before a gather.
 
     Args:
         upload: starts their copies.
@@ -55,7 +55,7 @@ def weights_on_host(unit: OffloadableUnit, i: int, flowing: FlowingWeights | Non
 
 
 def host_buffers(state: UnitState, num_transfer_buffers: int) -> list[StateBytes]:
-    """What a state keeps in host memory: masters, moments, and the ends of transfers."""
+    """The buffers that a state keeps in host memory: masters, moments, and the ends of transfers."""
     return [
         *adam_buffers(state, "host"),
         StateBytes("transfer buffers", state.transfer_dtype, num_transfer_buffers, "host"),

@@ -68,7 +68,7 @@ def _stats(seg: AdamWSegment) -> GradStats:
 
 
 class _Updated(NamedTuple):
-    """What an update stores: new master, moments and compensation."""
+    """The results of an update: new master, moments and compensation."""
 
     param: Tensor
     exp_avg: Tensor

@@ -45,7 +45,7 @@ class StateDtypes:
         return self.is_compensated and self.master_of(weights) == torch.bfloat16
 
     def rounding(self, weights: torch.dtype, fqn: str, first_element: int) -> Rounding | None:
-        """How updates of a parameter round, from its given element on; None where all states are fp32."""
+        """The rounding of a parameter's updates, from its given element on; None where all states are fp32."""
         if self.master_of(weights) == torch.float32 and self.moments == torch.float32:
             return None
         if not self.is_stochastic:
@@ -85,5 +85,5 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def follow_weights(master: Tensor, weights: Tensor) -> None:
-    """Where `master` does not round to `weights`, make it `weights`; elsewhere it keeps its lower bits."""
+    """Make `master` equal `weights` where it does not round to them; elsewhere it keeps its lower bits."""
     master.copy_(torch.where(master.to(weights.dtype) == weights, master, weights.float()))

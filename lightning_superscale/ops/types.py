@@ -34,7 +34,7 @@ class AdamWScalars(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdamWHyper:
-    """What one AdamW or Adam update of one segment needs to know.
+    """The hyperparameters of one AdamW or Adam update of one segment.
 
     Attributes:
         step: the update's own number, counted from 1.
@@ -77,7 +77,7 @@ class AdamWHyper:
 
 @dataclass(frozen=True, slots=True)
 class Rounding:
-    """How an update of low-precision states rounds what it stores ([Note: Low-precision update] in reference.py).
+    """The rounding of an update of low-precision states ([Note: Low-precision update] in reference.py).
 
     Attributes:
         is_stochastic: bf16 master weights and moments are rounded up or down at random, so that their mean is
@@ -132,12 +132,12 @@ class AdamWSegment:
 
     @property
     def grad_scale(self) -> float | torch.Tensor:
-        """What `grad` is multiplied by."""
+        """The factor that `grad` is multiplied by."""
         return self.hyper.grad_scale if self.device_scale is None else self.device_scale
 
 
 class GradStats(NamedTuple):
-    """What the fused pass saw of one segment's gradient (of `next_grad` in commit_peek).
+    """Statistics of one segment's gradient from the fused pass (of `next_grad` in commit_peek).
 
     Attributes:
         sumsq: sum of squares of `grad * grad_scale`, before value clipping.

@@ -23,7 +23,7 @@ SubmitUpdate = Callable[[Sequence[AdamWSegment]], Update]
 
 
 class AdamWRule(SynchronousRule):
-    """What every way of stepping Adam natively shares: the optimizer's own state views our buffers.
+    """The base of every rule that steps Adam natively: the optimizer's own state views our buffers.
 
     Subclasses say how, in `apply`.
     """
@@ -97,7 +97,7 @@ class AdamWRule(SynchronousRule):
 
 
 class StepNumbers:
-    """What the updates of one step have in common: hyperparameters by group and step, and counts that go up with it."""
+    """The numbers that updates of one step share: hyperparameters by group and step, and counts that go up with it."""
 
     def __init__(self, rule: AdamWRule, optimizer: Optimizer, grad_scale: float, clip_value: float | None) -> None:
         self._rule = rule

@@ -20,7 +20,7 @@ NamedParam = tuple[str, nn.Parameter]
 
 @dataclass(frozen=True)
 class Grouping:
-    """How a transport groups parameters.
+    """The way in which a transport groups parameters into units.
 
     Attributes:
         unit_bytes: upper bound of a unit's weights; a larger parameter has a unit of its own.

@@ -108,7 +108,7 @@ def total_norm(norms: Tensor) -> Tensor:
 
 
 def clip_coefficient(total: Tensor, max_norm: float) -> Tensor:
-    """What gradients are multiplied by: `min(1, max_norm / (total + 1e-6))`; NaN where `total` is NaN.
+    """The factor of clipped gradients: `min(1, max_norm / (total + 1e-6))`; NaN where `total` is NaN.
 
     The order of operations is that of `torch.nn.utils.clip_grads_with_norm_`, so that clipped
     gradients have the bits that plain PyTorch gives.
@@ -153,7 +153,7 @@ class EarlyNorms:
 
 @dataclass(frozen=True, slots=True)
 class LastNorm:
-    """What a rank knows of the norm of a step's gradients, in numbers that keep nothing of the step alive.
+    """The norm of a step's gradients as far as a rank knows it, in numbers that keep nothing of the step alive.
 
     Attributes:
         norm: of all gradients on all ranks; None where ranks have not added up theirs.

@@ -47,7 +47,7 @@ class MakeState(Protocol):
 
 @dataclass(slots=True)
 class StepSeconds:
-    """How long the host was busy with each part of an optimizer step, summed over steps."""
+    """Seconds that the host was busy with each part of an optimizer step, summed over steps."""
 
     collect: float = 0.0
     norm: float = 0.0
@@ -135,7 +135,7 @@ class OptimizerEngine:
         return [(fqn, param) for param, fqn in self._fqn_of.items() if self.transport.place_of(param) is not None]
 
     def own_state_of(self, param: nn.Parameter) -> Mapping[str, Any]:
-        """What the user's optimizer keeps of a parameter."""
+        """The state that the user's optimizer keeps of a parameter."""
         state: Mapping[str, Any] = self.optimizer.state.get(param, {})
         return state
 
@@ -332,7 +332,7 @@ class OptimizerEngine:
         unpack_state(self, packed)
 
     def rule_state(self) -> RuleState:
-        """What the rule keeps for itself; empty for most."""
+        """The state that the rule keeps for itself; empty for most rules."""
         return self._rule.state_dict()
 
     def load_rule_state(self, saved: RuleState) -> None:

@@ -13,7 +13,7 @@ from lightning_superscale.optim.unit_state import UnitState
 
 
 class RegroupedEngine(Protocol):
-    """What `regroup` needs of an optimizer engine."""
+    """The members of an optimizer engine that `regroup` uses."""
 
     transport: Transport
     states: list[UnitState]

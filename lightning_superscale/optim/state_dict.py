@@ -24,7 +24,7 @@ _kept: WeakKeyDictionary[Optimizer, RemovableHandle] = WeakKeyDictionary()
 
 
 class StateHolder(Protocol):
-    """What these functions need of an optimizer engine."""
+    """The members of an optimizer engine that packing and unpacking use."""
 
     optimizer: Optimizer
     ranks: Communicator

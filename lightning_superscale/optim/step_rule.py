@@ -52,7 +52,7 @@ class StepRule(Protocol):
         """Prepare to step a unit that was made now."""
 
     def expect(self, grad_scale: float) -> None:
-        """What this step's gradients will be multiplied by if they are not clipped: the inverse of a loss scale."""
+        """Know the factor of this step's gradients if they are not clipped: the inverse of a loss scale."""
 
     def add_grads(self, delta: GradientDelta, state: UnitState) -> None:
         """Take reduced gradients during backward or at the step."""

@@ -38,7 +38,7 @@ class NewWeights(Protocol):
 
 
 class WeightStore(Protocol):
-    """Where the weights of one unit are between their uses, and who waits for new ones.
+    """The place of one unit's weights between their uses, at which new weights are waited for.
 
     Every unit has one. `OnDevice` keeps them where forward reads them, whole or in shards that FSDP2 gathers;
     `offload/weight_flow/weights.py` keeps them in host memory, and brings them to the device when they are used.
@@ -138,7 +138,7 @@ class ShardUnit(Protocol):
         """This rank's rows of weight i, 1D [slice.numel]: a view of what forward (or its gather) reads."""
 
     def inbox(self) -> Tensor:
-        """Where an upload of new weights lands, [shard.shard_numel], laid out like `shard`."""
+        """The buffer for uploads of new weights, [shard.shard_numel], laid out like `shard`."""
 
 
 class GradientDelta(NamedTuple):

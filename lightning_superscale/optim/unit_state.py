@@ -37,7 +37,7 @@ class StateBytes:
 
 
 class UnitState(Protocol):
-    """What the optimizer engine needs of one unit's states, on whatever device they live.
+    """The states of one unit, on whatever device they live, as the optimizer engine uses them.
 
     Flat buffers follow `unit.shard`.
 
@@ -66,7 +66,7 @@ class UnitState(Protocol):
 
     @property
     def transfer_dtype(self) -> torch.dtype:
-        """What gradients and new weights have on their way to the states and back."""
+        """The dtype of gradients and new weights on their way to the states and back."""
 
     @property
     def host_copy_numel(self) -> int:
@@ -76,10 +76,10 @@ class UnitState(Protocol):
         """Master weights of slice i, 1D."""
 
     def rounding_of(self, i: int) -> Rounding | None:
-        """How updates of slice i round what they store; None where all of it is fp32."""
+        """The rounding of slice i's updates; None where all states are fp32."""
 
     def weight_out_of(self, i: int) -> Tensor | None:
-        """Where a step writes slice i's new weights; None when the masters are these."""
+        """The tensor that a step writes slice i's new weights to; None when the masters are the weights."""
 
     def add_grads(self, slices: Sequence[tuple[int, Tensor]]) -> None:
         """Take gradient deltas: the first of a slice in a step replaces, later ones add."""
@@ -183,7 +183,7 @@ class ResidentState:
 
 
 def roundings_of(unit: ShardUnit, dtypes: StateDtypes) -> tuple[Rounding | None, ...]:
-    """How updates round each slice: random numbers follow the parameter's elements, whichever rank holds them."""
+    """The rounding of each slice's updates: random numbers follow the parameter's elements on any rank."""
     return tuple(
         dtypes.rounding(unit.dtype, tensor_part_name(param, piece.fqn), piece.global_offset)
         for param, piece in zip(unit.params, unit.shard.slices, strict=True)

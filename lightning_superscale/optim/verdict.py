@@ -43,7 +43,7 @@ _ROUNDOFF = 2.0**-7
 
 
 class Verdict(NamedTuple):
-    """What a step does to its gradients.
+    """The decision of what a step does to its gradients.
 
     Attributes:
         grad_scale: they are multiplied by it: the clip coefficient over the loss scale.

@@ -61,12 +61,12 @@ def bind(strategy: Any) -> None:
 
 
 def lightning_callbacks() -> list[Any]:
-    """What the entry point gives `lightning.pytorch`."""
+    """The callbacks that the entry point gives `lightning.pytorch`."""
     return _binders("lightning.pytorch.callbacks")
 
 
 def pytorch_lightning_callbacks() -> list[Any]:
-    """What the entry point gives `pytorch_lightning`."""
+    """The callbacks that the entry point gives `pytorch_lightning`."""
     return _binders("pytorch_lightning.callbacks")
 
 

@@ -56,7 +56,7 @@ def drop_launcher(strategy: Any) -> None:
 
 
 def layer_sync_of(strategy: Any) -> Any:
-    """What `Trainer(sync_batchnorm=True)` applies to a model; None without."""
+    """The layer synchronization that `Trainer(sync_batchnorm=True)` applies to a model; None without."""
     return strategy._layer_sync
 
 
@@ -66,7 +66,7 @@ def checkpoint_io_of(strategy: Any) -> Any:
 
 
 def load_state_of(package: str) -> Callable[..., Any]:
-    """What builds a module from a checkpoint's hyperparameters and loads its weights.
+    """The function that builds a module from a checkpoint's hyperparameters and loads its weights.
 
     Args:
         package: "lightning.pytorch" or "pytorch_lightning".

@@ -79,7 +79,7 @@ class Assembly:
 
     @property
     def waited_seconds(self) -> float:
-        """How long weights that were under way kept the host inside forward, so far."""
+        """Seconds that weights under way have kept the host inside forward so far."""
         return self._old_gates_seconds + sum(gates.waited_seconds for gates in self.gates)
 
     def adapt_after_first_step(self) -> None:

@@ -48,7 +48,7 @@ def _fitting(num_ranks: int) -> str:
 
 
 class RankEnvironment:
-    """What one rank has of the others, from `open` to `close`; a mesh of one rank before and without.
+    """One rank's connections to the others, from `open` to `close`; a mesh of one rank before and without.
 
     Attributes:
         order: compares the gathers of stage 3 between ranks.

@@ -25,7 +25,7 @@ def states_memory(
     has_moments: bool = True,
     flows: bool = False,
 ) -> MemoryModel:
-    """What masters, moments and buffers of parameters of this dtype take.
+    """Bytes that masters, moments and buffers of parameters of this dtype take.
 
     Args:
         is_on_host: an offload engine has them, if one runs; False for those that stay on the device.
@@ -47,7 +47,7 @@ def states_memory(
 def weights_memory(
     settings: RunSettings, weights: torch.dtype, gradients: torch.dtype, *, has_whole_weights: bool, flows: bool
 ) -> MemoryModel:
-    """What the stage keeps of trained weights and their gradients.
+    """Bytes that the stage keeps of trained weights and their gradients.
 
     Args:
         has_whole_weights: of parameters that stage 3 does not shard, too.

@@ -30,7 +30,7 @@ def first_grouping(
     unit_bytes: int,
     block_of: Mapping[nn.Parameter, int],
 ) -> Grouping:
-    """How an optimizer's parameters are grouped before anything is known of their gradients.
+    """The grouping of an optimizer's parameters before anything is known of their gradients.
 
     Args:
         block_of: parameters whose weights stream from the host, and whose states stay there.
@@ -49,7 +49,7 @@ def _share(grouping: Grouping, named: Sequence[NamedParam], fraction: float) -> 
 
 
 def device_bytes_of(param: nn.Parameter, shard_size: int, dtypes: StateDtypes) -> int:
-    """What one parameter's states and its gradient take on the device until the step, but for padding."""
+    """Bytes that one parameter's states and its gradient take on the device until the step, but for padding."""
     states = dtypes.memory(param.dtype, has_moments=True, home="device")
     grads = MemoryModel((bytes_of("gradients", grad_dtype_of(param), "device"),))
     return (states + grads).bytes("device", tensor_numel(param), shard_size)

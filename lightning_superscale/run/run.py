@@ -172,7 +172,7 @@ class Run:
 
     @property
     def flow(self) -> WeightFlow | None:
-        """What brings weights from the host when they are used; None when they stay on the device."""
+        """The schedule that brings weights from the host when they are used; None when they stay on the device."""
         return flow_among(self._techniques.values())
 
     # A training step
@@ -208,7 +208,7 @@ class Run:
 
     @contextmanager
     def _gradients_stay(self) -> Iterator[None]:
-        """What leaves during backward must not leave before.
+        """Keep gradients that would leave during backward from leaving before.
 
         A framework may zero gradients after the training step and before its own backward.
         """

@@ -26,7 +26,7 @@ def shards_weights(zero: ZeroConfig, mesh: DataMesh) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunSettings:
-    """What a run is assembled from.
+    """The resolved settings that a run is assembled from.
 
     Attributes:
         visibility: what user code may look at between the run's passes.
@@ -58,12 +58,12 @@ class RunSettings:
 
     @property
     def flow(self) -> WeightFlow | None:
-        """What brings weights to the device when they are used; None when they stay there."""
+        """The schedule that brings weights to the device when they are used; None when they stay there."""
         return flow_among(self.techniques)
 
     @property
     def engine(self) -> OffloadEngine | None:
-        """What steps Adam and AdamW on the host; None where nothing is offloaded."""
+        """The engine that steps Adam and AdamW on the host; None where nothing is offloaded."""
         return None if self.offload is None else engine_of(self.offload.engine)
 
     @property

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Visibility:
-    """What user code may look at, as the adapter of a framework found it out.
+    """The gradients and weights that user code may look at, as the adapter of a framework found out.
 
     Attributes:
         why_gradients_stay: why gradients stay in `param.grad` until the step: user code may read or change them there.

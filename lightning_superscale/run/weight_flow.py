@@ -42,7 +42,7 @@ def choose_weights(
     *,
     is_compiled: bool = False,
 ) -> WeightsChoice:
-    """What `OffloadConfig.weights` means for a model that is not on the device yet. No rank asks another one."""
+    """Choose what `OffloadConfig.weights` means for a model that is not on the device yet. No rank asks another one."""
     if offload is None:
         return WeightsChoice(False, "nothing is offloaded")
     if offload.weights != "auto":

@@ -34,7 +34,7 @@ class Departure(Enum):
 
 
 class NewGrad(Enum):
-    """What becomes of a gradient that backward makes now."""
+    """The fate of a gradient that backward makes now."""
 
     LEAVES = "it goes to the reducer"
     ACCUMULATES = "it stays where autograd put it and adds the next micro-batch"

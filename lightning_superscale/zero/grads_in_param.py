@@ -39,7 +39,7 @@ class _Noted(NamedTuple):
 
 
 class GradsInParam:
-    """What one transport does about gradients in `param.grad` on several ranks."""
+    """One transport's handling of gradients in `param.grad` on several ranks."""
 
     def __init__(self, ranks: Communicator, label: str, dtypes: GradientDtypes = AS_WEIGHTS) -> None:
         self._ranks = ranks

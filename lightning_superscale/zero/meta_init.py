@@ -16,7 +16,7 @@ Places = Mapping[nn.Parameter, Sequence[tuple[nn.Module, str]]]
 
 
 def places_of(root: nn.Module) -> dict[nn.Parameter, list[tuple[nn.Module, str]]]:
-    """Where each parameter is registered; more than one place where it is tied."""
+    """The places at which each parameter is registered; more than one where it is tied."""
     places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
     for module in root.modules():
         for name, param in module.named_parameters(recurse=False, remove_duplicate=False):

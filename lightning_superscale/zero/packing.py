@@ -18,7 +18,7 @@ from lightning_superscale.optim.grad_dtypes import packed_into
 
 
 class _Chunks(NamedTuple):
-    """How one parameter's rows are dealt.
+    """The chunks in which one parameter's rows are dealt to ranks.
 
     Attributes:
         numel: elements of a full chunk.

@@ -25,7 +25,7 @@ from lightning_superscale.optim.unit import DeltaSink, GradientDelta, ShardUnit,
 
 
 class ReducedUnit(ShardUnit, Protocol):
-    """What the reducer needs of a unit, of whatever kind."""
+    """The members of a unit of any kind that the reducer uses."""
 
     def packed(self, grads: Mapping[int, Tensor], scale: float, dtype: torch.dtype) -> Tensor:
         """Whole 1D gradients by index, times `scale`, as [shard_world_size, shard_numel]; zeros where one lacks."""
@@ -91,7 +91,7 @@ class _Flight:
 
 @dataclass(slots=True)
 class _UnitGrads:
-    """What one unit got on this rank in this step, by index of the parameter."""
+    """The gradients that one unit got on this rank in this step, by index of the parameter."""
 
     waiting: dict[int, Tensor] = field(default_factory=dict)
     late: dict[int, Tensor] = field(default_factory=dict)

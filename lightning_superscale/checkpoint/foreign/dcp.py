@@ -96,7 +96,7 @@ class DcpFolder:
     _held: tuple[Place, Any] | None = None
 
     def value(self, key: str) -> Any:
-        """What is not a tensor, by key.
+        """The values by key that are not tensors.
 
         Raises:
             CheckpointError: a damaged file, or one that names code.

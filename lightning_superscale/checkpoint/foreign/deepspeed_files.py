@@ -262,7 +262,7 @@ def _frozen_entry(files: ModelFiles, name: str) -> ForeignTensor:
 
 
 def rank_range(numel: int, ranks: int, rank: int) -> tuple[int, int]:
-    """Which elements of a flattened tensor a rank of stage 3 has: equal parts, the last one padded."""
+    """The elements of a flattened tensor that a rank of stage 3 has: equal parts, the last one padded."""
     part = -(-numel // ranks)
     return min(rank * part, numel), min((rank + 1) * part, numel)
 

@@ -84,7 +84,7 @@ def open_deepspeed_universal(folder: Path) -> ForeignSource:
 
 
 def _parameter(folder: Path, name: str, shape: tuple[int, ...]) -> dict[str, ForeignTensor]:
-    """What a parameter's directory holds, by state key."""
+    """The tensors in a parameter's directory, by state key."""
     if Path(name).name != name:
         raise CheckpointError(f"{folder} has a parameter named {name!r}, which is no name of a directory.")
     place, found = folder / "zero" / name, dict[str, ForeignTensor]()

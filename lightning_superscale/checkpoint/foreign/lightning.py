@@ -114,7 +114,7 @@ def read_optimizers(
 
 
 def extra_state(weights: Mapping[str, Any]) -> dict[str, Any]:
-    """What a module's state_dict has beside tensors (`nn.Module.get_extra_state`), as an entry of the rest."""
+    """The values of a state_dict that are not tensors (`nn.Module.get_extra_state`), as an entry of the rest."""
     extra = {name: value for name, value in weights.items() if not isinstance(value, Tensor)}
     return {EXTRA_STATE: extra} if extra else {}
 

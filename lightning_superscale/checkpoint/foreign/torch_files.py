@@ -36,7 +36,7 @@ class Inert:
 
 
 def load_torch_file(path: Path, stand_ins: Sequence[StandIn] = ()) -> Any:
-    """What `torch.save` wrote to `path`; its tensors are mapped, on the CPU, and private to this process.
+    """Load what `torch.save` wrote to `path`; its tensors are mapped, on the CPU, and private to this process.
 
     While they are, the file may be replaced or removed, but not rewritten in place.
 
@@ -56,7 +56,7 @@ def load_torch_file(path: Path, stand_ins: Sequence[StandIn] = ()) -> Any:
 
 
 def load_torch_bytes(data: bytes, where: str) -> Any:
-    """What `torch.save` wrote, from memory; `where` names the file and what is read from it.
+    """Load what `torch.save` wrote, from memory; `where` names the file and the part of it.
 
     Raises:
         CheckpointError: as `load_torch_file`.

@@ -106,7 +106,7 @@ def read_optimizer(
 
 
 def state_role(key: str, shape: tuple[int, ...], weight_shape: tuple[int, ...]) -> Role:
-    """What a tensor in a parameter's state is."""
+    """The role of a tensor in a parameter's state."""
     if shape != weight_shape or key == "step":
         return "scalar"
     return "master" if key == MASTER else "state"

@@ -30,7 +30,7 @@ def num_blocks(size: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class FileDigest:
-    """What is known of a file that was written.
+    """Size and checksums of a file that was written.
 
     Attributes:
         size: in bytes.

@@ -52,7 +52,7 @@ def sort_entries(entries: Sequence[FileEntry]) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where things lie in a file: its first bytes, and the start of each entry, counted from the file's beginning."""
+    """The layout of a file: its first bytes, and the start of each entry, counted from the file's beginning."""
 
     header: bytes
     starts: tuple[int, ...]

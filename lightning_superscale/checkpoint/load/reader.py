@@ -276,7 +276,7 @@ class SavedState:
         self.bytes_read += sum(threads.map(read, segments))
 
     def _transfers(self, shared: Sequence[Segment], mine: Filling, failed: str) -> list[Transfer]:
-        """How shared segments travel; every rank hears what each wants of them."""
+        """Plan how shared segments travel; every rank hears what each wants of them."""
         rank = self._mesh.world.rank
 
         def wanted_bytes() -> array[int]:
@@ -343,7 +343,7 @@ class SavedState:
 
 
 def tensors_in_block(manifest: Manifest, file: str, block: int) -> str:
-    """What a block of a file holds, for messages."""
+    """The tensors that a block of a file holds parts of, for messages."""
     low, high = block * BLOCK_BYTES, (block + 1) * BLOCK_BYTES
     found = [
         str(key)

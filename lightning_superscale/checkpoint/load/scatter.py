@@ -190,7 +190,7 @@ class Filling:
 
 
 class Others:
-    """What other ranks want of the segments that this one reads.
+    """The read items of other ranks, in the segments that this one reads.
 
     Args:
         wanted: by rank, its boxes of each tensor, in the order of its requests.

@@ -30,7 +30,7 @@ Blocks = Mapping[str, Sequence[tuple[int, int]]]
 
 @dataclass(frozen=True, slots=True)
 class ReadItem:
-    """What one request takes from one chunk of a file.
+    """The box that one request takes from one chunk of a file.
 
     Attributes:
         request: index of the request.
@@ -79,7 +79,7 @@ class Segment:
 
 
 def read_items_of(wanted: Sequence[tuple[TensorKey, Box]], tensors: Mapping[TensorKey, TensorRecord]) -> list[ReadItem]:
-    """How each wanted box is put together."""
+    """The read items that put each wanted box together."""
     items = []
     for i, (key, box) in enumerate(wanted):
         record = tensors[key]
@@ -134,7 +134,7 @@ def _merged(intervals: list[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def segments_of(wanted: Sequence[Blocks]) -> list[Segment]:
-    """What is read, and by whom; every block by one rank, and all ranks about as much.
+    """The segments that are read: every block by one rank, and by all ranks about as much.
 
     Args:
         wanted: by rank, its blocks as `blocks_of` gave them.
@@ -191,7 +191,7 @@ class Transfer:
 
 
 def transfer_of(segment: Segment, size: int, packed: Sequence[int]) -> Transfer:
-    """How a segment travels: packed where its reader then holds no more than the segment, else whole.
+    """The transfer of a segment: packed where its reader then holds no more than the segment, else whole.
 
     Args:
         size: bytes of the segment.
@@ -247,7 +247,7 @@ class ReadItemPart:
     wanted: Box
 
     def values(self, data: torch.Tensor, start: int) -> torch.Tensor:
-        """What is copied, as a view of the file's bytes from `start` on."""
+        """The values that are copied, as a view of the file's bytes from `start` on."""
         first = self.at - start
         source = data[first : first + self.box.numel * self.item.itemsize]
         return source.view(self.item.dtype).view(self.box.size)[self.wanted.within(self.box)]

@@ -72,7 +72,7 @@ class OwnItem:
 
 @dataclass(frozen=True, slots=True)
 class PreparedSave:
-    """What one rank needs to write its part of a state.
+    """One rank's part of a state, ready to be written.
 
     Attributes:
         own: this rank's items.
@@ -91,7 +91,7 @@ class PreparedSave:
 
 @dataclass(frozen=True, slots=True)
 class _Offer:
-    """What a rank tells the others before a save: its boxes, in the order of the sorted keys."""
+    """A rank's message to the others before a save: its boxes, in the order of the sorted keys."""
 
     digest: str
     boxes: tuple[tuple[Box, ...], ...]

@@ -113,7 +113,7 @@ def _together(one: tuple[int, float], two: tuple[int, float]) -> tuple[int, floa
 
 
 def _compare(x: Tensor, y: Tensor, rtol: float, atol: float) -> tuple[int, float]:
-    """How many elements of two tensors of one dtype and shape differ, and by how much at most."""
+    """Count the elements that differ between two tensors of one dtype and shape, and find the largest difference."""
     if torch.equal(x.view(-1).view(torch.uint8), y.view(-1).view(torch.uint8)):
         return 0, 0.0
     is_integer = not (x.dtype.is_floating_point or x.dtype.is_complex)

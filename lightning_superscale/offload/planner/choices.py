@@ -132,7 +132,7 @@ def _bound_ns(profile: HardwareProfile, kernel_ns: float, bytes_each_way: int) -
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostWork:
-    """What one rank's host does per step.
+    """The work of one rank's host in a step.
 
     Attributes:
         num_params: this rank's parameters whose states are on the host.

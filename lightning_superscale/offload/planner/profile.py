@@ -39,7 +39,7 @@ _ENOUGH = 0.95
 
 @dataclass(frozen=True, slots=True)
 class HardwareKey:
-    """What a profile was measured on. Another key, another profile.
+    """The hardware that a profile was measured on. Another key has another profile.
 
     Attributes:
         num_cpus: that the measuring rank may use.
@@ -108,7 +108,7 @@ def enough_threads(rates: Sequence[tuple[int, float]], at_most: int) -> int:
 
 
 def key_of(device: torch.device, cpus: Sequence[int]) -> HardwareKey:
-    """What a profile of this process, device and version is filed under."""
+    """The key under which a profile of this process, device and version is filed."""
     from lightning_superscale import __version__
 
     return HardwareKey(

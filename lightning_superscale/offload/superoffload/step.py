@@ -73,7 +73,7 @@ class _Settled(NamedTuple):
 
 
 class _Settlement:
-    """What the worker does to settle one unit.
+    """The worker's task that settles one unit.
 
     Args:
         hypers: by slice, the numbers of this step's update.

@@ -61,7 +61,7 @@ class Settling:
 
 
 def next_to_settle(queue: Sequence[Settling]) -> tuple[Settling, bool]:
-    """Which unit to work on, and whether only to prepare it: while gradients of the first are missing, another one.
+    """Choose a unit to work on, and whether only to prepare it: while gradients of the first are missing, another.
 
     That is the first of those that have arrived, and where none has, the last, whose gradients left first.
     """

@@ -283,7 +283,7 @@ class WeightFlow:
 
 
 class _SavedTensors:
-    """What autograd saves inside of a block, and the hooks around the block, which go on working."""
+    """Saved-tensor hooks inside of a block, which pass on to those around the block."""
 
     def __init__(
         self,

@@ -45,7 +45,7 @@ from lightning_superscale.torch_private import storage_id_of
 
 
 class StreamedUnit(Protocol):
-    """What this page needs of a unit: whole parameters and an empty flat buffer on the device that they can view.
+    """The members of a unit that flows: whole parameters, and an empty flat buffer on the device that they can view.
 
     Attributes:
         weights: [full.shard_numel] on the device.
@@ -230,7 +230,7 @@ class FlowingWeights:
 
     @property
     def storage_id(self) -> int:
-        """What tells this unit's device storage from others, filled or not."""
+        """A number that tells this unit's device storage from others, filled or not."""
         return storage_id_of(self._storage)
 
     @property

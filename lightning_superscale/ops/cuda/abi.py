@@ -174,7 +174,7 @@ def open_library(path: Path, device_type: str = "cuda") -> CudaLibrary:
 
 
 def candidate_paths(search: Sequence[str] | None = None) -> list[Path]:
-    """Where the library may be, most wanted first.
+    """Paths at which the library may be, most wanted first.
 
     The environment variable, if set, is the only candidate. Otherwise the places of the CPU library;
     `search` stands in for `sys.path` there.

@@ -43,7 +43,7 @@ def user_cache() -> Path:
 
 
 def cache_dir(root: Path) -> Path:
-    """Where the libraries of the sources in `root` are, or would be."""
+    """The folder of the libraries that are built from the sources in `root`, whether it exists or not."""
     return Path(os.environ.get("LSS_BUILD_CACHE") or user_cache()) / source_hash(root)
 
 

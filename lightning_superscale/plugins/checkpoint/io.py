@@ -155,13 +155,13 @@ class UniversalCheckpointIOMixin(_Base):
 
 
 def save_through(io: UniversalCheckpointIOMixin, strategy: Any, checkpoint: Mapping[str, Any], path: Any) -> None:
-    """What the `save_checkpoint` of a strategy does that is bound to an IO. Every rank calls it."""
+    """Save a checkpoint for a strategy that is bound to an IO. Every rank calls it."""
     optimizers = list(map(plain_optimizer, strategy.optimizers))
     io.save_on_all_ranks(checkpoint, str(strategy.broadcast(path)), strategy.lightning_module, optimizers)
 
 
 def load_through(io: UniversalCheckpointIOMixin, strategy: Any, path: Any) -> dict[str, Any]:
-    """What the `load_checkpoint` of a strategy does that is bound to an IO. Every rank calls it."""
+    """Open a checkpoint for a strategy that is bound to an IO. Every rank calls it."""
     module = strategy.lightning_module
     is_fit = module is not None and module.trainer.state.fn == "fit"  # only then states follow weights
     return io.load_on_all_ranks(str(strategy.broadcast(path)), is_all_used=is_fit)

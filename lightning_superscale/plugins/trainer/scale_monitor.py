@@ -90,7 +90,7 @@ class ScaleMonitorMixin(_Base):
                 console.print(f"- {line}", soft_wrap=True)
 
     def time_table(self, trainer: Trainer) -> Table:
-        """How the run's wall time divided, per batch and as a share, and tokens/s."""
+        """A table of how the run's wall time divided, per batch and as a share, and tokens/s."""
         wall = time.perf_counter() - self._fit_start
         batches = max(1, self._num_batches)
         table = Table(title="Where the time went", title_justify="left")
@@ -148,7 +148,7 @@ def _link_bytes(trainer: Trainer) -> tuple[int, int]:
 
 
 def bytes_table(strategy: SuperScaleStrategyMixin, link_start: tuple[int, int]) -> Table:
-    """Where each class of bytes lives, and what crossed the link per step since `link_start`."""
+    """A table of each class of bytes and its memory, and of what crossed the link per step since `link_start`."""
     plan = strategy.plan
     table = Table(title="Where the bytes live", title_justify="left")
     table.add_column("class")

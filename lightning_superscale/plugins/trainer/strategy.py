@@ -332,7 +332,7 @@ class SuperScaleStrategyMixin(_Base):
 
     @property
     def phase_seconds(self) -> PhaseSeconds:
-        """How the host's time divides over the steps of training."""
+        """The host's time, divided over the phases of training steps."""
         return self.run.phases
 
     @property

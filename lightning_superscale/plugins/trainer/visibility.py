@@ -65,7 +65,7 @@ def _overrides(obj: Any, hooks: tuple[str, ...]) -> list[str]:
 
 
 def visibility_of(module: Any, callbacks: list[Any], num_optimizers: int) -> Visibility:
-    """What the hooks of a LightningModule and of the Trainer's callbacks may look at."""
+    """Find out what the hooks of a LightningModule and of the Trainer's callbacks may look at."""
     return Visibility(
         why_gradients_stay=_why_gradients_stay(module, callbacks, num_optimizers),
         why_weights_awaited=_why_weights_awaited(module, callbacks),

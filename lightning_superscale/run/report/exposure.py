@@ -38,7 +38,7 @@ def exposure_of(assembly: Assembly, phases: PhaseSeconds) -> list[str]:
 
 
 def host_work(assembly: Assembly) -> HostWork:
-    """What this rank's host does per step."""
+    """The work of this rank's host in a step."""
     on_host = [
         (unit.shard.shard_numel, state.transfer_dtype)
         for engine in assembly.engines.values()

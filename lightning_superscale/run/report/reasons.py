@@ -9,7 +9,7 @@ from lightning_superscale.run.settings import RunSettings
 
 
 def reasons_of(settings: RunSettings, *, is_model_compiled: bool) -> list[str]:
-    """How gradients, steps and weights move."""
+    """Sentences on how gradients, steps and weights move."""
     reasons = ["masters and optimizer states are on the device: offload is None"]
     if settings.engine is not None and settings.offload is not None:
         reasons = [settings.engine.how_it_steps(settings.offload, streams=settings.streams)]
@@ -39,7 +39,7 @@ def device_share(engines: Iterable[OptimizerEngine]) -> float:
 
 
 def where_states_are(engines: Iterable[OptimizerEngine], settings: RunSettings, *, has_adapted: bool) -> list[str]:
-    """Which share of the parameters steps on the device although there is a host to step on."""
+    """A sentence on the share of the parameters that steps on the device although there is a host to step on."""
     offload = settings.offload
     if offload is None:
         return []

@@ -29,7 +29,7 @@ def plan_of(assembly: Assembly, phases: PhaseSeconds) -> ParallelPlan:
 
 
 def facts_of_trace(assembly: Assembly) -> dict[str, Any]:
-    """What a trace says of its run. Any rank may ask by itself."""
+    """The facts that a trace says of its run. Any rank may ask by itself."""
     plan, engine = assembly.plan(), assembly.settings.engine
     return {
         "device": plan.device,

@@ -199,7 +199,7 @@ def _wanted(
     piece: ParamSlice | None,
     wanted: list[tuple[LazyTensor, Box, Tensor]],
 ) -> Any:
-    """Where a value of the checkpoint will be: this rank's rows of one that is cut as its parameter is."""
+    """The place of a checkpoint's value in this run: this rank's rows of one that is cut as its parameter is."""
     if not isinstance(value, LazyTensor):
         return value
     shape = tuple(value.shape)

@@ -55,7 +55,7 @@ class OpenedCheckpoint:
         return LazyTensor(self, key, self.source.tensors[key])
 
     def as_lightning(self) -> dict[str, Any]:
-        """What `CheckpointIO.load_checkpoint` returns: lazy tensors, parameters numbered and named ("param_names")."""
+        """The checkpoint as `CheckpointIO.load_checkpoint` returns it: lazy tensors, parameters numbered and named."""
         rest = dict(self.source.rest)
         lazies = {key: self.lazy(key) for key in self.source.tensors}
         weights: dict[str, Any] = {key.name: lazy for key, lazy in lazies.items() if key.section == MODEL}

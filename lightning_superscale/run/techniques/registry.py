@@ -25,7 +25,7 @@ def techniques_of(facts: TechniqueFacts) -> dict[str, ModuleTechnique]:
 
 
 def flow_among(techniques: Iterable[ModuleTechnique]) -> WeightFlow | None:
-    """What brings weights to the device when they are used, if a technique does: the states of a run join it."""
+    """The schedule of weight flow, if one of the techniques has it: the states of a run join it."""
     return next((one.flow for one in techniques if isinstance(one, WeightFlowTechnique)), None)
 
 

@@ -18,7 +18,7 @@ from lightning_superscale.run.report.plan import ByteClass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TechniqueFacts:
-    """What a technique is made from.
+    """The facts of a run that a technique is made from.
 
     Attributes:
         trains: whether the run trains; a run that only evaluates has no optimizer.
@@ -89,11 +89,11 @@ class ModuleTechnique:
         return []
 
     def bytes(self) -> list[ByteClass]:
-        """What the technique keeps in memory besides the module's own tensors, for `explain()`."""
+        """Bytes that the technique keeps besides the module's own tensors, for `explain()`."""
         return []
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs, of the values that checkpoints take; every rank gives the same."""
+        """The state that a resumed run needs, in values that checkpoints take; every rank gives the same."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

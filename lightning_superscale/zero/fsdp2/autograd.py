@@ -22,7 +22,7 @@ _Hooks = Mapping[int, Callable[[Tensor], Tensor | None]]
 
 
 class GroupGraphs:
-    """Which groups are in graphs of this step, and in which way; by index of the group.
+    """The groups that are in graphs of this step, and in which way; by index of the group.
 
     Args:
         reshards_after_forward: what groups do where nothing keeps them gathered.

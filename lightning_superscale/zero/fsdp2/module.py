@@ -26,7 +26,7 @@ from lightning_superscale.zero.fsdp2.unwrap import release_modules
 
 
 class GradientTaker(Protocol):
-    """Whoever carries the gradients of some of the module's parameters."""
+    """The transport that carries the gradients of some of the module's parameters."""
 
     def take_grad(self, param: nn.Parameter, unsharded: nn.Parameter) -> None:
         """Backward accumulated a gradient into `unsharded`, the gathered parameter of `param`."""

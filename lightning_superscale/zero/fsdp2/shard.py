@@ -27,7 +27,7 @@ from lightning_superscale.zero.tensor_parallel import check_all_sharded, check_p
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardingPolicy:
-    """How a module is cut into groups.
+    """The way in which a module is cut into groups.
 
     Attributes:
         wrap: module classes, class names or module names to make groups of; None: repeated blocks.

@@ -250,7 +250,7 @@ def plan_groups(root: nn.Module, modules: Sequence[nn.Module]) -> list[GroupPlan
 
 
 def left_out_of(groups: Iterable[GroupPlan]) -> dict[nn.Parameter, str]:
-    """What no group shards although it is in one, and why."""
+    """The parameters that no group shards although they are in one, and why."""
     return {param: why for group in groups for param, why in group.left_out.items()}
 
 
