@@ -33,7 +33,7 @@ _ERRORS: dict[int, type[Exception]] = {-1: ValueError, -2: MemoryError, -3: Valu
 
 
 class AdamWHyperStruct(ctypes.Structure):
-    """The C struct `lss_adamw_hyper`: hyperparameters of one update."""
+    """`lss_adamw_hyper`."""
 
     _fields_ = (
         ("weight_decay_factor", c_double),
@@ -55,7 +55,7 @@ class AdamWHyperStruct(ctypes.Structure):
 
 
 class AdamWSegmentStruct(ctypes.Structure):
-    """The C struct `lss_adamw_segment`: pointers and sizes of one update."""
+    """`lss_adamw_segment`."""
 
     _fields_ = (
         ("param", c_void_p),
@@ -84,7 +84,7 @@ class AdamWSegmentStruct(ctypes.Structure):
 
 
 class SubmitStruct(ctypes.Structure):
-    """The C struct `lss_submit`: how the pool schedules a piece of work."""
+    """`lss_submit`."""
 
     _fields_ = (("priority", c_int32), ("held", c_int32))
 
