@@ -1,1 +1,1 @@
-"""The engine room: assembles units, transports, engines and link from the configs. Knows torch only."""
+"""The engine room: it assembles a run's units, transports, engines and link from the configs. It knows torch only."""

@@ -1,4 +1,4 @@
-"""What is refused before anything changes: modules and optimizers that can't be trained, ranks that differ."""
+"""Checks before anything changes: modules and optimizers that can't be trained, and facts that ranks must share."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _TRAINED = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_parameters(module: nn.Module, optimizers: Sequence[Optimizer], fqn_of: Mapping[nn.Parameter, str]) -> None:
-    """Refuse what can't be trained.
+    """Refuse modules and optimizers that can't be trained.
 
     Raises:
         SuperScaleError: names the parameter or optimizer and the remedy.
@@ -125,7 +125,7 @@ def facts_of_run(
     offload: OffloadConfig | None,
     precision: str,
 ) -> dict[str, str]:
-    """Everything that must be the same on every rank, by what an error calls it."""
+    """Facts that must be the same on every rank, by the names that an error gives them."""
     facts = {"zero": repr(zero), "offload": repr(offload), "precision": precision, "torch": torch.__version__}
     for number, optimizer in enumerate(optimizers):
         facts[f"optimizer {number}"] = f"{type(optimizer).__name__}({_group_facts(optimizer)})"

@@ -18,7 +18,10 @@ from lightning_superscale.zero.replicated import broadcast_from_first
 
 @contextmanager
 def full_params(assembly: Assembly | None, *, writes: bool) -> Iterator[dict[str, Tensor]]:
-    """See `Run.full_params`. New weights have arrived, and those that flow are at rest.
+    """Give every weight whole, by name; with `writes`, take rank 0's edits of them. Every rank calls it.
+
+    The caller has waited for new weights and let techniques rest. Weights that every rank has whole are the module's
+    own memory; of sharded ones each rank gets copies in host memory. Edits go into weights and masters on every rank.
 
     Raises:
         SuperScaleError: nothing is trained, or a tensor was edited without `writes`.

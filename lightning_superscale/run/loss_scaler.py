@@ -1,7 +1,7 @@
 """The dynamic loss scale of fp16: as large as gradients allow, smaller after one overflows.
 
-Its numbers and its state are those of `torch.amp.GradScaler`, so that checkpoints of either go on with the other. What
-differs is who looks for overflow: the engine, which sees all ranks' gradients anyway and drops the step for all.
+Its numbers and its state are those of `torch.amp.GradScaler`, so that checkpoints of either go on with the other. Only
+the search for overflow differs: the engine does it, which sees all ranks' gradients anyway and drops the step for all.
 
 [Note: Scale of a step] A step is unscaled by the scale of its last backward. The scale changes only after a step, so
 all backward calls of a step have one scale; unless several optimizers take turns and one accumulates over another's
@@ -47,7 +47,7 @@ class LossScaler:
         self._growth_tracker = 0
 
     def update(self, *, has_overflowed: bool) -> None:
-        """After a step: back off if its gradients overflowed, grow after enough that did not."""
+        """Adapt the scale after a step: back off if its gradients overflowed, grow after enough steps that did not."""
         if has_overflowed:
             self.num_skipped += 1
             self.scale *= self._backoff_factor
@@ -56,7 +56,7 @@ class LossScaler:
         self._growth_tracker += 1
         if self._growth_tracker == self._growth_interval:
             self._growth_tracker = 0
-            # As GradScaler does: never to a scale that is no number.
+            # GradScaler too never grows to a scale that is infinite.
             if self.scale * self._growth_factor < float("inf"):
                 self.scale *= self._growth_factor
 
@@ -71,10 +71,10 @@ class LossScaler:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what either scaler saved.
+        """Take over the state that this scaler or a `torch.amp.GradScaler` saved.
 
         Raises:
-            SuperScaleError: a state that lacks something.
+            SuperScaleError: a state that lacks a key; nothing was changed.
         """
         missing = [key for key in _KEYS if key not in state]
         if missing:

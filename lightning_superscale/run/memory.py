@@ -1,4 +1,4 @@
-"""What one run should take of each memory, from configs, dtypes and sizes alone; see [Note: One memory model]."""
+"""Bytes that one run should take of each memory, from configs, dtypes and sizes alone ([Note: One memory model])."""
 
 from __future__ import annotations
 
@@ -64,9 +64,10 @@ def weights_memory(
 def host_bytes_needed(
     module: nn.Module, optimizers: Iterable[Optimizer], settings: RunSettings, link_dtype: LinkDtype
 ) -> int:
-    """Host bytes of this rank's states and of weights that flow, but for padding.
+    """Host bytes of this rank's states and of weights that flow, without padding.
 
-    What may go to the device later counts as here, and states of an optimizer that keeps its own as moments.
+    States that may move to the device later are counted, and an optimizer that keeps states of its own counts as one
+    that keeps Adam's moments.
     """
     if settings.engine is None:
         return 0

@@ -62,9 +62,9 @@ def adapt_after_first_step(
     device: torch.device,
     dtypes: StateDtypes = FP32_STATES,
 ) -> bool:
-    """After the first step: follow the order of its gradients, and use the device memory that it left free.
+    """Regroup parameters in the order of the first step's gradients, and use the device memory that it left free.
 
-    Every rank calls it, between two steps. All take rank 0's order and the smallest free memory.
+    Every rank calls it, between the first step and the next. All take rank 0's order and the smallest free memory.
 
     Returns:
         whether any parameter moved.

@@ -1,4 +1,4 @@
-"""What a SuperScalePrecision was asked for, as dtypes; what can't work is refused with the reason."""
+"""Resolves the arguments of a SuperScalePrecision to dtypes, and refuses combinations that can't work."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class PrecisionChoices:
         weights: of weights in forward and backward.
         autocast: of `torch.autocast` around forward; None without.
         states: of masters and moments.
-        gradients: of their sums and on their way.
+        gradients: of gradients, as they are summed up and as ranks reduce them.
     """
 
     name: str
@@ -42,7 +42,7 @@ class PrecisionChoices:
     gradients: GradientDtypes
 
     def describe(self) -> str:
-        """In words, as far as it is not what the name says already."""
+        """The precision in words: its name, then every choice that the name does not say already."""
         states, gradients = self.states, self.gradients
         words = []
         if self.autocast is not None and self.name in _WEIGHTS:
@@ -61,7 +61,7 @@ class PrecisionChoices:
 
 
 def check_precision(precision: str) -> None:
-    """Refuse precisions that the engines don't step, before anything is built.
+    """Refuse names of precisions that the engines don't step, before anything is built.
 
     Raises:
         SuperScaleError: names the precision and the ones to use.
@@ -84,10 +84,10 @@ def choose(
     autocast: Optional[bool] = None,
     seed: int = 0,
 ) -> PrecisionChoices:
-    """Resolve a plugin's arguments.
+    """Resolve the arguments of a SuperScalePrecision, whose docstring says what each means.
 
     Raises:
-        SuperScaleError: a value that is none, or a combination that can't work; says why and what to use.
+        SuperScaleError: a value that the argument does not take, or a combination that can't work; says what to use.
     """
     check_precision(precision)
     weights = _WEIGHTS.get(precision, torch.float32)

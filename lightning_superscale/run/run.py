@@ -3,10 +3,10 @@
 [Note: Order of a run] Some things must happen in one order on every rank, and some before user code looks. The order
 is kept here, so that no adapter has to know it:
 
-- new weights arrive (`_wait_for_weights`), then techniques rest, then somebody reads or writes weights;
+- new weights arrive (`_wait_for_weights`), then techniques rest, then weights are read or written;
 - techniques get ready for a forward, then gates wait for the weights that no later gate waits for;
-- a step ends with new weights there, where user code may read them next;
-- what failed is told to the other ranks before this one stops waiting for them.
+- where user code may read weights right after a step, the step ends only when new weights are there;
+- a failure is told to the other ranks before this one stops waiting for them.
 """
 
 from __future__ import annotations
@@ -135,8 +135,8 @@ class Run:
         """Build the engines of the module's optimizers.
 
         Args:
-            scaler: of the losses; None where none is scaled.
-            rank: of this process in the world, for the names of files.
+            scaler: scales losses; None where no loss is scaled.
+            rank: number of this process in the world, for the names of files.
             error_if_nonfinite: raise before weights or states change when a gradient is NaN or infinite.
 
         Raises:
@@ -165,7 +165,7 @@ class Run:
         self.announce_loss_scale()
 
     def start_evaluation(self, module: nn.Module) -> None:
-        """Give every rank the same weights, of a module that nothing trains."""
+        """Give every rank rank 0's weights and buffers of a module that nothing trains."""
         broadcast_from_first(self.environment.mesh, [*module.parameters(), *module.buffers()])
         if self.flow is not None and self.offload is not None:
             flow_alone(self.flow, self._device, is_pinned=self.offload.pin_memory)
@@ -179,7 +179,7 @@ class Run:
 
     @contextmanager
     def forward(self) -> Iterator[None]:
-        """Around the user's training step, which may run backward and step by itself.
+        """A context around the user's training step, which may run backward and step by itself.
 
         Raises:
             SuperScaleError: in place of torch's error, where the step met a shard that it took for a parameter.
@@ -223,14 +223,14 @@ class Run:
                 raise
 
     def batch(self, batch: Any, *, trains: bool) -> Any:
-        """The batch that this rank's step gets, from the one that the data loader gave, on the device."""
+        """The part of the data loader's batch, on the device, that this rank's step gets."""
         for technique in self._techniques.values():
             batch = technique.batch(batch, trains=trains)
         return batch
 
     @contextmanager
     def backward(self, inputs: Tensor | Sequence[Tensor] | None = None) -> Iterator[None]:
-        """Around a backward that the framework runs; gradients that are made inside are of a scaled loss.
+        """A context around a backward that the framework runs; gradients made inside are of a scaled loss.
 
         Args:
             inputs: the tensors that gradients are made of; None for all.
@@ -249,14 +249,14 @@ class Run:
             self.phases.backward += time.perf_counter() - start
 
     def after_backward(self) -> None:
-        """Backward is over; of the last one of a step, gradients that stay in `param.grad` are averaged."""
+        """Let techniques rest; after the last backward of a step, average gradients that stay in `param.grad`."""
         self._rest(is_visible=self._visibility.shows_weights)
         if self.assembly is not None and not self._is_accumulating:
             self.assembly.after_backward()
 
     @contextmanager
     def accumulating(self) -> Iterator[None]:
-        """While open, more micro-batches of the same step follow: gradients add up where they are."""
+        """A context for micro-batches that others of the same step follow: gradients add up where they are."""
         before, self._is_accumulating = self._is_accumulating, True
         try:
             with ExitStack() as stack:
@@ -267,16 +267,16 @@ class Run:
             self._is_accumulating = before
 
     def announce_loss_scale(self) -> None:
-        """The backward that follows is of a loss times the scaler's scale."""
+        """Tell engines that the next backward is of a loss times the scaler's scale; nothing without a scaler."""
         if self._scaler is not None:
             for engine in self._engines():
                 engine.scale_losses(self._scaler.scale)
 
     def clip(self, optimizer: Optimizer, request: ClipRequest) -> bool:
-        """Clip the gradients of the optimizer's next step, inside of it, where that costs no pass of its own.
+        """Ask for clipping inside the optimizer's next step, where that costs no pass of its own.
 
         Returns:
-            whether it will be done. Otherwise the optimizer steps what lies in `param.grad`: the caller clips that.
+            whether the engine will clip. Otherwise the optimizer steps `param.grad`, which the caller clips.
         """
         engine = self._engine_of(optimizer)
         if engine is None or engine.is_passthrough:
@@ -337,7 +337,7 @@ class Run:
     # Evaluation, and user code between passes
 
     def before_evaluation(self) -> None:
-        """An evaluation begins, perhaps between two training steps."""
+        """Get weights and techniques ready for an evaluation, perhaps between two training steps."""
         if self.assembly is not None:
             self.assembly.before_evaluation()
             for technique in self._techniques.values():
@@ -345,7 +345,7 @@ class Run:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Around a step of the module that is not trained."""
+        """A context around a step of the module that trains nothing."""
         self._wait_for_weights()
         with ExitStack() as stack:
             for technique in self._techniques.values():
@@ -357,7 +357,7 @@ class Run:
 
     @contextmanager
     def full_params(self, *, writes: bool) -> Iterator[dict[str, Tensor]]:
-        """Every weight whole, by name, between two steps.
+        """A context that gives every weight whole, by name, between two steps.
 
         Args:
             writes: take rank 0's tensors, which were edited in place, as the new weights on every rank.
@@ -370,7 +370,7 @@ class Run:
             yield weights
 
     def _weights_at_rest(self, *, is_visible: bool) -> None:
-        """See [Note: Order of a run]. Args: is_visible: whether somebody touches them where user code would."""
+        """Wait for new weights, then let techniques rest; `is_visible`: weights must lie where user code looks."""
         self._wait_for_weights()
         self._rest(is_visible=is_visible)
 
@@ -446,7 +446,7 @@ class Run:
         raise SuperScaleError("the plan is known once trainer.fit() has set up the model and its optimizers.")
 
     def exposure(self) -> list[str]:
-        """How much of a step the host optimizer should leave exposed, and does; nothing without offload."""
+        """Sentences on how much of a step the host optimizer should leave exposed, and does; none without offload."""
         if self.assembly is not None:
             return exposure_of(self.assembly, self.phases)
         return [] if self._report is None else self._report.exposure
@@ -466,7 +466,7 @@ class Run:
     # The end
 
     def fail(self, exception: BaseException) -> None:
-        """This rank met an exception: tell the others, and wait for none of them."""
+        """Tell the other ranks of this rank's exception, and wait for none. The rank that failed calls it alone."""
         self.environment.report(exception)
         if self.assembly is not None:
             self.assembly.abandon()

@@ -1,4 +1,4 @@
-"""What one `fit()` is assembled from, resolved."""
+"""The resolved settings that one `fit()` is assembled from."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lightning_superscale.zero.fsdp2.gather_order import GatherOrder
 
 
 def shards_weights(zero: ZeroConfig, mesh: DataMesh) -> bool:
-    """Stage 3 over several ranks: FSDP2 gathers weights for forward and backward, over data-parallel ones."""
+    """Whether FSDP2 shards weights and gathers them for each pass: stage 3 over several ranks of one copy."""
     return zero.stage == 3 and mesh.num_shares > 1
 
 
@@ -30,11 +30,11 @@ class RunSettings:
 
     Attributes:
         visibility: what user code may look at between the run's passes.
-        precision: dtypes of everything.
+        precision: dtypes of weights, states and gradients.
         timeline: where a step is recorded, when one is.
         order: compares gathers between ranks; needed by stage 3 over several ranks.
         is_scaling: whether losses are scaled by a backward that runs now; None where none ever is.
-        techniques: what acts on the module around its forwards.
+        techniques: the techniques that act on the module around its forwards, in the registry's order.
         is_compiled: whether the framework says that the module is a product of `torch.compile`.
     """
 
@@ -68,5 +68,5 @@ class RunSettings:
 
     @property
     def streams(self) -> bool:
-        """Whether gradients leave during backward: they have somewhere to go, and nobody looks at them before."""
+        """Whether gradients leave during backward: they have somewhere to go, and user code does not look at them."""
         return self.visibility.why_gradients_stay is None and (self.offload is not None or not self.mesh.is_single)

@@ -74,7 +74,7 @@ def _why_not_flow(offload: OffloadConfig, zero: ZeroConfig, module: nn.Module, *
 
 
 def check_flow(zero: ZeroConfig, offload: OffloadConfig | None) -> None:
-    """Refuse what weights can't flow in.
+    """Refuse configs under which weights can't flow.
 
     Raises:
         SuperScaleError: names the option and what to do.
@@ -123,7 +123,7 @@ def place_resident(module: nn.Module, flowing: Iterable[nn.Parameter], device: t
 
 
 def stream_the_rest(flow: WeightFlow, link: Link, device: torch.device, arena: HostArena, *, is_pinned: bool) -> None:
-    """Let what no engine steps flow too: frozen parameters, and all of them where nothing is trained."""
+    """Let parameters of blocks flow that no engine steps: frozen ones, and all of them where nothing is trained."""
     is_pinned = is_pinned and link.needs_pinned_host()
     kinds: dict[tuple[int, torch.dtype], list[tuple[str, nn.Parameter]]] = {}
     for fqn, param in flow.named_params:
@@ -141,7 +141,7 @@ def flow_alone(flow: WeightFlow, device: torch.device, *, is_pinned: bool) -> No
 
 
 def how_weights_flow(choice: WeightsChoice, flow: WeightFlow | None, module: nn.Module) -> str:
-    """One sentence for `explain()`."""
+    """The sentence of `explain()` that says whether weights flow, and why."""
     if flow is None:
         return f"weights stay on the device: {choice.reason}"
     flowing = sum(param.numel() * param.element_size() for param in flow.block_of)

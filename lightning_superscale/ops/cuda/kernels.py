@@ -3,7 +3,7 @@
 Same names and meaning as in `ops/reference.py`, but for what a GPU changes:
 
 - Work is enqueued on the current stream of the tensors' device, and nothing waits for it. Statistics
-  come back as `DeviceGradStats`; only its `to_host`, `sumsq` and `count_nonfinite` synchronise.
+  come back as `DeviceGradStats`; only its `to_host` and the functions `sumsq` and `count_nonfinite` synchronise.
 - Tensors are used on the current stream only, so the caching allocator keeps their memory in order by
   itself. A tensor that belongs to another stream needs that stream waited for and `record_stream`,
   as with any torch op.

@@ -42,7 +42,7 @@ class ScaleMonitorMixin(_Base):
         self._num_tokens = 0
         self._num_batches = 0
         self._validation_start = 0.0
-        # What the link and the strategy had counted before the first batch.
+        # Bytes that had crossed the link before the first batch: (device to host, host to device).
         self._link_start = (0, 0)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -29,7 +29,7 @@ class ShardedEMAMixin(_Base):
     Args:
         decay: of the average, per update: `average = decay * average + (1 - decay) * weight`.
         every_n_steps: optimizer steps from one update to the next.
-        validates: validation and testing during `fit()` see the averages.
+        validates: whether validation during `fit()` sees the averages.
     """
 
     def __init__(self, decay: float = 0.999, every_n_steps: int = 1, validates: bool = True) -> None:
