@@ -111,6 +111,7 @@ class GradVerdict:
         unscale = 1.0 if loss_scale is None else 1.0 / loss_scale
         self._early.are_wanted = max_norm is not None or self._error_if_nonfinite or loss_scale is not None
         if not due or not self._early.are_wanted:
+            self._early.clear()  # measured for this step; the next one that asks must not find them
             return Verdict(unscale, clip_value)
         norms, self._last_norm = norms_of(self._ranks.mesh, due, self._early)
         self._early.clear()

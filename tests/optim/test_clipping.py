@@ -77,3 +77,24 @@ def test_steps_that_clip_measure_no_gradient_again(monkeypatch, is_deferred):
     engine.close()
     used = 7  # all but the branch
     assert counts == [(0, used), (used, 0), (used, 0)]
+
+
+@pytest.mark.parametrize("is_deferred", [False, True], ids=["cpu", "superoffload"])
+def test_a_step_without_a_clip_leaves_no_norms_to_the_next(is_deferred):
+    """Clipped, not clipped, clipped: the last one's norm is that of its own gradients."""
+    torch.manual_seed(0)
+    model = Programs(torch.bfloat16)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    engine = build_engine(model, optimizer, is_offloaded=True, is_streamed=True, is_deferred=is_deferred)
+    for step, is_clipped in enumerate([True, False, True]):
+        engine.transport.wait_all_published()
+        optimizer.zero_grad()
+        plain_backward(model, torch.randn(8, 12).bfloat16() * (10 if step == 1 else 1))
+        if is_clipped:
+            engine.request_clip(ClipByNorm(0.5))
+        engine.transport.collect()
+        grads = [s.grad(i) for s in engine.states for i in range(len(s.unit.params)) if s.has_grad(i)]
+        expected = sum(float(grad.double().square().sum()) for grad in grads) ** 0.5
+        engine.step()
+    assert float(engine.grad_norm()) == pytest.approx(expected, rel=1e-3)
+    engine.close()
