@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, Protocol
 
@@ -101,6 +101,33 @@ class Uploaded:
 
     def abandon(self) -> None:
         return
+
+
+class Incoming:
+    """New weights that come into a buffer on the device, and are moved on from there. Satisfies `NewWeights`.
+
+    Args:
+        event: the buffer's weights: an upload, or a gather from the other ranks.
+        move: brings them from the buffer to where forward, or FSDP2's gather, reads them.
+    """
+
+    def __init__(self, event: Waitable[object], move: Callable[[], None]) -> None:
+        self._event: Waitable[object] | None = event
+        self._move = move
+
+    def begin(self) -> None:
+        return
+
+    def are_on_host(self) -> bool:
+        return False
+
+    def wait(self) -> None:
+        if self._event is not None:
+            self._event.wait()
+            self._move()
+
+    def abandon(self) -> None:
+        self._event = None  # sharded weights stay in shards, and may never be gathered again
 
 
 class ShardUnit(Protocol):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from lightning_superscale.ops.events import Done
-from lightning_superscale.optim.unit import OnDevice, Uploaded
-from lightning_superscale.zero.buckets.all_gather import Gathered
+from lightning_superscale.optim.unit import Incoming, OnDevice, Uploaded
 
 
 class Event:
@@ -61,7 +62,7 @@ class GatheredUnit:
 def test_gathers_are_unpacked_unless_another_rank_failed():
     for is_abandoned in (False, True):
         store, unit = OnDevice(), GatheredUnit()
-        store.receive(Gathered(unit, Done(torch.ones(1)), [0, 2]))
+        store.receive(Incoming(Done(torch.ones(1)), partial(unit.unpack_gathered, [0, 2])))
         if is_abandoned:
             store.abandon()
         store.wait_new()

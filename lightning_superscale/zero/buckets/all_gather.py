@@ -36,34 +36,6 @@ class _Issued(NamedTuple):
     stepped: Sequence[int]
 
 
-class Gathered:
-    """New weights under way from the other ranks since the step. Satisfies `NewWeights`.
-
-    Args:
-        packed: the stepped weights to unpack once they are there; empty where they arrive in place.
-    """
-
-    def __init__(self, unit: BucketUnit, pending: Event[Tensor], packed: Sequence[int]) -> None:
-        self._unit = unit
-        self._pending: Event[Tensor] | None = pending
-        self._packed = packed
-
-    def begin(self) -> None:
-        return
-
-    def are_on_host(self) -> bool:
-        return False
-
-    def wait(self) -> None:
-        if self._pending is not None:
-            self._pending.wait()
-            if self._packed:
-                self._unit.unpack_gathered(self._packed)
-
-    def abandon(self) -> None:
-        self._pending = None
-
-
 class LateGather:
     """New weights of a unit whose gather waits in a queue of `LateGathers`. Satisfies `NewWeights`."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +15,8 @@ from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.optim.bucketing import Grouping, NamedParam
 from lightning_superscale.optim.grad_dtypes import AS_WEIGHTS, GradientDtypes
 from lightning_superscale.optim.transport import IsScaling
-from lightning_superscale.optim.unit import DeltaSink, PublishEvent, ShardUnit, Uploaded, check_dense
-from lightning_superscale.zero.buckets.all_gather import Gathered, LateGathers
+from lightning_superscale.optim.unit import DeltaSink, Incoming, PublishEvent, ShardUnit, Uploaded, check_dense
+from lightning_superscale.zero.buckets.all_gather import LateGathers
 from lightning_superscale.zero.buckets.unit import BucketUnit
 from lightning_superscale.zero.grad_schedule import Departure, GradSchedule, NewGrad
 from lightning_superscale.zero.grads_in_param import GradsInParam
@@ -237,10 +238,11 @@ class BucketTransport:
             bucket.store.receive(self._late_gathers.add(bucket, event, stepped))
         elif self._ranks.shard.gathers_rows:
             pending = self._ranks.shard.all_gather_rows(bucket.rows_of_ranks())
-            bucket.store.receive(Gathered(bucket, pending, ()))
+            bucket.store.receive(Incoming(pending, lambda: None))  # each row arrives where forward reads it
         else:
             bucket.pack_rows(stepped)
-            bucket.store.receive(Gathered(bucket, self._ranks.shard.all_gather(bucket.gathered()), stepped))
+            pending = self._ranks.shard.all_gather(bucket.gathered())
+            bucket.store.receive(Incoming(pending, partial(bucket.unpack_gathered, stepped)))
 
     def wait_published(self, units: Iterable[ShardUnit]) -> None:
         """Return when whatever runs next sees the new weights of these units."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -18,13 +19,13 @@ from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.optim.bucketing import Grouping, NamedParam
 from lightning_superscale.optim.grad_dtypes import AS_WEIGHTS, GradientDtypes
 from lightning_superscale.optim.transport import IsScaling
-from lightning_superscale.optim.unit import DeltaSink, GradientDelta, PublishEvent, ShardUnit, check_dense
+from lightning_superscale.optim.unit import DeltaSink, GradientDelta, Incoming, PublishEvent, ShardUnit, check_dense
 from lightning_superscale.zero.buckets.transport import BucketTransport
 from lightning_superscale.zero.fsdp2.accumulated_grads import UnshardedGrads, lost_gradients, show_rows
 from lightning_superscale.zero.fsdp2.gather_order import OrderDeparted
 from lightning_superscale.zero.fsdp2.grouping import fsdp2_units_of, split_by_kind
 from lightning_superscale.zero.fsdp2.module import ShardedModule
-from lightning_superscale.zero.fsdp2.unit import Fsdp2Unit, Inboxed
+from lightning_superscale.zero.fsdp2.unit import Fsdp2Unit
 from lightning_superscale.zero.grad_schedule import Departure, GradSchedule, NewGrad
 from lightning_superscale.zero.reducer import GradientReducer
 
@@ -262,7 +263,7 @@ class Fsdp2Transport:
             return
         self._sharded.reshard(own.group, [own.params[i] for i in stepped])
         if event is not None:
-            own.store.receive(Inboxed(own, event, stepped))
+            own.store.receive(Incoming(event, partial(own.take_inbox, stepped)))
 
     def wait_published(self, units: Iterable[ShardUnit]) -> None:
         for unit in units:

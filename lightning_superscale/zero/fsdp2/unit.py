@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_superscale.comm.dtensor import local_rows_of, tensor_shape
 from lightning_superscale.layout.rows import ParamSpec, UnitLayout, unit_layout
-from lightning_superscale.optim.unit import OnDevice, PublishEvent, WeightStore, slice_view
+from lightning_superscale.optim.unit import OnDevice, WeightStore, slice_view
 from lightning_superscale.zero.packing import RankedRows
 
 
@@ -87,26 +87,3 @@ class Fsdp2Unit:
         """
         packed = torch.empty(self._shard_world_size, self.shard.shard_numel, dtype=dtype, device=self.device)
         return self._ranked.pack(packed, grads, scale)
-
-
-class Inboxed:
-    """New rows on their way into a unit's inbox. Satisfies `NewWeights`."""
-
-    def __init__(self, unit: Fsdp2Unit, event: PublishEvent, stepped: Sequence[int]) -> None:
-        self._unit = unit
-        self._event: PublishEvent | None = event
-        self._stepped = stepped
-
-    def begin(self) -> None:
-        return
-
-    def are_on_host(self) -> bool:
-        return False
-
-    def wait(self) -> None:
-        if self._event is not None:
-            self._event.wait()
-            self._unit.take_inbox(self._stepped)
-
-    def abandon(self) -> None:
-        self._event = None  # the module stays in shards, and its group may never be gathered again
