@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, cast
 
-import torch
 from torch.optim import Optimizer
 
 from lightning_superscale.config import OffloadConfig, ZeroConfig
@@ -21,6 +20,7 @@ from lightning_superscale.layout.memory import MemoryModel
 from lightning_superscale.offload.link.arena import HostArena
 from lightning_superscale.offload.link.dtype import LinkDtype
 from lightning_superscale.offload.link.link import Link
+from lightning_superscale.offload.memory import ParamKind
 from lightning_superscale.offload.weight_flow.weights import FlowingWeights, StreamedUnit
 from lightning_superscale.ops.cpu.pool import Pool
 from lightning_superscale.ops.state_dtypes import FP32_STATES, StateDtypes
@@ -109,24 +109,8 @@ class OffloadEngine(Protocol):
             SuperScaleError: names the option and what to do.
         """
 
-    def memory(
-        self,
-        weights: torch.dtype,
-        *,
-        has_moments: bool,
-        flows: bool,
-        num_shares: int,
-        dtypes: StateDtypes,
-        link_dtype: LinkDtype,
-    ) -> MemoryModel:
-        """Bytes that the states of parameters of this dtype take; see [Note: One memory model] in layout/memory.py.
-
-        Args:
-            has_moments: as `make_state`'s.
-            flows: their weights stream from host memory.
-            num_shares: ranks that share their steps.
-            dtypes, link_dtype: as the context's.
-        """
+    def memory(self, kind: ParamKind) -> MemoryModel:
+        """Bytes that the states of such parameters take; see [Note: One memory model] in layout/memory.py."""
 
     def make_state(
         self, unit: ShardUnit, context: OffloadContext, *, has_moments: bool, streamed: StreamedUnit | None

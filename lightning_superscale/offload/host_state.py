@@ -11,14 +11,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lightning_superscale.layout.memory import MemoryModel
 from lightning_superscale.layout.rows import UnitLayout
 from lightning_superscale.offload.link.arena import HostArena
-from lightning_superscale.offload.link.dtype import LinkDtype, dtype_on_link
 from lightning_superscale.offload.link.link import Link, LinkEvent
 from lightning_superscale.offload.weight_flow.weights import FlowingWeights, LateUpload
 from lightning_superscale.ops.events import AllOf, Done
-from lightning_superscale.ops.state_dtypes import StateDtypes, bytes_of
+from lightning_superscale.ops.state_dtypes import StateDtypes
 from lightning_superscale.optim.unit import PublishEvent
 from lightning_superscale.optim.unit_state import StateBytes, UnitState, adam_buffers
 
@@ -60,27 +58,6 @@ def host_buffers(state: UnitState, num_transfer_buffers: int) -> list[StateBytes
         *adam_buffers(state, "host"),
         StateBytes("transfer buffers", state.transfer_dtype, num_transfer_buffers, "host"),
     ]
-
-
-def host_memory(
-    weights: torch.dtype,
-    *,
-    has_moments: bool,
-    num_transfer_buffers: int,
-    has_copy: bool,
-    dtypes: StateDtypes,
-    link_dtype: LinkDtype,
-) -> MemoryModel:
-    """What such a state takes: masters, moments, the ends of transfers, and a copy of weights that flow.
-
-    Args:
-        has_copy: weights flow and have a buffer of their own, whole ones on each rank.
-    """
-    on_link = dtype_on_link(link_dtype, weights)
-    buffers = [bytes_of("transfer buffers", on_link, "host", copies=num_transfer_buffers)]
-    if has_copy:
-        buffers.append(bytes_of("weights (host copy)", weights, "host", axis=None))
-    return dtypes.memory(weights, has_moments=has_moments, home="host") + MemoryModel(tuple(buffers))
 
 
 def compensation_of(arena: HostArena, numel: int, dtype: torch.dtype, dtypes: StateDtypes) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 
 import torch
@@ -12,8 +13,9 @@ from lightning_superscale.comm.dtensor import tensor_numel
 from lightning_superscale.layout.memory import Home, MemoryModel
 from lightning_superscale.offload.engine import engine_of
 from lightning_superscale.offload.link.dtype import LinkDtype
+from lightning_superscale.offload.memory import ParamKind
 from lightning_superscale.run.settings import RunSettings
-from lightning_superscale.zero.memory import frozen_memory, trained_memory
+from lightning_superscale.zero.memory import frozen_memory
 
 
 def states_memory(
@@ -34,31 +36,15 @@ def states_memory(
     dtypes, engine = settings.precision.states, settings.engine
     if engine is None or not is_on_host:
         return dtypes.memory(weights, has_moments=has_moments, home="device")
-    return (engine if has_moments else engine_of("cpu")).memory(
-        weights,
+    kind = ParamKind(
+        weights=weights,
         has_moments=has_moments,
         flows=flows,
         num_shares=settings.mesh.shard.size,
         dtypes=dtypes,
         link_dtype=link_dtype,
     )
-
-
-def weights_memory(
-    settings: RunSettings, weights: torch.dtype, gradients: torch.dtype, *, has_whole_weights: bool, flows: bool
-) -> MemoryModel:
-    """Bytes that the stage keeps of trained weights and their gradients.
-
-    Args:
-        has_whole_weights: of parameters that stage 3 does not shard, too.
-    """
-    return trained_memory(
-        weights,
-        gradients,
-        has_whole_weights=has_whole_weights,
-        reduces_once=settings.zero.reduces_once,
-        flows=flows,
-    )
+    return (engine if has_moments else engine_of("cpu")).memory(kind)
 
 
 def host_bytes_needed(
@@ -72,19 +58,24 @@ def host_bytes_needed(
     if settings.engine is None:
         return 0
 
+    flowing = {} if settings.flow is None else settings.flow.block_of
+
     def is_copied(param: nn.Parameter) -> bool:
         # A copy takes the place of weights that are in host memory already.
-        return settings.flow is not None and param in settings.flow.block_of and param.device.type != "cpu"
+        return param in flowing and param.device.type != "cpu"
+
+    @functools.cache
+    def states_of(weights: torch.dtype, flows: bool) -> MemoryModel:
+        return states_memory(settings, weights, is_on_host=True, link_dtype=link_dtype, flows=flows)
 
     stepped = {p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    trained = {param for param in stepped if param.requires_grad}
     host: Home = "host"
     divided = whole = 0
-    for param in stepped:
-        if param.requires_grad:
-            model = states_memory(settings, param.dtype, is_on_host=True, link_dtype=link_dtype, flows=is_copied(param))
-            divided += tensor_numel(param) * model.per_param(host, "shard")
-            whole += param.numel() * model.per_param(host, None)
-    trained = {param for param in stepped if param.requires_grad}
+    for param in trained:
+        model = states_of(param.dtype, is_copied(param))
+        divided += tensor_numel(param) * model.per_param(host, "shard")
+        whole += param.numel() * model.per_param(host, None)
     for param in module.parameters():
         if is_copied(param) and param not in trained:
             whole += param.numel() * frozen_memory(param.dtype, flows=True).per_param(host, None)

@@ -57,7 +57,7 @@ BY_TEST: dict[str, list[str]] = {
         "optim/step_rule.py",
         "optim/unit_state.py",
     ],
-    "run/test_memory.py": ["run/report/memory.py", "zero/memory.py"],
+    "run/test_memory.py": ["offload/memory.py", "run/report/memory.py", "zero/memory.py"],
     "offload/cpu/test_state.py": ["offload/host_state.py"],
     "offload/planner/test_profile.py": ["offload/planner/profile_cache.py"],
     "offload/superoffload/test_step.py": ["offload/superoffload/engine.py", "offload/superoffload/state.py"],

@@ -110,8 +110,8 @@ class LateEngine(CpuEngine):
         if facts.dtypes.is_low_precision:
             raise ValueError("the late engine keeps fp32 states; found 16-bit ones. Use engine='cpu'.")
 
-    def memory(self, weights, **how) -> MemoryModel:
-        return super().memory(weights, **how) + MemoryModel((bytes_of("late gradients", torch.float32, "host"),))
+    def memory(self, kind) -> MemoryModel:
+        return super().memory(kind) + MemoryModel((bytes_of("late gradients", torch.float32, "host"),))
 
     def make_state(self, unit, context, *, has_moments, streamed) -> LateState:
         return LateState(unit, context, streamed=streamed)

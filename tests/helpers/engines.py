@@ -11,6 +11,7 @@ from lightning_superscale.offload.engine import OffloadContext, engine_of
 from lightning_superscale.offload.link.arena import HostArena
 from lightning_superscale.offload.link.dtype import LinkDtype
 from lightning_superscale.offload.link.link import CpuLink
+from lightning_superscale.offload.memory import ParamKind
 from lightning_superscale.offload.weight_flow.schedule import WeightFlow
 from lightning_superscale.ops.cpu.pool import Pool, default_pool
 from lightning_superscale.ops.state_dtypes import FP32_STATES, StateDtypes
@@ -57,10 +58,15 @@ def host_bytes(
     link_dtype: LinkDtype = "weights",
 ) -> int:
     """What an engine says that so many parameters take of the host."""
-    model = engine_of(engine).memory(
-        dtype, has_moments=has_moments, flows=flows, num_shares=num_shares, dtypes=dtypes, link_dtype=link_dtype
+    kind = ParamKind(
+        weights=dtype,
+        has_moments=has_moments,
+        flows=flows,
+        num_shares=num_shares,
+        dtypes=dtypes,
+        link_dtype=link_dtype,
     )
-    return model.bytes("host", numel, num_shares)
+    return engine_of(engine).memory(kind).bytes("host", numel, num_shares)
 
 
 def build_engine(

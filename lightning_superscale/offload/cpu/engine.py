@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from torch.optim import Optimizer
 
 from lightning_superscale.config import OffloadConfig
 from lightning_superscale.layout.memory import MemoryModel
 from lightning_superscale.offload.cpu.state import HostState
 from lightning_superscale.offload.engine import OffloadContext, RunFacts
-from lightning_superscale.offload.host_state import host_memory
-from lightning_superscale.offload.link.dtype import LinkDtype, dtype_on_link
+from lightning_superscale.offload.link.dtype import dtype_on_link
+from lightning_superscale.offload.memory import ParamKind, host_memory
 from lightning_superscale.offload.weight_flow.weights import StreamedUnit
-from lightning_superscale.ops.state_dtypes import StateDtypes
 from lightning_superscale.optim.adamw_step import AdamWStep
 from lightning_superscale.optim.step_rule import StepGuard
 from lightning_superscale.optim.unit import ShardUnit
@@ -28,26 +26,11 @@ class CpuEngine:
     def refuse(self, facts: RunFacts) -> None:
         """Refuse nothing: this engine works with every other setting."""
 
-    def memory(
-        self,
-        weights: torch.dtype,
-        *,
-        has_moments: bool,
-        flows: bool,
-        num_shares: int,
-        dtypes: StateDtypes,
-        link_dtype: LinkDtype,
-    ) -> MemoryModel:
+    def memory(self, kind: ParamKind) -> MemoryModel:
         # A master of the weights' dtype is what flows, where it is whole.
-        has_own_weights = dtypes.master_of(weights) != dtype_on_link(link_dtype, weights)
-        return host_memory(
-            weights,
-            has_moments=has_moments,
-            num_transfer_buffers=1,
-            has_copy=flows and (has_own_weights or num_shares > 1),
-            dtypes=dtypes,
-            link_dtype=link_dtype,
-        )
+        has_own_weights = kind.dtypes.master_of(kind.weights) != dtype_on_link(kind.link_dtype, kind.weights)
+        has_copy = kind.flows and (has_own_weights or kind.num_shares > 1)
+        return host_memory(kind, num_transfer_buffers=1, has_copy=has_copy)
 
     def make_state(
         self, unit: ShardUnit, context: OffloadContext, *, has_moments: bool, streamed: StreamedUnit | None

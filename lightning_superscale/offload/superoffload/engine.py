@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from torch.optim import Optimizer
 
 from lightning_superscale.config import OffloadConfig
 from lightning_superscale.layout.memory import MemoryModel
 from lightning_superscale.offload.engine import OffloadContext, RunFacts
-from lightning_superscale.offload.host_state import host_memory
-from lightning_superscale.offload.link.dtype import LinkDtype
+from lightning_superscale.offload.memory import ParamKind, host_memory
 from lightning_superscale.offload.superoffload.state import DeferredState
 from lightning_superscale.offload.superoffload.step import DeferredStep
 from lightning_superscale.offload.weight_flow.weights import StreamedUnit
-from lightning_superscale.ops.state_dtypes import StateDtypes
 from lightning_superscale.optim.step_rule import StepGuard
 from lightning_superscale.optim.unit import ShardUnit
 
@@ -28,24 +25,8 @@ class SuperOffloadEngine:
     def refuse(self, facts: RunFacts) -> None:
         """Refuse nothing: this engine works with every other setting."""
 
-    def memory(
-        self,
-        weights: torch.dtype,
-        *,
-        has_moments: bool,
-        flows: bool,
-        num_shares: int,
-        dtypes: StateDtypes,
-        link_dtype: LinkDtype,
-    ) -> MemoryModel:
-        return host_memory(
-            weights,
-            has_moments=has_moments,
-            num_transfer_buffers=2,
-            has_copy=flows,
-            dtypes=dtypes,
-            link_dtype=link_dtype,
-        )
+    def memory(self, kind: ParamKind) -> MemoryModel:
+        return host_memory(kind, num_transfer_buffers=2, has_copy=kind.flows)
 
     def make_state(
         self, unit: ShardUnit, context: OffloadContext, *, has_moments: bool, streamed: StreamedUnit | None

@@ -16,10 +16,10 @@ from lightning_superscale.optim.engine import OptimizerEngine
 from lightning_superscale.optim.grad_dtypes import grad_dtype_of
 from lightning_superscale.optim.unit import ShardUnit
 from lightning_superscale.optim.unit_state import UnitState
-from lightning_superscale.run.memory import states_memory, weights_memory
+from lightning_superscale.run.memory import states_memory
 from lightning_superscale.run.report.plan import ByteClass
 from lightning_superscale.run.settings import RunSettings
-from lightning_superscale.zero.memory import frozen_memory
+from lightning_superscale.zero.memory import frozen_memory, trained_memory
 
 
 @dataclass(slots=True)
@@ -117,11 +117,11 @@ def _count_unit(rows: _Rows, unit: ShardUnit, state: UnitState, settings: RunSet
 def _model_of(
     unit: ShardUnit, state: UnitState, settings: RunSettings, link_dtype: LinkDtype, *, flows: bool
 ) -> MemoryModel:
-    return weights_memory(
-        settings,
+    return trained_memory(
         unit.dtype,
         grad_dtype_of(unit.params[0]),
         has_whole_weights=unit.has_whole_weights,
+        reduces_once=settings.zero.reduces_once,
         flows=flows,
     ) + states_memory(
         settings,
