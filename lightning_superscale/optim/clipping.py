@@ -78,7 +78,7 @@ def grad_sumsqs(grads: Sequence[Tensor]) -> list[Tensor]:
 
 def _sumsqs(alike: list[Tensor]) -> Sequence[Tensor]:
     if alike[0].device.type == "cpu":
-        return [grad_sumsq(grad) for grad in alike]
+        return [torch.tensor(sumsq(grad.contiguous()), dtype=torch.float64) for grad in alike]
     return [norm.square() for norm in norms_of_all(alike, torch.float64)]
 
 
@@ -91,14 +91,6 @@ def _by_kind(grads: Sequence[Tensor], measure: Callable[[list[Tensor]], Sequence
     for alike in kinds.values():
         found.update(zip(alike, measure([grads[i] for i in alike]), strict=True))
     return [found[i] for i in range(len(grads))]
-
-
-def grad_sumsq(grad: Tensor) -> Tensor:
-    """Sum of squares of one gradient, fp64 scalar on its device: shards add up to the same norm however cut."""
-    if grad.device.type == "cpu":
-        return torch.tensor(sumsq(grad.contiguous()), dtype=torch.float64)
-    norm: Tensor = torch.linalg.vector_norm(grad, 2, dtype=torch.float64)
-    return norm.square()
 
 
 def total_norm(norms: Tensor) -> Tensor:

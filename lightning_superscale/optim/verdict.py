@@ -30,7 +30,7 @@ from lightning_superscale.optim.clipping import (
     LastNorm,
     clip_coefficient,
     counted_stats,
-    grad_sumsq,
+    grad_sumsqs,
     joined,
     norms_of,
 )
@@ -191,7 +191,7 @@ class EqualGradients:
         new = [i for i, item in enumerate(due) if item.param not in self._seen and not is_cut(item.param)]
         if not new:
             return
-        own = [float(grad_sumsq(due[i].grad())) for i in new]
+        own = list(map(float, grad_sumsqs([due[i].grad() for i in new])))
         everybody = torch.tensor(gather_objects(self._mesh, own), dtype=torch.float64)
         by_data = everybody.view(-1, self._mesh.tensor.size, len(new))
         low, high = by_data.amin(dim=1), by_data.amax(dim=1)
