@@ -477,7 +477,8 @@ class Run:
         if self.assembly is not None:
             self._report = RunReport(self.assembly, self.phases)
         if self._recorder is not None:
-            self._recorder.end(self.phases.num_steps, self._facts())
+            facts = self._facts() if self._recorder.timeline.is_open else {}  # of a trace that is yet to be written
+            self._recorder.end(self.phases.num_steps, facts)
             self._recorder = None
         assembly, self.assembly = self.assembly, None
         techniques, self._techniques = self._techniques, {}
