@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from lightning_superscale.checkpoint.foreign.dcp import METADATA
@@ -44,14 +45,8 @@ def _lightning(path: Path) -> Opener | None:
     return lambda names: open_lightning(path, names)
 
 
-def _lightning_sharded(path: Path) -> Opener | None:
-    if not (path / METADATA).is_file() or not (path / META).is_file():
-        return None
-    return lambda names: open_sharded(path, names)
-
-
-def _dcp(path: Path) -> Opener | None:
-    if not (path / METADATA).is_file() or (path / META).is_file():
+def _sharded(path: Path, *, is_lightning: bool) -> Opener | None:
+    if not (path / METADATA).is_file() or (path / META).is_file() != is_lightning:
         return None
     return lambda names: open_sharded(path, names)
 
@@ -79,9 +74,11 @@ FORMATS = [
     ForeignFormat(
         "lightning-sharded",
         "a Lightning FSDP or ModelParallel directory (.metadata and meta.pt)",
-        _lightning_sharded,
+        partial(_sharded, is_lightning=True),
     ),
-    ForeignFormat("dcp", "a directory of torch.distributed.checkpoint (.metadata)", _dcp),
+    ForeignFormat(
+        "dcp", "a directory of torch.distributed.checkpoint (.metadata)", partial(_sharded, is_lightning=False)
+    ),
     ForeignFormat(
         "deepspeed",
         "a DeepSpeed directory (*_model_states.pt, or `latest` naming one) with *_optim_states.pt "
