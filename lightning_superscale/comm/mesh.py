@@ -92,10 +92,10 @@ class DataMesh:
         return self.world.size == 1
 
     def __getitem__(self, name: str) -> MeshAxis:
-        axes = {"replicate": self.replicate, "shard": self.shard, "sequence": self.sequence, "tensor": self.tensor}
-        if name not in axes:
+        if name not in AXES:
             raise KeyError(f"a mesh has the axes {', '.join(AXES)}; found {name!r}")
-        return axes[name]
+        axis: MeshAxis = getattr(self, name)
+        return axis
 
     def flat(self, *names: str) -> MeshAxis:
         """These axes as one; those that data is averaged or dealt over have a group."""

@@ -248,8 +248,9 @@ class SuperScaleStrategyMixin(_Base):
         model: Union[LightningModule, nn.Module, None] = None,
         **kwargs: Any,
     ) -> Any:
-        if self._io is not None:
-            closure = before_step(self._io, closure)
+        io = self._io
+        if io is not None:
+            closure = before_step(io, closure)
         closure = wrapped_closure(self.precision_plugin, model or self._module, optimizer, closure)
         return self.run.step(optimizer, closure, **kwargs)
 
@@ -372,21 +373,24 @@ class SuperScaleStrategyMixin(_Base):
         states = self.run.technique_states()
         if states and "optimizer_states" in checkpoint:  # otherwise weights are all that was asked for
             checkpoint = {**checkpoint, TECHNIQUES_KEY: states}
-        if self._io is None:
+        io = self._io
+        if io is None:
             super().save_checkpoint(checkpoint, filepath, storage_options)
         else:
-            save_through(self._io, self, checkpoint, filepath)
+            save_through(io, self, checkpoint, filepath)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        if self._io is None:
+        io = self._io
+        if io is None:
             return super().load_checkpoint(checkpoint_path, weights_only=weights_only)
-        return load_through(self._io, self, checkpoint_path)
+        return load_through(io, self, checkpoint_path)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         return self.run.module_state(self._module, is_local=self._io is not None)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        allow = None if self._io is None else self._io.config.allow
+        io = self._io
+        allow = None if io is None else io.config.allow
         self.run.load_module_state(self._module, checkpoint["state_dict"], strict=strict, allow=allow)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from torch import nn
 
 from lightning_superscale.config import OffloadConfig
 from lightning_superscale.offload.weight_flow.schedule import WeightFlow
+from lightning_superscale.ops.state_dtypes import dtype_name
 from lightning_superscale.run.report.plan import ByteClass
 from lightning_superscale.run.techniques.technique import ModuleTechnique, TechniqueFacts
 from lightning_superscale.run.weight_flow import WeightsChoice, choose_weights, flow_of, how_weights_flow
@@ -64,7 +65,7 @@ class WeightFlowTechnique(ModuleTechnique):
     def bytes(self) -> list[ByteClass]:
         if self.flow is None:
             return []
-        dtypes = sorted({str(param.dtype).removeprefix("torch.") for param in self.flow.block_of})
+        dtypes = sorted({dtype_name(param.dtype) for param in self.flow.block_of})
         most = f"at most {self.flow.most_blocks} of {self.flow.num_blocks} blocks at a time"
         return [ByteClass("weights (flowing)", "/".join(dtypes), self.flow.most_device_bytes, 0, most)]
 
