@@ -23,9 +23,9 @@ SubmitUpdate = Callable[[Sequence[AdamWSegment]], Update]
 
 
 class AdamWRule(SynchronousRule):
-    """The base of every rule that steps Adam natively: the optimizer's own state views our buffers.
+    """The base of every rule that steps Adam natively: the optimizer's own state views the unit states' buffers.
 
-    Subclasses say how, in `apply`.
+    A subclass implements `apply`, which updates masters and moments.
     """
 
     has_moments = True
@@ -35,7 +35,7 @@ class AdamWRule(SynchronousRule):
         self._guard = guard
 
     def attach(self, unit: ShardUnit, state: UnitState) -> None:
-        """Nothing to prepare: states are bound at a parameter's first gradient, as plain AdamW makes them."""
+        """Prepare nothing: states are bound at a parameter's first gradient, when plain AdamW makes them too."""
 
     def step(
         self, due: Sequence[ParamUpdate], grad_scale: GradScale, clip_value: float | None
@@ -46,7 +46,7 @@ class AdamWRule(SynchronousRule):
     def apply(
         self, due: Sequence[ParamUpdate], grad_scale: GradScale, clip_value: float | None
     ) -> Iterator[SteppedUnit]:
-        """Step, without the hooks of the user's optimizer."""
+        """Step every unit, as `StepRule.step` does, but without the hooks of the user's optimizer."""
         raise NotImplementedError
 
     def _run_hooks(self) -> None:
@@ -62,7 +62,7 @@ class AdamWRule(SynchronousRule):
                 _give_grad(param, grad)
 
     def bound_state(self, item: ParamUpdate) -> dict[str, Any]:
-        """The optimizer's own state of a parameter, made of views into our buffers."""
+        """The optimizer's own state of a parameter: its step count, and views into the buffers of the unit's state."""
         own: dict[str, Any] = self._optimizer.state[item.param]
         if "step" not in own:
             own["step"] = torch.tensor(0.0)
@@ -76,20 +76,20 @@ class AdamWRule(SynchronousRule):
                 continue  # bound at an earlier step; a view per parameter and step would cost more than this
             own[key] = slice_view(flat, item.piece).view(item.piece.local_shape)
             if held is not None:
-                # Somebody loaded states straight into the optimizer: take them over.
+                # User code loaded states straight into the optimizer: take them over.
                 self._before_states_change(item)
                 own[key].copy_(held)
         return own
 
     def numbers(self, grad_scale: float, clip_value: float | None) -> StepNumbers:
-        """The numbers of one step's updates."""
+        """The hyperparameters and step counts that the updates of one step share."""
         return StepNumbers(self, self._optimizer, grad_scale, clip_value)
 
     def _before_states_change(self, item: ParamUpdate) -> None:
-        """Somebody else writes an item's states next."""
+        """Prepare for a write to an item's states that is not a step's: let no work in the background use them."""
 
     def load(self, param: nn.Parameter, unit: ShardUnit, state: UnitState, i: int, saved: Mapping[str, Any]) -> None:
-        """Take over one parameter's saved state (step, exp_avg, exp_avg_sq)."""
+        """Take over one parameter's saved state: step, exp_avg and exp_avg_sq, this rank's rows of the latter two."""
         self._optimizer.state[param] = {
             key: torch.tensor(float(value)) if key == "step" else value for key, value in saved.items()
         }
@@ -97,7 +97,7 @@ class AdamWRule(SynchronousRule):
 
 
 class StepNumbers:
-    """The numbers that updates of one step share: hyperparameters by group and step, and counts that go up with it."""
+    """The numbers that updates of one step share: hyperparameters by group and step count, and these counts."""
 
     def __init__(self, rule: AdamWRule, optimizer: Optimizer, grad_scale: float, clip_value: float | None) -> None:
         self._rule = rule
@@ -108,7 +108,7 @@ class StepNumbers:
         self._made: dict[tuple[int, int], AdamWHyper] = {}  # most parameters of a group are at the same step
 
     def hyper_of(self, item: ParamUpdate) -> AdamWHyper:
-        """The numbers of one update; its parameter takes part in the step from now on."""
+        """The hyperparameters of one update. `advance` will count the step for its parameter."""
         count = self._rule.bound_state(item)["step"]
         self._counts.append(count)
         key = (id(item.group), int(count) + 1)
@@ -117,17 +117,19 @@ class StepNumbers:
         return self._made[key]
 
     def advance(self) -> None:
-        """The step is taken: count it for each parameter that took part."""
+        """Count the step, which was taken, for each parameter that `hyper_of` was called for."""
         if self._counts:
             add_to_all(self._counts, 1.0)  # in place: they are the optimizer's own tensors
 
 
 class AdamWStep(AdamWRule):
-    """Steps an optimizer whose update rule the kernel knows, once everything about the step is known.
+    """Steps Adam and AdamW by the native kernel at `optimizer.step()`, when the factor of gradients is known.
 
     Args:
-        timeline, lane: where that is recorded.
-        scales_on_device: the kernel reads what gradients are multiplied by on the device, if it is there.
+        submit_update: starts the updates of one unit and returns a handle to wait for.
+        timeline, lane: the record of updates, and the lane in it that shows them.
+        scales_on_device: whether the kernel can read the factor of gradients from a tensor on their device; without,
+            the host reads that tensor, and waits for it.
     """
 
     def __init__(
@@ -149,7 +151,7 @@ class AdamWStep(AdamWRule):
     def apply(
         self, due: Sequence[ParamUpdate], grad_scale: GradScale, clip_value: float | None
     ) -> Iterator[SteppedUnit]:
-        """Update every unit in the order of the next forward, giving each as soon as it is done."""
+        """Update every unit in the order of the next forward, and yield each as soon as it is updated."""
         device_scale = None
         if isinstance(grad_scale, Tensor):
             grad_scale, device_scale = (1.0, grad_scale) if self._scales_on_device else (float(grad_scale), None)
@@ -174,7 +176,7 @@ class AdamWStep(AdamWRule):
             state.clear_grads()
 
     def _recorded(self, items: Sequence[ParamUpdate], *, is_queued: bool) -> AbstractContextManager[None]:
-        """A GPU's kernels are timed where they are queued, the host's where they are waited for."""
+        """The span of a unit's update in the timeline: a GPU's around the queueing, the host's around the wait."""
         if is_queued != (self._lane == "device optimizer" and self._timeline.is_cuda):
             return nullcontext()
         return self._timeline.device(self._lane, f"unit {items[0].unit.index}")

@@ -1,8 +1,8 @@
-"""Which parameters share a unit: in the order in which their gradients become ready, cut by size and by home.
+"""Groups parameters into units, in the order in which their gradients become ready, by size and by home.
 
 [Note: Observed order] Units follow the reverse of the order in which modules registered their parameters, which is
-about that of backward. After the first step the true order is known, and who departs from it moves
-(`OptimizerEngine.regroup`): a bucket whose last gradient comes late would hold the others back.
+about that of backward. After the first step the true order is known, and parameters that depart from it move to
+other units (`rebuild_buckets.regroup`): a bucket whose last gradient comes late would hold the others back.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ class Grouping:
     """The way in which a transport groups parameters into units.
 
     Attributes:
-        unit_bytes: upper bound of a unit's weights; a larger parameter has a unit of its own.
-        order: a parameter's place among the gradients of a step, as observed; those that it lacks come before all,
-            last registered first.
+        unit_bytes: upper bound of a unit's weights in bytes; a larger parameter has a unit of its own.
+        order: each parameter's place among the gradients of a step, as observed; parameters without one come before
+            all others, last registered first.
         on_device: parameters whose states stay on the device though others' are on the host; they share no unit.
-        block_of: parameters whose weights stream from the host with a block of modules, by its number. Blocks share no
-            unit, nor does what comes before one with what comes after it.
+        block_of: number of the block of modules with which a parameter's weights stream from the host. Two blocks
+            share no unit, nor do parameters before a block and parameters after it.
     """
 
     unit_bytes: int
@@ -37,12 +37,16 @@ class Grouping:
     block_of: Mapping[nn.Parameter, int] = field(default_factory=dict)
 
     def in_order(self, named_params: Sequence[NamedParam]) -> list[NamedParam]:
-        """Parameters in the order of their gradients."""
+        """The parameters in the order in which their gradients become ready.
+
+        Args:
+            named_params: in registration order.
+        """
         last_first = named_params[::-1]
         return sorted(last_first, key=lambda named: self.order.get(named[1], -1))
 
     def units_of(self, named_params: Sequence[NamedParam]) -> list[list[NamedParam]]:
-        """Members of every unit, units in the order in which they are complete, those on the device last.
+        """Members of every unit, in the order in which the units are complete; units on the device come last.
 
         Args:
             named_params: in registration order.
@@ -70,21 +74,22 @@ class Grouping:
 
 
 def is_same_cut(old: Iterable[Sequence[Hashable]], new: Iterable[Sequence[Hashable]]) -> bool:
-    """Whether units hold the same members and come in the same order; the order inside a unit is nobody's matter."""
+    """Whether units hold the same members and come in the same order; the order inside a unit does not matter."""
     return [frozenset(unit) for unit in old] == [frozenset(unit) for unit in new]
 
 
 def last_ready(
     named_params: Sequence[NamedParam], bytes_of: Mapping[nn.Parameter, int], budget_bytes: int
 ) -> frozenset[nn.Parameter]:
-    """Parameters whose states fit a budget together: those whose gradients come last, as far as each still fits.
+    """Parameters whose states fit a budget together: from the last gradient backwards, each that still fits.
 
-    Their step is the one that nothing hides: after them there is no backward left, and the next forward needs
+    Nothing hides the step of these parameters: no backward is left after their gradients, and the next forward needs
     them first.
 
     Args:
         named_params: in the order of their gradients.
-        bytes_of: what each one's states take where they would go.
+        bytes_of: bytes of each parameter's states in the home that they would move to.
+        budget_bytes: bytes free there.
     """
     chosen: list[nn.Parameter] = []
     for _, param in reversed(named_params):

@@ -2,9 +2,9 @@
 
 [Note: Norms taken early] A step's verdict needs the norm of every gradient. Taken at the step, from gradients that left
 for the host, it waits for the last copy and then reads all of them once more, with nothing to hide it. So norms are
-taken on the device while backward still runs, and nobody waits for copies to judge them.
+taken on the device while backward still runs, and the verdict waits for no copy.
 
-Over ranks every element of the model's gradient counts once.
+In a norm over ranks every element of the model's gradient counts once.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ ClipRequest = ClipByNorm | ClipByValue
 
 
 def joined(requests: Sequence[ClipRequest], new: ClipRequest) -> list[ClipRequest]:
-    """Requests of one step with one more: of two of a kind the stricter holds.
+    """The clip requests of one step, with one more added: of two of the same kind the stricter is kept.
 
     Raises:
-        SuperScaleError: a clip by norm after one by value: the norm would be that of clipped gradients.
+        SuperScaleError: a clip by norm follows one by value, so that its norm would be that of clipped gradients.
     """
     if isinstance(new, ClipByNorm):
         if any(isinstance(r, ClipByValue) for r in requests):
@@ -64,15 +64,19 @@ def joined(requests: Sequence[ClipRequest], new: ClipRequest) -> list[ClipReques
 
 
 def grad_norms(grads: Sequence[Tensor]) -> list[Tensor]:
-    """2-norm of each gradient, fp32 scalars on their devices: one launch per device and dtype.
+    """2-norm of each gradient, fp32 scalars on the gradients' devices: one launch per device and dtype.
 
-    `torch.nn.utils.clip_grad_norm_` takes them of fp32 ones in the same way, so that on each device they have its bits.
+    `torch.nn.utils.clip_grad_norm_` measures fp32 gradients in the same way, so norms of fp32 gradients have its bits
+    on each device.
     """
     return _by_kind(grads, lambda alike: norms_of_all(alike, torch.float32))
 
 
 def grad_sumsqs(grads: Sequence[Tensor]) -> list[Tensor]:
-    """Sum of squares of each gradient, fp64 scalars on their devices: shards add up to the same norm however cut."""
+    """Sum of squares of each gradient, fp64 scalars on the gradients' devices.
+
+    In fp64 the shards of a gradient add up to the same norm however it is cut.
+    """
     return _by_kind(grads, _sumsqs)
 
 
@@ -83,7 +87,7 @@ def _sumsqs(alike: list[Tensor]) -> Sequence[Tensor]:
 
 
 def _by_kind(grads: Sequence[Tensor], measure: Callable[[list[Tensor]], Sequence[Tensor]]) -> list[Tensor]:
-    """The measures of tensors that are measured with all others of their device and dtype."""
+    """Call `measure` once per device and dtype; returns the measures in the order of `grads`."""
     kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for i, grad in enumerate(grads):
         kinds.setdefault((grad.device, grad.dtype), []).append(i)
@@ -94,13 +98,13 @@ def _by_kind(grads: Sequence[Tensor], measure: Callable[[list[Tensor]], Sequence
 
 
 def total_norm(norms: Tensor) -> Tensor:
-    """Global 2-norm of the norms in `norms`, fp32 scalar."""
+    """Global 2-norm of gradients whose own 2-norms are given, [num_grads] fp32; fp32 scalar on their device."""
     total: Tensor = torch.linalg.vector_norm(norms, 2)
     return total
 
 
 def clip_coefficient(total: Tensor, max_norm: float) -> Tensor:
-    """The factor of clipped gradients: `min(1, max_norm / (total + 1e-6))`; NaN where `total` is NaN.
+    """The factor that clips gradients of norm `total`: `min(1, max_norm / (total + 1e-6))`; NaN where `total` is NaN.
 
     The order of operations is that of `torch.nn.utils.clip_grads_with_norm_`, so that clipped
     gradients have the bits that plain PyTorch gives.
@@ -109,10 +113,13 @@ def clip_coefficient(total: Tensor, max_norm: float) -> Tensor:
 
 
 class EarlyNorms:
-    """Measures of the gradients of one step: 2-norms where a rank has whole ones, else sums of squares of its share.
+    """Measures of the gradients of one step, taken before the step.
+
+    A measure is the fp32 2-norm where every rank has whole gradients, and the fp64 sum of squares of this rank's rows
+    otherwise.
 
     Attributes:
-        are_wanted: whether the steps to come need any; they are not taken otherwise.
+        are_wanted: whether to take measures; set by each step for the next one.
     """
 
     def __init__(self, mesh: DataMesh) -> None:
@@ -121,21 +128,24 @@ class EarlyNorms:
         self._taken: dict[tuple[int, int], Tensor | None] = {}
 
     def take(self, delta: GradientDelta) -> None:
-        """Measure gradients where they are, in the order of the device's work; the host does not wait on CUDA."""
+        """Measure gradients on their device, in the order of its current stream; on CUDA the host does not wait."""
         if not self.are_wanted:
             return
         keys = [(delta.unit.index, i) for i, _ in delta.slices]
-        # A second delta adds to the first, and only the sum has the norm that counts.
+        # A second delta adds to the first, and the norm of the sum counts: it is taken when both are there.
         self._taken.update((key, None) for key in keys if key in self._taken)
         new = [(key, grad) for key, (_, grad) in zip(keys, delta.slices, strict=True) if key not in self._taken]
         self._taken.update(zip([key for key, _ in new], self._measure([grad for _, grad in new]), strict=True))
 
     def clear(self) -> None:
-        """Forget the measures of this step, which is over."""
+        """Forget the measures of a step that is over."""
         self._taken.clear()
 
     def of(self, due: Sequence[ParamUpdate]) -> Tensor:
-        """The measure of each gradient [len(due)], now at the latest; on the host unless all are on one device."""
+        """The measure of each gradient, [len(due)]. Gradients that `take` did not measure are measured now.
+
+        The result is on the gradients' device where all have one, and on the host otherwise.
+        """
         early = [self._taken.get((item.unit.index, item.i)) for item in due]
         late = iter(self._measure([item.grad() for item, taken in zip(due, early, strict=True) if taken is None]))
         measures = [next(late) if taken is None else taken for taken in early]
@@ -145,21 +155,22 @@ class EarlyNorms:
 
 @dataclass(frozen=True, slots=True)
 class LastNorm:
-    """The norm of a step's gradients as far as a rank knows it, in numbers that keep nothing of the step alive.
+    """The norm of a step's gradients as far as a rank knows it, in numbers that keep no tensor of the step alive.
 
     Attributes:
-        norm: of all gradients on all ranks; None where ranks have not added up theirs.
-        sumsq: sum of squares of what counts on this rank; None where nobody measured it.
+        norm: 2-norm of all gradients on all ranks; None where ranks have not added up theirs.
+        sumsq: sum of squares of the gradients that count on this rank; None where no kernel counted it.
     """
 
     norm: float | None = None
     sumsq: float | None = None
 
     def over(self, mesh: DataMesh) -> Tensor:
-        """The norm; fp32 scalar on the CPU. Every rank calls it, where states are sharded.
+        """The global 2-norm, fp32 scalar on the CPU. Every rank calls it where states are sharded.
 
         Raises:
-            SuperScaleError: no step with gradients had been taken, or the optimizer steps itself.
+            SuperScaleError: the step measured no norm: no step was taken yet, it had no gradients, or an optimizer
+                other than Adam and AdamW took it without clipping by norm.
         """
         if self.norm is not None:
             return torch.tensor(self.norm, dtype=torch.float32)
@@ -174,7 +185,12 @@ class LastNorm:
 
 
 def norms_of(mesh: DataMesh, due: Sequence[ParamUpdate], early: EarlyNorms) -> tuple[Tensor, Tensor]:
-    """The norm of each gradient, as far as this rank has it, and of all gradients on all ranks. Every rank calls it."""
+    """2-norms of gradients. Every rank calls it where states are sharded.
+
+    Returns:
+        the norm of each gradient, or of this rank's rows of it, [len(due)] fp32; and the norm of all gradients on all
+        ranks, fp32 scalar.
+    """
     measures = early.of(due)
     if mesh.num_shares == 1:
         return measures, total_norm(measures)
@@ -184,16 +200,16 @@ def norms_of(mesh: DataMesh, due: Sequence[ParamUpdate], early: EarlyNorms) -> t
 
 
 def norm_over_ranks(mesh: DataMesh, sumsq: float) -> Tensor:
-    """The 2-norm of all shards from this rank's sum of squares; fp32 scalar. Every rank calls it."""
+    """The 2-norm of all shards from this rank's sum of squares, fp32 scalar on the CPU. Every rank calls it."""
     total = control_sum(mesh, torch.tensor([sumsq], dtype=torch.float64), "the gradient norm") / mesh.replicate.size
     return total[0].sqrt().float()
 
 
 def counted_stats(mesh: DataMesh, due: Sequence[ParamUpdate], stats: Sequence[StatsSource]) -> list[StatsSource]:
-    """Statistics of every unit's gradients, empty for those that do not count on this rank.
+    """Statistics of every unit's gradients, with empty ones for units that do not count on this rank.
 
     Args:
-        stats: of every unit of `due`, in the order of `by_unit`; or none at all.
+        stats: statistics of every unit of `due`, in the order of `by_unit`; or none at all.
     """
     if mesh.tensor.rank == 0:
         return list(stats)
@@ -202,8 +218,9 @@ def counted_stats(mesh: DataMesh, due: Sequence[ParamUpdate], stats: Sequence[St
 
 
 def _counts(mesh: DataMesh, param: nn.Parameter) -> bool:
-    """Whether this rank's rows count: what all ranks of the tensor axis have alike counts on the first.
+    """Whether this rank's rows of a parameter count in a norm over ranks.
 
-    Parameters of one unit are all of one kind.
+    Ranks of the tensor axis have a parameter that is not cut alike, and it counts on the first of them only. All
+    parameters of a unit are cut, or none is.
     """
     return mesh.tensor.rank == 0 or is_cut(param)

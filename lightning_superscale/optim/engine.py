@@ -42,12 +42,24 @@ class MakeState(Protocol):
     """A function that builds the state of a unit."""
 
     def __call__(self, unit: ShardUnit, *, has_moments: bool, is_on_device: bool) -> UnitState:
-        """Args: is_on_device: on the unit's device, wherever others are."""
+        """Build the state of `unit`.
+
+        Args:
+            has_moments: whether it keeps exp_avg and exp_avg_sq.
+            is_on_device: keep it on the unit's device, also where other units' states are on the host.
+        """
 
 
 @dataclass(slots=True)
 class StepSeconds:
-    """Seconds that the host was busy with each part of an optimizer step, summed over steps."""
+    """Seconds that the host was busy with each part of an optimizer step, summed over steps.
+
+    Attributes:
+        collect: waiting for the last step's weights, and collecting gradients.
+        norm: the verdict.
+        update: stepping, without publishing.
+        publish: sending new weights on their way.
+    """
 
     collect: float = 0.0
     norm: float = 0.0
@@ -61,12 +73,16 @@ class OptimizerEngine:
     Args:
         optimizer: the user's, as `configure_optimizers` returned it.
         fqn_of: names of the module's parameters, in registration order.
-        ranks: the other ranks.
-        make_transport: builds the empty transport that feeds a sink.
+        ranks: collectives with the other ranks, and the agreement with them.
+        make_transport: builds a transport without units, which feeds the given sink.
         make_state: builds the state of a unit; decides where masters and moments live.
-        make_native: builds what steps Adam and AdamW.
+        make_native: builds the rule that steps Adam and AdamW.
         error_if_nonfinite: raise before anything changes when a gradient is NaN or infinite.
-        timeline: where its steps are recorded.
+        timeline: the record of its steps.
+
+    Attributes:
+        why_not_native: why the optimizer steps through its own code; None for Adam and AdamW.
+        states: by unit index.
     """
 
     def __init__(
@@ -102,11 +118,16 @@ class OptimizerEngine:
         self.adopt([p for p in fqn_of if p in own and p.requires_grad])
 
     def params(self) -> Iterator[nn.Parameter]:
+        """The optimizer's parameters, trained and frozen, in the order of its groups."""
         for group in self.optimizer.param_groups:
             yield from group["params"]
 
     def adopt(self, params: Sequence[nn.Parameter]) -> None:
-        """Move parameters into units of their own: at the start, and when some are unfrozen or added later."""
+        """Move parameters into new units: at the start, and when some are unfrozen or added later.
+
+        Raises:
+            SuperScaleError: the module does not own a parameter; names its shape.
+        """
         for param in params:
             if param not in self._fqn_of:
                 raise SuperScaleError(
@@ -123,11 +144,11 @@ class OptimizerEngine:
         self._rule.attach(unit, state)
         self._seen_versions.update((param, version_of(param)) for param in unit.params)
 
-    # Moving on, see rebuild_buckets.py
+    # Members that rebuild_buckets.regroup() uses
 
     @property
     def can_regroup(self) -> bool:
-        """Whether states are ours to move: those of Adam and AdamW."""
+        """Whether `regroup` can move states to other units: those of Adam and AdamW, which unit states hold."""
         return self.why_not_native is None
 
     def named_params(self) -> list[NamedParam]:
@@ -140,7 +161,7 @@ class OptimizerEngine:
         return state
 
     def start_over(self) -> None:
-        """Forget every unit and its state, so that new ones can take their place."""
+        """Forget the state of every unit, and begin with a new rule that takes over the old one's own state."""
         self._rule.close()
         kept = self._rule.state_dict()
         self._rule = self._make_native(self.optimizer, self._guard)
@@ -160,7 +181,7 @@ class OptimizerEngine:
         self._judge.request(clip)
 
     def discard_gradients(self) -> None:
-        """Forget gradients and clip requests of an interrupted step."""
+        """Forget the gradients and clip requests of a step that is not taken."""
         self._rule.discard()
         self.transport.discard()
         self._judge.discard()
@@ -168,7 +189,7 @@ class OptimizerEngine:
             state.clear_grads()
 
     def abandon(self) -> None:
-        """Forget an interrupted step and whatever other ranks were to send."""
+        """Forget an interrupted step after a rank failed, and wait for nothing from other ranks any more."""
         self.discard_gradients()
         self.transport.abandon()
 
@@ -208,15 +229,15 @@ class OptimizerEngine:
     # The step
 
     def scale_losses(self, loss_scale: float) -> None:
-        """The backward that follows is of a loss times `loss_scale`; steps undo it ([Note: Scale of a step])."""
+        """Expect gradients of a loss times `loss_scale`, which steps divide by it ([Note: Scale of a step])."""
         self._loss_scale = loss_scale
         self._rule.expect(1.0 / loss_scale)
 
     def step(self) -> bool:
-        """Apply this step's gradients. Called once per `optimizer.step()` of the user, after backward.
+        """Apply this step's gradients. Every rank calls it once per `optimizer.step()` of the user, after backward.
 
         Returns:
-            whether it did: gradients of a scaled loss that overflowed are dropped, on every rank, and nothing changes.
+            False if gradients of a scaled loss overflowed: they are dropped on every rank, and nothing changes.
 
         Raises:
             SuperScaleError: a NaN or infinite gradient with error_if_nonfinite (names the parameters;
@@ -246,12 +267,12 @@ class OptimizerEngine:
         return True
 
     def wait_idle(self) -> None:
-        """Bring weights to rest: uploads of the last step are through, edits are taken over."""
+        """Wait until uploads of the last step have arrived, and take over weights that user code changed in place."""
         self.transport.wait_all_published()
         self._follow_edits()
 
     def before_evaluation(self) -> None:
-        """Apply gradients that the rule has kept back, if it has. Every rank calls it, between steps."""
+        """Apply the gradients that the rule has kept back, if any. Every rank calls it, between steps."""
         if self._rule.evaluates_stale:
             self.wait_idle()
             self._publish_all(self._rule.catch_up())
@@ -260,7 +281,7 @@ class OptimizerEngine:
         """Bring new weights to where forward reads them, each unit's as soon as it is stepped.
 
         Returns:
-            statistics of gradients by unit, of units whose rule counted them.
+            statistics of gradients by unit index, for the units whose rule counted them.
         """
         stats = {}
         for unit, slices, source, under_way in stepped:
@@ -277,7 +298,7 @@ class OptimizerEngine:
 
     @property
     def is_passthrough(self) -> bool:
-        """Whether the user's optimizer can step the module's own parameters as if we were not there."""
+        """Whether the user's optimizer can step the module's own parameters as if no engine were there."""
         is_plain = self.transport.is_local and not self._own.has_stand_ins and self._loss_scale is None
         return self._rule is self._own and is_plain
 
@@ -291,7 +312,14 @@ class OptimizerEngine:
         return self._rule is self._own and self._own.needs_closure
 
     def closure_step(self, closure: Callable[[], Any]) -> Any:
-        """Step such an optimizer; `closure` runs forward and backward and returns the loss."""
+        """Step an optimizer that evaluates the loss itself, as LBFGS does.
+
+        Args:
+            closure: runs forward and backward and returns the loss.
+
+        Returns:
+            what `optimizer.step(closure)` returned.
+        """
 
         def evaluate(stepped: Iterable[SteppedUnit]) -> tuple[Any, Sequence[ParamUpdate], GradScale, float | None]:
             self._publish_all(stepped)
@@ -309,21 +337,24 @@ class OptimizerEngine:
     # State
 
     def flush(self) -> None:
-        """Bring the optimizer's own states up to date: some ways of stepping leave them one step behind."""
+        """Bring masters and moments up to date: some rules leave them one step behind the weights."""
         self._rule.flush()
 
     def state_dict(self) -> dict[str, Any]:
-        """The optimizer's whole state in torch's own format, with fp32 masters (see `pack_state`)."""
+        """The optimizer's state in torch's own format, tensors whole, with masters (see `pack_state`).
+
+        Every rank calls it.
+        """
         self._rule.flush()
         return pack_state(self)
 
     def local_state_dict(self, name_of: Mapping[nn.Parameter, str]) -> dict[str, Any]:
-        """This rank's rows of the optimizer's state, parameters by name (see `pack_local_state`)."""
+        """This rank's rows of the optimizer's state, parameters by name (see `pack_local_state`). No rank waits."""
         self._rule.flush()
         return pack_local_state(self, name_of)
 
     def load_state_dict(self, packed: Mapping[str, Any]) -> None:
-        """Load what `state_dict()` of this or of a plain optimizer of the same type returned.
+        """Load a state dict of this engine, or of a plain optimizer of the same type, tensors whole.
 
         Raises:
             SuperScaleError: parameter groups of other sizes.
@@ -336,11 +367,16 @@ class OptimizerEngine:
         return self._rule.state_dict()
 
     def load_rule_state(self, saved: RuleState) -> None:
-        """Give the rule what it kept for itself; see `StepRule.load_state_dict`."""
+        """Let the rule take over the state that a rule kept for itself; see `StepRule.load_state_dict`."""
         self._rule.load_state_dict(saved)
 
     def take_states(self, states: Mapping[nn.Parameter, Mapping[str, Any]], rule_state: RuleState) -> None:
-        """Forget all states and take over these: this rank's rows, with masters under MASTER_KEY, and the rule's."""
+        """Forget all states and take over the given ones.
+
+        Args:
+            states: this rank's rows of each parameter's state, with its master under MASTER_KEY.
+            rule_state: the state that the rule keeps for itself.
+        """
         self._rule.flush()
         self.optimizer.state.clear()
         for param, state in states.items():
@@ -349,12 +385,12 @@ class OptimizerEngine:
         self._rule.load_state_dict(rule_state)
 
     def piece_of(self, param: nn.Parameter) -> ParamSlice | None:
-        """This rank's rows of a parameter; None for one that is not trained."""
+        """The slice that says which rows of a parameter this rank has; None for a parameter in no unit."""
         place = self.transport.place_of(param)
         return None if place is None else place[0].shard.slices[place[1]]
 
     def master_of(self, param: nn.Parameter) -> Tensor | None:
-        """This rank's rows of a parameter's master; None for one that has the weights' dtype, and so their values."""
+        """This rank's rows of a parameter's master, in their shape; None where it has the weight's dtype and values."""
         place = self.transport.place_of(param)
         if place is None:
             return None
@@ -362,7 +398,7 @@ class OptimizerEngine:
         return None if master.dtype == param.dtype else master
 
     def load_param_state(self, param: nn.Parameter, state: Mapping[str, Any], master: Tensor | None) -> None:
-        """Take over one parameter's saved state, rows of this rank."""
+        """Take over one parameter's saved state and master, this rank's rows of each; None keeps its master."""
         if self.transport.place_of(param) is None:
             self.adopt([param])
         place = self.transport.place_of(param)
@@ -375,13 +411,16 @@ class OptimizerEngine:
             self._rule.load(param, unit, kept, i, rest)
 
     def reload_masters(self) -> None:
-        """Follow the module's weights, after somebody loaded those."""
+        """Let masters follow the module's weights, after a load changed these."""
         self._rule.flush()
         for unit, state in zip(self.transport.units, self.states, strict=True):
             state.reload(range(len(unit.params)))
 
     def grad_norm(self) -> Tensor:
-        """Global 2-norm of the last step's gradients before clipping; see `GradVerdict.grad_norm`."""
+        """Global 2-norm of the last step's gradients before clipping, fp32 scalar on the CPU.
+
+        Every rank calls it where states are sharded; see `GradVerdict.grad_norm`.
+        """
         return self._judge.grad_norm()
 
     def last_norm(self) -> LastNorm:
@@ -389,7 +428,7 @@ class OptimizerEngine:
         return self._judge.last_norm()
 
     def close(self) -> None:
-        """Hand everything back: parameters own their storage again, the optimizer is the user's alone.
+        """Hand everything back: parameters own their storage again, and no hook is left on the optimizer.
 
         Masters go into the optimizer's state, so that a checkpoint saved after training still has them, and what the
         rule keeps into its state dict.

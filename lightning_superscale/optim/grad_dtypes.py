@@ -1,4 +1,4 @@
-"""In which dtypes gradients are summed up and travel between ranks."""
+"""Dtypes in which gradients are summed up and travel between ranks."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ class GradientDtypes:
     """Dtypes of gradients; None for that of the weights.
 
     Attributes:
-        accumulation: of `param.grad`, in which autograd sums up micro-batches, uses and backward calls.
-        reduction: in which ranks are averaged; None for that of `param.grad`.
+        accumulation: dtype of `param.grad`, in which autograd sums up micro-batches, uses and backward calls.
+        reduction: dtype in which gradients are averaged over ranks; None for that of `param.grad`.
     """
 
     accumulation: torch.dtype | None = None
     reduction: torch.dtype | None = None
 
     def reduced(self, param: Tensor) -> torch.dtype:
-        """In which dtype a parameter's gradient travels."""
+        """The dtype in which a parameter's gradient travels between ranks."""
         return self.reduction or grad_dtype_of(param)
 
 
@@ -37,10 +37,10 @@ def grad_dtype_of(param: Tensor) -> torch.dtype:
 
 
 def widen_gradients(params: Iterable[nn.Parameter], dtype: torch.dtype) -> None:
-    """Let autograd sum up the gradients of these parameters in `dtype`; one that is there already is converted.
+    """Let autograd sum up the gradients of these parameters in `dtype`; gradients that are there are converted.
 
     Raises:
-        SuperScaleError: this version of torch can't.
+        SuperScaleError: this version of torch has no `Tensor.grad_dtype`.
     """
     for param in params:
         if not hasattr(param, "grad_dtype"):
@@ -66,7 +66,7 @@ def _convert(param: nn.Parameter, dtype: torch.dtype) -> None:
 
 
 def packed_into(here: Tensor, grad: Tensor, scale: float) -> None:
-    """`here = grad * scale`, computed in the wider of both dtypes' own arithmetic."""
+    """Write `grad * scale` to `here`, of equal shape: in their dtype where both have one, else computed in fp32."""
     if here.dtype == grad.dtype:
         torch.mul(grad, scale, out=here)
     elif here.dtype == torch.float32:

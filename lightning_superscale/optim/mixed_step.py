@@ -1,4 +1,4 @@
-"""Adam and AdamW where some units' states are only on the device, and an offload engine has others."""
+"""Steps Adam and AdamW where some units' states are only on the device, and an offload engine has the others."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_superscale.optim.unit_state import UnitState
 
 
 class MixedStep(AdamWRule):
-    """Gives every unit to the rule that steps its states.
+    """Hands every unit to the rule that steps its states.
 
     Args:
         host: steps units that have any state on the host.
@@ -48,7 +48,7 @@ class MixedStep(AdamWRule):
     def apply(
         self, due: Sequence[ParamUpdate], grad_scale: GradScale, clip_value: float | None
     ) -> Iterator[SteppedUnit]:
-        # The device's first: the next forward begins with them, and on a GPU they are only queued.
+        # Units on the device come first: the next forward begins with them, and on a GPU they are only queued.
         for rule, has_host in ((self._device, False), (self._host, True)):
             items = [item for item in due if ("host" in item.state.homes) == has_host]
             yield from rule.apply(items, grad_scale, clip_value)

@@ -1,4 +1,4 @@
-"""One parameter that has a gradient this step, with everything that its update needs to know, hyperparameters too."""
+"""The update of one parameter in a step, its hyperparameters, and whether the native kernel can do it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_superscale.optim.unit import ShardUnit
 from lightning_superscale.optim.unit_state import UnitState
 
 GradScale = float | Tensor
-"""What a step's gradients are multiplied by; one fp32 element on their device where the host need not know it."""
+"""The factor of a step's gradients; one fp32 element on their device where the host need not know it."""
 
 
 @dataclass(slots=True)
@@ -37,12 +37,13 @@ class ParamUpdate:
 
     @property
     def piece(self) -> ParamSlice:
+        """This rank's rows of the parameter, and their place in the unit's flat buffers."""
         return self.unit.shard.slices[self.i]
 
     def grad(self) -> Tensor:
-        """This step's whole gradient of the slice, 1D, where the states live.
+        """This step's whole gradient of the slice, 1D [piece.numel], where the states live.
 
-        Waits for copies that bring it there, so that only those ask who read it next.
+        Blocks the host until copies have brought it there, so call it only to read the gradient at once.
 
         Raises:
             AssertionError: the step is over, and its gradients are gone.
@@ -53,12 +54,12 @@ class ParamUpdate:
         return found
 
     def with_grad(self, grad: Tensor) -> ParamUpdate:
-        """The same update with another gradient, for a rule that steps with something else than what arrived."""
+        """A copy of this update with another gradient, 1D [piece.numel], for a rule that changes gradients."""
         return replace(self, _in_place_of_grad=grad)
 
 
 def by_unit(due: Iterable[ParamUpdate]) -> dict[int, list[ParamUpdate]]:
-    """Group by unit, last unit first: units follow the backward, uploads the next forward."""
+    """Group updates by unit index, last unit first: units are in the order of backward, uploads in forward's."""
     units: dict[int, list[ParamUpdate]] = {}
     for item in due:
         units.setdefault(item.unit.index, []).append(item)
@@ -69,7 +70,7 @@ _NATIVE_TYPES = (torch.optim.Adam, torch.optim.AdamW)
 
 
 def why_not_native(optimizer: Optimizer) -> str | None:
-    """Why an optimizer steps through its own code; None when the native AdamW kernel steps it.
+    """The reason why an optimizer steps through its own code; None when the native AdamW kernel steps it.
 
     A subclass may override `step`, so only the two classes themselves qualify.
     """
@@ -90,10 +91,15 @@ def why_not_native(optimizer: Optimizer) -> str | None:
 def adamw_hyper(
     optimizer: Optimizer, group: dict[str, Any], step: int, grad_scale: float, clip_value: float | None
 ) -> AdamWHyper:
-    """The numbers of one update, read from the parameter group at the step, so that schedulers keep working.
+    """The hyperparameters of one update, read from the parameter group at the step, so that schedulers keep working.
 
     The square root is the one that plain AdamW would take: IEEE's on a GPU and in its fused CPU kernel,
     torch's own in the loop that runs on a CPU otherwise.
+
+    Args:
+        step: the number of this step, from 1.
+        grad_scale: factor of the gradient.
+        clip_value: bound of its elements after that; None for none.
     """
     beta1, beta2 = group["betas"]
     is_cuda = any(param.device.type == "cuda" for param in group["params"][:1])

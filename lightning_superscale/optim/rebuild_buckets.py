@@ -29,9 +29,9 @@ class RegroupedEngine(Protocol):
 
 
 def regroup(engine: RegroupedEngine, grouping: Grouping) -> bool:
-    """Make units follow `grouping`; between two steps. Every rank calls it with the same one.
+    """Make units follow `grouping`. Every rank calls it between two steps, with an equal grouping.
 
-    Units are made one after the other and an old one goes with its last parameter, so that little is there twice.
+    Units are made one after the other, and an old unit is freed with its last parameter, so few states exist twice.
 
     Returns:
         whether anything moved.

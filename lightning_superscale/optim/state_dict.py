@@ -1,4 +1,4 @@
-"""An optimizer's state in torch's own format, whole, whatever the layout that holds it."""
+"""Packs an optimizer's state into torch's own format, whole or this rank's rows of it, and unpacks it again."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lightning_superscale.layout.rows import ParamSlice
 from lightning_superscale.optim.step_rule import RuleState
 
 MASTER_KEY = "master_param"
-# Beside "state" and "param_groups", where a rule keeps anything.
+# An entry beside "state" and "param_groups", present where a rule keeps a state of its own.
 RULE_STATE_KEY = "rule_state"
 
 _kept: WeakKeyDictionary[Optimizer, RemovableHandle] = WeakKeyDictionary()
@@ -38,7 +38,7 @@ class StateHolder(Protocol):
 
 
 def keep_rule_state(optimizer: Optimizer, state: RuleState) -> None:
-    """From now on `optimizer.state_dict()` has what the rule that stepped it kept for itself, if anything."""
+    """Let `optimizer.state_dict()` have the rule's own state from now on; an empty one removes an earlier one."""
     old = _kept.pop(optimizer, None)
     if old is not None:
         old.remove()
@@ -52,7 +52,7 @@ def keep_rule_state(optimizer: Optimizer, state: RuleState) -> None:
 
 
 def _packed_rule_state(state: RuleState) -> dict[str, Any]:
-    """The entry of a packed state, with copies of tensors; empty where nothing is kept."""
+    """The RULE_STATE_KEY entry of a packed state, tensors copied to the host; no entry for an empty state."""
     if not state:
         return {}
     return {RULE_STATE_KEY: {k: v.detach().cpu().clone() if isinstance(v, Tensor) else v for k, v in state.items()}}
@@ -79,11 +79,11 @@ def pack_state(engine: StateHolder) -> dict[str, Any]:
 def pack_local_state(engine: StateHolder, name_of: Mapping[nn.Parameter, str]) -> dict[str, Any]:
     """`optimizer.state_dict()` with parameters by name, and of each tensor this rank's rows (`LocalBox`).
 
-    No rank asks another one. Tensors of a shape of their own, and those of parameters of which this rank has no rows
-    in common with others, are as they are.
+    No rank waits for another. Tensors that do not have the shape of the parameter's rows, and all tensors of parameters
+    in no unit, are as the optimizer has them.
 
     Args:
-        name_of: names of the module's parameters as they are now; those of sharded ones change when it is given back.
+        name_of: names of the module's parameters, by the objects that they are now: sharding and its end replace them.
     """
     packed: dict[str, Any] = engine.optimizer.state_dict()
     params = list(engine.params())
@@ -132,10 +132,10 @@ def _is_rows(value: Any, piece: ParamSlice) -> bool:
 
 
 def unpack_state(engine: StateHolder, packed: Mapping[str, Any]) -> None:
-    """Load what `pack_state()` at any number of ranks, or a plain optimizer of the same type, returned.
+    """Load a state that `pack_state()` packed at any number of ranks, or a plain optimizer's of the same type.
 
     Raises:
-        SuperScaleError: parameter groups of other sizes, or states of other shapes.
+        SuperScaleError: parameter groups of other sizes.
     """
     name = type(engine.optimizer).__name__
     groups, own_groups = packed["param_groups"], engine.optimizer.param_groups

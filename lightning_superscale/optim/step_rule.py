@@ -1,4 +1,4 @@
-"""What the optimizer engine needs of a way of stepping, and the guard of the optimizer that it steps for."""
+"""The protocol of rules that step an optimizer's units, and the guard that refuses other steps of the optimizer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_superscale.optim.unit import GradientDelta, PublishEvent, ShardUn
 from lightning_superscale.optim.unit_state import UnitState
 
 RuleState = Mapping[str, Tensor | int | float]
-"""What a rule keeps for itself beside states of parameters, by name; small, and the same on every rank."""
+"""The state that a rule keeps for itself beside states of parameters, by name; small, and equal on every rank."""
 
 
 class SteppedUnit(NamedTuple):
@@ -24,8 +24,9 @@ class SteppedUnit(NamedTuple):
 
     Attributes:
         slices: indices of the stepped slices.
-        stats: of its gradients; None where nothing counted them.
-        event: new weights are on their way to the unit's inbox already; None where its state has yet to send them.
+        stats: statistics of its gradients; None where no kernel counted them.
+        event: the upload of new weights to the unit's inbox, if it is under way; None where the engine has yet to ask
+            the unit's state for it.
     """
 
     unit: ShardUnit
@@ -35,12 +36,12 @@ class SteppedUnit(NamedTuple):
 
 
 class StepRule(Protocol):
-    """Steps one optimizer's units once the engine knows clipping; may work ahead of that, never commit.
+    """Steps one optimizer's units once the engine knows the verdict; it may work ahead of that, but not commit.
 
     Attributes:
-        has_moments: whether states keep exp_avg and exp_avg_sq for it.
-        evaluates_stale: whether weights lack gradients, between steps, that the rule has kept back; evaluation then
-            begins with `catch_up`.
+        has_moments: whether unit states keep exp_avg and exp_avg_sq.
+        evaluates_stale: whether the rule keeps gradients back, so that weights may lack them between steps; evaluation
+            then begins with `catch_up`.
     """
 
     @property
@@ -49,18 +50,19 @@ class StepRule(Protocol):
     def evaluates_stale(self) -> bool: ...
 
     def attach(self, unit: ShardUnit, state: UnitState) -> None:
-        """Prepare to step a unit that was made now."""
+        """Prepare to step a unit that was just made."""
 
     def expect(self, grad_scale: float) -> None:
-        """Know the factor of this step's gradients if they are not clipped: the inverse of a loss scale."""
+        """Note the factor that gradients get if they are not clipped, the inverse of a loss scale; to work ahead."""
 
     def add_grads(self, delta: GradientDelta, state: UnitState) -> None:
-        """Take reduced gradients during backward or at the step."""
+        """Add reduced gradients to a unit's state, during backward or at the step."""
 
     def quiesce(self) -> None:
-        """Return when nothing of this rule runs in the background; nothing is applied that had not begun.
+        """Return when nothing of this rule runs in the background; work that had not begun is not applied.
 
-        Raises: what failed there.
+        Raises:
+            Exception: the error of background work that failed.
         """
 
     def step(
@@ -72,36 +74,37 @@ class StepRule(Protocol):
         """
 
     def load(self, param: nn.Parameter, unit: ShardUnit, state: UnitState, i: int, saved: Mapping[str, Any]) -> None:
-        """Take over one parameter's saved state."""
+        """Take over one parameter's saved state, this rank's rows: that of slice `i` of `unit`."""
 
     def flush(self) -> None:
         """Bring masters and moments up to the weights that forward reads."""
 
     def catch_up(self) -> Iterator[SteppedUnit]:
-        """Step with the gradients that were kept back, between steps; the engine publishes as in `step`."""
+        """Step, between two steps, with the gradients that were kept back; the engine publishes units as in `step`."""
 
     def state_dict(self) -> RuleState:
-        """Accumulators, phases and counters that belong to no parameter, for a checkpoint; flushed, also after `close`.
+        """Accumulators, phases and counters that belong to no parameter, for a checkpoint.
 
-        Tensors of the shape of a parameter belong into the optimizer's own state of it.
+        The engine calls it after `flush`, and after `close` too. Tensors of the shape of a parameter belong into the
+        optimizer's own state of that parameter.
         """
 
     def load_state_dict(self, saved: RuleState) -> None:
-        """Take over what `state_dict` of this or of another rule returned: of that, the names that this rule knows.
+        """Take over a `state_dict` of this rule or of another: the entries whose names this rule knows.
 
-        Nothing of them there, as in a checkpoint that another engine wrote, and the rule begins anew. Units may be
-        attached before or afterwards.
+        Where none is known, as in a checkpoint that another engine wrote, the rule begins anew. Units may be attached
+        before or afterwards.
         """
 
     def discard(self) -> None:
         """Forget the gradients and the work of an interrupted step."""
 
     def close(self) -> None:
-        """Take no more steps; states are up to date afterwards."""
+        """Take no more steps, and leave masters and moments up to date."""
 
 
 class SynchronousRule:
-    """The part of a rule that does everything inside `step`: nothing runs ahead or lags behind, nothing is kept."""
+    """The base of rules that do everything inside `step`: no work runs ahead or lags behind, and no state is kept."""
 
     @property
     def evaluates_stale(self) -> bool:
@@ -144,7 +147,7 @@ class StepGuard:
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """While open, `optimizer.step()` runs."""
+        """While open, `optimizer.step()` is allowed."""
         self._is_open = True
         try:
             yield

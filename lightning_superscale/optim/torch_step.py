@@ -1,4 +1,4 @@
-"""Any other torch optimizer: its own code runs, on fp32 masters that stand in for the parameters meanwhile."""
+"""Steps any torch optimizer through its own code, on fp32 masters that stand in for the parameters meanwhile."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Evaluate(Protocol):
 
 
 class TorchStep(SynchronousRule):
-    """Steps an optimizer through its own `step`."""
+    """Steps an optimizer through its own `step`, with masters in its groups where they are other tensors."""
 
     has_moments = False
 
@@ -46,8 +46,8 @@ class TorchStep(SynchronousRule):
         for i, param in enumerate(unit.params):
             master = nn.Parameter(master_slice(unit, state, i))
             self._masters[param] = master
-            # Some optimizers make state in their constructor (Adagrad): bring it to where and how masters are, which
-            # are this rank's rows.
+            # Some optimizers make state in their constructor (Adagrad): bring it to the masters' device, dtype and
+            # rows.
             own: dict[str, Any] = self._optimizer.state.get(param, {})
             for key, value in own.items():
                 if isinstance(value, Tensor) and value.shape == param.shape and value.dtype == param.dtype:
@@ -57,6 +57,7 @@ class TorchStep(SynchronousRule):
 
     @property
     def has_stand_ins(self) -> bool:
+        """Whether any parameter's master is a tensor of its own."""
         return bool(self._masters)
 
     def step(
@@ -74,12 +75,12 @@ class TorchStep(SynchronousRule):
 
     @property
     def needs_closure(self) -> bool:
-        """Whether `optimizer.step` evaluates the loss itself, more than once perhaps, as LBFGS does."""
+        """Whether `optimizer.step` evaluates the loss itself, perhaps more than once, as LBFGS does."""
         closure = inspect.signature(type(self._optimizer).step).parameters.get("closure")
         return closure is not None and closure.default is inspect.Parameter.empty
 
     def closure_step(self, evaluate: Evaluate) -> tuple[Any, Iterator[SteppedUnit]]:
-        """Step an optimizer that evaluates the loss itself; returns the loss and what is to be published."""
+        """Step an optimizer that evaluates the loss itself; returns the loss and the units to publish."""
         due: list[ParamUpdate] = []
 
         def closure() -> Any:
@@ -97,7 +98,7 @@ class TorchStep(SynchronousRule):
         return result, self._stepped(due)
 
     def passthrough_step(self, closure: Callable[[], Any]) -> Any:
-        """Let the optimizer step the module's parameters as if we were not there."""
+        """Let the optimizer step the module's parameters as if no engine were there."""
         with self._guard.opened():
             return self._optimizer.step(closure=closure)
 
@@ -115,7 +116,7 @@ class TorchStep(SynchronousRule):
         for item in due:
             master = self._masters.get(item.param, item.param)
             grad = item.grad().to(torch.float32, copy=True)
-            if isinstance(grad_scale, Tensor) or grad_scale != 1.0:  # one on the device is not looked at
+            if isinstance(grad_scale, Tensor) or grad_scale != 1.0:  # comparing a tensor would wait for the device
                 grad.mul_(grad_scale)
             if clip_value is not None:
                 grad.clamp_(-clip_value, clip_value)
@@ -130,7 +131,7 @@ class TorchStep(SynchronousRule):
             self._masters.get(item.param, item.param).grad = None
 
     def _stepped(self, due: Sequence[ParamUpdate]) -> Iterator[SteppedUnit]:
-        """Round masters to new weights, where they are kept, unit by unit."""
+        """Round masters to new weights, unit by unit, where masters are tensors of their own."""
         for items in by_unit(due).values():
             for item in items:
                 weight_out = item.state.weight_out_of(item.i)
@@ -149,7 +150,7 @@ class TorchStep(SynchronousRule):
 
     @contextmanager
     def _params_in_place(self) -> Iterator[None]:
-        """While open, inside `_masters_in_place`, they are keyed by parameters again."""
+        """While open, inside `_masters_in_place`, the optimizer's groups and states are keyed by parameters again."""
         self._exchange(self._params_of_masters())
         try:
             yield

@@ -1,4 +1,4 @@
-"""What the optimizer engine needs of whatever carries gradients to it and weights back."""
+"""The protocol of transports, which carry gradients to an optimizer engine and new weights back."""
 
 from __future__ import annotations
 
@@ -27,21 +27,23 @@ class Transport(Protocol):
     """
 
     @property
-    def units(self) -> Sequence[ShardUnit]: ...
+    def units(self) -> Sequence[ShardUnit]:
+        """All units, by index."""
 
     @property
     def is_local(self) -> bool:
         """Whether there is one rank: gradients are used where autograd left them."""
 
     @property
-    def grouping(self) -> Grouping: ...
+    def grouping(self) -> Grouping:
+        """The grouping that `add_params` follows."""
 
     @property
     def observed(self) -> Sequence[nn.Parameter]:
         """Parameters in the order in which a gradient of theirs first left during backward; empty when none does."""
 
     def units_of(self, named_params: Sequence[NamedParam], grouping: Grouping) -> list[list[NamedParam]]:
-        """Members of the units that `add_params` makes with this grouping.
+        """Members of the units that `add_params` would make with this grouping.
 
         Args:
             named_params: in registration order.
@@ -60,10 +62,10 @@ class Transport(Protocol):
         """From now on, take gradients during the last backward of a step rather than at the step."""
 
     def watch_edits(self, is_scaling: IsScaling | None = None) -> None:
-        """Refuse, at the step, gradients in `param.grad` that somebody changed in place on several ranks.
+        """Refuse, at the step, gradients in `param.grad` that user code changed in place on several ranks.
 
         Args:
-            is_scaling: where losses are scaled: refuse those that were made while it said no, too.
+            is_scaling: given where losses are scaled: refuse also gradients that were made while it returned False.
         """
 
     def average_grads(self) -> None:
@@ -79,10 +81,10 @@ class Transport(Protocol):
         """
 
     def collect(self) -> None:
-        """Send the sink what this step still lacks. At the step; every rank calls it.
+        """Send the sink the gradients that it still lacks. Every rank calls it at the step.
 
         Raises:
-            SuperScaleError: on all ranks when any has something to say; names rank and reason.
+            SuperScaleError: on all ranks when any refuses its gradients; names rank and reason.
         """
 
     def discard(self) -> None:
@@ -91,20 +93,22 @@ class Transport(Protocol):
     def publish(self, unit: ShardUnit, event: PublishEvent | None, stepped: Sequence[int]) -> None:
         """Bring new weights of the stepped slices to where forward reads them.
 
-        With an `event` they are on their way into `unit.inbox()`; without, they are in
+        With an `event` the new weights are on their way into `unit.inbox()`; without, they are in
         `unit.local_rows()`. Every rank calls it for the same units in the same order.
 
         [Note: Graphs of old weights] A graph that was made before the step refuses to run backward after it, as in
-        plain PyTorch: what the step changed counts one version more, though nobody wrote through the parameter.
+        plain PyTorch: the version of every parameter that the step changed is raised, though no operation wrote
+        through the parameter.
         """
 
     def wait_published(self, units: Iterable[ShardUnit]) -> None:
-        """Return when whatever runs next sees the new weights of these units."""
+        """Return when work that is queued from now on sees the new weights of these units."""
 
-    def wait_all_published(self) -> None: ...
+    def wait_all_published(self) -> None:
+        """Return when work that is queued from now on sees the new weights of all units."""
 
     def abandon(self) -> None:
-        """A rank failed: forget the step, and wait for nothing that is under way."""
+        """Forget the step after a rank failed, and wait for nothing that is under way."""
 
     def close(self) -> None:
         """Remove every hook; parameters own whole weights in a storage of their own again."""

@@ -1,4 +1,4 @@
-"""The unit of everything that moves: parameters whose gradients, states and weights travel together."""
+"""The protocols of units, whose parameters' gradients, states and weights travel together, and of their stores."""
 
 from __future__ import annotations
 
@@ -14,27 +14,28 @@ from lightning_superscale.layout.rows import ParamSlice, UnitLayout
 from lightning_superscale.ops.events import Waitable
 
 PublishEvent = Waitable[None]
-"""An upload of new weights: after `wait`, whatever runs next on the parameters' device sees them."""
+"""An upload of new weights: work that is queued on the parameters' device after `wait` sees them."""
 
 
 class NewWeights(Protocol):
     """New weights of one unit that a step has made, on their way to the unit's store.
 
-    [Note: New weights] They come up over a link, from other ranks, or both. The transport knows the way and hands this
-    object to the store; the store knows when somebody uses the weights, and waits. Nobody looks for the other.
+    [Note: New weights] New weights come up over a link, from other ranks, or both. The transport knows the way and
+    hands this object to the store; the store knows when the weights are used, and waits then. Neither needs to look for
+    the other.
     """
 
     def begin(self) -> None:
-        """The weights are used soon: start what can be started without waiting."""
+        """Start every transfer that can be started without waiting: the weights will be used soon."""
 
     def are_on_host(self) -> bool:
-        """Whether the store's own host memory has them, so that they may be copied from there before `wait`."""
+        """Whether the store's own host memory has the new weights, so that copies may begin before `wait`."""
 
     def wait(self) -> None:
-        """Return when whatever runs next sees them in the unit's weights, or in the memory of its store."""
+        """Return when work that is queued from now on sees the new weights, on the device or in the store's memory."""
 
     def abandon(self) -> None:
-        """A rank failed: `wait` waits for no other rank any more, and may bring nothing."""
+        """Let `wait` wait for no other rank any more, since one failed; it may bring no new weights then."""
 
 
 class WeightStore(Protocol):
@@ -45,20 +46,26 @@ class WeightStore(Protocol):
     """
 
     def receive(self, new: NewWeights) -> None:
-        """The last step made new weights. Whoever uses them next waits for them."""
+        """Keep the new weights of the last step; the next use of the unit's weights waits for them."""
 
     def wait_new(self) -> bool:
-        """Return when whatever runs next sees the new weights, and nothing is kept ready for a use.
+        """Return when work that is queued from now on sees the new weights.
+
+        A store that streams weights also drops the copies that it has ready on the device.
 
         Returns:
-            whether there were any.
+            whether there were new weights.
         """
 
     def filling(self, *, is_whole: bool) -> AbstractContextManager[None]:
-        """While open, the unit's weights on the device can be written, all of them if `is_whole`; then they are new."""
+        """While open, the unit's weights on the device can be written; the store keeps what was written.
+
+        Args:
+            is_whole: all of the unit's weights are written, so that old values need not be there.
+        """
 
     def abandon(self) -> None:
-        """A rank failed: see `NewWeights.abandon`."""
+        """Wait for no other rank any more, since one failed; new weights under way may be lost."""
 
 
 class OnDevice:
@@ -139,8 +146,8 @@ class ShardUnit(Protocol):
     Attributes:
         index: the unit's place in its transport; the same on every rank.
         shard: this rank's rows; gradients, masters and moments follow it.
-        is_whole: this rank's rows are all rows.
-        has_whole_weights: every rank keeps all rows of the weights, between steps too.
+        is_whole: whether this rank's rows are all rows.
+        has_whole_weights: whether every rank keeps all rows of the weights, between steps too.
         weight_numel: elements of weights that this rank keeps on the device, padding included.
     """
 
@@ -162,14 +169,14 @@ class ShardUnit(Protocol):
     def device(self) -> torch.device: ...
 
     def local_rows(self, i: int) -> Tensor:
-        """This rank's rows of weight i, 1D [slice.numel]: a view of what forward (or its gather) reads."""
+        """This rank's rows of weight i, 1D [slice.numel]: a view of the memory that forward or its gather reads."""
 
     def inbox(self) -> Tensor:
         """The buffer for uploads of new weights, [shard.shard_numel], laid out like `shard`."""
 
 
 class GradientDelta(NamedTuple):
-    """Reduced gradients of some slices of one unit: what is to be added to this step's gradient.
+    """Reduced gradients of some slices of one unit, to be added to this step's gradient.
 
     A unit sends zero or more deltas per step. None is final: `optimizer.step()` is.
 
@@ -183,19 +190,21 @@ class GradientDelta(NamedTuple):
 
 
 class DeltaSink(Protocol):
+    """A function that takes reduced gradients, as the optimizer engine's does."""
+
     def __call__(self, delta: GradientDelta) -> None: ...
 
 
 def slice_view(flat: Tensor, piece: ParamSlice) -> Tensor:
-    """The 1D view of one slice in a buffer that follows its layout."""
+    """The 1D view [piece.numel] of one slice in a flat buffer that follows the layout of `piece`."""
     return flat[piece.offset : piece.offset + piece.numel]
 
 
 def check_dense(fqn: str, grad: Tensor) -> None:
-    """Refuse a sparse gradient, by the parameter's name.
+    """Refuse a sparse gradient of the parameter named `fqn`.
 
     Raises:
-        SuperScaleError: names the parameter and the remedy.
+        SuperScaleError: the gradient is not strided; names the parameter and the remedy.
     """
     if grad.layout != torch.strided:
         raise SuperScaleError(

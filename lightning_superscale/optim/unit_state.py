@@ -15,19 +15,20 @@ from lightning_superscale.ops.state_dtypes import FP32_STATES, StateDtypes, foll
 from lightning_superscale.ops.types import Rounding
 from lightning_superscale.optim.unit import PublishEvent, ShardUnit, slice_view
 
-# Beside exp_avg and exp_avg_sq in the optimizer's own state, where bf16 masters are compensated.
+# An entry beside exp_avg and exp_avg_sq in the optimizer's own state, present where bf16 masters are compensated.
 COMPENSATION_KEY = "compensation"
 
 
 @dataclass(frozen=True, slots=True)
 class StateBytes:
-    """One kind of buffer that a unit's state has, of one element per element of the unit's rows: what there is, where
-    `MemoryModel` says what there should be.
+    """One kind of buffer that a unit's state really has, with one element per element of the unit's rows.
+
+    `MemoryModel` states the buffers that there should be.
 
     Attributes:
         name: as `explain()` prints it.
-        copies: how many such buffers.
-        home: whose memory they are in.
+        copies: number of such buffers.
+        home: the memory that they are in.
     """
 
     name: str
@@ -43,8 +44,8 @@ class UnitState(Protocol):
 
     Attributes:
         master: master weights [shard_numel]; None when the parameters' own rows are the masters.
-        exp_avg, exp_avg_sq: moments, or None for an optimizer that keeps states of its own.
-        compensation: what rounding 16-bit masters lost (Kahan); None without.
+        exp_avg, exp_avg_sq: moments [shard_numel]; None for an optimizer that keeps states of its own.
+        compensation: [shard_numel], the parts of updates that rounding to 16-bit masters lost (Kahan); None without.
     """
 
     @property
@@ -57,12 +58,14 @@ class UnitState(Protocol):
     def compensation(self) -> Tensor | None: ...
     @property
     def homes(self) -> frozenset[Home]:
-        """Where they live, one place or both. With "host", gradients go there over a link, and an engine's rule steps
-        them; without, nothing leaves the device.
+        """The memories that the states are in, one or both.
+
+        With "host", gradients go there over a link, and the offload engine's rule steps the unit; without, nothing
+        leaves the device.
         """
 
     def bytes(self) -> Sequence[StateBytes]:
-        """All that it keeps between steps, but for copies of weights that flow."""
+        """The buffers that the state keeps between steps, without host copies of weights that flow."""
 
     @property
     def transfer_dtype(self) -> torch.dtype:
@@ -82,32 +85,32 @@ class UnitState(Protocol):
         """The tensor that a step writes slice i's new weights to; None when the masters are the weights."""
 
     def add_grads(self, slices: Sequence[tuple[int, Tensor]]) -> None:
-        """Take gradient deltas: the first of a slice in a step replaces, later ones add."""
+        """Take gradient deltas, as in `GradientDelta.slices`: later deltas of a slice in a step add to the first."""
 
     def has_grad(self, i: int) -> bool:
         """Whether slice i has a gradient this step, also one that is still on its way to the states."""
 
     def grad(self, i: int) -> Tensor | None:
-        """This step's whole gradient of slice i, ready to read where the states live; None without one.
+        """This step's whole gradient of slice i, 1D, ready to read where the states live; None without one.
 
-        Blocks the calling thread until it is there.
+        Blocks the calling thread until the gradient is there.
         """
 
     def clear_grads(self) -> None:
         """Forget this step's gradients."""
 
     def upload(self, stepped: Sequence[int]) -> PublishEvent | None:
-        """Move new weights of the stepped slices to `unit.inbox()`; None when they are in `unit.local_rows()`."""
+        """Start to move new weights of the stepped slices to `unit.inbox()`; None if `unit.local_rows()` has them."""
 
     def reload(self, slices: Sequence[int]) -> None:
-        """Follow weights that somebody changed: a master that no longer rounds to its weight becomes that weight."""
+        """Follow weights that other code changed: a master that does not round to its weight becomes that weight."""
 
     def release(self) -> None:
-        """Free what the garbage collector does not."""
+        """Free memory and registrations that the garbage collector does not."""
 
 
 def adam_buffers(state: UnitState, home: Home) -> list[StateBytes]:
-    """Master, compensation and moments of a state that has them in one place, as far as it has them."""
+    """The buffers of a state that has master, compensation and moments in one home, as far as it has them."""
     kept = []
     if state.master is not None:
         kept.append(StateBytes("master weights", state.master.dtype, 1, home))
@@ -119,7 +122,10 @@ def adam_buffers(state: UnitState, home: Home) -> list[StateBytes]:
 
 
 class ResidentState:
-    """States on the parameters' own device; parameters of the masters' dtype are their own masters."""
+    """States on the parameters' own device; parameters of the masters' dtype are their own masters.
+
+    Satisfies `UnitState`.
+    """
 
     def __init__(self, unit: ShardUnit, *, has_moments: bool, dtypes: StateDtypes = FP32_STATES) -> None:
         def zeros(dtype: torch.dtype) -> Tensor:
@@ -183,7 +189,10 @@ class ResidentState:
 
 
 def roundings_of(unit: ShardUnit, dtypes: StateDtypes) -> tuple[Rounding | None, ...]:
-    """The rounding of each slice's updates: random numbers follow the parameter's elements on any rank."""
+    """The rounding of each slice's updates, by slice index; None where all states are fp32.
+
+    Random numbers follow a parameter's elements, so the number of ranks does not change them.
+    """
     return tuple(
         dtypes.rounding(unit.dtype, tensor_part_name(param, piece.fqn), piece.global_offset)
         for param, piece in zip(unit.params, unit.shard.slices, strict=True)
@@ -199,9 +208,9 @@ def load_master(unit: ShardUnit, state: UnitState, i: int, saved: Tensor | None,
     """Take over a saved master of slice i, in whatever dtype it was kept, with what its rounding had lost.
 
     Args:
-        saved: None for a master that the weights are.
-        rest: the parameter's other saved states. A compensation that this run does not keep is taken out of it (an fp32
-            master takes it up), and one that it lacks is put in.
+        saved: the master's rows, in their shape; None where none was saved because the weights are the master.
+        rest: the parameter's other saved states. A compensation that this run does not keep is taken out of it, and
+            added to the master if that is fp32; a compensation that this run keeps and `rest` lacks is put in.
     """
     master = master_slice(unit, state, i)
     if state.compensation is None:

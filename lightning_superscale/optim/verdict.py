@@ -2,9 +2,10 @@
 
 [Note: What the plan left whole] Every rank of the tensor axis computes the same batch, so a parameter that the plan
 left alone (a norm, an embedding) has the same gradient on all of them, and each rank steps it for itself: nothing is
-sent. That is so wherever activations are whole. Where they are cut, as between ColwiseParallel and RowwiseParallel or
-along the sequence, each rank's gradient of a plain parameter is only its part of the sum, and nothing in PyTorch says
-so: weights would drift apart in silence. So the first gradient that is not zero is compared over the tensor axis.
+sent. This holds wherever activations are whole. Where they are cut, as between ColwiseParallel and RowwiseParallel or
+along the sequence, each rank's gradient of a plain parameter is only its part of the sum, and PyTorch raises no error:
+weights would drift apart in silence. So each such parameter's first gradient that is not zero is compared over the
+tensor axis.
 The plan's own styles (SequenceParallel) place such a parameter as Replicate, and DTensor sums its gradient.
 """
 
@@ -37,8 +38,9 @@ from lightning_superscale.optim.clipping import (
 from lightning_superscale.optim.param_update import GradScale, ParamUpdate
 from lightning_superscale.optim.unit import GradientDelta
 
-# Sums of squares of one gradient, computed twice. Kernels that are not deterministic change each element by a few
-# roundings (2**-8 in bf16), which average out in the sum; parts of a sum differ by as much as they are large.
+# The relative difference that two sums of squares of one gradient, computed twice, may have. Kernels that are not
+# deterministic change each element by a few roundings (2**-8 in bf16), which average out in the sum; partial gradients
+# differ by about their own size.
 _ROUNDOFF = 2.0**-7
 
 
@@ -46,9 +48,9 @@ class Verdict(NamedTuple):
     """The decision of what a step does to its gradients.
 
     Attributes:
-        grad_scale: they are multiplied by it: the clip coefficient over the loss scale.
-        clip_value: then limited to [-clip_value, clip_value]; None for no limit.
-        has_overflowed: a gradient of a scaled loss is NaN or infinite somewhere: the step is dropped.
+        grad_scale: factor of every gradient: the clip coefficient over the loss scale.
+        clip_value: bound of every element after that, to [-clip_value, clip_value]; None for no bound.
+        has_overflowed: whether a gradient of a scaled loss is NaN or infinite on any rank, so that the step is dropped.
     """
 
     grad_scale: GradScale
@@ -60,13 +62,13 @@ class GradVerdict:
     """Judges the gradients of one optimizer.
 
     [Note: Verdicts on the device] Where gradients are whole and on one device, a clip coefficient stays there, and the
-    host queues the step without waiting for backward. It waits once where it has to decide something: with
+    host queues the step without waiting for backward. The host waits once where it has to decide something: with
     error_if_nonfinite, and where losses are scaled: a step that overflowed counts in no step number and changes the
-    scale of the next loss, both of which are the host's. Where ranks share gradients it waits for them.
+    scale of the next loss, both of which are the host's. Where ranks share gradients it waits for the other ranks.
 
     Args:
         fqn_of: names of the module's parameters, in registration order.
-        error_if_nonfinite: raise when a gradient is NaN or infinite.
+        error_if_nonfinite: raise when a gradient is NaN or infinite, before anything changes.
     """
 
     def __init__(self, ranks: Communicator, fqn_of: Mapping[nn.Parameter, str], *, error_if_nonfinite: bool) -> None:
@@ -79,7 +81,7 @@ class GradVerdict:
         self._early = EarlyNorms(ranks.mesh)
 
     def measure(self, delta: GradientDelta) -> None:
-        """Gradients that leave for the host; where steps need norms, they are measured before."""
+        """Measure gradients that are about to leave for the host, where steps need norms."""
         self._early.take(delta)
 
     def request(self, clip: ClipRequest) -> None:
@@ -99,7 +101,7 @@ class GradVerdict:
         """Decide what a step does to its gradients. Every rank calls it.
 
         Args:
-            loss_scale: what the loss of these gradients was multiplied by; None without a scaler.
+            loss_scale: factor of the loss whose gradients these are; None without a scaler.
 
         Raises:
             SuperScaleError: a NaN or infinite gradient with error_if_nonfinite, on every rank; names the parameters.
@@ -119,7 +121,7 @@ class GradVerdict:
             self._last_norm = self._last_norm * unscale
         must_be_finite = self._error_if_nonfinite or loss_scale is not None
         if must_be_finite and not bool(self._last_norm.isfinite()):
-            # An overflow is the scaler's business, as long as it can do something about it.
+            # The scaler handles an overflow by a lower scale, as long as the scale is above 1.
             if self._error_if_nonfinite and (loss_scale is None or loss_scale <= 1):
                 self._raise_nonfinite(due, norms)
             if loss_scale is not None:
@@ -144,16 +146,20 @@ class GradVerdict:
         )
 
     def note(self, due: Sequence[ParamUpdate], stats: Sequence[StatsSource]) -> None:
-        """Know what the step's own kernels counted, for `grad_norm` of a step that needed no norm."""
+        """Keep the statistics that the step's own kernels counted, for `grad_norm` of a step that needed no norm.
+
+        Args:
+            stats: statistics of every unit of `due`, in the order of `by_unit`; or none at all.
+        """
         self._last_stats = counted_stats(self._ranks.mesh, due, stats)
 
     def grad_norm(self) -> Tensor:
         """Global 2-norm of the gradients of the last step, before clipping; fp32 scalar on the CPU.
 
-        Every rank calls it, where states are sharded.
+        Every rank calls it where states are sharded.
 
         Raises:
-            SuperScaleError: no step with gradients has been taken, or the optimizer steps itself.
+            SuperScaleError: the last step measured no norm: see `LastNorm.over`.
         """
         norm = self.last_norm().over(self._ranks.mesh)
         self._last_norm = norm
@@ -169,7 +175,7 @@ class GradVerdict:
 
 
 class EqualGradients:
-    """Compares the gradients of what the plan left whole over the tensor axis, once per parameter.
+    """Compares the gradients of parameters that the plan left whole over the tensor axis, once per parameter.
 
     Args:
         fqn_of: names of the module's parameters.
@@ -181,10 +187,13 @@ class EqualGradients:
         self._seen: set[nn.Parameter] = set()
 
     def check(self, due: Sequence[ParamUpdate]) -> None:
-        """Every rank calls it at each step, with the same parameters.
+        """Compare the gradients of parameters that were not compared yet. Every rank calls it at each step.
+
+        Args:
+            due: updates of the same parameters on every rank.
 
         Raises:
-            SuperScaleError: on every rank; names the parameter and both 2-norms.
+            SuperScaleError: gradients differ, on every rank; names the parameter and each rank's 2-norm.
         """
         if self._mesh.tensor.size == 1:
             return
