@@ -2,9 +2,10 @@
 
 [Note: Which gate] A gate at the owning module is enough only where weights are read inside that
 module's forward. A weight that is read elsewhere (`F.linear(x, self.embed.weight)`) is gated at the
-start of the training step instead. Which is which is observed: a unit starts at the root gate, and moves
-to its modules' gates once each of its parameters was seen to receive a gradient in a step in which
-a module that owns it had run. A unit seen otherwise stays at the root gate for good.
+start of the training step instead. The gate of each unit is chosen by observation: a unit starts at the root
+gate, and moves to its modules' gates once each of its parameters was seen to receive a gradient in a step in
+which a module that owns it had run. A unit of which one parameter received a gradient in another step stays at
+the root gate for good.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class PublishGates:
             break their graphs; gradients kept in `param.grad`: nothing observes them).
 
     Attributes:
-        waited_seconds: how long modules' gates kept the host inside forward, so far.
+        waited_seconds: seconds that modules' gates kept the host inside forward, so far.
     """
 
     def __init__(self, root: nn.Module, transport: Transport, *, per_module: bool) -> None:
@@ -76,10 +77,11 @@ class PublishGates:
             self._at_root_for_good.add(unit.index)
 
     def is_at_modules(self, unit: ShardUnit) -> bool:
+        """Whether the gates of the unit's modules guard it, so that the root gate does not wait for it."""
         return unit.index in self._at_modules and unit.index not in self._at_root_for_good
 
     def enter_step(self) -> None:
-        """The root gate: wait for every unit that its modules' gates don't guard."""
+        """Pass the root gate: wait for every unit that its modules' gates don't guard."""
         self._entered.clear()
         self._transport.wait_published([u for u in self._transport.units if not self.is_at_modules(u)])
 

@@ -1,4 +1,4 @@
-"""When gradients leave `param.grad`: during backward, at the step, or at the step after ranks averaged them there."""
+"""Decides when gradients leave `param.grad`: in backward, at the step, or at the step after ranks averaged them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from enum import Enum
 
 
 class Flag:
-    """True while some `raised()` is open; they may be nested."""
+    """A condition that is true while any `raised()` context is open; contexts may be nested."""
 
     def __init__(self) -> None:
         self._num_open = 0
@@ -18,6 +18,7 @@ class Flag:
 
     @contextmanager
     def raised(self) -> Iterator[None]:
+        """While open, the flag is true."""
         self._num_open += 1
         try:
             yield
@@ -34,7 +35,7 @@ class Departure(Enum):
 
 
 class NewGrad(Enum):
-    """The fate of a gradient that backward makes now."""
+    """The place of a gradient that backward makes now."""
 
     LEAVES = "it goes to the reducer"
     ACCUMULATES = "it stays where autograd put it and adds the next micro-batch"
@@ -42,7 +43,7 @@ class NewGrad(Enum):
 
 
 class GradSchedule:
-    """Says when the gradients of one optimizer leave. All transports of the optimizer share one.
+    """Says when the gradients of one optimizer leave. All transports of the optimizer share one schedule.
 
     Args:
         no_sync: micro-batches before the last of a step accumulate, so that ranks talk once per step; False lets the
@@ -60,25 +61,25 @@ class GradSchedule:
 
     @property
     def is_streamed(self) -> bool:
-        """Whether gradients leave during backward."""
+        """Whether gradients leave for the reducer during backward."""
         return self.departure is Departure.IN_BACKWARD
 
     def stream(self) -> None:
-        """From now on, gradients leave during backward."""
+        """Let gradients leave during backward, from now on."""
         self.departure = Departure.IN_BACKWARD
 
     def mark_averaged(self) -> None:
-        """Ranks have averaged this step's gradients where they are."""
+        """Note that ranks have averaged this step's gradients in `param.grad`."""
         self.departure = Departure.AVERAGED
 
     def end_step(self) -> None:
-        """The step took its gradients, or they are forgotten: the next ones are this rank's own again."""
+        """Note that this step's gradients were taken or forgotten: the next ones are this rank's own again."""
         if self.departure is Departure.AVERAGED:
             self.departure = Departure.AT_STEP
 
     @property
     def new_grad(self) -> NewGrad:
-        """What becomes of a gradient that backward makes now."""
+        """The place of a gradient that backward makes now."""
         if self.departure is not Departure.IN_BACKWARD or self._holding:
             return NewGrad.WAITS
         return NewGrad.ACCUMULATES if self._accumulating else NewGrad.LEAVES
@@ -88,7 +89,7 @@ class GradSchedule:
         """While open, more micro-batches of the same step follow.
 
         Args:
-            reduce: reduces the gradients of a micro-batch; called at the end where each is reduced by itself.
+            reduce: reduces the gradients of a micro-batch; called on exit if gradients are streamed without no_sync.
         """
         if self._no_sync:
             with self._accumulating.raised():

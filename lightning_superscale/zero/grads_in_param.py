@@ -1,8 +1,8 @@
-"""Gradients that stay in `param.grad` until the step, on several ranks: what users see there, and may do to it.
+"""Averages, hands over and guards gradients that stay in `param.grad` until the step, on several ranks.
 
-Under automatic optimization they are averaged over ranks right after backward, as under DDP, when something of
-the user's may look at them. Under manual optimization any number of backward calls may follow, on any rank, so
-they are this rank's share until the step; reading them is fine, changing them in place is refused.
+Under automatic optimization these gradients are averaged over ranks right after backward, as under DDP, when user
+code may look at them. Under manual optimization any number of backward calls may follow, on any rank, so the
+gradients are this rank's share until the step; user code may read them, and changing them in place is refused.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class _Noted(NamedTuple):
     """A gradient as autograd last wrote it.
 
     Attributes:
-        identity: of the tensor.
-        version: how often it had been written then.
-        is_scaled: whether all that was added up in it came of scaled losses.
+        identity: `id` of the gradient tensor.
+        version: the tensor's version after that write.
+        is_scaled: whether every gradient that was added up in it came of a scaled loss.
     """
 
     identity: int
@@ -39,7 +39,13 @@ class _Noted(NamedTuple):
 
 
 class GradsInParam:
-    """One transport's handling of gradients in `param.grad` on several ranks."""
+    """One transport's handling of gradients in `param.grad` on several ranks.
+
+    Args:
+        ranks: collectives with the other ranks, and the agreement with them.
+        label: names the optimizer in errors.
+        dtypes: of gradients on their way to other ranks.
+    """
 
     def __init__(self, ranks: Communicator, label: str, dtypes: GradientDtypes = AS_WEIGHTS) -> None:
         self._ranks = ranks
@@ -52,7 +58,10 @@ class GradsInParam:
         self._is_scaling: IsScaling | None = None
 
     def average(self, units: Sequence[BucketUnit]) -> None:
-        """Overwrite `param.grad` with the average over ranks; parameters without one anywhere keep None."""
+        """Overwrite `param.grad` with the average over ranks. Every rank calls it.
+
+        A rank without a gradient counts as zeros; parameters that no rank has a gradient of keep None.
+        """
         agreement, flag_of = self._ranks.agreement, self._ranks.flag_of
         vector = agreement.new_flags()
         flags = agreement.flags_of(vector)
@@ -95,11 +104,16 @@ class GradsInParam:
     # Edits
 
     def watch(self, params: Iterable[nn.Parameter], is_scaling: IsScaling | None = None) -> None:
+        """From now on, note how autograd wrote the gradients of these parameters, for `check`.
+
+        Args:
+            is_scaling: whether a backward that runs now is one of a scaled loss; None where losses are not scaled.
+        """
         self._is_scaling, self._is_watching = is_scaling, True
         self.follow(params)
 
     def follow(self, params: Iterable[nn.Parameter]) -> None:
-        """Watch these too, where others are; gradients that they have already pass for what they should be."""
+        """Watch more parameters, if `watch` was called; gradients that they have already count as unedited."""
         for param in params if self._is_watching else ():
             if param not in self._hooks:
                 self._hooks[param] = param.register_post_accumulate_grad_hook(self._note)  # type: ignore[no-untyped-call]
@@ -116,12 +130,12 @@ class GradsInParam:
         self._noted[param] = _Noted(id(grad), version_of(grad), is_scaled)
 
     def check(self, param: nn.Parameter, fqn: str) -> None:
-        """Refuse a gradient that nobody scaled, where losses are scaled, and on several ranks one that was changed.
+        """Refuse a gradient of an unscaled loss, where losses are scaled, and on several ranks one that was edited.
 
-        Changed in place, that is, since autograd wrote it; one that was zeroed is fine.
+        A gradient is edited if its version changed since autograd wrote it; one that was zeroed is accepted.
 
         Raises:
-            SuperScaleError: names the parameter and what to do instead.
+            SuperScaleError: the gradient is refused; names the parameter and what to do instead.
         """
         grad, noted = param.grad, self._noted.get(param)
         if grad is None:
@@ -141,7 +155,7 @@ class GradsInParam:
 
 
 def edited_in_place(fqn: str, world_size: int) -> SuperScaleError:
-    """The refusal of a gradient that somebody changed before ranks averaged it."""
+    """The refusal of a gradient that user code changed before ranks averaged it."""
     return SuperScaleError(
         f"the gradient of {fqn!r} was changed in place between backward and step. On {world_size} ranks it is only "
         "this rank's share, and the average is taken at the step. Clip with self.clip_gradients(optimizer, ...), and "
@@ -150,7 +164,7 @@ def edited_in_place(fqn: str, world_size: int) -> SuperScaleError:
 
 
 def unscaled(fqn: str) -> SuperScaleError:
-    """The refusal of a gradient that the step would unscale, though no loss of it was scaled."""
+    """The refusal of a gradient that the step would unscale, though a loss that it came of was not scaled."""
     return SuperScaleError(
         f"the gradient of {fqn!r} was not made by self.manual_backward(), which scales losses for fp16; the step would "
         "divide it by the scale. Call self.manual_backward(loss), or self.manual_backward(tensor, gradient=grad) with "

@@ -1,4 +1,4 @@
-"""What a ZeRO stage keeps of weights and gradients on each rank; see [Note: One memory model] in layout/memory.py."""
+"""States the bytes of weights and gradients of a ZeRO stage; see [Note: One memory model] in layout/memory.py."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ from lightning_superscale.ops.state_dtypes import bytes_of
 def trained_memory(
     weights: torch.dtype, gradients: torch.dtype, *, has_whole_weights: bool, reduces_once: bool, flows: bool
 ) -> MemoryModel:
-    """Weights and gradients of trained parameters.
-
-    Gradients are as they are held between micro-batches.
+    """The bytes of weights and gradients of trained parameters, gradients as they are between micro-batches.
 
     Args:
+        weights, gradients: dtypes of both.
         has_whole_weights: each rank keeps all weights between steps; stage 3 divides those that FSDP2 gathers.
         reduces_once: `ZeroConfig.reduces_once`: gradients are whole until the step.
-        flows: weights are in host memory, where the offload engine states them.
+        flows: weights are in host memory, and the offload engine's model states their bytes.
     """
     on_device = [bytes_of("weights", weights, "device", axis=None if has_whole_weights else "shard")]
     axis: Axis | None = None if reduces_once else "shard"
@@ -26,7 +25,7 @@ def trained_memory(
 
 
 def frozen_memory(weights: torch.dtype, *, flows: bool) -> MemoryModel:
-    """Weights of parameters that are not trained, which each rank has."""
+    """The bytes of the weights of parameters that are not trained, all of which each rank has."""
     if flows:
         return MemoryModel((bytes_of("frozen (host copy)", weights, "host", axis=None),))
     return MemoryModel((bytes_of("frozen weights", weights, "device", axis=None),))

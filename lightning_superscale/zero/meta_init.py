@@ -1,4 +1,4 @@
-"""Initial weights of a model on the meta device, built on the training device one group after the other."""
+"""Builds the initial weights of a model on the meta device, on the training device one group after the other."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def places_of(root: nn.Module) -> dict[nn.Parameter, list[tuple[nn.Module, str]]
 
 
 def check_materialisable(root: nn.Module) -> None:
-    """Refuse modules on the meta device that can't initialise themselves, before anything is changed.
+    """Refuse modules on the meta device that can't initialise themselves. Changes nothing.
 
     Raises:
-        SuperScaleError: names them.
+        SuperScaleError: a module lacks an initialiser, or a meta buffer is a DTensor; names it and the remedy.
     """
     fqn_of = {module: fqn for fqn, module in root.named_modules()}
     initialisers = _initialisers(root)
@@ -53,7 +53,7 @@ def _is_meta(module: nn.Module) -> bool:
 
 
 def _initialisers(root: nn.Module) -> dict[nn.Module, Callable[[], object]]:
-    """By module, what initialises its own parameters: its method, or the Hugging Face model's around it."""
+    """The initialiser of each module's own parameters: its method, or that of the Hugging Face model around it."""
     found: dict[nn.Module, Callable[[], object]] = {}
 
     def visit(module: nn.Module, init_weights: Callable[[nn.Module], object] | None) -> None:
@@ -76,7 +76,7 @@ def _bound(init_weights: Callable[[nn.Module], object], module: nn.Module) -> Ca
 
 
 def is_on_meta(root: nn.Module | None) -> bool:
-    """Whether any parameter or buffer is on the meta device."""
+    """Whether any parameter or buffer of `root` is on the meta device; False for None."""
     return root is not None and any(tensor.is_meta for tensor in (*root.parameters(), *root.buffers()))
 
 
@@ -84,7 +84,7 @@ def materialise_all(root: nn.Module, device: torch.device) -> None:
     """Give a model that is on the meta device, in part or whole, its initial weights on `device`.
 
     Raises:
-        SuperScaleError: modules that can't initialise themselves, before anything is changed.
+        SuperScaleError: a module can't initialise itself; nothing is changed then.
     """
     if is_on_meta(root):
         check_materialisable(root)
@@ -93,11 +93,11 @@ def materialise_all(root: nn.Module, device: torch.device) -> None:
 
 
 def cut_again(made: Mapping[nn.Parameter, nn.Parameter], places: Places) -> dict[nn.Parameter, nn.Parameter]:
-    """Give every rank its part of the whole parameters that took the place of ones cut over the tensor axis.
+    """Cut whole parameters that took the place of DTensors over the tensor axis again, on each rank to its part.
 
     Args:
-        made: what `materialise` returned.
-        places: of all parameters of the root, before that.
+        made: the new parameter of each meta parameter, from `materialise`.
+        places: `places_of` the root, taken before `materialise`.
 
     Returns:
         the new parameter of each meta parameter.
@@ -117,12 +117,12 @@ def materialise(
 ) -> dict[nn.Parameter, nn.Parameter]:
     """Give the meta parameters and buffers of these modules memory and initial values, whole.
 
-    Also what a tensor-parallel plan has cut is whole and plain, so that its values are those of one device;
-    `cut_again` gives every rank its part.
+    Parameters that a tensor-parallel plan has cut become whole and plain too, so that their values are those of one
+    device; `cut_again` gives every rank its part.
 
     Args:
-        root: the whole model, for what Hugging Face models initialise from above.
-        places: of all parameters of the root.
+        root: the whole model: Hugging Face models initialise their submodules.
+        places: `places_of` the root.
 
     Returns:
         the new parameter of each meta parameter.

@@ -1,8 +1,8 @@
 """Cuts whole parameters into the rows of all ranks, and puts them together again, with few kernels.
 
 [Note: Blocks of ranks] Rows are dealt in equal chunks, so the ranks whose chunk is full are one strided block of the
-buffer, and at most one rank has a shorter chunk after them. A parameter is therefore copied, scaled and cast by one or
-two kernels, however many ranks there are, and read and written once. A copy of all parameters in one launch
+buffer, and at most one rank has a shorter chunk after them. One or two kernels therefore copy, scale and cast a
+parameter, however many ranks there are, and read and write it once. A copy of all parameters in one launch
 (`torch._foreach_copy_`, `torch._chunk_cat`) would read and write the whole buffer a second time for the scale.
 """
 
@@ -22,8 +22,8 @@ class _Chunks(NamedTuple):
 
     Attributes:
         numel: elements of a full chunk.
-        num_full: ranks that have one; they come first.
-        rest: elements of the next rank's chunk; 0 where there are none left.
+        num_full: number of ranks that have a full chunk; they come first.
+        rest: elements of the next rank's shorter chunk; 0 where no rows are left.
     """
 
     numel: int
@@ -51,11 +51,19 @@ class RankedRows:
             self._widths += [numel, end - piece.offset - numel]
 
     def columns(self, packed: Tensor) -> Sequence[Tensor]:
-        """Each parameter's part of the buffer, [shard_world_size, numel of a full chunk]: views."""
+        """Views of each parameter's columns of the buffer, [shard_world_size, numel of a full chunk] each."""
         return packed.split_with_sizes(self._widths, dim=1)[::2]
 
     def blocks(self, column: Tensor, flat: Tensor, i: int) -> list[tuple[Tensor, Tensor]]:
-        """Pairs of equal shape: parameter i's rows in its column, and in `flat` (whole, 1D); one pair or two."""
+        """Pairs of views of equal shape: parameter i's rows in its columns of the buffer, and the same rows in `flat`.
+
+        Args:
+            column: the parameter's columns, from `columns`.
+            flat: the whole parameter, 1D.
+
+        Returns:
+            at most two pairs: full chunks, and the shorter one; none for an empty parameter.
+        """
         numel, num_full, rest = self._chunks[i]
         if not rest:
             full = column if num_full == column.shape[0] else column[:num_full]
@@ -65,13 +73,13 @@ class RankedRows:
         return [(column[:num_full], flat[:cut].view(num_full, numel)), tail] if num_full else [tail]
 
     def pack(self, packed: Tensor, grads: Mapping[int, Tensor], scale: float) -> Tensor:
-        """Write gradients as the reduction reads them, times `scale`, and return the buffer.
+        """Write gradients times `scale` into the buffer that a reduce-scatter reads, and return it.
 
-        Rows of parameters without a gradient become zero; gaps and the places of rows that do not exist hold anything.
+        Rows of parameters without a gradient become zero; gaps and places of rows that do not exist hold any values.
 
         Args:
             packed: [shard_world_size, shard_numel], of the dtype in which gradients travel.
-            grads: by index of the parameter, 1D and whole.
+            grads: whole gradients by index of the parameter, 1D.
         """
         for i, column in enumerate(self.columns(packed)):
             grad = grads.get(i)

@@ -1,11 +1,12 @@
 """Reduces gradients over ranks, unit by unit, during backward and at the step.
 
-[Note: Order of reductions] Ranks may run different branches and different numbers of backward calls, so what is
-complete when differs between them. What they issue may not. Units are launched strictly in one agreed order, as
-far as this rank's backward completed them; at the step ranks agree on which parameters have a gradient anywhere,
-launch the rest with zeros for what is missing here, and then one more round for whatever came after its unit's
-launch. The agreed facts of one step choose the next step's order: units that had late gradients, such as a block
-under reentrant checkpointing, wait for the step; parameters without a gradient anywhere are not waited for.
+[Note: Order of reductions] Ranks may run different branches and different numbers of backward calls, so units are
+complete at different times on different ranks. Collectives have to be issued in one order all the same. Units are
+launched strictly in one agreed order, as far as this rank's backward completed them; at the step ranks agree on which
+parameters have a gradient anywhere, launch the remaining units with zeros for gradients that this rank lacks, and then
+reduce in one more round the gradients that came after their unit's launch. The agreed facts of one step choose the
+next step's order: units that had late gradients, such as a block under reentrant checkpointing, wait for the step;
+parameters without a gradient anywhere are not waited for.
 """
 
 from __future__ import annotations
@@ -28,44 +29,52 @@ class ReducedUnit(ShardUnit, Protocol):
     """The members of a unit of any kind that the reducer uses."""
 
     def packed(self, grads: Mapping[int, Tensor], scale: float, dtype: torch.dtype) -> Tensor:
-        """Whole 1D gradients by index, times `scale`, as [shard_world_size, shard_numel]; zeros where one lacks."""
+        """Gradients times `scale` in the buffer that a reduce-scatter reads, [shard_world_size, shard_numel].
+
+        Args:
+            grads: whole gradients by index of the parameter, 1D; those that lack count as zeros.
+            dtype: of the buffer.
+        """
 
 
 class Reducer(Protocol):
     """Takes one optimizer's gradients as backward makes them, and gives a sink this rank's rows of their averages.
 
     Attributes:
-        units: what it reduces, by index. Several transports may share one reducer; their units are one sequence.
+        units: the units that it reduces, by index. Transports that share one reducer have one sequence of units.
     """
 
     @property
     def units(self) -> Sequence[ReducedUnit]: ...
 
     def add_unit(self, unit: ReducedUnit) -> None:
-        """Know one more unit, whose index is the number of those known."""
+        """Add a unit, whose index is the number of units before it."""
 
     def forget_units(self) -> None:
-        """Between two steps: start anew. Every rank calls it."""
+        """Forget all units and gradients, and start anew. Every rank calls it between two steps."""
 
     def put(self, unit: ReducedUnit, i: int, grad: Tensor) -> None:
-        """Take one parameter's gradient, 1D and whole, which nobody else changes. Issues nothing."""
+        """Take one parameter's whole gradient, 1D, which no other code changes afterwards. Issues no collective."""
 
     def launch_complete(self) -> None:
-        """After `put` in backward: let go of the units that are complete, and deliver what has arrived."""
+        """Launch the units that are complete, and give the sink the averages that have arrived.
+
+        Called after each `put` of a backward.
+        """
 
     def finish(self, error: BaseException | None, order: str = "", *, sink: DeltaSink | None = None) -> set[int]:
         """Reduce everything that any rank has put. Every rank calls it once per step.
 
         Args:
-            error: what this rank has to say instead.
-            order: what must be equal on all ranks besides, e.g. the order in which modules were gathered.
-            sink: takes what this call delivers; None for the reducer's own.
+            error: the reason why this rank can't go on; None where it can.
+            order: a text that must be equal on all ranks, e.g. a digest of the order in which modules were gathered.
+            sink: receives the averages that this call delivers; None for the reducer's own sink.
 
         Returns:
             indices of units of which any rank had a gradient.
 
         Raises:
-            SuperScaleError: on every rank, when any passed an error or ranks went apart.
+            SuperScaleError: on every rank, when any passed an error or ranks are at different steps or orders.
         """
 
     def discard(self) -> None:
@@ -77,9 +86,10 @@ class _Flight:
     """One unit's reduction under way.
 
     Attributes:
-        over_shard: the reduce-scatter; None once its result went on over the replicas.
-        result: this rank's reduced rows [shard_numel], once they are there.
-        slices: what is delivered as soon as the result is there.
+        slices: indices of the slices to deliver as soon as the result is there.
+        over_shard: the reduce-scatter over the shard axis; None once its result went into the all-reduce.
+        over_replicas: the all-reduce over the replicate axis; None before it, and once its result is there.
+        result: this rank's reduced rows, [shard_numel], once they are there.
     """
 
     unit: ReducedUnit
@@ -91,7 +101,13 @@ class _Flight:
 
 @dataclass(slots=True)
 class _UnitGrads:
-    """The gradients that one unit got on this rank in this step, by index of the parameter."""
+    """The gradients that one unit got on this rank in this step, by index of the parameter.
+
+    Attributes:
+        waiting: gradients that the unit's launch will reduce.
+        late: gradients that came after the launch.
+        present: indices of all parameters that got one.
+    """
 
     waiting: dict[int, Tensor] = field(default_factory=dict)
     late: dict[int, Tensor] = field(default_factory=dict)
@@ -105,7 +121,7 @@ class GradientReducer:
     Args:
         label: names the optimizer in errors.
         sink: receives this rank's rows of the averages.
-        dtypes: of gradients on their way.
+        dtypes: of gradients on their way to other ranks.
     """
 
     def __init__(self, ranks: Communicator, label: str, sink: DeltaSink, dtypes: GradientDtypes = AS_WEIGHTS) -> None:
@@ -141,7 +157,7 @@ class GradientReducer:
         into[i] = into[i] + grad if i in into else grad
 
     def launch_complete(self) -> None:
-        """Launch the units that are next in order and complete, and deliver what has arrived."""
+        """Launch the units that are next in order and complete, and give the sink the averages that have arrived."""
         while self._num_launched < len(self._order):
             unit = self._order[self._num_launched]
             grads = self._grads.get(unit.index)
@@ -159,7 +175,7 @@ class GradientReducer:
         self._flights.append(_Flight(unit, slices, self._ranks.shard.reduce_scatter(packed)))
 
     def _advance(self, sink: DeltaSink, *, block: bool) -> None:
-        """Move flights on, strictly in order, because each stage of each issues a collective."""
+        """Advance reductions under way, strictly in order, because each stage of each issues a collective."""
         for flight in self._flights:
             if flight.over_shard is not None:
                 if not (block or flight.over_shard.is_complete()):
@@ -241,11 +257,11 @@ def _deliver(flight: _Flight, slices: Sequence[int], sink: DeltaSink) -> None:
 
 
 class LocalReducer:
-    """The only rank's: collects each unit's gradients and gives them to the sink. Satisfies `Reducer`.
+    """The reducer of a single rank: collects each unit's gradients and gives them to the sink. Satisfies `Reducer`.
 
-    A unit leaves in backward once it has what the last step's backward gave it, so that an unused parameter doesn't
-    hold it back. What comes after that leaves by itself: a second backward of the step, a block that a reentrant
-    checkpoint uses again, a parameter that nobody expected.
+    A unit's gradients leave in backward once all are there that the last step's backward made, so that an unused
+    parameter doesn't hold them back. A gradient that comes after that leaves by itself: in a second backward of the
+    step, of a block that a reentrant checkpoint uses again, or of a parameter that the last step did not use.
 
     Args:
         sink: receives the gradients as they are.
@@ -304,7 +320,8 @@ class LocalReducer:
                 self._send(unit, sink)
             if unit.index in left:
                 sink(GradientDelta(unit, left[unit.index]))
-        # What was put only now came from backward calls of which no gradient leaves: the next step's will not either.
+        # The next step's backward is expected to make the gradients that were put before the last launch_complete().
+        # Gradients that were put since then came from backward calls in which none leaves.
         self._expected, self._sent = self._sent, {}
         return self._expected.keys() | left.keys()
 
@@ -328,13 +345,18 @@ def reducer_for(ranks: Communicator, label: str, sink: DeltaSink, dtypes: Gradie
 def average_unsharded(
     ranks: Communicator, grads: Mapping[int, Tensor], pieces: Sequence[ParamSlice], numel: int, dtype: torch.dtype
 ) -> Tensor:
-    """Average unsharded gradients over all data-parallel ranks, [numel], laid out like `pieces`.
+    """Average unsharded gradients over all data-parallel ranks. Every rank calls it.
 
-    A rank that has none of a parameter counts as zeros.
+    A rank without a gradient of a parameter counts as zeros.
 
     Args:
-        grads: by index into `pieces`, 1D, at least one.
-        dtype: in which they travel.
+        grads: whole gradients by index into `pieces`, 1D, at least one.
+        pieces: the place of each whole parameter in the result.
+        numel: length of the result.
+        dtype: dtype in which gradients travel.
+
+    Returns:
+        the averages, 1D [numel] of `dtype`, laid out like `pieces`.
     """
     first = next(iter(grads.values()))
     flat = torch.zeros(numel, dtype=dtype, device=first.device)

@@ -1,4 +1,4 @@
-"""Keeps what every rank holds whole equal on all: initial weights, and buffers that forward changes."""
+"""Keeps tensors that every rank has whole equal on all ranks: initial weights, and buffers that forward changes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from lightning_superscale.torch_private import version_of
 def broadcast_from_first(mesh: DataMesh, tensors: Iterable[Tensor]) -> None:
     """Overwrite every tensor with rank 0's, in place. Every rank calls it with tensors of the same shapes.
 
-    Parts of one that is cut over the tensor axis become those of the first data-parallel rank.
+    Of a tensor that is cut over the tensor axis, each rank gets the part that the first data-parallel rank of its
+    tensor rank has.
     """
     if mesh.is_single:
         return
@@ -35,7 +36,7 @@ def broadcast_from_first(mesh: DataMesh, tensors: Iterable[Tensor]) -> None:
         _broadcast_coalesced(axis, small)
 
 
-# Smaller tensors travel together: a collective each would cost more than copying them.
+# Tensors below this many elements travel together: a collective for each would cost more than copying them.
 _COALESCE_BELOW_NUMEL = 2**18
 
 
@@ -49,7 +50,7 @@ def _broadcast_coalesced(axis: AxisCollectives, tensors: Sequence[Tensor]) -> No
 
 
 class BufferSync:
-    """Makes every rank's buffers rank 0's before each forward, as DDP does, and only those that changed anywhere."""
+    """Overwrites buffers with rank 0's before each forward, as DDP does, but only those that changed on any rank."""
 
     def __init__(self, ranks: Communicator, module: nn.Module) -> None:
         self._ranks = ranks
@@ -58,10 +59,11 @@ class BufferSync:
         self._seen: dict[str, tuple[int, int]] = {}
 
     def sync(self) -> None:
-        """Every rank calls it, at the same forward.
+        """Overwrite the buffers that changed on any rank with rank 0's. Every rank calls it at the same forward.
 
         Raises:
-            SuperScaleError: on every rank, when another does something else.
+            SuperScaleError: the module has more buffers than flags were set up for; or, on every rank, a rank is at
+                another collective.
         """
         if self._ranks.mesh.is_single:
             return

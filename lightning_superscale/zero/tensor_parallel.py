@@ -1,6 +1,7 @@
-"""What tensor parallelism asks of a module, checked.
+"""Checks that a module's tensor-parallel placements can be trained.
 
-Gradients are checked at each step: [Note: What the plan left whole] in optim/verdict.py.
+Gradients of parameters that a plan left whole are checked at the step: [Note: What the plan left whole] in
+optim/verdict.py.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from lightning_superscale.errors import SuperScaleError
 
 
 def check_placements(root: nn.Module, mesh: DataMesh) -> None:
-    """Refuse parameters that are placed over ranks other than by a plan over the mesh's tensor axis.
+    """Refuse DTensor parameters that no plan over the mesh's tensor axis placed, and a tensor axis without a plan.
 
     Raises:
-        SuperScaleError: names the parameter and what to do, or says that there is a tensor axis and no plan.
+        SuperScaleError: names the parameter and the remedy, or says that no parameter is parallelized.
     """
     placed = {fqn: param for fqn, param in root.named_parameters() if isinstance(param, DTensor)}
     expected = None if mesh.device_mesh is None else mesh.device_mesh[TENSOR_AXIS]
@@ -49,10 +50,14 @@ def check_placements(root: nn.Module, mesh: DataMesh) -> None:
 
 
 def check_all_sharded(root: nn.Module, taken: Collection[nn.Parameter], left_out: dict[nn.Parameter, str]) -> None:
-    """Refuse placed parameters that no group of FSDP2 takes: they can't be whole in a bucket.
+    """Refuse DTensor parameters that no FSDP2 group takes: they can't be whole in a bucket.
+
+    Args:
+        taken: parameters of FSDP2 groups.
+        left_out: parameters that FSDP2 can't take, and why.
 
     Raises:
-        SuperScaleError: names the parameter, why, and what to do.
+        SuperScaleError: names the parameter, the reason and the remedy.
     """
     for fqn, param in root.named_parameters():
         if isinstance(param, DTensor) and (param in left_out or param not in taken):

@@ -1,11 +1,12 @@
-"""Gathers of new weights that are stepped on the host: each starts when this rank's forward needs it, or before.
+"""All-gathers new weights that the host steps: each gather starts when this rank's forward needs it, or before.
 
 [Note: Late gathers] A gather needs this rank's new rows, and the host may still step them while the next forward
-runs. So publishing only queues; the first gate that waits for a unit issues the queue up to that unit, and those
+runs. So publishing only queues; the first gate that waits for a unit issues the queue up to that unit, and the units
 after it whose rows have arrived. Ranks therefore start the same gathers in the same order but at different places
-among their other collectives, which is why they have a group of their own. A rank whose forward skips a module must
-not keep the others waiting for its rows: it issues all that is left before its backward asks anything of other ranks.
-Weights that stream are gathered only when their block is used or about to be: all at once would fill the device.
+among their other collectives, which is why gathers have a process group of their own. A rank whose forward skips a
+module must not keep the others waiting for its rows: it issues the rest of the queue before its backward issues any
+other collective. Weights that stream are gathered only when their block is used or about to be: all at once would fill
+the device.
 """
 
 from __future__ import annotations
@@ -31,13 +32,15 @@ class _Queued(NamedTuple):
 
 
 class _Issued(NamedTuple):
+    """A gather under way of one unit's stepped weights."""
+
     pending: Event[Tensor]
     unit: BucketUnit
     stepped: Sequence[int]
 
 
 class LateGather:
-    """New weights of a unit whose gather waits in a queue of `LateGathers`. Satisfies `NewWeights`."""
+    """New weights of a unit whose gather waits in the queue of a `LateGathers`. Satisfies `NewWeights`."""
 
     def __init__(self, gathers: LateGathers, unit: BucketUnit) -> None:
         self._gathers = gathers
@@ -47,7 +50,7 @@ class LateGather:
         self._gathers.begin(self._unit)
 
     def are_on_host(self) -> bool:
-        return False  # ranks meet on the device
+        return False  # rows of other ranks arrive on the device
 
     def wait(self) -> None:
         self._gathers.wait(self._unit)
@@ -57,7 +60,7 @@ class LateGather:
 
 
 class LateGathers:
-    """The gathers of one transport's units whose rows come from the host, in published order."""
+    """The gathers of one transport's units whose rows come from the host, in the order in which units are published."""
 
     def __init__(self, collectives: AxisCollectives) -> None:
         self._collectives = collectives
@@ -65,12 +68,17 @@ class LateGathers:
         self._issued: dict[int, _Issued] = {}
 
     def add(self, unit: BucketUnit, event: PublishEvent, stepped: Sequence[int]) -> LateGather:
-        """Queue a unit. Every rank calls it for the same units in the same order."""
+        """Queue the gather of a unit. Every rank calls it for the same units in the same order.
+
+        Args:
+            event: the upload of this rank's new rows into the unit's inbox.
+            stepped: indices of the stepped weights.
+        """
         self._queue.append(_Queued(unit, event, stepped))
         return LateGather(self, unit)
 
     def wait(self, unit: BucketUnit) -> None:
-        """Return when whatever runs next sees this unit's new weights."""
+        """Return when work that is queued from now on sees this unit's new weights."""
         if self._is_queued(unit):
             while unit.index not in self._issued:
                 self._issue_next()
@@ -90,7 +98,7 @@ class LateGathers:
         return any(queued.unit is unit for queued in self._queue)
 
     def issue_all(self) -> None:
-        """Let no other rank wait for this one's rows any longer."""
+        """Issue all gathers of the queue, so that no other rank waits for this rank's rows any longer."""
         while self._queue:
             self._issue_next()
 
@@ -100,5 +108,6 @@ class LateGathers:
         self._issued[unit.index] = _Issued(self._collectives.all_gather(unit.gathered()), unit, stepped)
 
     def clear(self) -> None:
+        """Forget all gathers, after a rank failed."""
         self._queue.clear()
         self._issued.clear()

@@ -27,23 +27,23 @@ class BucketTransport:
     """Carries the gradients of one optimizer's parameters to a sink, and new weights back.
 
     Gradients either stay in `param.grad`, as in plain PyTorch, until `collect()`; or they are *streamed*: each leaves
-    `param.grad` as soon as its unit is complete in the last backward of a step.
+    `param.grad` as soon as the last backward of a step has made it, and its unit is reduced once complete.
 
     Args:
         named_params: trainable parameters without duplicates, in registration order.
-        grouping: which parameters share a unit.
+        grouping: decides which parameters share a unit.
         sink: receives every delta.
-        ranks: the other ranks.
+        ranks: collectives with the other ranks, and the agreement with them.
         label: names the optimizer in errors.
         no_sync: micro-batches before the last of a step accumulate in `param.grad`, so that ranks talk once
             per step; False reduces each, so that no rank keeps unsharded gradients between them.
         dtypes: of gradients on their way to other ranks.
         streams_to: the device of parameters whose weights stream (`Grouping.block_of`).
-        reducer: what another transport of the same optimizer shares with this one; None for one of its own.
-        schedule: the same.
+        reducer: the reducer that another transport of the same optimizer shares with this one; None to make one.
+        schedule: the schedule that such a transport shares; None to make one.
 
     Attributes:
-        units: the buckets, by their own order; their indices leave out those of units that share the reducer.
+        units: the buckets, in the order of their indices, which skip those of the other transport's units.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class BucketTransport:
         self._reducer.forget_units()
 
     def place_of(self, param: nn.Parameter) -> tuple[BucketUnit, int] | None:
-        """The unit of a parameter and its index there, or None when no unit holds it."""
+        """The unit of a parameter and the parameter's index there, or None when no unit holds it."""
         return self._place.get(param)
 
     # Gradients
@@ -126,7 +126,10 @@ class BucketTransport:
             self._hook(param)
 
     def watch_edits(self, is_scaling: IsScaling | None = None) -> None:
-        """Refuse, at the step, gradients that somebody changed in place: they are only this rank's share."""
+        """Refuse, at the step, gradients that user code changed in place: they are only this rank's share.
+
+        On one rank only gradients of losses that were not scaled are refused, if `is_scaling` is given.
+        """
         if not self.is_local or is_scaling is not None:
             self._in_param.watch(self._place, is_scaling)
 
@@ -137,8 +140,8 @@ class BucketTransport:
     def blocked(self) -> AbstractContextManager[None]:
         """While open, more micro-batches of the step follow.
 
-        With no_sync, gradients accumulate in `param.grad`; without, and streamed, they are reduced before
-        this returns, so that every rank calls it.
+        With no_sync, gradients accumulate in `param.grad`; without, and streamed, they are reduced on exit, so that
+        every rank has to enter and leave.
         """
         return self._schedule.blocked(self._reduce)
 
@@ -164,7 +167,7 @@ class BucketTransport:
         return grad.detach().reshape(-1)
 
     def average_grads(self) -> None:
-        """Make gradients in `param.grad` what every rank would see under DDP: averages.
+        """Make gradients in `param.grad` averages over ranks, as DDP does, unless they are streamed.
 
         Every rank calls it after backward.
         """
@@ -174,9 +177,10 @@ class BucketTransport:
             self._schedule.mark_averaged()
 
     def collect(self) -> None:
-        """Send what the step still lacks: gradients in `param.grad`, and units of which only a part arrived.
+        """Send the sink the gradients that it still lacks: those in `param.grad`, and those of incomplete units.
 
-        Those that are not streamed stay visible in `param.grad` until the user's `zero_grad()`, as in plain PyTorch.
+        Gradients that are not streamed stay in `param.grad` until the user's `zero_grad()`, as in plain PyTorch. Every
+        rank calls it.
         """
         if self._schedule.departure is Departure.AVERAGED:
             self._schedule.end_step()
@@ -193,14 +197,14 @@ class BucketTransport:
         try:
             self.put_left()
         except SuperScaleError as found:
-            error = found  # the other ranks are on their way into the agreement
+            error = found  # the agreement raises it on all ranks: the others are on their way into it
         self._reducer.finish(error)
 
     def put_left(self) -> None:
         """Give the reducer the gradients that are still in `param.grad`.
 
         Raises:
-            SuperScaleError: one that can't be used; names the parameter.
+            SuperScaleError: a gradient can't be used; names the parameter.
         """
         self._late_gathers.issue_all()
         for unit in self.units:
@@ -221,14 +225,17 @@ class BucketTransport:
         return slices
 
     def discard(self) -> None:
-        """Forget gradients of an interrupted step."""
+        """Forget the gradients of an interrupted step."""
         self._reducer.discard()
         self._schedule.end_step()
 
     # Weights
 
     def publish(self, unit: ShardUnit, event: PublishEvent | None, stepped: Sequence[int]) -> None:
-        """Give the unit's store the way of its new weights, and send this rank's to the ranks that lack them."""
+        """Start or queue the gather of the stepped weights, and hand the unit's store what it has to wait for.
+
+        Every rank calls it for the same units in the same order.
+        """
         bucket = self._of_index[unit.index]
         bucket.mark_stepped(stepped)
         if bucket.is_whole:
@@ -245,7 +252,7 @@ class BucketTransport:
             bucket.store.receive(Incoming(pending, partial(bucket.unpack_gathered, stepped)))
 
     def wait_published(self, units: Iterable[ShardUnit]) -> None:
-        """Return when whatever runs next sees the new weights of these units."""
+        """Return when work that is queued from now on sees the new weights of these units."""
         for unit in units:
             self._of_index[unit.index].store.wait_new()
 
@@ -253,7 +260,7 @@ class BucketTransport:
         self.wait_published(self.units)
 
     def abandon(self) -> None:
-        """Stop waiting for other ranks: one of them failed, and what is under way may never arrive."""
+        """Stop waiting for other ranks, since one of them failed and weights under way may never arrive."""
         self.discard()
         for unit in self.units:
             unit.store.abandon()

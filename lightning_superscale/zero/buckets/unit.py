@@ -18,20 +18,19 @@ from lightning_superscale.zero.packing import RankedRows
 class BucketUnit:
     """Parameters of one dtype and device, and the flat buffer that their weights view.
 
-    Two layouts describe a unit. `full` places whole parameters and is the same on every rank: module
-    parameters view it. `shard` places this rank's rows. On one rank they are equal, so nothing is
-    copied between them. On several, gradients are packed into [shard_world_size, shard_numel] before
-    they are reduced, and new weights are unpacked from such a buffer after they were gathered; it
-    exists only in between.
+    Two layouts describe a unit. `full` places whole parameters in `weights` and is the same on every rank. `shard`
+    places this rank's rows. On one rank the layouts are equal, so nothing is copied between them. On several, gradients
+    are packed into [shard_world_size, shard_numel] before they are reduced, and new weights are unpacked from a buffer
+    of this shape after they were gathered; the buffer exists only in between.
 
     A unit whose weights stream to the device is given `streams_to`: its parameters keep the memory they have, the
-    buffer is empty, and whoever fills it lets parameters view it for that long.
+    storage of `weights` is empty, and the store that fills it lets parameters view it while it is filled.
 
     Attributes:
-        weights: [full.shard_numel], the parameters' dtype, on their device or on `streams_to`.
-        views: each parameter's whole weight in it.
+        weights: flat buffer [full.shard_numel], of the parameters' dtype, on their device or on `streams_to`.
+        views: each parameter's whole weight, as a view of `weights`.
         is_streamed: whether it was given `streams_to`.
-        store: where the weights are between their uses.
+        store: keeps the weights between their uses.
     """
 
     def __init__(
@@ -74,7 +73,7 @@ class BucketUnit:
             param.data = view
 
     def keep_in(self, store: WeightStore) -> None:
-        """Know who fills the buffer of a streamed unit."""
+        """Set the store, which fills the buffer of a streamed unit."""
         self.store = store
 
     @property
@@ -94,24 +93,25 @@ class BucketUnit:
         return self.weights[start : start + self.shard.slices[i].numel]
 
     def mark_stepped(self, stepped: Iterable[int]) -> None:
-        """Count a version more of weights that a step changed ([Note: Graphs of old weights] in optim/transport)."""
+        """Raise the version of weights that a step changed ([Note: Graphs of old weights] in optim/transport.py)."""
         for i in stepped:
             increment_version(self.params[i])
             self._num_steps[i] += 1
 
     def edits_of(self, i: int) -> int:
-        """A number that grows when anybody but a step changes a weight in place."""
+        """A number that grows when anything but a step changes weight i in place."""
         return version_of(self.params[i]) - self._num_steps[i]
 
     # Gradients out
 
     def packed(self, grads: Mapping[int, Tensor], scale: float, dtype: torch.dtype) -> Tensor:
-        """Gradients as the reduction reads them, [shard_world_size, shard_numel] in `dtype`, times `scale`.
+        """Gradients times `scale` in the buffer that a reduce-scatter reads, [shard_world_size, shard_numel].
 
-        Rows of parameters without a gradient here are zero; alignment gaps hold anything.
+        Rows of parameters without a gradient here are zero; alignment gaps hold any values.
 
         Args:
-            grads: by index of the parameter, 1D and whole.
+            grads: whole gradients by index of the parameter, 1D.
+            dtype: of the buffer.
         """
         packed = self._memory.empty(self._shard_world_size, self.shard.shard_numel, dtype=dtype, device=self.device)
         return self._ranked.pack(packed, grads, scale)
@@ -141,7 +141,7 @@ class BucketUnit:
         return self._gathered
 
     def unpack_gathered(self, stepped: Sequence[int]) -> None:
-        """Copy the stepped weights' rows of all ranks to where forward reads them; frees the buffer."""
+        """Copy the stepped weights' rows of all ranks from the gathered buffer into `weights`; frees that buffer."""
         packed = self.gathered()
         is_whole = len(stepped) == len(self.params)
         columns = self._ranked.columns(packed)
@@ -152,7 +152,7 @@ class BucketUnit:
         self._gathered = None
 
     def rows_of_ranks(self) -> list[list[Tensor]]:
-        """Every rank's rows of every weight, by rank: views of what forward reads."""
+        """Every rank's rows of every weight, by rank and parameter: 1D views of `weights`."""
         if not self._rows_of_ranks:
             for rank in range(self._shard_world_size):
                 spans = []
@@ -164,6 +164,6 @@ class BucketUnit:
         return self._rows_of_ranks
 
     def release(self) -> None:
-        """Give every parameter a storage of its own again."""
+        """Copy every parameter's weight into a storage of its own."""
         for param in self.params:
             param.data = param.detach().clone()

@@ -1,1 +1,1 @@
-"""Transport of ZeRO-3: FSDP2 gathers weights, gradients leave as in stage 2."""
+"""Transport of ZeRO-3: FSDP2 gathers weights, and gradients are reduced as in stage 2."""

@@ -1,10 +1,10 @@
-"""Unsharded gradients that wait for the step, of parameters whose `param.grad` can only hold rows.
+"""Accumulates unsharded gradients until the step, for parameters whose `param.grad` can only hold rows.
 
-Under manual optimization a user may throw gradients away with `zero_grad()`, between any two backward calls. That is
-seen by what lies in `param.grad` meanwhile: a row-sharded mark, full of a number so large that nobody takes it for a
-gradient. Whoever changes the mark in place meant to change a gradient, which is refused at the step. It is told by
-its content, since torch's foreach operations don't count a DTensor's versions; clipping by value, clipping by norm
-and scaling all change a large finite number, and to none of them it becomes zero.
+Under manual optimization a user may throw gradients away with `zero_grad()`, between any two backward calls. To see
+that, `param.grad` holds a row-sharded mark meanwhile, full of a number so large that no user code takes it for a
+gradient. User code that changes the mark in place meant to change a gradient, which is refused at the step. The
+change is seen by the mark's content, since torch's foreach operations don't count a DTensor's versions; clipping by
+value, clipping by norm and scaling all change a large finite number, and none of them makes it zero.
 """
 
 from __future__ import annotations
@@ -26,7 +26,12 @@ _MARK = 1e12
 
 
 class UnshardedGrads:
-    """Unsharded gradients by sharded parameter, accumulated as autograd would in `param.grad`."""
+    """Unsharded gradients by sharded parameter, accumulated as autograd would in `param.grad`.
+
+    Attributes:
+        is_watching: whether `watch` was called.
+        has_seen_any: whether any gradient was added since the last `clear`, even if it was zeroed afterwards.
+    """
 
     def __init__(self) -> None:
         self._grads: dict[nn.Parameter, Tensor] = {}
@@ -38,15 +43,15 @@ class UnshardedGrads:
         self.has_seen_any = False
 
     def watch(self, is_scaling: IsScaling | None) -> None:
-        """Refuse, at the step, what somebody put into `param.grad`; and losses that were not scaled.
+        """Let `check` refuse gradients that user code put into `param.grad`, and gradients of unscaled losses.
 
         Args:
-            is_scaling: whether a loss is scaled now; None where none ever is.
+            is_scaling: whether a backward that runs now is one of a scaled loss; None where losses are not scaled.
         """
         self.is_watching, self._is_scaling = True, is_scaling
 
     def add(self, param: nn.Parameter, grad: Tensor) -> None:
-        """Add to the gradient of a parameter, unless that was zeroed since."""
+        """Add `grad`, unsharded, to the gradient of a parameter, or begin a new one if that was zeroed."""
         is_scaled = self._is_scaling is None or self._is_scaling()
         self.has_seen_any = True
         is_more = param in self._grads and self._is_marked(param)
@@ -64,6 +69,7 @@ class UnshardedGrads:
         self._marks[param] = (mark, version_of(mark))
 
     def has(self, param: nn.Parameter) -> bool:
+        """Whether a gradient of the parameter was added in this step, also one that was zeroed since."""
         return param in self._grads
 
     def _is_marked(self, param: nn.Parameter) -> bool:
@@ -74,7 +80,7 @@ class UnshardedGrads:
         return rows.numel() == 0 or bool(rows[0])
 
     def _note_edit(self, param: nn.Parameter) -> None:
-        """Remember a mark that was changed in place, but for one that was zeroed."""
+        """Remember a parameter whose mark was changed in place, unless it was zeroed."""
         mark, _ = self._marks.get(param, (None, 0))
         if mark is not None and param.grad is mark:
             rows = local_rows_of(mark)
@@ -82,13 +88,14 @@ class UnshardedGrads:
                 self._edited = param
 
     def check(self, filled: Iterable[nn.Parameter], fqn_of: Callable[[nn.Parameter], str], world_size: int) -> None:
-        """Refuse what can't become a gradient.
+        """Refuse gradients that user code changed or made by hand.
 
         Args:
-            filled: parameters whose `param.grad` only backward may fill; looked at where edits are watched.
+            filled: parameters whose `param.grad` only backward may fill; checked if `watch` was called.
 
         Raises:
-            SuperScaleError: a gradient that somebody meant to change in place, or one that somebody put there.
+            SuperScaleError: a mark was changed in place, a gradient came of an unscaled loss where losses are scaled,
+                or `param.grad` holds a gradient that no backward made; names the parameter.
         """
         for param in self._grads:
             self._note_edit(param)
@@ -103,7 +110,7 @@ class UnshardedGrads:
                 raise _put_by_hand(fqn_of(param))
 
     def take_all(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """Give every gradient that was not zeroed since, and forget all."""
+        """Yield every gradient that was not zeroed, with its parameter; then forget all."""
         for param, grad in list(self._grads.items()):
             if self._is_marked(param):
                 param.grad = None
@@ -111,6 +118,7 @@ class UnshardedGrads:
         self.clear()
 
     def clear(self) -> None:
+        """Forget all gradients, and remove their marks from `param.grad`."""
         for param in self._grads:
             if self._is_marked(param):
                 param.grad = None
@@ -122,7 +130,7 @@ class UnshardedGrads:
 
 
 def _put_by_hand(fqn: str) -> SuperScaleError:
-    """The refusal of rows that somebody put into `param.grad`: they are no rank's gradient."""
+    """The refusal of rows that user code put into `param.grad`: they are no rank's gradient."""
     return SuperScaleError(
         f"the gradient of {fqn!r} was put into param.grad by hand. With ZeRO-3 parameters are shards between forward "
         "and step, and gradients are made by backward alone. Multiply the loss, or use ZeRO-2."
@@ -130,7 +138,7 @@ def _put_by_hand(fqn: str) -> SuperScaleError:
 
 
 def lost_gradients(group: str) -> SuperScaleError:
-    """The refusal of a step after a forward that no backward followed."""
+    """The refusal of a step without gradients, although the group named `group` ran forward since the last step."""
     return SuperScaleError(
         f"step() found no gradient of this optimizer's sharded parameters anywhere, though {group!r} ran forward since "
         "the last one. With ZeRO-3 parameters are shards between forward and step, and in no graph: "
@@ -141,7 +149,7 @@ def lost_gradients(group: str) -> SuperScaleError:
 
 
 def show_rows(param: nn.Parameter, rows: Tensor, piece: ParamSlice) -> None:
-    """Put this rank's rows of an averaged gradient into `param.grad`, or add them to what is there."""
+    """Put this rank's rows of an averaged gradient, 1D, into `param.grad`, or add them to a gradient there."""
     if param.grad is not None:
         local_rows_of(param.grad).view(-1).add_(rows)
         return

@@ -1,4 +1,4 @@
-"""How FSDP2's groups gather weights: through our own collectives, on a group of their own, in one checked order."""
+"""Gathers the weights of FSDP2's groups by this package's collectives, on their own process group, in checked order."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ _LONGEST_PAUSE_S = 1e-3
 
 
 class GroupGather:
-    """One FSDP2 group's all-gather: what `FSDPModule.set_custom_all_gather` takes.
+    """The all-gather of one FSDP2 group, for `FSDPModule.set_custom_all_gather`.
 
     Args:
-        name: of the group's module, for errors.
-        joined: raises an error through the step's agreement, where the other rank waits.
+        collectives: of the axis on which weights are gathered.
+        order: checks that every rank gathers the same group next.
+        name: name of the group's module, for errors.
+        joined: raises an error through the step's agreement, in which the other rank waits.
     """
 
     def __init__(
@@ -35,12 +37,19 @@ class GroupGather:
         self._is_polled = group is not None and "gloo" in dist.get_backend(group)
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A new buffer for FSDP2 to gather from or into."""
         return torch.empty(*size, dtype=dtype, device=device)
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> None:
-        """Gather; on return, whatever runs next on the current stream sees the result."""
+        """Gather `input_tensor` of every rank into `output_tensor`, whatever `async_op` says. Every rank calls it.
+
+        Work that is queued on the current stream after the return sees the result.
+
+        Raises:
+            OrderDeparted: another rank gathers another group, or is at the step.
+        """
         try:
             self._order.enter(self._name)
             self._gather(output_tensor, input_tensor)

@@ -1,8 +1,8 @@
-"""What autograd does with gathered weights beyond one plain backward: graphs of graphs, and hooks of the user's.
+"""Supports uses of gathered weights by autograd beyond one plain backward: graphs of graphs, and users' hooks.
 
 [Note: Second order] A backward with `create_graph=True` saves the gathered weights once more, for a backward through
-itself that no hook on a module's output announces; freed memory would be read there. So groups that such a backward
-reaches stay gathered until their weights change; those of frozen groups, until training ends. Only memory is lost.
+itself that no hook on a module's output announces; that would read freed memory. So groups that such a backward
+reaches stay gathered until their weights change; frozen groups, until training ends. Only memory is lost.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ _Hooks = Mapping[int, Callable[[Tensor], Tensor | None]]
 
 
 class GroupGraphs:
-    """The groups that are in graphs of this step, and in which way; by index of the group.
+    """Tracks the groups that are in graphs of this step, by index, and keeps those gathered that second order reads.
 
     Args:
-        reshards_after_forward: what groups do where nothing keeps them gathered.
+        reshards_after_forward: whether groups reshard after forward where nothing keeps them gathered.
     """
 
     def __init__(self, *, reshards_after_forward: bool) -> None:
@@ -34,7 +34,7 @@ class GroupGraphs:
         self._used: set[int] = set()
 
     def watch(self, index: int, module: nn.Module) -> RemovableHandle:
-        """Follow a group's forwards and their backward. To be called after FSDP2 put its own hooks there."""
+        """Follow a group's forwards and their backward. Call it after FSDP2 registered its own hooks on the module."""
         fsdp = cast(FSDPModule, module)
 
         def reached(_grad: Tensor) -> None:
@@ -53,7 +53,7 @@ class GroupGraphs:
         return module.register_forward_hook(cast(Any, torch.compiler.disable(after)))  # type: ignore[no-untyped-call]
 
     def allow_reshard(self, index: int, module: nn.Module) -> None:
-        """The group's weights change: no graph needs the old ones."""
+        """Let a group reshard as usual again: its weights change, so no graph may use the old ones."""
         if index in self._kept:
             self._kept.discard(index)
             fsdp = cast(FSDPModule, module)
@@ -61,14 +61,14 @@ class GroupGraphs:
             fsdp.set_reshard_after_forward(self._reshards_after_forward, recurse=False)
 
     def take_used(self, groups: set[int]) -> set[int]:
-        """Those of these groups whose forward was recorded for a backward since the last call."""
+        """The groups among `groups` whose forward was recorded for a backward since the last call for them."""
         used = self._used & groups
         self._used -= used
         return used
 
 
 class UsersHooks:
-    """Hooks that users registered on parameters, run where their unsharded gradients are.
+    """Runs the hooks that users registered on parameters on the gradients of the unsharded parameters.
 
     Args:
         original_of: the parameter that a sharded one replaced; hooks of both count.
@@ -79,22 +79,29 @@ class UsersHooks:
         self._followed: dict[nn.Parameter, nn.Parameter] = {}
 
     def hooks_of(self, param: nn.Parameter) -> list[_Hooks]:
-        """Those of `register_hook`, oldest first."""
+        """The hooks that `register_hook` put on a sharded parameter and its original, the original's first."""
         owners = (self._original_of.get(param), param)
         return [hooks for owner in owners if owner is not None and (hooks := backward_hooks_of(owner))]
 
     def hand_back(self, plain: Mapping[nn.Parameter, nn.Parameter]) -> None:
-        """Give hooks of sharded parameters to the plain ones that take their place; handles don't remove those."""
+        """Register hooks of sharded parameters on the plain ones that take their place; old handles don't remove them.
+
+        Args:
+            plain: by sharded parameter, the plain one.
+        """
         for param, own in plain.items():
             for hooks in self.hooks_of(param):
                 for hook in hooks.values():
                     own.register_hook(hook)  # type: ignore[no-untyped-call]
 
     def follow(self, param: nn.Parameter, unsharded: nn.Parameter, fqn: str) -> RemovableHandle | None:
-        """Let hooks of a sharded parameter see the gradient of the gathered one, before anybody takes it.
+        """Let hooks of a sharded parameter see the gradient of the gathered one, before a transport takes it.
+
+        Returns:
+            the handle of a new hook on `unsharded`; None if it has one already, or none is needed.
 
         Raises:
-            SuperScaleError: a hook that would look into `param.grad`, where a sharded parameter has no gradient.
+            SuperScaleError: a post-accumulate hook would read `param.grad`, where a sharded parameter has no gradient.
         """
         for owner in (self._original_of.get(param), param):
             if owner is not None and has_post_accumulate_hooks(owner):

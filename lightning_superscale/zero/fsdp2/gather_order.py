@@ -1,13 +1,13 @@
-"""Ranks gather weights in one order, or learn that they don't before anything is mixed up.
+"""Checks that ranks gather weights in one order, and raises on all ranks before a gather mixes weights up.
 
 [Note: Order of gathers] A gather joins whatever every rank calls next, so ranks that gather different modules of
 equal size hand each other the wrong weights, silently (measured: a forward that returned 3232 for 64). Each rank
 therefore follows a chain of the gathers since its last step. A gather that every rank was seen to do at this point
 of the chain, and the only one ever done there, is issued at once. Any other is first announced in a store, and waits
-until every rank has announced the same. A rank that goes its known way while another announces a new one waits in its
-gather; after a moment it looks into the store, finds what the other announced, and both raise.
+until every rank has announced the same. A rank that issues a known gather while another announces a new one waits in
+its gather; after a moment it looks into the store, finds the other's announcement, and both raise.
 
-The agreement of the optimizer step (comm/agreement.py) compares the whole chain besides, so that a step after
+The agreement of the optimizer step (comm/agreement.py) also compares the whole chain, so that a step after
 gathers in different orders is never applied.
 """
 
@@ -31,10 +31,11 @@ _NUM_KNOWN = 100_000
 
 
 class OrderDeparted(SuperScaleError):
-    """Ranks went to different gathers. Raised on every rank that is not already gone.
+    """The error of ranks that went to different gathers. Every rank that still runs raises it.
 
     Attributes:
-        is_joined: the other rank waits in the step's agreement: raise through that, so that it hears of it.
+        is_joined: whether the other rank waits in the step's agreement, through which this one has to raise the error
+            so that the other raises it too.
     """
 
     def __init__(self, message: str, *, is_joined: bool) -> None:
@@ -46,9 +47,9 @@ class GatherOrder:
     """One rank's chain of gathers.
 
     Args:
-        store: reachable from all ranks of the shard axis, used by nobody else; None compares at the step only.
-        patience_s: how long to wait for ranks that have not come this far yet.
-        watch: tells of ranks that failed, and is told when this one departs.
+        store: a store of all ranks of the shard axis, for this object alone; None compares at the step only.
+        patience_s: seconds to wait for ranks that have not come this far yet.
+        watch: reports ranks that failed, and is told when ranks went apart; None for no watch.
     """
 
     def __init__(
@@ -73,9 +74,9 @@ class GatherOrder:
         self._first_top: str | None = None
 
     def begin_pass(self, top: str, *, is_inference: bool) -> None:
-        """Note that an outermost module is entered.
+        """Note that an outermost module, named `top`, is entered.
 
-        Batches of a validation are alike, and there may be thousands between two steps: each begins the chain anew.
+        There may be thousands of validation batches between two steps, all alike: each begins the chain anew.
         """
         if self._first_top is None:
             self._first_top = top
@@ -86,7 +87,8 @@ class GatherOrder:
         """Note that this rank is about to gather `name`. Every rank calls it before each gather.
 
         Raises:
-            OrderDeparted: another rank is about to gather something else.
+            OrderDeparted: another rank is about to gather another module, or is at the step, or did not come in time.
+            RankFailure: another rank failed.
         """
         is_known = self._known.get(self._chain) == {name}
         self._count += 1
@@ -126,7 +128,11 @@ class GatherOrder:
             yield
 
     def raise_if_failed(self) -> None:
-        """Raises: RankFailure: another rank failed."""
+        """Raise the failure of another rank, if there is one.
+
+        Raises:
+            RankFailure: another rank failed.
+        """
         if self._watch is not None:
             self._watch.raise_if_failed()
 
@@ -147,10 +153,10 @@ class GatherOrder:
             raise self._error(name, self._store.get(f"{self._key}/departed").decode())
 
     def look(self, name: str) -> None:
-        """Ask, while the gather of `name` waits, whether some rank announced another one at this point.
+        """Look, while the gather of `name` waits, whether a rank announced another gather at this point.
 
         Raises:
-            OrderDeparted: one did.
+            OrderDeparted: a rank announced another gather.
         """
         self._looked.add(self._count)
         self._compare(name)
@@ -169,11 +175,11 @@ class GatherOrder:
         self._advance(STEP)
 
     def digest(self) -> str:
-        """The chain since the last step, for the agreement."""
+        """A text of the number of gathers so far and the chain since the last step, for the agreement to compare."""
         return f"{self._count} gathers, chain {self._chain:08x}"
 
     def step_agreed(self) -> None:
-        """Every rank is at the step: begin a new chain, and forget what was announced."""
+        """Begin a new chain and forget announcements, after the agreement of the step has found every rank there."""
         self._chain = 0
         self._first_top = None
         if self._store is not None:
@@ -206,12 +212,13 @@ def _at(name: str) -> str:
 
 
 class Patience:
-    """When a gather that waits should look whether it waits in vain: twice a second."""
+    """Says when a gather that waits should look whether it waits in vain: twice a second."""
 
     def __init__(self) -> None:
         self._next = time.monotonic() + _LOOK_AFTER_S
 
     def should_look(self) -> bool:
+        """Whether half a second has passed since this last returned True, or since the wait began."""
         if time.monotonic() < self._next:
             return False
         self._next = time.monotonic() + _LOOK_AFTER_S

@@ -1,4 +1,4 @@
-"""Which parameters share a unit in stage 3: those of one FSDP2 group; what FSDP2 can't take goes into buckets."""
+"""Groups the parameters of stage 3 into units: by FSDP2 group, while parameters that FSDP2 can't take get buckets."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from lightning_superscale.zero.fsdp2.module import ShardedModule
 
 
 class _GroupKey(NamedTuple):
-    """Parameters that make one unit.
+    """The properties that all parameters of one unit share.
 
     Attributes:
-        is_cut: ranks of the tensor axis hold different parts of them, so that their norms add up.
+        group: index of the FSDP2 group.
+        is_on_device: whether their states stay on the device.
+        is_cut: whether ranks of the tensor axis hold different parts of them, so that their norms add up.
     """
 
     group: int
@@ -28,7 +30,7 @@ class _GroupKey(NamedTuple):
 def split_by_kind(
     sharded: ShardedModule, named_params: Sequence[NamedParam]
 ) -> tuple[list[NamedParam], list[NamedParam]]:
-    """Parameters that FSDP2 shards, and those that it can't take; each in the given order."""
+    """Split parameters into those that FSDP2 shards and those that it can't take, each in the given order."""
     own = [named for named in named_params if sharded.holds(named[1])]
     return own, [named for named in named_params if not sharded.holds(named[1])]
 
@@ -36,9 +38,9 @@ def split_by_kind(
 def fsdp2_units_of(
     sharded: ShardedModule, named_params: Sequence[NamedParam], grouping: Grouping
 ) -> list[list[NamedParam]]:
-    """Members of every unit of sharded parameters: inner groups from last to first, as their gradients come.
+    """Members of every unit of sharded parameters, in the order of their gradients: inner groups from last to first.
 
-    A top group's own parameters frame the inner ones, so their gradients are complete last.
+    Parameters of a group with inner groups are used before and after these, so their gradients are complete last.
     """
     by_group: dict[_GroupKey, list[NamedParam]] = {}
     for fqn, param in reversed(named_params):

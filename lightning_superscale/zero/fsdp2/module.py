@@ -1,4 +1,4 @@
-"""One module sharded with FSDP2: its groups, who takes their gradients, and the way back to plain parameters."""
+"""One module sharded with FSDP2: its groups, the transports of their gradients, and the return to plain parameters."""
 
 from __future__ import annotations
 
@@ -29,16 +29,20 @@ class GradientTaker(Protocol):
     """The transport that carries the gradients of some of the module's parameters."""
 
     def take_grad(self, param: nn.Parameter, unsharded: nn.Parameter) -> None:
-        """Backward accumulated a gradient into `unsharded`, the gathered parameter of `param`."""
+        """Take the gradient that backward accumulated into `unsharded`, the gathered parameter of `param`."""
 
     def wait_uploads(self, group: int) -> bool:
-        """Bring new weights of a group to where its gather reads them; whether there were any."""
+        """Bring new weights of a group to where its gather reads them; returns whether there were any."""
 
     def join_agreement(self, error: OrderDeparted) -> None:
-        """Raise an error on all ranks, in the agreement of the step at which others wait."""
+        """Raise an error on all ranks, through the agreement of the step in which other ranks wait."""
 
     def released(self, plain: Mapping[nn.Parameter, nn.Parameter]) -> None:
-        """The module's sharded parameters became these plain ones."""
+        """Note that the module's sharded parameters were replaced by plain ones.
+
+        Args:
+            plain: by sharded parameter, the plain one.
+        """
 
 
 @dataclass(slots=True)
@@ -46,12 +50,12 @@ class ShardedGroup:
     """Parameters that FSDP2 gathers and reshards together.
 
     Attributes:
-        is_top: no other group is around it.
-        has_inner: other groups are inside it.
+        is_top: whether no other group is around it.
+        has_inner: whether other groups are inside it.
         params: sharded parameters (DTensors), by name from the root.
-        places: where each is registered.
-        unsharded: by sharded parameter, the one that forward sees while the group is gathered: plain, or cut over the
-            tensor axis alone.
+        places: modules and names at which each sharded parameter is registered.
+        unsharded: by sharded parameter, the gathered one that forward reads: plain, or cut over the tensor axis
+            alone.
     """
 
     index: int
@@ -74,13 +78,18 @@ class ShardedModule:
     FSDP2 gathers, prefetches and frees; it never reduces. [Note: Gradients of gathered parameters] Autograd
     accumulates into the unsharded parameter that forward saw, which is one object for the whole run. A hook there takes
     the gradient away before FSDP2 looks for it, so that gradients are linear deltas in the order, dtype and
-    agreement of every other transport, whatever is used twice, late, on some ranks or not at all. FSDP2's own
-    reduction assumes that all ranks have gradients for the same parameters and that a group's backward runs once
+    agreement of every other transport, also for modules that are used twice, late, on some ranks or not at all. FSDP2's
+    own reduction assumes that all ranks have gradients for the same parameters and that a group's backward runs once
     per forward; reentrant checkpoints and partial backward calls break that.
 
     Args:
+        groups: by index, innermost first.
         replaced: by the parameter that the caller knew, the one that took its place in the module.
         left_out: parameters that stay whole on every rank, and why.
+        before: attributes that modules had before sharding, for `release_modules`.
+        optimizers: optimizers whose parameters follow when the module becomes plain.
+        order: checks the order of gathers over ranks.
+        reshards_after_forward: whether inner groups are freed between forward and backward.
     """
 
     def __init__(
@@ -120,18 +129,19 @@ class ShardedModule:
     # Transports
 
     def attach(self, transport: GradientTaker) -> None:
+        """Add a transport of some of the module's parameters."""
         self._transports.append(transport)
         self._attached.append(transport)
 
     def detach(self, transport: GradientTaker) -> None:
-        """When the last transport leaves, the module becomes plain again. Collective then."""
+        """Remove a transport. Without any left the module becomes plain again, so every rank calls it."""
         if transport in self._transports:
             self._transports.remove(transport)
         if not self._transports:
             self.release()
 
     def give_to(self, taker: GradientTaker, params: Iterable[nn.Parameter]) -> None:
-        """From now on, `taker` gets the gradients of these parameters; earlier ones it finds at `unsharded_param`."""
+        """Give `taker` the gradients of these parameters from now on; it finds earlier ones at `unsharded_param`."""
         for param in params:
             self._takers[param] = taker
             if param in self._strays:
@@ -139,9 +149,11 @@ class ShardedModule:
                 param.grad = None
 
     def group_of(self, param: nn.Parameter) -> ShardedGroup:
+        """The group of a sharded parameter."""
         return self._group_of[param]
 
     def holds(self, param: nn.Parameter) -> bool:
+        """Whether a parameter is a sharded one of this module."""
         return param in self._group_of
 
     def unsharded_param(self, param: nn.Parameter) -> nn.Parameter | None:
@@ -149,6 +161,7 @@ class ShardedModule:
         return self._group_of[param].unsharded.get(param)
 
     def join_agreement(self, error: OrderDeparted) -> None:
+        """Raise an error on all ranks, through the agreement of the first transport's step."""
         if self._transports:
             self._transports[0].join_agreement(error)
 
@@ -160,7 +173,7 @@ class ShardedModule:
                 self.order.begin_pass(group.fqn, is_inference=not torch.is_grad_enabled())
             waited = self._wait_uploads(group.index)
             if torch.is_inference_mode_enabled():
-                # Memory that FSDP2 makes at a first gather in inference mode could never be trained with.
+                # Parameters that FSDP2 makes at a first gather in inference mode could never be trained.
                 with torch.inference_mode(False), torch.no_grad():
                     group.fsdp.unshard()
             elif waited:
@@ -208,7 +221,10 @@ class ShardedModule:
         return take
 
     def _keep_stray(self, param: nn.Parameter, unsharded: nn.Parameter) -> None:
-        """Unfrozen since the start: keep its gradient, and show the engine that there is one."""
+        """Keep the gradient of a parameter that was unfrozen after the start, until `give_to` names its transport.
+
+        Zeros in `param.grad` show the optimizer engine that there is a gradient.
+        """
         grad, unsharded.grad = unsharded.grad, None
         owned = (own for optimizer in self._optimizers for group in optimizer.param_groups for own in group["params"])
         if grad is None or not any(own is param for own in owned):
@@ -220,11 +236,12 @@ class ShardedModule:
     # Unsharded weights
 
     def wait_all_uploads(self) -> None:
+        """Bring new weights of all groups to where gathers read them."""
         for group in self.groups:
             self._wait_uploads(group.index)
 
     def reshard(self, index: int, changed: Iterable[nn.Parameter]) -> None:
-        """Reshard a group, some of whose weights changed, so that the next forward gathers new ones."""
+        """Reshard a group whose weights `changed` are new, so that the next forward gathers them."""
         group = self.groups[index]
         increment_version([group.unsharded[param] for param in changed if param in group.unsharded])
         self.graphs.allow_reshard(index, group.module)
@@ -237,10 +254,10 @@ class ShardedModule:
 
     @contextmanager
     def summon(self, *, writeback: bool = False) -> Iterator[None]:
-        """While open, every rank has the module's parameters as `release` leaves them. Every rank enters and leaves it.
+        """While open, the module's parameters are unsharded on every rank. Every rank enters and leaves it.
 
         Args:
-            writeback: keep changes; each rank's rows of them, so all ranks must make the same.
+            writeback: keep changes: each rank keeps its rows of them, so all ranks must make the same changes.
         """
         self.wait_all_uploads()
         with torch.inference_mode(False), torch.no_grad():
@@ -262,10 +279,11 @@ class ShardedModule:
             write_local(param, rows_of_part(own, param))
 
     def load_state_dict(self, state: Mapping[str, Any], *, strict: bool) -> None:
-        """Take over a state dict of whole tensors, given alike on every rank.
+        """Load a state dict of whole tensors. Every rank calls it with equal ones.
 
         Raises:
-            SuperScaleError: another shape, or with `strict` missing or unexpected names; before anything changes.
+            SuperScaleError: with `strict`, names are missing or unexpected, and nothing is changed; or a weight has
+                another shape, and weights before it are loaded.
         """
         own = {name: value for name, value in self.root.state_dict().items() if isinstance(value, Tensor)}
         missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
@@ -282,10 +300,10 @@ class ShardedModule:
                     write_whole(buffer, state[name])
 
     def load_whole(self, weights: Mapping[str, Tensor]) -> None:
-        """Take over whole weights, by name, given alike on every rank. Engines follow at their next step.
+        """Load whole weights, by name. Every rank calls it with equal ones; engines take them over at their next step.
 
         Raises:
-            SuperScaleError: another shape.
+            SuperScaleError: a weight has another shape; weights before it are loaded.
         """
         self.wait_all_uploads()
         params = {fqn: param for group in self.groups for fqn, param in group.params.items()}
@@ -304,9 +322,9 @@ class ShardedModule:
             write_whole(param, whole)
 
     def local_state_dict(self) -> dict[str, Any]:
-        """The module's state dict as it is cut: what this rank writes into its DTensors, the module has. No rank waits.
+        """The module's state dict of DTensors that share memory with the module's parameters. No rank waits.
 
-        Engines follow changed weights when they are told (`reload_masters`).
+        Writes to the tensors change the module; engines take them over when `reload_masters` is called.
         """
         self.wait_all_uploads()
         for group in self.groups:
@@ -314,7 +332,7 @@ class ShardedModule:
         return dict(self.root.state_dict())
 
     def state_dict(self, ranks: Communicator) -> dict[str, Any]:
-        """The module's state dict with whole tensors, on the host of rank 0; empty on the others. All ranks call it."""
+        """The module's state dict with whole tensors on rank 0's host; empty on other ranks. Every rank calls it."""
         self.wait_all_uploads()
         is_first = ranks.mesh.world.rank == 0
         whole: dict[str, Any] = {}
@@ -328,7 +346,7 @@ class ShardedModule:
         return whole
 
     def recover(self) -> None:
-        """After an exception in forward or backward: forget what FSDP2 had under way. Every rank calls it."""
+        """Let FSDP2 forget a forward or backward that an exception interrupted. Every rank calls it."""
         for group in self.groups:
             reset = getattr(group.fsdp, "reset_iter_state", None)  # from torch 2.13 on
             if group.is_top and reset is not None:
@@ -336,7 +354,7 @@ class ShardedModule:
                     reset()
 
     def abandon(self) -> None:
-        """A rank failed: whole weights can't be gathered any more, so the module stays in shards."""
+        """Leave the module sharded for good after a rank failed: weights can't be gathered any more."""
         self.recover()
         self._is_released = True
         for hook in self._hooks:
@@ -348,9 +366,9 @@ class ShardedModule:
     @torch.inference_mode(False)
     @torch.no_grad()
     def release(self) -> None:
-        """Make the module what it was before, with whole weights on every rank. Every rank calls it; once is enough.
+        """Undo the sharding: plain parameters, whole on every rank. Every rank calls it; later calls do nothing.
 
-        What a plan had cut over the tensor axis stays cut over that.
+        Parameters that a plan cut over the tensor axis stay cut over that.
         """
         if self._is_released:
             return
@@ -361,7 +379,7 @@ class ShardedModule:
         self._hooks.clear()
         plain: dict[nn.Parameter, nn.Parameter] = {}
         for group in self.groups:
-            # Also a group that is gathered now, whose weights may be older than the rows.
+            # Reshard first: a group that is gathered now may have weights older than the rows.
             group.fsdp.reshard()
             group.fsdp.unshard()
             unsharded = {param: _unsharded_at(group, param) for param in group.params.values()}
@@ -388,7 +406,11 @@ def _unsharded_at(group: ShardedGroup, param: nn.Parameter) -> nn.Parameter:
 
 
 def swap_params(optimizer: Optimizer, new_of: Mapping[nn.Parameter, nn.Parameter]) -> None:
-    """Let an optimizer's groups and states hold the parameters that took the place of others, in place."""
+    """Replace parameters in an optimizer's groups and states, in place.
+
+    Args:
+        new_of: by parameter, the one that takes its place.
+    """
     for group in optimizer.param_groups:
         group["params"][:] = [new_of.get(param, param) for param in group["params"]]
     for old, new in new_of.items():

@@ -1,4 +1,4 @@
-"""Shards a module with FSDP2: initialises, cuts and wires its groups, innermost first."""
+"""Shards a module with FSDP2: initialises, shards and hooks its groups, innermost first."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class ShardingPolicy:
 
     Attributes:
         wrap: module classes, class names or module names to make groups of; None: repeated blocks.
-        include_root: the root itself is the outermost group, and is only used by calling it.
+        include_root: make the root itself the outermost group; it may then only be used by calling it.
         reshard_after_forward: free inner groups between forward and backward.
     """
 
@@ -48,14 +48,14 @@ def shard_module(
     order: GatherOrder,
     policy: ShardingPolicy | None = None,
 ) -> ShardedModule:
-    """Shard a module's parameters over the shard axis. Collective: every rank calls it.
+    """Shard a module's parameters over the shard axis. Every rank calls it.
 
     Parameters become other objects: names of parameters have to be looked up again afterwards, while `optimizers`
     follow in place. Real weights become rank 0's on every rank; meta ones are initialised group by group,
     so that no device ever holds the whole model. Parameters that a plan cut over the tensor axis are cut once more.
 
     Raises:
-        SuperScaleError: what can't be sharded, before anything is changed.
+        SuperScaleError: a parameter or a module can't be sharded; nothing is changed then.
     """
     policy = policy or ShardingPolicy()
     check_placements(root, mesh)
@@ -108,7 +108,7 @@ def _shard_group(
     replaced: dict[nn.Parameter, nn.Parameter],
     left_out: dict[nn.Parameter, str],
 ) -> ShardedGroup:
-    """Initialise one group's parameters whole, then cut them."""
+    """Initialise one group's parameters whole, then shard them; adds to `replaced` and `left_out`."""
     own = [m for m in plan.module.modules() if not isinstance(m, FSDPModule)]
     places = places_of(root)
     made = materialise(root, own, places, device)
@@ -141,7 +141,7 @@ def _shard_group(
 def _initialise_rest(
     root: nn.Module, mesh: DataMesh, device: torch.device, replaced: dict[nn.Parameter, nn.Parameter]
 ) -> None:
-    """Parameters of no group, and all buffers."""
+    """Initialise parameters of no group, and bring these and all buffers to the device, equal on every rank."""
     places = places_of(root)
     replaced.update(materialise(root, [m for m in root.modules() if not isinstance(m, FSDPModule)], places, device))
     in_groups = set(replaced.values())
@@ -152,7 +152,11 @@ def _initialise_rest(
 
 
 def _mesh_of_gathers(mesh: DataMesh, device: torch.device) -> DeviceMesh:
-    """The gather axis as FSDP2 wants it: of the mesh that tensor-parallel parameters lie on, where there is one."""
+    """The gather axis as a DeviceMesh for FSDP2: a submesh of the mesh of tensor-parallel parameters, if there is one.
+
+    Raises:
+        SuperScaleError: the axis has one rank.
+    """
     if mesh.device_mesh is not None:
         return mesh.device_mesh[DATA_AXIS]
     if mesh.gather.group is None:
@@ -161,12 +165,13 @@ def _mesh_of_gathers(mesh: DataMesh, device: torch.device) -> DeviceMesh:
 
 
 def _move(tensors: Iterable[Tensor], device: torch.device) -> None:
-    """To the training device, one group at a time, since it need not hold the whole model."""
+    """Move tensors to the training device in place. Callers move one group at a time: not all may fit whole."""
     for tensor in tensors:
         if tensor.device != device:
             tensor.data = tensor.data.to(device)
 
 
 def _make_equal(mesh: DataMesh, tensors: Iterable[Tensor]) -> None:
+    """Overwrite tensors with rank 0's; see `broadcast_from_first`."""
     with torch.no_grad():
         broadcast_from_first(mesh, tensors)

@@ -1,4 +1,4 @@
-"""FSDP2 transport (ZeRO-3): parameters live in row shards; FSDP2 gathers them, this page moves everything else.
+"""FSDP2 transport (ZeRO-3): parameters are sharded by rows; FSDP2 gathers them, this file moves all else.
 
 Parameters that FSDP2 can't take stay whole in buckets. A bucket transport carries those; both transports share one
 reducer and one schedule, so that what ranks reduce has one order, whichever kind of unit it belongs to.
@@ -40,8 +40,10 @@ class Fsdp2Transport:
 
     Args:
         sharded: the module, already sharded; several transports may share it.
-        ranks: made after sharding, from the module's parameters of then.
-        grouping: which parameters share a bucket, of those that FSDP2 can't take, and which stay on the device.
+        sink: receives every delta.
+        ranks: collectives and agreement with the other ranks; made after sharding, of the sharded parameters.
+        grouping: decides which parameters that FSDP2 can't take share a bucket, and which states stay on the device.
+        label: names the optimizer in errors.
         no_sync: micro-batches before the last of a step accumulate unsharded gradients, so that ranks talk once per
             step; False reduces each, so that no rank keeps unsharded gradients between them.
         dtypes: of gradients on their way to other ranks.
@@ -123,22 +125,26 @@ class Fsdp2Transport:
     # Gradients
 
     def stream(self) -> None:
-        """From now on, give gradients to the reducer during backward."""
+        """Give gradients to the reducer during backward, from now on."""
         self._buckets.stream()
 
     def watch_edits(self, is_scaling: IsScaling | None = None) -> None:
-        """Refuse edits of gradients at the step; sharded ones can't be edited before they are averaged."""
+        """Refuse, at the step, gradients that user code edited, or that came of unscaled losses."""
         self._waiting.watch(is_scaling)
         self._buckets.watch_edits(is_scaling)
 
     def blocked(self) -> AbstractContextManager[None]:
-        """While open, more micro-batches follow; without no_sync, and streamed, every rank calls it and reduces."""
+        """While open, more micro-batches of the same step follow.
+
+        Without no_sync, streamed gradients are reduced on exit, so that every rank has to enter and leave.
+        """
         return self._schedule.blocked(self._reduce)
 
     def holding(self) -> AbstractContextManager[None]:
         return self._schedule.holding()
 
     def take_grad(self, param: nn.Parameter, unsharded: nn.Parameter) -> None:
+        """Take the gradient that backward accumulated into `unsharded`, or leave it there for the next micro-batch."""
         match self._schedule.new_grad:
             case NewGrad.LEAVES:
                 self._put(param, self._taken(param, unsharded))
@@ -161,7 +167,7 @@ class Fsdp2Transport:
         self._reducer.put(unit, i, grad.reshape(-1))
 
     def average_grads(self) -> None:
-        """Make gradients what every rank would see under FSDP2: its rows of the averages.
+        """Make `param.grad` this rank's rows of the average over ranks, as FSDP2 does, unless gradients are streamed.
 
         Every rank calls it after backward.
         """
@@ -178,7 +184,14 @@ class Fsdp2Transport:
         self._schedule.mark_averaged()
 
     def collect(self) -> None:
-        """Reduce what the step still lacks; averaged gradients stay visible in `param.grad`, others are gone."""
+        """Send the sink the gradients that it still lacks. Every rank calls it at the step.
+
+        Gradients that were averaged before stay in `param.grad`; others are gone afterwards.
+
+        Raises:
+            SuperScaleError: on all ranks when any refuses its gradients or ranks went apart; or no rank has a gradient,
+                although the parameters' modules ran forward.
+        """
         if self._schedule.departure is Departure.AVERAGED:
             self._schedule.end_step()
             self._hand_over()
@@ -206,11 +219,14 @@ class Fsdp2Transport:
             raise
 
     def _reduce(self) -> set[int]:
-        """Returns: indices of units of which any rank had a gradient."""
+        """Reduce all gradients that are left; returns indices of units of which any rank had a gradient."""
         return self._finish(self._error_of(self._put_sharded, self._buckets.put_left))
 
     def _error_of(self, *puts: Callable[[], None]) -> SuperScaleError | None:
-        """Give the reducer everything that is left, or say why not: the others are on their way into the agreement."""
+        """Call functions that give the reducer gradients; returns the error of the first that raised one, or None.
+
+        The error is returned for the agreement to raise on all ranks: other ranks are on their way into it.
+        """
         try:
             for put in puts:
                 put()
@@ -225,7 +241,7 @@ class Fsdp2Transport:
         """Give the reducer the gradients that wait, and those that lie where autograd left them.
 
         Raises:
-            SuperScaleError: one that can't be used; names the parameter.
+            SuperScaleError: a gradient can't be used; names the parameter.
         """
         self._waiting.check(self._place, self._fqn_of, self._ranks.mesh.world.size)
         for param, grad in self._waiting.take_all():
@@ -240,10 +256,11 @@ class Fsdp2Transport:
         return unit.full.slices[i].fqn
 
     def join_agreement(self, error: OrderDeparted) -> None:
+        """Raise an error on all ranks, through the agreement of the step in which other ranks wait."""
         self._reducer.finish(error)
 
     def discard(self) -> None:
-        """Forget gradients of an interrupted step."""
+        """Forget the gradients of an interrupted step."""
         self._buckets.discard()
         self._waiting.clear()
         for param in filter(self._sharded.holds, self._place):  # none after the module was released
@@ -254,11 +271,14 @@ class Fsdp2Transport:
     # Weights
 
     def publish(self, unit: ShardUnit, event: PublishEvent | None, stepped: Sequence[int]) -> None:
-        """Note that new weights are on their way; gathered old ones are let go of, and buckets are gathered."""
+        """Reshard the unit's group and let its store wait for the new rows, or gather the unit if it is a bucket.
+
+        Every rank calls it for the same units in the same order.
+        """
         own = self._units.get(unit.index)
         if own is None:
             self._buckets.publish(unit, event, stepped)
-            # Few and small, and anything may read them, so nothing is left under way.
+            # Buckets are few and small, and any module may read them, so no gather is left under way.
             self._buckets.wait_published([unit])
             return
         self._sharded.reshard(own.group, [own.params[i] for i in stepped])
@@ -266,12 +286,14 @@ class Fsdp2Transport:
             own.store.receive(Incoming(event, partial(own.take_inbox, stepped)))
 
     def wait_published(self, units: Iterable[ShardUnit]) -> None:
+        """Return when gathers that are queued from now on read the new rows of these units; buckets have theirs."""
         for unit in units:
             own = self._units.get(unit.index)
             if own is not None:
                 own.store.wait_new()
 
     def wait_uploads(self, group: int) -> bool:
+        """Bring new rows of a group's units to where its gather reads them; returns whether there were any."""
         waited = [unit.store.wait_new() for unit in self._units.values() if unit.group == group]
         return any(waited)
 
@@ -279,11 +301,11 @@ class Fsdp2Transport:
         self.wait_published(self.units)
 
     def released(self, plain: Mapping[nn.Parameter, nn.Parameter]) -> None:
-        """Know the parameters by what they became: sharded states outlive the training that made them."""
+        """Look parameters up by the plain ones that replaced them: states stay sharded after training ends."""
         self._place = {plain.get(param, param): place for param, place in self._place.items()}
 
     def abandon(self) -> None:
-        """Stop waiting for other ranks: one of them failed, and what is under way may never arrive."""
+        """Stop waiting for other ranks, since one of them failed and weights under way may never arrive."""
         self.discard()
         self._buckets.abandon()
         for unit in self._units.values():
@@ -298,6 +320,6 @@ class Fsdp2Transport:
 
 
 def _show(delta: GradientDelta) -> None:
-    """Put averages into `param.grad`."""
+    """A sink that puts this rank's rows of averaged gradients into `param.grad`."""
     for i, rows in delta.slices:
         show_rows(delta.unit.params[i], rows, delta.unit.shard.slices[i])

@@ -1,4 +1,4 @@
-"""A unit of parameters that FSDP2 shards: this rank's rows of each, and how whole gradients are cut into rows."""
+"""A unit of parameters that FSDP2 shards: this rank's rows of each, and the packing of whole gradients into rows."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from lightning_superscale.zero.packing import RankedRows
 class Fsdp2Unit:
     """Parameters of one group, optimizer, dtype and device.
 
-    DTensor's `Shard(0)` cuts rows as `layout.shard_rows` does (tests/zero/fsdp2/test_contract.py), so this rank's
-    local tensors are the slices of `shard`, each in a memory of its own.
+    DTensor's `Shard(0)` cuts rows as `layout.rows.shard_rows` does (tests/zero/fsdp2/test_contract.py), so this rank's
+    local tensors are the slices of `shard`, each in a storage of its own.
 
     Attributes:
         group: index of the FSDP2 group that gathers these parameters.
-        full: whole parameters, as the tensor axis cuts them; only names and shapes are of use.
+        full: layout of whole parameters, as the tensor axis cuts them; only its names and shapes are used.
         store: waits for new rows.
     """
 
@@ -39,7 +39,7 @@ class Fsdp2Unit:
         self.params = tuple(param for _, param in named_params)
         self.full: UnitLayout = unit_layout(index, specs, 0, 1)
         self.shard: UnitLayout = unit_layout(index, specs, shard_rank, shard_world_size)
-        self.is_whole = False  # even the only shard is not what the module's parameter is
+        self.is_whole = False  # even an only shard is another tensor than the module's unsharded parameter
         self.has_whole_weights = False
         self._shard_world_size = shard_world_size
         self._ranked = RankedRows(self.shard, shard_world_size)
@@ -71,19 +71,20 @@ class Fsdp2Unit:
         return self._inbox
 
     def take_inbox(self, stepped: Sequence[int]) -> None:
-        """Copy the stepped slices from the inbox to where gathers read them; frees the inbox."""
+        """Copy the stepped slices from the inbox into the sharded parameters, which gathers read; frees the inbox."""
         inbox = self.inbox()
         for i in stepped:
             self.local_rows(i).copy_(slice_view(inbox, self.shard.slices[i]))
         self._inbox = None
 
     def packed(self, grads: Mapping[int, Tensor], scale: float, dtype: torch.dtype) -> Tensor:
-        """Gradients as the reduction reads them, [shard_world_size, shard_numel] in `dtype`, times `scale`.
+        """Gradients times `scale` in the buffer that a reduce-scatter reads, [shard_world_size, shard_numel].
 
-        Rows of parameters without a gradient here are zero; alignment gaps hold anything.
+        Rows of parameters without a gradient here are zero; alignment gaps hold any values.
 
         Args:
-            grads: by index of the parameter, 1D and whole.
+            grads: whole gradients by index of the parameter, 1D.
+            dtype: of the buffer.
         """
         packed = torch.empty(self._shard_world_size, self.shard.shard_numel, dtype=dtype, device=self.device)
         return self._ranked.pack(packed, grads, scale)

@@ -1,9 +1,9 @@
-"""Gives modules back as they were before `fully_shard`, which has no way back of its own.
+"""Undoes `fully_shard` on modules, which torch itself offers no function for.
 
-What it leaves behind and where: a subclass, forward and state-dict hooks, two registry entries in the module's
-`__dict__`, two marks for the compiler, and one entry in a table of torch's. Everything that this page takes away is
-named here and tested per torch version (tests/zero/fsdp2/test_contract.py), because without it a second
-`fully_shard` refuses the module, and `load_state_dict` looks for a DTensor in it.
+`fully_shard` leaves on a module: a subclass, forward and state-dict hooks, two registry entries in the module's
+`__dict__`, two marks for the compiler, and one entry in a table of torch's. All that this file removes is
+named here and tested per torch version (tests/zero/fsdp2/test_contract.py): if it stayed, a second `fully_shard`
+would refuse the module, and `load_state_dict` would look for a DTensor in it.
 """
 
 from __future__ import annotations
@@ -28,12 +28,16 @@ _SIDE_TABLES = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", 
 
 
 def attributes_of(modules: Iterable[nn.Module]) -> dict[nn.Module, frozenset[str]]:
-    """The attributes that modules have, to be told later from what `fully_shard` added."""
+    """The names of the attributes that modules have before `fully_shard` adds its own."""
     return {module: frozenset(vars(module)) for module in modules}
 
 
 def release_modules(before: dict[nn.Module, frozenset[str]]) -> None:
-    """Take away what `fully_shard` added to these modules since `attributes_of`."""
+    """Remove everything that `fully_shard` added to modules.
+
+    Args:
+        before: what `attributes_of` returned for them, before `fully_shard`.
+    """
     for module, had in before.items():
         _remove_hooks(module)
         for name in [name for name in vars(module) if name not in had and _is_fsdp_attribute(name)]:

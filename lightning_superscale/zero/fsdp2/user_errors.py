@@ -1,4 +1,4 @@
-"""Says in our words what torch can't know about sharded parameters that user code meets."""
+"""Explains torch's errors where user code used sharded parameters as if they were unsharded."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_superscale.errors import SuperScaleError
 
-# What torch says where user code meets shards that it takes for unsharded parameters.
+# Parts of torch's messages where user code uses shards as if they were unsharded parameters.
 _NOT_IN_GRAPH = "appears to not have been used in the graph"
 _MIXED = "got mixed torch.Tensor and DTensor"
 
@@ -18,10 +18,10 @@ def check_backward_inputs(inputs: Tensor | Iterable[Tensor] | None) -> None:
     """Refuse a backward into sharded parameters, which are in no graph.
 
     Args:
-        inputs: of `Tensor.backward`: the tensors that gradients are made of; None for all.
+        inputs: the argument of `Tensor.backward`: tensors whose gradients are made; None for all leaves.
 
     Raises:
-        SuperScaleError: says what to do instead.
+        SuperScaleError: an input is a DTensor; says what to do instead.
     """
     if isinstance(inputs, Tensor):
         inputs = [inputs]
@@ -33,10 +33,10 @@ def check_backward_inputs(inputs: Tensor | Iterable[Tensor] | None) -> None:
 
 
 def explain(error: RuntimeError) -> None:
-    """Raise an error of torch's again in words that help, where user code met a shard.
+    """Raise an explanation of an error of torch's that comes of user code using a shard; return for other errors.
 
     Raises:
-        SuperScaleError: from `error`, where it is of that kind.
+        SuperScaleError: chained from `error`, whose message is a known one of torch's about shards.
     """
     if _NOT_IN_GRAPH in str(error):
         raise SuperScaleError(

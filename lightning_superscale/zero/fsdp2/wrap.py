@@ -1,9 +1,9 @@
-"""Which modules become the groups that ZeRO-3 gathers and frees together. Pure decisions: nothing is changed here.
+"""Chooses the modules that become groups, which ZeRO-3 gathers and frees together. Changes nothing itself.
 
 [Note: Branches] Ranks gather in one order, so a module that only some ranks' batches run must not be a group
 of its own: it is gathered with the caller that every rank runs. Repeated blocks are run by every batch in all
 usual models; towers, adapters and experts below them are never groups by themselves. Where a list of experts
-is not inside a block, name the groups (`wrap=`); ranks that gather in different orders are told so.
+is not inside a block, name the groups (`wrap=`); ranks that gather in different orders raise an error.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ Wrap = Iterable[type[nn.Module] | str] | None
 
 
 class GroupPlan(NamedTuple):
-    """One group: a module, its parameters that no inner group holds, and what stays outside FSDP2.
+    """The plan of one group: a module, its parameters that no inner group holds, and those that FSDP2 can't take.
 
     Attributes:
-        fqn: of the module, "" for the root.
-        params: names from the root, in registration order; each parameter once.
+        fqn: name of the module, "" for the root.
+        params: parameters by name from the root, in registration order; each once.
         left_out: parameters that FSDP2 can't take, and why; they stay whole on every rank.
     """
 
@@ -40,8 +40,8 @@ class GroupPlan(NamedTuple):
 def wrap_plan(root: nn.Module, wrap: Wrap = None, *, include_root: bool = True) -> list[nn.Module]:
     """The modules to make groups of, innermost first and the root last.
 
-    Automatic: the outermost repeated blocks (two or more children of a list that have one type and equal
-    parameter shapes) and what Hugging Face models name in `_no_split_modules`, on any submodule.
+    Without `wrap` these are the outermost repeated blocks (two or more children of a list that have one type and equal
+    parameter shapes) and the modules that Hugging Face models name in `_no_split_modules`, on any submodule.
 
     Args:
         wrap: module classes, class names or module names to wrap instead.
@@ -62,7 +62,7 @@ def wrap_plan(root: nn.Module, wrap: Wrap = None, *, include_root: bool = True) 
 
 
 def blocks_with_own_params(root: nn.Module, wrap: Wrap = None) -> list[tuple[str, nn.Module, dict[str, nn.Parameter]]]:
-    """The blocks that `wrap_plan` finds, innermost first, each with the parameters that nothing outside it owns.
+    """The blocks that `wrap_plan` finds, innermost first, each with the parameters that no module outside it owns.
 
     Returns:
         (name from the root, module, its parameters by name from the root): each parameter once, with the innermost
@@ -70,7 +70,7 @@ def blocks_with_own_params(root: nn.Module, wrap: Wrap = None) -> list[tuple[str
         Empty parameters and subclasses of `nn.Parameter`, which may keep more than one tensor, belong to none.
 
     Raises:
-        SuperScaleError: as `wrap_plan`.
+        SuperScaleError: a name in `wrap` matches nothing, or names a container that has no forward.
     """
     chosen = _automatic(root) if wrap is None else _named(root, wrap)
     chosen.discard(root)
@@ -129,7 +129,8 @@ def _children_first(module: nn.Module) -> list[nn.Module]:
 def _automatic(root: nn.Module) -> set[nn.Module]:
     named = _hugging_face_blocks(root)
     repeated = _outermost(root, lambda module: _repeated_children(module))
-    # What a model's author names is finer knowledge than repetition, on either side of it.
+    # The names that a model's author gives are more reliable than repetition: repeated modules inside a named one or
+    # around one are no groups.
     inside_named = {m for block in named for m in block.modules()}
     holding_named = {m for m in repeated if any(inner in named for inner in m.modules())}
     return named | (repeated - inside_named - holding_named)
@@ -207,10 +208,9 @@ def _named(root: nn.Module, wrap: Iterable[type[nn.Module] | str]) -> set[nn.Mod
 
 
 def _sharing_with_others(root: nn.Module, chosen: set[nn.Module]) -> set[nn.Module]:
-    """Chosen modules that own a parameter which is also owned outside them: their parents gather it instead.
+    """The chosen modules that own a parameter which a module outside them owns too: they can't be groups.
 
-    A parameter can be in one group only. Where modules outside each other own it, the group of the lowest module
-    around all of them takes it.
+    A parameter can be in one group only. The group of the lowest module around all its owners takes it.
     """
     places: dict[nn.Parameter, list[tuple[nn.Module, ...]]] = {}
 
@@ -255,7 +255,7 @@ def left_out_of(groups: Iterable[GroupPlan]) -> dict[nn.Parameter, str]:
 
 
 def _owning_tops(modules: Sequence[nn.Module]) -> dict[nn.Parameter, set[nn.Module]]:
-    """By parameter, the groups below no other group that hold it."""
+    """By parameter, the outermost groups that hold it."""
     inner = {m for module in modules for m in module.modules() if m is not module}
     owners: dict[nn.Parameter, set[nn.Module]] = {}
     for top in modules:
