@@ -1,8 +1,9 @@
-"""What an offload engine is: it makes the states that live in host memory and the rule that steps them.
+"""The protocol of offload engines, which make the states that live in host memory and the rule that steps them.
 
 [Note: Engines] An engine is a folder beside this file, a class in it that satisfies `OffloadEngine`, and one line in
-`ENGINES` of config/offload.py. Nothing else in the package asks which engine runs; it asks the engine. Optimizers that
-step through their own code take the "cpu" engine's states whatever was chosen, because their code is synchronous.
+`ENGINES` of config/offload.py. The rest of the package does not look at an engine's name; it calls the engine.
+Optimizers that step through their own code get the "cpu" engine's states whatever was chosen, because their code is
+synchronous.
 """
 
 from __future__ import annotations
@@ -39,13 +40,14 @@ class OffloadContext:
     Attributes:
         config: the user's settings.
         link: the device's link.
-        arena: where host buffers come from.
+        arena: allocates host buffers.
         pool: threads of the host's kernels.
         update: the kernel that steps on the host.
         dtypes: of masters and moments.
-        link_dtype: what crosses the link; "weights" where weights flow or any state is not fp32.
+        link_dtype: dtype of gradients and new weights on the link; "weights" where weights flow or any state is not
+            fp32.
         streams: whether gradients leave during backward rather than at the step.
-        timeline: where steps are recorded.
+        timeline: the record of steps.
     """
 
     config: OffloadConfig
@@ -60,7 +62,7 @@ class OffloadContext:
 
     @property
     def is_pinned(self) -> bool:
-        """Whether ends of transfers are page-locked."""
+        """Whether host buffers that a transfer reads or writes are page-locked."""
         return self.config.pin_memory and self.link.needs_pinned_host()
 
 
@@ -70,7 +72,7 @@ class RunFacts:
 
     Attributes:
         dtypes: of masters and moments.
-        world_size: of all ranks.
+        world_size: number of all ranks.
     """
 
     config: OffloadConfig
@@ -95,15 +97,15 @@ class OffloadEngine(Protocol):
     """One way of stepping Adam and AdamW in host memory.
 
     Attributes:
-        weights_arrive: when new weights are on their way back: all "at step", or still during the "next forward",
-            whose modules then wait for theirs.
+        weights_arrive: when the uploads of new weights begin: all "at step", or some during the "next forward", whose
+            modules then wait for their own.
     """
 
     @property
     def weights_arrive(self) -> Literal["at step", "next forward"]: ...
 
     def refuse(self, facts: RunFacts) -> None:
-        """Refuse combinations that can't work. Each rank calls it for itself, and all hear of an error.
+        """Refuse combinations that can't work. Each rank calls it for itself; the caller raises errors on all ranks.
 
         Raises:
             SuperScaleError: names the option and what to do.
@@ -126,10 +128,10 @@ class OffloadEngine(Protocol):
         """Make the rule that steps Adam or AdamW on these states."""
 
     def how_it_steps(self, config: OffloadConfig, *, streams: bool) -> str:
-        """When the host steps and what hides it: a sentence for `explain()`."""
+        """A sentence for `explain()`: when the host steps, and which work of the device hides that."""
 
     def why_no_forecast(self, config: OffloadConfig) -> str | None:
-        """Why its exposed time can't be forecast as that of steps during backward and the next forward; or None."""
+        """The reason why `forecast.exposed_seconds`, of steps during backward and forward, does not hold; or None."""
 
 
 def engine_of(name: str) -> OffloadEngine:

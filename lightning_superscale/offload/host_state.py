@@ -1,7 +1,4 @@
-"""What the states of one unit have in common that live in host memory, whichever engine steps them.
-
-The classes satisfy the optimizer's protocols without importing them.
-"""
+"""Functions that the engines share for states of one unit in host memory: their weights, buffers and bytes."""
 
 from __future__ import annotations
 
@@ -33,10 +30,13 @@ class OffloadableUnit(Protocol):
 
 
 def way_of_weights(flowing: FlowingWeights | None, upload: Callable[[], Sequence[LinkEvent]]) -> PublishEvent:
-    """The event of a unit's new weights: an upload that begins now, none where they stay, or one before a gather.
+    """The event of a unit's new weights.
+
+    It stands for an upload that begins now, if weights are kept on the device; for no work, if whole weights stay on
+    the host; and for an upload that begins with `wait`, if ranks gather them first.
 
     Args:
-        upload: starts their copies.
+        upload: starts the copies of the new weights.
     """
     if flowing is None:
         return AllOf(upload())
@@ -44,7 +44,7 @@ def way_of_weights(flowing: FlowingWeights | None, upload: Callable[[], Sequence
 
 
 def weights_on_host(unit: OffloadableUnit, i: int, flowing: FlowingWeights | None, link: Link) -> Tensor:
-    """The current weights of slice i in host memory, 1D: where they flow from, or a copy."""
+    """The current weights of slice i in host memory, 1D: the rows that they flow from, or a copy. Blocks the host."""
     if flowing is not None:
         return flowing.rows_with_edits(i)
     weights = torch.empty(unit.shard.slices[i].numel, dtype=unit.dtype)
@@ -53,7 +53,7 @@ def weights_on_host(unit: OffloadableUnit, i: int, flowing: FlowingWeights | Non
 
 
 def host_buffers(state: UnitState, num_transfer_buffers: int) -> list[StateBytes]:
-    """The buffers that a state keeps in host memory: masters, moments, and the ends of transfers."""
+    """The buffers that a state keeps in host memory: masters, moments, and buffers of transfers."""
     return [
         *adam_buffers(state, "host"),
         StateBytes("transfer buffers", state.transfer_dtype, num_transfer_buffers, "host"),
@@ -61,5 +61,9 @@ def host_buffers(state: UnitState, num_transfer_buffers: int) -> list[StateBytes
 
 
 def compensation_of(arena: HostArena, numel: int, dtype: torch.dtype, dtypes: StateDtypes) -> Tensor | None:
-    """A unit's compensation of 16-bit masters, if it has one."""
+    """A zeroed buffer [numel] for the compensation of a unit's 16-bit masters; None where they have none.
+
+    Args:
+        dtype: of the unit's weights.
+    """
     return arena.zeros(numel, torch.bfloat16, is_pinned=False) if dtypes.compensates(dtype) else None

@@ -1,11 +1,11 @@
 """States of one unit in host memory, stepped there by the native kernel.
 
-Bytes per host-side parameter with 16-bit weights: fp32 master, exp_avg and exp_avg_sq (12), and one
-16-bit buffer (2) that holds the gradient until the step has read it and the new weight from then on.
-Where masters have the dtype that crosses the link (fp32 weights; bf16 masters; link_dtype="fp32"): masters and moments,
-and a gradient buffer; the master itself is uploaded. Weights that flow have one more buffer (2) on the host, which the
-step writes and forward streams from; where masters have their dtype that is the master. Where ranks share steps, it is
-one of whole weights.
+With 16-bit weights a parameter takes, in bytes, fp32 master, exp_avg and exp_avg_sq (12), and one 16-bit buffer (2)
+that holds the gradient until the step has read it and the new weight from then on. Where masters have the dtype that
+crosses the link (fp32 weights; bf16 masters; link_dtype="fp32"), a parameter takes its master and moments, and a
+gradient buffer; the master itself is uploaded. Weights that flow have one more buffer (2) on the host, which the step
+writes and forward streams from; where masters have the weights' dtype, the master is that buffer. Where ranks share
+steps, the buffer holds whole weights.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from lightning_superscale.optim.unit_state import StateBytes, roundings_of
 
 
 class HostState:
-    """Master and moments of one unit on the host; gradients come and weights go over the link.
+    """Master and moments of one unit on the host; gradients come and weights go over the link. Satisfies `UnitState`.
 
     Args:
         has_moments: False for an optimizer that keeps states of its own.
         streamed: the same unit, if its weights flow; None if they stay on the device.
 
     Attributes:
-        transfer_dtype: of the gradient buffer, and of what is uploaded.
-        flowing: its weights, if they flow.
+        transfer_dtype: dtype of the gradient buffer, and of the weights that are uploaded.
+        flowing: the store of its weights, if they flow.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class HostState:
         self.num_transfer_buffers = 1
         self._link = link
         self._roundings = roundings_of(unit, dtypes)
-        # A master of the dtype that crosses the link is an end of the upload.
+        # A master of the dtype that crosses the link is uploaded itself, so it is pinned.
         self.master = arena.zeros(numel, dtypes.master_of(dtype), is_pinned=is_pinned and not has_own_weights)
         self.exp_avg = arena.zeros(numel, dtypes.moments, is_pinned=False) if has_moments else None
         self.exp_avg_sq = arena.zeros(numel, dtypes.moments, is_pinned=False) if has_moments else None
@@ -119,7 +119,7 @@ class HostState:
         self._arrivals.clear()
 
     def upload(self, stepped: Sequence[int]) -> PublishEvent:
-        """Send new weights. Only of stepped slices: elsewhere the shared buffer may hold anything."""
+        """Send new weights of stepped slices only: the buffer of others may hold a gradient or old weights."""
         return way_of_weights(self.flowing, lambda: self._upload(stepped))
 
     def _upload(self, stepped: Sequence[int]) -> list[LinkEvent]:

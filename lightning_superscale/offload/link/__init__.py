@@ -1,1 +1,1 @@
-"""The way between host and device: copies, their dtype, and the host memory at its end."""
+"""The link between host and device: its copies, their dtype, and the host's buffers."""

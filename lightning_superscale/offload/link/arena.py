@@ -1,6 +1,6 @@
-"""Memory at both ends of the link: an engine's host buffers, and what training leaves free on the device.
+"""Memory at both ends of the link: an engine's host buffers, and the device memory that training leaves free.
 
-States are pageable, the ends of transfers pinned where that makes them overlap.
+States are in pageable memory; buffers of transfers are pinned where that lets copies overlap.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ class HostArena:
     """Allocates zeroed host buffers and counts them.
 
     Attributes:
-        pool: threads that touch each buffer first, so that it lies on their NUMA node; None: whoever writes first.
-        pageable_bytes, pinned_bytes: what has been allocated and not been released.
+        pool: threads that touch each buffer first, so that it lies on their NUMA node; None leaves that to the first
+            write.
+        pageable_bytes, pinned_bytes: bytes allocated so far, also of buffers that were freed since.
     """
 
     pool: Pool | None = None
@@ -31,7 +32,7 @@ class HostArena:
     pinned_bytes: int = 0
 
     def zeros(self, numel: int, dtype: torch.dtype, *, is_pinned: bool) -> Tensor:
-        """A zeroed 1D host tensor [numel]; its memory goes with its last view."""
+        """A zeroed 1D host tensor [numel]; its memory is freed with its last view."""
         nbytes = numel * dtype.itemsize
         if is_pinned:
             self.pinned_bytes += nbytes
@@ -41,12 +42,12 @@ class HostArena:
 
 
 def fits_host_memory(needed_bytes: int) -> bool:
-    """Whether so much memory is available now."""
+    """Whether the host has this much memory available now."""
     return needed_bytes <= int(psutil.virtual_memory().available)
 
 
 def check_host_memory(needed_bytes: int) -> None:
-    """Refuse before allocating what the host can't hold.
+    """Refuse an allocation that the host's available memory can't hold, before it is made.
 
     Raises:
         SuperScaleError: less memory is available than `needed_bytes`.
@@ -64,7 +65,7 @@ def _gib(nbytes: int) -> float:
     return math.ceil(nbytes / 2**30 * 100) / 100
 
 
-# Left alone: fragments of the caching allocator, and batches that are longer than those seen so far.
+# The share of device memory that is left for fragments of the caching allocator, and for longer batches than so far.
 _RESERVE_SHARE = 0.05
 
 

@@ -3,11 +3,11 @@
 A CPU "device" has a link too. It copies for real, so that schedules, counts and lifetimes are the same
 code everywhere and can be tested without a GPU.
 
-[Note: Casts of the device] What crosses has the dtype of the host's end. Where that is fp32 and the device's end has
-16 bits, the device casts: exactly on the way to the host, to nearest even on the way back, as the host's kernel does.
-On CUDA it casts in the stream of the copy, where the fp32 tensor is made too and freed at once: the next copy of that
-stream takes its place, so that the device holds no more fp32 than one copy's each way, and no weight is written
-before the fence that the copy waits for.
+[Note: Casts of the device] The bytes that cross the link have the dtype of the host's end. Where that is fp32 and the
+device's end has 16 bits, the device casts: exactly on the way to the host, to nearest even on the way back, as the
+host's kernel does. On CUDA it casts in the stream of the copy, where the fp32 tensor is allocated too and freed at
+once: the stream's next copy reuses its memory, so that the device holds one copy's fp32 tensor each way at most, and
+no weight is written before the fence that the copy waits for.
 """
 
 from __future__ import annotations
@@ -34,36 +34,46 @@ class LinkBytes:
 
 
 LinkEvent = Event[None]
-"""Completion of one copy: `wait` orders what runs next on the *device* after it, `synchronize` the host."""
+"""Completion of one copy: `wait` orders the *device's* later work after it, `synchronize` blocks the host."""
 
 
 class LinkFence(Protocol):
     """A point of the device's work that later copies can be ordered after."""
 
     def wait(self, stream: torch.cuda.Stream) -> None:
-        """Let a stream go on only after it."""
+        """Let the later work of a stream run only after this point."""
 
 
 class Link(Protocol):
-    """Copies between one device and the host. Source and destination must stay alive until the copy is done.
+    """Copies between one device and the host. Source and destination must stay alive until the copy is complete.
 
-    Both ends have one shape and dtype, or the host's is fp32 and the device's bf16 or fp16, which the device casts.
+    Both ends have one shape and dtype, or the host's is fp32 and the device's bf16 or fp16, and the device casts.
+
+    Attributes:
+        bytes: the bytes that crossed so far.
     """
 
     bytes: LinkBytes
 
     def d2h(self, dst: Tensor, src: Tensor) -> LinkEvent:
-        """Start copying `src` (device) to `dst` (host); `src` is ready where the current stream is now."""
+        """Start copying `src` (device) to `dst` (host), after the work that the current stream has queued.
+
+        Raises:
+            ValueError: the shapes differ, or the dtypes are no pair that a link copies.
+        """
 
     def fence(self) -> LinkFence | None:
-        """What the current stream has queued until now; None where there is no stream."""
+        """The point after all work that the current stream has queued; None where there is no stream."""
 
     def h2d(self, dst: Tensor, src: Tensor, after: LinkFence | None = None) -> LinkEvent:
         """Start copying `src` (host, complete) to `dst` (device).
 
         Args:
-            after: what may still read the old content of `dst`; None: what the current stream has queued. A
-                thread that does not run the model gives the fence of the one that does.
+            after: the point after all work that may read the old content of `dst`; None for that of the current
+                stream. A thread that does not run the model passes a fence of the thread that does.
+
+        Raises:
+            ValueError: the shapes differ, or the dtypes are no pair that a link copies.
         """
 
     def needs_pinned_host(self) -> bool:
@@ -71,7 +81,7 @@ class Link(Protocol):
 
 
 def _check(host: Tensor, device: Tensor) -> int:
-    """Returns: bytes that cross the link."""
+    """Refuse ends that a link can't copy; returns the bytes that cross it."""
     is_cast = host.dtype == torch.float32 and device.dtype in WEIGHT_DTYPES
     if host.shape != device.shape or (host.dtype != device.dtype and not is_cast):
         raise ValueError(
@@ -82,13 +92,16 @@ def _check(host: Tensor, device: Tensor) -> int:
 
 
 class CpuLink:
-    """Host memory on both sides. Gradients go at once, while they are warm; weights come from a worker thread."""
+    """The link of a CPU device: host memory on both sides. Satisfies `Link`.
+
+    Gradients are copied at once, while they are in the cache; weights are copied by other threads.
+    """
 
     def __init__(self, timeline: Timeline = UNTIMED) -> None:
         self.bytes = LinkBytes()
         self._timeline = timeline
-        # While a timeline records, uploads run here, because a thread of the pool does not tell when it began. Those
-        # that are cast run here always: the pool copies bytes.
+        # Uploads run on this thread while a timeline records, because a thread of the pool does not tell when it began.
+        # Uploads with a cast always do: the pool copies bytes.
         self._timed = ThreadPoolExecutor(1, "lightning-superscale link")
 
     def d2h(self, dst: Tensor, src: Tensor) -> LinkEvent:
@@ -117,7 +130,10 @@ class CpuLink:
 
 
 class CudaLink:
-    """One CUDA device: a stream for each direction, so that copies overlap compute and one another."""
+    """The link of a CUDA device, with a stream for each direction, so that copies overlap compute and one another.
+
+    Satisfies `Link`.
+    """
 
     def __init__(self, device: torch.device, timeline: Timeline = UNTIMED) -> None:
         self.bytes = LinkBytes()
@@ -147,7 +163,7 @@ class CudaLink:
         # Earlier kernels may still read the weights that this copy replaces.
         (after or self.fence()).wait(stream)
         with torch.cuda.stream(stream), self._timeline.device("host to device", "weights", nbytes):
-            # In one call torch would cast on the host. The landing place is this stream's, so it needs no fence.
+            # In one call torch would cast on the host. `landed` is this stream's own memory, so it needs no fence.
             landed = dst if dst.dtype == src.dtype else torch.empty_like(dst, dtype=src.dtype)
             landed.copy_(src, non_blocking=True)
             if landed is not dst:
@@ -159,10 +175,10 @@ class CudaLink:
 
 
 def link_for(device: torch.device, timeline: Timeline = UNTIMED) -> Link:
-    """The link of a device; its copies go into `timeline`.
+    """The link of a device, which records its copies in `timeline`.
 
     Raises:
-        ValueError: a device type without one.
+        ValueError: the device is neither a CPU nor CUDA.
     """
     if device.type == "cpu":
         return CpuLink(timeline)

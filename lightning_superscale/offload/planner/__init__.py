@@ -1,1 +1,1 @@
-"""What this machine can do, measured, and the settings that follow from it."""
+"""Measures this machine's speeds, and chooses the settings that follow from them."""

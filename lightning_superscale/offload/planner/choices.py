@@ -1,6 +1,6 @@
-"""What offloading chooses by itself, each with its reason, and what a step should then leave exposed.
+"""Chooses the settings of offloading that are "auto", each with its reason, and forecasts the parts of a step.
 
-Pure arithmetic on a hardware profile and a few sizes: no device is touched and nobody else is asked.
+Pure arithmetic on a hardware profile and a few sizes: it touches no device and asks no other rank.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from lightning_superscale.offload.planner.forecast import StepTimes
 from lightning_superscale.offload.planner.profile import HardwareProfile
 
 MIB = 2**20
-# Where a link reaches its rate and where it does not yet; and how many buckets keep link, host and device busy at once:
-# what always shows is one bucket's three hops ([Note: Exposed time] in forecast.py).
+# Sizes of a bucket above which a link is not faster, and below which it is slower; and the number of buckets that keeps
+# link, host and device busy at once: one bucket's three hops are always exposed ([Note: Exposed time] in forecast.py).
 MOST_MIB, LEAST_MIB, ENOUGH_BUCKETS = 64, 1, 16
 # fp32 on the link takes host memory, and measurements vary by several percent: it must save more than that.
 _WORTH_IT = 0.9
@@ -29,11 +29,11 @@ class Choice:
 
 
 def choose_bucket_mb(asked: int | Literal["auto"], weight_bytes: int) -> Choice:
-    """MiB of weights that move and step together.
+    """Choose the size of a bucket, in MiB of weights, which move and step together.
 
     Args:
         asked: `OffloadConfig.bucket_mb`.
-        weight_bytes: of all trainable parameters, whole; the same on every rank.
+        weight_bytes: bytes of the whole weights of all trainable parameters; the same on every rank.
     """
     if asked != "auto":
         return Choice(asked, f"buckets hold at most {asked} MiB of weights: bucket_mb={asked}")
@@ -57,13 +57,15 @@ def choose_threads(
     profile: HardwareProfile | None,
     why_no_profile: str,
 ) -> Choice:
-    """Threads of the host optimizer.
+    """Choose the number of threads of the host optimizer.
 
     Args:
         asked: `OffloadConfig.cpu_threads`.
-        variable: what LSS_CPU_THREADS says; None when it is not set.
-        num_cpus: CPUs in this rank's share.
-        most: threads that leave one core of them to the launching thread.
+        variable: value of LSS_CPU_THREADS; None when it is not set.
+        num_cpus: number of CPUs in this rank's share.
+        most: number of threads that leaves one core of the share to the launching thread.
+        profile: the measured speeds; None without any.
+        why_no_profile: the reason for that, in the words of `explain()`.
     """
     if asked != "auto":
         return Choice(asked, f"{_threads(asked)} on the host: cpu_threads={asked}")
@@ -83,7 +85,7 @@ def _threads(number: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class LinkChoice:
-    """What crosses the link, and the sentence that `explain()` prints for it."""
+    """The dtype on the link, and the sentence that `explain()` prints for it."""
 
     value: LinkDtype
     reason: str
@@ -96,15 +98,16 @@ def choose_link_dtype(
     why_weights: str | None,
     why_no_profile: str,
 ) -> LinkChoice:
-    """Whether the host's kernel casts or the device does: by what bounds a step that hides what it can.
+    """Choose the dtype on the link, and so whether the host's kernel casts or the device does.
 
-    Link and kernel work on different buckets at once, so the slowest of the three is what a bucket takes ([Note:
-    Exposed time] in forecast.py).
+    Gradients, kernel and weights of different buckets are under way at once, so the slowest of the three bounds a step
+    ([Note: Exposed time] in forecast.py). The dtype with the smaller bound is chosen.
 
     Args:
         asked: `OffloadConfig.link_dtype`.
-        why_weights: why "fp32" can't be, or makes no difference; None where there is a choice.
-        why_no_profile: said where nothing was measured.
+        profile: the measured speeds; None without any.
+        why_weights: why "fp32" is impossible or makes no difference; None where there is a choice.
+        why_no_profile: the reason why nothing was measured, in the words of `explain()`.
     """
     of_weights, of_fp32 = "travel in the weights' dtype, and the host casts", "travel in fp32, and the device casts"
     if why_weights is not None:
@@ -126,7 +129,7 @@ def choose_link_dtype(
 
 
 def _bound_ns(profile: HardwareProfile, kernel_ns: float, bytes_each_way: int) -> float:
-    """What one parameter takes in the slowest of gradients, kernel and weights."""
+    """Nanoseconds that one parameter takes in the slowest of gradients, kernel and weights."""
     return max(1e9 * bytes_each_way / profile.d2h_both, kernel_ns, 1e9 * bytes_each_way / profile.h2d_both)
 
 
@@ -135,9 +138,9 @@ class HostWork:
     """The work of one rank's host in a step.
 
     Attributes:
-        num_params: this rank's parameters whose states are on the host.
-        link_bytes: of their gradients on the link, and of their weights on the way back: 2 or 4 each.
-        num_buckets: that they are in.
+        num_params: number of this rank's parameters whose states are on the host.
+        link_bytes: bytes of their gradients on the link, 2 or 4 each, and equally of their weights on the way back.
+        num_buckets: number of buckets that they are in.
         device_share: share of the model whose states stay on the device.
     """
 
@@ -148,12 +151,12 @@ class HostWork:
 
 
 def step_times(profile: HardwareProfile, work: HostWork, *, forward: float, backward: float) -> StepTimes:
-    """What one step's parts should take by themselves, for `forecast.exposed_seconds`.
+    """Forecast the seconds of one step's parts by themselves, for `forecast.exposed_seconds`.
 
     Args:
-        forward, backward: seconds of the model alone.
+        forward, backward: seconds of the model without offloading.
     """
-    num_wide = work.link_bytes / 2 - work.num_params  # what takes 4 bytes instead of 2
+    num_wide = work.link_bytes / 2 - work.num_params  # parameters that take 4 bytes instead of 2
     kernel_ns = (work.num_params - num_wide) * profile.adamw_ns_per_param + num_wide * profile.adamw_fp32_ns_per_param
     return StepTimes(
         forward=forward,

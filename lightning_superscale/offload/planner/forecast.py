@@ -1,11 +1,11 @@
-"""How much of a step's time an optimizer on the host adds: what its schedule leaves exposed, from a few speeds.
+"""Forecasts the time that an optimizer on the host adds to a step, from the seconds of the step's parts.
 
 [Note: Exposed time] Per step the host works through every bucket once, `host`; gradients cross the link during
 backward, `d2h`, new weights after the verdict and before the layer that reads them, `h2d`. The host may work from the
 first gradient until the last layer's next forward, newest gradient first ([Note: Newest first] in
-offload/superoffload/worker.py), so only what exceeds a whole step shows, never what exceeds backward alone. What
-always shows is the bucket whose gradient comes last and which the next forward reads first: its three hops. Buckets
-that stay on the device come last in backward and first in forward, and hide that.
+offload/superoffload/worker.py), so its work is exposed where it exceeds a whole step, not where it exceeds backward
+alone. The bucket whose gradient comes last and which the next forward reads first is always exposed: its three hops.
+Buckets that stay on the device come last in backward and first in forward, and hide those.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ class StepTimes:
     """Seconds that one step's parts take by themselves.
 
     Attributes:
-        forward, backward: of the model.
-        d2h, host, h2d: gradients to the host, its optimizer, weights back: of all buckets on the host.
-        num_buckets: buckets on the host, of equal size.
+        forward, backward: the model's.
+        d2h, host, h2d: gradients to the host, the optimizer there, and weights back, of all buckets on the host.
+        num_buckets: number of buckets on the host, of equal size.
         device_share: share of the model whose states stay on the device.
     """
 
@@ -36,8 +36,8 @@ class StepTimes:
 def exposed_seconds(times: StepTimes) -> float:
     """Seconds by which a step is longer than forward and backward, in the steady state.
 
-    Exact but for half a bucket of the host's time, where the host is busy all through backward: which bucket it is
-    in when backward ends depends on the numbers.
+    The result is exact, except where the host is busy all through backward: it may then be off by half a bucket of the
+    host's time, because the progress in the bucket under way when backward ends is taken as half.
     """
     one = 1 / max(1, times.num_buckets)
     on_host = 1 - times.device_share

@@ -1,9 +1,9 @@
-"""Which CPUs the host optimizer of one rank should run on: near its device, and no other rank's.
+"""Chooses the CPUs of one rank's host optimizer: near its device, and shared with no other rank.
 
-[Note: Share of the cores] Ranks of one host that may all run on the same CPUs divide them among themselves, those whose
-devices hang on one NUMA node that node's. A launcher that bound ranks has decided already. Hardware threads
-of one core stay together, because two ranks on one core would halve one another. Of its share a rank leaves the first
-core to the thread that launches the model's work.
+[Note: Share of the cores] Ranks of one host that may all run on the same CPUs divide them among themselves; ranks whose
+devices are on one NUMA node divide the CPUs of that node. Ranks that a launcher bound to different CPUs keep theirs.
+Hardware threads of one core stay together, because two ranks on one core would halve each other's speed. Of its share
+a rank leaves the first core to the thread that launches the model's work.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ class Topology:
 
 
 def parse_cpulist(text: str) -> tuple[int, ...]:
-    """CPUs of a list as the kernel writes it, such as `0-3,8,10-11`; none for an empty one.
+    """The CPUs of a list as Linux writes it, such as `0-3,8,10-11`; none for an empty one.
 
     Raises:
-        ValueError: not such a list.
+        ValueError: the text is no such list.
     """
     cpus: list[int] = []
     for part in filter(None, text.strip().split(",")):
@@ -47,7 +47,7 @@ def parse_cpulist(text: str) -> tuple[int, ...]:
 
 
 def read_topology(cpus: Iterable[int], root: Path = _SYS) -> Topology:
-    """Where some CPUs are, as far as the files under `root` (/sys) say."""
+    """The nodes and cores of some CPUs, as far as the files under `root` (/sys) tell."""
     wanted = set(cpus)
     node_of, core_of = dict.fromkeys(wanted, 0), {cpu: cpu for cpu in wanted}
     for folder in sorted((root / "devices/system/node").glob("node[0-9]*")):
@@ -63,11 +63,11 @@ def _cpulist_in(path: Path) -> tuple[int, ...]:
     try:
         return parse_cpulist(path.read_text())
     except (OSError, ValueError):
-        return ()  # not Linux, or a container that hides it: then nothing is known
+        return ()  # not Linux, or a container that hides the file: nothing is known
 
 
 def node_of_pci_device(address: str, root: Path = _SYS) -> int | None:
-    """NUMA node of a PCI device such as `0000:65:00.0`; None where it has none, or nobody says."""
+    """NUMA node of a PCI device such as `0000:65:00.0`; None where it has none or the system does not tell."""
     try:
         node = int((root / "bus/pci/devices" / address.lower() / "numa_node").read_text())
     except (OSError, ValueError):
@@ -88,7 +88,7 @@ class RankPlace:
 
     Attributes:
         host: the machine's name.
-        cpus: that the rank may run on.
+        cpus: CPUs that the rank may run on.
         node: NUMA node of its device; None where that has none.
     """
 
@@ -98,11 +98,11 @@ class RankPlace:
 
 
 def share_of_cpus(places: Sequence[RankPlace], rank: int, topology: Topology) -> tuple[int, ...]:
-    """CPUs that one rank should use ([Note: Share of the cores]), never none.
+    """The CPUs that one rank should use, at least one ([Note: Share of the cores]).
 
     Args:
-        places: of all ranks.
-        topology: of this rank's CPUs.
+        places: places of all ranks, by rank.
+        topology: topology of this rank's CPUs.
     """
     own = places[rank]
     peers = [other for other, place in enumerate(places) if (place.host, place.cpus) == (own.host, own.cpus)]
@@ -120,9 +120,9 @@ def share_of_cpus(places: Sequence[RankPlace], rank: int, topology: Topology) ->
 
 
 def worker_cpus(share: Sequence[int], topology: Topology) -> tuple[int, ...]:
-    """CPUs to bind the host optimizer's threads to: the share without its first core.
+    """The CPUs to bind the host optimizer's threads to: the share without its first core.
 
-    None with fewer than three cores: a worker that is bound to the only core left could give way to nobody.
+    Empty with fewer than three cores: a thread bound to the only core left could not move away from other work there.
     """
     cores = list(dict.fromkeys(topology.core_of.get(cpu, cpu) for cpu in share))
     if len(cores) < 3:

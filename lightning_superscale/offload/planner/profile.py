@@ -1,7 +1,7 @@
-"""How fast this machine is at what offloading asks of it: measured once, in about two seconds, and remembered.
+"""Measures the speeds of link, host memory and optimizer kernel that offloading depends on, in about two seconds.
 
-The copies go through the real link and the step through the real kernel, so the figures are what training can get,
-not what a data sheet says. Ranks of one host that measure at the same time disturb one another, as they do
+The copies go through the real link and the step through the real kernel, so the figures are those that training can
+reach, not those of a data sheet. Ranks of one host that measure at the same time disturb one another, as they do
 when they train.
 """
 
@@ -26,14 +26,15 @@ from lightning_superscale.ops.cpu.pool import Pool
 from lightning_superscale.ops.native import loader
 from lightning_superscale.ops.types import AdamWHyper, AdamWSegment
 
-# Host memory that is worked on: beyond the last cache of most processors. Without the native library less, since the
-# PyTorch operations take ten times as long.
+# Number of parameters in the measured step: more than the last cache of most processors holds. Fewer without the native
+# library, since the PyTorch operations take ten times as long.
 _NUMEL, _NUMEL_UNFUSED = 8 * 2**20, 2**20
 _COPY_BYTES = 32 * 2**20
-# commit_peek with 16-bit weights: master and moments read and written, two gradients read, one weight written.
+# Bytes that commit_peek moves with 16-bit weights: master and moments read and written, two gradients read, one weight
+# written.
 BYTES_PER_PARAM = 24 + 3 * 2
 _ROUNDS = 3
-# So many threads are enough whose rate is this share of the best.
+# The share of the best rate at which a number of threads is enough.
 _ENOUGH = 0.95
 
 
@@ -42,7 +43,7 @@ class HardwareKey:
     """The hardware that a profile was measured on. Another key has another profile.
 
     Attributes:
-        num_cpus: that the measuring rank may use.
+        num_cpus: number of CPUs that the measuring rank may use.
     """
 
     cpu: str
@@ -55,15 +56,16 @@ class HardwareKey:
 
 @dataclass(frozen=True, slots=True)
 class HardwareProfile:
-    """Rates of one rank's hardware, in bytes per second unless they say otherwise.
+    """Rates of one rank's hardware.
 
     Attributes:
-        d2h, h2d: over the link, one direction at a time.
-        d2h_both, h2d_both: each direction while the other is busy.
+        d2h, h2d: bytes per second over the link, one direction at a time.
+        d2h_both, h2d_both: bytes per second of each direction while the other is busy.
         memory: (threads, bytes read and written per second) of copies within host memory, by rising threads.
-        adamw_ns_per_param: of the native AdamW's commit_peek, with 16-bit weights and `adamw_threads` threads.
-        adamw_fp32_ns_per_param: the same with fp32 gradients and new weights, which the device casts.
-        adamw_threads: the fewest that come near the kernel's best, with a CPU left for the launching thread.
+        adamw_ns_per_param: nanoseconds per parameter of the native AdamW's commit_peek, with 16-bit gradients and
+            weights and `adamw_threads` threads.
+        adamw_fp32_ns_per_param: nanoseconds per parameter with fp32 gradients and new weights, which the device casts.
+        adamw_threads: fewest threads that come near the kernel's best rate, with a CPU left for the launching thread.
     """
 
     key: HardwareKey
@@ -97,10 +99,10 @@ class HardwareProfile:
 
 
 def enough_threads(rates: Sequence[tuple[int, float]], at_most: int) -> int:
-    """The fewest measured threads, of at most so many, that come near the best rate of those.
+    """The fewest threads of at most `at_most` whose measured rate comes near the best of these.
 
     Args:
-        rates: (threads, rate), by rising threads.
+        rates: measured (threads, rate), by rising threads.
     """
     allowed = [(threads, rate) for threads, rate in rates if threads <= at_most] or list(rates[:1])
     best = max(rate for _, rate in allowed)
@@ -135,13 +137,15 @@ def _cpu_name() -> str:
 def measure(device: torch.device, cpus: Sequence[int] = ()) -> HardwareProfile:
     """Measure this rank's link, host memory and optimizer kernel, in about two seconds.
 
-    Takes 64 MiB on the device and 304 MiB on the host, and gives them back.
+    Allocates 64 MiB on the device and 304 MiB on the host, and frees them.
 
     Args:
-        device: the rank's.
-        cpus: that the rank may use; empty: those of the process.
+        device: the rank's device.
+        cpus: CPUs that the rank may use; empty for those of the process.
+
     Raises:
-        RuntimeError, MemoryError: the link refused a copy, or the system the memory.
+        RuntimeError: a copy over the link failed.
+        MemoryError: the system refused the memory.
     """
     cpus = tuple(cpus) or available_cpus()
     is_native = loader.native() is not None
@@ -163,7 +167,7 @@ def measure(device: torch.device, cpus: Sequence[int] = ()) -> HardwareProfile:
     seconds = {threads: _step_seconds(segment, threads, cpus) for threads in counts}
     threads = enough_threads([(n, numel / seconds[n]) for n in counts], max(1, len(cpus) - 1))
     narrow, wide = seconds[threads], float("inf")
-    for _ in range(_ROUNDS):  # in turns: what else runs on this machine slows both
+    for _ in range(_ROUNDS):  # in turns, so that other work on this machine slows both
         segment = _segment(host, numel, torch.float32, is_ieee=is_ieee)
         wide = min(wide, _step_seconds(segment, threads, cpus))
         segment = _segment(host, numel, torch.bfloat16, is_ieee=is_ieee)
@@ -184,13 +188,13 @@ def _step_seconds(segment: AdamWSegment, threads: int, cpus: Sequence[int]) -> f
 
 
 def _thread_counts(num_cpus: int) -> list[int]:
-    """1, 2, 4, ... and all CPUs, and all but the one of the launching thread."""
+    """The numbers of threads to measure: powers of two, all CPUs, and all but one for the launching thread."""
     powers = {2**i for i in range(num_cpus.bit_length())}
     return sorted(powers | {max(1, num_cpus - 1), num_cpus})
 
 
 def _best(run: Callable[[], object]) -> float:
-    """Seconds of the fastest of a few runs: what else the machine does only ever adds."""
+    """Seconds of the fastest of a few runs, after one to warm up: other work on the machine only adds time."""
     run()
     seconds = []
     for _ in range(_ROUNDS):
@@ -201,7 +205,7 @@ def _best(run: Callable[[], object]) -> float:
 
 
 def _measure_link(link: Link, device: torch.device) -> tuple[float, float, float, float]:
-    """Bytes per second to the host, back, and each way while both are busy."""
+    """Bytes per second to the host, back, to the host while both ways are busy, and back meanwhile."""
     index = (device.index or 0) if device.type == "cuda" else 0
     hosts: list[Tensor] = []
     for _ in range(2):
@@ -222,7 +226,7 @@ def _measure_link(link: Link, device: torch.device) -> tuple[float, float, float
 
 
 def _segment(host: HostBuffer, numel: int, dtype: torch.dtype, *, is_ieee: bool) -> AdamWSegment:
-    """Masters and moments, two gradients and the new weights, one after the other in a zeroed buffer.
+    """A step to measure: masters and moments, two gradients and the new weights, one after the other in a buffer.
 
     Args:
         dtype: of gradients and new weights.

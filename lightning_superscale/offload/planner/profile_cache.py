@@ -1,6 +1,6 @@
 """Hardware profiles on disk: one small JSON file for each machine, device and version, under the user's cache folder.
 
-Ranks that write the same file at once each write a whole one and rename it into place; the last one stays.
+Ranks that write the same profile at once each write a file of their own and rename it into place; the last one stays.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from lightning_superscale.offload.planner.numa import available_cpus
 from lightning_superscale.offload.planner.profile import HardwareKey, HardwareProfile, key_of, measure
 from lightning_superscale.ops.native.build import user_cache
 
-# In every file and its name: what other versions wrote is neither read nor written over. 2: the kernel with fp32 ends.
+# The version of the format, in every file and its name: files of other versions are neither read nor overwritten.
+# Version 2 added the kernel's time with fp32 gradients and weights.
 _FORMAT = 2
 
 
 def is_switched_off() -> bool:
-    """Whether LSS_PROFILE says not to measure."""
+    """Whether the environment variable LSS_PROFILE switches measuring off."""
     return os.environ.get("LSS_PROFILE", "").lower() in ("off", "0")
 
 
@@ -66,11 +67,11 @@ def stored_profile(key: HardwareKey) -> HardwareProfile | None:
 def cached_profile(device: torch.device, cpus: Sequence[int] = ()) -> HardwareProfile | None:
     """This rank's profile: from its file, else measured now and filed; None where LSS_PROFILE=off.
 
-    Any rank may call it by itself; two ranks' figures differ.
+    Any rank may call it alone. The profiles of two ranks differ.
 
     Args:
-        device: the rank's.
-        cpus: that the rank may use; empty: those of the process.
+        device: the rank's device.
+        cpus: CPUs that the rank may use; empty for those of the process.
 
     Warns:
         UserWarning: the file was damaged, could not be written, or measuring failed (then the result is None).
@@ -85,7 +86,7 @@ def cached_profile(device: torch.device, cpus: Sequence[int] = ()) -> HardwarePr
     try:
         profile = measure(device, cpus)
     except (RuntimeError, MemoryError, ValueError) as error:
-        # Nothing that depends on it is worth a run that could train; other ranks wait for this one.
+        # A run can train without a profile, so a failure to measure must not end it; other ranks wait for this one.
         warnings.warn(f"this machine's speed could not be measured (LSS_PROFILE=off skips it): {error}", stacklevel=2)
         return None
     try:

@@ -18,7 +18,10 @@ from lightning_superscale.optim.unit import ShardUnit
 
 
 class SuperOffloadEngine:
-    """Satisfies `OffloadEngine`; see [Note: Deferred commit] in state.py."""
+    """The engine that steps on the host while the device works, and commits each step one step later.
+
+    Satisfies `OffloadEngine`; see [Note: Deferred commit] in state.py.
+    """
 
     weights_arrive: Literal["next forward"] = "next forward"
 

@@ -3,13 +3,13 @@
 [Note: Deferred commit] A step of AdamW may turn out wrong after it was taken: the gradient norm asks for clipping,
 a gradient is infinite, the backward raises, the learning rate changes. Inverting AdamW is not exact and keeping a
 copy of masters and moments costs 12 bytes per parameter. So a step's gradient is *committed* (masters and moments
-written) only when the next one arrives, in the same pass over memory that *peeks* at the next one: computes its new
-weights and stores nothing else. Until a verdict, nothing but those weights depends on a gradient; a clip costs one
-more peek, an exception or an overflow nothing.
+written) only when the next gradient arrives, in the same pass over memory that *peeks* at the next one, which means
+to compute its new weights and store nothing else. Until a verdict, only those weights depend on a gradient; a clip
+costs one more peek, an exception or an overflow nothing.
 
 Per slice there are two buffers of the dtype that crosses the link. One holds the gradient that waits for its commit,
-the other receives this step's gradient. The pass reads both and writes the new weights over the former. Then they swap
-roles:
+the other receives this step's gradient. The pass reads both and writes the new weights over the pending gradient. Then
+the buffers swap roles:
 
     before      A: gradient of step t-1 (pending)      B: gradient of step t (arrived)
     the pass    commits A to masters and moments       peeks at B, new weights -> A
@@ -53,12 +53,13 @@ class _Slice:
     """The progress of one slice within a step.
 
     Attributes:
-        front: which buffer receives this step's gradient.
-        back: which one holds the pending gradient, and then the new weights.
-        resting: which one holds the weights that flow; None where they don't.
-        arrival: of this step's gradient; None without one. Keeps alive what the copy reads.
-        looked_at: the numbers with which new weights were computed from this step's gradient; None before.
-        pending: the numbers of the gradient in the other buffer, which waits for its commit; None without one.
+        front: index of the buffer that receives this step's gradient.
+        back: index of the buffer that holds the pending gradient, and then the new weights.
+        resting: index of the buffer that holds the weights that flow; None where they don't flow from these buffers.
+        arrival: the copy of this step's gradient, which keeps its source alive; None without a gradient.
+        looked_at: the hyperparameters with which new weights were computed from this step's gradient; None before.
+        pending: the hyperparameters of the gradient in `back`, which waits for its commit; None without one.
+        stats: statistics of this step's gradient, counted when it was looked at; None before.
     """
 
     front: int = 0
@@ -71,14 +72,14 @@ class _Slice:
 
 
 class DeferredState:
-    """Master and moments of one unit on the host, one commit behind.
+    """Master and moments of one unit on the host, one commit behind the weights. Satisfies `UnitState`.
 
     Args:
         streamed: the same unit, if its weights flow; None if they stay on the device.
 
     Attributes:
-        transfer_dtype: of the transfer buffers.
-        flowing: its weights, if they flow.
+        transfer_dtype: dtype of the transfer buffers.
+        flowing: the store of its weights, if they flow.
     """
 
     def __init__(
@@ -115,9 +116,9 @@ class DeferredState:
     # Gradients
 
     def add_grads(self, slices: Sequence[tuple[int, Tensor]]) -> None:
-        """Take gradient deltas: the first of a slice in a step replaces, later ones add.
+        """Take gradient deltas: later deltas of a slice in a step add to the first.
 
-        A later one may not meet a running `look_ahead` of its unit: the caller waits for that first.
+        The caller first waits for a `look_ahead` of the unit that runs: both would use the same buffer.
         """
         for i, grad in slices:
             known = self._slices[i]
@@ -139,27 +140,27 @@ class DeferredState:
         return self._span(self._buffers[known.front], i)
 
     def order_after_copies(self) -> None:
-        """Let the device change gradients only after the copies of them that are still under way; the host goes on."""
+        """Let the device's later work, which may change gradients, wait for copies of them; the host is not blocked."""
         for known in self._slices:
             if known.arrival is not None:
                 known.arrival.wait()
 
     def has_arrived(self) -> bool:
-        """Whether every gradient that is under way is there."""
+        """Whether the copy of every gradient that was sent is complete."""
         return all(known.arrival is None or known.arrival.is_complete() for known in self._slices)
 
     def clear_grads(self) -> None:
-        """Forget gradients of this step that no verdict made pending."""
+        """Forget the gradients of this step, unless `settle` made them pending."""
         for known in self._slices:
             known.arrival = known.looked_at = known.stats = None
 
     # Steps
 
     def look_ahead(self, hypers: Mapping[int, AdamWHyper]) -> None:
-        """Compute new weights of slices whose gradient arrived, committing what was pending there.
+        """Compute new weights of slices, and commit the gradients that were pending there. Waits for their gradients.
 
         Args:
-            hypers: by slice, the numbers of this step's update, clipping included.
+            hypers: by slice index, the hyperparameters of this step's update, clipping included.
         """
         with_commit, without = [], []
         for i, hyper in hypers.items():
@@ -189,17 +190,21 @@ class DeferredState:
             known.pending, known.looked_at, known.stats = None, hypers[i], stats
 
     def look_again(self, hypers: Mapping[int, AdamWHyper]) -> int:
-        """Look ahead to slices that were not looked at with these numbers; how many had been with others."""
+        """Look ahead to slices that were not looked at with these hyperparameters.
+
+        Returns:
+            number of slices that had been looked at with others.
+        """
         redo = {i: hyper for i, hyper in hypers.items() if self._slices[i].looked_at != hyper}
         num_redone = sum(self._slices[i].looked_at is not None for i in redo)
         self.look_ahead(redo)
         return num_redone
 
     def settle(self, hypers: Mapping[int, AdamWHyper]) -> tuple[list[GradStats], int]:
-        """Make this step's update final: the weights are as of `hypers`, and the gradients pending.
+        """Make this step's update final: the new weights follow from `hypers`, and the gradients become pending.
 
         Returns:
-            statistics of the gradients, and how many slices had been looked at with other numbers.
+            statistics of the gradients, and the number of slices that had been looked at with other hyperparameters.
         """
         num_redone = self.look_again(hypers)
         seen = []
@@ -222,7 +227,7 @@ class DeferredState:
             self.flowing.switch(i, known.resting)
 
     def flush(self) -> None:
-        """Commit what is pending: masters and moments are those of the last settled step."""
+        """Commit pending gradients, so that masters and moments are those of the last settled step."""
         self._flush(range(len(self._slices)))
 
     def _flush(self, slices: Sequence[int]) -> None:
@@ -252,7 +257,7 @@ class DeferredState:
         return flat[piece.offset : piece.offset + piece.numel]
 
     def _back(self, i: int) -> Tensor:
-        """The buffer that does not receive: the pending gradient's, then the new weights'."""
+        """Slice i of the buffer that holds the pending gradient, and then the new weights; 1D."""
         return self._span(self._buffers[self._slices[i].back], i)
 
     # Weights
@@ -261,24 +266,28 @@ class DeferredState:
         return host_buffers(self, self.num_transfer_buffers)
 
     def master_of(self, i: int) -> Tensor:
-        """As of the last commit; `flush()` first where it must be of the last step."""
+        """Master weights of slice i, 1D, as of the last commit; `flush()` brings them to the last step."""
         return self._span(self.master, i)
 
     def rounding_of(self, i: int) -> Rounding | None:
         return self._roundings[i]
 
     def weight_out_of(self, i: int) -> Tensor | None:
-        """Settled new weights: in the buffer that receives next, unless they flow."""
+        """Settled new weights of slice i, 1D: in the buffer that receives the next gradient, unless they flow."""
         known = self._slices[i]
         return self._span(self._buffers[known.front if known.resting is None else known.resting], i)
 
     def fence(self) -> LinkFence | None:
-        """The point of the device's work after which its weights may be replaced: call it when backward is over."""
+        """The point of the device's work after which uploads may replace its weights. Call it when backward is over."""
         return self._link.fence()
 
     def upload(self, stepped: Sequence[int], after: LinkFence | None = None) -> PublishEvent:
-        """Send settled new weights to the device, from any thread."""
-        # What is uploaded late lands in memory that is taken late, and waits for whoever had that last.
+        """Send settled new weights of the stepped slices to the device. Any thread may call it.
+
+        Args:
+            after: the point that `fence` returned, which the copies wait for.
+        """
+        # A late upload of weights that flow lands in memory that is allocated late: its fence is the one of then.
         fence = after if self.flowing is None else None
         return way_of_weights(self.flowing, lambda: self._upload(stepped, fence))
 

@@ -1,8 +1,8 @@
-"""Adam and AdamW during backward: looks ahead while gradients arrive, and settles at the step.
+"""Steps Adam and AdamW during backward: looks ahead while gradients arrive, and settles at the step.
 
-Exactness does not depend on any guess: a look ahead stores nothing of this step but new weights, and those go nowhere
-before the step's verdict ([Note: Deferred commit] in state.py). What was looked at with other numbers than
-the verdict's (clipping, a changed learning rate, a late gradient) is looked at again.
+Exactness does not depend on any guess: a look ahead stores nothing of this step but new weights, and those are not
+uploaded before the step's verdict ([Note: Deferred commit] in state.py). Slices that were looked at with other numbers
+than the verdict's (clipping, a changed learning rate, a late gradient) are looked at again.
 """
 
 from __future__ import annotations
@@ -25,46 +25,47 @@ from lightning_superscale.optim.unit import GradientDelta, PublishEvent, ShardUn
 from lightning_superscale.optim.unit_state import UnitState
 from lightning_superscale.timeline import UNTIMED, Timeline
 
-# Looking ahead is given up for a while when more than so many of the last steps that tried had to look again: looking
-# twice costs more than waiting for the norm and hiding the step behind the next forward. After a pause the first such
-# step begins the next one.
+# Of the last _REMEMBERED_STEPS steps that looked ahead, when more than _MOST_REDONE had to look again, the next
+# _PAUSE_STEPS steps do not look ahead: looking twice costs more than waiting for the norm and hiding the step behind
+# the next forward. After a pause, the first step that has to look again begins another pause.
 _REMEMBERED_STEPS, _MOST_REDONE, _PAUSE_STEPS = 20, 6, 50
 
 
 class DeferringState(UnitState, Protocol):
-    """States that can look ahead without committing."""
+    """States whose steps can be computed ahead of the verdict and committed later."""
 
     def look_ahead(self, hypers: Mapping[int, AdamWHyper]) -> None:
-        """Compute new weights of slices whose gradient arrived; store nothing else of this step."""
+        """Compute new weights of slices with these hyperparameters; store nothing else of this step."""
 
     def has_arrived(self) -> bool:
-        """Whether `look_ahead` would wait for no gradient."""
+        """Whether all gradients that were sent are there, so that `look_ahead` would not wait."""
 
     def order_after_copies(self) -> None:
-        """Let the device change gradients only after the copies of them that are still under way."""
+        """Let the device's later work wait for copies of gradients, which it may change then."""
 
     def look_again(self, hypers: Mapping[int, AdamWHyper]) -> int:
-        """Look ahead to slices that were not looked at with these numbers; how many had been with others."""
+        """Look ahead to slices not looked at with these hyperparameters; returns how many had been with others."""
 
     def settle(self, hypers: Mapping[int, AdamWHyper]) -> tuple[list[GradStats], int]:
-        """Make this step final with these numbers: (statistics of its gradients, slices that were looked at again)."""
+        """Make this step final; returns statistics of its gradients, and the number of slices looked at again."""
 
     def flush(self) -> None:
         """Bring masters and moments up to the last settled step."""
 
     def fence(self) -> Any:
-        """The point of the device's work after which its weights may be replaced."""
+        """The point of the device's work after which uploads may replace its weights."""
 
     def upload(self, stepped: Sequence[int], after: Any = None) -> PublishEvent | None:
-        """Send new weights; `after` is what `fence()` returned."""
+        """Send new weights of the stepped slices, after the point that `fence()` returned."""
 
 
 class _Settled(NamedTuple):
     """The outcome of settling one unit.
 
     Attributes:
-        num_redone: slices that had been looked at with other numbers.
-        upload: of its new weights.
+        stats: statistics of its gradients.
+        num_redone: number of slices that had been looked at with other hyperparameters.
+        upload: the event of its new weights; None where they need no upload.
     """
 
     stats: list[GradStats]
@@ -73,11 +74,12 @@ class _Settled(NamedTuple):
 
 
 class _Settlement:
-    """The worker's task that settles one unit.
+    """The worker's task that settles one unit. Satisfies `worker.Settlement`.
 
     Args:
-        hypers: by slice, the numbers of this step's update.
-        fence: the point of the device's work after which its weights may be replaced.
+        index: the unit's, for the timeline.
+        hypers: by slice index, the hyperparameters of this step's update.
+        fence: the point of the device's work after which uploads may replace its weights.
     """
 
     def __init__(
@@ -103,7 +105,10 @@ class _Settlement:
 
 
 class SettledWeights:
-    """A settled unit's upload, which another thread starts: waitable once it is started and waitable itself."""
+    """The upload of a unit that another thread settles: waitable once that thread has started it and it is waitable.
+
+    `wait` raises the error of a failed settlement.
+    """
 
     def __init__(self, settled: Future[_Settled]) -> None:
         self._settled = settled
@@ -121,12 +126,15 @@ class SettledWeights:
 
 
 class DeferredStep(AdamWRule):
-    """Steps an optimizer one commit behind; its own state views our buffers, and is up to date after `flush`.
+    """Steps Adam and AdamW one commit behind: the optimizer's own state is up to date after `flush`.
 
     Args:
-        looks_ahead: False waits for the verdict always, and then overlaps with the next forward.
-        worker: where the work is done; None for a thread of its own.
-        timeline: where it is recorded.
+        looks_ahead: whether to step during backward; False waits for the verdict always, and overlaps with forward.
+        worker: does the work on the host; None for a new thread.
+        timeline: the record of that work.
+
+    Attributes:
+        num_redone: number of slices that were looked at again so far.
     """
 
     def __init__(
@@ -166,7 +174,7 @@ class DeferredStep(AdamWRule):
         unit = delta.unit
         settling, looking = self._settling.get(unit.index), self._looking.get(unit.index)
         if settling is not None:
-            settling.result()  # the buffer that receives holds the last step's new weights until then
+            settling.result()  # until then the buffer for this gradient holds the last step's new weights
         is_begun = looking is not None and not looking.cancel()
         if looking is not None and is_begun:
             looking.result()  # a late gradient may not meet a running look ahead
@@ -198,9 +206,10 @@ class DeferredStep(AdamWRule):
             settling.result()
 
     def _take_back(self) -> None:
-        """Begin no look ahead any more; settling does what is left of them.
+        """Cancel look aheads that have not begun, which settling makes up for, and wait for the one that has.
 
-        Raises: what a look ahead raised.
+        Raises:
+            Exception: the error of a look ahead that failed.
         """
         begun = [looking for looking in self._looking.values() if not looking.cancel()]
         for looking in begun:
@@ -211,7 +220,7 @@ class DeferredStep(AdamWRule):
     def apply(
         self, due: Sequence[ParamUpdate], grad_scale: GradScale, clip_value: float | None
     ) -> Iterator[SteppedUnit]:
-        """Settle every unit in the order of the next forward; new weights may still be on their way afterwards."""
+        """Let the worker settle every unit in the order of the next forward; it may still do so after the return."""
         self._clip_value = clip_value
         self._take_back()
         self._forget()
@@ -223,8 +232,8 @@ class DeferredStep(AdamWRule):
             hypers = {item.i: numbers.hyper_of(item) for item in items}
             unit = items[0].unit
             state = self._states[unit.index]
-            # Copies may still be under way when the step returns. What they read stays alive (StreamEvent), and most
-            # of it is nobody else's; but a gradient in param.grad may be zeroed or added to in place next.
+            # Copies may still be under way when the step returns. Their sources stay alive (StreamEvent), and no other
+            # code writes most of them; but a gradient in param.grad may be zeroed or added to in place next.
             if any(item.param.grad is not None for item in items):
                 state.order_after_copies()
             stepped.append((unit, list(hypers)))
@@ -235,7 +244,7 @@ class DeferredStep(AdamWRule):
         numbers.advance()
 
     def _remember_last(self) -> None:
-        """Decide from the last step whether its successors look ahead."""
+        """Decide, from how the last step's units were settled, whether the next steps look ahead."""
         last = [settled.result() for settled in self._settling.values()]
         self._settling.clear()
         self.num_redone += sum(settled.num_redone for settled in last)
@@ -257,12 +266,12 @@ class DeferredStep(AdamWRule):
             state.flush()
 
     def _before_states_change(self, item: ParamUpdate) -> None:
-        self._states[item.unit.index].flush()  # or what is pending would be committed on top
+        self._states[item.unit.index].flush()  # or the pending gradient would be committed on top
 
     def discard(self) -> None:
         for looking in self._looking.values():
             if not looking.cancel():
-                looking.exception()  # it may be what failed
+                looking.exception()  # waits for it without raising: its failure may have interrupted the step
         self._forget()
         self._settling = {index: f for index, f in self._settling.items() if f.exception() is None}
 

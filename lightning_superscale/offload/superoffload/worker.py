@@ -1,14 +1,15 @@
-"""The thread that looks ahead and settles.
+"""The thread on which superoffload's states look ahead and settle.
 
 [Note: Newest first] Where the host is slower than backward, some buckets wait for it when backward ends, and the next
-forward has to hide them. It needs the first layers first, whose gradients came last. So the thread takes the newest
-gradient first, of those that have arrived: what is left then belongs to later layers, evenly, and no forward waits
-as long as a step's work on the host takes no longer than a whole step. Oldest first, the first layer would wait for
-all of the rest.
+forward has to hide their steps. Forward needs the first layers first, whose gradients came last. So the thread takes
+the newest gradient first, of those that have arrived: the buckets that are left then belong to later layers, evenly,
+and no forward waits as long as a step's work on the host takes no longer than a whole step. With the oldest first, the
+first layer would wait for all of the rest.
 
 [Note: Settling early] A verdict does not wait for gradients to arrive, so a step is settled while some are still under
-way: those of the first layers, which the next forward reads first and whose weights have to go up first. Until they are
-there the thread computes new weights of units whose gradients are, and keeps them for their turn.
+way: those of the first layers, which the next forward reads first and whose weights have to go up first. Until these
+are there the thread prepares units whose gradients have arrived: it computes their new weights, and uploads them in
+their turn.
 """
 
 from __future__ import annotations
@@ -23,32 +24,35 @@ T_co = TypeVar("T_co", covariant=True)
 
 
 class Settlement(Protocol[T_co]):
-    """One unit's part of a step that is to be made final."""
+    """The task of making one unit's part of a step final."""
 
     def has_arrived(self) -> bool:
-        """Whether its gradients are there."""
+        """Whether the unit's gradients are there."""
 
     def prepare(self) -> None:
-        """Do what may be done before its turn; waits for its gradients. Called at most once."""
+        """Do the work that may be done before the unit's turn; waits for its gradients. Called at most once."""
 
     def settle(self) -> T_co:
-        """Make it final, prepared or not; waits for its gradients."""
+        """Make the unit's step final, prepared or not; waits for its gradients."""
 
 
 class StepWorker(Protocol):
     """Runs one task at a time beside the thread that runs the model."""
 
     def look_ahead(self, task: Callable[[], None], has_arrived: Callable[[], bool]) -> Future[None]:
-        """Run a task once; of those that wait, the newest whose gradients have arrived first.
+        """Queue a task. Of queued tasks, the newest whose gradients have arrived runs first.
 
-        Cancelling the future takes it back. Where none has arrived, the oldest begins, and waits.
+        Where no task's gradients have arrived, the oldest begins, and waits. Cancelling the future removes the task.
         """
 
     def settle(self, units: Sequence[Settlement[T_co]]) -> list[Future[T_co]]:
-        """Settle units in this order, which `next_to_settle` knows; what looks ahead is to be taken back before."""
+        """Settle units in this order; `next_to_settle` chooses units to prepare meanwhile.
+
+        The caller cancels tasks that look ahead before.
+        """
 
     def close(self) -> None:
-        """No more tasks; waits for those that run."""
+        """Take no more tasks, and wait for those that were queued."""
 
 
 @dataclass(slots=True)
@@ -61,9 +65,11 @@ class Settling:
 
 
 def next_to_settle(queue: Sequence[Settling]) -> tuple[Settling, bool]:
-    """Choose a unit to work on, and whether only to prepare it: while gradients of the first are missing, another.
+    """Choose the next unit to work on, and whether only to prepare it.
 
-    That is the first of those that have arrived, and where none has, the last, whose gradients left first.
+    The first unit is chosen, to be settled, if its gradients have arrived or all others are prepared. Otherwise the
+    first unprepared one whose gradients have arrived is prepared, and where there is none, the last, whose gradients
+    left first.
     """
     others = [settling for settling in queue[1:] if not settling.is_prepared]
     if not others or queue[0].unit.has_arrived():
@@ -78,7 +84,7 @@ class _Ahead(NamedTuple):
 
 
 class StepThread:
-    """A `StepWorker` on a thread of its own."""
+    """Runs the tasks on a thread of its own. Satisfies `StepWorker`."""
 
     def __init__(self) -> None:
         # One thread: units are worked on one after the other, each by all of the pool's threads.
@@ -96,7 +102,7 @@ class StepThread:
 
     def settle(self, units: Sequence[Settlement[T_co]]) -> list[Future[T_co]]:
         added = [Settling(Future(), unit) for unit in units]
-        with self._lock:  # all at once: with only the first in sight the thread would wait for its gradients
+        with self._lock:  # all at once: with only the first unit queued the thread would wait for its gradients
             self._settling += added
         for _ in added:
             self._executor.submit(self._run_one)
@@ -128,7 +134,7 @@ class StepThread:
             except BaseException as error:
                 with self._lock:
                     self._settling.remove(chosen)
-                chosen.future.set_exception(error)  # whoever waits for it raises it
+                chosen.future.set_exception(error)  # a wait for the future raises it
                 return True
 
     def _next(self) -> _Ahead | None:
@@ -146,4 +152,4 @@ def _run(future: Future[Any], task: Callable[[], Any]) -> None:
     try:
         future.set_result(task())
     except BaseException as error:
-        future.set_exception(error)  # whoever waits for it raises it
+        future.set_exception(error)  # a wait for the future raises it

@@ -1,19 +1,19 @@
-"""When weights that live on the host are on the device: hooks on blocks of modules, and the order they were used in.
+"""Brings weights that live on the host to the device for their uses, by hooks on blocks of modules.
 
 [Note: Weight flow] A block's weights arrive before its forward and before its backward, and leave when the next block
-is used. Which block comes next was seen in earlier steps; its copies start meanwhile. Predictions only cost time when
-they are wrong: every use makes sure for itself. There are three kinds of use:
+is used. The order of blocks is predicted from earlier steps, and the copies of the next ones start meanwhile. A wrong
+prediction only costs time: every use waits for its own weights. There are three kinds of use:
 
 - the block is called (forward pre-hook), also when activation checkpointing calls it during backward;
 - backward reaches one of its outputs (tensor hook);
 - backward unpacks a saved view of one of its weights that are not there (saved-tensor hooks around its forward): a
-  loss that reads a block through a side door, several backward passes over one graph, an order nobody foresaw.
+  loss that reads a block's weights without calling it, several backward passes over one graph, an unusual order.
 
 Only the first two make other weights leave. An autograd node may have unpacked a weight already when it unpacks the
-next, so nothing leaves inside of a node.
+next, so no weight leaves during a node.
 
-Saved-tensor hooks hide those around them. So they pass on to hooks that are there already (a checkpoint, activations
-kept on the host), and without such do what PyTorch does: raise where a saved tensor was changed in place.
+Saved-tensor hooks hide those around them. So the hooks here call those that are active already (a checkpoint's,
+activations kept on the host), and without any do what PyTorch does: raise where a saved tensor was changed in place.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.offload.weight_flow.weights import FlowingWeights
 from lightning_superscale.torch_private import saved_tensor_hooks, storage_id_of, tree_leaves, version_of
 
-# Blocks whose copies may be under way while another one is used.
+# Number of blocks whose copies may be under way while another one is used.
 BLOCKS_AHEAD = 2
 
 
@@ -38,8 +38,8 @@ class BlockParams(NamedTuple):
     """A module whose weights flow together.
 
     Attributes:
-        fqn: its name from the root.
-        params: those of its parameters that nothing outside it owns, by name from the root.
+        fqn: name of the module from the root.
+        params: parameters that no module outside it owns, by name from the root.
     """
 
     fqn: str
@@ -48,7 +48,7 @@ class BlockParams(NamedTuple):
 
 
 class _Use(NamedTuple):
-    """A use of a block, as the order of uses remembers it; block -1 is the start of a forward."""
+    """A use of a block in the order of uses: in forward or in backward. Block -1 is the start of a forward."""
 
     block: int
     is_backward: bool
@@ -62,7 +62,7 @@ class _Block:
     """One block whose weights flow, during a run.
 
     Attributes:
-        guards: what to close when a forward of it ends, innermost last; None where there was nothing to guard.
+        guards: the saved-tensor hooks to close when a forward of it ends, innermost last; None for a forward without.
     """
 
     index: int
@@ -76,12 +76,12 @@ class WeightFlow:
     """Brings blocks' weights to the device when they are used, and a little before.
 
     Args:
-        blocks: disjoint sets of parameters; several may be nested.
-        num_ahead: blocks whose copies may be under way while another one is used.
+        blocks: blocks with disjoint sets of parameters; their modules may be nested.
+        num_ahead: number of blocks whose copies may be under way while another one is used.
 
     Attributes:
-        named_params: every parameter that flows.
-        block_of: the number of the block that owns it.
+        named_params: every parameter that flows, with its name.
+        block_of: by parameter, the number of the block that owns it.
     """
 
     def __init__(self, blocks: Sequence[BlockParams], *, num_ahead: int = BLOCKS_AHEAD) -> None:
@@ -104,9 +104,9 @@ class WeightFlow:
     # What flows
 
     def add(self, weights: FlowingWeights) -> None:
-        """Let weights flow with the block that owns them; another unit's hold on the same parameters ends.
+        """Let the weights of a unit flow with the block that owns them.
 
-        That is so where parameters move into other units, or are unfrozen.
+        Units that held the same parameters before forget them: parameters move into other units, or are unfrozen.
         """
         params = weights.unit.params
         block = self._blocks[self.block_of[params[0]]]
@@ -123,7 +123,7 @@ class WeightFlow:
         self._place[weights.storage_id] = block
 
     def holds(self, param: nn.Parameter) -> bool:
-        """Whether some unit lets this parameter flow already."""
+        """Whether a unit that was added owns this parameter."""
         return param in self._owner
 
     @property
@@ -132,26 +132,26 @@ class WeightFlow:
 
     @property
     def most_blocks(self) -> int:
-        """Blocks that are on the device at one time, unless they are nested."""
+        """Number of blocks that are on the device at one time, unless they are nested."""
         return min(1 + self._num_ahead, len(self._blocks))
 
     @property
     def most_device_bytes(self) -> int:
-        """Device memory of the largest blocks that are there at one time."""
+        """Device memory, in bytes, of the largest blocks that can be on the device at one time."""
         sizes = sorted(sum(w.full_bytes for w in block.weights) for block in self._blocks)
         return sum(sizes[-self.most_blocks :])
 
     # Passes
 
     def enter(self) -> None:
-        """A forward of the whole model begins: what it will use first may come."""
+        """Begin a forward of the whole model: start the copies of the blocks that it will use first."""
         self.rest()
         self._last = _START
         for block in self._coming(_START):
             self._want(block)
 
     def rest(self) -> None:
-        """No forward or backward runs: every weight is on the host, and parameters are what one finds there."""
+        """Bring every weight back to the host, with parameters that view it there; no forward or backward runs."""
         self._is_backward = False
         for block in self._blocks:
             while block.guards:  # a forward was interrupted by something that runs no hooks
@@ -160,13 +160,13 @@ class WeightFlow:
             self._leave(block)
 
     def synchronize(self) -> None:
-        """Block the host until no copy reads host weights: users may edit them now."""
+        """Block the host until no copy reads or writes host weights, so that users may edit them."""
         for block in self._blocks:
             for weights in block.weights:
                 weights.synchronize()
 
     def close(self) -> None:
-        """Remove every hook; parameters own their weights, in host memory."""
+        """Remove every hook, and let parameters own their weights, in host memory."""
         self.rest()
         for hook in self._hooks:
             hook.remove()
@@ -191,7 +191,7 @@ class WeightFlow:
             self._want(other)
 
     def _coming(self, now: _Use) -> list[_Block]:
-        """The blocks that followed this use the last time, without the block itself."""
+        """The blocks that followed this use the last time, at most `num_ahead`, without the block itself."""
         coming: list[_Block] = []
         seen = {now}
         while len(coming) < self._num_ahead:
@@ -222,7 +222,7 @@ class WeightFlow:
         for weights in block.weights:
             weights.release()
 
-    # Hooks: closures, because a deep copy of the module copies bound methods with all they are bound to.
+    # Hooks are closures, because a deep copy of the module would copy a bound method's object too.
 
     def _forward_hooks(self, block: _Block) -> tuple[Callable[..., None], Callable[..., None]]:
         def before(module: nn.Module, _inputs: object) -> None:
@@ -247,7 +247,11 @@ class WeightFlow:
         return before, after
 
     def _guard(self) -> torch.autograd.graph.saved_tensors_hooks | None:
-        """Hooks for whatever autograd saves from now on; None where it saves nothing, or they are there."""
+        """Open saved-tensor hooks for tensors that autograd saves from now on.
+
+        Returns:
+            the hooks, to be closed; None where autograd saves nothing, or a block around this one has opened them.
+        """
         if not torch.is_grad_enabled():
             return None
         around = saved_tensor_hooks()
@@ -259,7 +263,7 @@ class WeightFlow:
         return guard
 
     def _unpacked(self, saved: Tensor) -> None:
-        """A saved tensor is about to be read: a parameter itself, a view of one, or something else."""
+        """Bring the block of a saved tensor to the device, if it is a parameter that flows or a view of one."""
         if isinstance(saved, nn.Parameter):
             owner = self.block_of.get(saved)
             block = None if owner is None else self._blocks[owner]
@@ -270,7 +274,7 @@ class WeightFlow:
             self._arrive(block)
 
     def _check_first_order(self, block: _Block) -> None:
-        """Refuse a backward that builds a graph of its own: what that saves would not be unpacked here.
+        """Refuse a backward that builds a graph of its own, whose saved tensors would not be unpacked by these hooks.
 
         Raises:
             SuperScaleError: names the block and what to do.
@@ -283,7 +287,12 @@ class WeightFlow:
 
 
 class _SavedTensors:
-    """Saved-tensor hooks inside of a block, which pass on to those around the block."""
+    """Saved-tensor hooks inside of a block, which call those around the block.
+
+    Args:
+        unpacked: called with each saved tensor that is about to be read.
+        around: the pair (pack, unpack) of hooks around the block; None without any.
+    """
 
     def __init__(
         self,

@@ -1,11 +1,11 @@
-"""Weights of one unit that live on the host, and on the device only while something uses them.
+"""Weights of one unit that live on the host, and on the device only while forward or backward uses them.
 
 [Note: Where a weight is] A flowing unit has one flat device buffer, whose storage is empty most of the time, and one
 or more flat host buffers. While its weights are on the device, its parameters view the device buffer; otherwise they
-view the host's, so that whoever reads or edits a parameter between steps finds the weight there, whole and right. The
+view the host's, so that code that reads or edits a parameter between steps finds the current whole weight there. The
 storage is emptied and filled again in place: autograd's saved views of a weight (`weight.t()`) keep the storage, and
-find it filled whenever something has called `acquire`. What arrives twice in a step is the same, because nothing writes
-the host's current weights before the step's verdict.
+find it filled between `acquire` and `release`. Weights that arrive twice in a step are the same, because no step writes
+the host's current weights before its verdict.
 
     absent      storage empty, parameters view the host
     arriving    storage allocated, copies under way or about to be; parameters still view the host
@@ -13,20 +13,20 @@ the host's current weights before the step's verdict.
     present     parameters view the device
 
 Memory on CUDA: the storage is allocated and freed on the stream that computes, in the order of its work, and copies
-run behind a fence taken at the allocation. So they wait for whoever had that memory before, and an early allocation
-lets them overlap with what was queued since. Before the storage is emptied the computing stream waits for copies that
-nobody used. The host waits for nothing.
+run behind a fence taken at the allocation. So copies wait for the work that used that memory before, and an early
+allocation lets them overlap with work that was queued since. Before the storage is emptied the computing stream waits
+for copies that no use has waited for. The host does not wait.
 
 [Note: Weights of several ranks] Where ranks share a unit's steps, each makes new rows of its own. They meet on the
 devices, whose links and network are the fastest way between ranks: a rank sends its rows up, the devices gather, and
-each brings the whole down into its own host memory (`filling`), while it may use what is on the device already. The
-host can't be the place where they meet: memory that ranks of one host share would take an edit of a parameter
-(`param.mul_(0.5)`) once for every rank.
+each brings the whole weights down into its own host memory (`filling`), while it may use those on the device already.
+Ranks can't meet in host memory that they share: it would take an edit of a parameter (`param.mul_(0.5)`) once for every
+rank.
 
-[Note: Which host buffer] A rule that writes new weights before the verdict gives three buffers per slice, which take
-turns: one holds the weights that stream, one the gradient that waits for its commit, one receives this step's
-gradient (`offload/superoffload/state.py`). A rule that writes after backward gives one and overwrites it. Where ranks
-share steps there is one of whole weights, apart from the rule's own buffers.
+[Note: Which host buffer] A state whose new weights are written before the verdict gives three buffers per slice, which
+take turns: one holds the weights that stream, one the gradient that waits for its commit, one receives this step's
+gradient (`offload/superoffload/state.py`). A state whose weights are written after backward gives one buffer, which is
+overwritten. Where ranks share steps there is one buffer of whole weights, apart from the state's own buffers.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ class StreamedUnit(Protocol):
     """The members of a unit that flows: whole parameters, and an empty flat buffer on the device that they can view.
 
     Attributes:
-        weights: [full.shard_numel] on the device.
-        views: each parameter's weight in it.
-        is_whole: this rank steps all rows: `full` and `shard` are equal.
+        weights: flat buffer [full.shard_numel] on the device.
+        views: each parameter's weight, as a view of `weights`.
+        is_whole: whether this rank steps all rows, so that `full` and `shard` are equal.
     """
 
     @property
@@ -64,16 +64,17 @@ class StreamedUnit(Protocol):
     def shard(self) -> UnitLayout: ...
 
     def edits_of(self, i: int) -> int:
-        """A number that grows when anybody but a step changes a weight in place."""
+        """A number that grows when anything but a step changes weight i in place."""
 
     weights: Tensor
     views: tuple[Tensor, ...]
 
 
 class LateUpload:
-    """New rows that a rank keeps on the host until their gather begins: all units' at once would fill the device.
+    """The upload of new rows that stay on the host until their gather begins: all at once would fill the device.
 
-    `wait` starts their copies and orders what runs next after them; waitable at once, because they are on the host.
+    `wait` starts the copies and orders the current stream's later work after them. The upload is waitable from the
+    start, because the rows are on the host.
     """
 
     def __init__(self, start: Callable[[], Sequence[LinkEvent]]) -> None:
@@ -88,16 +89,19 @@ class LateUpload:
 
 
 class FlowingWeights:
-    """The store of weights that flow, of one unit. Takes over its parameters' present values.
+    """The store of one unit's weights that flow. Takes over its parameters' present values.
 
-    Satisfies `WeightStore` of optim/unit.py: the step's new weights are announced to it (`receive`), and it waits for
-    them when they are used. A use is `acquire`, then `release`; `prefetch` goes before one that is foreseen.
+    Satisfies `WeightStore` of optim/unit.py: `receive` hands it the step's new weights, and it waits for them at their
+    next use. A use is `acquire`, then `release`; `prefetch` comes before a use that is foreseen.
 
     Args:
         unit: whole parameters of one dtype, in host memory or on the device.
         link: the device's link; counts every byte.
         buffers: host buffers [full.shard_numel] of the parameters' dtype.
-        first: the one of them that takes the present weights.
+        first: index of the buffer that takes the present weights.
+
+    Attributes:
+        is_present: whether parameters view the weights on the device.
     """
 
     def __init__(self, unit: StreamedUnit, link: Link, buffers: Sequence[Tensor], *, first: int = 0) -> None:
@@ -122,14 +126,14 @@ class FlowingWeights:
     # New weights
 
     def receive(self, new: NewWeights) -> None:
-        """The last step made new weights. Whoever uses them next waits for them."""
+        """Keep the new weights of the last step; the next use of the unit's weights waits for them."""
         self._new = new
 
     def wait_new(self) -> bool:
-        """Return when new weights are in host memory, or on their way there; those that came over the device leave it.
+        """Return when new weights are in host memory or on their way there; gathered ones leave the device.
 
         Returns:
-            whether there were any.
+            whether there were new weights.
         """
         has_new = self._wait_new()
         if self._is_filled:
@@ -146,7 +150,7 @@ class FlowingWeights:
         return True
 
     def abandon(self) -> None:
-        """A rank failed: wait for no other rank any more."""
+        """Wait for no other rank any more, since one failed."""
         if self._new is not None:
             self._new.abandon()
 
@@ -159,13 +163,16 @@ class FlowingWeights:
         return self._buffers[self._current[i]][start : start + own.numel]
 
     def switch(self, i: int, buffer: int) -> None:
-        """Slice i's current weights are in another buffer from now on. Any thread; parameters follow when awaited."""
+        """Note that slice i's current weights are in another buffer from now on.
+
+        Any thread may call it; parameters view the buffer after the next wait for new weights.
+        """
         self._current[i] = buffer
 
     def _follow_host(self) -> None:
-        """Let parameters view the current host weights, after those changed; old ones leave the device.
+        """Let parameters view the current host weights, which have changed; old weights leave the device.
 
-        Edits of the old ones are on the host by then: the step began by asking for each (`rows_with_edits`).
+        Edits of the old weights are on the host by then, because the step began by fetching them (`rows_with_edits`).
         """
         self.release()
         self._bind_host()
@@ -181,7 +188,7 @@ class FlowingWeights:
             param.data = self._on_host[self._current[i]][i]
 
     def synchronize(self) -> None:
-        """Block the host until no copy reads or writes the host weights: before somebody may read or edit them."""
+        """Block the host until no copy reads or writes the host weights, so that user code may read or edit them."""
         for copy in self._copies:
             copy.synchronize()
         self._await_landing()
@@ -193,12 +200,12 @@ class FlowingWeights:
 
     @contextmanager
     def filling(self, *, is_whole: bool) -> Iterator[None]:
-        """While open, `unit.weights` can be written; then those weights go to the host, and are there to be used.
+        """While open, `unit.weights` can be written; on exit a copy of the weights to the host begins.
 
-        They stay on the device for their use, or until `wait_new`.
+        The weights stay on the device for their next use, or until `wait_new`.
 
         Args:
-            is_whole: all of them will be written; otherwise the others are as they were.
+            is_whole: whether all weights will be written; otherwise the old ones are brought to the device first.
         """
         self.release()
         self.synchronize()
@@ -218,7 +225,7 @@ class FlowingWeights:
         self._is_filled = True
 
     def forget(self, param: nn.Parameter) -> None:
-        """Another unit owns this parameter from now on."""
+        """Let go of a parameter, which another unit owns from now on."""
         self._params = {i: known for i, known in self._params.items() if known is not param}
 
     @property
@@ -230,21 +237,21 @@ class FlowingWeights:
 
     @property
     def storage_id(self) -> int:
-        """A number that tells this unit's device storage from others, filled or not."""
+        """A number that identifies this unit's device storage, filled or not."""
         return storage_id_of(self._storage)
 
     @property
     def full_bytes(self) -> int:
-        """Device memory that the weights occupy while they are there."""
+        """Device memory, in bytes, that the weights occupy while they are on the device."""
         return self.unit.full.shard_numel * self.unit.weights.element_size()
 
     @property
     def device_bytes(self) -> int:
-        """Device memory that the weights occupy now."""
+        """Device memory, in bytes, that the weights occupy now."""
         return int(self._storage.nbytes())
 
     def prefetch(self) -> None:
-        """The weights are used soon: give them device memory, and start their copies once the host has them."""
+        """Prepare a use: allocate device memory, and start the copies if the host has the current weights."""
         if self._new is not None:
             self._new.begin()
         self._want(are_on_host=self._new is None or self._new.are_on_host())
@@ -270,7 +277,7 @@ class FlowingWeights:
         return [(weights[span], self._buffers[self._current[i]][span]) for i, span in zip(places, spans, strict=True)]
 
     def acquire(self) -> None:
-        """Whatever runs next on the device sees the weights in the parameters and in saved views of them.
+        """Let the device's later work see the weights in the parameters and in saved views of them.
 
         Raises:
             SuperScaleError: a parameter was given other memory (`param.data = ...`).
@@ -290,7 +297,7 @@ class FlowingWeights:
         self.is_present, self._is_filled = True, False
 
     def release(self) -> None:
-        """Free the device memory. What was edited there in place is kept.
+        """Free the device memory, and let parameters view the host. Weights that were edited in place are copied first.
 
         Raises:
             SuperScaleError: a parameter was given other memory (`param.data = ...`).
@@ -298,7 +305,7 @@ class FlowingWeights:
         if not self.device_bytes:
             return
         for copy in self._copies:
-            copy.wait()  # nobody may have used them, and the memory is handed out again
+            copy.wait()  # no use may have waited for them, and the memory can be allocated anew at once
         try:
             if self.is_present:
                 self._check_bound(self.unit.views)
@@ -323,7 +330,7 @@ class FlowingWeights:
                 )
 
     def close(self) -> None:
-        """Let go of the parameters: each owns its weight, in host memory."""
+        """Let go of the parameters: each owns its weight from now on, in host memory."""
         self.release()
         for i, param in self._params.items():
             if param.data_ptr() == self._on_host[self._current[i]][i].data_ptr():
