@@ -1,8 +1,8 @@
-"""How ranks agree at a step: on what has a gradient, on who is late, and on whether anybody failed.
+"""Agreements between ranks: on the parameters that have gradients, on late ones, on failures, and on equal facts.
 
 [Note: One agreement per step] An error on one rank must not leave the others in a collective that it
-never enters. A rank that has something to say therefore still enters the agreement, and every rank
-raises the same error after it.
+never enters. A rank with an error therefore still enters the agreement, and every rank raises the same
+error after it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from lightning_superscale.comm.collectives import control_max, gather_objects
 from lightning_superscale.comm.mesh import DataMesh
 from lightning_superscale.errors import SuperScaleError
 
-# status, then label, step and order, each with its negative: a maximum of both tells whether all are equal.
+# Length of a vector's head: status, then label, step and order, each with its negative, so that the maximum over ranks
+# tells whether all are equal.
 _HEADER = 7
 _HASH_RANGE = 2**31 - 1
 
@@ -28,7 +29,7 @@ def short_hash(text: str) -> int:
 
 
 class Agreement:
-    """Agreements of one run. Every rank calls each, in the same order.
+    """The agreements of one run. Every rank calls each, in the same order.
 
     Args:
         num_flags: length of the flag vector, the same on every rank and at every call.
@@ -39,23 +40,24 @@ class Agreement:
         self.num_flags = num_flags
 
     def new_flags(self) -> Tensor:
+        """A vector for `agree` with all flags 0, int32 on the host."""
         return torch.zeros(_HEADER + self.num_flags, dtype=torch.int32)
 
     def flags_of(self, vector: Tensor) -> Tensor:
-        """The part of a vector that callers fill, a view."""
+        """The flags in a vector of `new_flags`, [num_flags]: a view for callers to fill."""
         return vector[_HEADER:]
 
     def agree(
         self, vector: Tensor, *, label: str, step: int, order: str = "", error: BaseException | None = None
     ) -> Tensor:
-        """Maximum of every rank's flags.
+        """The elementwise maximum of every rank's flags, int32 [num_flags]. Every rank calls it.
 
         Args:
-            vector: what `new_flags` returned, filled through `flags_of`.
-            label: what is agreed on, e.g. which optimizer steps.
-            step: how often that was done before.
-            order: what must be equal on all ranks besides, e.g. the order in which modules ran.
-            error: what went wrong on this rank; raised on all.
+            vector: a vector of `new_flags`, filled through `flags_of`; overwritten.
+            label: names the action that ranks agree on, e.g. the step of an optimizer.
+            step: number of times that the action was done before.
+            order: a text that must be equal on all ranks, e.g. a digest of the order in which modules ran.
+            error: the error of this rank, which all ranks raise; None without.
 
         Raises:
             SuperScaleError: on every rank, when any had an error, or label, step or order differ.
@@ -93,10 +95,14 @@ class Agreement:
 
 
 def raise_together(mesh: DataMesh, error: Exception | None) -> None:
-    """Raise on every rank what any rank found wrong. Every rank calls it.
+    """Raise the errors of any ranks on every rank. Every rank calls it.
+
+    Args:
+        error: the error of this rank; None without.
 
     Raises:
-        SuperScaleError: names the ranks and what each said; on one rank, the error itself.
+        SuperScaleError: any rank has an error; names the ranks and each one's message.
+        Exception: in a run of one rank, `error` itself.
     """
     if mesh.is_single:
         if error is not None:
@@ -113,10 +119,10 @@ def raise_together(mesh: DataMesh, error: Exception | None) -> None:
 
 
 def check_equal_on_all_ranks(mesh: DataMesh, facts: Mapping[str, str]) -> None:
-    """Refuse to go on when ranks differ. Every rank calls it.
+    """Refuse to go on when ranks differ in their facts. Every rank calls it.
 
     Args:
-        facts: what is compared, by the name that an error gives it.
+        facts: values to compare, by the name that an error gives each.
 
     Raises:
         SuperScaleError: on every rank; names the first fact that differs, the ranks and their values.

@@ -1,13 +1,13 @@
 """The only file that issues collectives. Every call is counted; every reduction has a fixed order.
 
 [Note: Reductions on gloo] gloo's reduce-scatter is an all-reduce that throws most of its result away, and
-its order of summation depends on where an element lies. Here ranks exchange their shares directly and each
-sums what it received in rank order: half the bytes, and bits that depend on nothing but the ranks' values.
+its order of summation depends on the place of an element. Here ranks exchange their shares directly and each
+sums the shares that it received in rank order: half the bytes, and bits that depend on the ranks' values alone.
 16-bit values are summed in fp32 and rounded once.
 
-[Note: Copies on gloo] There a copy costs as much as the wire. So a rank's own share of a reduce-scatter stays where
-it was packed, and an all-gather of rows sends each from where it was computed to where it is read. Only small rows
-are packed: a message of their own would cost more than copying them.
+[Note: Copies on gloo] On gloo a copy costs as much as the wire. So a rank's own share of a reduce-scatter stays where
+it was packed, and an all-gather of rows sends each from the memory that it was computed in to the memory that it is
+read from. Only small rows are packed: a message of their own would cost more than copying them.
 """
 
 from __future__ import annotations
@@ -28,19 +28,22 @@ from lightning_superscale.ops.cpu.memory import RecycledMemory
 from lightning_superscale.ops.events import Done, Event
 from lightning_superscale.torch_private import AsyncCollectiveTensor, copy_all
 
-# How often a rank that waits looks whether another one failed.
+# The interval in which a rank that waits looks whether another one failed.
 _LOOK_EVERY = timedelta(seconds=0.1)
 # Rows of at least this many elements travel by themselves.
 _OWN_MESSAGE_NUMEL = 2**15
 
-# torch 2.13 gave it a new name and warns at the old one.
+# torch 2.13 gave this collective a new name and warns at the old one.
 _ALL_GATHER: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 def _wait(works: list[Any], watch: RankWatch | None, what: str, *, can_look: bool = True) -> None:
-    """Wait for gloo works, giving up when another rank failed ([Note: Waiting for other ranks] in watch.py).
+    """Wait for works, and give up when another rank failed ([Note: Waiting for other ranks] in watch.py).
 
-    gloo's sends and receives can't be waited for twice: a wait that runs out of time breaks the connection.
+    Args:
+        watch: None waits without giving up.
+        what: names the works in errors.
+        can_look: whether a wait may run out of time. gloo's sends and receives break their connection then.
     """
     if watch is None:
         for work in works:
@@ -61,17 +64,17 @@ def _wait(works: list[Any], watch: RankWatch | None, what: str, *, can_look: boo
 
 
 class InFlight:
-    """Collectives that were issued, and what makes their result of what they moved.
+    """The event of collectives that were issued, and of the work that makes their result. Satisfies `ops.events.Event`.
 
-    Complete when every one of them says so, which gloo's sends and receives do only after `wait`. With NCCL waitable
-    at once, because waiting orders streams; with gloo when complete.
+    It is complete when torch's works are, which gloo's sends and receives report only after `wait`. With NCCL it is
+    waitable from the start, because waiting orders streams; with gloo, when it is complete.
 
     Args:
-        works: what torch gave for each.
-        finish: makes the result, once they are through.
-        watch: tells of ranks that failed while this one blocks; None where waiting does not block.
-        what: names them in errors.
-        can_look: whether a work can be waited for more than once.
+        works: torch's handles of the collectives.
+        finish: makes the result, once the works are waited for.
+        watch: reports ranks that failed while this one blocks; None where waiting does not block.
+        what: names the collectives in errors.
+        can_look: whether a wait for a work may run out of time and be repeated.
         orders_streams: whether waiting for a work orders streams and does not block.
     """
 
@@ -126,9 +129,9 @@ class AxisCollectives:
         self._exchanges = 0
 
     def reduce_scatter(self, packed: Tensor) -> Event[Tensor]:
-        """Sum over ranks of `packed` [size, n]; this rank gets row `rank` of it, [n].
+        """Sum `packed` [size, n] over ranks; the result is row `rank` of the sum, [n], of the same dtype.
 
-        `packed` must stay untouched until the result is there, and belongs to the result from then on.
+        No other code may read or write `packed` afterwards: the result may be a part of it.
         """
         if self.axis.size == 1:
             return Done(packed[0])
@@ -138,7 +141,7 @@ class AxisCollectives:
             work = dist.reduce_scatter_tensor(out, packed.view(-1), group=self.axis.group, async_op=True)
             return self._in_flight([work], lambda: out, "reduce-scatter")
         size, rank = self.axis.size, self.axis.rank
-        # Without this rank's own row, where the others lie in one piece ([Note: Copies on gloo]).
+        # Leave this rank's own row out, where the others lie in one piece ([Note: Copies on gloo]).
         first, last = (1, size) if rank == 0 else (0, size - 1) if rank == size - 1 else (0, size)
         sent = packed[first:last]
         splits = [packed.shape[1] if first <= row < last else 0 for row in range(size)]
@@ -150,7 +153,7 @@ class AxisCollectives:
         return self._in_flight([work], lambda: _sum_of_rows(rows, received[0], self._memory), "reduce-scatter")
 
     def all_reduce(self, tensor: Tensor) -> Event[Tensor]:
-        """Sum over ranks, in place."""
+        """Sum `tensor` over ranks, in place; the result is `tensor`."""
         if self.axis.size == 1:
             return Done(tensor)
         self._counts.add("all_reduce", tensor.nbytes)
@@ -161,7 +164,8 @@ class AxisCollectives:
         """Fill every row of `packed` [size, n] with its rank's row; this rank's own row is there already.
 
         Args:
-            is_polled: `is_complete()` has to become true before `wait()`, as it does not for gloo's sends and receives.
+            is_polled: whether `is_complete()` has to become true before `wait()`, as it does not for gloo's sends and
+                receives.
         """
         if self.axis.size == 1:
             return Done(packed)
@@ -175,15 +179,15 @@ class AxisCollectives:
 
     @property
     def gathers_rows(self) -> bool:
-        """Whether `all_gather_rows` works here: on gloo."""
+        """Whether `all_gather_rows` works on this axis: its group is one of gloo."""
         return self._is_gloo
 
     def all_gather_rows(self, rows: Sequence[Sequence[Tensor]]) -> Event[Tensor]:
-        """Fill every other rank's tensors, `rows[its rank]`, with what that rank has there.
+        """Fill the tensors `rows[r]` of every other rank r with that rank's own `rows[r]`.
 
         Args:
-            rows: by rank, contiguous tensors of one dtype, of the same shapes on every rank. Nobody reads or writes
-                the others', nor writes this rank's own, until the result is there.
+            rows: by rank, contiguous tensors of one dtype, of the same shapes on every rank. Until the result is there,
+                no code may read or write those of other ranks, or write this rank's own.
         """
         own = rows[self.axis.rank]
         self._counts.add("all_gather", sum(row.nbytes for row in own))
@@ -212,7 +216,7 @@ class AxisCollectives:
         return InFlight(works, finish, self._watch, what, can_look=can_look, orders_streams=not self._is_gloo)
 
     def _exchange(self, rows: Sequence[Sequence[Tensor]]) -> list[Any]:
-        """Send this rank's tensors to every other, receive theirs in place: no copy but the wire's."""
+        """Send this rank's tensors to every other rank and receive theirs in place; returns torch's works."""
         group, rank = self.axis.group, self.axis.rank
         self._exchanges += 1
         works = []
@@ -224,7 +228,7 @@ class AxisCollectives:
         return works
 
     def broadcast(self, tensor: Tensor) -> None:
-        """Overwrite `tensor` with the first rank's, in place."""
+        """Overwrite `tensor` with that of the axis' first rank, in place. Blocks on gloo."""
         if self.axis.size == 1:
             return
         self._counts.add("broadcast", tensor.nbytes)
@@ -238,7 +242,12 @@ class AxisCollectives:
 
 
 def _sum_of_rows(rows: Sequence[Tensor], scratch: Tensor, memory: RecycledMemory) -> Tensor:
-    """The sum in order; in `scratch`, one of the rows, where that holds on to no other row."""
+    """The sum of rows in their order, rounded once.
+
+    Args:
+        scratch: one of the received rows, which takes the sum of two rows of a wide dtype.
+        memory: allocates the sum otherwise.
+    """
     first, dtype = rows[0], rows[0].dtype
     is_wide = dtype in (torch.float32, torch.float64)
     total = scratch
@@ -256,8 +265,8 @@ def _sum_of_rows(rows: Sequence[Tensor], scratch: Tensor, memory: RecycledMemory
 def local_grad(grad: Tensor, param: Tensor) -> Tensor:
     """This rank's gradient of a parameter, placed as the parameter is where that is a DTensor.
 
-    A gradient may be a sum that the tensor axis still owes (Partial), or be cut otherwise than its parameter: then
-    every rank of the axis calls this at the same point of its backward.
+    A gradient may lack the sum over the tensor axis (Partial), or be cut otherwise than its parameter: then this issues
+    a collective, and every rank of the axis calls it at the same point of its backward.
     """
     if not isinstance(grad, DTensor) or not isinstance(param, DTensor):
         return grad.detach()
@@ -269,7 +278,14 @@ def local_grad(grad: Tensor, param: Tensor) -> Tensor:
 
 
 def control_max(mesh: DataMesh, values: Tensor, what: str) -> Tensor:
-    """Elementwise maximum over all ranks, on the host, in place. Every rank calls it."""
+    """Elementwise maximum of host tensors over all ranks, in place. Every rank calls it; blocks.
+
+    Args:
+        what: names it in errors, while this rank waits.
+
+    Raises:
+        RankFailure: another rank failed.
+    """
     if mesh.control is not None:
         mesh.counts.add("control", values.nbytes)
         work = dist.all_reduce(values, op=dist.ReduceOp.MAX, group=mesh.control, async_op=True)
@@ -278,7 +294,14 @@ def control_max(mesh: DataMesh, values: Tensor, what: str) -> Tensor:
 
 
 def control_sum(mesh: DataMesh, values: Tensor, what: str) -> Tensor:
-    """Elementwise sum over all ranks, on the host, in place. Every rank calls it."""
+    """Elementwise sum of host tensors over all ranks, in place. Every rank calls it; blocks.
+
+    Args:
+        what: names it in errors, while this rank waits.
+
+    Raises:
+        RankFailure: another rank failed.
+    """
     if mesh.control is not None:
         mesh.counts.add("control", values.nbytes)
         _wait([dist.all_reduce(values, group=mesh.control, async_op=True)], mesh.watch, what)
@@ -286,7 +309,7 @@ def control_sum(mesh: DataMesh, values: Tensor, what: str) -> Tensor:
 
 
 def gather_objects(mesh: DataMesh, value: object) -> list[Any]:
-    """Every rank's `value`, by world rank. Every rank calls it; values travel pickled between trusted ranks."""
+    """Every rank's `value`, by world rank. Every rank calls it; blocks. Values are pickled: ranks trust each other."""
     if mesh.control is None:
         return [value]
     gathered: list[Any] = [None] * mesh.world.size
@@ -300,14 +323,17 @@ def exchange(
     received: Sequence[tuple[Tensor, int]],
     what: str,
 ) -> None:
-    """Send host tensors to some ranks and fill others from some ranks, over the control group.
+    """Send host tensors to some ranks and fill others from some ranks, over the control group; blocks.
 
-    Between two ranks tensors arrive in the order in which they are listed here, which both must list alike.
+    Two ranks must list the tensors between them in one order, in which they are sent and received.
 
     Args:
-        sent: contiguous tensors, and the world ranks that get each.
-        received: contiguous tensors, and the world rank that sends each.
-        what: names it, while this rank waits.
+        sent: contiguous tensors, each with the world ranks that receive it.
+        received: contiguous tensors to fill, each with the world rank that sends it.
+        what: names the exchange in errors, while this rank waits.
+
+    Raises:
+        RankFailure: another rank failed.
     """
     if mesh.control is None:
         return

@@ -1,4 +1,4 @@
-"""What transports and engines know of the other ranks."""
+"""The communicator, through which transports and engines reach the other ranks."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ class Communicator:
     """The mesh, the collectives along its axes, and the agreement that every step begins with.
 
     Attributes:
-        flag_of: a parameter's place in the agreement's flags. The flags hold two per parameter:
-            whether it has a gradient, and whether one came late.
+        shard, replicate, data, tensor: collectives along these axes.
+        gather: collectives over the ranks of the shard axis, on a process group of their own.
+        flag_of: each parameter's place in the agreement's flags. There are two flags per parameter: whether it has a
+            gradient, and, `num_params` places later, whether one came late.
     """
 
     mesh: DataMesh
@@ -32,6 +34,7 @@ class Communicator:
 
     @property
     def num_params(self) -> int:
+        """The number of parameters that have flags."""
         return len(self.flag_of)
 
 
@@ -39,9 +42,9 @@ def ranks_of(mesh: DataMesh, params: Iterable[nn.Parameter], *, num_buffers: int
     """Make the communicator that one run's transports and engines share.
 
     Args:
-        params: the module's, without duplicates, in the same order on every rank.
-        num_buffers: the module's; every agreement has room for a flag of each, so that one that ranks
-            enter at different places has one length all the same, and says so.
+        params: the module's parameters, without duplicates, in the same order on every rank.
+        num_buffers: number of the module's buffers. Every agreement has room for a flag of each, so that agreements
+            that ranks enter at different places have one length, and can raise an error.
     """
     flag_of = {param: i for i, param in enumerate(params)}
     return Communicator(

@@ -1,9 +1,9 @@
-"""Parameters that are placed over ranks (DTensors): which part a rank holds, and the way between parts and wholes.
+"""Parameters that are placed over ranks (DTensors): a rank's part of a tensor, and the way from parts to whole ones.
 
 [Note: Two cuts] A tensor-parallel plan cuts a parameter first, along the dim that it names; the data-parallel ranks
-then cut rows (dim 0) of what their member of the tensor axis has. FSDP2 holds both in one DTensor. Everything that
-moves, steps or is a state here follows the second cut: its whole is the tensor axis' part. Only checkpoints and loads
-go on to the user's whole, and only this page knows the first cut.
+then cut rows (dim 0) of the part that their rank of the tensor axis has. FSDP2 holds both cuts in one DTensor. All
+units, states and transfers of this package follow the second cut: a whole parameter there is the tensor axis' part.
+Only checkpoints and loads need the user's whole tensor, and only this file knows the first cut.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from lightning_superscale.layout.rows import ParamSlice, ParamSpec, shard_rows
 
 
 class LocalBox(NamedTuple):
-    """One rank's box of a tensor of a parameter's shape, and where in the user's whole it lies.
+    """One rank's box of a tensor of a parameter's shape, and its place in the user's whole tensor.
 
     Attributes:
-        shape: of the whole.
-        offset: first index along each tensor dim.
-        tensor: the part's values.
+        shape: shape of the whole tensor.
+        offset: first index of the box along each tensor dim of the whole.
+        tensor: the values in the box.
     """
 
     shape: tuple[int, ...]
@@ -36,10 +36,11 @@ class LocalBox(NamedTuple):
 
 
 def local_rows(rows: Tensor, piece: ParamSlice, like: Tensor) -> LocalBox:
-    """This rank's rows of a tensor that is cut as the parameter `like`, with their place; issues nothing.
+    """This rank's rows of a tensor that is cut as the parameter `like`, with their place; issues no collective.
 
     Args:
-        rows: of `piece.local_shape`.
+        rows: this rank's rows, [*piece.local_shape].
+        piece: the slice of the parameter.
     """
     shape = tuple(like.shape)
     offset = [piece.rows[0], *(0 for _ in shape[1:])] if shape else []
@@ -51,18 +52,18 @@ def local_rows(rows: Tensor, piece: ParamSlice, like: Tensor) -> LocalBox:
 
 
 def local_rows_of(placed: Tensor) -> Tensor:
-    """This rank's rows of a DTensor, in the memory that FSDP2's gathers read."""
+    """This rank's part of a DTensor, a view of its own memory, which FSDP2's gathers read."""
     with torch.no_grad():
         return cast(DTensor, placed).to_local().detach()
 
 
 def local_of(tensor: Tensor) -> Tensor:
-    """This rank's part of any tensor, in the tensor's own memory."""
+    """This rank's part of a DTensor, or all of a plain tensor: a view of its own memory."""
     return local_rows_of(tensor) if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def _tensor_place(tensor: Tensor) -> tuple[int, int, int] | None:
-    """(dim that the tensor axis cuts, this rank's place on the axis, its size); None for what it does not cut."""
+    """(dim that the tensor axis cuts, this rank's place on the axis, its size); None if it does not cut the tensor."""
     if not isinstance(tensor, DTensor):
         return None
     mesh = tensor.device_mesh
@@ -77,7 +78,7 @@ def _tensor_place(tensor: Tensor) -> tuple[int, int, int] | None:
 
 
 def is_cut(tensor: Tensor) -> bool:
-    """Whether ranks of the tensor axis hold different parts of it, rather than the same."""
+    """Whether the tensor axis cuts a tensor, so that its ranks hold different parts."""
     return _tensor_place(tensor) is not None
 
 
@@ -88,7 +89,7 @@ def tensor_part_name(tensor: Tensor, fqn: str) -> str:
 
 
 def tensor_shape(tensor: Tensor) -> tuple[int, ...]:
-    """Shape of the tensor axis' part: of everything that data-parallel ranks hold together here."""
+    """Shape of this rank's tensor-axis part, which data-parallel ranks hold together."""
     shape, place = tuple(tensor.shape), _tensor_place(tensor)
     if place is None:
         return shape
@@ -98,12 +99,12 @@ def tensor_shape(tensor: Tensor) -> tuple[int, ...]:
 
 
 def tensor_numel(tensor: Tensor) -> int:
-    """Elements of the tensor axis' part."""
+    """Number of elements of this rank's tensor-axis part."""
     return ParamSpec("", tensor_shape(tensor)).numel
 
 
 def local_shard(whole: Tensor, like: Tensor) -> Tensor:
-    """The tensor axis' part of a whole tensor of `like`'s shape, a view."""
+    """This rank's tensor-axis part of a whole tensor of `like`'s shape, a view."""
     place = _tensor_place(like)
     if place is None:
         return whole
@@ -113,10 +114,11 @@ def local_shard(whole: Tensor, like: Tensor) -> Tensor:
 
 
 def join_parts(tensor_axis: AxisCollectives, part: Tensor, like: Tensor) -> Tensor:
-    """The whole of what `local_shard` cut, on the host. Every rank of the tensor axis calls it.
+    """The whole tensor of the parts that `local_shard` cut, on the host. Every rank of the tensor axis calls it.
 
     Args:
-        part: of any device.
+        tensor_axis: collectives along that axis.
+        part: this rank's part, on any device.
         like: the placed parameter; collectives run on its device.
     """
     place = _tensor_place(like)
@@ -130,7 +132,7 @@ def join_parts(tensor_axis: AxisCollectives, part: Tensor, like: Tensor) -> Tens
 
 
 def rows_of_part(part: Tensor, like: Tensor) -> Tensor:
-    """This rank's rows of a tensor axis' part that is placed as `like`, a view."""
+    """This rank's rows of its tensor-axis part of a tensor placed as `like`, a view."""
     if not isinstance(like, DTensor):
         return part
     mesh = like.device_mesh
@@ -141,25 +143,25 @@ def rows_of_part(part: Tensor, like: Tensor) -> Tensor:
 
 
 def local_part(whole: Tensor, like: Tensor) -> Tensor:
-    """This rank's part of a whole tensor that is placed as `like`: a view."""
+    """This rank's part, by both cuts, of a whole tensor placed as `like`: a view."""
     return rows_of_part(local_shard(whole, like), like)
 
 
 def write_whole(param: Tensor, whole: Tensor) -> None:
-    """Overwrite a parameter with a whole weight; of a placed one, this rank's part."""
+    """Overwrite a parameter with a whole weight; a DTensor takes this rank's part of it."""
     with torch.no_grad():
         write_local(param, local_part(whole, param).to(param.device, param.dtype))
 
 
 def write_local(param: Tensor, local: Tensor) -> None:
-    """Overwrite what this rank has of a parameter, placed or whole."""
+    """Overwrite this rank's part of a DTensor, or all of a plain parameter."""
     with torch.no_grad():
         # Through the DTensor, so that its version tells the engine of the edit.
         param.copy_(placed_like(local, param) if isinstance(param, DTensor) else local)
 
 
 def placed_like(local: Tensor, like: Tensor) -> DTensor:
-    """This rank's part as a DTensor placed as `like` is; issues nothing."""
+    """A DTensor of this rank's part, placed as `like` is; issues no collective."""
     placed = cast(DTensor, like)
     return DTensor.from_local(
         local.contiguous(),
@@ -172,7 +174,7 @@ def placed_like(local: Tensor, like: Tensor) -> DTensor:
 
 
 def gather_whole(ranks: Communicator, fqn: str, placed: Tensor) -> Tensor:
-    """The whole of a placed tensor, on the host. Every rank calls it."""
+    """The whole tensor of a DTensor, on the host. Every rank calls it."""
     part = local_rows_of(placed)
     if cast(DTensor, placed).device_mesh.mesh_dim_names != (TENSOR_AXIS,):
         axis = ranks.mesh.shard
@@ -194,9 +196,9 @@ def placed_state(module: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def whole_state(mesh: DataMesh, state: Mapping[str, Any]) -> dict[str, Any]:
-    """A state dict in which the tensor axis' parts are whole: on rank 0, empty on the others. Every rank calls it.
+    """A state dict of whole tensors, on rank 0; empty on other ranks. Every rank calls it.
 
-    One that has no parts is returned as it is, on every rank.
+    The tensors may be cut over the tensor axis only. A state dict without DTensors is returned as it is, on every rank.
     """
     if not any(isinstance(value, DTensor) for value in state.values()):
         return dict(state)
@@ -209,17 +211,18 @@ def whole_state(mesh: DataMesh, state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def take_rows(whole: Tensor, piece: ParamSlice) -> Tensor:
-    """This rank's rows of a whole tensor of the parameter's shape, in the slice's shape."""
+    """This rank's rows of a whole tensor of the parameter's shape, [*piece.local_shape]."""
     flat = whole.reshape(-1)[piece.global_offset : piece.global_offset + piece.numel]
     return flat.view(piece.local_shape)
 
 
 def gather_rows(axis: AxisCollectives, local: Tensor, piece: ParamSlice, device: torch.device) -> Tensor:
-    """The whole tensor, on the host. Every rank of the axis calls it.
+    """The whole tensor of the rows that ranks of an axis hold, on the host. Every rank of the axis calls it.
 
     Args:
-        local: this rank's rows, of any device.
-        device: where collectives of the axis run.
+        local: this rank's rows, on any device.
+        piece: their slice.
+        device: the device on which collectives of the axis run.
     """
     size = axis.axis.size
     if size == 1:

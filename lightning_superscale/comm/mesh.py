@@ -1,10 +1,10 @@
-"""The mesh of ranks: the axes of a `MeshSpec`, each with the group that talks along it.
+"""The mesh of ranks: the axes of a `MeshSpec`, each with its process group.
 
-Ranks are numbered as the spec says, tensor axis innermost, as in Lightning's ModelParallelStrategy.
+Ranks are numbered as in the spec, with the tensor axis innermost, as in Lightning's ModelParallelStrategy.
 
 [Note: Two groups] Gathers of weights follow each rank's forward and backward, reductions follow an order that ranks
-agree on. Where the two interleave depends on which modules and parameters a rank's batch used, so on one group they
-would meet the wrong partner.
+agree on. How the two interleave depends on the modules and parameters that a rank's batch used, so on one process
+group a gather of one rank would meet a reduction of another.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lightning_superscale.comm.watch import RankWatch
 from lightning_superscale.layout.mesh import AXES, MeshSpec
 from lightning_superscale.ops.cpu.memory import RecycledMemory
 
-# Ranks that differ along these see other tokens, and other batches.
+# Ranks that differ along DATA_AXES see other tokens; ranks that differ along BATCH_AXES see other batches.
 DATA_AXES, BATCH_AXES = ("replicate", "shard", "sequence"), ("replicate", "shard")
 
 # The names that Lightning gives the axes of `LightningModule.device_mesh`.
@@ -29,28 +29,30 @@ DATA_AXIS, TENSOR_AXIS = "data_parallel", "tensor_parallel"
 
 @dataclass(slots=True)
 class CollectiveCount:
-    """Collectives and bytes since the count began, by kind of collective.
+    """Collectives and their bytes on this rank since the last `clear`, by kind of collective.
 
     Attributes:
         calls: number of collectives.
-        nbytes: bytes that this rank handed in, padding included.
+        nbytes: bytes of this rank's inputs, padding included.
     """
 
     calls: dict[str, int] = field(default_factory=dict)
     nbytes: dict[str, int] = field(default_factory=dict)
 
     def add(self, kind: str, nbytes: int) -> None:
+        """Count one collective of `nbytes` bytes."""
         self.calls[kind] = self.calls.get(kind, 0) + 1
         self.nbytes[kind] = self.nbytes.get(kind, 0) + nbytes
 
     def clear(self) -> None:
+        """Begin the count anew."""
         self.calls.clear()
         self.nbytes.clear()
 
 
 @dataclass(frozen=True, slots=True)
 class MeshAxis:
-    """One axis: this rank's place on it, and the group that talks along it (None when it has one rank)."""
+    """One mesh axis: this rank's place on it, its number of ranks, and its process group (None with one rank)."""
 
     name: str
     rank: int
@@ -60,18 +62,20 @@ class MeshAxis:
 
 @dataclass(frozen=True, slots=True)
 class DataMesh:
-    """The axes of one run, see `MeshSpec`; `mesh["sequence"]` is one of them by name.
+    """The mesh of one run, with the axes of `MeshSpec`; `mesh["sequence"]` is the axis of that name.
 
     Attributes:
         shard, replicate, tensor, sequence: the axes.
-        world: all of them, flattened.
+        world: all axes, flattened.
         gather: the ranks of `shard`, with a process group of their own ([Note: Two groups]).
-        flattened: further combinations of axes that have a group.
-        device_mesh: what users parallelize over, "data_parallel" by "tensor_parallel"; None without a tensor axis.
-        watch: tells of ranks that failed; None on one rank.
-        memory: where temporary buffers of collectives come from.
-        control: group for small agreements, on the host whatever the devices are, so that agreeing never
+        flattened: further combinations of axes that have a process group, by the names of axes with several ranks.
+        device_mesh: the DeviceMesh that users parallelize over, "data_parallel" by "tensor_parallel"; None without a
+            tensor axis.
+        control: process group for small agreements, on the host whatever the devices are, so that agreeing never
             waits for a device; None on one rank.
+        watch: reports ranks that failed; None on one rank.
+        counts: counts collectives.
+        memory: allocates temporary buffers of collectives.
     """
 
     shard: MeshAxis
@@ -89,6 +93,7 @@ class DataMesh:
 
     @property
     def is_single(self) -> bool:
+        """Whether the run has one rank."""
         return self.world.size == 1
 
     def __getitem__(self, name: str) -> MeshAxis:
@@ -98,7 +103,11 @@ class DataMesh:
         return axis
 
     def flat(self, *names: str) -> MeshAxis:
-        """These axes as one; those that data is averaged or dealt over have a group."""
+        """The named axes, flattened to one axis: any one of them, all that have several ranks, DATA_AXES or BATCH_AXES.
+
+        Raises:
+            KeyError: a name is no axis, or the combination has no process group.
+        """
         present = frozenset(name for name in names if self[name].size > 1)
         if present == frozenset(name for name in AXES if self[name].size > 1):
             return self.world
@@ -106,17 +115,17 @@ class DataMesh:
 
     @property
     def data(self) -> MeshAxis:
-        """Ranks over which gradients are averaged."""
+        """The ranks over which gradients are averaged, as one axis."""
         return self.flat(*DATA_AXES)
 
     @property
     def batch(self) -> MeshAxis:
-        """Ranks with batches of their own, which samplers deal to."""
+        """The ranks with batches of their own, for samplers, as one axis."""
         return self.flat(*BATCH_AXES)
 
     @property
     def num_shares(self) -> int:
-        """Ranks that share one copy of what is sharded."""
+        """The number of ranks that share one copy of the sharded states."""
         return self.shard.size * self.tensor.size
 
 
@@ -129,12 +138,13 @@ def single_mesh() -> DataMesh:
 def build_mesh(
     spec: MeshSpec, timeout: timedelta, watch: RankWatch | None = None, *, device_type: str = "cpu"
 ) -> DataMesh:
-    """Make the mesh over the initialised default process group. Collective: every rank calls it.
+    """Make the mesh over the initialised default process group. Every rank calls it.
 
     Args:
-        spec: of as many ranks as the group has.
-        timeout: of the control group's agreements.
-        device_type: where tensors of the tensor axis live.
+        spec: sizes of the axes, of as many ranks as the group has.
+        timeout: timeout of the control group's agreements.
+        watch: reports ranks that failed.
+        device_type: type of the device that tensors of the tensor axis live on.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     if spec.world_size != world_size:
@@ -182,17 +192,17 @@ def _device_mesh(spec: MeshSpec, device_type: str) -> DeviceMesh | None:
 
 
 def _gather_group(spec: MeshSpec, rank: int, device_mesh: DeviceMesh | None) -> dist.ProcessGroup | None:
-    """A second group over the shard axis, see [Note: Two groups]."""
+    """A second process group over the shard axis, for gathers: see [Note: Two groups]."""
     if device_mesh is not None and spec.shard == spec.size_of(*DATA_AXES):
         return device_mesh.get_group(DATA_AXIS)
     return _new_group(spec.groups("shard"), rank)
 
 
 def with_own_control(mesh: DataMesh, timeout: timedelta | None = None) -> DataMesh:
-    """The same ranks with a control group of their own, for a thread whose agreements must not meet others'.
+    """A mesh of the same ranks with a new control group, for a thread whose agreements must not meet other threads'.
 
-    Collective: every rank calls it. The watch stays with the main thread, whose places it knows; a lost rank breaks
-    the new group's connections.
+    Every rank calls it. The new mesh has no watch, which follows the main thread only; a lost rank breaks the new
+    group's connections.
     """
     if mesh.control is None:
         return mesh
@@ -201,7 +211,10 @@ def with_own_control(mesh: DataMesh, timeout: timedelta | None = None) -> DataMe
 
 
 def _new_group(groups: list[list[int]], rank: int) -> dist.ProcessGroup | None:
-    """A new group for each of these; returns the one with `rank`. Every rank makes every group, as torch demands."""
+    """Make a process group of each list of several ranks; returns the one with `rank`.
+
+    Every rank calls it with the same lists: torch demands that every rank makes every group.
+    """
     own = None
     for ranks in groups:
         if len(ranks) > 1:

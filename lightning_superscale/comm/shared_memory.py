@@ -1,4 +1,4 @@
-"""Memory that all ranks of one host map: what one writes there the others read, without a copy or a socket."""
+"""Memory that all ranks of one host map: a rank reads there what another wrote, without a copy or a socket."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ _TOKEN_BYTES = 64
 
 
 class _Offer(NamedTuple):
-    """Where other processes find a rank's memory, and what begins it, so that no other is taken for it."""
+    """The path at which other processes find a rank's memory, and the token that it begins with, to recognise it."""
 
     path: str
     token: bytes
 
 
 def map_host_memory(mesh: DataMesh, nbytes: int) -> list[Tensor] | None:
-    """Memory of every rank, by world rank, uint8 [nbytes] each, that all ranks see. Every rank calls it.
+    """Map memory of every rank that all ranks see. Every rank calls it.
 
-    It has no name and no size limit but the host's memory, and is gone with the last tensor that shows it, also when
-    ranks are killed. Who reads what another rank wrote must have heard from it since.
+    The memory has no name and no size limit but the host's, and is freed with the last tensor that views it, also when
+    ranks are killed. A rank may read what another wrote only after a message from it that was sent after the write.
 
     Returns:
-        None on every rank, where any can't map another's: on several hosts, in containers of their own, under users
-        that may not look at one another, or on other systems than Linux.
+        by world rank, the memory of each, uint8 [nbytes]; None on every rank if any can't map another's: on several
+        hosts, in containers of their own, under users that may not look at one another, or on other systems than Linux.
     """
     offer, own = None, -1
-    with contextlib.suppress(OSError):  # told to all, below
+    with contextlib.suppress(OSError):  # ranks hear of a failure by the exchange below
         own, offer = _offer(nbytes)
     offers: list[_Offer | None] = gather_objects(mesh, offer)
     mapped: list[Tensor] = []
-    with contextlib.suppress(OSError):  # told to all, below
+    with contextlib.suppress(OSError):  # ranks hear of a failure by the exchange below
         mapped = [_map(each, nbytes) for each in offers if each is not None]
-    is_mapped = gather_objects(mesh, len(mapped) == mesh.world.size)  # and nobody looks for a descriptor any more
+    is_mapped = gather_objects(mesh, len(mapped) == mesh.world.size)  # after it no rank opens a descriptor
     if own >= 0:
         os.close(own)
     return mapped if all(is_mapped) else None

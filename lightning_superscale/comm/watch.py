@@ -1,11 +1,11 @@
-"""Tells every rank that another one failed, who it was and why, while it waits for it.
+"""Tells ranks that wait for another rank that it failed, and why.
 
 [Note: Waiting for other ranks] A rank that raises or dies leaves the others in a collective. On gloo they wake when
 its process ends, with a message that names a port; if the process lives on, at the collective's timeout. So ranks
-tell each other: whoever fails writes its reason into a store, everybody has a sign of life there, and a thread per
-rank looks twice a second. Our own collectives are polled and give up as soon as somebody failed. A rank that hangs
-in somebody else's collective (FSDP2's, Lightning's) can't be woken; it says why on stderr and ends, as NCCL's
-watchdog does.
+tell each other: a rank that fails writes its reason into a store, every rank keeps a sign of life there, and a thread
+per rank looks twice a second. This package's collectives are polled and give up as soon as a rank failed. A rank that
+hangs in a collective of other code (FSDP2's, Lightning's) can't be woken; it prints the reason to stderr and ends its
+process, as NCCL's watchdog does.
 """
 
 from __future__ import annotations
@@ -27,34 +27,39 @@ from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 from lightning_superscale.errors import SuperScaleError
 
 _PERIOD_S = 0.5
-# Our own collectives are polled by Python code of this file, which imports this one.
+# The file whose Python code polls this package's own collectives. It imports this one, so its path is given.
 OWN_COLLECTIVES = str(Path(__file__).with_name("collectives.py"))
-# A sign of life older than this is a dead rank: at once when its connection broke, after longer silence otherwise.
+# Age in seconds of the last sign of life at which a rank counts as dead: after a broken connection, and otherwise.
 _BROKEN_AFTER_S = 2.5
 _SILENT_AFTER_S = 30.0
-# All ranks wait, in different places, for this long: none will ever come.
+# Seconds that all ranks may wait in different places before they count as waiting for each other in vain.
 _APART_AFTER_S = 6.0
-# How long a rank may stay in a foreign collective after somebody failed.
+# Seconds that a rank may stay in a collective of other code after a rank failed.
 _GRACE_S = 4.0
 _FAILED, _APART = "failed", "apart"
 
 
 class _Sign(NamedTuple):
-    """A rank's last sign of life: its number, and what the rank waits for ("" when it runs)."""
+    """A rank's last sign of life.
+
+    Attributes:
+        beat: number of the sign.
+        waits_for: the place at which the rank waits for others; "" when it runs.
+    """
 
     beat: int
     waits_for: str
 
 
 class RankFailure(SuperScaleError):
-    """Another rank failed."""
+    """The error that ranks raise when another rank failed; names it and its reason."""
 
 
 class RankWatch:
-    """One rank's watch over all. Every rank makes one at the same time.
+    """One rank's watch over all ranks, on a thread of its own. Every rank makes one at the same time.
 
     Args:
-        store: reachable from all ranks, used by nobody else.
+        store: a store that all ranks reach, for their watches alone.
     """
 
     def __init__(self, store: Store, rank: int, world_size: int) -> None:
@@ -73,10 +78,10 @@ class RankWatch:
         self._thread = threading.Thread(target=self._watch, name="lightning-superscale rank watch", daemon=True)
         self._thread.start()
 
-    # What the main thread does
+    # Methods of the main thread
 
     def report(self, exception: BaseException) -> None:
-        """Tell the others that this rank failed, or note on an error of a broken connection who broke it."""
+        """Tell the other ranks that this one failed, or add to an error of a broken connection which rank broke it."""
         if self._is_reported or isinstance(exception, RankFailure):
             return
         if isinstance(exception, RuntimeError) and _is_broken_connection(str(exception)):
@@ -90,13 +95,17 @@ class RankWatch:
             self._store.compare_set(_FAILED, "", json.dumps({"rank": self._rank, "reason": reason}))
 
     def raise_if_failed(self) -> None:
-        """Raises: RankFailure: another rank failed; names it and its reason."""
+        """Raise the failure of another rank, if there is one and this rank has reported none.
+
+        Raises:
+            RankFailure: another rank failed; names it and its reason.
+        """
         if self._failure is not None and not self._is_reported:
             raise RankFailure(self._failure)
 
     @contextmanager
     def waiting(self, what: str) -> Iterator[None]:
-        """While open, this rank waits for all others at `what`."""
+        """While open, this rank waits for all others at a place that `what` names."""
         self._waits_for = what
         try:
             yield
@@ -104,7 +113,7 @@ class RankWatch:
             self._waits_for = ""
 
     def explain(self, error: Exception) -> RankFailure:
-        """The failure behind an error of a collective; waits a moment for the reason to become known."""
+        """The failure behind an error of a collective; blocks for some seconds until the reason is known."""
         deadline = time.monotonic() + _BROKEN_AFTER_S + 2 * _PERIOD_S
         while self._failure is None and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -114,13 +123,13 @@ class RankWatch:
         return RankFailure(self._failure or f"a collective failed, and every rank is alive: {error}")
 
     def close(self) -> None:
-        """Stop watching. Rank 0 keeps the store, so after a failure it stays until the others have read why."""
+        """Stop watching. After a failure rank 0, which keeps the store, first lets the others read the reason."""
         if self._rank == 0 and (self._failure is not None or self._is_reported):
             time.sleep(3 * _PERIOD_S)
         self._stop.set()
         self._thread.join(2 * _PERIOD_S)
 
-    # What the thread does
+    # Methods of the thread
 
     def _watch(self) -> None:
         while not self._stop.wait(_PERIOD_S):
@@ -147,7 +156,7 @@ class RankWatch:
                 sign = _Sign(*json.loads(self._store.get(f"sign/{rank}")))
                 known = self._signs.get(rank)
                 if known is None or known[0].beat != sign.beat:
-                    # The time of the last change of place, kept while the place stays the same.
+                    # The time at which this rank saw the sign, because clocks of hosts differ.
                     self._signs[rank] = (sign, time.monotonic())
         silent = self._silent_ranks(_SILENT_AFTER_S)
         if silent:
@@ -165,7 +174,7 @@ class RankWatch:
         elif time.monotonic() - self._apart_since > _APART_AFTER_S:
             listed = ", ".join(f"rank {rank} at {place}" for rank, place in enumerate(places))
             failure = f"ranks went apart and wait for each other: {listed}"
-            # Whoever sees it first stops waiting, and nobody else could see it then.
+            # The first rank that sees this stops waiting, and no other could see it after that.
             self._store.set(_APART, failure)
             self._fail(failure)
 
@@ -175,7 +184,7 @@ class RankWatch:
             self._failure = failure
 
     def _end_if_stuck(self) -> None:
-        """End the process if its main thread is where nobody can wake it."""
+        """End the process if its main thread is in a collective that can't be interrupted."""
         if self._is_reported or time.monotonic() - self._failed_at < _GRACE_S:
             return
         if _is_in_collective(_main_frame()):
@@ -185,17 +194,17 @@ class RankWatch:
 
 
 def _is_broken_connection(message: str) -> bool:
-    """Whether an error of gloo says that another rank is gone."""
+    """Whether a message is one of gloo's about a rank that is gone."""
     return any(words in message for words in ("Connection closed by peer", "Connection reset by peer", "Broken pipe"))
 
 
 def _main_frame() -> Any:
-    """The frame that the main thread executes now, or None."""
+    """The frame that the main thread executes now; None without one."""
     return sys._current_frames().get(threading.main_thread().ident or 0)
 
 
 def _foreign_collective(frame: Any) -> str:
-    """The collective of torch.distributed that a thread is in, and who called it; "" when it is in none."""
+    """The collective of torch.distributed that a thread is in, and its caller's place; "" when it is in none."""
     name = ""
     while frame is not None and "torch/distributed" in frame.f_code.co_filename.replace(os.sep, "/"):
         name = frame.f_code.co_name if name in ("", "wrapper", "wait") else name
@@ -215,7 +224,7 @@ def _is_in_collective(frame: Any) -> bool:
 
 
 def _behind_dispatch(frame: Any) -> Any:
-    """The innermost frame that is not torch's own way to an operator: DTensor's collectives are operators."""
+    """The innermost frame outside of torch's dispatch of operators: DTensor's collectives are operators."""
     while frame is not None and any(
         part in frame.f_code.co_filename.replace(os.sep, "/") for part in ("torch/_ops.py", "torch/_library/")
     ):
@@ -228,5 +237,5 @@ def _named(ranks: list[int]) -> str:
 
 
 def open_store(mesh_rank: int, world_size: int, host: str, port: int, timeout: timedelta) -> TCPStore:
-    """The watch's own store, kept by rank 0 at `host`:`port`."""
+    """Open the watch's own store, which rank 0 serves at `host`:`port`."""
     return TCPStore(host, port, world_size, is_master=mesh_rank == 0, timeout=timeout, wait_for_workers=False)
