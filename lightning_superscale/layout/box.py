@@ -18,6 +18,9 @@ class Box:
     Attributes:
         offset: first index along each tensor dim; () in a scalar.
         size: extent along each tensor dim; a 0 makes the box empty.
+
+    Raises:
+        ValueError: `offset` and `size` have different lengths, or any of them is negative.
     """
 
     offset: tuple[int, ...]
@@ -37,13 +40,13 @@ class Box:
         return tuple(start + extent for start, extent in zip(self.offset, self.size, strict=True))
 
     def lies_in(self, shape: Sequence[int]) -> bool:
-        """Whether every index is one of a tensor of this shape."""
+        """Whether a tensor of this shape contains the box."""
         return len(shape) == len(self.size) and all(
             stop <= extent for stop, extent in zip(self.stop, shape, strict=True)
         )
 
     def intersect(self, other: Box) -> Box | None:
-        """The box that both cover; None where there is none."""
+        """The box of the elements in both boxes; None where they share none."""
         start = tuple(map(max, self.offset, other.offset))
         size = tuple(min(a, b) - low for a, b, low in zip(self.stop, other.stop, start, strict=True))
         return Box(start, size) if all(extent > 0 for extent in size) else None
@@ -56,7 +59,10 @@ class Box:
         )
 
     def run_within(self, outer: Box) -> int | None:
-        """Where this box begins among the elements of `outer`, which contains it; None where they don't all follow."""
+        """The place of this box's first element in the flattened `outer`, which contains it.
+
+        None if the box's elements are not consecutive there.
+        """
         first, is_several = 0, False
         for part, extent in zip(self.within(outer), outer.size, strict=True):
             count = part.stop - part.start
@@ -68,12 +74,12 @@ class Box:
 
 
 def whole_box(shape: Sequence[int]) -> Box:
-    """All of a tensor of this shape."""
+    """The box of a whole tensor of this shape."""
     return Box((0,) * len(shape), tuple(shape))
 
 
 def row_box(shape: Sequence[int], start: int, stop: int) -> Box:
-    """Rows [start, stop) along tensor dim 0; all of a scalar."""
+    """The box of rows [start, stop) along tensor dim 0; of all of a scalar."""
     return Box((start, *(0 for _ in shape[1:])), (stop - start, *shape[1:])) if shape else whole_box(shape)
 
 

@@ -1,7 +1,7 @@
-"""How many bytes each parameter takes on one rank, by class: plain data that each technique states once.
+"""The bytes that each parameter takes on one rank, by class: plain data that each technique states once.
 
-[Note: One memory model] An offload engine states what its states take, `StateDtypes` what masters and moments take, a
-ZeRO stage what weights and gradients take. The check of the host's memory, the share of states that fits the device and
+[Note: One memory model] An offload engine states the bytes of its states, `StateDtypes` those of masters and moments, a
+ZeRO stage those of weights and gradients. The check of the host's memory, the share of states that fits the device and
 the arithmetic that `explain()` prints read these statements; tests hold them equal to the tensors that exist.
 """
 
@@ -23,9 +23,9 @@ class BytesPerParam:
 
     Attributes:
         name, dtype: as `explain()` prints them.
-        bytes: per parameter, of all ranks that share it together.
-        home: whose memory they are in.
-        axis: whose ranks divide them; None where each rank has all.
+        bytes: bytes per parameter, on all ranks of `axis` together.
+        home: the memory that they are in.
+        axis: the mesh axis whose ranks divide them; None where each rank has all.
     """
 
     name: str
@@ -37,7 +37,7 @@ class BytesPerParam:
 
 @dataclass(frozen=True, slots=True)
 class MemoryModel:
-    """All classes of one kind of parameter, but for padding."""
+    """All classes of bytes that one kind of parameter takes, without padding."""
 
     classes: tuple[BytesPerParam, ...] = ()
 
@@ -45,13 +45,13 @@ class MemoryModel:
         return MemoryModel(self.classes + other.classes)
 
     def per_param(self, home: Home, axis: Axis | None) -> int:
-        """Bytes per parameter in one memory that the ranks of an axis divide; None for those that each rank has."""
+        """Bytes per parameter in one memory that the ranks of `axis` divide, or with None, that each rank has."""
         return sum(one.bytes for one in self.classes if one.home == home and one.axis == axis)
 
     def bytes(self, home: Home, numel: int, num_shards: int = 1) -> int:
-        """Bytes of so many parameters in one memory of one rank, rounded up.
+        """Bytes of `numel` parameters in one memory of one rank, rounded up.
 
         Args:
-            num_shards: ranks of the shard axis.
+            num_shards: number of ranks of the shard axis.
         """
         return numel * self.per_param(home, None) - (-numel * self.per_param(home, "shard") // num_shards)

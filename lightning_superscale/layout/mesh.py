@@ -1,11 +1,11 @@
-"""Sizes and ranks of the mesh's axes: arithmetic alone, so that it can be asked before any rank runs."""
+"""Sizes and ranks of the mesh's axes: pure arithmetic, which needs no running rank."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
 
-# Outermost first. Neighbours on the last axis have neighbouring ranks, which are on one node where that fits.
+# The axes, outermost first. Neighbours on the last axis have neighbouring ranks, on one node where that fits.
 AXES = ("replicate", "shard", "sequence", "tensor")
 
 
@@ -15,9 +15,9 @@ class MeshSpec:
 
     Attributes:
         replicate: ranks that hold the same shard (hybrid sharding, HSDP).
-        shard: ranks that share one copy of what is sharded.
+        shard: ranks that divide one copy of the sharded states among themselves.
         sequence: ranks that each compute a part of every sample's sequence.
-        tensor: ranks that compute each batch together, each with its part of what a plan parallelizes.
+        tensor: ranks that compute each batch together, each with its part of the parameters that a plan parallelizes.
     """
 
     replicate: int = 1
@@ -27,10 +27,11 @@ class MeshSpec:
 
     @property
     def world_size(self) -> int:
+        """The number of all ranks."""
         return self.size_of(*AXES)
 
     def size_of(self, *axes: str) -> int:
-        """Ranks along these axes, flattened."""
+        """The number of ranks along these axes together."""
         return prod(getattr(self, axis) for axis in axes)
 
     def index_of(self, rank: int, *axes: str) -> int:

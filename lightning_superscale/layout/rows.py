@@ -1,8 +1,8 @@
-"""Pure shard arithmetic: which rows of which parameter lie where. No processes, no tensors.
+"""Pure shard arithmetic: the places of parameters' rows on ranks and in buffers. No processes, no tensors.
 
 Every transport shards a parameter by rows (tensor dim 0), as DTensor's `Shard(0)` does, and packs the
-slices of several parameters into units (buckets). States, checkpoints and selections are therefore the
-same objects at every ZeRO stage.
+slices of several parameters into units (buckets). States and checkpoints are therefore the same objects at
+every ZeRO stage.
 """
 
 from __future__ import annotations
@@ -18,17 +18,23 @@ SLICE_ALIGN_NUMEL = 64
 
 @dataclass(frozen=True, slots=True)
 class ParamSpec:
-    """One parameter as the layout sees it."""
+    """The name and the shape of one parameter.
+
+    Attributes:
+        fqn: its name from the root module.
+    """
 
     fqn: str
     shape: tuple[int, ...]
 
     @property
     def num_rows(self) -> int:
+        """Rows along tensor dim 0; one in a scalar."""
         return self.shape[0] if self.shape else 1
 
     @property
     def row_numel(self) -> int:
+        """Elements of one row."""
         return math.prod(self.shape[1:])
 
     @property
@@ -38,7 +44,7 @@ class ParamSpec:
 
 @dataclass(frozen=True, slots=True)
 class ParamSlice:
-    """The rows of one parameter that one rank holds, and where they start in its shard buffer.
+    """The rows of one parameter that one rank holds, and their start in its shard buffer.
 
     Attributes:
         rows: [start, stop) along tensor dim 0 of the whole parameter; empty on a rank with none. A
@@ -60,6 +66,7 @@ class ParamSlice:
 
     @property
     def local_shape(self) -> tuple[int, ...]:
+        """Shape of these rows; () for the only row of a scalar, (0,) on a rank that does not hold it."""
         if not self.spec.shape and self.numel:
             return ()
         return (self.rows[1] - self.rows[0], *self.spec.shape[1:])
@@ -72,10 +79,11 @@ class ParamSlice:
 
 @dataclass(frozen=True, slots=True)
 class UnitLayout:
-    """One rank's view of one unit: slices packed back to back, each aligned, padded to equal length.
+    """The layout of one rank's shard buffer of one unit: slices one after the other, each aligned.
 
     Attributes:
-        shard_numel: length of the shard buffer, the same on every rank of the shard axis.
+        slices: this rank's rows of each parameter of the unit.
+        shard_numel: elements of the shard buffer with padding, the same on every rank of the shard axis.
     """
 
     index: int
@@ -84,11 +92,16 @@ class UnitLayout:
 
 
 def align_up(numel: int, align: int = SLICE_ALIGN_NUMEL) -> int:
+    """The smallest multiple of `align` that is at least `numel`."""
     return -(-numel // align) * align
 
 
 def shard_rows(num_rows: int, rank: int, shard_world_size: int) -> tuple[int, int]:
-    """Rows [start, stop) of `rank`: chunks of ceil(num_rows / shard_world_size), as DTensor's Shard(0) cuts."""
+    """Rows [start, stop) of `rank`: chunks of ceil(num_rows / shard_world_size), as DTensor's Shard(0) cuts.
+
+    Raises:
+        ValueError: `rank` is not in [0, shard_world_size).
+    """
     if not 0 <= rank < shard_world_size:
         raise ValueError(f"rank must be in [0, {shard_world_size}), found {rank}")
     chunk = -(-num_rows // shard_world_size)
@@ -97,7 +110,10 @@ def shard_rows(num_rows: int, rank: int, shard_world_size: int) -> tuple[int, in
 
 
 def unit_layout(index: int, specs: Sequence[ParamSpec], rank: int, shard_world_size: int) -> UnitLayout:
-    """Pack one unit. Slices keep the order of `specs`; rank 0 holds the most rows, so its length is everyone's."""
+    """The layout of one unit on one rank. Slices keep the order of `specs`.
+
+    Rank 0 holds the most rows of each parameter, so its slices' lengths decide the offsets on every rank.
+    """
     slices = []
     offset = 0
     shard_numel = 0
@@ -114,7 +130,10 @@ def unit_layout(index: int, specs: Sequence[ParamSpec], rank: int, shard_world_s
 def split_into_units(specs: Sequence[ParamSpec], unit_numel: int) -> list[list[ParamSpec]]:
     """Cut an ordered list of parameters into runs of at most `unit_numel` elements.
 
-    A parameter is never cut here; one that is larger than `unit_numel` has a unit of its own.
+    A parameter is never cut; one that is larger than `unit_numel` has a unit of its own.
+
+    Raises:
+        ValueError: `unit_numel` is below 1.
     """
     if unit_numel < 1:
         raise ValueError(f"unit_numel must be at least 1, found {unit_numel}")
