@@ -1,7 +1,7 @@
-"""What ran when, in lanes: recorded while open, for as long as a step and the forward after it.
+"""Records the times of a step's work, in lanes: a timeline is open for a step and the forward after it, for instance.
 
-Closed, a timeline costs its users one look at a flag. Host work is timed by the host's clock. Work on a CUDA device is
-bracketed by events on its stream, which nobody waits for before the recording ends.
+A closed timeline costs its users one look at a flag. Host work is timed by the host's clock. Work on a CUDA device is
+bracketed by events on its stream, which the host waits for only when the recording ends.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Span:
 
     Attributes:
         start, end: seconds since the recording began.
-        nbytes: that it moved; 0 for work that moves none.
+        nbytes: bytes that the work moved; 0 for work that moves none.
     """
 
     lane: str
@@ -49,7 +49,11 @@ class Timeline:
     """Records spans from any thread while it is open.
 
     Args:
-        device: where the model runs.
+        device: the device that the model runs on.
+
+    Attributes:
+        is_open: whether it records now.
+        is_cuda: whether device work is timed by events on a stream.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -63,7 +67,7 @@ class Timeline:
         self._on_device: list[tuple[Lane, str, torch.cuda.Event, torch.cuda.Event, int]] = []
 
     def open(self) -> None:
-        """Begin to record; waits for a CUDA device, so that its clock and the host's begin together."""
+        """Begin to record. Blocks until a CUDA device is idle, so that its clock and the host's begin together."""
         if self.is_cuda:
             torch.cuda.synchronize(self._device)
             self._base = _event()
@@ -73,7 +77,7 @@ class Timeline:
         self.is_open = True
 
     def close(self) -> list[Span]:
-        """End the recording, and wait for the device; the spans in order of their start."""
+        """End the recording; returns the spans in order of their start. Blocks until a CUDA device is idle."""
         self.is_open = False
         if self.is_cuda:
             torch.cuda.synchronize(self._device)
@@ -89,7 +93,7 @@ class Timeline:
 
     @contextlib.contextmanager
     def host(self, lane: Lane, name: str, nbytes: int = 0) -> Iterator[None]:
-        """Time what the calling thread does inside."""
+        """Record the calling thread's time in the context as one span."""
         if not self.is_open:
             yield
             return
@@ -100,13 +104,13 @@ class Timeline:
             self.add(lane, name, start, time.perf_counter(), nbytes)
 
     def add(self, lane: Lane, name: str, start: float, end: float, nbytes: int = 0) -> None:
-        """Note host work that is over; `start` and `end` as `time.perf_counter()` gave them."""
+        """Record host work that is over; `start` and `end` are times of `time.perf_counter()`."""
         with self._lock:
             self._spans.append(Span(lane, name, start - self._start, end - self._start, nbytes))
 
     @contextlib.contextmanager
     def device(self, lane: Lane, name: str, nbytes: int = 0) -> Iterator[None]:
-        """Time what is queued inside on the current stream of the device; on a CPU, what runs inside."""
+        """Record the work that the context queues on the device's current stream; on a CPU, the time in the context."""
         if not self.is_open or not self.is_cuda:
             with self.host(lane, name, nbytes):
                 yield
@@ -125,12 +129,17 @@ def _event() -> torch.cuda.Event:
     return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
-# For whoever records nothing.
+# A timeline that is never opened, for code that is given none.
 UNTIMED = Timeline(torch.device("cpu"))
 
 
 def chrome_trace(spans: list[Span], *, rank: int, facts: dict[str, Any]) -> dict[str, Any]:
-    """The Trace Event Format that chrome://tracing and Perfetto open; `facts` and the spans themselves beside it."""
+    """Spans in the Trace Event Format, which chrome://tracing and Perfetto open.
+
+    Args:
+        rank: the process id of the events.
+        facts: entries for "superscale", beside the spans themselves.
+    """
     lanes = [lane for lane in LANES if any(span.lane == lane for span in spans)]
     events: list[dict[str, Any]] = [
         {"name": "process_name", "ph": "M", "pid": rank, "args": {"name": f"rank {rank}"}},

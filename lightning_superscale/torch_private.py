@@ -1,7 +1,7 @@
-"""Every private name of torch that this package uses, and what for: where a new torch breaks us, it is here.
+"""Every private name of torch that this package uses, and its use: a new torch may break this file and no other.
 
-`tests/test_torch_private.py` holds each of them, for the versions below. What FSDP2 leaves in a module is named where
-it is taken away, in zero/fsdp2/unwrap.py.
+`tests/test_torch_private.py` tests each of them, for the versions below. The attributes that FSDP2 leaves in a module
+are named in zero/fsdp2/unwrap.py, which removes them.
 """
 
 from __future__ import annotations
@@ -32,22 +32,23 @@ def version_of(tensor: Tensor) -> int:
 
 
 def storage_id_of(storage: torch.UntypedStorage) -> int:
-    """A number that tells a storage from others, filled or not."""
+    """A number that identifies a storage, filled or empty."""
     return int(storage._cdata)
 
 
 def saved_tensor_hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None:
-    """The innermost pair (pack, unpack) of saved-tensor hooks that autograd would call now."""
+    """The innermost pair (pack, unpack) of saved-tensor hooks that autograd would call now; None without any."""
     found: Any = torch._C._autograd._top_saved_tensors_default_hooks(False)
     return None if found is None else (found[0], found[1])
 
 
 def backward_hooks_of(param: Tensor) -> MutableMapping[int, Callable[[Tensor], Tensor | None]] | None:
-    """Those of `register_hook`, oldest first; None or empty where there are none."""
+    """The hooks of `register_hook` on a parameter, oldest first; None or empty where there are none."""
     return getattr(param, "_backward_hooks", None)
 
 
 def has_post_accumulate_hooks(param: Tensor) -> bool:
+    """Whether `register_post_accumulate_grad_hook` put any hook on a parameter."""
     return bool(getattr(param, "_post_accumulate_grad_hooks", None))
 
 
@@ -62,12 +63,12 @@ def add_to_all(tensors: list[Tensor], value: float) -> None:
 
 
 def norms_of_all(tensors: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """The 2-norm of each, a scalar of `dtype` in which it is summed up; in one launch where they are on a GPU."""
+    """The 2-norm of each tensor, a scalar of `dtype`, in which it is summed up; on a GPU in one launch."""
     return torch._foreach_norm(tensors, 2, dtype=dtype)
 
 
 def copy_all(targets: list[Tensor], sources: list[Tensor] | tuple[Tensor, ...]) -> None:
-    """Copy tensors into others, in place, in one launch."""
+    """Copy each source into its target, in place, in one launch."""
     torch._foreach_copy_(targets, sources)
 
 
@@ -77,7 +78,7 @@ def lerp_all(targets: list[Tensor], ends: list[Tensor], weight: float) -> None:
 
 
 def is_compiled(root: nn.Module) -> bool:
-    """Whether any part of the model is a `torch.compile` product."""
+    """Whether `torch.compile` compiled the model or any module in it."""
     optimized = torch._dynamo.OptimizedModule if hasattr(torch, "_dynamo") else ()
     return any(isinstance(m, optimized) or getattr(m, "_compiled_call_impl", None) is not None for m in root.modules())
 
@@ -89,7 +90,7 @@ def behind_compile(module: nn.Module) -> nn.Module:
 
 
 def own_params_of(module: nn.Module) -> Iterable[nn.Parameter | None]:
-    """A module's parameters without those of its children, one that has several names as often."""
+    """A module's parameters without those of its children; a parameter with several names comes once for each."""
     return module._parameters.values()
 
 
@@ -99,7 +100,7 @@ def transient_buffers_of(module: nn.Module) -> Collection[str]:
 
 
 def loaders_of(module: nn.Module) -> list[object]:
-    """The functions that have a say when a module loads a state dict: its method, and hooks before it."""
+    """The functions that run when a module loads its part of a state dict: its method, and the hooks before it."""
     hooks = module._load_state_dict_pre_hooks.values()
     return [type(module)._load_from_state_dict, *(getattr(hook, "hook", hook) for hook in hooks)]
 
@@ -112,7 +113,7 @@ def composable_states() -> MutableMapping[nn.Module, Any]:
 
 
 def sharded_tensor_type() -> type[Any]:
-    """The tensor of FSDP1 and of old checkpoints, whose module few runs import."""
+    """The tensor class of FSDP1 and of old checkpoints. Imported on the call, because few runs need its module."""
     from torch.distributed._shard.sharded_tensor import ShardedTensor  # type: ignore[attr-defined]
 
     found: type[Any] = ShardedTensor

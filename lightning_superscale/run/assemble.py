@@ -54,8 +54,9 @@ class Assembly:
 
     Attributes:
         engines: one per optimizer, in the order of `configure_optimizers`.
-        link: the way to the host; None when nothing is offloaded.
-        sharded: the module's parameters, when they are sharded (stage 3).
+        gates: waits in forward for weights that arrive after the step; empty where none do.
+        link: copies between the device and its host; None when nothing is offloaded.
+        sharded: the module under FSDP2, when its weights are sharded (stage 3 over several ranks).
         is_abandoned: whether the run was interrupted.
     """
 
@@ -83,7 +84,7 @@ class Assembly:
         return self._old_gates_seconds + sum(gates.waited_seconds for gates in self.gates)
 
     def adapt_after_first_step(self) -> None:
-        """Once the first step was taken, before the next one's forward: adapt to it. Every rank calls it."""
+        """Adapt units and the place of states to the first step, once. Every rank calls it before a later forward."""
         offload = self.settings.offload
         if self._has_adapted or offload is None:
             return
@@ -98,28 +99,32 @@ class Assembly:
             self.gates = _gates(self.module, self.engines.values(), self.settings, is_model_compiled=compiled)
 
     def enter_step(self) -> None:
-        """Before a training step's forward, once techniques are ready for it. Every rank calls it."""
+        """Wait for new weights that no module's gate waits for.
+
+        Every rank calls it before a training step's forward, once techniques are ready for it.
+        """
         for gates in self.gates:
             gates.enter_step()
 
     def before_evaluation(self) -> None:
-        """Before forwards that train nothing, between steps: weights have all gradients. Every rank calls it."""
+        """Apply gradients that engines have kept back. Every rank calls it between steps, before an evaluation."""
         for engine in self.engines.values():
             engine.before_evaluation()
 
     def after_backward(self) -> None:
-        """After the last backward of a step. Every rank calls it."""
+        """Average gradients that stay in `param.grad` over ranks. Every rank calls it after a step's last backward."""
         visibility = self.settings.visibility
         if visibility.is_automatic and visibility.why_gradients_stay is not None:
             for engine in self.engines.values():
                 engine.transport.average_grads()
 
     def wait_all_published(self) -> None:
+        """Return when whatever runs next sees all new weights. Every rank calls it."""
         for engine in self.engines.values():
             engine.transport.wait_all_published()
 
     def abandon(self) -> None:
-        """A step was interrupted, here or on another rank: wait for nobody."""
+        """Drop a step that was interrupted, here or on another rank, without waiting for any rank."""
         self.is_abandoned = True
         for technique in self.settings.techniques:
             technique.rest(is_visible=False)
@@ -129,6 +134,7 @@ class Assembly:
             self.sharded.abandon()
 
     def close(self) -> None:
+        """Remove hooks, end engines and techniques, and give parameters storage of their own again."""
         for gates in self.gates:
             gates.close()
         for technique in self.settings.techniques:
@@ -141,6 +147,7 @@ class Assembly:
             narrow_gradients(self.module.parameters())
 
     def plan(self) -> ParallelPlan:
+        """The resolved plan of this rank as it is now. Any rank may ask by itself."""
         units = [unit for engine in self.engines.values() for unit in engine.transport.units]
         params = list(self.module.parameters())
         own = sorted({e.why_not_native for e in self.engines.values() if e.why_not_native is not None})
@@ -287,7 +294,7 @@ def _transport_maker(
 def _gates(
     module: nn.Module, engines: Iterable[OptimizerEngine], settings: RunSettings, *, is_model_compiled: bool
 ) -> list[PublishGates]:
-    """Gates for weights that arrive after the step: from the host, or from other ranks."""
+    """Gates in forward for weights that arrive after the step, from the host or from other ranks."""
     offload, mesh = settings.offload, settings.mesh
     if settings.shards_weights or (offload is None and mesh.is_single):
         return []  # sharded weights are awaited where they are gathered

@@ -17,12 +17,12 @@ from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.layout.mesh import MeshSpec
 from lightning_superscale.zero.fsdp2.gather_order import GatherOrder
 
-# Of collectives; a rank that fails is heard of much sooner.
+# How long collectives wait; the watch reports a rank that fails much sooner.
 DEFAULT_TIMEOUT = timedelta(minutes=30)
 
 
 def mesh_spec_of(zero: ZeroConfig, world_size: int) -> MeshSpec:
-    """The axes that the configs ask for, over `world_size` ranks.
+    """The mesh axes that a config asks for, over `world_size` ranks.
 
     Raises:
         SuperScaleError: an axis that does not divide the ranks: names the option, both numbers and the sizes that work.
@@ -86,11 +86,12 @@ class RankEnvironment:
             self.order = GatherOrder(PrefixStore("gathers", store), rank, world_size, watch=watch)
 
     def report(self, exception: BaseException) -> None:
-        """Tell the other ranks that this one failed."""
+        """Tell the other ranks that this one failed. The rank that failed calls it alone."""
         if self.mesh.watch is not None:
             self.mesh.watch.report(exception)
 
     def close(self) -> None:
+        """End the watch over the other ranks. Every rank calls it."""
         if self.mesh.watch is not None:
             self.mesh.watch.close()
             self.mesh = replace(self.mesh, watch=None)

@@ -45,7 +45,7 @@ class HostPlan:
     Attributes:
         unit_bytes: upper bound of a unit's weights; the same on every rank.
         pool: runs the host optimizer.
-        profile: rank 0's, on every rank; None where nothing is offloaded or nothing was measured.
+        profile: rank 0's hardware profile, on every rank; None where nothing is offloaded or nothing was measured.
         link_dtype: what crosses the link; the same on every rank.
     """
 
@@ -59,10 +59,12 @@ class HostPlan:
 def plan_host(
     optimizers: Sequence[Optimizer], settings: RunSettings, host_bytes: Callable[[LinkDtype], int]
 ) -> HostPlan:
-    """Choose for one run. Every rank calls it; all take rank 0's profile, each binds threads to its own CPUs.
+    """Choose what one run asks of its host. Every rank calls it.
+
+    All take rank 0's profile, each binds threads to its own CPUs.
 
     Args:
-        host_bytes: what this rank will need of its host, by what crosses the link.
+        host_bytes: bytes that this rank will need of its host, by the dtype that crosses the link.
     Raises:
         SuperScaleError: on every rank, when one could not look at its machine, has too little host memory, or
             LSS_CPU_THREADS is no number.
@@ -115,7 +117,9 @@ def plan_host(
 def _fitting(
     link: LinkChoice, offload: OffloadConfig, mesh: DataMesh, host_bytes: Callable[[LinkDtype], int]
 ) -> LinkChoice:
-    """The choice, unless it was nobody's wish and some host has no room for it. Every rank calls it.
+    """The choice of link dtype, or the weights' dtype where fp32 is nobody's wish and some host lacks room for it.
+
+    Every rank calls it.
 
     Raises:
         SuperScaleError: on every rank, when one host has too little memory.
@@ -171,13 +175,13 @@ def _where_threads_run(cpus: Sequence[int], place: RankPlace) -> str:
 
 def _ranges(cpus: Sequence[int]) -> str:
     """CPUs as the kernel lists them, such as `1-3,8`."""
-    pieces: list[list[int]] = []
+    runs: list[list[int]] = []
     for cpu in sorted(cpus):
-        if pieces and cpu == pieces[-1][-1] + 1:
-            pieces[-1].append(cpu)
+        if runs and cpu == runs[-1][-1] + 1:
+            runs[-1].append(cpu)
         else:
-            pieces.append([cpu])
-    return ",".join(str(p[0]) if len(p) == 1 else f"{p[0]}-{p[-1]}" for p in pieces)
+            runs.append([cpu])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def _pool(threads: int, cpus: Sequence[int], offload: OffloadConfig) -> Pool:
