@@ -1,4 +1,4 @@
-"""Joins the techniques for one run: engines over transports over states, from resolved configs."""
+"""Assembles one run from its resolved settings: engines, their transports and states, and gates in forward."""
 
 from __future__ import annotations
 
@@ -56,7 +56,10 @@ class Assembly:
         engines: one per optimizer, in the order of `configure_optimizers`.
         gates: waits in forward for weights that arrive after the step; empty where none do.
         link: copies between the device and its host; None when nothing is offloaded.
+        host: the plan of this rank's host: unit size, threads and link dtype.
+        update: the kernels that step the optimizers where their states are.
         sharded: the module under FSDP2, when its weights are sharded (stage 3 over several ranks).
+        reasons: one sentence per choice that was made for the user while the run was assembled.
         is_abandoned: whether the run was interrupted.
     """
 
@@ -119,7 +122,7 @@ class Assembly:
                 engine.transport.average_grads()
 
     def wait_all_published(self) -> None:
-        """Return when whatever runs next sees all new weights. Every rank calls it."""
+        """Wait until work that is queued from now on sees all new weights. Every rank calls it."""
         for engine in self.engines.values():
             engine.transport.wait_all_published()
 
@@ -193,7 +196,7 @@ def assemble(module: nn.Module, optimizers: Sequence[Optimizer], settings: RunSe
     host = plan_host(optimizers, settings, functools.partial(host_bytes_needed, module, optimizers, settings))
     sharded = _sharded(module, optimizers, settings)
     precision = settings.precision
-    if precision.gradients.accumulation is not None:  # frozen ones may be unfrozen later
+    if precision.gradients.accumulation is not None:  # frozen weights too, since they may be unfrozen later
         widened = (param for param in module.parameters() if param.dtype == precision.weights)
         widen_gradients(widened, precision.gradients.accumulation)
     fqn_of = {param: fqn for fqn, param in module.named_parameters()}
@@ -361,7 +364,7 @@ def _state_maker(settings: RunSettings, context: OffloadContext | None) -> MakeS
         if engine is None or context is None or is_on_device:
             return ResidentState(unit, has_moments=has_moments, dtypes=settings.precision.states)
         streamed = unit if isinstance(unit, BucketUnit) and unit.is_streamed else None
-        # See [Note: Engines]: an optimizer without moments of ours steps through its own code.
+        # See [Note: Engines]: an optimizer that keeps states of its own steps through its own code.
         maker = engine if has_moments else engine_of("cpu")
         state = maker.make_state(unit, context, has_moments=has_moments, streamed=streamed)
         if flow is not None and streamed is not None and state.flowing is not None:

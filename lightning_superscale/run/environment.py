@@ -1,4 +1,4 @@
-"""The mesh and the watch of one strategy: made once its process group is, and kept between runs of its Trainer."""
+"""The mesh and the watch of one strategy: made once its process group exists, and kept between runs of its Trainer."""
 
 from __future__ import annotations
 
@@ -48,9 +48,10 @@ def _fitting(num_ranks: int) -> str:
 
 
 class RankEnvironment:
-    """One rank's connections to the others, from `open` to `close`; a mesh of one rank before and without.
+    """One rank's connections to the others, from `open` to `close`.
 
     Attributes:
+        mesh: the ranks; a mesh of one rank before `open`, or where it is never called.
         order: compares the gathers of stage 3 between ranks.
     """
 
@@ -65,9 +66,13 @@ class RankEnvironment:
         """Make mesh and watch over the initialised process group. Every rank calls it.
 
         Args:
-            host: where rank 0 runs.
-            broadcast: sends rank 0's object to all.
-            device_type: of the training devices.
+            host: name or address of the machine where rank 0 runs.
+            broadcast: sends rank 0's object to all ranks and returns it on each.
+            timeout: how long collectives wait.
+            device_type: type of the training devices, such as "cuda".
+
+        Raises:
+            SuperScaleError: a mesh axis that does not divide the ranks.
         """
         if self.mesh.watch is not None:
             return
@@ -78,7 +83,7 @@ class RankEnvironment:
         store = own if own is not None else open_store(rank, world_size, host, port, timeout)
         watch = RankWatch(store, rank, world_size)
         if self._made_for is dist.group.WORLD:
-            self.mesh = replace(self.mesh, watch=watch)  # torch never gives groups back, so they are made once
+            self.mesh = replace(self.mesh, watch=watch)  # torch never frees process groups, so they are made once
         else:
             self.mesh = build_mesh(spec, timeout, watch, device_type=device_type)
             self._made_for = dist.group.WORLD

@@ -1,4 +1,4 @@
-"""What one `fit()` asks of its host: bucket size, threads, where they run, and what crosses the link."""
+"""Plans the host of one `fit()`: bucket size, threads, the CPUs they run on, and the dtype that crosses the link."""
 
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ class HostPlan:
         unit_bytes: upper bound of a unit's weights; the same on every rank.
         pool: runs the host optimizer.
         profile: rank 0's hardware profile, on every rank; None where nothing is offloaded or nothing was measured.
-        link_dtype: what crosses the link; the same on every rank.
+        reasons: one sentence per choice, for `explain()`.
+        link_dtype: dtype of gradients and new weights that cross the link; the same on every rank.
     """
 
     unit_bytes: int
@@ -59,12 +60,13 @@ class HostPlan:
 def plan_host(
     optimizers: Sequence[Optimizer], settings: RunSettings, host_bytes: Callable[[LinkDtype], int]
 ) -> HostPlan:
-    """Choose what one run asks of its host. Every rank calls it.
+    """Plan the host of one run. Every rank calls it.
 
-    All take rank 0's profile, each binds threads to its own CPUs.
+    All ranks take rank 0's hardware profile, and each binds threads to CPUs of its own.
 
     Args:
         host_bytes: bytes that this rank will need of its host, by the dtype that crosses the link.
+
     Raises:
         SuperScaleError: on every rank, when one could not look at its machine, has too little host memory, or
             LSS_CPU_THREADS is no number.
@@ -103,7 +105,7 @@ def plan_host(
         offload.link_dtype, profile, why_weights=_why_weights(settings, trained), why_no_profile=why_no_profile
     )
     link = _fitting(link, offload, mesh, host_bytes)
-    # More threads than cores were asked for: they take the launching thread's too.
+    # Threads that outnumber the CPUs to bind them to run unbound, on the launching thread's CPU too.
     cpus = bound_to if threads.value <= len(bound_to) else ()
     reasons = [bucket_mb.reason, threads.reason, _where_threads_run(cpus, place), link.reason]
     if profile is not None:
@@ -117,7 +119,7 @@ def plan_host(
 def _fitting(
     link: LinkChoice, offload: OffloadConfig, mesh: DataMesh, host_bytes: Callable[[LinkDtype], int]
 ) -> LinkChoice:
-    """The choice of link dtype, or the weights' dtype where fp32 is nobody's wish and some host lacks room for it.
+    """The choice of link dtype, or the weights' dtype where fp32 was chosen by itself and some host lacks room for it.
 
     Every rank calls it.
 

@@ -1,7 +1,8 @@
 """The dynamic loss scale of fp16: as large as gradients allow, smaller after one overflows.
 
-Its numbers and its state are those of `torch.amp.GradScaler`, so that checkpoints of either go on with the other. Only
-the search for overflow differs: the engine does it, which sees all ranks' gradients anyway and drops the step for all.
+Its numbers and its state are those of `torch.amp.GradScaler`, so that a run under one resumes from a checkpoint of the
+other. Only the search for overflow differs: the optimizer engine finds it, since it sees all ranks' gradients anyway
+and drops the step on all of them.
 
 [Note: Scale of a step] A step is unscaled by the scale of its last backward. The scale changes only after a step, so
 all backward calls of a step have one scale; unless several optimizers take turns and one accumulates over another's
@@ -22,8 +23,11 @@ class LossScaler:
     """A dynamic loss scale: a power of two by default, which multiplies losses exactly.
 
     Attributes:
-        scale: of the next backward.
-        num_skipped: steps that were dropped.
+        scale: the factor of the loss of the next backward.
+        num_skipped: number of steps that were dropped.
+
+    Raises:
+        SuperScaleError: a scale, a factor or an interval out of its range.
     """
 
     def __init__(
@@ -56,7 +60,7 @@ class LossScaler:
         self._growth_tracker += 1
         if self._growth_tracker == self._growth_interval:
             self._growth_tracker = 0
-            # GradScaler too never grows to a scale that is infinite.
+            # As in GradScaler, the scale never becomes infinite.
             if self.scale * self._growth_factor < float("inf"):
                 self.scale *= self._growth_factor
 

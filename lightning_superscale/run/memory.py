@@ -30,8 +30,11 @@ def states_memory(
     """Bytes that masters, moments and buffers of parameters of this dtype take.
 
     Args:
-        is_on_host: an offload engine has them, if one runs; False for those that stay on the device.
+        weights: dtype of the parameters.
+        is_on_host: whether the offload engine keeps the states, if one runs; False where they stay on the device.
+        link_dtype: dtype that crosses the link.
         has_moments: False for an optimizer that keeps states of its own.
+        flows: whether the weights stream from host memory, so that the host keeps a copy of them.
     """
     dtypes, engine = settings.precision.states, settings.engine
     if engine is None or not is_on_host:

@@ -33,6 +33,7 @@ def first_grouping(
     """The grouping of an optimizer's parameters before anything is known of their gradients.
 
     Args:
+        unit_bytes: upper bound of a unit's weights.
         block_of: parameters whose weights stream from the host, and whose states stay there.
     """
     grouping = Grouping(unit_bytes, block_of=block_of)
@@ -64,7 +65,8 @@ def adapt_after_first_step(
 ) -> bool:
     """Regroup parameters in the order of the first step's gradients, and use the device memory that it left free.
 
-    Every rank calls it, between the first step and the next. All take rank 0's order and the smallest free memory.
+    Every rank calls it, between the first step and the next. All ranks take rank 0's order and
+    the smallest free memory.
 
     Returns:
         whether any parameter moved.

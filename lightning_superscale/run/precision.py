@@ -29,10 +29,10 @@ class PrecisionChoices:
 
     Attributes:
         name: Lightning's name of the precision.
-        weights: of weights in forward and backward.
-        autocast: of `torch.autocast` around forward; None without.
-        states: of masters and moments.
-        gradients: of gradients, as they are summed up and as ranks reduce them.
+        weights: dtype of weights in forward and backward.
+        autocast: dtype of `torch.autocast` around forward; None without autocast.
+        states: dtypes of master weights and moments, and how values are rounded to them.
+        gradients: dtypes in which micro-batches are summed up and in which ranks reduce.
     """
 
     name: str

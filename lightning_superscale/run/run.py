@@ -1,4 +1,4 @@
-"""The engine room behind one facade: what an adapter of a framework calls, from the first rank to the last step.
+"""The facade of the engine room: the methods that a framework's adapter calls, from the first rank to the last step.
 
 [Note: Order of a run] Some things must happen in one order on every rank, and some before user code looks. The order
 is kept here, so that no adapter has to know it:
@@ -136,11 +136,12 @@ class Run:
 
         Args:
             scaler: scales losses; None where no loss is scaled.
+            visibility: the gradients and weights that user code may look at between passes.
             rank: number of this process in the world, for the names of files.
             error_if_nonfinite: raise before weights or states change when a gradient is NaN or infinite.
 
         Raises:
-            SuperScaleError: what can't be trained, on every rank, before anything is changed.
+            SuperScaleError: a module or optimizers that can't be trained; on every rank, before anything is changed.
         """
         self._recorder = StepRecorder.from_environment(self._device, rank)
         self._visibility = visibility
@@ -208,7 +209,7 @@ class Run:
 
     @contextmanager
     def _gradients_stay(self) -> Iterator[None]:
-        """Keep gradients that would leave during backward from leaving before.
+        """Keep the gradients of a backward that the user's training step runs by itself in `param.grad`.
 
         A framework may zero gradients after the training step and before its own backward.
         """
@@ -230,10 +231,10 @@ class Run:
 
     @contextmanager
     def backward(self, inputs: Tensor | Sequence[Tensor] | None = None) -> Iterator[None]:
-        """A context around a backward that the framework runs; gradients made inside are of a scaled loss.
+        """A context around a backward that the framework runs; with a scaler, its gradients are those of a scaled loss.
 
         Args:
-            inputs: the tensors that gradients are made of; None for all.
+            inputs: the tensors whose gradients are computed; None for all.
 
         Raises:
             SuperScaleError: a sharded parameter among `inputs`.
@@ -256,7 +257,7 @@ class Run:
 
     @contextmanager
     def accumulating(self) -> Iterator[None]:
-        """A context for micro-batches that others of the same step follow: gradients add up where they are."""
+        """A context for every micro-batch of a step but the last: their gradients add up where they are."""
         before, self._is_accumulating = self._is_accumulating, True
         try:
             with ExitStack() as stack:
@@ -267,7 +268,7 @@ class Run:
             self._is_accumulating = before
 
     def announce_loss_scale(self) -> None:
-        """Tell engines that the next backward is of a loss times the scaler's scale; nothing without a scaler."""
+        """Tell engines that the next backward is of a loss times the scaler's scale, if there is a scaler."""
         if self._scaler is not None:
             for engine in self._engines():
                 engine.scale_losses(self._scaler.scale)
@@ -288,17 +289,15 @@ class Run:
         """Run the closure, then step the optimizer.
 
         Args:
-            closure: runs forward and backward and whatever the framework does before a step; returns the loss.
+            closure: runs forward, backward and the framework's hooks before a step; its result is returned.
             options: further arguments of `optimizer.step()`, which only an optimizer without an engine takes.
 
-        Returns:
-            what the closure returned.
-
         Raises:
-            SuperScaleError: options, or a NaN or infinite gradient with error_if_nonfinite; nothing was changed.
+            SuperScaleError: options for an optimizer that has an engine, a scaler with one that evaluates losses, or a
+                NaN or infinite gradient with error_if_nonfinite; nothing was changed.
         """
         start, inside = time.perf_counter(), self.phases.inside
-        self._rest(is_visible=False)  # after a backward that the framework did not run
+        self._rest(is_visible=False)  # `after_backward` is not called where user code runs backward by itself
         engine = self._engine_of(optimizer)
         if engine is None:
             result = optimizer.step(closure, **options)
@@ -386,7 +385,7 @@ class Run:
 
     def module_state(self, module: nn.Module, *, is_local: bool) -> dict[str, Any]:
         """The module's weights and buffers for a checkpoint; see `module_state` in state/module_state.py."""
-        self._weights_at_rest(is_visible=False)  # they are read where they live
+        self._weights_at_rest(is_visible=False)  # weights are read where they live
         return module_state(module, self.assembly, self.environment.mesh, is_local=is_local)
 
     def load_module_state(
@@ -477,7 +476,7 @@ class Run:
         if self.assembly is not None:
             self._report = RunReport(self.assembly, self.phases)
         if self._recorder is not None:
-            facts = self._facts() if self._recorder.timeline.is_open else {}  # of a trace that is yet to be written
+            facts = self._facts() if self._recorder.timeline.is_open else {}  # only a trace needs them
             self._recorder.end(self.phases.num_steps, facts)
             self._recorder = None
         assembly, self.assembly = self.assembly, None

@@ -33,7 +33,7 @@ class RunSettings:
         precision: dtypes of weights, states and gradients.
         timeline: where a step is recorded, when one is.
         order: compares gathers between ranks; needed by stage 3 over several ranks.
-        is_scaling: whether losses are scaled by a backward that runs now; None where none ever is.
+        is_scaling: returns whether the backward of a scaled loss runs now; None where no loss is ever scaled.
         techniques: the techniques that act on the module around its forwards, in the registry's order.
         is_compiled: whether the framework says that the module is a product of `torch.compile`.
     """

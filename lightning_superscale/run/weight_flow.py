@@ -22,7 +22,7 @@ from lightning_superscale.zero.fsdp2.wrap import blocks_with_own_params
 _STATIONARY = "Use OffloadConfig(weights='stationary')."
 
 
-# The rest of the device is for activations, gradients under way and buffers.
+# The share of free device memory that weights may take; the rest is for activations, gradients and buffers.
 _MOST_OF_DEVICE = 0.75
 
 
@@ -42,7 +42,7 @@ def choose_weights(
     *,
     is_compiled: bool = False,
 ) -> WeightsChoice:
-    """Choose what `OffloadConfig.weights` means for a model that is not on the device yet. No rank asks another one."""
+    """Choose whether the weights of a model that is not on the device yet flow. Each rank chooses by itself."""
     if offload is None:
         return WeightsChoice(False, "nothing is offloaded")
     if offload.weights != "auto":
@@ -123,7 +123,7 @@ def place_resident(module: nn.Module, flowing: Iterable[nn.Parameter], device: t
 
 
 def stream_the_rest(flow: WeightFlow, link: Link, device: torch.device, arena: HostArena, *, is_pinned: bool) -> None:
-    """Let parameters of blocks flow that no engine steps: frozen ones, and all of them where nothing is trained."""
+    """Let the blocks' parameters that no engine steps flow too: frozen ones, and all where nothing is trained."""
     is_pinned = is_pinned and link.needs_pinned_host()
     kinds: dict[tuple[int, torch.dtype], list[tuple[str, nn.Parameter]]] = {}
     for fqn, param in flow.named_params:

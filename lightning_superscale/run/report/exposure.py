@@ -38,7 +38,7 @@ def exposure_of(assembly: Assembly, phases: PhaseSeconds) -> list[str]:
 
 
 def host_work(assembly: Assembly) -> HostWork:
-    """The work of this rank's host in a step."""
+    """The work of this rank's host in one optimizer step."""
     on_host = [
         (unit.shard.shard_numel, state.transfer_dtype)
         for engine in assembly.engines.values()
@@ -54,7 +54,7 @@ def host_work(assembly: Assembly) -> HostWork:
 
 
 def _why_no_forecast(assembly: Assembly, work: HostWork) -> str | None:
-    """The forecast is of steps during backward whose weights arrive during the next forward; None where that is so."""
+    """Why nothing is forecast; None where host steps run during backward and weights arrive during the next forward."""
     settings = assembly.settings
     if not work.num_params:
         return "nothing steps on the host"

@@ -27,10 +27,10 @@ class _Row:
     """One class while it is summed up.
 
     Attributes:
-        device_bytes, host_bytes: of the tensors, padding included.
-        numel: elements of the whole parameters or buffers that have it; of those that a plan cut, this rank's part.
-        bytes_each: what one of these takes by the model, on all ranks that share it together; 0 where it is silent.
-        num_shares: ranks that share it.
+        device_bytes, host_bytes: bytes of the tensors that exist, padding included.
+        numel: elements of the unsharded parameters or buffers of the class; of tensor-parallel ones, this rank's part.
+        bytes_each: bytes per element by the memory model, summed over the ranks that share it; 0 where it has none.
+        num_shares: ranks that share the class.
     """
 
     device_bytes: int = 0
@@ -45,14 +45,18 @@ class _Row:
 
 
 class _Rows:
-    """Args: shard_size: ranks that share what is divided."""
+    """Rows of the table of bytes, filled from counted tensors and from the memory model.
+
+    Args:
+        shard_size: ranks that share a sharded class.
+    """
 
     def __init__(self, shard_size: int) -> None:
         self._shard_size = shard_size
         self.rows: dict[tuple[str, str], _Row] = {}
 
     def count(self, name: str, dtype: torch.dtype, numel: int, home: Home = "device") -> None:
-        """Tensors of so many elements are there."""
+        """Add tensors of `numel` elements that exist on this rank."""
         row = self.rows.setdefault((name, dtype_name(dtype)), _Row())
         if home == "host":
             row.host_bytes += numel * dtype.itemsize
@@ -60,7 +64,7 @@ class _Rows:
             row.device_bytes += numel * dtype.itemsize
 
     def expect(self, model: MemoryModel, numel: int) -> None:
-        """So many parameters should take what the model says."""
+        """Add the bytes that parameters of `numel` elements should take by the memory model."""
         for one in model.classes:
             row = self.rows.setdefault((one.name, one.dtype), _Row())
             row.numel += numel
@@ -79,8 +83,8 @@ def byte_classes(
 ) -> list[ByteClass]:
     """Bytes of this rank by class.
 
-    Gradients are counted as they are held between micro-batches: whole where ranks reduce once per step, this
-    rank's rows otherwise.
+    Gradients are counted as they are between micro-batches: unsharded where ranks reduce once per step, this rank's
+    shard otherwise.
     """
     pairs = [pair for engine in engines for pair in zip(engine.transport.units, engine.states, strict=True)]
     rows = _Rows(settings.mesh.shard.size)

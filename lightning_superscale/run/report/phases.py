@@ -13,8 +13,8 @@ class StepSeconds(NamedTuple):
     """Host seconds of one optimizer step, the mean over `num_steps`.
 
     Attributes:
-        forward, backward: of the model, without what it waited for at its gates.
-        exposed: what the step took beyond both.
+        forward, backward: seconds of the model's passes, without waits at gates.
+        exposed: seconds that the step took beyond both.
     """
 
     forward: float
@@ -28,10 +28,12 @@ class PhaseSeconds:
     """Host seconds, summed over `num_steps` optimizer steps.
 
     Attributes:
-        forward: in training steps; `gates` of it waited for weights.
-        before: waited for weights before forward began.
-        step: in optimizer steps, beyond the forward and backward that run inside.
-        warm: the sums when the first steps were over.
+        forward: seconds in training steps, including `gates`.
+        backward: seconds in the framework's backward calls.
+        gates: seconds of forward that waited for weights.
+        before: seconds before forward began, in which techniques get ready and weights are awaited.
+        step: seconds in optimizer steps, beyond the forward and backward that run inside.
+        warm: the sums as they were after WARM_UP_STEPS steps; None until then.
     """
 
     forward: float = 0.0
@@ -44,7 +46,7 @@ class PhaseSeconds:
 
     @property
     def inside(self) -> float:
-        """Seconds that an optimizer step's closure accounts for itself."""
+        """Seconds of the phases that may run inside an optimizer step's closure, and are counted there."""
         return self.forward + self.backward + self.before
 
     def end_step(self) -> None:

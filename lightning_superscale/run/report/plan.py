@@ -1,4 +1,4 @@
-"""What a strategy resolved to: what lives where, in which dtype, how large, and why."""
+"""The plan that a strategy resolved to: the place, dtype and size of each class of bytes, and the reasons."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ class ByteClass:
     """One class of bytes that training keeps between steps, or moves through.
 
     Attributes:
-        device_bytes, host_bytes: counted from tensors, padding included.
-        arithmetic: what they should be by the ZeRO stage, in words.
+        device_bytes, host_bytes: bytes counted from tensors, padding included.
+        arithmetic: the bytes that the memory model expects, as a product in words; empty where it expects none.
     """
 
     name: str
@@ -27,12 +27,14 @@ class ParallelPlan:
     """The resolved plan of one rank.
 
     Attributes:
-        shard_size: ranks that share one copy of what is sharded; of what a plan cut, one part of it.
-        tensor_size: ranks that compute each batch together.
-        engine: "resident", "cpu" or "superoffload".
-        kernel: what steps the optimizer, in words.
+        shard_size: ranks that share one copy of sharded tensors; of tensor-parallel ones, one part of a copy.
+        num_params, num_trainable: elements of all parameters and of the trainable ones.
+        unit_bytes: upper bound of a unit's weights.
+        engine: name of the offload engine, such as "superoffload"; "resident" where nothing is offloaded.
+        kernel: the kernel that steps the optimizer, in words.
         bytes: one row per class.
         reasons: one sentence per choice that was made for the user.
+        tensor_size: ranks that compute each batch together (tensor parallelism).
     """
 
     device: str

@@ -28,7 +28,7 @@ def reasons_of(settings: RunSettings, *, is_model_compiled: bool) -> list[str]:
 
 
 def device_share(engines: Iterable[OptimizerEngine]) -> float:
-    """Share of the trainable parameters whose states are on the device, all of them."""
+    """Share of the trainable parameters that have all their states on the device, from 0 to 1."""
     numel_here = numel = 0
     for engine in engines:
         for unit, state in zip(engine.transport.units, engine.states, strict=True):

@@ -21,7 +21,7 @@ DEFAULT_STEP = 5
 class StepRecorder:
     """Opens a timeline at one step of a run and writes a Chrome trace when the next step's forward is over.
 
-    Uploads of new weights hide behind that forward, so that it belongs to the picture.
+    The next step's forward is recorded too, since uploads of new weights hide behind it.
 
     Args:
         folder: where `trace-rank<r>.json` goes; None records nothing.
@@ -37,7 +37,7 @@ class StepRecorder:
 
     @classmethod
     def from_environment(cls, device: torch.device, rank: int) -> StepRecorder:
-        """As the variables LSS_TRACE (a folder) and LSS_TRACE_STEP say.
+        """Make the recorder that the variables LSS_TRACE (a folder) and LSS_TRACE_STEP ask for.
 
         Raises:
             SuperScaleError: a step that is no whole number of at least 1; the first one builds what later ones reuse.
@@ -48,12 +48,12 @@ class StepRecorder:
         return cls(device, Path(folder) if folder else None, int(step) if folder else 0, rank)
 
     def before_forward(self, num_steps: int) -> None:
-        """`num_steps` optimizer steps were taken."""
+        """Open the timeline if the step to record begins now, after `num_steps` optimizer steps."""
         if not self._is_done and not self.timeline.is_open and num_steps == self._step:
             self.timeline.open()
 
     def phase(self, lane: Lane, num_steps: int) -> AbstractContextManager[None]:
-        """What the model does inside is recorded."""
+        """A context in which the device's work is recorded on a lane."""
         name = f"step {self._step + 1}" if num_steps == self._step else "next step"
         return self.timeline.device(lane, name)
 

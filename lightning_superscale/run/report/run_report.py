@@ -1,4 +1,4 @@
-"""What a run says of itself: asked of its parts while there are any, and noted as text and numbers before they go."""
+"""The report of a run: asked of its parts while they exist, and noted as text and numbers before they go."""
 
 from __future__ import annotations
 
@@ -42,7 +42,11 @@ def facts_of_trace(assembly: Assembly) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class _Unknown:
-    """Attributes: why: it could not be noted, in words."""
+    """A value that could not be noted.
+
+    Attributes:
+        why: the reason, in words.
+    """
 
     why: str
 
@@ -51,7 +55,7 @@ class RunReport:
     """Plan, exposed time and gradient norms of one `fit()` as they were at its end; holds no part of the run.
 
     A rank makes it by itself while the run is torn down, perhaps because of an error. So it issues no collective and
-    never raises: what could not be noted is an error for whoever asks for it.
+    never raises: a value that could not be noted is an error once it is asked for.
     """
 
     def __init__(self, assembly: Assembly, phases: PhaseSeconds) -> None:
@@ -61,19 +65,29 @@ class RunReport:
 
     @property
     def plan(self) -> ParallelPlan:
-        """Raises: SuperScaleError: it could not be noted."""
+        """The plan as it was at the end of the run.
+
+        Raises:
+            SuperScaleError: the plan could not be noted.
+        """
         return _known(self._plan, "plan")
 
     @property
     def exposure(self) -> list[str]:
-        """Raises: SuperScaleError: it could not be noted."""
+        """Sentences on the exposed time as it was at the end of the run.
+
+        Raises:
+            SuperScaleError: the exposed time could not be noted.
+        """
         return list(_known(self._exposure, "exposed time"))
 
     def grad_norm(self, optimizer_index: int, mesh: DataMesh) -> Tensor:
-        """Of one optimizer's last step; fp32 scalar, CPU. Every rank calls it, where states were sharded.
+        """Global 2-norm of one optimizer's gradients at its last step; fp32 scalar, CPU.
+
+        Every rank calls it, where states were sharded.
 
         Raises:
-            SuperScaleError: it could not be noted, or no step had been taken.
+            SuperScaleError: the norm could not be noted, or no step had been taken.
         """
         return _known(self._norms[optimizer_index], "gradient norm").over(mesh)
 
@@ -94,7 +108,7 @@ def _norm_of(assembly: Assembly, engine: OptimizerEngine) -> LastNorm:
 def _noted(ask: Callable[[], _Noted]) -> _Noted | _Unknown:
     try:
         return ask()
-    except Exception as error:  # whatever ended the run is what the user must see
+    except Exception as error:  # the user must see the error that ended the run, not this one
         return _Unknown(str(error) or type(error).__name__)
 
 

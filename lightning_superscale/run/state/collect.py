@@ -67,16 +67,16 @@ def tied_names(module: nn.Module) -> dict[str, str]:
 def local_state(
     checkpoint: Mapping[str, Any], module: nn.Module, optimizers: Sequence[Optimizer], mesh: DataMesh
 ) -> LocalState:
-    """A checkpoint that `trainer.save_checkpoint` dumped, as this rank's part of a training state.
+    """Turn a checkpoint that `trainer.save_checkpoint` dumped into this rank's part of a training state.
 
-    Every rank calls it. Tensors may be whole or cut (see `local_shards`); a rank may lack what others have.
+    Every rank calls it. Tensors may be whole or sharded (see `local_shards`); a rank may lack tensors that others have.
 
     Args:
         checkpoint: has "state_dict" and, unless it was saved with weights only, "optimizer_states": torch's, with
             parameters numbered, or named as they are in the module.
 
     Raises:
-        CheckpointError: on every rank: two ranks describe one tensor differently.
+        CheckpointError: two ranks describe one tensor differently; raised on every rank.
     """
     own = _Collected()
     aliases, extra_state = _collect_model(own, checkpoint.get("state_dict", {}), module)

@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint that are read when somebody uses them."""
+"""Tensors of a checkpoint whose values are read at their first use."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning_superscale.torch_private import make_wrapper, tree_map
 if TYPE_CHECKING:
     from lightning_superscale.run.state.restore import OpenedCheckpoint
 
-# What is known without reading.
+# The attributes and methods that need no values.
 _SHALLOW: frozenset[Any] = frozenset(
     getattr(Tensor, name).__get__ if isinstance(getattr(Tensor, name), property) or not callable(getattr(Tensor, name))
     else getattr(Tensor, name)
@@ -30,11 +30,11 @@ _SHALLOW: frozenset[Any] = frozenset(
 class LazyTensor(Tensor):
     """A whole tensor of a checkpoint. Shape and dtype are known; any operation reads the values first, on this rank.
 
-    Whoever loads many at once reads them together instead (`read_whole`, `read_boxes`).
+    Code that loads many tensors reads them together instead (`read_whole`, `read_boxes`).
 
     Attributes:
-        opened: the checkpoint.
-        key: which of its tensors.
+        opened: the checkpoint that has the tensor.
+        key: the tensor's key in it.
     """
 
     opened: OpenedCheckpoint
@@ -51,7 +51,7 @@ class LazyTensor(Tensor):
         super().__init__()
 
     def load(self) -> Tensor:
-        """The values, read now, in memory of their own."""
+        """Read the values now, by this rank alone, into a new tensor in host memory."""
         with torch._C.DisableTorchFunctionSubclass():
             out = torch.empty(self.shape, dtype=self.dtype)
             self.opened.alone.read([ReadRequest(self.key, whole_box(tuple(self.shape)), out)])

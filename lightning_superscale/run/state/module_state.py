@@ -14,11 +14,13 @@ from lightning_superscale.run.state.restore import fill, fitted, is_lazy, read_w
 
 
 def module_state(module: nn.Module, assembly: Assembly | None, mesh: DataMesh, *, is_local: bool) -> dict[str, Any]:
-    """The state of a module that rests. Every rank calls it.
+    """The weights and buffers of a module whose new weights have arrived and in which no pass runs.
+
+    Every rank calls it.
 
     Args:
         assembly: the parts of the run that trains the module; None outside.
-        is_local: give what this rank holds, which a universal checkpoint takes; otherwise whole tensors.
+        is_local: give this rank's shards, which a universal checkpoint takes; otherwise whole tensors.
     """
     sharded = None if assembly is None else assembly.sharded
     if is_local:
@@ -36,15 +38,17 @@ def load_module_state(
     strict: bool,
     allow: Sequence[str] | None,
 ) -> None:
-    """Load weights and buffers into a module that rests, and the engines' masters from them. Every rank calls it.
+    """Load weights and buffers into a module in which no pass runs, and the engines' masters from them.
+
+    Every rank calls it.
 
     Args:
-        weights: whole tensors, or lazy ones, of which this rank reads what it holds.
+        weights: whole tensors, or lazy ones, of which this rank reads its own shards.
         strict: whether exactly the module's names are expected.
-        allow: patterns of names that may differ all the same, of a universal checkpoint; None for one of another IO.
+        allow: patterns of names that may differ all the same, under a universal checkpoint IO; None under another IO.
 
     Raises:
-        CheckpointError: they don't fit; nothing was changed.
+        CheckpointError: a universal checkpoint's weights don't fit the module; nothing was changed.
     """
     sharded = None if assembly is None else assembly.sharded
     own = module.state_dict() if sharded is None else sharded.local_state_dict()

@@ -26,7 +26,7 @@ def has_names(packed: Mapping[str, Any]) -> bool:
 
 
 def by_name(packed: Mapping[str, Any]) -> dict[str, Any]:
-    """Torch's packed state with names for numbers."""
+    """Torch's packed state with its parameters named instead of numbered."""
     name_of = {
         number: name
         for group in packed["param_groups"]
@@ -40,11 +40,11 @@ def by_name(packed: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def renumbered(packed: Mapping[str, Any], names: tuple[str, ...], optimizer: Optimizer) -> dict[str, Any]:
-    """An optimizer's state for one that may number the same parameters otherwise, without masters of ours.
+    """An optimizer's state for one that may number the same parameters otherwise, without this package's masters.
 
     Args:
-        packed: torch's, each group with "param_names".
-        names: of `optimizer`'s parameters, in its order.
+        packed: torch's packed state, each group with "param_names".
+        names: the names of `optimizer`'s parameters, in its order.
 
     Raises:
         CheckpointError: other groups of parameters.
@@ -66,7 +66,14 @@ def renumbered(packed: Mapping[str, Any], names: tuple[str, ...], optimizer: Opt
 
 
 def check_groups(saved: Mapping[str, Any], own: list[list[str]], optimizer: Optimizer) -> None:
-    """Raises: CheckpointError: the checkpoint has other parameter groups than `own`, by name; says what differs."""
+    """Compare the parameter groups of a checkpoint with an optimizer's.
+
+    Args:
+        own: the names of the optimizer's parameters, by group.
+
+    Raises:
+        CheckpointError: the checkpoint has other groups; says what differs.
+    """
     theirs = [list(group["params"]) for group in saved["param_groups"]]
     if [sorted(group) for group in theirs] == [sorted(group) for group in own]:
         return
@@ -85,7 +92,7 @@ def names_of(module: nn.Module) -> dict[nn.Parameter, str]:
 
 
 def _saved_for(optimizer: Optimizer, packed: Mapping[str, Any], name_of: Mapping[nn.Parameter, str]) -> dict[str, Any]:
-    """Torch's packed state by name, of the groups that an optimizer has.
+    """Torch's packed state by name, once its parameter groups were found to be the optimizer's.
 
     Raises:
         CheckpointError: other groups of parameters.
@@ -96,13 +103,13 @@ def _saved_for(optimizer: Optimizer, packed: Mapping[str, Any], name_of: Mapping
 
 
 def _take_groups(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
-    """Give groups their options back; their parameters stay."""
+    """Set the options of an optimizer's groups to the saved ones; its parameters stay."""
     for theirs, group in zip(saved["param_groups"], optimizer.param_groups, strict=True):
         group.update({key: value for key, value in theirs.items() if key != "params"})
 
 
 def load_placed_states(optimizer: Optimizer, packed: Mapping[str, Any], name_of: Mapping[nn.Parameter, str]) -> None:
-    """Give a torch optimizer what a checkpoint has of its states, each placed as its parameter. Every rank calls it.
+    """Load a checkpoint's states into a torch optimizer, each placed as its parameter is. Every rank calls it.
 
     Raises:
         CheckpointError: other groups of parameters; nothing was changed.
@@ -130,7 +137,7 @@ def load_placed_states(optimizer: Optimizer, packed: Mapping[str, Any], name_of:
 
 
 def _place_for(value: Tensor, key: str, param: nn.Parameter, *, has_steps_on_device: bool) -> Tensor:
-    """Memory for a state where torch has it: beside its parameter, and cut as that is where it has its shape."""
+    """Memory for a state where torch has it: beside its parameter, and sharded like it where it has its shape."""
     if key != "step" and tuple(value.shape) == tuple(param.shape):
         return torch.empty_like(param.detach(), dtype=value.dtype)
     device = param.device if key != "step" or has_steps_on_device else torch.device("cpu")
@@ -146,7 +153,7 @@ def load_optimizer_states(
     """Load a checkpoint's state of each optimizer, in the order of `configure_optimizers`. Every rank calls it.
 
     Args:
-        engine_of: what steps an optimizer; None for one that has no engine.
+        engine_of: finds the engine that steps an optimizer; gives None for an optimizer without one.
         states: torch's packed states, whole or lazy.
 
     Raises:
@@ -167,9 +174,9 @@ def load_optimizer_states(
 
 
 def load_engine_state(engine: OptimizerEngine, packed: Mapping[str, Any], fqn_of: Mapping[nn.Parameter, str]) -> None:
-    """Give an engine what a checkpoint has of its optimizer: of each tensor the rows of this rank. Every rank calls it.
+    """Load a checkpoint's state of an optimizer into its engine, this rank's rows of each tensor. Every rank calls it.
 
-    A master that the checkpoint lacks is taken from an fp32 weight there.
+    A master weight that the checkpoint lacks is read from the checkpoint's fp32 weight, if it has one.
 
     Raises:
         CheckpointError: other groups of parameters; nothing was changed.
@@ -199,7 +206,7 @@ def _wanted(
     piece: ParamSlice | None,
     wanted: list[tuple[LazyTensor, Box, Tensor]],
 ) -> Any:
-    """The place of a checkpoint's value in this run: this rank's rows of one that is cut as its parameter is."""
+    """The value of a state in this run: for a lazy tensor, memory for this rank's part, whose read joins `wanted`."""
     if not isinstance(value, LazyTensor):
         return value
     shape = tuple(value.shape)

@@ -1,4 +1,4 @@
-"""A checkpoint of any format as the dict that Lightning loads, its tensors still on disk."""
+"""Opens a checkpoint of any format as the dict that Lightning loads, its tensors still on disk."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class OpenedCheckpoint:
     """A training state on disk, for all ranks of a mesh to read together.
 
     Attributes:
-        source: reads; every rank of the mesh calls it.
-        mesh: the ranks.
+        source: the training state; every rank of the mesh calls its `read`.
+        mesh: the ranks that read together.
     """
 
     def __init__(self, source: StateSource, mesh: DataMesh) -> None:
@@ -52,6 +52,7 @@ class OpenedCheckpoint:
         return {key.name: key for key in self.source.tensors if key.state == MASTER}
 
     def lazy(self, key: TensorKey) -> LazyTensor:
+        """One whole tensor of the checkpoint, on the host, whose values are not read yet."""
         return LazyTensor(self, key, self.source.tensors[key])
 
     def as_lightning(self) -> dict[str, Any]:
@@ -80,8 +81,8 @@ def open_any(path: str, mesh: DataMesh | None = None, *, is_all_used: bool = Fal
     A Lightning file is read as it is, from mapped memory; tensors of all others are lazy.
 
     Args:
-        is_all_used: weights are going to be loaded, and optimizer states when weights have changed already: so all
-            checksums are verified now, where files are local.
+        is_all_used: whether weights and then optimizer states will be loaded. Damage in the states would be found when
+            weights have changed already, so all checksums of local files are verified now.
 
     Raises:
         CheckpointError: no checkpoint, a format that is not known, or damage.
@@ -99,6 +100,7 @@ def open_any(path: str, mesh: DataMesh | None = None, *, is_all_used: bool = Fal
 
 
 def is_lazy(values: Mapping[str, Any]) -> bool:
+    """Whether any value is a lazy tensor."""
     return any(isinstance(value, LazyTensor) for value in values.values())
 
 
@@ -106,8 +108,8 @@ def read_boxes(wanted: Sequence[tuple[LazyTensor, Box, Tensor]], opened: OpenedC
     """Fill parts of tensors, all at once. Every rank that opened the checkpoint calls it.
 
     Args:
-        wanted: lazy tensor, its part, and a tensor of the part's shape.
-        opened: where this rank may want nothing that others do.
+        wanted: for each read a lazy tensor, the box of it to read, and a tensor of the box's shape to read into.
+        opened: a checkpoint whose collective read this rank joins even where it wants nothing of it itself.
     """
     by_source: dict[int, tuple[OpenedCheckpoint, list[ReadRequest]]] = {}
     if opened is not None:
@@ -142,7 +144,7 @@ def _replaced(value: Any, read: Mapping[int, Tensor]) -> Any:
 
 
 def read_into(target: Mapping[str, Any], values: Mapping[str, Any]) -> None:
-    """Fill tensors, whole or cut, in place with what the lazy tensors of the same names hold. Every rank calls it."""
+    """Read the lazy tensors of the same names into tensors, whole or sharded, in place. Every rank calls it."""
     wanted = []
     for name, tensor in target.items():
         lazy = values.get(name)
@@ -153,7 +155,7 @@ def read_into(target: Mapping[str, Any], values: Mapping[str, Any]) -> None:
 
 
 def fill(target: Mapping[str, Any], values: Mapping[str, Any]) -> None:
-    """Overwrite tensors in place, whole or cut, with lazy or whole ones of the same names. Every rank calls it."""
+    """Overwrite tensors in place, whole or sharded, with lazy or whole ones of the same names. Every rank calls it."""
     with torch.no_grad():
         if is_lazy(values):
             read_into(target, values)
@@ -188,7 +190,7 @@ def fitted(
     """A checkpoint's state dict as a module takes it: under its own names, and with masters for fp32 weights.
 
     Args:
-        own: the module's state dict, whole or cut.
+        own: the module's state dict, whole or sharded.
 
     Raises:
         CheckpointError: it does not fit, and nothing was changed.
@@ -203,10 +205,10 @@ def check_fits(
 ) -> None:
     """Refuse a state dict that does not fit before any weight changes.
 
-    Modules that rename or convert entries by themselves decide for themselves.
+    A model is not checked if any of its modules renames or converts entries as it loads them.
 
     Args:
-        own: the module's state dict, whole or cut.
+        own: the module's state dict, whole or sharded.
 
     Raises:
         CheckpointError: lists missing and unexpected names (with `strict`) and shapes that differ.

@@ -1,1 +1,1 @@
-"""What a run does to a module around its forwards: one file per technique, one line each in `registry.py`."""
+"""Techniques that act on a run's module around its forwards: one file per technique, one line each in `registry.py`."""

@@ -45,5 +45,5 @@ class SynchronizedBuffers(ModuleTechnique):
 
 
 def synchronized_buffers(facts: TechniqueFacts) -> ModuleTechnique | None:
-    """None where one rank has nobody to agree with, and in a run that only evaluates, whose buffers don't change."""
+    """The synchronization of one run's buffers; None on a single rank, and in a run that only evaluates."""
     return SynchronizedBuffers() if facts.trains and not facts.mesh.is_single else None

@@ -11,7 +11,7 @@ from lightning_superscale.run.techniques.buffer_sync import synchronized_buffers
 from lightning_superscale.run.techniques.technique import ModuleTechnique, TechniqueFacts
 from lightning_superscale.run.techniques.weight_flow import WeightFlowTechnique, flowing_weights
 
-# Each makes the technique of one run, or None where the run does without.
+# Each function makes the technique of one run, or None where the run does without it.
 TECHNIQUES: dict[str, Callable[[TechniqueFacts], ModuleTechnique | None]] = {
     "weight flow": flowing_weights,
     "buffers": synchronized_buffers,
@@ -36,7 +36,7 @@ def states_of(techniques: Mapping[str, ModuleTechnique]) -> dict[str, dict[str, 
 
 
 def load_states(techniques: Mapping[str, ModuleTechnique], states: Mapping[str, Mapping[str, Any]]) -> None:
-    """Load what `states_of` gave into the techniques of the same names.
+    """Load the states that `states_of` gave into the techniques of the same names.
 
     Raises:
         SuperScaleError: a state of a technique that this run does without; nothing was loaded.

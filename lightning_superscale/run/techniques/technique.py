@@ -1,4 +1,4 @@
-"""The seam of module techniques: what acts on the module and its batches, whoever steps the optimizer."""
+"""The seam of module techniques: they act on the module and its batches, whichever engine steps the optimizer."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class ModuleTechnique:
     def prepare(self, module: nn.Module) -> None:
         """Look at the module, and hook it, before it is on the device, sharded or wrapped.
 
-        What lies on the meta device has no values yet. Buffers that a technique registers are saved with the module.
+        Tensors on the meta device have no values yet. Buffers that a technique registers are saved with the module.
 
         Raises:
             SuperScaleError: the module can't be trained with this technique; says why and what to do.
@@ -55,13 +55,13 @@ class ModuleTechnique:
         return ()
 
     def connect(self, ranks: Communicator) -> None:
-        """Know the other ranks of a run that trains, once the module is sharded."""
+        """Take the connections to the other ranks, once the module is sharded. Called only in a run that trains."""
 
     def batch(self, batch: Any, *, trains: bool) -> Any:
         """The batch that this rank's step gets, from the one that the data loader gave, on the device.
 
         Args:
-            trains: it is for a training step.
+            trains: whether the batch is for a training step.
         """
         return batch
 
@@ -69,16 +69,16 @@ class ModuleTechnique:
         """A context around every step of the module.
 
         Args:
-            trains: a training step, whose backward follows once the context is closed or runs inside; False for one
-                that evaluates.
+            trains: whether it is a training step, whose backward follows once the context is closed or runs inside;
+                False for a step that evaluates.
         """
         return nullcontext()
 
     def before_evaluation(self) -> None:
-        """An evaluation begins between two training steps."""
+        """Get ready for an evaluation that begins, perhaps between two training steps."""
 
     def rest(self, *, is_visible: bool) -> None:
-        """No forward or backward runs any more.
+        """Come to rest: no forward or backward runs until the next `around_forward`.
 
         Args:
             is_visible: whether user code may look at the module now, so that its weights must be there to read.
@@ -97,7 +97,7 @@ class ModuleTechnique:
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` of the interrupted run gave."""
+        """Take over the state that `state_dict` gave in the interrupted run."""
 
     def close(self) -> None:
         """Give the module back as it was, but for its weights. The hooks that came before may not all have run."""

@@ -76,5 +76,5 @@ class WeightFlowTechnique(ModuleTechnique):
 
 
 def flowing_weights(facts: TechniqueFacts) -> ModuleTechnique | None:
-    """None where nothing is offloaded."""
+    """The weight flow of one run; None where nothing is offloaded."""
     return None if facts.offload is None else WeightFlowTechnique(facts, facts.offload)
