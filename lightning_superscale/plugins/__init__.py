@@ -1,1 +1,1 @@
-"""Where the parts meet Lightning: strategy, precision and callbacks, for both of its import names."""
+"""The plugins for Lightning: strategy, precision, checkpoint IO and callbacks, for both of its import names."""

@@ -22,7 +22,7 @@ _made: set[type] = set()
 
 
 class CheckpointBinderMixin(_Base):
-    """Binds `plugins=[UniversalCheckpointIO()]` to whichever strategy the Trainer has."""
+    """Binds the Trainer's UniversalCheckpointIO to the Trainer's strategy, whichever it is."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Every rank calls it, before anything is saved or loaded.
@@ -73,11 +73,11 @@ def pytorch_lightning_callbacks() -> list[Any]:
 def _binders(callbacks: str) -> list[Any]:
     """One binder, of the Lightning that has these callbacks.
 
-    Every Trainer asks. So the rest of this package, which takes a quarter of a second, is imported by those that use
-    it; and if it can't be, it must not stop those that don't.
+    Every Trainer calls it. So the rest of this package, whose import takes a quarter of a second, is imported only for
+    a Trainer that uses it, and an import that fails must not stop a Trainer that does not.
 
     Warns:
-        UserWarning: it can't; an IO that nobody bound refuses to write.
+        UserWarning: the binder could not be made; an unbound IO then refuses to write.
     """
     try:
         return [_binder(callbacks)]
@@ -92,6 +92,6 @@ def _binders(callbacks: str) -> list[Any]:
 
 def _binder(callbacks: str) -> Any:
     base = importlib.import_module(callbacks).Callback
-    # No module has the class, so launchers that spawn ranks send how it was made.
+    # The class is in no module, so it is pickled, for launchers that spawn ranks, as the call that made it.
     found = {"__reduce__": lambda self: (_binder, (callbacks,))}
     return type("CheckpointBinder", (CheckpointBinderMixin, base), found)()

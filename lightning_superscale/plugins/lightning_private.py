@@ -30,7 +30,7 @@ def plain_optimizer(optimizer: Any) -> Optimizer:
 
 
 def is_compiled_whole(module: nn.Module) -> bool:
-    """Whether the module is what `from_compiled` made: its steps are compiled, and it looks like any other."""
+    """Whether `from_compiled` made the module: its steps are compiled, although it looks like any other module."""
     return getattr(module, "_compiler_ctx", None) is not None
 
 
@@ -40,23 +40,23 @@ def wrapped_closure(precision: Any, model: Any, optimizer: Any, closure: Callabl
 
 
 def set_device_mesh(module: Any, mesh: DeviceMesh) -> None:
-    """Give a LightningModule what `configure_model()` reads as `self.device_mesh`."""
+    """Give a LightningModule the mesh that its `configure_model()` reads as `self.device_mesh`."""
     module._device_mesh = mesh
 
 
 def keep_sampler(module: Any) -> None:
-    """Let the Trainer of a module keep the user's sampler; nothing for a module without a Trainer."""
+    """Let the Trainer of a module, if it has one, keep the user's sampler."""
     if module is not None and module._trainer is not None:
         module.trainer._accelerator_connector.use_distributed_sampler = False
 
 
 def drop_launcher(strategy: Any) -> None:
-    """Let the Trainer run in its own process."""
+    """Take a strategy's launcher away, so that the Trainer runs in its own process."""
     strategy._launcher = None
 
 
 def layer_sync_of(strategy: Any) -> Any:
-    """The layer synchronization that `Trainer(sync_batchnorm=True)` applies to a model; None without."""
+    """The layer synchronization that `Trainer(sync_batchnorm=True)` applies to a model; None without that option."""
     return strategy._layer_sync
 
 
@@ -76,7 +76,7 @@ def load_state_of(package: str) -> Callable[..., Any]:
 
 
 def fsdp_state_context(strategy: Any, *, whole: bool) -> AbstractContextManager[None]:
-    """The context in which an FSDPStrategy's model gives and takes state: this rank's shards, or all of it."""
+    """The context in which an FSDPStrategy's model gives and takes this rank's shards, or whole tensors."""
     package = next(one.__module__ for one in type(strategy).__mro__ if one.__name__ == "FSDPStrategy")
     module = importlib.import_module(package)
     if whole:

@@ -9,13 +9,13 @@ import importlib
 import sys
 from typing import Any
 
-# Lightning's import name -> the module that binds our plugins to it.
+# Lightning's import name -> the module of this package that binds the plugins to it.
 BINDINGS = {
     "lightning.pytorch": "lightning_superscale.plugins.pytorch",
     "pytorch_lightning": "lightning_superscale.plugins.pytorch_lightning",
 }
 
-# Name -> class, its arguments, and what the registry says of it.
+# Name -> class, its arguments, and its description in the registry.
 STRATEGY_NAMES: dict[str, tuple[str, dict[str, Any], str]] = {
     "superscale": (
         "SuperScaleStrategy",
@@ -60,7 +60,7 @@ def register_with(lightning_name: str) -> None:
 
 
 def binding_module() -> Any:
-    """Our plugins for the Lightning in use: the one that is imported, `lightning.pytorch` if both or none are."""
+    """The plugins for the Lightning in use: the one that is imported, `lightning.pytorch` if both or none are."""
     for name in BINDINGS:
         if f"{name}.strategies" in sys.modules:
             return importlib.import_module(BINDINGS[name])

@@ -2,7 +2,8 @@
 
 [Note: Bound to a strategy] Lightning asks a CheckpointIO to write on rank 0 only, and FSDP's and ModelParallel's
 strategies do not ask it at all. So a callback that comes with the package (`binder.py`) gives the strategy of a Trainer
-with this IO the methods that ask it on every rank; our own strategies have them. Nothing is written past it.
+with this IO methods that ask it on every rank; this package's strategies have such methods. No checkpoint of such a
+Trainer is written past its IO.
 """
 
 from __future__ import annotations
@@ -36,9 +37,10 @@ else:
 class UniversalCheckpointIOMixin(_Base):
     """Checkpoints that any strategy writes and reads, at any number of ranks, with no conversion.
 
-    A directory with a JSON manifest and safetensors files, written by all ranks at once, complete or absent, with
-    checksums; no pickle is executed on load. Reads what Lightning, torch.distributed.checkpoint, DeepSpeed and Hugging
-    Face write, too. Works under Lightning's single-device, DDP, FSDP and ModelParallel strategies and under ours.
+    A checkpoint is a directory with a JSON manifest and safetensors files, written by all ranks at once, complete or
+    absent, with checksums; no pickle is executed on load. The IO also reads checkpoints of Lightning,
+    torch.distributed.checkpoint, DeepSpeed and Hugging Face. It works under Lightning's single-device, DDP, FSDP and
+    ModelParallel strategies and under the strategies of this package.
 
     Args:
         config: a CheckpointConfig or a mapping with its keys.
@@ -50,10 +52,10 @@ class UniversalCheckpointIOMixin(_Base):
         self._own_mesh: tuple[object, DataMesh] | None = None
         self._saver: BackgroundSaver | None = None
 
-    # Called by whoever is bound to it; every rank calls each.
+    # The methods that a bound strategy calls, each on every rank.
 
     def bind(self, mesh: DataMesh | None = None) -> None:
-        """Know the ranks of a run: those of `mesh`, or all of the process group's once there is one."""
+        """Set the ranks of a run: those of `mesh`, or for None all of the process group's once there is one."""
         self._mesh = mesh
 
     @property
@@ -64,18 +66,18 @@ class UniversalCheckpointIOMixin(_Base):
         if not dist.is_initialized() or dist.get_world_size() == 1:
             return single_mesh()
         if self._own_mesh is None or self._own_mesh[0] is not dist.group.WORLD:
-            # torch never gives groups back, so they are made once for each process group
+            # torch never frees process groups, so they are made once for each default group
             self._own_mesh = (dist.group.WORLD, build_mesh(MeshSpec(shard=dist.get_world_size()), DEFAULT_TIMEOUT))
         return self._own_mesh[1]
 
     def save_on_all_ranks(
         self, checkpoint: Mapping[str, Any], path: str, module: nn.Module, optimizers: Sequence[Optimizer]
     ) -> None:
-        """Write a checkpoint that `trainer.save_checkpoint` dumped, this rank's part.
+        """Write this rank's part of a checkpoint that `trainer.save_checkpoint` dumped. Every rank calls it.
 
         Raises:
-            CheckpointError: on every rank: a value that can't be saved, a full disk, a lost rank, or that an earlier
-                asynchronous save failed.
+            CheckpointError: a value that can't be saved, a full disk, a lost rank, or an earlier asynchronous save that
+                failed; raised on every rank.
         """
         state = local_state(checkpoint, module, optimizers, self.mesh)
         step = checkpoint.get("global_step")
@@ -87,14 +89,14 @@ class UniversalCheckpointIOMixin(_Base):
         self._saver.save(path, state, step=step)
 
     def _is_immutable(self, key: TensorKey) -> bool:
-        """Optimizer states change in steps only, and `before_step` comes before those."""
+        """Whether a tensor changes only in steps, before which `before_step` is called: optimizer states do."""
         return key.section.startswith("optimizer.")
 
     def before_step(self) -> None:
-        """Weights and states are about to change: a snapshot that is being written keeps its values.
+        """Let a snapshot that is being written keep its values, although weights and states are about to change.
 
         Raises:
-            CheckpointError: on every rank at the same step: the save in flight failed.
+            CheckpointError: the save in flight failed; raised on every rank at the same step.
         """
         if self._saver is None:
             return
@@ -113,10 +115,10 @@ class UniversalCheckpointIOMixin(_Base):
         )
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """A checkpoint of any known format as Lightning's dict; tensors are read when somebody uses them.
+        """Open a checkpoint of any known format as Lightning's dict; its tensors are read at their first use.
 
         Args:
-            map_location: of no effect: values go where they are loaded to.
+            map_location: of no effect: values are read into the memory that they are loaded into.
             weights_only: of no effect: no pickle is ever executed.
 
         Raises:
@@ -128,7 +130,7 @@ class UniversalCheckpointIOMixin(_Base):
         """Open a checkpoint as `load_checkpoint` does, for all ranks at once. Every rank calls it.
 
         Args:
-            is_all_used: whether optimizer states are going to be loaded too.
+            is_all_used: whether optimizer states will be loaded too; see `open_any`.
         """
         self.wait()
         return open_any(path, self.mesh, is_all_used=is_all_used)
@@ -140,10 +142,10 @@ class UniversalCheckpointIOMixin(_Base):
             remove(str(path))
 
     def wait(self) -> None:
-        """Until a save in flight is done. Every rank calls it.
+        """Wait until a save in flight is done. Every rank calls it.
 
         Raises:
-            CheckpointError: it failed.
+            CheckpointError: the save failed.
         """
         if self._saver is not None:
             self._saver.wait()
@@ -163,12 +165,13 @@ def save_through(io: UniversalCheckpointIOMixin, strategy: Any, checkpoint: Mapp
 def load_through(io: UniversalCheckpointIOMixin, strategy: Any, path: Any) -> dict[str, Any]:
     """Open a checkpoint for a strategy that is bound to an IO. Every rank calls it."""
     module = strategy.lightning_module
-    is_fit = module is not None and module.trainer.state.fn == "fit"  # only then states follow weights
+    # Only fit() loads optimizer states, after weights.
+    is_fit = module is not None and module.trainer.state.fn == "fit"
     return io.load_on_all_ranks(str(strategy.broadcast(path)), is_all_used=is_fit)
 
 
 def before_step(io: UniversalCheckpointIOMixin, closure: Callable[[], Any]) -> Callable[[], Any]:
-    """A closure after which weights and states may change."""
+    """A closure that runs `closure` and then `io.before_step`, so that weights and states may change."""
 
     def evaluated() -> Any:
         result = closure()

@@ -1,6 +1,7 @@
-"""What Lightning's own strategies get when a UniversalCheckpointIO is bound to them ([Note: Bound to a strategy]).
+"""Methods of Lightning's own strategies to which a UniversalCheckpointIO is bound ([Note: Bound to a strategy]).
 
-Each function derives a class from a strategy's class. An instance becomes one of it, so there may be one base only.
+Each function derives a class from a strategy's class. The strategy's `__class__` becomes that class, so it may have no
+other base.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def io_of(strategy: Any) -> UniversalCheckpointIOMixin:
     """The IO that a strategy is bound to.
 
     Raises:
-        CheckpointError: it has another one by now.
+        CheckpointError: the strategy has another IO by now.
     """
     io = strategy.checkpoint_io
     if not isinstance(io, UniversalCheckpointIOMixin):
@@ -65,7 +66,7 @@ def _on_every_rank(base: Any) -> Any:
 
 @cache
 def replicated(base: Any) -> Any:
-    """For strategies whose ranks hold the same whole state: one device, DDP."""
+    """Derive the class for a strategy whose ranks hold the same whole state: one device, or DDP."""
 
     class Replicated(_on_every_rank(base)):  # type: ignore[misc]
         def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -88,7 +89,7 @@ def replicated(base: Any) -> Any:
 
 @cache
 def model_parallel(base: Any) -> Any:
-    """For ModelParallelStrategy: FSDP2 and tensor parallelism, parameters and their states DTensors."""
+    """Derive the class for ModelParallelStrategy: FSDP2 and tensor parallelism, whose tensors are DTensors."""
 
     class ModelParallel(_on_every_rank(base)):  # type: ignore[misc]
         def lightning_module_state_dict(self) -> dict[str, Any]:
@@ -110,7 +111,7 @@ def model_parallel(base: Any) -> Any:
 
 @cache
 def fully_sharded(base: Any) -> Any:
-    """For FSDPStrategy. Each rank holds whole optimizer states for a moment while it loads."""
+    """Derive the class for FSDPStrategy. Each rank holds whole optimizer states for a moment while it loads."""
 
     class FullySharded(_on_every_rank(base)):  # type: ignore[misc]
         def lightning_module_state_dict(self) -> dict[str, Any]:
@@ -139,7 +140,7 @@ def fully_sharded(base: Any) -> Any:
 
 
 def _fill_own(strategy: Any, checkpoint: Mapping[str, Any], *, strict: bool) -> dict[str, Any]:
-    """Overwrite what this rank holds of a strategy's state dict with what a checkpoint has; returns it."""
+    """Overwrite this rank's shards of a strategy's state dict with a checkpoint's values, and return them."""
     own: dict[str, Any] = strategy.lightning_module_state_dict()
     module, allow = strategy.lightning_module, io_of(strategy).config.allow
     fill(own, fitted(module, checkpoint["state_dict"], own, strict=strict, allow=allow))

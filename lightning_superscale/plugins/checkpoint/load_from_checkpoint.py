@@ -1,4 +1,4 @@
-"""A LightningModule from a checkpoint of any format and layout, without a Trainer, ranks or a GPU."""
+"""Builds a LightningModule from a checkpoint of any format and layout, without a Trainer, ranks or a GPU."""
 
 from __future__ import annotations
 
@@ -24,14 +24,15 @@ def load_from_checkpoint(
 ) -> M:
     """Build a LightningModule (or LightningDataModule) from a checkpoint's hyperparameters and load its weights.
 
-    As `LightningModule.load_from_checkpoint`, of everything that UniversalCheckpointIO reads. Optimizer states are not
-    read, and no pickle is executed.
+    It is `LightningModule.load_from_checkpoint` for every format that UniversalCheckpointIO reads. Optimizer states are
+    not read, and no pickle is executed.
 
     Args:
-        module_class: what to build.
+        module_class: the class to build.
+        path: the checkpoint: a file, a directory or a remote address.
         map_location: device of the weights.
         strict: whether the checkpoint must have exactly the module's names.
-        hparams: arguments of the class, before those that the checkpoint has.
+        hparams: arguments of the class, which take precedence over the checkpoint's.
 
     Raises:
         CheckpointError: no checkpoint, a format that is not known, or damage.
@@ -45,7 +46,7 @@ def load_from_checkpoint(
 
 
 def _load_state_of(module_class: type) -> Any:
-    """Lightning's own way to build a module of a checkpoint, of the Lightning that the class comes from."""
+    """The function with which the Lightning that the class comes from builds a module of a checkpoint."""
     for base in module_class.__mro__:
         if base.__name__ in ("LightningModule", "LightningDataModule"):
             package = "pytorch_lightning" if base.__module__.startswith("pytorch_lightning") else "lightning.pytorch"

@@ -1,4 +1,4 @@
-"""Dtypes of weights and of forward and backward; the optimizer step itself belongs to the run.
+"""The precision plugin: dtypes of weights, of forward and of backward; the optimizer step itself belongs to the run.
 
 [Note: Two namespaces] Lightning ships twice, as `lightning.pytorch` and as `pytorch_lightning`, with
 unrelated class trees. All logic lives in mixins that import neither; `plugins/pytorch.py` and
@@ -48,26 +48,28 @@ class SuperScalePrecisionMixin(_Base):
             `torch.autocast`. "bf16-true", "16-true": 16-bit weights, gradients and activations, with fp32 master
             weights and optimizer states in the engine. With fp16 losses are scaled; a step whose gradients
             overflow is dropped on all ranks, and the scale is halved.
-        scaler: whose scale and factors losses take with fp16; None for GradScaler's defaults.
+        scaler: gives the initial loss scale and its factors with fp16; None for GradScaler's defaults.
         master_weights: "fp32", or with "bf16-true" "bf16": the weights are their own masters, and no fp32 copy
             of them exists anywhere.
         optimizer_states: "fp32" or "bf16", of Adam's exp_avg and exp_avg_sq.
         gradient_accumulation: dtype of `param.grad`, in which micro-batches and several backward calls of a step are
             summed up: "fp32", or "auto" for the weights' own.
         gradient_reduction: dtype in which ranks average gradients; "auto" for that of `param.grad`.
-        stochastic_rounding: round what is stored in bf16 up or down at random, so that small updates are kept in
-            the mean; False rounds to nearest, as DeepSpeed does. None: where anything is kept in bf16.
-        kahan: keep what rounding bf16 master weights loses beside them, in bf16 (2 more bytes per parameter).
-        autocast: run forward of "bf16-true" or "16-true" under `torch.autocast`, which computes what suffers most from
-            16 bits (losses; on a GPU norms and softmax too) in fp32; inputs are not converted then. None: in the
-            "-mixed" precisions.
-        seed: of stochastic rounding. A run depends on it alone: not on the number of ranks, nor on a resume.
+        stochastic_rounding: round masters and states that are stored in bf16 up or down at random, so that small
+            updates are kept in the mean; False rounds to nearest, as DeepSpeed does. None rounds at random wherever
+            anything is stored in bf16.
+        kahan: keep the error of rounding bf16 master weights beside them, in bf16 (2 more bytes per parameter).
+        autocast: run forward of "bf16-true" or "16-true" under `torch.autocast`, which computes the operations that
+            suffer most from 16 bits (losses; on a GPU norms and softmax too) in fp32; inputs are not converted then.
+            None runs it in the "-mixed" precisions only.
+        seed: seed of stochastic rounding. The random numbers depend on it and on parameters and steps, not on the
+            number of ranks, nor on a resume.
 
     Raises:
         SuperScaleError: another precision, a scaler where nothing is fp16, or a combination that can't work; it says
             why, and what to use.
 
-    Stochastic rounding: [Note: Stochastic rounding] in ops/reference.py.
+    For the method of stochastic rounding see [Note: Stochastic rounding] in ops/reference.py.
     """
 
     precision: PrecisionName
@@ -107,15 +109,19 @@ class SuperScalePrecisionMixin(_Base):
         self._device_type = "cpu"
         self._run: Run | None = None
 
-    # What the strategy tells us
+    # Calls by the strategy
 
     def attach(self, run: Run, device_type: str) -> None:
-        """Called by the strategy in setup, once its device and optimizers are known."""
+        """Take the run whose losses are scaled and clipped; the strategy calls it in setup.
+
+        Args:
+            device_type: type of the training device, for `torch.autocast`.
+        """
         self._device_type = device_type
         self._run = run
 
     def detach(self) -> None:
-        """Called by the strategy once the run is over: keep nothing of it."""
+        """Forget the run; the strategy calls it once the run is over."""
         self._run = None
 
     # Dtypes
@@ -159,7 +165,7 @@ class SuperScalePrecisionMixin(_Base):
 
     def post_backward(self, tensor: Tensor, module: LightningModule) -> Tensor:  # type: ignore[override]
         if self._run is not None:
-            self._run.after_backward()  # before on_after_backward, in which user code may look
+            self._run.after_backward()  # before on_after_backward, in which user code may look at weights and gradients
         return super().post_backward(tensor, module)
 
     def state_dict(self) -> dict[str, Any]:
@@ -170,7 +176,7 @@ class SuperScalePrecisionMixin(_Base):
             self.scaler.load_state_dict(state_dict)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on with the scale of a run under Lightning's own plugin."""
+        """Take over the loss scale of a checkpoint that was saved under Lightning's own MixedPrecision."""
         if type(self).__qualname__ not in checkpoint and checkpoint.get("MixedPrecision"):
             self.load_state_dict(checkpoint["MixedPrecision"])
 

@@ -13,10 +13,10 @@ _Class = TypeVar("_Class", bound=type)
 
 
 def with_defaults(**defaults: Any) -> Callable[[_Class], _Class]:
-    """A class decorator: the constructor that the class inherits, with other defaults and nothing else changed.
+    """Make a class decorator that gives the inherited constructor other defaults and changes nothing else.
 
     Raises:
-        TypeError: the constructor has no parameter of that name with a default; names those that it has.
+        TypeError: a default for a name that is no parameter with a default; lists the parameters that are.
     """
 
     def decorate(cls: _Class) -> _Class:
@@ -49,9 +49,9 @@ def _with_other_defaults(cls: Any, defaults: dict[str, Any]) -> FunctionType:
         del given.arguments[names_self]
         super(cls, self).__init__(**given.arguments)
 
-    # Annotations are text, which is read in the globals of a function: those of the constructor that wrote it.
+    # Annotations are text that is evaluated in a function's globals, so it gets those of the inherited constructor.
     shows: Any = FunctionType(__init__.__code__, init.__globals__, init.__name__, None, __init__.__closure__)
-    # Not functools.wraps: that would show inspect.signature the way to the constructor with the old defaults.
+    # functools.wraps would lead inspect.signature to the constructor with the old defaults.
     shows.__module__, shows.__qualname__, shows.__doc__ = init.__module__, init.__qualname__, init.__doc__
     shows.__annotations__, shows.__signature__ = dict(init.__annotations__), signature
     return cast(FunctionType, shows)
@@ -63,7 +63,7 @@ class SuperOffloadStrategyMixin(SuperScaleStrategyMixin):
 
     On several ranks, masters, states and gradients are sharded (zero=2), so that no step is done twice.
 
-    Args: as SuperScaleStrategy's.
+    Its arguments are those of SuperScaleStrategy; only defaults differ.
     """
 
 
@@ -71,5 +71,5 @@ class SuperOffloadStrategyMixin(SuperScaleStrategyMixin):
 class ZeroStrategyMixin(SuperScaleStrategyMixin):
     """Optimizer states, gradients and weights sharded over ranks (ZeRO), everything on the device.
 
-    Args: as SuperScaleStrategy's.
+    Its arguments are those of SuperScaleStrategy; only defaults differ.
     """

@@ -1,4 +1,4 @@
-"""Callbacks: what a run used and where its time went, shown where people look."""
+"""ScaleMonitor: a callback that logs tokens per second and prints where a run's bytes and time went."""
 
 from __future__ import annotations
 
@@ -24,10 +24,14 @@ else:
 class ScaleMonitorMixin(_Base):
     """Counts tokens and divides the time of every training step; prints both, and the bytes, at the end of `fit()`.
 
-    Host clocks only: nothing is synchronised, so on a GPU a phase's figure is how long it kept the host.
+    It reads the host's clock only and synchronises nothing, so on a GPU a phase's seconds are those that it kept the
+    host busy.
 
     Args:
-        every_n_steps: how often tokens/s is logged (and shown in the progress bar).
+        every_n_steps: training batches from one logging of tokens/s (which the progress bar shows too) to the next.
+
+    Raises:
+        ValueError: every_n_steps below 1.
     """
 
     def __init__(self, every_n_steps: int = 10) -> None:
@@ -55,7 +59,7 @@ class ScaleMonitorMixin(_Base):
         self._validation_start = time.perf_counter()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Tokens/s is of training: validation does not count in its window.
+        # Tokens/s is that of training, so validation does not count in its window.
         self._window_start += time.perf_counter() - self._validation_start
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -123,7 +127,7 @@ class ScaleMonitorMixin(_Base):
 
 
 def count_tokens(batch: Any) -> int:
-    """Elements of the first integer tensor in a batch; samples of the first tensor where there is none."""
+    """Elements of the first tensor of a batch that is integer and has 2 or more dims; without one, the batch size."""
     tensors = [t for t in _flatten(batch) if isinstance(t, torch.Tensor)]
     for tensor in tensors:
         if not tensor.is_floating_point() and tensor.ndim > 1:
@@ -148,7 +152,7 @@ def _link_bytes(trainer: Trainer) -> tuple[int, int]:
 
 
 def bytes_table(strategy: SuperScaleStrategyMixin, link_start: tuple[int, int]) -> Table:
-    """A table of each class of bytes and its memory, and of what crossed the link per step since `link_start`."""
+    """A table of each class of bytes and its memory, and of bytes that crossed the link per step since `link_start`."""
     plan = strategy.plan
     table = Table(title="Where the bytes live", title_justify="left")
     table.add_column("class")

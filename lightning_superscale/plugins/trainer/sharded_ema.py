@@ -23,13 +23,17 @@ else:
 class ShardedEMAMixin(_Base):
     """Averages the trainable weights in fp32, validates with the averages, and leaves them in the model at the end.
 
-    Works under every strategy; with zero=3 a rank averages its rows and nobody holds a second whole model. Buffers
-    are not averaged. A checkpoint holds the averages whole, so that any number of ranks goes on from it.
+    It works under every strategy; with zero=3 each rank averages its own rows, so no rank holds a second whole model.
+    Buffers are not averaged. A checkpoint, unless of weights only, holds whole averages, so that any number of ranks
+    can resume from it.
 
     Args:
-        decay: of the average, per update: `average = decay * average + (1 - decay) * weight`.
+        decay: the average's decay per update: `average = decay * average + (1 - decay) * weight`.
         every_n_steps: optimizer steps from one update to the next.
-        validates: whether validation during `fit()` sees the averages.
+        validates: whether validation during `fit()` runs with the averages.
+
+    Raises:
+        SuperScaleError: a decay outside [0, 1) or an every_n_steps that is no whole number of at least 1.
     """
 
     def __init__(self, decay: float = 0.999, every_n_steps: int = 1, validates: bool = True) -> None:
@@ -66,7 +70,7 @@ class ShardedEMAMixin(_Base):
             return
         self._last_step = step
         params = dict(_trainable(pl_module))
-        for fqn in params.keys() - self._averages.keys():  # unfrozen since
+        for fqn in params.keys() - self._averages.keys():  # parameters that were unfrozen since the last update
             self._averages[fqn] = local_of(params[fqn]).float().clone()
         averages = [self._averages[fqn] for fqn in params]
         lerp_all(averages, [local_of(param).float() for param in params.values()], 1 - self.decay)
@@ -102,7 +106,10 @@ class ShardedEMAMixin(_Base):
     # Checkpoints
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Every rank calls it. Lightning asks for `state_dict` before, so averages go into the checkpoint here."""
+        """Put the averages, whole and fp32 on the host, into the checkpoint. Every rank calls it.
+
+        A callback's `state_dict` gets neither the Trainer nor the module, so the averages are gathered here.
+        """
         checkpoint[_KEY] = self._whole or self._gathered(trainer, pl_module)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The Trainer's strategy: Lightning's hooks, handed to a `Run`. No algorithms here."""
+"""The Trainer's strategy, which hands Lightning's hooks to a `Run` and holds no algorithm."""
 
 from __future__ import annotations
 
@@ -67,9 +67,12 @@ class SuperScaleStrategyMixin(_Base):
         error_if_nonfinite: raise before weights or states change when a gradient is NaN or infinite,
             naming the parameters.
         checkpoint: write universal checkpoints, as plugins=[UniversalCheckpointIO(...)] does: a CheckpointConfig or a
-            mapping with its keys. None: as the Trainer's checkpoint IO does.
+            mapping with its keys. None leaves checkpoints to the Trainer's checkpoint IO.
         accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin,
-            process_group_backend, timeout, start_method: as in Lightning's DDPStrategy.
+            process_group_backend, timeout, start_method: those of Lightning's DDPStrategy.
+
+    Raises:
+        SuperScaleError: a config that can't work, or both `checkpoint` and `checkpoint_io`.
     """
 
     precision_class: type[SuperScalePrecisionMixin]
@@ -142,7 +145,7 @@ class SuperScaleStrategyMixin(_Base):
         return self.num_nodes * max(1, self.num_processes)
 
     def _configure_launcher(self) -> None:
-        drop_launcher(self)  # one process needs none, and without one notebooks work too
+        drop_launcher(self)  # one process needs no launcher, and without one notebooks work too
         check_flow(self.zero_config, self.offload_config)
         mesh_spec_of(self.zero_config, self._num_ranks)
         if self.zero_config.tensor_parallel > 1 and self._start_method != "popen":
@@ -170,7 +173,7 @@ class SuperScaleStrategyMixin(_Base):
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        """Ranks that compute a batch together get the same ones."""
+        """The sampler's replicas and rank; tensor-parallel ranks, which compute a batch together, share one replica."""
         spec = mesh_spec_of(self.zero_config, self._num_ranks)
         return {
             "num_replicas": spec.size_of(*BATCH_AXES),
@@ -237,7 +240,7 @@ class SuperScaleStrategyMixin(_Base):
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
-        """While open, more micro-batches of the same step follow: gradients accumulate where they are."""
+        """A context for every micro-batch of a step but the last: their gradients add up where they are."""
         with self.run.accumulating():
             yield
 
@@ -284,7 +287,7 @@ class SuperScaleStrategyMixin(_Base):
 
     @property
     def plan(self) -> ParallelPlan:
-        """The resolved plan; after `fit()` as it was at the end.
+        """The resolved plan of this rank; after `fit()` the plan as it was at the end. Any rank may ask.
 
         Raises:
             SuperScaleError: before `fit()` has set the strategy up.
@@ -292,11 +295,17 @@ class SuperScaleStrategyMixin(_Base):
         return self.run.plan
 
     def explain(self) -> str:
-        """What lives where, in which dtype, how large, and why. Known from `on_fit_start` on, and after `fit()`."""
+        """The plan as text: the place, dtype and size of each class of bytes, and the reasons for each choice.
+
+        It is known from `on_fit_start` on, and after `fit()`. Any rank may ask.
+
+        Raises:
+            SuperScaleError: before `fit()` has set the strategy up.
+        """
         return self.plan.table()
 
     def exposure(self) -> list[str]:
-        """How much of a step the host optimizer should leave exposed, and does; nothing without offload."""
+        """Sentences on how much of a step the host optimizer should leave exposed, and does; none without offload."""
         return self.run.exposure()
 
     def grad_norm(self, optimizer_index: int = 0) -> Tensor:
@@ -311,10 +320,10 @@ class SuperScaleStrategyMixin(_Base):
 
     @contextmanager
     def full_params(self, *, writes: bool = False) -> Iterator[dict[str, Tensor]]:
-        """Every weight whole, by name, between two steps: `with strategy.full_params() as weights:`.
+        """A context that gives whole weights by name, between two steps: `with strategy.full_params() as weights:`.
 
-        Every rank calls it. Weights that every rank has whole are the module's own memory; of sharded ones every rank
-        gets copies in host memory, all of them at once.
+        Every rank calls it. Weights that every rank has whole are the module's own memory; sharded ones are gathered
+        into host memory of every rank, all of them at once.
 
         Args:
             writes: take rank 0's tensors, which were edited in place, as the new weights on every rank. Masters follow;
@@ -351,7 +360,7 @@ class SuperScaleStrategyMixin(_Base):
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
-        """Whether Lightning restores weights after `setup`: what is on the meta device has no memory before."""
+        """Whether Lightning restores weights after `setup`: tensors on the meta device have no memory before it."""
         return self.run.was_on_meta or is_on_meta(self.lightning_module)
 
     @property
@@ -371,7 +380,7 @@ class SuperScaleStrategyMixin(_Base):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         states = self.run.technique_states()
-        if states and "optimizer_states" in checkpoint:  # otherwise weights are all that was asked for
+        if states and "optimizer_states" in checkpoint:  # otherwise only weights are saved
             checkpoint = {**checkpoint, TECHNIQUES_KEY: states}
         io = self._io
         if io is None:

@@ -1,4 +1,4 @@
-"""What the user's own hooks can see, and therefore how far gradients and weights may run ahead of them."""
+"""Finds out which gradients and weights user hooks can see, and so how far both may run ahead of the hooks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning_superscale.run.visibility import Visibility
 
-# Hooks between backward and step: whoever overrides one may read or change param.grad there.
+# Hooks between backward and step: an override of one may read or change param.grad.
 _GRAD_HOOKS = (
     "backward",
     "configure_gradient_clipping",
@@ -18,7 +18,7 @@ _GRAD_HOOKS = (
 )
 _CALLBACK_GRAD_HOOKS = ("on_after_backward", "on_before_optimizer_step", "on_before_zero_grad")
 
-# Hooks between a step and the next forward: whoever overrides one may read weights there.
+# Hooks between a step and the next forward: an override of one may read weights.
 _WEIGHT_HOOKS = (
     "on_before_batch_transfer",
     "on_after_batch_transfer",
@@ -53,7 +53,7 @@ _LIGHTNING_PACKAGES = ("lightning", "pytorch_lightning", "lightning_superscale")
 
 
 def _overrides(obj: Any, hooks: tuple[str, ...]) -> list[str]:
-    """Those hooks that `obj`'s class, or a base that is not Lightning's own, defines."""
+    """The hooks whose definition that `obj` uses is not in a module of Lightning's own."""
     found = []
     for hook in hooks:
         for cls in type(obj).__mro__:
@@ -84,7 +84,7 @@ def _why_gradients_stay(module: Any, callbacks: list[Any], num_optimizers: int) 
         return f"{type(module).__name__}.{hooks[0]} may read param.grad"
     for callback in callbacks:
         if type(callback).__name__ == "StochasticWeightAveraging":
-            # Its batch-norm epoch ends with an optimizer step without a backward of its own.
+            # The callback's batch-norm epoch ends with an optimizer step without a backward of its own.
             return "StochasticWeightAveraging steps once more with the last gradients"
         hooks = _overrides(callback, _CALLBACK_GRAD_HOOKS)
         if hooks and not _is_blind(callback):
@@ -93,7 +93,7 @@ def _why_gradients_stay(module: Any, callbacks: list[Any], num_optimizers: int) 
 
 
 def _why_weights_awaited(module: Any, callbacks: list[Any]) -> str | None:
-    """Why uploads are waited for right after the step; None when they may run until the next forward."""
+    """Why new weights are waited for right after the step; None when they may arrive during the next forward."""
     if not module.automatic_optimization:
         return "manual optimization may read weights right after step()"
     hooks = _overrides(module, _WEIGHT_HOOKS)
