@@ -22,10 +22,8 @@ class Op:
     Attributes:
         reference: the oracle, which also runs where no native library was built.
         native: entry point for CPU tensors, synchronous.
-        symbol: what `native` calls in liblss.so.
+        symbol: the function of liblss.so that `native` calls.
         submit: asynchronous entry point for CPU tensors, where there is one.
-        cuda: "module:function" for CUDA tensors in liblss_cuda.so, where there is one.
-        triton: "module:function" for CUDA tensors in Triton, where there is one.
     """
 
     name: str
@@ -36,10 +34,12 @@ class Op:
 
     @property
     def cuda(self) -> str | None:
+        """The entry point for CUDA tensors in liblss_cuda.so, as "module:function"; None where there is none."""
         return CUDA_OPS.get(self.name)
 
     @property
     def triton(self) -> str | None:
+        """The entry point for CUDA tensors in Triton, as "module:function"; None where there is none."""
         return TRITON_OPS.get(self.name)
 
 

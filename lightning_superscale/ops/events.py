@@ -1,17 +1,17 @@
-"""One protocol for everything that is under way: copies, collectives, updates, steps of another thread.
+"""One protocol for all work that is under way: copies, collectives, updates, steps of another thread.
 
-[Note: Events] An event stands for work that was issued. It has four verbs, and every class that has one of them means
-this by it:
+[Note: Events] An event stands for work that was issued. It has four verbs, which mean the same in every class that has
+them:
 
-    wait()          whatever runs next comes after the work: on the current stream where the work runs on a device,
+    wait()          orders later work after this work: on the current stream where the work runs on a device,
                     otherwise in the calling thread, which blocks meanwhile. Returns the work's result, if it has one.
     synchronize()   the calling thread blocks until the work is complete.
     is_waitable()   `wait` would not block the calling thread.
     is_complete()   `synchronize` would not block the calling thread.
 
 `wait` raises what the work raised; so does `synchronize`. Any thread may call each of them, any number of times, unless
-a class says otherwise. What is complete is waitable. The reverse holds where there is no stream: there `wait` and
-`synchronize` are one, and so are the two questions.
+a class says otherwise. Complete work is waitable. Where there is no stream, waitable work is complete too: there `wait`
+and `synchronize` are the same, and so are the two questions.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Waitable(Protocol[T_co]):
     """The half of an event that orders work; see [Note: Events]."""
 
     def wait(self) -> T_co:
-        """Let whatever runs next come after the work; returns the work's result."""
+        """Order later work after this work; returns the work's result."""
 
     def is_waitable(self) -> bool:
         """Whether `wait` would not block the calling thread."""
@@ -109,7 +109,8 @@ class StreamEvent:
     """All that a CUDA stream has been given until now: waitable at once, complete when the device has done it.
 
     Args:
-        keep: lives as long as this event does, such as a tensor that the stream still reads.
+        stream: the stream whose work is meant.
+        keep: an object that lives as long as this event, such as a tensor that the stream still reads.
     """
 
     def __init__(self, stream: torch.cuda.Stream, keep: object = None) -> None:

@@ -1,4 +1,4 @@
-"""Which ops of `ops/reference.py` have a GPU path, and where: "module:function", imported by nobody here."""
+"""The ops of `ops/reference.py` that have a GPU path, each as "module:function"; this module imports none of them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Final
 _CUDA = "lightning_superscale.ops.cuda.kernels"
 _TRITON = "lightning_superscale.ops.triton"
 
-# Their bits equal the CPU kernel's.
+# The bits of these ops equal the CPU kernel's.
 CUDA_OPS: Final[Mapping[str, str]] = MappingProxyType(
     {
         name: f"{_CUDA}:{name}"

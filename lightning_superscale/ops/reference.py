@@ -1,8 +1,8 @@
 """Slow PyTorch version of every op: the oracle that each other path is tested against.
 
 AdamW follows the order of operations of `torch.optim.AdamW`'s single-tensor implementation, so that
-on fp32 state and gradients `adamw_commit` is `torch.equal` to it. Written for the eye: no op here is
-tuned. It is also what runs where no native library was built.
+on fp32 state and gradients `adamw_commit` is `torch.equal` to it. The ops are written to be read, and
+none is tuned. They also run where no native library was built.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SUMSQ_LANES = 16
 # [Note: Square root] IEEE 754's correctly rounded root is what SSE2, AVX, NEON and CUDA compute. torch's CPU
 # builds with MKL call its vector library, which does not round correctly on every processor: one fp32
 # root in six is an ulp off on AMD Zen 4, whatever the tensor's size and alignment. Plain AdamW has those
-# bits on a CPU, and IEEE's on a GPU. So the update says which it wants: `ieee_sqrt=False` equals torch's
+# bits on a CPU, and IEEE's on a GPU. So an update says which root it takes: `ieee_sqrt=False` equals torch's
 # own root on this machine, `True` is the same everywhere (taken in double, whose rounding to fp32 is the
 # correct one: 53 >= 2 * 24 + 2 bits).
 
@@ -37,7 +37,7 @@ def _sqrt(x: Tensor, is_ieee: bool) -> Tensor:
 
 
 def scaled_grad(seg: AdamWSegment) -> Tensor:
-    """fp32 gradient after scaling, before clipping and sign."""
+    """The fp32 gradient after scaling, before clipping and the flip of `maximize`."""
     return seg.grad.float() * seg.grad_scale
 
 
@@ -90,7 +90,11 @@ def _updated(seg: AdamWSegment) -> _Updated:
 
 
 def adamw_commit(segments: Sequence[AdamWSegment], *, stats: bool = False) -> list[GradStats] | None:
-    """Apply `grad` to param, exp_avg, exp_avg_sq in place; write `weight_out` if present."""
+    """Apply `grad` to param, exp_avg, exp_avg_sq in place; write `weight_out` if present.
+
+    Args:
+        stats: return the statistics of each segment's scaled gradient; None is returned otherwise.
+    """
     seen = [_stats(seg) for seg in segments] if stats else None
     for seg in segments:
         new = _updated(seg)
@@ -101,7 +105,7 @@ def adamw_commit(segments: Sequence[AdamWSegment], *, stats: bool = False) -> li
 
 
 def adamw_peek(segments: Sequence[AdamWSegment], *, stats: bool = False) -> list[GradStats] | None:
-    """Write to `weight_out` what `adamw_commit` would write, and change nothing else."""
+    """Write to `weight_out` the values that `adamw_commit` would write, and change nothing else."""
     seen = [_stats(seg) for seg in segments] if stats else None
     for seg in segments:
         if seg.weight_out is None:
@@ -111,7 +115,7 @@ def adamw_peek(segments: Sequence[AdamWSegment], *, stats: bool = False) -> list
 
 
 def adamw_commit_peek(segments: Sequence[AdamWSegment], *, stats: bool = False) -> list[GradStats] | None:
-    """Commit `grad`, then peek `next_grad` from the state as stored; stats are of `next_grad`."""
+    """Commit `grad`, then peek `next_grad` from the state as stored; statistics are those of `next_grad`."""
     ahead = []
     for seg in segments:
         if seg.next_grad is None or seg.next_hyper is None:
@@ -164,7 +168,7 @@ def rows_gather(dst: Tensor, src: Tensor, rows: Tensor) -> None:
 
 
 def rows_scatter(dst: Tensor, src: Tensor, rows: Tensor) -> None:
-    """`dst[rows[i], :] = src[i, :]`; rows are distinct."""
+    """`dst[rows[i], :] = src[i, :]`; dst [R, C], src [K, C] of one dtype, rows int64 [K], distinct."""
     dst[rows] = src
 
 
@@ -174,7 +178,7 @@ def cols_gather(dst: Tensor, src: Tensor, cols: Tensor) -> None:
 
 
 def cols_scatter(dst: Tensor, src: Tensor, cols: Tensor) -> None:
-    """`dst[:, cols[j]] = src[:, j]`; cols are distinct."""
+    """`dst[:, cols[j]] = src[:, j]`; dst [R, C], src [R, K] of one dtype, cols int64 [K], distinct."""
     dst[:, cols] = src
 
 
@@ -195,31 +199,31 @@ def colnorm(x: Tensor) -> Tensor:
 
 
 def copy(dst: Tensor, src: Tensor) -> None:
-    """`dst = src`, byte for byte; one dtype and numel."""
+    """`dst = src`, byte for byte; both of one dtype and numel."""
     dst.copy_(src)
 
 
-# [Note: Low-precision update] Where master weights or moments are bf16, an update is computed in fp32 from what is
-# stored and rounded once for each tensor that it stores. Every operation is rounded by itself (no fused
+# [Note: Low-precision update] Where master weights or moments are bf16, an update is computed in fp32 from the stored
+# values and rounded once for each tensor that it stores. Every operation is rounded by itself (no fused
 # multiply-add) and the square root correctly, so that each path can give these bits: AVX-512, a GPU, PyTorch.
-# What it stores is rounded
+# The stored values are rounded
 #   - to nearest even; or
 #   - stochastically ([Note: Stochastic rounding]); or
-#   - with compensation (Kahan 1965): param to nearest, and what that lost, rounded to bf16 too, beside it.
-# A bf16 exp_avg_sq needs the second: with beta2 = 0.999 it shrinks by less than half a step of bf16, and rounding to
-# nearest keeps it where it is forever.
+#   - with compensation (Kahan 1965): param to nearest, and its rounding error, in bf16 too, is stored beside it.
+# A bf16 exp_avg_sq needs stochastic rounding: with beta2 = 0.999 it shrinks by less than half a step of bf16, and
+# rounding to nearest keeps it where it is forever.
 #
 # [Note: Stochastic rounding] A 32-bit float is rounded to bf16 by adding 16 random bits below the bf16
-# mantissa and cutting: up with exactly the probability that the dropped bits tell, so that the mean
+# mantissa and truncating: up with exactly the probability that the dropped bits tell, so that the mean
 # is kept. The bits come from Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as
 # 1, 2, 3"), whose 128 bits serve two neighbouring elements e: key = that of the parameter, counter =
 # (e // 2, step, 0). An even e takes words 0 and 1, an odd one words 2 and 3: param the lower half of the first, exp_avg
-# its upper half, exp_avg_sq the lower half of the second. So they depend on which element of which parameter at which
-# step it is, and not on the world size, the shard or the chunk that it was computed in.
+# its upper half, exp_avg_sq the lower half of the second. So the bits depend on the parameter, the element and the
+# step, and not on the world size, the shard or the chunk in which the update was computed.
 
 
 def philox(key: int, counter: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10 words as int64 in [0, 2**32), one of each per int64 counter."""
+    """The four Philox4x32-10 words of each int64 counter, as int64 in [0, 2**32)."""
     mask = 0xFFFFFFFF
     c0, c1 = counter & mask, (counter >> 32) & mask
     c2, c3 = torch.full_like(counter, step), torch.zeros_like(counter)
@@ -251,7 +255,7 @@ def round_stochastic(x: Tensor, random: Tensor) -> Tensor:
 
 
 def adamw_low(seg: AdamWSegment) -> None:
-    """Commit one segment with a rounding: what `adamw_commit` does with it, as an op of its own for GPUs."""
+    """Commit one segment that has a rounding, as `adamw_commit` does; GPUs have a kernel of their own for this op."""
     adamw_commit([seg])
 
 

@@ -1,4 +1,4 @@
-"""In which dtypes an optimizer's masters and moments are kept, and how updates round them, and follow weights."""
+"""The dtypes in which an optimizer's masters and moments are kept, and the rounding of their updates."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from lightning_superscale.ops.types import Rounding
 
 @dataclass(frozen=True, slots=True)
 class StateDtypes:
-    """Dtypes of what the engine keeps between steps.
+    """Dtypes of the states that an optimizer engine keeps between steps.
 
     Attributes:
-        masters: of bf16 weights: fp32, or bf16, which makes the weights their own masters. Other weights have
-            fp32 masters always.
-        moments: fp32 or bf16.
-        is_stochastic: bf16 masters and moments are rounded stochastically, otherwise to nearest even.
-        is_compensated: what rounding a bf16 master lost is kept beside it, in bf16 (Kahan).
-        seed: of the random numbers, in [0, 2**63).
+        masters: dtype of the masters of bf16 weights: fp32, or bf16, which makes the weights their own masters. Other
+            weights have fp32 masters always.
+        moments: dtype of exp_avg and exp_avg_sq, fp32 or bf16.
+        is_stochastic: whether bf16 masters and moments are rounded stochastically; otherwise to nearest even.
+        is_compensated: whether the rounding error of a bf16 master is kept beside it, in bf16 (Kahan).
+        seed: seed of the random numbers, in [0, 2**63).
     """
 
     masters: torch.dtype = torch.float32
@@ -33,7 +33,7 @@ class StateDtypes:
 
     @property
     def is_low_precision(self) -> bool:
-        """Whether anything is kept in bf16 beside weights."""
+        """Whether masters or moments are bf16."""
         return torch.bfloat16 in (self.masters, self.moments)
 
     def master_of(self, weights: torch.dtype) -> torch.dtype:
@@ -75,7 +75,7 @@ FP32_STATES = StateDtypes()
 def bytes_of(
     name: str, dtype: torch.dtype, home: Home, *, copies: int = 1, axis: Axis | None = "shard"
 ) -> BytesPerParam:
-    """The class of so many buffers of one element per parameter."""
+    """The class of `copies` buffers that have one element per parameter."""
     return BytesPerParam(name, dtype_name(dtype), copies * dtype.itemsize, home, axis)
 
 

@@ -1,6 +1,6 @@
 """The values that every op path takes: one optimizer update's numbers and the tensors it touches.
 
-Kept apart from the implementations so that the reference, the native kernel and the GPU kernels
+They are kept apart from the implementations, so that the reference, the native kernel and the GPU kernels
 share one vocabulary and none imports another.
 """
 
@@ -42,7 +42,7 @@ class AdamWHyper:
             False adds `weight_decay * p` to the gradient, as `torch.optim.Adam` does.
         grad_scale: multiplied into the gradient in fp32 before anything else (unscaling and
             clipping by norm share it).
-        clip_value: the scaled gradient is then limited to [-clip_value, clip_value]; NaN stays NaN.
+        clip_value: the scaled gradient is limited to [-clip_value, clip_value]; NaN stays NaN.
         maximize: the gradient's sign is flipped after scaling and clipping.
         ieee_sqrt: take IEEE 754's square root, the same on every machine and GPU; otherwise torch's own
             on this machine's CPU, which plain AdamW takes there ([Note: Square root] in reference.py).
@@ -61,6 +61,7 @@ class AdamWHyper:
     ieee_sqrt: bool = False
 
     def scalars(self) -> AdamWScalars:
+        """The coefficients of this update."""
         bias_correction1 = 1 - self.beta1**self.step
         bias_correction2 = 1 - self.beta2**self.step
         return AdamWScalars(
@@ -82,7 +83,7 @@ class Rounding:
     Attributes:
         is_stochastic: bf16 master weights and moments are rounded up or down at random, so that their mean is
             kept; otherwise to nearest even.
-        key: of the random numbers, in [0, 2**63): of the run's seed and the parameter.
+        key: key of the random numbers, in [0, 2**63), made from the run's seed and the parameter's name.
         first_element: the number of the segment's first element within its whole parameter.
     """
 
@@ -105,16 +106,16 @@ class AdamWSegment:
             commit_peek. The parameter update uses the unrounded fp32 moments; storage rounds to
             nearest even, unless `rounding` says otherwise.
         grad: fp32, bf16 or fp16 gradient of the update to commit (or, in peek, to look ahead to).
-        hyper: belongs to `grad`.
+        hyper: hyperparameters of the update of `grad`.
         weight_out: optional bf16, fp16 or (on a CPU) fp32 output. commit: the rounded new master. peek and
             commit_peek: the rounded master that a commit of the peeked gradient would give.
-        next_grad, next_hyper: commit_peek only: the gradient to look ahead to, after `grad` is
-            committed.
+        next_grad, next_hyper: commit_peek only: the gradient to look ahead to after `grad` is committed, and its
+            hyperparameters.
         rounding: the update is one of low-precision states; None for torch's own order of operations. Then
             `weight_out` of a bf16 `param` is bf16, and gets the very value that `param` gets.
         device_scale: one fp32 element on the tensors' device, by which `grad` is multiplied in place of
             `hyper.grad_scale`, which is 1 then: a clip coefficient that the host need not know.
-        compensation: with `rounding` and a bf16 `param`: bf16, what rounding `param` lost (Kahan's), which
+        compensation: with `rounding` and a bf16 `param`: the bf16 rounding error of `param` (Kahan's), which
             the next update adds; written by commit and commit_peek.
     """
 

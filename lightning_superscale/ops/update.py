@@ -1,4 +1,4 @@
-"""Which kernel applies an AdamW update, by device; the engines call whatever this page chose."""
+"""Chooses the kernel that applies an AdamW update, by device."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from lightning_superscale.ops.events import Waitable
 from lightning_superscale.ops.types import AdamWSegment, GradStats
 from lightning_superscale.torch_private import norms_of_all
 
-# Statistics of an update's gradients, fetched when they are asked for: on a GPU that waits for the device.
+# Fetches the statistics of an update's gradients when it is called; on a GPU the call waits for the device.
 StatsSource = Callable[[], Sequence[GradStats]]
 
 
-# An update that was submitted. Masters and states are new for whatever runs next on their device.
+# An update that was submitted. After its `wait`, later work on the device of the masters and states sees the new ones.
 Update = Waitable[StatsSource]
 
 
 class HostUpdate:
-    """An update that the pool's threads run: waitable when they have done it."""
+    """An update that the pool's threads run: waitable when it is done."""
 
     def __init__(self, ticket: Ticket[list[GradStats] | None]) -> None:
         self._ticket = ticket
@@ -38,7 +38,7 @@ class HostUpdate:
 
 
 class QueuedUpdate:
-    """An update that was put on the current stream: waitable at once. Its completion is the stream's."""
+    """An update that was queued on the current stream: waitable at once, complete when the stream is."""
 
     def __init__(self, stats: StatsSource) -> None:
         self._stats = stats
@@ -58,7 +58,7 @@ class UpdatePath:
         name: the kernel, in words, for `explain()`.
         submit: starts an update of segments that are all on one device.
         num_threads: host worker threads; 0 where the update runs on a GPU.
-        scales_on_device: a segment may have a `device_scale`, which the host never reads.
+        scales_on_device: whether a segment may have a `device_scale`, which the host never reads.
     """
 
     name: str
@@ -68,10 +68,11 @@ class UpdatePath:
 
 
 def update_path(device: torch.device, pool: Pool | None = None, *, is_low_precision: bool = False) -> UpdatePath:
-    """The best exact path for states on `device`; on the host it runs in `pool`, None for the process's.
+    """The best exact path for states on `device`.
 
     Args:
-        is_low_precision: masters or moments are bf16; on a GPU another kernel steps these.
+        pool: the threads that run updates on the host; None takes the process's `default_pool()`.
+        is_low_precision: whether masters or moments are bf16, which another kernel steps on a GPU.
     """
     if device.type == "cuda":
         return _cuda_path(is_low_precision=is_low_precision)
@@ -84,7 +85,7 @@ def update_path(device: torch.device, pool: Pool | None = None, *, is_low_precis
 
 
 def _cuda_path(*, is_low_precision: bool) -> UpdatePath:
-    from lightning_superscale.ops.cuda import kernels  # looks for libraries that few machines have
+    from lightning_superscale.ops.cuda import kernels  # imported late: it looks for libraries that few machines have
     from lightning_superscale.ops.triton import adamw_low, launch
 
     reason, why_no_triton = kernels.unavailable_reason(), launch.unavailable_reason()
@@ -94,7 +95,7 @@ def _cuda_path(*, is_low_precision: bool) -> UpdatePath:
             adamw_low.adamw_low(seg)
 
     def cuda_update(segments: Sequence[AdamWSegment]) -> QueuedUpdate:
-        if any(seg.rounding is not None for seg in segments):  # then all have one: they are of one unit
+        if any(seg.rounding is not None for seg in segments):  # then all have a rounding, since all are of one unit
             return _beside_norms(by_triton if why_no_triton is None else reference.adamw_commit, segments)
         if reason is not None:
             return _beside_norms(reference.adamw_commit, segments)

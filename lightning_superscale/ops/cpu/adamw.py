@@ -2,8 +2,8 @@
 
 Semantics are those of `reference.py`, bit for bit (a NaN's payload excepted): commit applies a gradient, peek
 only computes the weights that a commit would give, commit_peek commits one gradient and peeks the next. The
-`submit_*` functions return at once; nothing that a segment names may be written, and nothing that it writes
-may be read, until the ticket is done.
+`submit_*` functions return at once; until the ticket is done, no tensor of a segment may be written, and none
+that the op writes may be read.
 
 Source: Loshchilov and Hutter 2019, arXiv:1711.05101, algorithm 2; order of operations of torch.optim.AdamW.
 """
@@ -56,7 +56,8 @@ def adamw_commit(
     Args:
         segments: CPU tensors, see `AdamWSegment`; segments do not overlap each other.
         stats: also return sum of squares and non-finite count of each segment's scaled gradient.
-        pool: None takes `default_pool()`.
+        pool: the threads that run it; None takes `default_pool()`, or the calling thread for few elements.
+
     Raises:
         ValueError, TypeError: a tensor or number does not fit; names the segment.
     """
@@ -66,14 +67,20 @@ def adamw_commit(
 def adamw_peek(
     segments: Sequence[AdamWSegment], *, stats: bool = False, pool: Pool | None = None
 ) -> list[GradStats] | None:
-    """Write to `weight_out` what `adamw_commit` would write, and change nothing else."""
+    """Write to `weight_out` the values that `adamw_commit` would write, and change nothing else.
+
+    Arguments and errors are those of `adamw_commit`; every segment needs a `weight_out`.
+    """
     return _run(_PEEK, segments, stats, pool)
 
 
 def adamw_commit_peek(
     segments: Sequence[AdamWSegment], *, stats: bool = False, pool: Pool | None = None
 ) -> list[GradStats] | None:
-    """Commit `grad`, then peek `next_grad` from the state as stored; stats are of `next_grad`."""
+    """Commit `grad`, then peek `next_grad` from the state as stored; statistics are those of `next_grad`.
+
+    Arguments and errors are those of `adamw_commit`; every segment needs `weight_out`, `next_grad` and `next_hyper`.
+    """
     return _run(_COMMIT_PEEK, segments, stats, pool)
 
 
@@ -85,10 +92,10 @@ def submit_adamw_commit(
     priority: int = 0,
     held: bool = False,
 ) -> Ticket[list[GradStats] | None]:
-    """`adamw_commit` in the pool; `ticket.wait()` returns the stats.
+    """Submit `adamw_commit` to the pool and return at once; `ticket.wait()` returns the statistics.
 
     Args:
-        priority: larger runs first; equal ones in order of submission.
+        priority: tickets of a larger priority run first, equal ones in order of submission.
         held: start only at `ticket.release()` or when a CUDA stream reaches `ops.cuda.runtime.launch_notify`.
     """
     return _submit(_COMMIT, segments, stats, pool, priority, held)
@@ -102,7 +109,7 @@ def submit_adamw_peek(
     priority: int = 0,
     held: bool = False,
 ) -> Ticket[list[GradStats] | None]:
-    """`adamw_peek` in the pool; arguments as in `submit_adamw_commit`."""
+    """Submit `adamw_peek` to the pool; arguments are those of `submit_adamw_commit`."""
     return _submit(_PEEK, segments, stats, pool, priority, held)
 
 
@@ -114,7 +121,7 @@ def submit_adamw_commit_peek(
     priority: int = 0,
     held: bool = False,
 ) -> Ticket[list[GradStats] | None]:
-    """`adamw_commit_peek` in the pool; arguments as in `submit_adamw_commit`."""
+    """Submit `adamw_commit_peek` to the pool; arguments are those of `submit_adamw_commit`."""
     return _submit(_COMMIT_PEEK, segments, stats, pool, priority, held)
 
 
@@ -144,7 +151,7 @@ def _submit(
     handle = c_void_p()
     status = lib.lss_adamw(pool.handle, mode.code, structs, len(segments), int(stats), byref(how), byref(handle))
     loader.check(lib, status)
-    # The tensors, not the segments, whose fields the caller may reassign.
+    # The ticket keeps the tensors, not the segments, whose fields the caller may reassign.
     tensors = [tensor for seg in segments for _, tensor in _tensors(mode, seg)]
     return Ticket(
         lib=lib,

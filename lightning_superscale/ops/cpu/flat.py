@@ -184,7 +184,10 @@ def colnorm(x: Tensor, *, pool: Pool | None = None) -> Tensor:
 def submit_copy(
     dst: Tensor, src: Tensor, *, pool: Pool | None = None, priority: int = 0, held: bool = False
 ) -> Ticket[None]:
-    """`dst = src` in the pool, byte for byte; one dtype and numel. Returns at once; see `Ticket`."""
+    """Submit `dst = src`, byte for byte and of one dtype and numel, to the pool and return at once.
+
+    Arguments are those of `submit_adamw_commit`.
+    """
     _check_tensor("submit_copy: dst", dst)
     _check_tensor("submit_copy: src", src)
     if dst.dtype != src.dtype or dst.numel() != src.numel():
@@ -205,7 +208,7 @@ def submit_copy(
 
 
 def _pool_handle(pool: Pool | None, nbytes: int) -> int | None:
-    """The pool to run in; None is the calling thread."""
+    """The native handle of the pool to run in; None for the calling thread."""
     if pool is None and nbytes <= INLINE_BYTES:
         return None
     return (pool or default_pool()).handle

@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_superscale.ops.cpu.pool import Pool
 from lightning_superscale.ops.native import loader
 
-# Smaller tensors come from malloc, which keeps memory of that size by itself.
+# Smaller tensors come from torch's allocator: malloc recycles memory of that size by itself.
 _RECYCLED_FROM_BYTES = 2**20
 
 
@@ -30,7 +30,9 @@ class HostBuffer:
         device: CUDA device whose context does the pinning; the pages are pinned for every device.
         huge_pages: advise the kernel to use huge pages.
         pool: threads that touch the pages first, so that they lie on those threads' NUMA node.
+
     Raises:
+        ValueError: a negative size.
         MemoryError: the system refused the memory.
         RuntimeError: `pin` without a usable CUDA driver.
     """
@@ -56,18 +58,25 @@ class HostBuffer:
 
     @property
     def nbytes(self) -> int:
+        """Size of the buffer in bytes."""
         return self._nbytes
 
     @property
     def address(self) -> int:
+        """Address of the first byte."""
         return self._bytes.data_ptr()
 
     @property
     def is_pinned(self) -> bool:
+        """Whether the memory is page-locked for CUDA."""
         return self._is_pinned
 
     def tensor(self, dtype: torch.dtype, numel: int, *, offset_bytes: int = 0) -> Tensor:
-        """1D view of `numel` elements from `offset_bytes` on, which must be a multiple of the element size."""
+        """A 1D view of `numel` elements from `offset_bytes` on, which must be a multiple of the element size.
+
+        Raises:
+            ValueError: a range that is not aligned or not within the buffer.
+        """
         end = offset_bytes + numel * dtype.itemsize
         if numel < 0 or offset_bytes < 0 or offset_bytes % dtype.itemsize or end > self._nbytes:
             raise ValueError(
@@ -81,9 +90,9 @@ class RecycledMemory:
     """Temporary host tensors whose memory is used again as soon as no tensor views it.
 
     The first touch of a page of fresh memory costs several times what a copy does, and a buffer of a training step
-    is fresh in every step otherwise. Nobody gives a buffer back: its last view does, so one that is still read,
-    sent or received is never handed out again. Memory stays mapped between steps; blocks that turn out too small
-    go when a larger one is needed, so there is about as much of it as was in use at one time.
+    is fresh in every step otherwise. A buffer is free again when its last view dies, so one that is still read,
+    sent or received is never handed out again. Memory stays mapped between steps; blocks that are too small are
+    unmapped when a larger one is needed, so about as much is mapped as was in use at one time.
     """
 
     def __init__(self) -> None:
@@ -95,7 +104,7 @@ class RecycledMemory:
         return sum(block.nbytes for block in self._free)
 
     def empty(self, *shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """An uninitialised tensor. On other devices torch's allocator keeps memory by itself."""
+        """An uninitialised tensor. On other devices than the CPU torch's allocator recycles memory by itself."""
         nbytes = math.prod(shape) * dtype.itemsize
         if device.type != "cpu" or nbytes < _RECYCLED_FROM_BYTES:
             return torch.empty(shape, dtype=dtype, device=device)
@@ -116,7 +125,7 @@ class RecycledMemory:
         return HostBuffer(nbytes, huge_pages=True)
 
     def _lend(self, block: HostBuffer) -> Tensor:
-        # Whoever outlives this object frees the block.
+        # A weak reference: a tensor that outlives this object frees its block.
         free = weakref.WeakMethod(self._put_back)
         return _viewed(block.address, block.nbytes, lambda: (method := free()) and method(block))
 
@@ -144,7 +153,7 @@ def _mapped(lib: ctypes.CDLL, nbytes: int, pin_device: int | None, huge_pages: b
 
 
 def _viewed(address: int, nbytes: int, when_unused: Callable[..., object], *args: object) -> Tensor:
-    """Bytes of memory as a tensor; calls `when_unused(*args)` once neither it nor a view of it is left.
+    """A tensor over bytes of memory; `when_unused(*args)` is called once neither it nor a view of it is left.
 
     torch.frombuffer keeps a reference to the exporter, and every view (also one that a collective works on) keeps
     the tensor's storage: when the exporter dies, nothing can reach the memory any more.

@@ -1,4 +1,4 @@
-"""Threads that run native ops beside the launching thread, and tickets for what they were given.
+"""Threads that run native ops beside the launching thread, and tickets for the work that they were given.
 
 The threads belong to the native library (csrc/cpu/pool.cpp): they hold no GIL, sleep when idle, start with the
 first submission, and start anew in a forked child. Without the library the ops run in the submitting thread.
@@ -25,7 +25,10 @@ class Pool:
     Args:
         num_threads: None takes LSS_CPU_THREADS, else the CPUs of this process less one (the launching
             thread's), never below 1.
-        cpus: CPUs that the workers may run on; empty: those of the process.
+        cpus: CPUs that the workers may run on; empty for all of the process.
+
+    Raises:
+        ValueError: num_threads below 1.
     """
 
     def __init__(self, num_threads: int | None = None, *, cpus: Sequence[int] = ()) -> None:
@@ -45,6 +48,7 @@ class Pool:
 
     @property
     def num_threads(self) -> int:
+        """Number of worker threads; without the native library the number asked for, or 1."""
         return self._num_threads
 
     @property
@@ -68,7 +72,7 @@ class Pool:
 
 
 def _num_threads_of_rank() -> int | None:
-    """CPUs of this rank where several ranks share the machine unbound; None: the library decides."""
+    """Threads of this rank where several ranks share the machine unbound; None lets the library decide."""
     ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
     if os.environ.get("LSS_CPU_THREADS") or not ranks.isdigit() or int(ranks) < 2:
         return None
@@ -87,15 +91,17 @@ def default_pool() -> Pool:
 class Ticket(Generic[T]):
     """Work that was submitted: an `Event`. Keeps the tensors of the work alive until it is done.
 
-    It runs on the host, so that it is waitable when it is complete, or failed, or cancelled.
+    The work runs on the host, so a ticket is waitable when the work is complete, or failed, or cancelled.
 
     Dropping the last reference to an unfinished ticket waits for the work (or cancels it while it is held),
     because the work writes to memory that the ticket keeps.
 
     Args:
-        run: gives the result: called once, after the native work is done, or, without a native handle, to do
-            the work itself at its release.
-        held: without a native handle: wait for `release()`.
+        run: gives the result. It is called once, after the native work is done, or, without a native handle, to
+            do the work itself at its release.
+        lib, handle: the native library and its `lss_ticket *`; None where `run` does the work.
+        keep: objects that live at least until the work is done, such as its tensors.
+        held: start only at `release()`; for a ticket without a native handle.
     """
 
     def __init__(
@@ -129,7 +135,7 @@ class Ticket(Generic[T]):
         """
         if self._lib is not None and self._handle is not None:
             loader.check(self._lib, self._lib.lss_ticket_wait(self._handle))
-            self._settle()
+            self._finish()
         elif self._run is not None:
             raise RuntimeError("this ticket is held and its work runs at release(), which was not called")
         if self._error is not None:
@@ -148,9 +154,9 @@ class Ticket(Generic[T]):
             loader.check(self._lib, self._lib.lss_ticket_release(self._handle))
             return
         try:
-            self._settle()
+            self._finish()
         except (ArithmeticError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
-            self._error = error  # the waiter gets it, as it would from a worker
+            self._error = error  # `wait` raises it, as for work of a worker thread
 
     def cancel(self) -> None:
         """Drop held work: `wait` then raises. No effect once released."""
@@ -165,7 +171,7 @@ class Ticket(Generic[T]):
         """The native `lss_ticket *`; None when the work ran without the native library."""
         return self._handle
 
-    def _settle(self) -> None:
+    def _finish(self) -> None:
         run, self._run, self._keep = self._run, None, None
         if run is not None:
             self._result = run()

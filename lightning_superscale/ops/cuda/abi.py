@@ -105,7 +105,7 @@ _SIZES: dict[str, type[ctypes.Structure]] = {
 
 @functools.lru_cache(maxsize=256)
 def to_struct(hyper: AdamWHyper) -> Hyper:
-    """The kernel's coefficients; ctypes rounds each double to fp32, once. Do not modify the result."""
+    """The kernel's coefficients; ctypes rounds each double to fp32, once. The result is shared: do not modify it."""
     s = hyper.scalars()
     flags = _MAXIMIZE if hyper.maximize else 0
     if hyper.weight_decay != 0:
@@ -122,7 +122,7 @@ class CudaLibrary:
     Attributes:
         path: the file it came from.
         dll: its functions, with their C signatures set.
-        device_type: of the tensors that its kernels can reach; other than "cuda" only in tests.
+        device_type: type of the devices whose tensors its kernels can reach; other than "cuda" only in tests.
     """
 
     path: Path
@@ -130,6 +130,7 @@ class CudaLibrary:
     device_type: str = "cuda"
 
     def check(self, error: int, where: str) -> None:
+        """Raise RuntimeError for a CUDA error code other than 0."""
         if error:
             text = self.dll.lss_cuda_error_string(error).decode()
             raise RuntimeError(f"{where}: CUDA error {error} ({text}) from {self.path}")
@@ -140,11 +141,11 @@ class CudaLibrary:
 
 
 def open_library(path: Path, device_type: str = "cuda") -> CudaLibrary:
-    """Load `path` and check its ABI.
+    """Load the library at `path` and check its ABI.
 
     Raises:
-        OSError: not a loadable library.
-        RuntimeError: built for another version of this package.
+        OSError: the file is no loadable library.
+        RuntimeError: the library was built for another version of this package.
     """
     dll = ctypes.CDLL(str(path))
     try:
@@ -174,10 +175,10 @@ def open_library(path: Path, device_type: str = "cuda") -> CudaLibrary:
 
 
 def candidate_paths(search: Sequence[str] | None = None) -> list[Path]:
-    """Paths at which the library may be, most wanted first.
+    """Paths at which the library may be, best first.
 
-    The environment variable, if set, is the only candidate. Otherwise the places of the CPU library;
-    `search` stands in for `sys.path` there.
+    The environment variable, if set, is the only candidate. Otherwise the library may be wherever the CPU
+    library may be; `search` replaces `sys.path` and site-packages there.
     """
     override = os.environ.get(LIBRARY_ENV)
     if override:

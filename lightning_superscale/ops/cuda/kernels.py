@@ -1,12 +1,12 @@
 """AdamW and gradient statistics on CUDA tensors, bit for bit as on the CPU.
 
-Same names and meaning as in `ops/reference.py`, but for what a GPU changes:
+Names and meanings are those of `ops/reference.py`, except that on a GPU:
 
 - Work is enqueued on the current stream of the tensors' device, and nothing waits for it. Statistics
   come back as `DeviceGradStats`; only its `to_host` and the functions `sumsq` and `count_nonfinite` synchronise.
 - Tensors are used on the current stream only, so the caching allocator keeps their memory in order by
-  itself. A tensor that belongs to another stream needs that stream waited for and `record_stream`,
-  as with any torch op.
+  itself. For a tensor that belongs to another stream the caller waits for that stream and calls
+  `record_stream`, as with any torch op.
 - Overlap between segments is not checked.
 """
 
@@ -30,7 +30,7 @@ from lightning_superscale.ops.types import (
     GradStats,
 )
 
-_BLOCK_NUMEL = 4096  # [Note: Sum of squares]
+_BLOCK_NUMEL = 4096  # the block of [Note: Sum of squares] in ops/reference.py
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class DeviceGradStats:
         return self.raw[:, 1]
 
     def to_host(self) -> list[GradStats]:
-        """Copy to the host; synchronises with the current stream of the device."""
+        """The statistics, copied to the host; synchronises with the current stream of the device."""
         host = self.raw.cpu()
         sums = host.view(torch.float64)[:, 0].tolist()
         return [GradStats(total, count) for total, count in zip(sums, host[:, 1].tolist(), strict=True)]
@@ -62,7 +62,7 @@ class DeviceGradStats:
 
 @functools.cache
 def _find() -> abi.CudaLibrary | str:
-    """The library, or why there is none."""
+    """The library, or the reason in words why there is none."""
     if not torch.cuda.is_available():
         return "torch.cuda.is_available() is False: this needs an NVIDIA GPU, its driver and a CUDA build of PyTorch"
     candidates = abi.candidate_paths()
@@ -144,7 +144,7 @@ def _check_unscaled(hyper: AdamWHyper, name: str, where: str) -> None:
 
 
 def _shared_scale(segments: Sequence[AdamWSegment], name: str) -> Tensor | None:
-    """The segments' device_scale: a launch reads one."""
+    """The one device_scale of all segments, since a launch reads one; None where they have none."""
     first = segments[0].device_scale
     for index, seg in enumerate(segments):
         if seg.device_scale is not first:
@@ -242,13 +242,13 @@ def adamw_commit(
     """Apply `grad` to param, exp_avg, exp_avg_sq in place; write `weight_out` if present.
 
     Args:
-        segments: on one CUDA device, of any dtypes that `AdamWSegment` allows; 48 share a launch.
+        segments: segments on one CUDA device, with an fp32 `param` and no `rounding`; 48 share a launch.
         stats: whether to return statistics of the scaled gradients.
         grad_scale: one fp32 element on the device, in place of every segment's `hyper.grad_scale`
             (which must be 1): a clip coefficient that the host need not see.
         skip: one fp32 element on the device. Unless it is 0 (NaN is not), the gradients are dropped:
-            param and moments stay and `weight_out` is the rounded param. The host must learn of it
-            before the next update, whose step number it gives.
+            param and moments stay and `weight_out` is the rounded param. The host must learn of a skip
+            before the next update, whose step number depends on it.
     """
     return _adamw("adamw_commit", abi.COMMIT, segments, stats, grad_scale, None, skip)
 
@@ -260,7 +260,10 @@ def adamw_peek(
     grad_scale: Tensor | None = None,
     skip: Tensor | None = None,
 ) -> DeviceGradStats | None:
-    """Write to `weight_out` what `adamw_commit` would write, and change nothing else."""
+    """Write to `weight_out` the values that `adamw_commit` would write, and change nothing else.
+
+    Arguments are those of `adamw_commit`.
+    """
     return _adamw("adamw_peek", abi.PEEK, segments, stats, grad_scale, None, skip)
 
 
@@ -272,9 +275,12 @@ def adamw_commit_peek(
     next_grad_scale: Tensor | None = None,
     skip: Tensor | None = None,
 ) -> DeviceGradStats | None:
-    """Commit `grad`, then peek `next_grad` from the state as stored; `stats` and `skip` are of `next_grad`.
+    """Commit `grad`, then peek `next_grad` from the state as stored; `stats` and `skip` are those of `next_grad`.
 
-    `grad` has been judged before, so nothing skips it.
+    `grad` is committed whatever `skip` says: the caller has accepted it before.
+
+    Args:
+        next_grad_scale: one fp32 element on the device, in place of every segment's `next_hyper.grad_scale`.
     """
     return _adamw("adamw_commit_peek", abi.COMMIT_PEEK, segments, stats, grad_scale, next_grad_scale, skip)
 
@@ -294,7 +300,7 @@ def grad_stats(tensors: Sequence[Tensor], *, scale: float = 1.0) -> DeviceGradSt
     """Sum of squares and non-finite count of each `tensor * scale`, without synchronising.
 
     Args:
-        tensors: contiguous 1D fp32, bf16 or fp16, on one CUDA device; 48 share a launch.
+        tensors: contiguous 1D tensors of fp32, bf16 or fp16, on one CUDA device; 48 share a launch.
     """
     library = _library()
     if not tensors:

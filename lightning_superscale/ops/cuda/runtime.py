@@ -17,12 +17,12 @@ from lightning_superscale.ops.native import loader
 
 
 def device_count() -> int:
-    """CUDA devices that the driver reports; 0 without a driver or without the native library."""
+    """Number of CUDA devices that the driver reports; 0 without a driver or without the native library."""
     lib = loader.native()
     if lib is None:
         return 0
     count = c_int32()
-    lib.lss_cu_device_count(byref(count))  # its failure is the answer 0
+    lib.lss_cu_device_count(byref(count))  # a failure leaves 0, which is the answer then
     return count.value
 
 
@@ -61,13 +61,13 @@ def copy_h2d(device: int, stream: int, pairs: Sequence[tuple[Tensor, Tensor]]) -
 
 
 def record_event(device: int, event: int, stream: int) -> None:
-    """Record an event. torch creates events lazily: `event.record()` once before taking `event.cuda_event`."""
+    """Record an event on a stream. torch creates events lazily: call `event.record()` once to have a `cuda_event`."""
     lib = loader.native_or_raise("runtime.record_event")
     loader.check(lib, lib.lss_cu_event_record(device, event, stream))
 
 
 def stream_wait_event(device: int, stream: int, event: int) -> None:
-    """Work enqueued on the stream from now on waits for the event."""
+    """Let work that is enqueued on the stream from now on wait for the event."""
     lib = loader.native_or_raise("runtime.stream_wait_event")
     loader.check(lib, lib.lss_cu_stream_wait_event(device, stream, event))
 
@@ -81,7 +81,7 @@ def launch_notify(device: int, stream: int, ticket: Ticket[object]) -> None:
 
 
 def _check_pairs(op: str, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """(host, device) pairs."""
+    """Refuse (host, device) pairs that are not contiguous and of one dtype and size."""
     for index, (host, remote) in enumerate(pairs):
         fits = host.nbytes == remote.nbytes and host.dtype == remote.dtype
         if host.device.type != "cpu" or remote.device.type != "cuda" or not fits:

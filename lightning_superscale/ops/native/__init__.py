@@ -1,1 +1,1 @@
-"""The native libraries: found, built from a source checkout, loaded."""
+"""Finds, builds (from a source checkout) and loads the native libraries."""

@@ -28,7 +28,7 @@ def source_root() -> Path | None:
 
 
 def source_hash(root: Path) -> str:
-    """Hash of everything that decides what the build gives, as 16 hex digits."""
+    """Hash of the platform and of all sources of the build, as 16 hex digits."""
     digest = hashlib.sha256(f"{sys.platform} {platform.machine()}".encode())
     for path in sorted([root / "CMakeLists.txt", *(root / "csrc").rglob("*")]):
         if path.is_file():
@@ -38,7 +38,7 @@ def source_hash(root: Path) -> str:
 
 
 def user_cache() -> Path:
-    """The folder for what this package may make again."""
+    """The user's cache folder of this package, for files that it can make again."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lightning_superscale"
 
 
@@ -48,7 +48,7 @@ def cache_dir(root: Path) -> Path:
 
 
 def _tool(name: str) -> str | None:
-    # A virtual environment that is used without being activated has its tools beside the interpreter.
+    # A virtual environment that is not activated has its tools beside the interpreter.
     return shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
 
 
@@ -65,10 +65,12 @@ def build(*, cuda: str = "AUTO", jobs: int = 2, force: bool = False) -> list[Pat
 
     Args:
         cuda: AUTO, ON or OFF; ON and OFF always build anew, since the cache does not record it.
-        jobs: compilers at a time.
+        jobs: number of compilers that run at a time.
         force: build although the cache has the libraries.
+
     Returns:
         The libraries in the cache.
+
     Raises:
         RuntimeError: no sources, no CMake, or the compiler failed (with its output).
     """
@@ -97,7 +99,7 @@ def _build_into(root: Path, target: Path, *, cuda: str, jobs: int) -> None:
         for stale in target.glob("*.so"):
             stale.unlink()
         for built in Path(scratch).glob("liblss*.so"):
-            # Renamed into place: another process may be looking for it.
+            # The file is renamed into place, because another process may be looking for it.
             partial = target / f".{built.name}.{os.getpid()}"
             shutil.copy2(built, partial)
             partial.replace(target / built.name)

@@ -149,8 +149,11 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
 def library_candidates(name: str = build.LIBRARY_NAME, search: Sequence[str] | None = None) -> Iterator[Path]:
     """Existing files that may be the library, best first.
 
-    The build cache of exactly these sources; beside the package; and in site-packages, where an editable
-    install puts it.
+    They are searched for in the build cache of exactly these sources, beside the package, and in site-packages,
+    where an editable install puts it.
+
+    Args:
+        search: folders to search in place of `sys.path` and site-packages.
     """
     root = build.source_root()
     places = [build.cache_dir(root)] if root is not None else []
@@ -215,7 +218,7 @@ def _load() -> ctypes.CDLL | None:
 
 
 class _Loaded:
-    """The process's one library; `disabled` counts the nested `without_native()`."""
+    """The process's one native library; `disabled` counts the nested `without_native()`."""
 
     lib: ctypes.CDLL | None = None
     tried = False
@@ -231,7 +234,11 @@ def native() -> ctypes.CDLL | None:
 
 
 def native_or_raise(what: str) -> ctypes.CDLL:
-    """The native library, or an error that says what needs it."""
+    """The native library.
+
+    Raises:
+        RuntimeError: it is not loaded; names `what`, the function that needs it.
+    """
     lib = native()
     if lib is None:
         raise RuntimeError(f"{what} needs the native library, which is not loaded: see the warning at its first use")
@@ -240,7 +247,7 @@ def native_or_raise(what: str) -> ctypes.CDLL:
 
 @contextlib.contextmanager
 def without_native() -> Iterator[None]:
-    """Within the block every op takes its PyTorch fallback. Process-wide: for tests and comparisons."""
+    """A context in which every op of the process takes its PyTorch fallback, for tests and comparisons."""
     _Loaded.disabled += 1
     try:
         yield

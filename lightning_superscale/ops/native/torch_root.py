@@ -15,7 +15,7 @@ VML_MODE = _VML_HA | _VML_FTZDAZ_OFF | _VML_ERRMODE_IGNORE
 
 
 def _probe() -> torch.Tensor:
-    """fp32 numbers of every exponent, as second moments have them: 65536 of them, the same each time."""
+    """About 65536 positive fp32 numbers of every exponent, the same at each call."""
     bits = torch.arange(0, 0x7F800000, 0x7F800000 // 65536, dtype=torch.int64)
     return (bits + (bits * 2654435761 % 4096)).clamp(max=0x7F7FFFFF).to(torch.int32).view(torch.float32)
 
@@ -27,7 +27,7 @@ def is_ieee() -> bool:
 
 
 def install(lib: ctypes.CDLL) -> str:
-    """Lend torch's root to the library if it needs it; says in words what updates will take.
+    """Lend torch's root to the library if it needs it; returns in words the root that updates will take.
 
     Warns once when torch's root is neither IEEE's nor to be found: updates then differ from plain
     AdamW's in the last bit of some parameters.

@@ -30,7 +30,11 @@ def adamw_low(seg: AdamWSegment) -> None:
     """Commit one segment's update of low-precision states, as in `ops/reference.py`, on the current stream.
 
     Args:
-        seg: with a rounding; tensors contiguous, of one shape, on one CUDA device. `weight_out` may not be `grad`.
+        seg: a segment with a rounding, whose tensors are contiguous, of one shape and on one CUDA device. Its
+            `weight_out` may not be `grad`.
+
+    Raises:
+        TypeError, ValueError: a segment without a rounding, or a tensor that does not fit.
     """
     rounding = seg.rounding
     if rounding is None:

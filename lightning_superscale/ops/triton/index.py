@@ -1,7 +1,7 @@
 """Gathers and scatters of rows and columns on CUDA tensors.
 
-Any strides, any dtype of 1, 2, 4 or 8 bytes; bits are copied. Indices must lie in range and are not
-wrapped when negative: checking them would make the host wait for the device.
+Tensors have any strides and any dtype of 1, 2, 4 or 8 bytes; bits are copied. Indices must lie in range, are
+not wrapped when negative and are not checked: that would make the host wait for the device.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def rows_gather(dst: Tensor, src: Tensor, rows: Tensor) -> None:
 
 
 def rows_scatter(dst: Tensor, src: Tensor, rows: Tensor) -> None:
-    """`dst[rows[i], :] = src[i, :]`; rows are distinct."""
+    """`dst[rows[i], :] = src[i, :]`; dst [R, C], src [K, C] of one dtype, rows int64 [K], distinct."""
     _copy("rows_scatter", dst, src, rows, is_rows=True, is_gather=False)
 
 
@@ -31,7 +31,7 @@ def cols_gather(dst: Tensor, src: Tensor, cols: Tensor) -> None:
 
 
 def cols_scatter(dst: Tensor, src: Tensor, cols: Tensor) -> None:
-    """`dst[:, cols[j]] = src[:, j]`; cols are distinct."""
+    """`dst[:, cols[j]] = src[:, j]`; dst [R, C], src [R, K] of one dtype, cols int64 [K], distinct."""
     _copy("cols_scatter", dst, src, cols, is_rows=False, is_gather=False)
 
 

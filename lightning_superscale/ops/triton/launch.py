@@ -1,4 +1,4 @@
-"""What every Triton entry point shares: is Triton there, are the tensors fit, how to launch."""
+"""Checks and conversions that every Triton entry point shares."""
 
 from __future__ import annotations
 
@@ -61,20 +61,21 @@ def require_flat(name: str, tensors: dict[str, Tensor]) -> None:
 
 
 def require_float(name: str, tensor_name: str, tensor: Tensor) -> None:
+    """Raise unless the tensor is fp32, bf16 or fp16."""
     if tensor.dtype not in DTYPE_CODES:
         raise TypeError(f"{name}: expected {tensor_name} in float32, bfloat16 or float16, found {tensor.dtype}")
 
 
 def as_kernel_input(tensor: Tensor) -> Tensor:
-    """bf16 as int16 bits, which is how the kernels take it; anything else as it is."""
+    """A tensor as the kernels take it: bf16 as int16 bits, any other dtype as it is."""
     return tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
 
 
 def as_integers(tensor: Tensor) -> Tensor:
-    """The same memory as integers of the element's size."""
+    """A view of a tensor's memory as integers of its element size."""
     return tensor.view(_INTEGER_OF_SIZE[tensor.element_size()])
 
 
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Triton launches on the current device's current stream: make the tensor's device current."""
+    """A context in which the tensor's device is current, since Triton launches on the current device's stream."""
     return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else contextlib.nullcontext()

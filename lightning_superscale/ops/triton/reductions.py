@@ -16,7 +16,7 @@ from lightning_superscale.ops.triton.launch import (
     require_float,
 )
 
-_COLNORM_ROWS = 64  # of the oracle's order
+_COLNORM_ROWS = 64  # rows of a block in the oracle's order of additions
 _COLNORM_COLS = 128
 _SUMSQ_TILE = 8
 _COUNT_BLOCK = 4096

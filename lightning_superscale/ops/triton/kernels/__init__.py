@@ -1,1 +1,1 @@
-"""The kernels themselves. These modules import Triton; the entry points import them when called."""
+"""The Triton kernels. These modules import Triton; the entry points import them when they are called."""

@@ -15,7 +15,7 @@ def narrow_stochastic(x: tl.tensor, random: tl.tensor) -> tl.tensor:
     """fp32 to bf16 bits (int16): up with the probability that the dropped 16 bits tell."""
     bits = x.to(tl.uint32, bitcast=True)
     rounded = (bits + (random & 0xFFFF)) >> 16
-    # Adding to an infinity's bits would make a NaN, to a NaN's might make a number.
+    # Adding to the bits of an infinity would make a NaN, and adding to those of a NaN might make a number.
     rounded = tl.where((bits & 0x7F800000) == 0x7F800000, bits >> 16, rounded)
     rounded = tl.where(x != x, 0x7FC0, rounded)
     return rounded.to(tl.uint16).to(tl.int16, bitcast=True)
@@ -71,7 +71,7 @@ def store_master(
     STOCHASTIC: tl.constexpr,
     COMPENSATED: tl.constexpr,
 ) -> None:
-    """Store the new master, and the weight that forward gets."""
+    """Store the new master and, if there is one, the weight that forward gets."""
     if COMPENSATED:
         rounded = narrow_bf16(p)
         tl.store(compensation, narrow_bf16(p - widen_bf16(rounded)), mask=mask)

@@ -1,7 +1,7 @@
 """Loads and stores that round the same on a GPU and in Triton's interpreter.
 
-bf16 travels as int16 bits and is widened and rounded with integers: the interpreter's own conversion
-to bf16 truncates. fp16 and fp32 need no help.
+bf16 travels as int16 bits and is widened and rounded with integers, because the interpreter's own conversion
+to bf16 truncates. fp16 is rounded alike by both.
 """
 
 # Triton has no type information.

@@ -73,7 +73,7 @@ def sumsq_blocks_kernel(
         index = lane + row * LANES
         value = load_f32(x + index, index < numel, DTYPE)
         total = total + value * value
-    # Two addends each time: the order within a sum is the pairwise one of the note.
+    # Each sum has two addends, so that lanes are added pairwise as in the note.
     eight = tl.sum(tl.reshape(total, [TILE, 2, 8]), axis=1)
     four = tl.sum(tl.reshape(eight, [TILE, 2, 4]), axis=1)
     two = tl.sum(tl.reshape(four, [TILE, 2, 2]), axis=1)
