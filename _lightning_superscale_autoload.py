@@ -2,8 +2,8 @@
 
 torch calls `install()` at the end of `import torch`, through the `torch.backends` entry point. That hook
 is meant for device backends; it is the only one that runs before Lightning checks a strategy's name. So
-it must never fail, and it must cost nothing: it adds a finder that waits for Lightning's strategies
-module, and removes itself from the path of every other import. Opt out with `LSS_AUTOLOAD=0`.
+the hook must never fail, and it must cost nothing: it adds a finder that waits for Lightning's strategies
+module and leaves every other import to the finders behind it. `LSS_AUTOLOAD=0` switches it off.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def _register(strategies_module: str) -> None:
 
 
 class _RegisteringLoader(importlib.abc.Loader):
-    """Runs the real loader, then registers."""
+    """Runs the real loader of a strategies module, then registers the strategy names with it."""
 
     def __init__(self, loader: importlib.abc.Loader) -> None:
         self._loader = loader
@@ -66,7 +66,7 @@ class _StrategiesFinder(importlib.abc.MetaPathFinder):
 
 
 def install() -> None:
-    """Register now with a Lightning that is imported, and later with one that will be. Never raises."""
+    """Register the names with every Lightning that is imported already, or once it will be. Never raises."""
     try:
         if os.environ.get("LSS_AUTOLOAD", "1") == "0" and "lightning_superscale" not in sys.modules:
             return

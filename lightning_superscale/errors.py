@@ -15,6 +15,6 @@ class CheckpointError(SuperScaleError):
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
-    """A hint such as `; did you mean 'cpu'?`, or nothing when no choice is close."""
+    """A hint such as `; did you mean 'cpu'?`, or an empty string when no choice is close."""
     close = difflib.get_close_matches(word, list(choices), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""

@@ -84,7 +84,7 @@ def is_compiled(root: nn.Module) -> bool:
 
 
 def behind_compile(module: nn.Module) -> nn.Module:
-    """The module that `torch.compile` wrapped, or itself."""
+    """The module that `torch.compile` wrapped; a module that is not wrapped is returned itself."""
     inner: nn.Module = getattr(module, "_orig_mod", module)
     return inner
 
