@@ -6,7 +6,9 @@ are named in zero/fsdp2/unwrap.py, which removes them.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Iterable, MutableMapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -31,6 +33,11 @@ def version_of(tensor: Tensor) -> int:
     return tensor._version
 
 
+def num_owners_of(storage: torch.UntypedStorage) -> int:
+    """The number of tensors, and of Python's storage objects, that keep a storage alive."""
+    return int(torch._C._storage_Use_Count(storage._cdata))
+
+
 def storage_id_of(storage: torch.UntypedStorage) -> int:
     """A number that identifies a storage, filled or empty."""
     return int(storage._cdata)
@@ -40,6 +47,39 @@ def saved_tensor_hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tenso
     """The innermost pair (pack, unpack) of saved-tensor hooks that autograd would call now; None without any."""
     found: Any = torch._C._autograd._top_saved_tensors_default_hooks(False)
     return None if found is None else (found[0], found[1])
+
+
+def has_own_torch_function(cls: type[Any]) -> bool:
+    """Whether a tensor class does something of its own when torch is handed one of its tensors."""
+    return cls.__torch_function__ is not torch._C._disabled_torch_function_impl
+
+
+def without_torch_function() -> AbstractContextManager[None]:
+    """While open, this thread runs operations on tensor subclasses without calling `__torch_function__`."""
+    context: AbstractContextManager[None] = torch._C.DisableTorchFunctionSubclass()
+    return context
+
+
+@functools.cache
+def operations_without_reads() -> frozenset[Any]:
+    """The operations, as `__torch_function__` is handed them, that read and write no element of a tensor."""
+    attributes = (
+        *("shape", "dtype", "device", "layout", "ndim", "requires_grad", "grad", "grad_fn", "is_leaf"),
+        *("is_cuda", "is_cpu", "is_meta", "grad_dtype", "_version", "_backward_hooks", "_post_accumulate_grad_hooks"),
+    )
+    methods = (
+        *("requires_grad_", "register_hook", "register_post_accumulate_grad_hook", "size", "numel", "nelement"),
+        *("element_size", "is_floating_point", "is_complex"),
+    )
+    accessors = [getattr(Tensor, name) for name in attributes]
+    return frozenset(
+        [
+            *(accessor.__get__ for accessor in accessors),
+            *(getattr(Tensor, name).__set__ for name in ("requires_grad", "grad")),
+            *(getattr(Tensor, name).__delete__ for name in ("grad",)),
+            *(getattr(Tensor, name) for name in methods),
+        ]
+    )
 
 
 def backward_hooks_of(param: Tensor) -> MutableMapping[int, Callable[[Tensor], Tensor | None]] | None:

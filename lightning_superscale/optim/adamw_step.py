@@ -16,6 +16,7 @@ from lightning_superscale.optim.param_update import GradScale, ParamUpdate, adam
 from lightning_superscale.optim.step_rule import StepGuard, SteppedUnit, SynchronousRule
 from lightning_superscale.optim.unit import ShardUnit, slice_view
 from lightning_superscale.optim.unit_state import COMPENSATION_KEY, UnitState
+from lightning_superscale.optim.weights.param_classes import set_data
 from lightning_superscale.timeline import UNTIMED, Lane, Timeline
 from lightning_superscale.torch_private import add_to_all
 
@@ -202,11 +203,11 @@ def _give_grad(param: nn.Parameter, grad: Tensor) -> None:
     if param.device == grad.device:
         param.grad = grad
         return
-    weight = param.data
+    weight = param.detach()
     # torch compares the devices of a parameter and the gradient that it is given.
-    param.data = torch.empty_like(grad, dtype=weight.dtype)
+    set_data(param, torch.empty_like(grad, dtype=weight.dtype))
     param.grad = grad
-    param.data = weight
+    set_data(param, weight)
 
 
 def _present(moments: Tensor | None) -> Tensor:

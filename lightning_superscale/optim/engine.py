@@ -143,6 +143,7 @@ class OptimizerEngine:
         self.states.append(state)
         self._rule.attach(unit, state)
         self._seen_versions.update((param, version_of(param)) for param in unit.params)
+        unit.seal()
 
     # Members that rebuild_buckets.regroup() uses
 
@@ -214,10 +215,11 @@ class OptimizerEngine:
         """Take over weights that user code changed in place since the last step (a clamp, an average, a load).
 
         [Note: Edited weights] A parameter views its unit's buffer but counts versions of its own: uploads
-        don't raise the count, in-place operations of the user do. Changes through `param.data` raise none
-        and can't be seen; they last until the next step.
+        don't raise the count, in-place operations of the user do. Changes through `param.data` and through views that
+        user code keeps raise none; the transport knows the parameters that may have been changed in this way.
         """
-        edited = [param for param, seen in self._seen_versions.items() if version_of(param) != seen]
+        edited = {param: None for param, seen in self._seen_versions.items() if version_of(param) != seen}
+        edited.update(dict.fromkeys(self.transport.take_edits()))
         if edited:
             self._rule.quiesce()
         for param in edited:

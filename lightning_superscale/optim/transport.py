@@ -87,6 +87,15 @@ class Transport(Protocol):
             SuperScaleError: on all ranks when any refuses its gradients; names rank and reason.
         """
 
+    def take_edits(self) -> list[nn.Parameter]:
+        """The parameters that user code may have changed, since the last call, without raising their versions.
+
+        Called between a backward and its step, when no new weights are under way.
+
+        Raises:
+            SuperScaleError: a parameter was given memory of another shape, dtype or device; names it.
+        """
+
     def discard(self) -> None:
         """Forget gradients of an interrupted step."""
 

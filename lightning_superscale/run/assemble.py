@@ -303,7 +303,7 @@ def _gates(
         return []  # sharded weights are awaited where they are gathered
     engine = settings.engine
     may_be_late = mesh.shard.size > 1 or (engine is not None and engine.weights_arrive == "next forward")
-    per_module = may_be_late and settings.streams and not is_model_compiled
+    per_module = may_be_late and not is_model_compiled
     return [PublishGates(module, engine.transport, per_module=per_module) for engine in engines]
 
 

@@ -307,7 +307,7 @@ class Run:
             )
         else:
             result = self._step(engine, closure)
-        if self._visibility.why_weights_awaited is not None:
+        if self.assembly is not None and self.assembly.settings.why_weights_awaited is not None:
             self._wait_for_weights()
         self.phases.step += time.perf_counter() - start - (self.phases.inside - inside)
         self.phases.end_step()

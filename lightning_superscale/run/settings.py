@@ -67,6 +67,15 @@ class RunSettings:
         return None if self.offload is None else engine_of(self.offload.engine)
 
     @property
+    def why_weights_awaited(self) -> str | None:
+        """Why new weights are waited for right after the step; None where every read waits by itself.
+
+        Weights that flow over several ranks are gathered when they are used. A rank that reads one on its own would
+        wait for ranks that may wait for it in a collective of the user's.
+        """
+        return None if self.flow is None or self.mesh.is_single else self.visibility.why_weights_awaited
+
+    @property
     def streams(self) -> bool:
         """Whether gradients leave during backward: they have somewhere to go, and user code does not look at them."""
         return self.visibility.why_gradients_stay is None and (self.offload is not None or not self.mesh.is_single)

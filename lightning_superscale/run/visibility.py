@@ -12,8 +12,8 @@ class Visibility:
     Attributes:
         why_gradients_stay: why gradients stay in `param.grad` until the step: user code may read or change them there.
             None: they may leave during backward.
-        why_weights_awaited: why new weights are waited for right after the step: user code may read them. None: they
-            may arrive during the next forward.
+        why_weights_awaited: why user code may read weights between a step and the next forward; None where none does.
+            Reads wait by themselves; see `RunSettings.why_weights_awaited` for the exception.
         is_automatic: the framework runs backward and step; False where the user's training step does.
     """
 

@@ -1,11 +1,12 @@
 """Publish-before-forward gates: a module's forward waits until the weights it owns have arrived.
 
-[Note: Which gate] A gate at the owning module is enough only where weights are read inside that
-module's forward. A weight that is read elsewhere (`F.linear(x, self.embed.weight)`) is gated at the
-start of the training step instead. The gate of each unit is chosen by observation: a unit starts at the root
-gate, and moves to its modules' gates once each of its parameters was seen to receive a gradient in a step in
-which a module that owns it had run. A unit of which one parameter received a gradient in another step stays at
-the root gate for good.
+[Note: Which gate] Every read of a parameter waits by itself ([Note: Watched weights] in optim/weights/watch.py). A gate
+waits a little before, once for all weights of a module, so that the operations of its forward cost nothing. What no
+operation of Python's reads, only a gate can guard: a gate at the owning module where a C++ extension gets the weights
+inside of that module's forward, and the root gate, at the start of the training step, where it gets them elsewhere. The
+gate of each unit is chosen by observation: a unit starts at the root gate, and leaves it once a gradient of each of its
+parameters was explained, by a module that owns the parameter and ran in that step, or by a read that was seen. A unit
+with a gradient that nothing explains stays at the root gate for good.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -26,7 +28,7 @@ class PublishGates:
     Args:
         root: the module whose submodules own the transport's parameters.
         per_module: False keeps every unit at the root gate (compiled models: a hook per module would
-            break their graphs; gradients kept in `param.grad`: nothing observes them).
+            break their graphs).
 
     Attributes:
         waited_seconds: seconds that modules' gates kept the host inside forward, so far.
@@ -38,14 +40,17 @@ class PublishGates:
         self._hooks: list[RemovableHandle] = []
         self._owners: dict[nn.Parameter, list[nn.Module]] = {}
         self._entered: set[nn.Module] = set()
-        self._seen: set[nn.Parameter] = set()
+        self._explained: set[nn.Parameter] = set()
+        self._read_elsewhere: set[nn.Parameter] = set()
         self._at_modules: set[int] = set()
         self._at_root_for_good: set[int] = set()
+        self._is_per_module = per_module
         if not per_module:
             return
         for module in root.modules():
             units: dict[int, ShardUnit] = {}
-            for param in module.parameters(recurse=False):
+            # A compiled TorchScript module runs its submodules without their hooks.
+            for param in module.parameters(recurse=isinstance(module, torch.jit.ScriptModule)):
                 place = transport.place_of(param)
                 if place is not None:
                     units[place[0].index] = place[0]
@@ -69,9 +74,11 @@ class PublishGates:
         if place is None:
             return
         unit = place[0]
-        if any(owner in self._entered for owner in self._owners[param]):
-            self._seen.add(param)
-            if unit.index not in self._at_modules and self._seen.issuperset(unit.params):
+        if id(param) in unit.store.watch.read:
+            self._read_elsewhere.add(param)
+        if param in self._read_elsewhere or any(owner in self._entered for owner in self._owners[param]):
+            self._explained.add(param)
+            if unit.index not in self._at_modules and self._explained.issuperset(unit.params):
                 self._at_modules.add(unit.index)
         else:
             self._at_root_for_good.add(unit.index)
@@ -83,7 +90,12 @@ class PublishGates:
     def enter_step(self) -> None:
         """Pass the root gate: wait for every unit that its modules' gates don't guard."""
         self._entered.clear()
-        self._transport.wait_published([u for u in self._transport.units if not self.is_at_modules(u)])
+        at_root = [unit for unit in self._transport.units if not self.is_at_modules(unit)]
+        self._transport.wait_published(at_root)
+        if self._is_per_module:
+            for unit in at_root:
+                if unit.index not in self._at_root_for_good:
+                    unit.store.watch.observe()
 
     def close(self) -> None:
         for hook in self._hooks:

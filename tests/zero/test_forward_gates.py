@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_superscale.offload.link.link import CpuLink
+from lightning_superscale.torch_private import without_torch_function
 from lightning_superscale.zero.forward_gates import PublishGates
 from tests.helpers.engines import build_engine
 
@@ -60,6 +61,14 @@ class ReadsElsewhere(Two):
 
     def forward(self, x):
         return F.linear(self.first(x).tanh(), self.second.weight, self.second.bias)
+
+
+class ReadsUnseen(Two):
+    """Reads `second`'s weight as a C++ extension does, which torch does not call `__torch_function__` for."""
+
+    def forward(self, x):
+        with without_torch_function():
+            return F.linear(self.first(x).tanh(), self.second.weight, self.second.bias)
 
 
 def one_step(model, engine, gates, x):
@@ -113,22 +122,31 @@ def test_module_gate_leaves_later_modules_uploads_alone():
     engine.close()
 
 
-def test_weights_read_outside_their_module_are_gated_at_the_root():
-    model, engine, link, gates = build(ReadsElsewhere)
+def units_of(engine, name):
+    return [u for u in engine.transport.units if u.full.slices[0].fqn.startswith(name)]
+
+
+@pytest.mark.parametrize(("cls", "is_at_root"), [(ReadsElsewhere, False), (ReadsUnseen, True)])
+def test_weights_read_outside_their_module_are_gated_at_the_root_unless_the_read_waits(cls, is_at_root):
+    model, engine, link, gates = build(cls)
     x = torch.ones(1, 4)
     one_step(model, engine, gates, x)
-    outside = [u for u in engine.transport.units if u.full.slices[0].fqn.startswith("second")]
-    inside = [u for u in engine.transport.units if u.full.slices[0].fqn.startswith("first")]
-    assert not any(gates.is_at_modules(u) for u in outside)
-    assert all(gates.is_at_modules(u) for u in inside)
-    twin = ReadsElsewhere()
+    assert [gates.is_at_modules(u) for u in units_of(engine, "second")] == [not is_at_root] * 2
+    assert all(gates.is_at_modules(u) for u in units_of(engine, "first"))
+    for i in range(3):
+        before = link.num_waiting
+        gates.enter_step()
+        assert link.num_waiting - before == (2 if is_at_root else 0)
+        if i == 0:
+            model(x)
+            assert link.num_waiting - before == 4
+        one_step(model, engine, gates, x)
+    twin = cls()
     plain = torch.optim.AdamW(twin.parameters(), lr=0.1)
-    for _ in range(3):
+    for _ in range(4):
         plain.zero_grad()
         twin(x).pow(2).sum().backward()
         plain.step()
-    for _ in range(2):
-        one_step(model, engine, gates, x)
     gates.close()
     engine.close()
     assert all(map(torch.equal, model.parameters(), twin.parameters()))

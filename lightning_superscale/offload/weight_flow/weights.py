@@ -40,7 +40,9 @@ from torch import Tensor, nn
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.layout.rows import ParamSlice, UnitLayout
 from lightning_superscale.offload.link.link import Link, LinkEvent, LinkFence
-from lightning_superscale.optim.unit import NewWeights
+from lightning_superscale.optim.weights.param_classes import arriving, data_ptr_of, set_data
+from lightning_superscale.optim.weights.store import NewWeights
+from lightning_superscale.optim.weights.watch import WeightWatch
 from lightning_superscale.torch_private import storage_id_of
 
 
@@ -102,6 +104,7 @@ class FlowingWeights:
 
     Attributes:
         is_present: whether parameters view the weights on the device.
+        watch: lets reads of parameters wait for new weights.
     """
 
     def __init__(self, unit: StreamedUnit, link: Link, buffers: Sequence[Tensor], *, first: int = 0) -> None:
@@ -119,6 +122,7 @@ class FlowingWeights:
         self._new: NewWeights | None = None
         self._landing: LinkEvent | None = None
         self._edits: dict[int, int] = {}
+        self.watch = WeightWatch(unit.params, self._between_uses)
         for i, param in self._params.items():
             self._on_host[first][i].copy_(param.detach())
         self._bind_host()
@@ -128,6 +132,7 @@ class FlowingWeights:
     def receive(self, new: NewWeights) -> None:
         """Keep the new weights of the last step; the next use of the unit's weights waits for them."""
         self._new = new
+        self.watch.expect()
 
     def wait_new(self) -> bool:
         """Return when new weights are in host memory or on their way there; gathered ones leave the device.
@@ -140,10 +145,19 @@ class FlowingWeights:
             self.release()
         return has_new
 
+    def _between_uses(self) -> None:
+        """Get ready for code that reads or writes parameters between two uses, where they view host memory."""
+        self.watch.arrived()
+        self.wait_new()
+        if not self.is_present:
+            self.release()  # what was copied ahead would miss a write
+            self.synchronize()
+
     def _wait_new(self) -> bool:
         new, self._new = self._new, None
         if new is None:
             return False
+        self.watch.arrived()  # before parameters are given other memory below, which is no read
         new.wait()
         if self.unit.is_whole:
             self._follow_host()
@@ -185,7 +199,7 @@ class FlowingWeights:
 
     def _bind_host(self) -> None:
         for i, param in self._params.items():
-            param.data = self._on_host[self._current[i]][i]
+            set_data(param, self._on_host[self._current[i]][i])
 
     def synchronize(self) -> None:
         """Block the host until no copy reads or writes the host weights, so that user code may read or edit them."""
@@ -227,6 +241,7 @@ class FlowingWeights:
     def forget(self, param: nn.Parameter) -> None:
         """Let go of a parameter, which another unit owns from now on."""
         self._params = {i: known for i, known in self._params.items() if known is not param}
+        self.watch.forget(param)
 
     @property
     def is_empty(self) -> bool:
@@ -266,6 +281,9 @@ class FlowingWeights:
         if self._landing is not None and self._landing.is_complete():
             self._landing = None
         if are_on_host and self._landing is None and not self._copies:
+            if self._new is None:  # otherwise parameters still view the old weights
+                self._take_assigned(self._host_views())
+            self.watch.expect()  # a write from now on would miss the copies
             self._copies = [self._link.h2d(there, here, self._fence) for there, here in self._pairs()]
 
     def _pairs(self) -> list[tuple[Tensor, Tensor]]:
@@ -280,7 +298,7 @@ class FlowingWeights:
         """Let the device's later work see the weights in the parameters and in saved views of them.
 
         Raises:
-            SuperScaleError: a parameter was given other memory (`param.data = ...`).
+            SuperScaleError: a parameter was given memory of another shape or dtype (`param.data = ...`).
         """
         self._wait_new()
         if self.is_present:
@@ -290,9 +308,10 @@ class FlowingWeights:
             self._want(are_on_host=True)
         for copy in self._copies:
             copy.wait()
-        self._check_bound([self._on_host[at][i] for i, at in enumerate(self._current)])
+        self.watch.arrived()
+        self._take_assigned(self._host_views())
         for i, param in self._params.items():
-            param.data = self.unit.views[i]
+            set_data(param, self.unit.views[i])
         self._edits = {i: self.unit.edits_of(i) for i in self._params}
         self.is_present, self._is_filled = True, False
 
@@ -300,7 +319,7 @@ class FlowingWeights:
         """Free the device memory, and let parameters view the host. Weights that were edited in place are copied first.
 
         Raises:
-            SuperScaleError: a parameter was given other memory (`param.data = ...`).
+            SuperScaleError: a parameter was given memory of another shape or dtype (`param.data = ...`).
         """
         if not self.device_bytes:
             return
@@ -308,7 +327,7 @@ class FlowingWeights:
             copy.wait()  # no use may have waited for them, and the memory can be allocated anew at once
         try:
             if self.is_present:
-                self._check_bound(self.unit.views)
+                self._take_assigned(self.unit.views)
                 self._keep_edits()
         finally:
             self.is_present = self._is_filled = False
@@ -317,21 +336,32 @@ class FlowingWeights:
 
     def _keep_edits(self) -> None:
         for i in self._params:
-            if self.unit.edits_of(i) != self._edits[i]:
+            if self.unit.edits_of(i) != self._edits[i] or self.watch.is_edited(self._params[i]):
                 self._link.d2h(self._on_host[self._current[i]][i], self.unit.views[i]).synchronize()
 
-    def _check_bound(self, expected: Sequence[Tensor]) -> None:
+    def _host_views(self) -> list[Tensor]:
+        return [self._on_host[at][i] for i, at in enumerate(self._current)]
+
+    def _take_assigned(self, expected: Sequence[Tensor]) -> None:
+        """Take over the values of parameters that were given other memory, in the memory that they should view."""
         for i, param in self._params.items():
-            if param.data_ptr() != expected[i].data_ptr():
+            if data_ptr_of(param) == expected[i].data_ptr():
+                continue
+            if (param.shape, param.dtype) != (expected[i].shape, expected[i].dtype):
                 raise SuperScaleError(
-                    f"parameter {self.unit.full.slices[i].fqn!r} was given other memory (param.data = ...), but its "
-                    "weight flows between host and device. Change it in place under torch.no_grad(), as in "
-                    "param.copy_(new), or train with OffloadConfig(weights='stationary')."
+                    f"parameter {self.unit.full.slices[i].fqn!r} was given other memory (param.data = ...) of shape "
+                    f"{tuple(param.shape)} and {param.dtype}; expected {tuple(expected[i].shape)} and "
+                    f"{expected[i].dtype}."
                 )
+            with arriving():
+                expected[i].copy_(param.detach())
+            set_data(param, expected[i])
+            self.watch.note_edit(param)
 
     def close(self) -> None:
         """Let go of the parameters: each owns its weight from now on, in host memory."""
         self.release()
+        self.watch.close()
         for i, param in self._params.items():
             if param.data_ptr() == self._on_host[self._current[i]][i].data_ptr():
                 param.data = param.detach().clone()

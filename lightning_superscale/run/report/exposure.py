@@ -68,7 +68,7 @@ def _why_no_forecast(assembly: Assembly, work: HostWork) -> str | None:
         return why_not
     if settings.visibility.why_gradients_stay is not None:
         return "gradients stay in param.grad until the step"
-    return None if settings.visibility.why_weights_awaited is None else "new weights are awaited right after the step"
+    return None if settings.why_weights_awaited is None else "new weights are awaited right after the step"
 
 
 def _ms(seconds: float) -> str:

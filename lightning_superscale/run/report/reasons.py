@@ -20,8 +20,8 @@ def reasons_of(settings: RunSettings, *, is_model_compiled: bool) -> list[str]:
         reasons.append(f"gradients leave {where_to} during backward: nothing of yours reads param.grad")
     else:
         reasons.append(f"gradients stay in param.grad until the step: {settings.visibility.why_gradients_stay}")
-    if settings.visibility.why_weights_awaited is not None:
-        reasons.append(f"new weights are awaited right after the step: {settings.visibility.why_weights_awaited}")
+    if settings.why_weights_awaited is not None:
+        reasons.append(f"new weights are awaited right after the step: {settings.why_weights_awaited}")
     if is_model_compiled:
         reasons.append("new weights are awaited at the start of the training step: the model is compiled")
     return reasons

@@ -1,26 +1,96 @@
-"""All-gathers new weights that the host steps: each gather starts when this rank's forward needs it, or before.
+"""All-gathers new weights that the host steps, while the next forward may run already.
 
-[Note: Late gathers] A gather needs this rank's new rows, and the host may still step them while the next forward
-runs. So publishing only queues; the first gate that waits for a unit issues the queue up to that unit, and the units
-after it whose rows have arrived. Ranks therefore start the same gathers in the same order but at different places
-among their other collectives, which is why gathers have a process group of their own. A rank whose forward skips a
-module must not keep the others waiting for its rows: it issues the rest of the queue before its backward issues any
-other collective. Weights that stream are gathered only when their block is used or about to be: all at once would fill
-the device.
+[Note: Late gathers] A gather needs this rank's new rows, and the host may still step them while the next forward runs.
+So publishing only queues. A thread of the transport issues the queue as rows arrive, in its order, which is the same on
+every rank: whatever a rank's own thread does meanwhile (it skips a module, reads one weight for a log, enters a
+collective of the user's), no other rank waits for its rows longer than for its host. Gathers have a process group of
+their own, because ranks start them at different places among their other collectives.
+
+Weights that stream are gathered only when their block is used or about to be: all at once would fill the device. There
+the first use that waits for a unit issues the queue up to that unit, and a rank whose forward skips a module issues the
+rest of the queue before its backward issues any other collective.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from typing import NamedTuple
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from lightning_superscale.comm.collectives import AxisCollectives
 from lightning_superscale.ops.events import Event
 from lightning_superscale.optim.unit import PublishEvent
+from lightning_superscale.optim.weights.store import Incoming, NewWeights
 from lightning_superscale.zero.buckets.unit import BucketUnit
+
+
+class Gathers(Protocol):
+    """Gathers of one transport's units, issued in the order in which units are published."""
+
+    def add(self, unit: BucketUnit, event: PublishEvent, stepped: Sequence[int]) -> NewWeights:
+        """Queue the gather of a unit. Every rank calls it for the same units in the same order.
+
+        Args:
+            event: the upload of this rank's new rows into the unit's inbox.
+            stepped: indices of the stepped weights.
+        """
+
+    def issue_all(self) -> None:
+        """Return when no other rank waits for the calling thread to issue a gather."""
+
+    def close(self) -> None:
+        """Let go of everything."""
+
+
+class _IssuedElsewhere:
+    """A gather that another thread issues. Satisfies `Waitable`, for any number of calls by one thread."""
+
+    def __init__(self, issued: Future[Event[Tensor]]) -> None:
+        self._issued = issued
+
+    def wait(self) -> Tensor:
+        return self._issued.result().wait()
+
+    def is_waitable(self) -> bool:
+        return self._issued.done() and self._issued.result().is_waitable()
+
+
+class GatherThread:
+    """Gathers that a thread of their own issues as rows arrive ([Note: Late gathers]). Satisfies `Gathers`."""
+
+    def __init__(self, collectives: AxisCollectives) -> None:
+        self._collectives = collectives
+        self._executor = ThreadPoolExecutor(1, "lightning-superscale gather")
+        self._stream: torch.cuda.Stream | None = None
+
+    def add(self, unit: BucketUnit, event: PublishEvent, stepped: Sequence[int]) -> NewWeights:
+        issued = self._executor.submit(self._issue, unit, event)
+        return Incoming(_IssuedElsewhere(issued), partial(unit.unpack_gathered, stepped))
+
+    def _issue(self, unit: BucketUnit, event: PublishEvent) -> Event[Tensor]:
+        with self._on_stream_of(unit):
+            event.wait()
+            return self._collectives.all_gather(unit.gathered())
+
+    def _on_stream_of(self, unit: BucketUnit) -> AbstractContextManager[object]:
+        """Order the gather after the upload alone, not after the work that the model's stream has queued."""
+        if unit.device.type != "cuda":
+            return nullcontext()
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(unit.device)  # type: ignore[no-untyped-call]
+        return torch.cuda.stream(self._stream)
+
+    def issue_all(self) -> None:
+        return
+
+    def close(self) -> None:
+        self._executor.shutdown()
 
 
 class _Queued(NamedTuple):
@@ -60,7 +130,7 @@ class LateGather:
 
 
 class LateGathers:
-    """The gathers of one transport's units whose rows come from the host, in the order in which units are published."""
+    """Gathers that are issued when their units are used ([Note: Late gathers]). Satisfies `Gathers`."""
 
     def __init__(self, collectives: AxisCollectives) -> None:
         self._collectives = collectives
@@ -68,12 +138,6 @@ class LateGathers:
         self._issued: dict[int, _Issued] = {}
 
     def add(self, unit: BucketUnit, event: PublishEvent, stepped: Sequence[int]) -> LateGather:
-        """Queue the gather of a unit. Every rank calls it for the same units in the same order.
-
-        Args:
-            event: the upload of this rank's new rows into the unit's inbox.
-            stepped: indices of the stepped weights.
-        """
         self._queue.append(_Queued(unit, event, stepped))
         return LateGather(self, unit)
 
@@ -98,7 +162,6 @@ class LateGathers:
         return any(queued.unit is unit for queued in self._queue)
 
     def issue_all(self) -> None:
-        """Issue all gathers of the queue, so that no other rank waits for this rank's rows any longer."""
         while self._queue:
             self._issue_next()
 
@@ -111,3 +174,6 @@ class LateGathers:
         """Forget all gathers, after a rank failed."""
         self._queue.clear()
         self._issued.clear()
+
+    def close(self) -> None:
+        self.clear()

@@ -15,8 +15,9 @@ from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.optim.bucketing import Grouping, NamedParam
 from lightning_superscale.optim.grad_dtypes import AS_WEIGHTS, GradientDtypes
 from lightning_superscale.optim.transport import IsScaling
-from lightning_superscale.optim.unit import DeltaSink, Incoming, PublishEvent, ShardUnit, Uploaded, check_dense
-from lightning_superscale.zero.buckets.all_gather import LateGathers
+from lightning_superscale.optim.unit import DeltaSink, PublishEvent, ShardUnit, check_dense
+from lightning_superscale.optim.weights.store import Incoming, Uploaded
+from lightning_superscale.zero.buckets.all_gather import Gathers, GatherThread, LateGathers
 from lightning_superscale.zero.buckets.unit import BucketUnit
 from lightning_superscale.zero.grad_schedule import Departure, GradSchedule, NewGrad
 from lightning_superscale.zero.grads_in_param import GradsInParam
@@ -70,7 +71,7 @@ class BucketTransport:
         self._place: dict[nn.Parameter, tuple[BucketUnit, int]] = {}
         self._hooks: dict[nn.Parameter, RemovableHandle] = {}
         self._observed: dict[nn.Parameter, None] = {}
-        self._late_gathers = LateGathers(ranks.gather)
+        self._late_gathers: Gathers = LateGathers(ranks.gather) if grouping.block_of else GatherThread(ranks.gather)
         self._of_index: dict[int, BucketUnit] = {}
         self.units: list[BucketUnit] = []
         self.add_params(named_params)
@@ -231,12 +232,20 @@ class BucketTransport:
 
     # Weights
 
+    def take_edits(self) -> list[nn.Parameter]:
+        return [param for unit in self.units for param in unit.take_edits()]
+
     def publish(self, unit: ShardUnit, event: PublishEvent | None, stepped: Sequence[int]) -> None:
         """Start or queue the gather of the stepped weights, and hand the unit's store what it has to wait for.
 
         Every rank calls it for the same units in the same order.
         """
         bucket = self._of_index[unit.index]
+        self._start_publishing(bucket, event, stepped)
+        if bucket.is_aliased:
+            bucket.store.wait_new()  # a view that user code keeps can't wait
+
+    def _start_publishing(self, bucket: BucketUnit, event: PublishEvent | None, stepped: Sequence[int]) -> None:
         bucket.mark_stepped(stepped)
         if bucket.is_whole:
             if event is not None:
@@ -268,6 +277,7 @@ class BucketTransport:
     def close(self) -> None:
         """Remove every hook and give parameters their own storage back."""
         self.wait_all_published()
+        self._late_gathers.close()
         self._in_param.close()
         for hook in self._hooks.values():
             hook.remove()

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
+from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.layout.rows import ParamSpec, UnitLayout, shard_rows, unit_layout
 from lightning_superscale.ops.cpu.memory import RecycledMemory
-from lightning_superscale.optim.unit import OnDevice, WeightStore, slice_view
-from lightning_superscale.torch_private import version_of
+from lightning_superscale.optim.unit import slice_view
+from lightning_superscale.optim.weights.store import OnDevice, WeightStore
+from lightning_superscale.torch_private import num_owners_of, version_of
 from lightning_superscale.zero.packing import RankedRows
 
 
@@ -31,6 +33,7 @@ class BucketUnit:
         views: each parameter's whole weight, as a view of `weights`.
         is_streamed: whether it was given `streams_to`.
         store: keeps the weights between their uses.
+        is_aliased: whether user code keeps views of `weights`, as far as `take_edits` has seen.
     """
 
     def __init__(
@@ -58,19 +61,22 @@ class BucketUnit:
         self._gathered: Tensor | None = None
         self._rows_of_ranks: list[list[Tensor]] = []
         self._num_steps = [0] * len(self.params)
-        self.store: WeightStore = OnDevice()
         first = self.params[0]
         self.weights = torch.zeros(self.full.shard_numel, dtype=first.dtype, device=streams_to or first.device)
         self.views = tuple(
             self.weights[piece.offset : piece.offset + piece.numel].view(piece.local_shape)
             for piece in self.full.slices
         )
+        self._num_owners = 0
+        self.is_aliased = False
         if streams_to is not None:
+            self.store: WeightStore = OnDevice()
             self.weights.untyped_storage().resize_(0)
             return
         for view, param in zip(self.views, self.params, strict=True):
             view.copy_(param.detach())
             param.data = view
+        self.store = OnDevice(self.params)
 
     def keep_in(self, store: WeightStore) -> None:
         """Set the store, which fills the buffer of a streamed unit."""
@@ -101,6 +107,42 @@ class BucketUnit:
     def edits_of(self, i: int) -> int:
         """A number that grows when anything but a step changes weight i in place."""
         return version_of(self.params[i]) - self._num_steps[i]
+
+    def seal(self) -> None:
+        """Note that all views of `weights` are this package's own, before user code can make any."""
+        self._num_owners = num_owners_of(self.weights.untyped_storage())
+
+    def take_edits(self) -> list[nn.Parameter]:
+        """The parameters that user code may have changed without raising their versions, since the last call.
+
+        Called between a backward and its step, when no new weights are under way. A parameter that was given other
+        memory (`param.data = ...`) is given the unit's again, with the values that it has.
+
+        Raises:
+            SuperScaleError: it was given another shape, dtype or device; names the parameter.
+        """
+        if self.is_streamed:
+            return self.store.watch.take_edited()
+        self.is_aliased = num_owners_of(self.weights.untyped_storage()) > self._num_owners
+        if self.is_aliased:  # any of the weights may be read or written through such a view at any time
+            self._take_assigned()
+            return list(self.params)
+        return [*self.store.watch.take_edited(), *self._take_assigned()]
+
+    def _take_assigned(self) -> list[nn.Parameter]:
+        assigned = []
+        for param, view, piece in zip(self.params, self.views, self.full.slices, strict=True):
+            if param.data_ptr() == view.data_ptr() or not piece.numel:
+                continue
+            if (param.shape, param.dtype, param.device) != (view.shape, view.dtype, view.device):
+                raise SuperScaleError(
+                    f"parameter {piece.fqn!r} was given other memory (param.data = ...) of shape {tuple(param.shape)}, "
+                    f"{param.dtype}, on {param.device}; expected {tuple(view.shape)}, {view.dtype}, on {view.device}."
+                )
+            view.copy_(param.detach())
+            param.data = view
+            assigned.append(param)
+        return assigned
 
     # Gradients out
 
@@ -161,9 +203,11 @@ class BucketUnit:
                     row_numel = piece.spec.row_numel
                     spans.append(self.weights[piece.offset + start * row_numel : piece.offset + stop * row_numel])
                 self._rows_of_ranks.append(spans)
+                self._num_owners += len(spans)
         return self._rows_of_ranks
 
     def release(self) -> None:
         """Copy every parameter's weight into a storage of its own."""
+        self.store.close()
         for param in self.params:
             param.data = param.detach().clone()

@@ -19,7 +19,8 @@ from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.optim.bucketing import Grouping, NamedParam
 from lightning_superscale.optim.grad_dtypes import AS_WEIGHTS, GradientDtypes
 from lightning_superscale.optim.transport import IsScaling
-from lightning_superscale.optim.unit import DeltaSink, GradientDelta, Incoming, PublishEvent, ShardUnit, check_dense
+from lightning_superscale.optim.unit import DeltaSink, GradientDelta, PublishEvent, ShardUnit, check_dense
+from lightning_superscale.optim.weights.store import Incoming
 from lightning_superscale.zero.buckets.transport import BucketTransport
 from lightning_superscale.zero.fsdp2.accumulated_grads import UnshardedGrads, lost_gradients, show_rows
 from lightning_superscale.zero.fsdp2.gather_order import OrderDeparted
@@ -270,6 +271,10 @@ class Fsdp2Transport:
 
     # Weights
 
+    def take_edits(self) -> list[nn.Parameter]:
+        own = [param for unit in self._units.values() for param in unit.store.watch.take_edited()]
+        return [*own, *self._buckets.take_edits()]
+
     def publish(self, unit: ShardUnit, event: PublishEvent | None, stepped: Sequence[int]) -> None:
         """Reshard the unit's group and let its store wait for the new rows, or gather the unit if it is a bucket.
 
@@ -316,6 +321,8 @@ class Fsdp2Transport:
         self.wait_all_published()
         self._waiting.clear()
         self._buckets.close()
+        for unit in self._units.values():
+            unit.store.close()
         self._sharded.detach(self)
 
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from lightning_superscale.comm.dtensor import local_rows_of, tensor_shape
 from lightning_superscale.layout.rows import ParamSpec, UnitLayout, unit_layout
-from lightning_superscale.optim.unit import OnDevice, WeightStore, slice_view
+from lightning_superscale.optim.unit import slice_view
+from lightning_superscale.optim.weights.store import OnDevice, WeightStore
 from lightning_superscale.zero.packing import RankedRows
 
 
@@ -43,7 +44,7 @@ class Fsdp2Unit:
         self.has_whole_weights = False
         self._shard_world_size = shard_world_size
         self._ranked = RankedRows(self.shard, shard_world_size)
-        self.store: WeightStore = OnDevice()
+        self.store: WeightStore = OnDevice(self.params)
         self._inbox: Tensor | None = None
         for piece, param in zip(self.shard.slices, self.params, strict=True):
             found = tuple(local_rows_of(param).shape)
@@ -64,6 +65,9 @@ class Fsdp2Unit:
 
     def local_rows(self, i: int) -> Tensor:
         return local_rows_of(self.params[i]).view(-1)
+
+    def seal(self) -> None:
+        return
 
     def inbox(self) -> Tensor:
         if self._inbox is None:

@@ -67,7 +67,7 @@ KINDS = pytest.mark.parametrize("is_gathered", [False, True], ids=["stepped here
 def test_a_use_waits_for_new_weights_once(is_gathered):
     weights = flowing(2 if is_gathered else 1)
     new = step(weights, is_gathered=is_gathered)
-    assert not are_twos(weights)
+    assert new.said == []
     weights.acquire()
     weights.acquire()
     assert new.said == ["wait"]
@@ -76,6 +76,16 @@ def test_a_use_waits_for_new_weights_once(is_gathered):
     weights.release()
     weights.synchronize()
     assert are_twos(weights)
+
+
+@KINDS
+def test_a_read_between_uses_waits_for_new_weights_once(is_gathered):
+    weights = flowing(2 if is_gathered else 1)
+    new = step(weights, is_gathered=is_gathered)
+    assert new.said == []
+    assert are_twos(weights)
+    assert are_twos(weights)
+    assert new.said == ["wait"]
 
 
 @KINDS

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from lightning_superscale.ops.events import Done
-from lightning_superscale.optim.unit import Incoming, OnDevice, Uploaded
+from lightning_superscale.optim.weights.store import Incoming, OnDevice, Uploaded
 
 
 class Event:

@@ -1,0 +1,167 @@
+"""The classes of watched parameters: one for ordinary times, and one whose operations wait for new weights first.
+
+See [Note: Watched weights] in watch.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from lightning_superscale.comm.dtensor import write_whole
+from lightning_superscale.torch_private import (
+    has_own_torch_function,
+    operations_without_reads,
+    tree_leaves,
+    without_torch_function,
+)
+
+# DTensor's own methods, which hand the parameter to an autograd function instead of an operation.
+_READING_METHODS = ("to_local", "full_tensor", "redistribute")
+
+_data: Any = Tensor.data  # the descriptor, which torch's stubs declare as a tensor
+_thread = threading.local()
+
+
+class Watcher(Protocol):
+    """Is told what happens to the parameters of one unit."""
+
+    def forget(self, param: nn.Parameter) -> None:
+        """Watch a parameter no longer, which has its own class again."""
+
+    def on_read(self, param: nn.Parameter) -> None:
+        """Wait for a parameter that is about to be read or written. Any thread may call it."""
+
+    def note_edit(self, param: nn.Parameter) -> None:
+        """Note that code may change a parameter without raising its version."""
+
+
+watcher_of: dict[int, Watcher] = {}
+"""By id of the parameter, as long as a unit holds it."""
+
+
+@contextmanager
+def arriving() -> Iterator[None]:
+    """While open, reads of parameters by this thread wait for nothing: it brings their new weights."""
+    _thread.is_arriving = True
+    try:
+        with without_torch_function():
+            yield
+    finally:
+        _thread.is_arriving = False
+
+
+def set_data(param: nn.Parameter, value: Tensor) -> None:
+    """Do `param.data = value` for this package, which is no edit and waits for nothing."""
+    with without_torch_function():
+        _data.__set__(param, value)
+
+
+def data_ptr_of(param: nn.Parameter) -> int:
+    """The address of a parameter's first element; waits for nothing."""
+    with without_torch_function():
+        return param.data_ptr()
+
+
+@functools.cache
+def watched_classes(cls: type[Any]) -> tuple[type[Any], type[Any]]:
+    """Two subclasses of a parameter's class: one for ordinary times, and one for the time in which reads wait.
+
+    The former runs operations as `cls` does, at the same cost, and notes uses of `param.data`.
+    """
+    if hasattr(cls, "plain_class"):
+        return watched_classes(cls.plain_class)
+    quiet = _quiet_class(cls)
+    return quiet, _late_class(cls, quiet)
+
+
+def _subclass(base: type[Any], cls: type[Any], members: dict[str, Any]) -> type[Any]:
+    # Without slots of its own, so that its instances have the layout that instances of `cls` have.
+    return type(
+        cls.__name__, (base,), {"__slots__": (), "__module__": cls.__module__, "__doc__": cls.__doc__, **members}
+    )
+
+
+def _quiet_class(cls: type[Any]) -> type[Any]:
+    def as_plain(name: str) -> Callable[..., Any]:
+        """The class's own method, which makes a copy: of the class that the parameter has outside of a run."""
+
+        def method(self: Any, *args: Any) -> Any:
+            _on_read(self)
+            watched, self.__class__ = type(self), cls
+            try:
+                return getattr(self, name)(*args)
+            finally:
+                self.__class__ = watched
+
+        return method
+
+    def read_data(self: Any) -> Any:
+        _note_edit(self)
+        return _data.__get__(self)
+
+    def write_data(self: Any, value: Tensor) -> None:
+        _note_edit(self)
+        if isinstance(self, DTensor):  # the shards' memory is FSDP2's, which would not see that they have another
+            _on_read(self)
+            with torch.no_grad():
+                self.copy_(value) if isinstance(value, DTensor) else write_whole(self, value)
+        else:
+            _data.__set__(self, value)
+
+    copying = {name: as_plain(name) for name in ("__deepcopy__", "__reduce_ex__")}
+    return _subclass(cls, cls, {**copying, "data": property(read_data, write_data), "plain_class": cls})
+
+
+def _late_class(cls: type[Any], quiet: type[Any]) -> type[Any]:
+    # An operation handler of the class's own may do more than the operation, so all wait.
+    reads_nothing = frozenset() if has_own_torch_function(cls) else operations_without_reads()
+
+    def torch_function(
+        late: type[Any], func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in reads_nothing:
+            with without_torch_function():
+                return func(*args, **kwargs)
+        _on_read((args, kwargs))
+        return func(*args, **kwargs)
+
+    def reading(name: str) -> Callable[..., Any]:
+        method = getattr(cls, name)
+
+        @functools.wraps(method)
+        def read_first(self: Any, *args: Any, **kwargs: Any) -> Any:
+            _on_read(self)
+            return method(self, *args, **kwargs)
+
+        return read_first
+
+    methods = {name: reading(name) for name in _READING_METHODS if hasattr(cls, name)}
+    handler = {"__torch_function__": classmethod(torch_function), "waits_for_reads": True}
+    return _subclass(quiet, cls, {**handler, **methods})
+
+
+def _on_read(args: Any) -> None:
+    if getattr(_thread, "is_arriving", False):
+        return
+    for arg in tree_leaves(args):
+        if getattr(type(arg), "waits_for_reads", False):
+            watcher = watcher_of.get(id(arg))
+            if watcher is None:
+                arg.__class__ = type(arg).plain_class
+            else:
+                watcher.on_read(arg)
+
+
+def _note_edit(param: Any) -> None:
+    watcher = watcher_of.get(id(param))
+    if watcher is not None:
+        watcher.note_edit(param)
