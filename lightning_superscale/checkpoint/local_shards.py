@@ -1,4 +1,4 @@
-"""What this rank holds of a tensor, whatever kind of tensor says it."""
+"""This rank's shards of a tensor of any kind: plain, DTensor, ShardedTensor, or a box of another library."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from lightning_superscale.torch_private import sharded_tensor_type
 
 @runtime_checkable
 class LocalBoxLike(Protocol):
-    """A rank's part of a tensor, described by whoever cut it.
+    """A rank's box of a tensor, with the shape of the unsharded tensor and the place of the box in it.
 
     Attributes:
-        shape: of the whole.
-        offset: first index of the part along each tensor dim.
-        tensor: the part's values.
+        shape: shape of the unsharded tensor.
+        offset: first index of the box along each tensor dim.
+        tensor: values of the box, of its shape; empty on a rank that has none.
     """
 
     @property
@@ -32,17 +32,20 @@ class LocalBoxLike(Protocol):
 
 
 def is_tensor_like(value: Any) -> bool:
-    """Whether `local_shards` knows what a value holds."""
+    """Whether `local_shards` takes a value of this kind."""
     return isinstance(value, (Tensor, sharded_tensor_type())) or (
         isinstance(value, LocalBoxLike) and hasattr(value, "offset")
     )
 
 
 def local_shards(value: Any) -> tuple[tuple[int, ...], torch.dtype, tuple[LocalShard, ...]]:
-    """Shape and dtype of the whole tensor, and this rank's parts of it; issues nothing.
+    """Shape and dtype of the unsharded tensor, and this rank's shards of it; no collective is issued.
 
     Args:
-        value: a tensor that is whole, a DTensor, FSDP's ShardedTensor, or a LocalBoxLike.
+        value: a plain tensor, a DTensor, FSDP's ShardedTensor, or a LocalBoxLike. A plain tensor counts as unsharded.
+
+    Returns:
+        The shards' tensors are detached views of the value's memory.
     """
     if isinstance(value, sharded_tensor_type()):
         shards = tuple(

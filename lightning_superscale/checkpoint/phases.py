@@ -18,16 +18,17 @@ _Answer = TypeVar("_Answer")
 
 
 def attempt(mesh: DataMesh, work: Callable[[], _Answer], failed: str) -> list[_Answer]:
-    """Do one phase, and hear how it went elsewhere ([Note: Phases]). Every rank calls it.
+    """Do one phase, and learn how it went on the other ranks ([Note: Phases]). Every rank calls it.
 
     Args:
-        failed: what an error means for the caller.
+        work: this rank's part of the phase; its answer must be picklable.
+        failed: the beginning of the error's message, e.g. "the snapshot failed".
 
     Returns:
         Every rank's answer, by rank.
 
     Raises:
-        CheckpointError: on every rank, when any failed or was lost; names it and its reason.
+        CheckpointError: on every rank, when any rank failed or was lost; names that rank and its reason.
     """
     answer, error = None, None
     try:

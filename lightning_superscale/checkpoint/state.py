@@ -1,7 +1,7 @@
-"""The vocabulary of checkpoints: what a training state is made of, and what this rank holds of it.
+"""The vocabulary of checkpoints: the tensors, optimizers and values of a training state, and a rank's shards of them.
 
-Strategies describe their state with it, our format and every foreign one is read through it, and neither knows the
-other.
+Strategies describe their state with these types, and checkpoints of every format are read through them, so that no
+strategy knows a format and no format knows a strategy.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ EXTRA = "extra"
 
 
 def optimizer_section(index: int) -> str:
-    """The section of the `index`-th optimizer's states."""
+    """The section of a TensorKey for states of the `index`-th optimizer, counted from 0."""
     return f"optimizer.{index}"
 
 
@@ -34,8 +34,9 @@ class TensorKey:
 
     Attributes:
         section: "model", "optimizer.<index>", or "extra" for tensors in the rest of Lightning's state.
-        name: of a parameter or buffer, as the LightningModule's state_dict() has it; of an extra, where it lies.
-        state: of an optimizer's tensor, the key in the parameter's state ("exp_avg", "step", any other), or
+        name: of a parameter or buffer, its name in the LightningModule's state_dict(); of an extra, its place in
+            Lightning's state.
+        state: of an optimizer's tensor, its key in the parameter's state ("exp_avg", "step", any other), or
             "master_param"; otherwise "".
     """
 
@@ -49,12 +50,14 @@ class TensorKey:
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """A whole tensor, as every rank knows it.
+    """Description of an unsharded tensor, the same on every rank.
 
     Attributes:
-        role: "model" a weight, "buffer" a buffer, "master" an fp32 (or other) master weight, "state" an optimizer's
-            tensor of the parameter's shape, "scalar" one without dims or of a shape of its own, "extra" the rest.
-        trainable: of "model": whether it has gradients; frozen weights are saved like all others.
+        shape: shape of the unsharded tensor.
+        role: "model" for a weight, "buffer" for a buffer, "master" for an fp32 (or other) master weight, "state" for an
+            optimizer's tensor of the parameter's shape, "scalar" for an optimizer's tensor without dims or of another
+            shape, "extra" for all others.
+        trainable: whether a weight ("model") has gradients; frozen weights are saved like all others.
     """
 
     dtype: torch.dtype
@@ -65,11 +68,12 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class LocalShard:
-    """A part of a tensor that this rank holds.
+    """A box of a tensor that this rank holds.
 
     Attributes:
-        tensor: the part's values, of shape `box.size` and any device; the memory that training uses, so whoever
-            keeps it past the call copies it.
+        box: the place of the shard in the unsharded tensor.
+        tensor: the shard's values, of shape `box.size` and any device. It is the memory that training uses, so code
+            that keeps the values past its call copies them.
     """
 
     box: Box
@@ -78,14 +82,14 @@ class LocalShard:
 
 @dataclass(frozen=True, slots=True)
 class OptimizerRecord:
-    """The state of an optimizer that is not tensors.
+    """The part of an optimizer's state that is not its parameters' tensors.
 
     Attributes:
-        class_name: such as "AdamW".
+        class_name: name of the optimizer's class, such as "AdamW".
         groups: each parameter group's options (lr, betas, ...; numbers, strings, booleans, lists, tuples, None).
         names: each group's parameters, by name, in the optimizer's order.
-        values: by parameter name and state key, entries of the parameter's state that are not tensors.
-        rule: what belongs to no parameter: numbers and small tensors by name, of the rule that stepped it.
+        values: entries of the parameters' states that are not tensors, by parameter name and state key.
+        rule: state of the update rule that belongs to no parameter: numbers and small tensors, by name.
     """
 
     class_name: str
@@ -97,15 +101,16 @@ class OptimizerRecord:
 
 @dataclass(frozen=True, slots=True)
 class LocalState:
-    """A training state as one rank has it; every rank's shards together cover every tensor.
+    """A training state as one rank has it; all ranks' shards together cover every tensor.
 
     Attributes:
         tensors: all tensors of the state, the same on every rank.
-        shards: this rank's parts. Where ranks hold equal copies, each gives its copy, and the writer shares the work.
-        optimizers: by index.
-        aliases: name of a tied parameter or buffer -> the name under which its tensor is.
-        rest: Lightning's checkpoint without tensors of the above: loops, callbacks, schedulers, hyperparameters,
-            versions; rank 0's is written.
+        shards: this rank's shards of each tensor. Where ranks hold equal copies, each gives its copy, and the writer
+            divides the work among them.
+        optimizers: a record for each optimizer, by index.
+        aliases: name of a tied parameter or buffer -> the name under which its tensor is saved.
+        rest: Lightning's checkpoint without the weights and the optimizers' states: loops, callbacks, schedulers,
+            hyperparameters, versions. Only rank 0's is written.
     """
 
     tensors: dict[TensorKey, TensorInfo]
@@ -117,11 +122,12 @@ class LocalState:
 
 @dataclass(frozen=True, slots=True)
 class ReadRequest:
-    """Fill `out` with a part of a tensor.
+    """A request to fill `out` with the values of a box of a tensor.
 
     Attributes:
-        out: of shape `box.size`, any device, contiguous or not. Of another dtype than the tensor's only where the
-            caller wants the values converted, as `Tensor.copy_` does.
+        box: the wanted box, in the unsharded tensor.
+        out: a plain tensor of shape `box.size`, on any device, contiguous or not. Values are converted to its dtype as
+            `Tensor.copy_` does.
     """
 
     key: TensorKey
@@ -130,11 +136,15 @@ class ReadRequest:
 
 
 class StateSource(Protocol):
-    """A training state that lies in a checkpoint of any format; opening one reads no tensor's values.
+    """A training state in a checkpoint of any format; opening one reads no tensor's values.
 
     Attributes:
-        path: what was opened, for messages.
+        path: path or URL of the checkpoint, for messages.
         step: optimizer steps taken; None where the format does not say.
+        tensors: all tensors of the checkpoint but those within `rest`.
+        optimizers: a record for each optimizer, by index.
+        aliases: name of a tied parameter or buffer -> the name under which its tensor is saved.
+        rest: Lightning's part of the state (`LocalState.rest`), with its tensors on the host.
     """
 
     @property
@@ -151,11 +161,12 @@ class StateSource(Protocol):
     def rest(self) -> dict[str, Any]: ...
 
     def read(self, requests: Sequence[ReadRequest]) -> None:
-        """Fill each request, in bounded memory. Every rank of the mesh that it was opened with calls it.
+        """Fill each request, in bounded memory. Every rank of the mesh that the source was opened with calls it.
 
         Raises:
-            CheckpointError: a tensor or box that the checkpoint does not have, or bytes that are damaged (which file,
-                tensor and block).
+            CheckpointError: a tensor or box that the checkpoint does not have, or damaged bytes; names the file, tensor
+                and block.
         """
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Close the checkpoint's files; nothing can be read after it."""

@@ -1,11 +1,12 @@
-"""Segments that several ranks want: read by one, sent to the others, in rounds that overlap.
+"""Segments that several ranks want: one of the ranks reads each and sends it to the others, in rounds that overlap.
 
 [Note: Rounds] While the messages of one round travel, the next one is read and packed, and the one before is scattered.
-Each of the three has its own part of the memory. Who reads a segment packs and scatters it at once, while it is in the
-core's cache.
+Each of the three has its own part of the memory. The thread that reads a segment packs and scatters it at once, while
+it is in the core's cache.
 
 [Note: One host] Ranks of one host don't send. Each reads into memory that all of them map, they agree that a round is
-there, and the others scatter from it. Who agrees has scattered the round before, so after that its memory is free.
+read, and the others scatter from it. A rank agrees only once it has scattered the round before, so after the agreement
+the memory of that round is free.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ Read = Callable[[Segment, Tensor], int]
 
 
 class _Round:
-    """Transfers that travel at once, as one rank sees them."""
+    """One rank's work in a round: the messages that it sends and receives, and its reads and copies in flight."""
 
     def __init__(self) -> None:
         self.sent: list[tuple[Tensor, list[int]]] = []
@@ -42,11 +43,14 @@ class _Round:
 
 
 class Sharing:
-    """Reads and exchanges segments, to fill what ranks asked for ([Note: Rounds]).
+    """Reads and exchanges segments, to fill the requests of all ranks ([Note: Rounds]).
 
     Args:
-        read: fills the beginning of a buffer with a segment's bytes, verified; how many these are.
-        errors: takes what goes wrong here, for the caller to tell all ranks once nobody waits any more.
+        mesh: the ranks that read together.
+        mine: this rank's requests.
+        read: fills the beginning of a flat uint8 buffer with a segment's bytes, verified, and returns their number.
+        threads: threads that read and scatter.
+        errors: takes this rank's errors, for the caller to raise on all ranks once no rank waits for another.
     """
 
     def __init__(
@@ -60,16 +64,18 @@ class Sharing:
         self._errors = errors
 
     def run_mapped(self, transfers: Sequence[Transfer]) -> int | None:
-        """Bytes that this rank read into memory of the host ([Note: One host]). Every rank calls it.
+        """Read shared segments into memory that all ranks map, and fill requests ([Note: One host]).
+
+        Every rank calls it. A rank that can't read adds its error to `errors` and goes on, so that no rank waits.
 
         Args:
-            transfers: of `mapped_transfer_of`, the same on every rank.
+            transfers: results of `mapped_transfer_of`, the same on every rank.
 
         Returns:
-            None, and nothing was done, where ranks can't map one another's memory.
+            Bytes that this rank read; None, and nothing was done, where ranks can't map one another's memory.
         """
         world_size = self._mesh.world.size
-        # Small, so that caches hold what one core wrote until another reads it.
+        # Rounds are small, so that caches hold the bytes that one core wrote until another reads them.
         rounds = rounds_of(transfers, segments.ROUND_BYTES // 4, is_mapped=True)
         room = max((_room(those, rank, is_mapped=True) for those in rounds for rank in range(world_size)), default=0)
         num_areas = min(len(rounds), _ROUNDS_IN_MEMORY)
@@ -92,9 +98,17 @@ class Sharing:
         return nbytes
 
     def run(self, transfers: Sequence[Transfer], others: Others) -> int:
-        """Bytes that this rank read and sent. Every rank calls it, with the same transfers, of `transfer_of`.
+        """Read shared segments, send them to the ranks that want them, and fill requests ([Note: Rounds]).
 
-        A rank that can't read sends what it has, so that nobody waits, and adds its error to `errors`.
+        Every rank calls it. A rank that can't read sends its memory as it is, so that no rank waits, and adds its error
+        to `errors`.
+
+        Args:
+            transfers: results of `transfer_of`, the same on every rank.
+            others: the other ranks' read items.
+
+        Returns:
+            Bytes that this rank read.
         """
         planned = rounds_of(transfers)
         room = max((_room(those, self._rank) for those in planned), default=0)
@@ -106,7 +120,7 @@ class Sharing:
         for i in range(len(planned)):
             for j in range(len(rounds), min(i + 2, len(planned))):
                 if j >= _ROUNDS_IN_MEMORY:
-                    self._finish(rounds[j - _ROUNDS_IN_MEMORY].scattering)  # its memory is taken over
+                    self._finish(rounds[j - _ROUNDS_IN_MEMORY].scattering)  # round j takes over its memory
                 rounds.append(self._begin(planned[j], memory[j % _ROUNDS_IN_MEMORY], others, buffers))
             now = rounds[i]
             nbytes += self._finish(now.reading)
@@ -117,7 +131,7 @@ class Sharing:
         return nbytes
 
     def _begin_mapped(self, transfers: Sequence[Transfer], area: Sequence[Tensor]) -> _Round:
-        """Place a round in the memory of its readers, and start to read this rank's part."""
+        """Place a round's segments in the memory of their readers, and start to read this rank's segments."""
         begun, used = _Round(), [0] * len(area)
         for transfer in transfers:
             reader = transfer.segment.reader
@@ -130,7 +144,7 @@ class Sharing:
         return begun
 
     def _begin(self, transfers: Sequence[Transfer], memory: Tensor, others: Others, buffers: Buffers) -> _Round:
-        """Divide the memory among a round's messages, and start to read what this rank sends."""
+        """Divide the memory among a round's messages, and start to read the segments that this rank sends."""
         begun, used = _Round(), 0
 
         def take(nbytes: int) -> Tensor:
@@ -198,5 +212,5 @@ def _aligned(nbytes: int) -> int:
 
 
 def _room(transfers: Sequence[Transfer], rank: int, *, is_mapped: bool = False) -> int:
-    """Bytes of a round's messages in a rank's memory."""
+    """Bytes of a rank's memory that a round's messages take; of mapped memory, those that the rank reads itself."""
     return sum(_aligned(each.held(rank)) for each in transfers if not is_mapped or each.segment.reader == rank)

@@ -1,9 +1,9 @@
-"""Loading: a checkpoint as a source of boxes, for any number of ranks with any layout.
+"""Loading: a universal checkpoint as a StateSource, for any number of ranks with any layout.
 
-[Note: Reading once] Ranks say which boxes they need, and which blocks of which files hold them. A block that several
-need is read by one of them, which sends each other rank what that needs of it, in rounds of bounded size
-([Note: Rounds] in `exchange.py`). So however many ranks there are, the files are read once, and a rank needs no more
-memory than a few segments beside what it fills.
+[Note: Reading once] Ranks tell one another which boxes they need, and which blocks of which files hold them. A block
+that several ranks need is read by one of them, which sends each other rank the part that it needs, in rounds of bounded
+size ([Note: Rounds] in `exchange.py`). So the files are read once, for any number of ranks, and beside the tensors that
+it fills a rank needs memory for a few segments only.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from lightning_superscale.layout.box import whole_box
 
 
 def is_checkpoint(path: str) -> bool:
-    """Whether a checkpoint of this format lies at a path or URL; its content is not looked at."""
+    """Whether a path or URL has the manifest of a checkpoint of this format; its content is not looked at."""
     try:
         folder = open_folder(path)
     except CheckpointError:
@@ -57,14 +57,15 @@ def open_checkpoint(path: str, mesh: DataMesh | None = None, *, check_first: boo
     """Open a checkpoint. Every rank of the mesh calls it; none reads values yet.
 
     Args:
-        mesh: ranks that are going to read together; None reads alone.
-        check_first: let `read` verify every block that it needs before it fills the first tensor, so that damage is
-            found while nothing has changed. Costs a second pass over the bytes, from the page cache where they fit.
-            None: on local file systems. Without it blocks are verified as they are read; when that finds damage,
-            tensors hold some of what was read.
+        path: path or URL of the checkpoint; the same on every rank.
+        mesh: ranks that are going to read together; None where this process reads alone.
+        check_first: whether `read` verifies every block that it needs before it fills the first tensor, so that damage
+            is found while nothing has changed. Costs a second pass over the bytes, from the page cache where they fit.
+            None for true on local file systems only. With false, blocks are verified as they are read, and tensors are
+            filled in part when a block turns out to be damaged.
 
     Raises:
-        CheckpointError: on every rank: there is none, it is damaged or incomplete, or it needs a newer reader.
+        CheckpointError: on every rank: there is no checkpoint, it is damaged or incomplete, or needs a newer reader.
     """
     mesh = mesh or single_mesh()
     failed = f"{path} can't be loaded"
@@ -97,7 +98,11 @@ def open_checkpoint(path: str, mesh: DataMesh | None = None, *, check_first: boo
 
 
 def check_sizes(folder: Folder, manifest: Manifest) -> None:
-    """Raises: CheckpointError: a file that the manifest names is missing, or has another size."""
+    """Check that the files of the manifest exist and have their sizes.
+
+    Raises:
+        CheckpointError: a file is missing, or has another size; names it.
+    """
     for name, file in manifest.files.items():
         size = folder.size(name)
         if size != file.size:
@@ -111,10 +116,10 @@ class SavedState:
     """A checkpoint of our own format, as a `StateSource`.
 
     Attributes:
-        path: what was opened.
-        manifest: all that is known without reading values.
+        path: path or URL of the checkpoint.
+        manifest: the checkpoint's manifest.
         bytes_read: bytes of data files that this rank has read to fill tensors.
-        bytes_checked: bytes that it has read before only to verify them.
+        bytes_checked: bytes of data files that this rank has read only to verify them.
     """
 
     def __init__(self, path: str, mesh: DataMesh, folder: Folder, manifest: Manifest, check_first: bool) -> None:
@@ -134,7 +139,7 @@ class SavedState:
 
     @cached_property
     def tensors(self) -> Mapping[TensorKey, TensorInfo]:
-        """All but those within `rest`."""
+        """All tensors of the checkpoint but those within `rest` and the optimizers' groups and values."""
         return {key: record.info for key, record in self.manifest.tensors.items() if key.section != EXTRA}
 
     @property
@@ -143,7 +148,7 @@ class SavedState:
 
     @cached_property
     def optimizers(self) -> tuple[OptimizerRecord, ...]:
-        """Reads the few tensors within them; each rank for itself."""
+        """A record for each optimizer, with its tensors on the host. Each rank that uses it reads it for itself."""
         return tuple(
             OptimizerRecord(
                 class_name=str(fields["class"]),
@@ -160,7 +165,7 @@ class SavedState:
         """Lightning's part of the state, with its tensors on the host; each rank reads it for itself.
 
         Raises:
-            CheckpointError: damage, or a class that is not known as safe; says how to allow it.
+            CheckpointError: the content is damaged, or of a class that is not known as safe; says how to allow it.
         """
         value = rest_json.decode(self.rest_json, "rest", self._extra)
         if not isinstance(value, dict):
@@ -169,15 +174,15 @@ class SavedState:
 
     @cached_property
     def rest_json(self) -> Any:
-        """`rest` in its JSON form, which can be looked at without constructing anything."""
+        """The content of rest.json, from which `rest` is decoded; no object of a saved class is constructed."""
         return rest_json.parse(self._whole_file(REST_NAME), f"{self.path}/{REST_NAME}")
 
     def read(self, requests: Sequence[ReadRequest]) -> None:
         """Fill each request. Every rank of the mesh calls it, with its own requests, also with none.
 
         Raises:
-            CheckpointError: on every rank: something the checkpoint does not have, or damage (which file, block and
-                tensor).
+            CheckpointError: on every rank: a tensor or box that the checkpoint does not have, or damaged bytes; names
+                the file, block and tensors.
         """
         mine = Filling(requests)
 
@@ -212,12 +217,13 @@ class SavedState:
             attempt(self._mesh, lambda: self._read_alone(alone, mine, threads, errors), failed)
 
     def check_all(self) -> None:
-        """Verify every block of every tensor, divided among the ranks; reads then verify only what they read.
+        """Verify every block of every tensor, divided among the ranks. Every rank calls it.
 
-        For who changes one thing after the other and must know before the first. Every rank calls it.
+        For callers of several `read`s, which must know of damage before the first one changes anything. Later reads
+        verify blocks as they are read, and make no pass of their own for it.
 
         Raises:
-            CheckpointError: on every rank: damage (which file, block and tensor).
+            CheckpointError: on every rank: a block is damaged; names the file, block and tensors.
         """
         files = {chunk.file for record in self.manifest.tensors.values() for chunk in record.chunks}
         blocks = {file: [(0, -(-self.manifest.files[file].size // BLOCK_BYTES))] for file in files}
@@ -227,6 +233,7 @@ class SavedState:
         self._check_first = False
 
     def close(self) -> None:
+        """Close the checkpoint's folder; nothing can be read after it."""
         self._folder.close()
 
     # Requests
@@ -276,7 +283,7 @@ class SavedState:
         self.bytes_read += sum(threads.map(read, segments))
 
     def _transfers(self, shared: Sequence[Segment], mine: Filling, failed: str) -> list[Transfer]:
-        """Plan how shared segments travel; every rank hears what each wants of them."""
+        """The transfers of shared segments, the same on every rank. Every rank calls it."""
         rank = self._mesh.world.rank
 
         def wanted_bytes() -> array[int]:
@@ -292,12 +299,12 @@ class SavedState:
         return min(segment.stop * BLOCK_BYTES, self.manifest.files[segment.file].size) - segment.first * BLOCK_BYTES
 
     def _read_segment(self, segment: Segment, buffer: Tensor) -> int:
-        """Fill the beginning of `buffer` with a segment's bytes, verified; how many these are."""
+        """Fill the beginning of `buffer` with a segment's bytes, verified. Returns their number."""
         data: memoryview = buffer.numpy().data[: self._nbytes(segment)]
         return self._read_verified(segment, data)
 
     def _read_verified(self, segment: Segment, *outs: memoryview) -> int:
-        """Fill pieces of memory, as long as a segment all together, with its bytes; how many these are."""
+        """Fill buffers, together as long as a segment, with its bytes, verified. Returns their number."""
         sums = self._block_sums(segment.file)
         self._folder.read_into(segment.file, segment.first * BLOCK_BYTES, *outs)
         damaged = sums.first_damaged(segment.first, *outs)
@@ -327,7 +334,7 @@ class SavedState:
         return data
 
     def _extra(self, name: str) -> Tensor:
-        """A tensor within `rest` or an optimizer's groups."""
+        """A tensor within `rest` or an optimizer's record, by its name, read to the host by this rank alone."""
         key = TensorKey(EXTRA, name)
         if key not in self.manifest.tensors:
             raise CheckpointError(f"{key} is not in the checkpoint.")

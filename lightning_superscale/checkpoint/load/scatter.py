@@ -1,4 +1,4 @@
-"""Who wants which verified bytes of files, and where they go."""
+"""Copies of verified bytes from segments of files to the tensors of read requests, on this rank and on others."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ from lightning_superscale.checkpoint.load.segments import (
 from lightning_superscale.checkpoint.state import ReadRequest, TensorKey
 from lightning_superscale.layout.box import Box
 
-# Threads that read, each with a buffer of one segment, which so stays in a core's cache between its checksum and its
-# copy.
+# Threads that read. Each has a buffer of one segment, so that a segment stays in a core's cache between its checksum
+# and its copy.
 READ_THREADS = min(4, os.cpu_count() or 1)
 
 
-# Boxes that a rank wants, as it tells the others: which tensor of the manifest, offset and size.
+# Boxes that a rank wants, as it tells the others: index of the tensor in the manifest, offset and size.
 Wanted = Sequence[tuple[int, tuple[int, ...], tuple[int, ...]]]
 
-# What is read straight to where it is wanted; for less, a copy costs less than a piece of memory of its own.
+# Runs of at least this many bytes are read straight into the request's tensor; shorter ones are cheaper to copy.
 _LEAST_RUN_BYTES = 2**16
 
 _Item = TypeVar("_Item")
 
 
 class _Spans(Generic[_Item]):
-    """Things that lie somewhere in files, found by where they lie."""
+    """Items that each cover a span of a file's bytes, found by the bytes that they cover."""
 
     def __init__(self, items: Iterable[tuple[str, int, int, _Item]]) -> None:
         self._by_file: dict[str, tuple[list[int], list[tuple[int, _Item]]]] = {}
@@ -54,7 +54,7 @@ class _Spans(Generic[_Item]):
             self._longest[file] = max(self._longest.get(file, 0), stop - start)
 
     def over(self, file: str, start: int, stop: int) -> Iterator[_Item]:
-        """What covers any of the bytes [start, stop) of a file, by where it begins, then in the order it was given."""
+        """The items that cover any of bytes [start, stop) of a file, by their first byte, then in the order given."""
         starts, those = self._by_file.get(file, ([], []))
         for i in range(bisect_left(starts, start - self._longest.get(file, 0)), bisect_left(starts, stop)):
             if those[i][0] > start:
@@ -67,7 +67,7 @@ def _bytes_of(segment: Segment) -> tuple[int, int]:
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """A copy of bytes [start, stop) of its file to as many consecutive bytes of host memory."""
+    """Bytes [start, stop) of a read item's file that go, unchanged, to as many consecutive bytes of host memory."""
 
     item: ReadItem
     start: int
@@ -80,8 +80,8 @@ class Destinations:
     """The memory that a segment's bytes are read into.
 
     Attributes:
-        memory: for all its bytes, in order.
-        left: what is to be copied after that.
+        memory: buffers that take all the segment's bytes, one buffer after the other.
+        left: read items whose values must be copied to their requests after the read.
     """
 
     memory: Sequence[memoryview]
@@ -90,6 +90,9 @@ class Destinations:
 
 class Filling:
     """One rank's requests while they are filled.
+
+    Args:
+        requests: the requests of this rank.
 
     Attributes:
         is_pinned: whether buffers are page-locked, for copies to CUDA devices.
@@ -101,14 +104,14 @@ class Filling:
         self._runs: _Spans[_Run] = _Spans(())
         devices = {request.out.device for request in requests if request.out.is_cuda}
         self.is_pinned = bool(devices)
-        # Reader threads have streams of their own; values must be there for what the caller runs next.
+        # Reader threads have streams of their own; copies go to the caller's, so that its next work sees the values.
         self._streams = {device: torch.cuda.current_stream(device) for device in devices}
 
     def take(self, items: Sequence[ReadItem]) -> dict[str, list[tuple[int, int]]]:
-        """Take what fills the requests, and say which blocks hold it, as `blocks_of` does."""
+        """Take the read items of the requests. Returns the blocks that hold their bytes, as `blocks_of` does."""
         self._items = _Spans((item.chunk.file, item.start, item.stop, item) for item in items)
         runs = [(item, self._run_of(item)) for item in items]
-        # What is wanted twice of a chunk, once straight and once not, would lack where it is copied from.
+        # A chunk that is wanted twice, once straight and once not, would have no bytes in the buffer to copy from.
         copied = {(item.chunk.file, item.start) for item, run in runs if run is None}
         self._runs = _Spans(
             (item.chunk.file, run.start, run.stop, run)
@@ -133,12 +136,12 @@ class Filling:
         return _Run(item, start, start + nbytes, memory)
 
     def destinations(self, segment: Segment, spare: Tensor) -> Destinations:
-        """Memory that a segment's bytes can be read into, one piece after the other.
+        """Memory that a segment's bytes can be read into: requests' own tensors where bytes go there unchanged.
 
-        Autograd is told that tensors change.
+        Bumps the version counters of these tensors, so that autograd knows that they change.
 
         Args:
-            spare: as long as the segment; takes what can't go straight to where it is wanted.
+            spare: flat uint8, as long as the segment; takes the bytes that can't go straight to a request's tensor.
         """
         start, stop = _bytes_of(segment)
         between: memoryview = spare.numpy().data
@@ -146,7 +149,7 @@ class Filling:
         at = start
         runs = sorted(self._runs.over(segment.file, start, stop), key=lambda run: run.start)
         for run in runs:
-            if run.start < at and at > start:  # wanted twice
+            if run.start < at and at > start:  # two requests want the same bytes
                 return Destinations([between], list(self._items.over(segment.file, start, stop)))
             first, last = max(run.start, start), min(run.stop, stop)
             memory += [between[at - start : first - start], run.memory[first - run.start : last - run.start]]
@@ -157,24 +160,32 @@ class Filling:
         return Destinations([*memory, between[at - start :]], left)
 
     def scatter_left(self, segment: Segment, destinations: Destinations, spare: Tensor) -> None:
-        """Copy what did not go straight to where it was asked for, once `spare` holds it."""
+        """Copy the items that were not read straight into their requests' tensors, once `spare` holds their bytes."""
         for item in destinations.left:
             for part in parts_of(item, *_bytes_of(segment)):
                 self._fill(part, part.values(spare, segment.first * BLOCK_BYTES))
 
     def parts_of(self, segment: Segment) -> Iterator[ReadItemPart]:
-        """What is wanted of a segment, in the order in which `Others` of its reader has it."""
+        """The parts of this rank's read items in a segment, in the order of its reader's `Others.parts_of`."""
         start, stop = _bytes_of(segment)
         for item in self._items.over(segment.file, start, stop):
             yield from parts_of(item, start, stop)
 
     def scatter(self, segment: Segment, data: Tensor) -> None:
-        """Copy what lies in a segment to where it was asked for."""
+        """Copy the wanted values of a segment to the requests' tensors.
+
+        Args:
+            data: the segment's bytes, flat uint8.
+        """
         for part in self.parts_of(segment):
             self._fill(part, part.values(data, segment.first * BLOCK_BYTES))
 
     def scatter_packed(self, segment: Segment, message: Tensor) -> None:
-        """Copy what was wanted of a segment, and came packed, to where it was asked for."""
+        """Copy the wanted values of a segment from a message that `pack` wrote to the requests' tensors.
+
+        Args:
+            message: the values that this rank wants of the segment, flat uint8.
+        """
         at = 0
         for part in self.parts_of(segment):
             self._fill(part, part.packed_values(message, at))
@@ -190,10 +201,11 @@ class Filling:
 
 
 class Others:
-    """The read items of other ranks, in the segments that this one reads.
+    """The read items of other ranks, in the segments that this rank reads.
 
     Args:
-        wanted: by rank, its boxes of each tensor, in the order of its requests.
+        wanted: each rank's boxes, by rank, in the order of its requests.
+        tensors: all tensors of the manifest, in the order that `wanted` counts them in.
     """
 
     def __init__(self, wanted: Sequence[Wanted], tensors: Mapping[TensorKey, TensorRecord]) -> None:
@@ -212,7 +224,7 @@ class Others:
             self._boxes.append(own)
 
     def parts_of(self, rank: int, segment: Segment) -> Iterator[ReadItemPart]:
-        """What a rank wants of a segment, as its `Filling` has it."""
+        """The parts of a rank's read items in a segment, in the order of that rank's `Filling.parts_of`."""
         start, stop = _bytes_of(segment)
         for key, chunk in self._chunks.over(segment.file, start, stop):
             for i, box in self._boxes[rank].get(key, ()):
@@ -222,7 +234,11 @@ class Others:
 
 
 class Buffers:
-    """A fixed number of buffers of one segment each, taken by turns."""
+    """A pool of one host buffer for each reader thread; a buffer holds one segment, flat uint8.
+
+    Args:
+        is_pinned: whether the buffers are page-locked.
+    """
 
     def __init__(self, is_pinned: bool) -> None:
         self._free: SimpleQueue[Tensor] = SimpleQueue()
@@ -230,6 +246,7 @@ class Buffers:
             self._free.put(torch.empty(SEGMENT_BLOCKS * BLOCK_BYTES, dtype=torch.uint8, pin_memory=is_pinned))
 
     def take(self) -> _Taken:
+        """A context that lends a buffer, once one is free."""
         return _Taken(self._free)
 
 

@@ -1,7 +1,7 @@
-"""From boxes that are wanted to bytes of files: pure geometry.
+"""Which bytes of which files hold the boxes that ranks want, and which rank reads them: pure geometry.
 
-Files are read in whole blocks, since only those can be verified. What several ranks want is read by one of them, which
-sends each other rank what that wants of it.
+Files are read in whole blocks, since only those can be verified. A block that several ranks want is read by one of
+them, which sends each other rank the part that it wants.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from lightning_superscale.checkpoint.save.plan import boxes_between
 from lightning_superscale.checkpoint.state import TensorKey
 from lightning_superscale.layout.box import Box
 
-# Blocks of one read, and bytes that a rank sends or receives in one round of an exchange. Three rounds are in memory:
-# one that is read, one that travels and one that is scattered.
+# Blocks of a segment at most, and bytes that a rank sends or receives in one round of an exchange. Three rounds are in
+# memory: one that is read, one that travels and one that is scattered.
 SEGMENT_BLOCKS = 4
 ROUND_BYTES = 2**25
-# Boxes within a message begin at multiples of this, so that their bytes can be seen as elements of any dtype.
+# Boxes within a message begin at multiples of this, so that their bytes can be viewed as elements of any dtype.
 ALIGN_BYTES = 64
 
+# By file, intervals [first, stop) of blocks, in order.
 Blocks = Mapping[str, Sequence[tuple[int, int]]]
 
 
@@ -33,8 +34,10 @@ class ReadItem:
     """The box that one request takes from one chunk of a file.
 
     Attributes:
-        request: index of the request.
-        box: what both cover, in the tensor.
+        request: index of the request in its rank's requests.
+        chunk: the chunk that holds the box.
+        box: intersection of the request's box and the chunk's, in the unsharded tensor.
+        dtype: dtype of the chunk in its file.
     """
 
     request: int
@@ -59,11 +62,11 @@ class ReadItem:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Consecutive blocks of a file, read at once.
+    """Blocks [first, stop) of a file, read at once.
 
     Attributes:
-        ranks: those that want it, in order.
-        reader: the one of them that reads it.
+        ranks: ranks that want the segment, in order.
+        reader: the one of these ranks that reads it.
     """
 
     file: str
@@ -74,12 +77,17 @@ class Segment:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the segment; of a file's last one, at most."""
+        """Bytes of the segment; an upper bound for the last segment of a file, whose last block may be shorter."""
         return (self.stop - self.first) * BLOCK_BYTES
 
 
 def read_items_of(wanted: Sequence[tuple[TensorKey, Box]], tensors: Mapping[TensorKey, TensorRecord]) -> list[ReadItem]:
-    """The read items that put each wanted box together."""
+    """The read items that together fill each wanted box.
+
+    Args:
+        wanted: the box of each request, and its tensor.
+        tensors: the tensors of the manifest.
+    """
     items = []
     for i, (key, box) in enumerate(wanted):
         record = tensors[key]
@@ -91,13 +99,13 @@ def read_items_of(wanted: Sequence[tuple[TensorKey, Box]], tensors: Mapping[Tens
 
 
 def byte_runs(item: ReadItem) -> Iterator[tuple[int, int]]:
-    """Bytes [start, stop) of the file that hold what is copied; runs less than a block apart come as one."""
+    """Bytes [start, stop) of the file that hold an item's box; runs less than a block apart come as one."""
     inner = item.box.within(item.chunk.box)
     sizes, itemsize = item.chunk.box.size, item.itemsize
-    # Bytes from one index to the next, along each dim.
+    # Bytes from one index to the next, along each tensor dim.
     strides = [math.prod(sizes[dim + 1 :]) * itemsize for dim in range(len(sizes))]
     last = sum((part.stop - 1) * stride for part, stride in zip(inner, strides, strict=True)) + itemsize
-    # Dims along which a step jumps over blocks that nobody wants: each index of them is a run of its own.
+    # Along the first `far` dims a step jumps over blocks that nobody wants: each index of them is a run of its own.
     far = 0
     while far < len(sizes) and strides[far] > BLOCK_BYTES and _is_cut(inner[far + 1 :], sizes[far + 1 :]):
         far += 1
@@ -115,7 +123,7 @@ def _is_cut(inner: Sequence[slice], sizes: Sequence[int]) -> bool:
 
 
 def blocks_of(items: Sequence[ReadItem]) -> dict[str, list[tuple[int, int]]]:
-    """The blocks that hold what is copied: by file, intervals [first, stop) in order, apart from one another."""
+    """The blocks that hold the items' boxes: by file, intervals [first, stop) in order, apart from one another."""
     runs: dict[str, list[tuple[int, int]]] = {}
     for item in items:
         own = runs.setdefault(item.chunk.file, [])
@@ -134,10 +142,10 @@ def _merged(intervals: list[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def segments_of(wanted: Sequence[Blocks]) -> list[Segment]:
-    """The segments that are read: every block by one rank, and by all ranks about as much.
+    """The segments to read: one rank reads each block, and all ranks read about as many blocks.
 
     Args:
-        wanted: by rank, its blocks as `blocks_of` gave them.
+        wanted: each rank's blocks, by rank: results of `blocks_of`.
     """
     loads = [0] * len(wanted)
     segments = []
@@ -157,7 +165,7 @@ def segments_of(wanted: Sequence[Blocks]) -> list[Segment]:
 
 
 class _Cursor:
-    """Goes through one rank's intervals once, front to back."""
+    """Goes through one rank's intervals of blocks once, front to back."""
 
     def __init__(self, intervals: Sequence[tuple[int, int]]) -> None:
         self._intervals = intervals
@@ -174,9 +182,10 @@ class Transfer:
     """A segment that several ranks want, on its way from its reader.
 
     Attributes:
-        segment: what is read.
-        nbytes: by rank, how long the message to it is; 0 for the reader, and for who wants nothing of it.
-        is_whole: every message is the segment itself; else each is what its rank wants, packed.
+        segment: the segment.
+        nbytes: length of the message to each rank; 0 for the reader and for ranks that want nothing of the segment.
+        is_whole: whether every message is the entire segment; otherwise each holds the values that its rank wants,
+            packed.
     """
 
     segment: Segment
@@ -184,18 +193,18 @@ class Transfer:
     is_whole: bool
 
     def held(self, rank: int) -> int:
-        """Bytes of messages that a rank sends or receives; a whole segment is sent from one place to all who get it."""
+        """Bytes of memory that a rank's messages take; an entire segment is sent from one buffer to all its ranks."""
         if rank != self.segment.reader:
             return self.nbytes[rank]
         return max(self.nbytes) if self.is_whole else sum(self.nbytes)
 
 
 def transfer_of(segment: Segment, size: int, packed: Sequence[int]) -> Transfer:
-    """The transfer of a segment: packed where its reader then holds no more than the segment, else whole.
+    """The transfer of a segment: packed where its reader then holds no more than the segment, else of the entire one.
 
     Args:
         size: bytes of the segment.
-        packed: by rank, the bytes of what it wants of the segment, packed.
+        packed: bytes of the values that each rank wants of the segment, by rank, when packed.
     """
     nbytes = [0 if rank == segment.reader else count for rank, count in enumerate(packed)]
     is_whole = sum(nbytes) > size
@@ -203,7 +212,12 @@ def transfer_of(segment: Segment, size: int, packed: Sequence[int]) -> Transfer:
 
 
 def mapped_transfer_of(segment: Segment, size: int, num_ranks: int) -> Transfer:
-    """How a segment of `size` bytes travels where ranks look into one another's memory: not at all."""
+    """The transfer of a segment that the other ranks scatter from its reader's memory, which they map.
+
+    Args:
+        size: bytes of the segment.
+        num_ranks: ranks of the mesh.
+    """
     getters = set(segment.ranks) - {segment.reader}
     return Transfer(segment, tuple(size if rank in getters else 0 for rank in range(num_ranks)), is_whole=True)
 
@@ -211,10 +225,11 @@ def mapped_transfer_of(segment: Segment, size: int, num_ranks: int) -> Transfer:
 def rounds_of(
     transfers: Sequence[Transfer], limit: int | None = None, *, is_mapped: bool = False
 ) -> list[list[Transfer]]:
-    """Transfers, in rounds in which no rank holds more than a limit (or one segment), by default ROUND_BYTES.
+    """Transfers divided into rounds, in which no rank holds more than a limit, or one segment.
 
     Args:
-        is_mapped: only who reads a transfer holds it.
+        limit: bytes; None for ROUND_BYTES.
+        is_mapped: whether only its reader holds a transfer, as ranks map one another's memory.
     """
     limit = ROUND_BYTES if limit is None else limit
     rounds: list[list[Transfer]] = []
@@ -233,12 +248,12 @@ def rounds_of(
 
 @dataclass(frozen=True, slots=True)
 class ReadItemPart:
-    """The part of a read item that lies in consecutive elements of a file.
+    """The part of a read item in a run of consecutive elements of a file.
 
     Attributes:
-        at: its first byte in the file.
-        box: the consecutive elements, in the tensor.
-        wanted: what of them is copied.
+        at: the run's first byte in the file.
+        box: the run's elements, in the unsharded tensor.
+        wanted: the elements of the run that are copied, in the unsharded tensor.
     """
 
     item: ReadItem
@@ -247,24 +262,28 @@ class ReadItemPart:
     wanted: Box
 
     def values(self, data: torch.Tensor, start: int) -> torch.Tensor:
-        """The values that are copied, as a view of the file's bytes from `start` on."""
+        """The wanted values, of shape `wanted.size`, as a view of `data`.
+
+        Args:
+            data: the file's bytes from byte `start` on, flat uint8.
+        """
         first = self.at - start
         source = data[first : first + self.box.numel * self.item.itemsize]
         return source.view(self.item.dtype).view(self.box.size)[self.wanted.within(self.box)]
 
     @property
     def packed_bytes(self) -> int:
-        """Bytes that it takes in a message."""
+        """Bytes that the wanted values take in a message, a multiple of ALIGN_BYTES."""
         return -(-self.wanted.numel * self.item.itemsize // ALIGN_BYTES) * ALIGN_BYTES
 
     def packed_values(self, message: torch.Tensor, start: int) -> torch.Tensor:
-        """Where they are, or come to be, in a message in which they begin at byte `start`."""
+        """The place of the wanted values in a message, as a view of shape `wanted.size`; they begin at byte `start`."""
         packed = message[start : start + self.wanted.numel * self.item.itemsize]
         return packed.view(self.item.dtype).view(self.wanted.size)
 
 
 def parts_of(item: ReadItem, start: int, stop: int) -> Iterator[ReadItemPart]:
-    """The parts of a read item that lie in bytes [start, stop) of its file; these begin and end between elements."""
+    """The parts of a read item within bytes [start, stop) of its file, which begin and end between elements."""
     first = (max(start, item.start) - item.start) // item.itemsize
     last = (min(stop, item.stop) - item.start) // item.itemsize
     at = item.start + first * item.itemsize
@@ -279,7 +298,9 @@ def pack(packed: Iterable[ReadItemPart], data: torch.Tensor, start: int, message
     """Copy parts of read items into a message, one after the other.
 
     Args:
-        data: the file's bytes from `start` on.
+        packed: the parts.
+        data: the file's bytes from byte `start` on, flat uint8.
+        message: flat uint8, as long as the parts' `packed_bytes` together.
     """
     at = 0
     for part in packed:
