@@ -1,12 +1,12 @@
 """Saving while training goes on.
 
-[Note: Background saves] `save` takes a snapshot and returns; a thread writes it. One snapshot is in flight: the next
-`save` waits for it. Ranks divide the work before they copy anything, so each copies only what it writes. The thread's
-collectives go over a group of its own, made at construction, as they must not meet training's. Ranks end at different
-times, so while a save is in flight they agree before each step on whether it failed, over the group that training
-uses; then all raise its error at the same step. Without a further step it is raised at the next call, or at `close`.
-Removals wait for the save in flight, and are forgotten if it fails: what they would have deleted may be the last
-checkpoint.
+[Note: Background saves] `save` takes a snapshot and returns; a thread writes it. At most one snapshot is in flight: the
+next `save` waits for it. Ranks divide the work before they copy anything, so each copies only the items that it writes.
+The thread's collectives go over a group of its own, made at construction, as they must not meet training's. Ranks
+finish at different times, so while a save is in flight they agree before each step on whether it failed, over the group
+that training uses; then all raise its error at the same step. Without a further step the next `save`, `wait` or `close`
+raises it. Removals wait for the save in flight, and are forgotten if it fails: the checkpoint that they would have
+deleted may be the last one.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class BackgroundSaver:
 
     Args:
         mesh: the run's ranks.
-        timeout: of the agreements in which ranks wait for each other to have written; None for torch's.
-        is_immutable: which tensors in host memory nobody changes until `release()` was called; they are written from
-            where they are. All others are copied by `save`.
+        timeout: time limit of the agreements in which ranks wait for one another to finish writing; None for torch's.
+        is_immutable: whether a tensor in host memory stays unchanged until `release()` is called; it is then written
+            from its own memory. All other tensors are copied by `save`.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class BackgroundSaver:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._removals: list[str] = []
-        self._lock = threading.Lock()  # of the above
+        self._lock = threading.Lock()  # guards _error, _removals and _is_writing
         self._is_writing = False
         self._borrowed: list[_BorrowedValues] = []
         self._slabs = _Slabs()
@@ -64,11 +64,16 @@ class BackgroundSaver:
     def save(self, path: str, state: LocalState, *, step: int | None = None) -> None:
         """Snapshot a state and start writing it to `path`. Every rank calls it.
 
-        When it returns, host tensors may change, but for those that `is_immutable` names; tensors on devices may
-        change in what the current stream runs after `order_after_snapshot()`.
+        When it returns, host tensors may change, but for those that are immutable until `release()`. Kernels that the
+        current stream runs after `order_after_snapshot()` may change tensors on devices.
+
+        Args:
+            path: a folder that all hosts see, or a URL that fsspec knows; the same on every rank.
+            state: this rank's shards, and the description of all tensors.
+            step: optimizer steps taken.
 
         Raises:
-            CheckpointError: the save before failed, or this state can't be saved; on every rank.
+            CheckpointError: on every rank: the save before failed, or this state can't be saved.
         """
         self.wait()
         prepared = prepare(state, self._mesh, step=step)
@@ -88,20 +93,24 @@ class BackgroundSaver:
         self._thread.start()
 
     def order_after_snapshot(self) -> None:
-        """Let the current stream go on only after the copies from devices; call it before weights or states change."""
+        """Make each device's current stream wait for the snapshot's copies; call it before weights or states change."""
         self._slabs.order()
 
     def release(self) -> None:
-        """Take back immutable tensors: what is not written yet is copied, and what is being written is waited for.
+        """Take back immutable tensors: copy those that are not written yet, and wait for those that are being written.
 
-        Call it before they change. Costs nothing where the save is done.
+        Call it before these tensors change. It costs nothing once the save is done.
         """
         for values in self._borrowed:
             values.release()
         self._borrowed = []
 
     def remove(self, path: str) -> None:
-        """Delete a checkpoint: at once, or when the save in flight has succeeded. Only rank 0 deletes."""
+        """Delete a checkpoint, at once or when the save in flight has succeeded. Only rank 0 deletes; others return.
+
+        Raises:
+            OSError: no save is in flight, and the checkpoint can't be deleted.
+        """
         if self._mesh.world.rank != 0:
             return
         with self._lock:
@@ -113,13 +122,15 @@ class BackgroundSaver:
     def raise_if_failed(self, mesh: DataMesh) -> None:
         """Raise the error of the save in flight as soon as any rank has one. Every rank calls it, before each step.
 
-        Does nothing while none is in flight; else it is one small agreement, which waits for no save that may succeed.
+        Does nothing while no save is in flight. Otherwise the ranks make one small agreement, and wait for the save
+        only once a rank has failed or all have finished.
 
         Args:
             mesh: the run's ranks, with a control group that the caller's thread may use.
 
         Raises:
-            CheckpointError: the save failed; on every rank at the same call, once, as by `wait`.
+            CheckpointError: the save failed; raised on every rank at the same call, once. Names the removals that were
+                forgotten.
         """
         if self._thread is None:
             return
@@ -130,10 +141,10 @@ class BackgroundSaver:
             self.wait()
 
     def wait(self) -> None:
-        """Until the save in flight is done. Every rank calls it.
+        """Wait until the save in flight is done. Every rank calls it.
 
         Raises:
-            CheckpointError: the save failed; on every rank, once. Names the removals that were forgotten therefore.
+            CheckpointError: the save failed; raised on every rank, once. Names the removals that were forgotten.
         """
         if self._thread is None:
             return
@@ -151,7 +162,11 @@ class BackgroundSaver:
         attempt(self._mesh, raise_error, "an earlier save failed")
 
     def close(self) -> None:
-        """Wait, and end. Raises what `wait` raises."""
+        """Wait for the save in flight, and free the snapshots' memory. Every rank calls it.
+
+        Raises:
+            CheckpointError: the save failed; raised on every rank, once. Names the removals that were forgotten.
+        """
         self.wait()
         self._slabs.clear()
 
@@ -162,12 +177,12 @@ class BackgroundSaver:
             while removals := self._next_removals():
                 for old in removals:
                     remove(old)
-        except BaseException as error:  # raised at the next call
+        except BaseException as error:  # `wait` raises it on the caller's thread
             with self._lock:
                 self._error, self._is_writing = error, False
 
     def _next_removals(self) -> list[str]:
-        """What to delete after a save that succeeded; with nothing left the save is done."""
+        """Take the paths to delete after a save that succeeded; the save is done once there are none."""
         with self._lock:
             removals, self._removals = self._removals, []
             self._is_writing = bool(removals)
@@ -186,7 +201,7 @@ class BackgroundSaver:
 
 
 class _CopiedValues:
-    """Values of the snapshot's own."""
+    """Values in memory that belongs to the snapshot."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._tensor = tensor
@@ -197,7 +212,7 @@ class _CopiedValues:
 
 
 class _BorrowedValues:
-    """Values that stay where they are until they are written, or taken back."""
+    """Values in memory of the training state, until they are written or `release` copies them."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._tensor = tensor
@@ -211,14 +226,14 @@ class _BorrowedValues:
             self._is_done = True
 
     def release(self) -> None:
-        with self._lock:  # held while it is being written
+        with self._lock:  # `use` holds it while the values are being written
             if not self._is_done:
                 self._tensor = self._tensor.clone()
                 self._is_done = True
 
 
 class _Slabs:
-    """Pinned host memory that snapshots of device tensors go to, on a stream of their own; kept for the next ones."""
+    """Pinned host memory for snapshots of device tensors, kept for later snapshots, and the streams of the copies."""
 
     def __init__(self) -> None:
         self._free: dict[object, Tensor] = {}
@@ -226,7 +241,11 @@ class _Slabs:
         self._events: list[torch.cuda.Event] = []
 
     def copy(self, place: object, tensor: Tensor) -> Tensor:
-        """Start copying; the result is complete after `synchronize`."""
+        """Start copying a tensor; the result is complete after `record` and `synchronize`.
+
+        Args:
+            place: identifies the slab, which a later snapshot uses again.
+        """
         slab = self._free.get(place)
         if slab is None or slab.shape != tensor.shape or slab.dtype != tensor.dtype:
             slab = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
@@ -244,7 +263,7 @@ class _Slabs:
         return slab
 
     def record(self) -> None:
-        """All copies of a snapshot have been started."""
+        """Mark the end of a snapshot's copies, once all are started, for `synchronize` to wait for."""
         self._events = []
         for stream in self._streams.values():
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""Who writes what: pure arithmetic over the boxes that ranks hold.
+"""Which boxes each rank writes: pure arithmetic over the boxes that ranks hold.
 
 Where several ranks hold an equal box, the work is divided so that all write about as many bytes; every rank computes
 the same plan from the same boxes.
@@ -15,9 +15,9 @@ from lightning_superscale.checkpoint.state import TensorInfo, TensorKey
 from lightning_superscale.errors import CheckpointError
 from lightning_superscale.layout.box import Box, flat_boxes
 
-# A replica is not cut into parts smaller than this.
+# A box that several ranks hold is not divided into parts smaller than this.
 _MIN_PART_BYTES = 2**20
-# No chunk is larger, so that files can be filled evenly.
+# No chunk and no file is larger; chunks are smaller than files, so that files can be filled evenly.
 MAX_CHUNK_BYTES = 2**30
 MAX_FILE_BYTES = 2**32
 
@@ -27,8 +27,8 @@ class WriteItem:
     """A box that one rank writes as one chunk of a file.
 
     Attributes:
-        shard: the rank's own box, which contains it.
-        box: what is written, in the whole tensor.
+        shard: the box of the rank's shard that the item is a part of.
+        box: the box that is written, in the unsharded tensor.
     """
 
     key: TensorKey
@@ -36,6 +36,7 @@ class WriteItem:
     box: Box
 
 
+# By rank, its boxes of each tensor.
 Held = Sequence[Mapping[TensorKey, Sequence[Box]]]
 
 
@@ -43,10 +44,11 @@ def divide(tensors: Mapping[TensorKey, TensorInfo], held: Held) -> list[list[Wri
     """The items that each rank writes.
 
     Args:
-        held: by rank, its boxes of each tensor.
+        tensors: all tensors of the state.
+        held: each rank's boxes of each tensor, by rank.
 
     Returns:
-        By rank; together they cover each tensor once.
+        Each rank's items, by rank; together they cover each tensor once.
 
     Raises:
         CheckpointError: the boxes don't cover a tensor, or overlap without being equal; names it.
@@ -86,7 +88,7 @@ def _share(
     loads: list[int],
     items: list[list[WriteItem]],
 ) -> None:
-    """Divide boxes that all of `ranks` hold: whoever has less to write so far takes more."""
+    """Divide boxes that all of `ranks` hold: a rank that has less to write so far takes more. Adds to `items`."""
     left = sum(box.numel * tensors[key].dtype.itemsize for key, box in boxes)
     shares = _levelled([loads[rank] for rank in ranks], left)
     at = 0
@@ -107,7 +109,7 @@ def _share(
 
 
 def _levelled(loads: list[int], nbytes: int) -> list[int]:
-    """How many of `nbytes` each takes, so that all end up as level as they can."""
+    """The share of `nbytes` that each load takes, so that loads end up as level as they can."""
     shares = [0] * len(loads)
     order = sorted(range(len(loads)), key=lambda i: (loads[i], i))
     for count in range(len(order), 0, -1):
@@ -120,7 +122,7 @@ def _levelled(loads: list[int], nbytes: int) -> list[int]:
 
 
 def _taken(box: Box, left: int, share: int, itemsize: int) -> int:
-    """How many of a box's last `left` elements a rank takes that should take `share`: whole rows, no tiny parts."""
+    """The number of a box's last `left` elements that a rank takes for a share of `share`: full rows, no tiny parts."""
     least = _MIN_PART_BYTES // itemsize
     if left < 2 * least:
         return left if 2 * share >= left else 0
@@ -133,7 +135,7 @@ def _taken(box: Box, left: int, share: int, itemsize: int) -> int:
 
 
 def boxes_between(box: Box, start: int, stop: int) -> list[Box]:
-    """Elements [start, stop) of a flattened box, as boxes of the tensor."""
+    """Boxes of the tensor that together are elements [start, stop) of a flattened box of it."""
     return [
         Box(tuple(a + b for a, b in zip(box.offset, part.offset, strict=True)), part.size)
         for part in flat_boxes(box.size, start, stop)
@@ -141,7 +143,7 @@ def boxes_between(box: Box, start: int, stop: int) -> list[Box]:
 
 
 def _limited(item: WriteItem, tensors: Mapping[TensorKey, TensorInfo]) -> list[WriteItem]:
-    """The item, cut into items whose chunks are not too large."""
+    """The item, cut into items of at most MAX_CHUNK_BYTES."""
     limit = MAX_CHUNK_BYTES // tensors[item.key].dtype.itemsize
     numel = item.box.numel
     if numel <= limit:
@@ -156,11 +158,11 @@ def _limited(item: WriteItem, tensors: Mapping[TensorKey, TensorInfo]) -> list[W
 
 
 def fill_files(nbytes: Sequence[int], num_files: int) -> list[list[int]]:
-    """Indices of chunks, divided into consecutive files of about equal size, none above the limit.
+    """Indices of chunks, divided into consecutive files of about equal size, none above MAX_FILE_BYTES.
 
     Args:
-        nbytes: of each chunk.
-        num_files: at least so many, where there are as many chunks.
+        nbytes: bytes of each chunk.
+        num_files: least number of files, where there are as many chunks.
     """
     total = sum(nbytes)
     num_files = max(num_files, -(-total // (MAX_FILE_BYTES - MAX_CHUNK_BYTES)), 1)

@@ -1,7 +1,7 @@
-"""Saving: every rank writes its part of a training state, and the checkpoint appears whole or not at all.
+"""Saving: every rank writes its part of a training state, and the checkpoint appears complete or not at all.
 
-`prepare` is the part that looks at the state; `write` only needs what `prepare` took, and so can run while training
-goes on. Both go by phases ([Note: Phases] in phases.py).
+`prepare` looks at the state and divides the work; `write` needs the result of `prepare` alone, and so can run while
+training goes on. Both go by phases ([Note: Phases] in phases.py).
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ from lightning_superscale.comm.mesh import DataMesh
 from lightning_superscale.errors import CheckpointError
 from lightning_superscale.layout.box import Box, whole_box
 
-# Threads of one rank that write, each its own file; fewer where a file would be smaller than this.
+# Threads of one rank that write, each a file of its own; fewer where a file would have less than _MIN_FILE_BYTES.
 _WRITE_THREADS = 2
 _MIN_FILE_BYTES = 2**26
 
 
 class Values(Protocol):
-    """Values that are written later."""
+    """The values of a write item, which are written later."""
 
     def use(self) -> AbstractContextManager[Tensor]:
-        """The tensor, which stays as it is while the context is open."""
+        """The values as a tensor of the item's shape and dtype, which stays as it is while the context is open."""
 
 
 class HeldValues:
@@ -64,7 +64,7 @@ class HeldValues:
 
 @dataclass(frozen=True, slots=True)
 class OwnItem:
-    """An item that this rank writes, and its values, of shape `item.box.size`."""
+    """A write item of this rank, and its values, of shape `item.box.size`."""
 
     item: WriteItem
     values: Values
@@ -75,9 +75,13 @@ class PreparedSave:
     """One rank's part of a state, ready to be written.
 
     Attributes:
+        tensors: all tensors of the checkpoint, with those within `rest` and the optimizers.
         own: this rank's items.
-        nbytes: of all ranks' items.
+        nbytes: bytes of all ranks' items.
+        step: optimizer steps taken; None where unknown.
         rest: content of rest.json; of use on rank 0 only, like `optimizers` and `aliases`.
+        optimizers: the optimizers in the form of the manifest, by index.
+        aliases: name of a tied parameter or buffer -> the name under which its tensor is saved.
     """
 
     tensors: dict[TensorKey, TensorInfo]
@@ -91,7 +95,12 @@ class PreparedSave:
 
 @dataclass(frozen=True, slots=True)
 class _Offer:
-    """A rank's message to the others before a save: its boxes, in the order of the sorted keys."""
+    """A rank's message to the others before a save: a digest of its tensors' descriptions, and its boxes.
+
+    Attributes:
+        boxes: the rank's boxes of each tensor, in the order of the sorted keys.
+        extras: tensors within the rest and the optimizers; on rank 0 only.
+    """
 
     digest: str
     boxes: tuple[tuple[Box, ...], ...]
@@ -107,14 +116,17 @@ class _Written:
 
 
 def save(path: str, state: LocalState, mesh: DataMesh, *, step: int | None = None) -> None:
-    """Write a checkpoint at `path`, over what is there. Every rank calls it, with its own shards.
+    """Write a checkpoint at `path`, and replace one that is there. Every rank calls it, with its own shards.
 
     Args:
         path: a folder that all hosts see, or a URL that fsspec knows; the same on every rank.
+        state: this rank's shards, and the description of all tensors.
+        mesh: the ranks that save.
         step: optimizer steps taken.
 
     Raises:
-        CheckpointError: on every rank; names the rank that failed and why. What was at `path` is untouched.
+        CheckpointError: on every rank, when any failed; names that rank and the reason. A checkpoint that was at `path`
+            is untouched.
     """
     write(path, prepare(state, mesh, step=step), mesh)
 
@@ -123,7 +135,7 @@ def prepare(state: LocalState, mesh: DataMesh, *, step: int | None = None) -> Pr
     """Check a state and divide the work. Every rank calls it. The values stay where they are, uncopied.
 
     Raises:
-        CheckpointError: on every rank: a value that can't be saved, or shards that don't make up their tensors.
+        CheckpointError: on every rank: a value can't be saved, or the ranks' shards don't cover their tensors.
     """
     extras: dict[str, Tensor] = {}
     encoded: dict[str, Any] = {}
@@ -166,10 +178,11 @@ def prepare(state: LocalState, mesh: DataMesh, *, step: int | None = None) -> Pr
 
 
 def write(path: str, prepared: PreparedSave, mesh: DataMesh) -> None:
-    """Write what was prepared, and let it take its name. Every rank calls it.
+    """Write a prepared save to files, and give the finished checkpoint its name. Every rank calls it.
 
     Raises:
-        CheckpointError: as `save`.
+        CheckpointError: on every rank, when any failed; names that rank and the reason. A checkpoint that was at `path`
+            is untouched.
     """
     target = target_at(path)
     is_first = mesh.world.rank == 0
@@ -315,6 +328,6 @@ def _publish(target: Target, prepared: PreparedSave, uuid: str, written: Sequenc
 
 
 def with_values(prepared: PreparedSave, values: Sequence[Values]) -> PreparedSave:
-    """The same save, of other values: one for each of its own parts."""
+    """A copy of a prepared save that writes other values, one for each item of `prepared.own`, in its order."""
     own = tuple(replace(one, values=new) for one, new in zip(prepared.own, values, strict=True))
     return replace(prepared, own=own)
