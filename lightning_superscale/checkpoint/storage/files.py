@@ -1,7 +1,7 @@
-"""Files of a checkpoint: created once, made durable, read in parts. Local file systems, and whatever fsspec reaches.
+"""Files of a checkpoint, on local file systems and on those that fsspec reaches: written once, read in parts.
 
-Every call that changes a disk is a plain function of `os`, looked up when it is called, so that tests can count them
-and stop a process at any one.
+Every call that changes a local disk is a plain function of `os`, looked up when it is called, so that tests can count
+them and stop a process at any one.
 """
 
 from __future__ import annotations
@@ -14,14 +14,16 @@ import fsspec
 
 from lightning_superscale.errors import CheckpointError
 
-# Pieces of memory that one call of the kernel fills.
+# The most buffers that one system call fills.
 _MOST_PIECES = os.sysconf("SC_IOV_MAX")
 
 
 class FileWriter(Protocol):
     """A new file that is written front to back."""
 
-    def write(self, data: memoryview) -> None: ...
+    def write(self, data: memoryview) -> None:
+        """Append bytes; `data` is flat and of itemsize 1."""
+
     def close(self) -> None:
         """End the file, and make it durable."""
 
@@ -30,33 +32,45 @@ class Folder(Protocol):
     """The files of one checkpoint, for reading.
 
     Attributes:
-        path: for messages.
+        path: path or URL of the checkpoint, for messages.
     """
 
     path: str
 
     def size(self, name: str) -> int | None:
-        """Bytes of a file; None where there is none."""
+        """Size of a file in bytes; None where the folder has no such file."""
 
     def names(self) -> set[str]:
-        """Every file in it, by name relative to it."""
+        """Names of all files in the folder and below it, relative to it."""
 
     def read(self, name: str) -> bytes:
-        """The whole content of one file."""
+        """The entire content of a file.
+
+        Raises:
+            CheckpointError: the file can't be read.
+        """
 
     def read_into(self, name: str, start: int, *outs: memoryview) -> None:
-        """Fill memory, one piece after the other, with a file's bytes from `start` on; pieces are flat, of bytes."""
+        """Fill buffers, one after the other, with a file's bytes from `start` on.
 
-    def close(self) -> None: ...
+        Args:
+            outs: writable buffers, flat and of itemsize 1.
+
+        Raises:
+            CheckpointError: the file can't be read, or ends before the buffers are full.
+        """
+
+    def close(self) -> None:
+        """End the use of the folder; nothing can be read after it."""
 
 
 def is_remote(path: str) -> bool:
-    """Whether fsspec has to reach it. "local://" is this machine's file system through fsspec."""
+    """Whether a path is a URL for fsspec. "local://" is this machine's file system through fsspec."""
     return "://" in path and not path.startswith("file://")
 
 
 def local_path(path: str) -> str:
-    """The path without "file://", absolute."""
+    """The absolute path of a local path or "file://" URL; "~" is expanded."""
     return os.path.abspath(os.path.expanduser(path.removeprefix("file://")))
 
 
@@ -64,10 +78,11 @@ def open_folder(path: str, root: str = "") -> Folder:
     """The folder of a checkpoint's files, local or remote.
 
     Args:
-        root: folder within it in which they are.
+        path: path or URL of the checkpoint.
+        root: folder within the checkpoint that holds the files; "" for the checkpoint's own.
 
     Raises:
-        CheckpointError: there is no such folder.
+        CheckpointError: there is no such local folder, or fsspec does not know the URL.
     """
     if is_remote(path):
         return RemoteFolder(path, root)
@@ -75,7 +90,11 @@ def open_folder(path: str, root: str = "") -> Folder:
 
 
 class LocalFile:
-    """A new file on this machine's file systems. Its writer is the only one: an existing file is an error."""
+    """A FileWriter for a new file on this machine's file systems.
+
+    Raises:
+        OSError: the file exists, or can't be written; names the path.
+    """
 
     def __init__(self, path: str) -> None:
         self._path = path
@@ -101,7 +120,11 @@ class LocalFile:
 
 
 def write_file(path: str, data: bytes) -> None:
-    """A new, durable file; its folder is not synchronized."""
+    """Write a new, durable file. Its name is durable only after `sync_folder` of its folder.
+
+    Raises:
+        OSError: the file exists, or can't be written.
+    """
     file = LocalFile(path)
     file.write(memoryview(data))
     file.close()
@@ -113,14 +136,20 @@ def sync_folder(path: str) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # file systems that have no such thing
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # some file systems can't do it
             raise
     finally:
         os.close(descriptor)
 
 
 class LocalFolder:
-    """Holds on to the folder itself: one that takes its name later is not mixed up with it."""
+    """A Folder on this machine's file systems.
+
+    It keeps the folder itself open, so that reads stay with it when another folder takes its name.
+
+    Raises:
+        CheckpointError: there is no such folder.
+    """
 
     def __init__(self, path: str, root: str = "") -> None:
         self.path = path
@@ -185,7 +214,11 @@ class LocalFolder:
 
 
 def remote_filesystem(path: str) -> tuple[Any, str]:
-    """The file system of a URL, fsspec's, and the path on it."""
+    """The fsspec file system of a URL, and the path on it.
+
+    Raises:
+        CheckpointError: fsspec does not know the URL's protocol, or lacks a package for it.
+    """
     try:
         if path.startswith("local://"):
             return fsspec.filesystem("local", auto_mkdir=True), os.path.abspath(path.removeprefix("local://"))
@@ -196,7 +229,7 @@ def remote_filesystem(path: str) -> tuple[Any, str]:
 
 
 class RemoteFile:
-    """A new object, uploaded as it is written and there once it is closed."""
+    """A FileWriter for a new object, which is uploaded as it is written and exists once it is closed."""
 
     def __init__(self, filesystem: Any, path: str) -> None:
         self._file = filesystem.open(path, "wb")
@@ -209,7 +242,7 @@ class RemoteFile:
 
 
 class RemoteFolder:
-    """Objects under a common prefix."""
+    """A Folder of the objects under a common prefix."""
 
     def __init__(self, path: str, root: str = "") -> None:
         self.path = path

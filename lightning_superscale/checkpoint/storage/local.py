@@ -1,11 +1,11 @@
-"""How a checkpoint appears: all at once, or not at all; on a local file system.
+"""How a checkpoint appears on a local file system: all at once, or not at all.
 
 [Note: Commit] Files are written into `.ucp-staging-<uuid>/checkpoint` beside the target; when all are durable and
-proven complete, one rename gives them the target's name. What was there before is swapped into the staging folder by
-the same system call, so there is no moment without a loadable checkpoint, and is deleted after it. Where the system
-can't swap (NFS), a checkpoint lies in `.ucp-store/<uuid>` and its name is a link, which can be replaced at once.
-Staging names don't contain the target's: Lightning looks for checkpoints by parts of names. The staging folder says
-who owns it; later saves delete those whose owner is gone.
+proven complete, one rename gives that folder the target's name. The same system call swaps the checkpoint that was
+there before into the staging folder, so that there is no moment without a loadable checkpoint; it is deleted
+afterwards. Where the system can't swap (NFS), a checkpoint lies in `.ucp-store/<uuid>` and its name is a link, which
+can be replaced at once. Staging names don't contain the target's, as Lightning looks for checkpoints by parts of names.
+A staging folder names the process that owns it; later saves delete the folders whose owners are gone.
 """
 
 from __future__ import annotations
@@ -35,37 +35,54 @@ from lightning_superscale.errors import CheckpointError
 
 STAGING, STORE, OWNER = ".ucp-staging-", ".ucp-store", "owner.json"
 _CONTENT, _LINK, _REPLACED = "checkpoint", "link", "replaced"
-# Staging folders of another host, whose processes can't be seen from here, are dead after this long without a write.
+# A staging folder of another host, whose processes can't be seen here, counts as dead this long after its last write.
 _STALE_AFTER_S = 24 * 3600.0
-# A staging folder with nothing in it that is older than this will not get an owner any more.
+# An empty staging folder that is older than this counts as dead: its owner is noted right after it is made.
 _OWNED_WITHIN_S = 60.0
-# How long another host's new folder may take to be seen here (attribute caches of NFS).
+# Time within which a folder that another host made must be seen here (attribute caches of NFS).
 _VISIBLE_WITHIN_S = 30.0
 
 
 class Target(Protocol):
-    """A place where a checkpoint is going to be. One save uses it."""
+    """A place where one save writes a checkpoint.
+
+    Attributes:
+        path: path or URL of the checkpoint, for messages.
+        root: folder within the checkpoint that holds its files; "" for the checkpoint's own.
+    """
 
     path: str
     root: str
 
     def begin(self, uuid: str, nbytes: int) -> None:
-        """Rank 0: make room. `nbytes` is what all ranks will write."""
+        """Prepare the place for a save. Rank 0 calls it, before all others.
+
+        Args:
+            uuid: id of the save.
+            nbytes: bytes that all ranks together will write.
+
+        Raises:
+            CheckpointError: the disk has less space than that.
+        """
 
     def join(self, uuid: str) -> None:
-        """Every rank, after `begin`: find what rank 0 has made."""
+        """Find the place that rank 0 prepared. Every rank calls it, after rank 0's `begin`.
+
+        Raises:
+            CheckpointError: this host does not see rank 0's folder.
+        """
 
     def create(self, name: str) -> FileWriter:
         """Begin a new file of the checkpoint. Each rank calls it for its own files."""
 
     def seal(self) -> None:
-        """Every rank, after its files are closed: make their names durable."""
+        """Make the names of files durable. Every rank calls it, after its files are closed."""
 
     def publish(self, manifest: bytes) -> None:
-        """Rank 0, once all have sealed: let the checkpoint take its name."""
+        """Write the manifest and give the checkpoint its name. Rank 0 calls it, once all ranks have sealed."""
 
     def abort(self) -> None:
-        """Rank 0: delete whatever was written; never raises."""
+        """Delete the files of this save. Rank 0 calls it when a save fails."""
 
 
 def target_at(path: str) -> Target:
@@ -78,11 +95,12 @@ def target_at(path: str) -> Target:
 
 
 def new_uuid() -> str:
+    """A random id for a save, of 32 hexadecimal digits."""
     return uuids.uuid4().hex
 
 
 class LocalTarget:
-    """A folder on a file system that all ranks see."""
+    """A Target that is a folder on a file system that all ranks see ([Note: Commit])."""
 
     root = ""
 
@@ -148,7 +166,7 @@ class LocalTarget:
         _delete_old(self._staging)
 
     def _publish_link(self) -> None:
-        """Where names can't be swapped: the name becomes a link ([Note: Commit])."""
+        """Publish where names can't be swapped: the checkpoint's name becomes a link ([Note: Commit])."""
         store = os.path.join(self._parent, STORE)
         os.makedirs(store, exist_ok=True)
         os.rename(self._content, os.path.join(store, self._uuid))
@@ -156,11 +174,11 @@ class LocalTarget:
         link = os.path.join(self._staging, _LINK)
         os.symlink(os.path.join(STORE, self._uuid), link)
         if os.path.islink(self.path):
-            # Kept, so that the folder behind it is found and deleted.
+            # The old link is kept, so that the folder that it leads to is found and deleted.
             os.symlink(os.readlink(self.path), os.path.join(self._staging, _REPLACED))
         elif os.path.isdir(self.path):
-            # A folder that something else put there. A link can't replace a folder at once: should this process die
-            # between the two renames, `restore` takes the first one back.
+            # The name belongs to a plain folder, which a link can't replace at once: should this process die between
+            # the two renames, `restore` takes the first one back.
             os.rename(self.path, os.path.join(self._staging, _REPLACED))
         try:
             os.replace(link, self.path)
@@ -176,10 +194,12 @@ class LocalTarget:
 
 
 def remove(path: str) -> None:
-    """Delete a checkpoint, of any format; only rank 0 calls it. No reader ever sees a part of one.
+    """Delete a checkpoint of any format, local or remote; nothing happens where there is none. One rank calls it.
+
+    A local checkpoint disappears all at once, so that no reader sees a part of it.
 
     Raises:
-        OSError: it can't be deleted.
+        OSError: the checkpoint can't be deleted.
     """
     if is_remote(path):
         from lightning_superscale.checkpoint.storage.remote import remove_remote
@@ -198,7 +218,11 @@ def remove(path: str) -> None:
 
 
 def restore(path: str) -> bool:
-    """Take back a replacement that stopped half way, where names can't be swapped. Whether there was one."""
+    """Take back a replacement of `path` that stopped half way, where names can't be swapped ([Note: Commit]).
+
+    Returns:
+        Whether there was one.
+    """
     path = local_path(path)
     parent, name = os.path.split(path)
     if os.path.lexists(path) or not os.path.isdir(parent):
@@ -215,7 +239,7 @@ def restore(path: str) -> bool:
 
 
 def reap(parent: str) -> list[str]:
-    """Delete staging folders whose owners are gone, after taking back what they had not finished.
+    """Delete the staging folders in `parent` whose owners are gone, after taking back their unfinished replacements.
 
     Returns:
         Names of the folders that were deleted.
@@ -244,19 +268,19 @@ def _make_staging(staging: str, note: dict[str, Any]) -> None:
 
 
 def _delete_old(staging: str) -> None:
-    """Delete a staging folder with what it holds, and the stored folders that nothing names any more."""
+    """Delete a staging folder with its content, and the stored folders that no link names any more."""
     parent = os.path.dirname(staging)
     store = os.path.join(parent, STORE)
     stored = {os.path.join(store, os.path.basename(staging).removeprefix(STAGING))}
     for name in (_CONTENT, _REPLACED):
         link = os.path.join(staging, name)
         if os.path.islink(link):
-            # Links are relative to the folder that they were in: the parent.
+            # A link is relative to the folder that it was in, which is the parent.
             stored.add(os.path.normpath(os.path.join(parent, os.readlink(link))))
     for folder in stored:
         if os.path.dirname(folder) == store and os.path.isdir(folder) and not _is_linked(parent, folder):
             shutil.rmtree(folder, ignore_errors=True)
-    # The owner goes last: what is left when this process dies is known to be dead.
+    # The owner's note goes last, so that a folder that is left when this process dies is known to be dead.
     for name in (_CONTENT, _REPLACED, _LINK):
         path = os.path.join(staging, name)
         if os.path.islink(path) or os.path.isfile(path):
@@ -287,7 +311,7 @@ def _can_exchange(staging: str) -> bool:
 
 
 def _host() -> str:
-    """This host, boot and process namespace: where a process number means the same."""
+    """This host, boot and process namespace, within which process numbers can be compared."""
     known = [socket.gethostname(), str(int(psutil.boot_time()))]
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
@@ -312,7 +336,10 @@ def _read_owner(staging: str) -> dict[str, Any]:
 
 
 def _is_alive(owner: dict[str, Any], staging: str) -> bool:
-    """Whether the owner may still write: its process runs, or it can't be seen and something was written lately."""
+    """Whether a staging folder's owner may still write.
+
+    It may where its process runs; where the process can't be seen, when the folder was written to lately.
+    """
     if owner.get("host") == _host():
         try:
             return bool(abs(psutil.Process(int(owner["pid"])).create_time() - owner["started"]) < 1.0)
@@ -325,6 +352,6 @@ def _is_alive(owner: dict[str, Any], staging: str) -> bool:
                 newest = max(newest, os.lstat(os.path.join(folder, name)).st_mtime)
             except OSError:
                 continue
-    # The owner is noted before anything else is made, and deleted after everything else.
+    # The owner's note is made before all other content, and deleted after it.
     is_bare = not owner and set(os.listdir(staging)) <= {OWNER}
     return time.time() - newest < (_OWNED_WITHIN_S if is_bare else _STALE_AFTER_S)

@@ -1,8 +1,8 @@
 """How a checkpoint appears in an object store, where nothing can be renamed.
 
-Files go under a prefix of their own, `<path>/<uuid>/`, which is written once. The manifest at `<path>/MANIFEST.json`
-names that prefix and is written last, in one put: before it the earlier checkpoint loads, after it the new one. Then
-every other prefix is deleted, also those of saves that died.
+The files of a save go under a prefix of their own, `<path>/<uuid>/`, which is written once. The manifest at
+`<path>/MANIFEST.json` names that prefix and is written last, in one put: before it the earlier checkpoint loads, after
+it the new one. Then all other prefixes are deleted, with those of saves that died.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from lightning_superscale.checkpoint.storage.files import FileWriter, RemoteFile
 
 
 class RemoteTarget:
-    """A prefix in an object store, or any other file system that fsspec reaches."""
+    """A Target that is a prefix in an object store, or on another file system that fsspec reaches."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -23,7 +23,7 @@ class RemoteTarget:
         self._filesystem, self._prefix = remote_filesystem(path)
 
     def begin(self, uuid: str, nbytes: int) -> None:
-        self.root = uuid  # stores have no free space to ask for, and no folders to make
+        self.root = uuid  # an object store can't tell its free space and has no folders to make
 
     def join(self, uuid: str) -> None:
         self.root = uuid
@@ -36,7 +36,7 @@ class RemoteTarget:
 
     def publish(self, manifest: bytes) -> None:
         self._filesystem.pipe_file(f"{self._prefix}/{MANIFEST_NAME}", manifest)
-        with contextlib.suppress(OSError):  # what can't be deleted now goes with the next save
+        with contextlib.suppress(OSError):  # the next save deletes what is left
             self._delete_others()
 
     def _delete_others(self) -> None:
@@ -52,7 +52,7 @@ class RemoteTarget:
 
 
 def remove_remote(path: str) -> None:
-    """Delete a checkpoint: its manifest first, so that no reader takes the rest for one."""
+    """Delete a checkpoint at a URL, its manifest first, so that no reader takes the rest for a checkpoint."""
     filesystem, prefix = remote_filesystem(path)
     _delete(filesystem, f"{prefix}/{MANIFEST_NAME}")
     _delete(filesystem, prefix)

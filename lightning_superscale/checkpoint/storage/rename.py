@@ -7,18 +7,18 @@ import errno
 import os
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
-# What a kernel or file system says that can't do it: ENOSYS, EINVAL (NFS, some FUSE), ENOTSUP.
+# Errors of a kernel or file system that can't swap names; EINVAL is that of NFS and of some FUSE file systems.
 _CANNOT = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
 
 
 def exchange(one: str, other: str) -> bool:
-    """Swap what two paths name, atomically. Files, folders and links alike, on one file system.
+    """Swap the files, folders or links that two paths name, atomically. Both lie on one file system.
 
     Returns:
-        False where the system can't, and nothing was changed.
+        True after the swap; False, with nothing changed, where the system can't swap names.
 
     Raises:
-        OSError: any other failure.
+        OSError: the swap failed for another reason.
     """
     try:
         rename = ctypes.CDLL(None, use_errno=True).renameat2
