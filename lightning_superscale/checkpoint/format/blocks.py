@@ -1,7 +1,7 @@
 """Checksums per block of a file, so that a part of a file can be verified without reading the rest.
 
-Block `i` of a file is its bytes [i, i + 1) MiB, headers included; the last one is shorter. Checksums are xxh3-64,
-written one after the other as little-endian 64-bit numbers.
+Block `i` of a file is its bytes [i, i + 1) MiB, headers included; the last block may be shorter. Checksums are xxh3-64,
+and a blocks file holds those of all blocks, in order, as little-endian 64-bit numbers.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ _SUM_BYTES = 8
 
 
 def hex_digest(data: bytes | bytearray | memoryview) -> str:
-    """xxh3-64 of some bytes, as the manifest writes it."""
+    """The xxh3-64 checksum of bytes, as the manifest writes it: 16 hexadecimal digits."""
     return xxhash.xxh3_64_hexdigest(data)
 
 
 def num_blocks(size: int) -> int:
-    """Blocks of a file of `size` bytes."""
+    """The number of blocks of a file of `size` bytes."""
     return -(-size // BLOCK_BYTES)
 
 
@@ -33,9 +33,9 @@ class FileDigest:
     """Size and checksums of a file that was written.
 
     Attributes:
-        size: in bytes.
-        xxh3: of all bytes, hexadecimal.
-        blocks: checksums of its blocks, as its blocks file holds them.
+        size: size of the file in bytes.
+        xxh3: checksum of all its bytes, hexadecimal.
+        blocks: content of its blocks file, the checksums of its blocks.
     """
 
     size: int
@@ -58,7 +58,7 @@ class BlockHasher:
         return self._size
 
     def update(self, data: memoryview) -> None:
-        """Take the next bytes, flat and of itemsize 1."""
+        """Add the file's next bytes; `data` is flat and of itemsize 1."""
         self._whole.update(data)
         while data:
             room = BLOCK_BYTES - self._size % BLOCK_BYTES
@@ -73,22 +73,22 @@ class BlockHasher:
         self._block.reset()
 
     def digest(self) -> FileDigest:
-        """The checksums of the whole file; nothing may be added after it."""
+        """The checksums of the file, once all bytes were added; nothing may be added after it."""
         if self._size % BLOCK_BYTES:
             self._end_block()
         return FileDigest(self._size, self._whole.hexdigest(), struct.pack(f"<{len(self._sums)}Q", *self._sums))
 
 
 class BlockSums:
-    """The checksums of one file's blocks, as read back.
+    """The checksums of a data file's blocks, read from its blocks file.
 
     Args:
-        data: content of its blocks file.
-        size: bytes of the file itself.
-        where: the file, for messages.
+        data: content of the blocks file.
+        size: bytes of the data file.
+        where: the blocks file, for messages.
 
     Raises:
-        CheckpointError: not as many checksums as the file has blocks.
+        CheckpointError: the blocks file does not have a checksum for each block.
     """
 
     def __init__(self, data: bytes, size: int, where: str) -> None:
@@ -100,11 +100,12 @@ class BlockSums:
         self._sums = struct.unpack(f"<{len(data) // _SUM_BYTES}Q", data)
 
     def first_damaged(self, first_block: int, *parts: memoryview) -> int | None:
-        """The first block that does not have its checksum, or None.
+        """The number of the first block that does not have its checksum, or None.
 
         Args:
-            parts: bytes of the file from block `first_block` on, wherever each lies; the last ends at the end of a
-                block, or of the file.
+            first_block: number of the block that the bytes begin with.
+            parts: consecutive bytes of the file, in buffers of any sizes; they end at the end of a block or of the
+                file.
         """
         for block, own in enumerate(_cut_in_blocks(parts), first_block):
             if _digest(own) != self._sums[block]:
@@ -113,7 +114,7 @@ class BlockSums:
 
 
 def _cut_in_blocks(parts: Iterable[memoryview]) -> Iterator[list[memoryview]]:
-    """What each block is made of."""
+    """The parts of each block, in order."""
     own, room = [], BLOCK_BYTES
     for part in parts:
         while part:

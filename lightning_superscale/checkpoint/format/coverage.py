@@ -1,4 +1,4 @@
-"""Proof that boxes make up a tensor: all within it, none over another, nothing left out."""
+"""Proof that boxes cover each element of a tensor exactly once."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from lightning_superscale.layout.box import Box
 
 
 def uncovered(shape: Sequence[int], boxes: Sequence[Box]) -> str | None:
-    """Why these boxes are not exactly the tensor, each element once; None when they are.
+    """The reason why boxes do not cover each element of a tensor exactly once, for messages; None when they do.
 
-    Bounds, no overlap and the full volume together prove it.
+    Boxes within the tensor's bounds, without overlap and of the tensor's volume cover it.
     """
     outside = next((box for box in boxes if not box.lies_in(shape)), None)
     if outside is not None:
@@ -29,7 +29,7 @@ def uncovered(shape: Sequence[int], boxes: Sequence[Box]) -> str | None:
 
 
 def _overlap(boxes: list[Box]) -> tuple[Box, Box] | None:
-    """Two boxes that share an element, or None. A sweep along dim 0: only boxes in the same rows are compared."""
+    """Two boxes that share an element, or None. Sweeps along tensor dim 0, and compares only boxes with common rows."""
     active: list[Box] = []
     for box in sorted(boxes):
         low = box.offset[0] if box.offset else 0

@@ -1,4 +1,4 @@
-"""Names of dtypes on disk: those of safetensors."""
+"""Names of dtypes in files, which are those of safetensors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def dtype_name(dtype: torch.dtype, where: object) -> str:
     """The name of a dtype in files.
 
     Args:
-        where: the tensor that has it, for the message.
+        where: the tensor of that dtype, for the message.
 
     Raises:
         CheckpointError: safetensors has no such dtype.
@@ -35,7 +35,10 @@ def dtype_name(dtype: torch.dtype, where: object) -> str:
 
 
 def dtype_of(name: str, where: object) -> torch.dtype:
-    """The dtype that a file names.
+    """The dtype of a name in a file.
+
+    Args:
+        where: the tensor of that dtype, for the message.
 
     Raises:
         CheckpointError: no dtype has that name.

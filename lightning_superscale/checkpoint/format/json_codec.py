@@ -1,8 +1,8 @@
-"""What a checkpoint holds beside tensors, as JSON: numbers, strings, containers, and a fixed list of other types.
+"""The JSON form of a checkpoint's values beside tensors: numbers, strings, containers, and a fixed list of other types.
 
-Whatever JSON lacks is an object {"$": tag, ...}; the tags are listed in docs/checkpoint-format.md. Tensors go into the
-payload and leave their name. Nothing is pickled: a class is only ever looked up by name in
-`torch.serialization.get_safe_globals()`, where users list those they trust.
+A value of a type that JSON lacks becomes an object {"$": tag, ...}; the tags are listed in docs/checkpoint-format.md.
+Tensors go into the data files, and the JSON holds their names. Nothing is pickled: a class is only looked up by name in
+`torch.serialization.get_safe_globals()`, where users list the classes that they trust.
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ def encode(value: object, where: str, tensors: dict[str, Tensor]) -> Any:
     """Turn a value into JSON that `decode` turns back.
 
     Args:
-        where: what the value is, for messages and for names of tensors within it.
-        tensors: takes each tensor found, by its name; the tensors themselves, not copies.
+        value: the value.
+        where: place of the value, such as "rest", for messages and for the names of tensors within it.
+        tensors: takes each tensor that is found, by its name; a detached view of it, not a copy.
 
     Raises:
         CheckpointError: names the place of a value that can't be saved, and what to do.
@@ -48,11 +49,12 @@ def decode(value: Any, where: str, tensor: Callable[[str], Tensor]) -> Any:
     """Turn JSON that `encode` made back into the value.
 
     Args:
-        where: as at `encode`, for messages.
-        tensor: gives the tensor of a name.
+        value: JSON that `encode` returned.
+        where: place of the value, such as "rest", for messages.
+        tensor: returns the tensor of a name.
 
     Raises:
-        CheckpointError: a tag or class that is not known here; names the place, and what to do.
+        CheckpointError: a tag or class is not known here; names the place, and what to do.
     """
     if isinstance(value, list):
         return [decode(item, f"{where}[{i}]", tensor) for i, item in enumerate(value)]
@@ -70,10 +72,13 @@ def decode(value: Any, where: str, tensor: Callable[[str], Tensor]) -> Any:
 
 
 def parse(data: bytes, where: str) -> Any:
-    """The JSON form of a value, from a file.
+    """The JSON form of a value, from the content of a file.
+
+    Args:
+        where: the file, for messages.
 
     Raises:
-        CheckpointError: it is no JSON.
+        CheckpointError: the content is no JSON.
     """
     try:
         return json.loads(data)
@@ -85,19 +90,23 @@ def _class_name(cls: type) -> str:
     return f"{cls.__module__}:{cls.__qualname__}"
 
 
-# Lightning saves the class of hyperparameters that are omegaconf's beside them.
+# Lightning saves the class of hyperparameters beside them; these two are the classes of omegaconf's.
 _KNOWN_CLASSES = {_class_name(cls): cls for cls in (DictConfig, ListConfig)}
 
 
 def _class_form(cls: type) -> dict[str, Any] | None:
-    """The form of a class itself; None for one that loading would not know."""
+    """The JSON form of a class; None for a class that loading would refuse."""
     name = _class_name(cls)
     is_trusted = any(cls is (e[0] if isinstance(e, tuple) else e) for e in torch.serialization.get_safe_globals())
     return {_TAG: "class", "v": name} if name in _KNOWN_CLASSES or is_trusted else None
 
 
 def _safe_class(name: str, where: str) -> Any:
-    """The trusted class of this name."""
+    """The trusted class of a name.
+
+    Raises:
+        CheckpointError: no class of that name is trusted; says how to trust one.
+    """
     for entry in torch.serialization.get_safe_globals():
         cls = entry[0] if isinstance(entry, tuple) else entry
         if isinstance(cls, type) and _class_name(cls) == name:
@@ -217,7 +226,7 @@ def _refusal(where: str, what: str, so_that: str) -> CheckpointError:
 
 
 def _simple(value: Any) -> dict[str, Any] | None:
-    """The form of a value without parts; None for all others."""
+    """The JSON form of a value without parts; None for all others."""
     kind = type(value)
     if kind in (bytes, bytearray):
         return {_TAG: kind.__name__, "v": base64.b64encode(value).decode()}
@@ -293,12 +302,12 @@ _Decoder = Callable[[dict[str, Any], str, Callable[[str], Tensor]], Any]
 
 
 def _with_items(make: Callable[[dict[str, Any], Any], Any]) -> _Decoder:
-    """Decodes what `v` holds first."""
+    """A decoder that decodes the parts in `v`, and makes the value of them."""
     return lambda value, where, tensor: make(value, decode(value["v"], where, tensor))
 
 
 def _with_class(make: Callable[[Any, Any], Any]) -> _Decoder:
-    """Looks the class up first, so that nothing within is made for one that is refused."""
+    """A decoder that looks the class up before it decodes the parts in `v`, as a refused class must make nothing."""
     return lambda value, where, tensor: make(_safe_class(value["class"], where), decode(value["v"], where, tensor))
 
 

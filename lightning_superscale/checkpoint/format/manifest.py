@@ -1,6 +1,7 @@
-"""The manifest of a checkpoint: what it holds and where, and how a reader knows that it is whole.
+"""The manifest of a checkpoint: its tensors, where they lie in files, and checksums that prove it complete.
 
-JSON, so that anybody can read it and nothing in it runs. The format is described in docs/checkpoint-format.md.
+The manifest is JSON, so that anybody can read it and nothing in it runs. docs/checkpoint-format.md describes the
+format.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from lightning_superscale.layout.box import Box
 MANIFEST_NAME = "MANIFEST.json"
 REST_NAME = "rest.json"
 MAJOR, MINOR = 1, 0
-# Feature flags that this version can read. A reader that lacks one that a manifest requires refuses it.
+# Feature flags that this version can read. A reader refuses a manifest with a flag that it does not know.
 KNOWN_FEATURES: frozenset[str] = frozenset()
 _SCHEMA = re.compile(r"lucp/(\d+)\.(\d+)")
 _HASH_AT_END = re.compile(rb',"xxh3":"([0-9a-f]{16})"\}\n\Z')
@@ -30,11 +31,13 @@ _SAFE_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)*")
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A box of a tensor, as it lies in a file.
+    """A box of a tensor that a file holds in consecutive bytes.
 
     Attributes:
-        entry: its name in the safetensors header.
-        start: the first of its bytes, counted from the beginning of the file.
+        file: name of the file, relative to the manifest's `root`.
+        entry: name of the chunk in the file's safetensors header.
+        start: place of its first byte, counted from the beginning of the file.
+        box: the box, in the unsharded tensor.
     """
 
     file: str
@@ -45,7 +48,7 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class TensorRecord:
-    """A tensor and the chunks it is made of, which cover each element once."""
+    """A tensor and its chunks, which cover each element once."""
 
     info: TensorInfo
     chunks: tuple[Chunk, ...]
@@ -53,7 +56,7 @@ class TensorRecord:
 
 @dataclass(frozen=True, slots=True)
 class FileRecord:
-    """A file beside the manifest: bytes, and xxh3-64 of them in hexadecimal."""
+    """A file beside the manifest: its size in bytes, and its xxh3-64 checksum in hexadecimal."""
 
     size: int
     xxh3: str
@@ -61,20 +64,23 @@ class FileRecord:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """The content of MANIFEST.json: what a checkpoint holds, and where.
+    """The content of MANIFEST.json: a checkpoint's tensors, optimizers and files.
 
     Attributes:
-        uuid: of this checkpoint, new with every save.
+        uuid: id of the checkpoint, new with every save.
         step: optimizer steps taken; None where the writer did not say.
-        world: ranks that saved.
-        writers: ranks that wrote files.
-        libs: versions of the libraries that wrote it.
-        root: folder within the checkpoint in which the files are; "" for its own.
+        world: number of ranks that saved.
+        writers: number of ranks that wrote files.
+        libs: versions of Python and of the libraries that wrote the checkpoint.
         files: every file but the manifest, by name relative to `root`.
-        optimizers: as `json_codec.encode` wrote them.
-        aliases: name of a tied tensor -> the name under which it is.
-        features: what a reader must know to read it at all.
+        tensors: every tensor of the checkpoint, with those within rest.json and the optimizers.
+        optimizers: the optimizers' records in JSON form; `json_codec.decode` reads their groups, values and rule.
+        aliases: name of a tied tensor -> the name under which it is saved.
+        root: folder within the checkpoint that holds the files; "" for the checkpoint's own.
+        features: feature flags that a reader must know.
         unknown: optional fields of a newer minor version, kept as they are.
+        schema: format version of the writer, as "lucp/major.minor".
+        min_reader: least format version that a reader must know.
     """
 
     uuid: str
@@ -93,7 +99,7 @@ class Manifest:
     min_reader: str = f"lucp/{MAJOR}.0"
 
     def to_bytes(self) -> bytes:
-        """The file: compact JSON, sorted, that ends with the checksum of itself without it."""
+        """The content of the file: compact JSON with sorted keys, whose last field is the checksum of the others."""
         fields = {
             **self.unknown,
             "schema": self.schema,
@@ -118,10 +124,11 @@ class Manifest:
         """Read and check a manifest: its checksum, version, fields, names, bounds and coverage.
 
         Args:
+            data: content of the file.
             where: the file, for messages.
 
         Raises:
-            CheckpointError: says which of these does not hold.
+            CheckpointError: one of these is wrong; says which.
         """
         fields = _checked_json(data, where)
         try:
@@ -132,7 +139,15 @@ class Manifest:
         return manifest
 
     def check(self, where: str) -> None:
-        """Raises: CheckpointError: a file name that leaves the folder, a chunk outside its file, a tensor with gaps."""
+        """Check the names of files, the bounds of chunks and the coverage of tensors.
+
+        Args:
+            where: the file, for messages.
+
+        Raises:
+            CheckpointError: a file name leaves the folder, a chunk lies outside its file or unaligned, or a tensor's
+                chunks have gaps or overlap.
+        """
         for name in (*self.files, *([self.root] if self.root else [])):
             if not _SAFE_NAME.fullmatch(name):
                 raise CheckpointError(f"{where} names the file {name!r}, which is not one of a checkpoint.")
@@ -149,7 +164,7 @@ class Manifest:
 
 
 def blocks_name(data_name: str) -> str:
-    """The file with the checksums of a data file's blocks."""
+    """The name of the file with the checksums of a data file's blocks."""
     return "blocks/" + data_name.removeprefix("data/").removesuffix(".safetensors") + ".xxh"
 
 
@@ -218,7 +233,7 @@ def _from_fields(fields: dict[str, Any], where: str) -> Manifest:
 
 
 def _checked_json(data: bytes, where: str) -> dict[str, Any]:
-    """The manifest's fields, of a version that can be read here and with the checksum that it names."""
+    """The manifest's fields, after a check of its checksum and of its version."""
     end = _HASH_AT_END.search(data)
     is_whole = end is not None and hex_digest(data[: end.start()] + b"}") == end.group(1).decode()
     fields: dict[str, Any] | None
@@ -227,7 +242,7 @@ def _checked_json(data: bytes, where: str) -> dict[str, Any]:
     except ValueError:
         fields = None
     version = _SCHEMA.fullmatch(str(fields.get("schema"))) if isinstance(fields, dict) else None
-    # A later major version may end in another checksum, so the version is asked first.
+    # A later major version may end in another checksum, so the version is checked first.
     if version is not None and int(version[1]) > MAJOR:
         hint = "" if is_whole else " (or it is damaged: its checksum is not one that this version knows)"
         raise CheckpointError(f"{where} has the format {version[0]}; this version reads lucp/{MAJOR}{hint}. Upgrade.")

@@ -1,8 +1,9 @@
-"""Files of tensors: safetensors, written front to back without a copy of the whole in memory.
+"""Data files of a checkpoint: safetensors, written front to back without a copy of a file in memory.
 
-The container is safetensors, so that any program can read the tensors, with two more promises: an entry of a multiple
-of 64 bytes starts at one, and every other entry at a multiple of its dtype's size. The format forbids gaps, so
-entries come in the order that gives this: first those of a multiple of 64 bytes, then the rest by falling item size.
+The container is safetensors, so that any program can read the tensors. Its entries are aligned: an entry whose size is
+a multiple of 64 bytes starts at a multiple of 64, and every other entry at a multiple of its dtype's size. The format
+forbids gaps, so the order of the entries aligns them: first those of a multiple of 64 bytes, then the others by falling
+item size.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from lightning_superscale.layout.box import flat_boxes, whole_box
 from lightning_superscale.torch_private import is_traceable_wrapper_subclass
 
 ALIGNMENT = 64
-# How much of a tensor is copied to the host, or made contiguous, at a time.
+# Bytes of a tensor that are copied to the host, or made contiguous, at a time.
 _CHUNK_BYTES = 2**23
 
 
 @dataclass(frozen=True, slots=True)
 class FileEntry:
-    """A tensor of a file, before it is written."""
+    """The description of a tensor that a file is going to hold."""
 
     name: str
     dtype: torch.dtype
@@ -37,11 +38,12 @@ class FileEntry:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the tensor's values."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 def sort_entries(entries: Sequence[FileEntry]) -> list[int]:
-    """Indices of the entries in the order in which a file has them (see the top of this file)."""
+    """Indices of the entries in the order that aligns them: multiples of 64 bytes first, then by falling item size."""
 
     def place(i: int) -> tuple[bool, int, str]:
         is_odd = entries[i].nbytes % ALIGNMENT != 0
@@ -52,7 +54,12 @@ def sort_entries(entries: Sequence[FileEntry]) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The layout of a file: its first bytes, and the start of each entry, counted from the file's beginning."""
+    """The layout of a file.
+
+    Attributes:
+        header: the file's first bytes: the length of the safetensors header and the header.
+        starts: place of each entry's first byte, counted from the beginning of the file.
+    """
 
     header: bytes
     starts: tuple[int, ...]
@@ -62,7 +69,7 @@ def layout(entries: Sequence[FileEntry], uuid: str) -> Layout:
     """The layout of a file with these entries, in this order.
 
     Args:
-        uuid: of the checkpoint, noted in the header.
+        uuid: id of the checkpoint, noted in the header.
     """
     fields: dict[str, object] = {"__metadata__": {"format": "pt", "lucp": uuid}}
     offsets, end = [], 0
@@ -81,19 +88,20 @@ def layout(entries: Sequence[FileEntry], uuid: str) -> Layout:
 
 
 class PayloadWriter:
-    """Writes one file and takes its checksums on the way."""
+    """Writes one file front to back, and computes its checksums meanwhile."""
 
     def __init__(self, file: FileWriter) -> None:
         self._file = file
         self._hasher = BlockHasher()
 
     def write(self, data: bytes | memoryview) -> None:
+        """Append bytes."""
         view = memoryview(data)
         self._file.write(view)
         self._hasher.update(view)
 
     def write_tensor(self, tensor: Tensor) -> None:
-        """Append a tensor's values, whatever its device and strides."""
+        """Append the values of a plain tensor of any device and strides, in C order."""
         for chunk in host_chunks(tensor):
             self.write(chunk.numpy().data)
 
@@ -104,12 +112,12 @@ class PayloadWriter:
 
 
 def is_wrapper(tensor: Tensor) -> bool:
-    """Whether a tensor only stands for others, as a DTensor does, and has no bytes of its own."""
+    """Whether a tensor wraps other tensors, as a DTensor does, and has no bytes of its own."""
     return is_traceable_wrapper_subclass(tensor)
 
 
 def host_chunks(tensor: Tensor) -> Iterator[Tensor]:
-    """A tensor's bytes in order, as flat uint8 tensors in host memory; views where the tensor allows it."""
+    """The bytes of a tensor's values in C order, as flat uint8 tensors in host memory; views of it where it allows."""
     tensor = tensor.detach()
     chunk_numel = _CHUNK_BYTES // tensor.element_size()
     is_flat = tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
@@ -123,5 +131,5 @@ def host_chunks(tensor: Tensor) -> Iterator[Tensor]:
             parts = [tensor[box.within(whole)] for box in flat_boxes(tensor.shape, start, stop)]
         for part in parts:
             resolved = part.resolve_conj().resolve_neg().contiguous()
-            # Not view(-1): one element keeps whatever stride it had, and bytes need one of 1.
+            # Not view(-1): a tensor of one element keeps any stride, and a view as bytes needs a stride of 1.
             yield resolved.cpu().as_strided((part.numel(),), (1,)).view(torch.uint8)
