@@ -1,4 +1,4 @@
-"""A foreign checkpoint as a table: which tensors it has, and of which chunks in which files each is made."""
+"""A foreign checkpoint as a table of its tensors, each with its chunks in files."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from lightning_superscale.checkpoint.state import OptimizerRecord, ReadRequest, 
 from lightning_superscale.errors import CheckpointError, did_you_mean
 from lightning_superscale.layout.box import Box, flat_boxes, whole_box
 
+# One slice for each tensor dim.
 Index = tuple[slice, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class ForeignChunk:
-    """A part of a tensor that lies in one file.
+    """A box of a tensor that lies in one file.
 
     Attributes:
-        box: which part.
-        read: values at an index within the chunk, in the tensor's dtype; reads no more of the file than its format
-            lets it.
-        file: for messages, and so that reads of one file follow one another.
+        box: the box, in the unsharded tensor.
+        read: returns the values at an index within the chunk, in the tensor's dtype; reads as little of the file as its
+            format allows.
+        file: name of the file, for messages, and for ordering reads by file.
     """
 
     box: Box
@@ -35,7 +36,7 @@ class ForeignChunk:
 
 @dataclass(frozen=True, slots=True)
 class ForeignTensor:
-    """A tensor and all its chunks."""
+    """A tensor's description and its chunks, which cover each element once."""
 
     info: TensorInfo
     chunks: tuple[ForeignChunk, ...]
@@ -45,12 +46,21 @@ Table = dict[TensorKey, ForeignTensor]
 
 
 def reader(tensor: Tensor, dtype: torch.dtype | None = None) -> Callable[[Index], Tensor]:
-    """Reads from a mapped tensor; of another `dtype` where the checkpoint only holds what a weight is rounded from."""
+    """A `ForeignChunk.read` for a mapped tensor.
+
+    Args:
+        dtype: dtype that values are converted to; None for the tensor's own.
+    """
     return (lambda index: tensor[index]) if dtype is None else (lambda index: tensor[index].to(dtype))
 
 
 def whole_tensor(tensor: Tensor, role: Role, file: str, *, trainable: bool = False) -> ForeignTensor:
-    """A tensor that a file has in one chunk."""
+    """An entry for a mapped tensor that a file holds in one chunk.
+
+    Args:
+        file: the file, for messages.
+        trainable: whether a weight has gradients.
+    """
     shape = tuple(tensor.shape)
     chunk = ForeignChunk(whole_box(shape), reader(tensor), file)
     return ForeignTensor(TensorInfo(tensor.dtype, shape, role, trainable), (chunk,))
@@ -59,7 +69,15 @@ def whole_tensor(tensor: Tensor, role: Role, file: str, *, trainable: bool = Fal
 def flat_chunks(
     shape: Sequence[int], start: int, values: Tensor, file: str, dtype: torch.dtype | None = None
 ) -> list[ForeignChunk]:
-    """The chunks that `values` [n] make, which are elements [start, start + n) of a flattened tensor."""
+    """The chunks of a tensor that `values` [n] hold, which are its elements [start, start + n) when flattened.
+
+    Args:
+        shape: shape of the unsharded tensor.
+        start: number of the first element.
+        values: the elements, a mapped 1-D tensor.
+        file: the file, for messages.
+        dtype: dtype that values are converted to; None for that of `values`.
+    """
     chunks, done = [], 0
     for box in flat_boxes(shape, start, start + values.numel()):
         part = values[done : done + box.numel].view(box.size)
@@ -70,12 +88,21 @@ def flat_chunks(
 
 @dataclass(slots=True)
 class ForeignSource:
-    """A StateSource over mapped files; the values of a tensor are read when they are asked for.
+    """A StateSource over mapped files; `read` alone reads tensors' values.
 
     Attributes:
-        make_rest: reads what is neither weights nor optimizers; called once, by who asks for it.
-        names_missing: why the optimizers can't be told, where the file has states without parameters' names; raised
-            when somebody asks for them. Weights are readable all the same.
+        path: path of the checkpoint, for messages.
+        table: all tensors but those within the rest.
+        step: optimizer steps taken; None where the format does not say.
+        records: a record for each optimizer, by index.
+        aliases: name of a tied weight -> the name under which it is saved.
+        make_rest: reads the part of the checkpoint that is neither weights nor optimizers; called once, at the first
+            use of `rest`.
+        names_missing: why `optimizers` raises an error, where the file has states without parameters' names; else "".
+            Weights can be read all the same.
+
+    Raises:
+        CheckpointError: chunks of a tensor have gaps or overlap.
     """
 
     path: str
@@ -110,10 +137,10 @@ class ForeignSource:
         return self._rest
 
     def read(self, requests: Sequence[ReadRequest]) -> None:
-        """Fill each request with the values that the checkpoint's files hold.
+        """Fill each request with values from the checkpoint's files. Each rank reads for itself.
 
         Raises:
-            CheckpointError: a tensor or box that the checkpoint does not have, or a damaged file.
+            CheckpointError: the checkpoint lacks a tensor or box, or a file is damaged.
         """
         jobs: list[tuple[ForeignChunk, Box, ReadRequest]] = []
         for request in requests:
@@ -134,7 +161,7 @@ class ForeignSource:
             target.copy_(values.detach())  # DeepSpeed saves masters that require gradients
 
     def close(self) -> None:
-        """Let go of the files; nothing can be read afterwards."""
+        """Release the mapped files; nothing can be read after it."""
         self.table.clear()
 
     def _entry(self, request: ReadRequest) -> ForeignTensor:
@@ -153,7 +180,7 @@ class ForeignSource:
 
 
 def _check_covers(path: str, key: TensorKey, entry: ForeignTensor) -> None:
-    """Every element of a tensor must be in exactly one chunk."""
+    """Raise a CheckpointError unless each element of a tensor is in exactly one chunk."""
     why = uncovered(entry.info.shape, [chunk.box for chunk in entry.chunks])
     if why is not None:
         raise CheckpointError(f"{key} in {path} is not complete: {why}. A file is missing or damaged.")

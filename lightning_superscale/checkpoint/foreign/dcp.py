@@ -1,8 +1,8 @@
 """Reads directories of torch.distributed.checkpoint: their metadata without its pickle, tensors chunk by chunk.
 
-`.metadata` is a pickle that torch loads with all of pickle's powers. Here every class it names is a stand-in, made for
-one load, that only keeps data; a name that the format does not have is refused. A chunk is a file of torch.save within
-a file, which has to be read as a whole; one is held at a time.
+`.metadata` is a pickle that torch loads with all of pickle's powers. Here every class that it names becomes a stand-in,
+made for one load, that only keeps data; a name that the format does not have is refused. A chunk is a file of
+torch.save within a file and has to be read entirely; one chunk is in memory at a time.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ _CLASSES = {
     "pathlib._local": {"PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"},
 }  # fmt: skip
 
+# Name of a file in the folder, offset of the chunk in it, and length of the chunk, in bytes.
 Place = tuple[str, int, int]
 
 
@@ -49,7 +50,7 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if name in _CLASSES.get(module, ()):
-            # A class of its own for each load: what a pickle does to a class ends with it.
+            # Each load makes classes of its own, so that changes that a pickle makes to a class end with the load.
             return self._made.setdefault(name, type(name, (_Record,), {}))
         if module == "torch" and name == "Size":
             return self._made.setdefault(name, type(name, (tuple,), {}))
@@ -64,7 +65,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 class _Record:
-    """Any object of the metadata: attributes, or constructor arguments."""
+    """A stand-in for any object of the metadata: keeps its attributes, or its constructor's arguments."""
 
     args: tuple[Any, ...] = ()
 
@@ -83,10 +84,10 @@ class DcpFolder:
     """A checkpoint of torch.distributed.checkpoint.
 
     Attributes:
-        folder: where it is.
-        paths: key -> where it was in the nested state, such as ("model", "layer.weight"); (key,) where unknown.
-        tensors: by key, as weights; the caller knows which are not.
-        blobs: keys of what is not a tensor.
+        folder: directory of the checkpoint.
+        paths: key -> path of its value in the nested state, such as ("model", "layer.weight"); (key,) where unknown.
+        tensors: tensors by key, all with the role "model"; the caller knows their true roles.
+        blobs: places of the values that are not tensors, by key.
     """
 
     folder: Path
@@ -96,10 +97,10 @@ class DcpFolder:
     _held: tuple[Place, Any] | None = None
 
     def value(self, key: str) -> Any:
-        """The values by key that are not tensors.
+        """The value of a key of `blobs`, read from its file.
 
         Raises:
-            CheckpointError: a damaged file, or one that names code.
+            CheckpointError: the file is damaged, or names code.
         """
         return self._load(self.blobs[key], key)
 
@@ -119,7 +120,7 @@ class DcpFolder:
         return self._held[1]
 
     def reader(self, place: Place, key: str) -> Callable[[Index], Tensor]:
-        """Reads from the chunk at `place`."""
+        """A function that reads the values at an index within the chunk at `place`."""
 
         def read(index: Index) -> Tensor:
             chunk = self._load(place, key)
@@ -131,10 +132,10 @@ class DcpFolder:
 
 
 def open_dcp_folder(folder: Path) -> DcpFolder:
-    """Read the metadata of a checkpoint; no tensors.
+    """Read the metadata of a checkpoint of torch.distributed.checkpoint; no tensor's values are read.
 
     Raises:
-        CheckpointError: metadata that is missing, damaged or names code, or files that are missing.
+        CheckpointError: the metadata is missing, damaged or names code, or files that it names are missing.
     """
     where = folder / METADATA
     try:

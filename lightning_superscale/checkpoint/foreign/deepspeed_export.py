@@ -1,8 +1,8 @@
 """Writes a training state as a DeepSpeed universal checkpoint, in the dialect of stages 1 and 2 or of stage 3.
 
-DeepSpeed (0.19.8) loads of it masters, Adam's moments, steps and parameter groups, with `"checkpoint":
-{"load_universal": true}`. It does not load buffers and frozen weights from any universal checkpoint; they are written
-for readers that do.
+With `"checkpoint": {"load_universal": true}`, DeepSpeed (0.19.8) loads master weights, Adam's moments, steps and
+parameter groups from it. DeepSpeed loads buffers and frozen weights from no universal checkpoint; they are written for
+readers that do.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Dialect = Literal["zero12", "zero3"]
 OptimizerKind = Literal["torch", "deepspeed"]
 
 TAG = "universal"
-_VERSION = "0.19.8"  # whose files these are like; DeepSpeed refuses those of no version
+_VERSION = "0.19.8"  # the release whose files these equal; DeepSpeed refuses files without a version
 _SECTION = optimizer_section(0)
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -40,16 +40,20 @@ def export_deepspeed_universal(
 ) -> None:
     """Write the directory `path`, for `engine.load_checkpoint(path)`.
 
-    DeepSpeed's stage 3 gives all groups the options of the first. So that it leaves each group with those that its
-    optimizer was built with, options in which groups differ stand apart, where DeepSpeed does not look and
-    `open_foreign` does. One process calls it; memory stays at one tensor.
+    DeepSpeed's stage 3 gives all groups the options of the first. Options in which groups differ are therefore kept
+    out of the first group and written where only `open_foreign` looks, so that DeepSpeed leaves each group with the
+    options that its optimizer was built with. One process calls it; memory stays at one tensor.
 
     Args:
-        optimizer: that DeepSpeed will run: torch's keep steps as tensors, its own as integers.
+        source: the state.
+        path: directory to make; its parents are made where they are missing.
+        dialect: "zero12" for DeepSpeed's stages 1 and 2, "zero3" for stage 3.
+        optimizer: the kind of optimizer that DeepSpeed will run: "torch" keeps steps as tensors, "deepspeed" as
+            integers.
 
     Raises:
-        CheckpointError: `path` exists, the source is damaged, or it has what DeepSpeed can't hold: several optimizers
-            or none, states other than Adam's, different steps within a group (in stage 3, at all).
+        CheckpointError: `path` exists, the source is damaged, or DeepSpeed can't hold the state: several optimizers or
+            none, states other than Adam's, different steps within a group (in stage 3, within all groups).
     """
     record = _only_optimizer(source)
     step = _check_states(source, record, dialect)
@@ -79,7 +83,7 @@ def _only_optimizer(source: StateSource) -> OptimizerRecord:
 
 
 def _check_states(source: StateSource, record: OptimizerRecord, dialect: Dialect) -> list[int]:
-    """Every group's step, after checking that the states are what DeepSpeed holds."""
+    """Every group's step, after a check that DeepSpeed can hold the states."""
     known = {*_MOMENTS, "step", MASTER}
     for key in source.tensors:
         if key.section == _SECTION and key.state not in known:
@@ -155,7 +159,7 @@ def _optimizer_state(
 
 
 def _common(groups: list[dict[str, Any]]) -> dict[str, Any]:
-    """The first group, without the options in which others differ."""
+    """The first group, without the options in which another group differs from it."""
     first = groups[0]
     same = {key: value for key, value in first.items() if all(key in group and group[key] == value for group in groups)}
     return {**same, "params": first["params"]}

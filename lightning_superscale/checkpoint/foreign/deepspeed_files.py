@@ -1,4 +1,4 @@
-"""What DeepSpeed's directories have in common: where the files are, what a model's file says, what can't be read.
+"""Common parts of the readers of DeepSpeed's directories: finding files, reading model files, refusing layouts.
 
 Facts about the files were checked against DeepSpeed 0.19.8, which is never imported.
 """
@@ -37,12 +37,23 @@ _STAND_INS = [
 
 
 def load_deepspeed_file(path: Path) -> Any:
-    """Read a file that DeepSpeed wrote, with stand-ins for the classes that it names."""
+    """Load a file that DeepSpeed wrote, with stand-ins for the classes that it names; tensors stay on disk.
+
+    Raises:
+        CheckpointError: the file is missing or damaged, or names a class that is not allowed.
+    """
     return load_torch_file(path, _STAND_INS)
 
 
 def find_folder(path: Path) -> Path | None:
-    """The directory with the model's files: `path`, or the one that its `latest` or `latest_universal` names."""
+    """The directory with the model's files: `path`, or the one that its `latest` or `latest_universal` names.
+
+    Returns:
+        None where `path` is no directory of DeepSpeed.
+
+    Raises:
+        CheckpointError: `latest` or `latest_universal` names no directory with a model's files.
+    """
     if _model_files(path):
         return path
     for pointer in ("latest", "latest_universal"):
@@ -69,7 +80,7 @@ def _model_files(folder: Path) -> dict[tuple[int | None, int], Path]:
 
 
 def clean(name: str) -> str:
-    """A parameter's name as the LightningModule has it; Lightning before 2.1 wrapped it."""
+    """A parameter's name in the LightningModule, without the prefix of the wrapper that Lightning before 2.1 used."""
     return name.removeprefix("_forward_module.")
 
 
@@ -78,20 +89,20 @@ class ModelFiles:
     """The content of a DeepSpeed checkpoint's model files.
 
     Attributes:
-        folder: where they are.
-        is_sharded: stage 3: weights are not in `module`, which has placeholders of their dtype.
-        ranks: number of data-parallel ranks (with sequence parallelism: of both) that wrote.
-        file: rank 0's.
-        module: the module's state_dict, as rank 0 has it.
-        shapes: of trainable weights, by name, in the order of the flat partitions; one mapping per parameter group, in
-            stage 3 per sub-group.
+        folder: directory of the files.
+        is_sharded: whether stage 3 wrote them; `module` then has placeholders of the weights' dtypes.
+        ranks: number of data-parallel ranks that wrote; with sequence parallelism, of both kinds together.
+        file: rank 0's model file.
+        module: tensors of rank 0's state_dict of the module.
+        shapes: shapes of trainable weights, by name, in the order of the flat partitions; one mapping per parameter
+            group, in stage 3 per sub-group.
         buffers: names of buffers in `module`.
-        frozen_shapes: of weights without gradients; stage 3 and 2.
-        frozen: each rank's part of them; stage 3.
-        aliases: name of a tied weight -> the name under which it is.
+        frozen_shapes: shapes of weights without gradients, by name; in stages 2 and 3.
+        frozen: each rank's flat shards of weights without gradients, by name; in stage 3.
+        aliases: name of a tied weight -> the name under which it is saved.
         config: DeepSpeed's configuration of the run.
         step: optimizer steps taken, without those that were skipped.
-        rest: what the client added (all of Lightning's), and DeepSpeed's own under "deepspeed".
+        rest: entries that the client added (all of Lightning's), and DeepSpeed's own entries under "deepspeed".
     """
 
     folder: Path
@@ -110,14 +121,15 @@ class ModelFiles:
 
     @property
     def all_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of all trainable weights, by name."""
         return {name: shape for group in self.shapes for name, shape in group.items()}
 
 
 def read_model_files(folder: Path) -> ModelFiles:
-    """Read what the model's files in `folder` say; weights stay on disk.
+    """Read the model's files in `folder`; weights stay on disk.
 
     Raises:
-        CheckpointError: files that are missing or damaged, or a layout that can't be read (tensor, pipeline or expert
+        CheckpointError: files are missing or damaged, or have a layout that can't be read (tensor, pipeline or expert
             parallelism, no ZeRO).
     """
     files = _model_files(folder)
@@ -204,20 +216,21 @@ def _rest(head: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def loss_scaler(state: Mapping[str, Any]) -> dict[str, Any]:
-    """An fp16 run's loss scale and what it counts; nothing where there is none."""
+    """The attributes of an fp16 run's loss scaler, by name; empty for a run without one."""
     return dict(vars(state["loss_scaler"])) if "loss_scaler" in state else {}
 
 
 def model_entries(files: ModelFiles, masters: Mapping[str, ForeignTensor]) -> Table:
-    """Weights and buffers, and the masters of weights that are narrower.
+    """The weights and buffers of a checkpoint.
 
-    Where stage 3 did not save a weight, it is its master's values rounded to its dtype, as DeepSpeed loads it.
+    Stage 3 saves no trainable weights. Their values are those of their master weights, rounded to their dtypes, as
+    DeepSpeed loads them.
 
     Args:
-        masters: fp32, by name.
+        masters: fp32 master weights of all trainable weights, by name.
 
     Raises:
-        CheckpointError: a weight that no file has.
+        CheckpointError: no file has a weight; names it.
     """
     table = Table()
     for name, tensor in files.module.items():
@@ -239,7 +252,7 @@ def model_entries(files: ModelFiles, masters: Mapping[str, ForeignTensor]) -> Ta
 
 
 def rounded(master: ForeignTensor, dtype: torch.dtype) -> ForeignTensor:
-    """A master's values as the weight of `dtype` that was trained with."""
+    """The weight of a master weight: the master's values, rounded to `dtype` when they are read."""
 
     def read(chunk: ForeignChunk) -> ForeignChunk:
         return ForeignChunk(chunk.box, lambda index: chunk.read(index).to(dtype), chunk.file)
@@ -262,24 +275,28 @@ def _frozen_entry(files: ModelFiles, name: str) -> ForeignTensor:
 
 
 def rank_range(numel: int, ranks: int, rank: int) -> tuple[int, int]:
-    """The elements of a flattened tensor that a rank of stage 3 has: equal parts, the last one padded."""
+    """Elements [start, stop) of a flattened tensor that are a rank's shard in stage 3: equal parts, the last padded."""
     part = -(-numel // ranks)
     return min(rank * part, numel), min((rank + 1) * part, numel)
 
 
 def class_name(config: Mapping[str, Any]) -> str:
-    """The optimizer's, where DeepSpeed's configuration says it; "" where the client made it."""
+    """The class name of the optimizer in DeepSpeed's configuration; "" where the client made the optimizer."""
     optimizer = config.get("optimizer")
     return str(optimizer.get("type", "")) if isinstance(optimizer, Mapping) else ""
 
 
 def options_of(groups: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], ...]:
-    """Each group's options; not its parameters, and not the step that DeepSpeed's own optimizers count there."""
+    """Each group's options, without its parameters and the step that DeepSpeed's own optimizers count there."""
     return tuple({key: value for key, value in group.items() if key not in ("params", "step")} for group in groups)
 
 
 def step_tensor(value: Any) -> Tensor | None:
-    """A step count as torch's optimizers keep it: an fp32 scalar. DeepSpeed's own keep an integer."""
+    """A step count as an fp32 tensor without dims, as torch's optimizers keep it; a tensor stays as it is.
+
+    Args:
+        value: a tensor, a number (of DeepSpeed's own optimizers), or None for no count.
+    """
     if value is None:
         return None
     return value if isinstance(value, Tensor) else torch.tensor(float(value))

@@ -1,7 +1,7 @@
-"""Reads the checkpoints that DeepSpeed's ZeRO writes, stages 1, 2 and 3, also through Lightning's DeepSpeedStrategy.
+"""Reads the checkpoints of DeepSpeed's ZeRO, stages 1, 2 and 3, also those of Lightning's DeepSpeedStrategy.
 
-Stages 1 and 2 cut each parameter group's concatenation into one range per rank; stage 3 cuts each parameter, and
-concatenates a sub-group's parts. Both are ranges of flattened parameters, hence boxes.
+Stages 1 and 2 concatenate each parameter group and cut it into one range per rank; stage 3 cuts each parameter, and
+concatenates a sub-group's shards. In both a rank has ranges of flattened parameters, and these are boxes.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _WEIGHTS = "fp32"
 
 
 def has_native_states(folder: Path) -> bool:
-    """Whether `folder` has ranks' optimizer files."""
+    """Whether `folder` has the optimizer file of a rank."""
     return any(_OPTIM_FILE.fullmatch(file.name) for file in folder.glob("*_optim_states.pt"))
 
 
@@ -60,9 +60,11 @@ class _Flat:
     """One rank's flat partition of a group or sub-group.
 
     Attributes:
-        tensors: by state key, and the fp32 weights; each [numel of the partition, with or without padding].
-        scalars: what is not per element, such as the step.
-        ranges: parameter -> (where in the partition its part starts, its first element, one past its last).
+        tensors: states by key, and the fp32 weights as "fp32"; each [numel of the partition, with or without padding].
+        scalars: states that are not per element, such as the step, by key.
+        ranges: by parameter, the offset of its elements in the partition, the number of its first element there, and
+            one past that of its last.
+        file: the rank's optimizer file, for messages.
     """
 
     tensors: dict[str, Tensor]
@@ -72,10 +74,13 @@ class _Flat:
 
 
 def open_deepspeed_native(folder: Path) -> ForeignSource:
-    """Open a tag's directory (one that `find_folder` returns).
+    """Open a checkpoint of DeepSpeed's ZeRO; tensors stay on disk.
+
+    Args:
+        folder: a tag's directory, as `find_folder` returns it.
 
     Raises:
-        CheckpointError: files that are missing or damaged, or a layout that can't be read.
+        CheckpointError: files are missing or damaged, or have a layout that can't be read.
     """
     files = read_model_files(folder)
     states = _optimizer_files(files)
@@ -83,7 +88,7 @@ def open_deepspeed_native(folder: Path) -> ForeignSource:
     masters, table, values = _join(files, parts)
     model = model_entries(files, masters)
     for name, master in masters.items():
-        if model[TensorKey(MODEL, name)].info.dtype != torch.float32:  # else the weight itself is the master
+        if model[TensorKey(MODEL, name)].info.dtype != torch.float32:  # an fp32 weight is its own master
             table[TensorKey(_SECTION, name, MASTER)] = master
     names = _names(files, groups)
     record = OptimizerRecord(class_name(files.config), options_of(groups), names, values)
@@ -92,7 +97,7 @@ def open_deepspeed_native(folder: Path) -> ForeignSource:
 
 
 def _optimizer_files(files: ModelFiles) -> list[tuple[str, Mapping[str, Any]]]:
-    """Every rank's optimizer state, with its file."""
+    """Every rank's optimizer file and the state in it, by rank."""
     found: dict[int, Path] = {}
     for file in files.folder.glob("*_optim_states.pt"):
         match = _OPTIM_FILE.fullmatch(file.name)
@@ -127,9 +132,9 @@ def _optimizer_files(files: ModelFiles) -> list[tuple[str, Mapping[str, Any]]]:
 def _cut(
     files: ModelFiles, states: Sequence[tuple[str, Mapping[str, Any]]]
 ) -> tuple[list[list[_Flat]], list[Mapping[str, Any]]]:
-    """Per group, each rank's partition; the optimizer's groups."""
+    """Each rank's partition of each parameter group, by group and rank; and the optimizer's groups."""
     base = states[0][1].get("base_optimizer_state")
-    # An elastic checkpoint has no groups: their options are lost.
+    # An elastic checkpoint has no groups, and their options are lost.
     groups = list(base["param_groups"]) if isinstance(base, Mapping) else [{} for _ in files.shapes]
     parts: list[list[_Flat]] = []
     for index in range(len(files.shapes)):
@@ -184,7 +189,7 @@ def _split(
 def _sharded(
     files: ModelFiles, states: Sequence[tuple[str, Mapping[str, Any]]]
 ) -> tuple[list[list[_Flat]], list[Mapping[str, Any]]]:
-    """Per sub-group, each rank's partition; the optimizer's groups, whose "params" number sub-groups."""
+    """Each rank's partition of each sub-group, by sub-group and rank; and the groups with sub-groups as "params"."""
     parts = []
     for index, shapes in enumerate(files.shapes):
         ranks = []
@@ -202,13 +207,13 @@ def _sharded(
     return parts, list(states[0][1]["optimizer_state_dict"]["param_groups"])
 
 
-# Both
+# All stages
 
 
 def _join(
     files: ModelFiles, parts: Sequence[Sequence[_Flat]]
 ) -> tuple[dict[str, ForeignTensor], Table, dict[str, dict[str, Any]]]:
-    """The fp32 weights by name; the states; those of them that are no tensors, by name."""
+    """The fp32 weights by name; a table of the states; and the states that are no tensors, by name and key."""
     masters: dict[str, ForeignTensor] = {}
     table, values = Table(), dict[str, dict[str, Any]]()
     for shapes, ranks in zip(files.shapes, parts, strict=True):

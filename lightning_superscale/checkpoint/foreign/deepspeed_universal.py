@@ -1,7 +1,8 @@
 """Reads DeepSpeed's universal checkpoints: a directory per parameter, in the dialects of stages 1 and 2 and of stage 3.
 
-DeepSpeed itself loads neither frozen weights nor buffers from them, and gives every parameter group the options of the
-first; all of them are in the files, and are read here.
+DeepSpeed itself loads neither frozen weights nor buffers from universal checkpoints, and in stage 3 it gives
+every parameter group the options of the first. The files hold frozen weights, buffers and all options, and this reader
+loads them.
 """
 
 from __future__ import annotations
@@ -48,15 +49,18 @@ _STATE_FILE = "optimizer_state.pt"
 
 
 def has_universal_states(folder: Path) -> bool:
-    """Whether `folder` has a directory per parameter."""
+    """Whether `folder` has the optimizer file of a universal checkpoint."""
     return (folder / "zero" / _STATE_FILE).is_file()
 
 
 def open_deepspeed_universal(folder: Path) -> ForeignSource:
-    """Open a tag's directory (one that `find_folder` returns).
+    """Open a universal checkpoint; no tensor's values are read.
+
+    Args:
+        folder: a tag's directory, as `find_folder` returns it.
 
     Raises:
-        CheckpointError: files that are missing or damaged, or a layout that can't be read.
+        CheckpointError: files are missing or damaged, or have a layout that can't be read.
     """
     files = read_model_files(folder)
     state_file = folder / "zero" / _STATE_FILE
@@ -75,7 +79,7 @@ def open_deepspeed_universal(folder: Path) -> ForeignSource:
             _add_scalars(table, values, saved, index, name, state_file)
     model = model_entries(files, masters)
     for name, master in masters.items():
-        if model[TensorKey(MODEL, name)].info.dtype != torch.float32:  # else the weight itself is the master
+        if model[TensorKey(MODEL, name)].info.dtype != torch.float32:  # an fp32 weight is its own master
             table[TensorKey(_SECTION, name, MASTER)] = master
     groups = saved["param_groups"]
     record = OptimizerRecord(class_name(files.config), options_of(groups), _names(files, groups, state_file), values)
@@ -118,7 +122,10 @@ def _step(value: Any, file: Path) -> Tensor:
 def _add_scalars(
     table: Table, values: dict[str, dict[str, Any]], saved: Mapping[str, Any], index: int, name: str, file: Path
 ) -> None:
-    """Stage 3 keeps what is not per element in its rank 0's optimizer state; DeepSpeed's own optimizers in a group."""
+    """Add a parameter's states that are not per element to `table` or, where they are no tensors, to `values`.
+
+    Stage 3 keeps them in rank 0's optimizer state; DeepSpeed's own optimizers keep the step in a parameter group.
+    """
     inner = saved.get("optimizer_state_dict") or {}
     own = dict(inner.get("state", {}).get(index, {}))
     groups = saved["param_groups"]
@@ -129,7 +136,7 @@ def _add_scalars(
         tensor = step_tensor(value) if key == "step" else value
         key_of = TensorKey(_SECTION, name, key)
         if key_of in table or (isinstance(tensor, Tensor) and tensor.dim()):
-            continue  # a per-element state, of which this is rank 0's part
+            continue  # this is rank 0's shard of a per-element state
         if isinstance(tensor, Tensor):
             table[key_of] = whole_tensor(tensor, "scalar", str(file))
         else:

@@ -1,7 +1,7 @@
 """Reads Hugging Face weights: one safetensors file, or shards with an index.
 
-What the format can't say is absent: optimizers, buffers and frozen weights as such, steps. Tied weights are known where
-the header says them, as `safetensors.torch.save_model` does.
+The format holds neither optimizers nor steps, and does not tell buffers and frozen weights from other weights. Tied
+weights are known where a file's header names them, as `safetensors.torch.save_model` does.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def open_hf(path: Path) -> ForeignSource:
     """Open a safetensors file, or a directory with one or with shards and their index.
 
     Raises:
-        CheckpointError: files that are missing or damaged, or an index that does not fit them.
+        CheckpointError: files are missing or damaged, or the index does not fit them.
     """
     table, aliases = Table(), dict[str, str]()
     for file, expected in _shards(path).items():
@@ -50,12 +50,12 @@ def open_hf(path: Path) -> ForeignSource:
 
 
 def find_index(folder: Path) -> Path | None:
-    """The index of the shards in a directory."""
+    """The index file of the shards in a directory; None without one."""
     return next(iter(sorted(folder.glob("*.safetensors.index.json"))), None)
 
 
 def _shards(path: Path) -> dict[Path, set[str] | None]:
-    """Each file, with the names that the index says it holds; None where there is no index."""
+    """Each file, with the names of its tensors in the index; None for the names where there is no index."""
     if path.is_file():
         return {path: None}
     index = find_index(path)
@@ -83,7 +83,7 @@ def _shards(path: Path) -> dict[Path, set[str] | None]:
 
 
 def _open_file(path: Path) -> tuple[dict[str, ForeignTensor], dict[str, str]]:
-    """A file's tensors, and the names that its header ties to them."""
+    """A file's tensors by name, and the aliases of tied ones that its header names."""
     try:
         file: Any = safe_open(path, framework="pt")
         entries, metadata = {}, file.metadata() or {}
@@ -102,7 +102,7 @@ def _open_file(path: Path) -> tuple[dict[str, ForeignTensor], dict[str, str]]:
 def _reader(file: Any, path: Path, name: str) -> Callable[[Index], Tensor]:
     def read(index: Index) -> Tensor:
         try:
-            # A slice reads only its rows; it can't be taken of a scalar.
+            # A slice reads only its rows; a tensor without dims has no slices.
             found: Tensor = file.get_slice(name)[index] if index else file.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{name!r} in {path} can't be read: {error}.") from error

@@ -34,17 +34,18 @@ class _Weight:
 def export_hf(source: StateSource, path: Path, *, max_shard_bytes: int = 5 << 30, strip_prefix: str = "") -> None:
     """Write the directory `path` with the weights and buffers of a state, each in its dtype.
 
-    A tied weight is written once; the headers say its other names, as `safetensors.torch.save_model` does. Memory
-    stays below 64 MiB, or one row where that is larger. One process calls it.
+    A tied weight is written once, and its other names go into the file's header, as `safetensors.torch.save_model`
+    does. Memory stays below 64 MiB, or one row where a row is larger. One process calls it.
 
     Args:
-        max_shard_bytes: with more, weights go into files of at most so many bytes (one weight may be larger), and
-            `model.safetensors.index.json` says which is where.
-        strip_prefix: what names begin with in the LightningModule but not in the model, such as "model.".
+        source: the state.
+        path: directory to make; its parents are made where they are missing.
+        max_shard_bytes: bytes of weights in one file at most, but for a weight that is larger by itself. A state with
+            more goes into several files, and `model.safetensors.index.json` names the file of each weight.
+        strip_prefix: prefix that names have in the LightningModule but not in the model, such as "model.".
 
     Raises:
-        CheckpointError: `path` exists, the source is damaged, two names become equal, or a dtype that safetensors does
-            not have.
+        CheckpointError: `path` exists, the source is damaged, two names become equal, or safetensors lacks a dtype.
     """
     weights, aliases = _weights(source, strip_prefix)
     shards = _shards(weights, max_shard_bytes)
@@ -97,7 +98,7 @@ def _shards(weights: Sequence[_Weight], max_bytes: int) -> list[list[_Weight]]:
 
 
 def _write(source: StateSource, file: IO[bytes], shard: Sequence[_Weight], aliases: dict[str, str]) -> None:
-    # Wide dtypes first, so that every tensor is aligned.
+    # Tensors of wide dtypes come first, so that every tensor is aligned.
     ordered = sorted(shard, key=lambda weight: (-weight.info.dtype.itemsize, weight.name))
     header: dict[str, object] = {"__metadata__": {**aliases, "format": "pt"}}
     offset = 0
@@ -119,7 +120,7 @@ def _write(source: StateSource, file: IO[bytes], shard: Sequence[_Weight], alias
 
 
 def _slabs(info: TensorInfo) -> Iterator[Box]:
-    """A tensor's rows, at most 64 MiB at a time where one row is not more."""
+    """Boxes that cover a tensor once: runs of its rows, of at most 64 MiB, or of one row where that is larger."""
     rows = info.shape[0] if info.shape else 1
     row_bytes = torch.Size(info.shape[1:]).numel() * info.dtype.itemsize
     step = max(1, _SLAB_BYTES // max(1, row_bytes))

@@ -1,7 +1,7 @@
-"""Reads a Lightning checkpoint file: DDP's, FSDP's and ModelParallel's "full" ones, and ours.
+"""Reads Lightning checkpoint files: DDP's, FSDP's and ModelParallel's "full" ones, and this package's.
 
-What the file does not say: which weights are buffers or frozen, beyond that an optimizer has them or not; the class of
-an optimizer.
+Such a file tells neither buffers from frozen weights nor the class of an optimizer. Weights that an optimizer has count
+as trainable.
 """
 
 from __future__ import annotations
@@ -19,25 +19,28 @@ from lightning_superscale.checkpoint.foreign.torch_optimizer import NamesMissing
 from lightning_superscale.checkpoint.state import MODEL, OptimizerRecord, TensorKey
 from lightning_superscale.errors import CheckpointError
 
+# By optimizer, the names of its parameters, in its order.
 Names = Sequence[Sequence[str]]
 
 EXTRA_STATE = "extra_state"
-# The release whose layout a checkpoint has that was not Lightning's, as its migrations ask.
+# Lightning's migrations ask for the release whose layout a checkpoint has: this one, for states that were not
+# Lightning's.
 LAYOUT_VERSION = {"pytorch-lightning_version": "2.6.0"}
-# By optimizer, its parameters' names in its order: an entry of our exports, beside those that Lightning looks at.
+# Entry of this package's exports, beside those that Lightning looks at: `Names` of the optimizers.
 # torch's own "param_names" would turn an optimizer that loads them into one of named parameters only.
 OPTIMIZER_NAMES = "lightning_superscale.optimizer_names"
 
 
 def open_lightning(path: Path, names: Names | None = None) -> ForeignSource:
-    """Open a Lightning checkpoint file.
+    """Open a Lightning checkpoint file; its tensors stay on disk.
 
     Args:
-        path: of the file.
-        names: of each optimizer's parameters, in the optimizer's order; needed for states that the file numbers.
+        path: the file.
+        names: names of each optimizer's parameters, in the optimizer's order; needed where the file numbers parameters
+            and holds no names.
 
     Raises:
-        CheckpointError: not such a file, or damaged, or it names code; names that do not fit it.
+        CheckpointError: the file is no Lightning checkpoint, is damaged or names code, or `names` do not fit it.
     """
     file = str(path)
     checkpoint = load_torch_file(path)
@@ -56,7 +59,10 @@ def open_lightning(path: Path, names: Names | None = None) -> ForeignSource:
 
 
 def _weights(weights: Mapping[str, Tensor], file: str, preferred: set[str]) -> tuple[Table, dict[str, str]]:
-    """Every weight once; a tied one under the name that an optimizer has, or else its first."""
+    """The table of the weights, and the aliases of tied ones.
+
+    A tied weight is in the table once, under its name in `preferred`, or else under its first name.
+    """
     by_place: dict[tuple[Any, ...], list[str]] = {}
     for name, tensor in weights.items():
         place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
@@ -88,14 +94,16 @@ def read_optimizers(
     """Add the states of all optimizers to the weights in a table, and mark those that they have as trainable.
 
     Args:
-        packed: each optimizer's, as `read_optimizer` takes it.
-        names: of each optimizer's parameters, in its order; None where the file says them.
+        packed: each optimizer's state, as `read_optimizer` takes it.
+        table: weights; takes the states.
+        file: the file, for messages.
+        names: names of each optimizer's parameters, in its order; None where the file has them.
 
     Returns:
-        What optimizers have beside tensors; or nothing, and why their parameters have no names.
+        The optimizers' records and ""; or no records, and the reason why their parameters have no names.
 
     Raises:
-        CheckpointError: not as torch saves optimizers, or names that do not fit.
+        CheckpointError: the states are not as torch saves them, or `names` do not fit.
     """
     shapes = {key.name: entry.info.shape for key, entry in table.items() if key.section == MODEL}
     states, records = Table(), []
@@ -114,13 +122,17 @@ def read_optimizers(
 
 
 def extra_state(weights: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a state_dict that are not tensors (`nn.Module.get_extra_state`), as an entry of the rest."""
+    """An entry of `StateSource.rest` with the values of a state_dict that are no tensors (`Module.get_extra_state`).
+
+    Returns:
+        {EXTRA_STATE: values by name}; empty where all values are tensors.
+    """
     extra = {name: value for name, value in weights.items() if not isinstance(value, Tensor)}
     return {EXTRA_STATE: extra} if extra else {}
 
 
 def _mark_trainable(table: Table, records: Sequence[OptimizerRecord]) -> None:
-    """Weights that an optimizer has are trainable."""
+    """Mark the weights that an optimizer has as trainable."""
     for record in records:
         for group in record.names:
             for name in group:

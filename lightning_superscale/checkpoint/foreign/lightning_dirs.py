@@ -1,4 +1,4 @@
-"""Reads what Lightning's FSDP and ModelParallel strategies write as a directory, and plain directories of DCP.
+"""Reads the checkpoint directories of Lightning's FSDP and ModelParallel strategies, and plain directories of DCP.
 
 Lightning puts weights under "model" (FSDP) or "state_dict" (ModelParallel), states under "optimizer_<i>", by names of
 parameters, and the rest of its checkpoint into meta.pt.
@@ -31,11 +31,11 @@ def open_sharded(folder: Path, names: Names | None = None) -> ForeignSource:
     """Open a directory of torch.distributed.checkpoint, with Lightning's meta.pt or without.
 
     Args:
-        folder: has `.metadata`.
-        names: of each optimizer's parameters, in the optimizer's order; needed for states that are numbered.
+        folder: a directory with the file `.metadata`.
+        names: names of each optimizer's parameters, in the optimizer's order; needed for states that are numbered.
 
     Raises:
-        CheckpointError: files that are missing or damaged, or name code; names that do not fit.
+        CheckpointError: a file is missing, damaged or names code, or `names` do not fit.
     """
     found = open_dcp_folder(folder)
     meta = load_torch_file(folder / META) if (folder / META).is_file() else {}
@@ -55,7 +55,7 @@ def open_sharded(folder: Path, names: Names | None = None) -> ForeignSource:
             name = path[1:] if roots else path
             if key in found.tensors and len(name) == 1:
                 table[TensorKey(MODEL, str(name[0]))] = found.tensors[key]
-            else:  # of nn.Module.get_extra_state
+            else:  # an entry of nn.Module.get_extra_state
                 others[key] = (EXTRA_STATE, *name)
     if not table:
         raise CheckpointError(f"{folder / METADATA} names no weights.")
@@ -78,9 +78,11 @@ def _whole(entry: ForeignTensor) -> Tensor:
 
 
 def _model_root(found: DcpFolder) -> tuple[tuple[Any, ...], tuple[str, ...]]:
-    """Where in the nested state the model is: what its paths begin with, and the key that holds weights there.
+    """The place of the model in the nested state.
 
-    No such key where the whole state is a module's.
+    Returns:
+        The beginning of the model's paths, and the key that holds weights there; no key where the entire state is a
+        module's.
     """
     heads = dict.fromkeys(path[0] for path in found.paths.values() if len(path) > 2)
     # torch's tutorial wraps model and optimizer into one "app".
@@ -98,14 +100,14 @@ def _item(found: DcpFolder, key: str) -> Any:
 
 
 def _put(tree: dict[Any, Any], path: tuple[Any, ...], value: Any) -> None:
-    """Put a value where it was in the nested state; elements of lists are under their numbers."""
+    """Put a value at its path in the nested state, where the elements of lists have their numbers as keys."""
     for step in path[:-1]:
         tree = tree.setdefault(step, {})
     tree[path[-1]] = value
 
 
 def _listed(tree: Any) -> Any:
-    """The same state, with mappings whose keys are numbers from 0 as the lists that they were."""
+    """A nested state in which mappings with keys 0, 1, ... are lists again."""
     if isinstance(tree, dict) and tree and set(tree) == set(range(len(tree))):
         return [_listed(tree[index]) for index in range(len(tree))]
     return {key: _listed(value) for key, value in tree.items()} if isinstance(tree, dict) else tree

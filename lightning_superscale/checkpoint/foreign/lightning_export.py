@@ -12,24 +12,27 @@ from lightning_superscale.checkpoint.foreign.staging import copies_on_disk, stag
 from lightning_superscale.checkpoint.foreign.torch_optimizer import pack_optimizer
 from lightning_superscale.checkpoint.state import MODEL, StateSource
 
-# What Trainer.fit(ckpt_path=...) can't do without, for states that were not Lightning's.
+# Entries that Trainer.fit(ckpt_path=...) needs, for states that were not Lightning's.
 _DEFAULTS: dict[str, Any] = {"epoch": 0, "global_step": 0, **LAYOUT_VERSION, "lr_schedulers": []}
 _OF_OPTIMIZERS = ("optimizer_states", OPTIMIZER_NAMES, "lr_schedulers", "callbacks")
 
 
 def export_lightning(source: StateSource, path: Path, *, weights_only: bool = False) -> None:
-    """Write `path`, a Lightning checkpoint with integer keys, and masters beside moments, as this package saves them.
+    """Write the file `path`, a Lightning checkpoint whose optimizer states are numbered.
 
-    Beside tensors it is `source.rest`, and the names of the numbered parameters, which `open_lightning` finds. Memory
-    stays at a few pages: tensors pass through files beside `path`, which take as much disk as the result while it is
-    written. One process calls it.
+    Master weights are entries of the states, beside the moments, as this package saves them. Beside tensors the file
+    holds `source.rest`, and the names of the numbered parameters, which `open_lightning` finds. Memory stays at a few
+    pages: tensors pass through files beside `path`, which take as much disk as the result while it is written. One
+    process calls it.
 
     Args:
-        weights_only: write neither optimizers nor schedulers and callbacks, nor their keys: as Lightning's
-            `save_weights_only`, from which a Trainer loads weights and refuses to resume.
+        source: the state.
+        path: file to make; its directory is made where it is missing.
+        weights_only: whether optimizers, schedulers, callbacks and their keys are left out, as by Lightning's
+            `save_weights_only`. A Trainer loads weights from such a file and refuses to resume from it.
 
     Raises:
-        CheckpointError: `path` exists, the source is damaged, or its optimizers can't be told.
+        CheckpointError: `path` exists, the source is damaged, or its optimizers' parameters have no names.
     """
     records, rest = () if weights_only else source.optimizers, dict(source.rest)
     extra = rest.pop(EXTRA_STATE, {})
@@ -52,7 +55,7 @@ def export_lightning(source: StateSource, path: Path, *, weights_only: bool = Fa
 
 
 def _loops(step: int) -> dict[str, Any]:
-    """What makes `Trainer.global_step` go on from `step`: it counts in its loops, not in "global_step"."""
+    """States of loops that make `Trainer.global_step` go on from `step`; the Trainer ignores "global_step" for it."""
     count = {"ready": step, "completed": step}
     started = {**count, "started": step}
     progress = {"step": {"total": count, "current": count}, "zero_grad": {"total": started, "current": started}}

@@ -1,4 +1,4 @@
-"""Every foreign format: how a checkpoint of it is recognised, by its content, and what opens it."""
+"""All foreign formats: each recognises a checkpoint by its content, and opens it."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ Opener = Callable[["Names | None"], StateSource]
 
 @dataclass(frozen=True, slots=True)
 class ForeignFormat:
-    """A checkpoint format of another program, and how it is told from the others.
+    """A checkpoint format of another program, with a function that recognises its checkpoints.
 
     Attributes:
-        name: what commands and errors call it.
-        looks_like: what a checkpoint of it has, in words, for the error where none was found; empty where another
-            format's cover it.
-        recognise: what opens the checkpoint at an existing path; None where there is none of this format. It may read
-            names and the first bytes of files, and raises nothing of a path that belongs to another format.
+        name: name of the format in commands and errors.
+        looks_like: the files of a checkpoint of this format, in words, for the error of a path that no format
+            recognises; empty where another format's text covers them.
+        recognise: returns a function that opens the checkpoint at an existing path, or None where the path has none of
+            this format. It may read names and the first bytes of files, and raises no error for a path that belongs to
+            another format.
     """
 
     name: str
@@ -39,7 +40,7 @@ class ForeignFormat:
 
 
 def _lightning(path: Path) -> Opener | None:
-    # Whatever file is nothing else: what torch.save wrote has no mark that all of its versions share.
+    # Any file of no other format counts: files of torch.save have no mark that all of its versions share.
     if not path.is_file() or _is_safetensors(path):
         return None
     return lambda names: open_lightning(path, names)
@@ -68,7 +69,7 @@ def _safetensors(path: Path) -> Opener | None:
     return (lambda _: open_hf(path)) if has_any else None
 
 
-# The first that recognises a checkpoint reads it, so one whose files another would take as its own comes before that.
+# The first format that recognises a checkpoint reads it, so a format comes before those that would take its files too.
 FORMATS = [
     ForeignFormat("lightning", "a Lightning .ckpt file", _lightning),
     ForeignFormat(
@@ -91,27 +92,28 @@ FORMATS = [
 
 
 def detect(path: str | Path) -> str:
-    """The name of a checkpoint's format.
+    """The name of a checkpoint's format, one of those in `FORMATS`.
 
-    A directory that has both of DeepSpeed's kinds is "deepspeed"; pass the universal one's own directory to read that.
+    A directory with both kinds of DeepSpeed's checkpoints is "deepspeed"; pass the directory of the universal one to
+    read that.
 
     Raises:
-        CheckpointError: no such path, or none of the formats that are known; says what was looked for.
+        CheckpointError: the path does not exist, or is of no known format; says what was looked for.
     """
     return _decide(Path(path))[0]
 
 
 def open_foreign(path: str | Path, names: Names | None = None) -> StateSource:
-    """Open a checkpoint of any known format; reads no tensor's values.
+    """Open a checkpoint of any foreign format; no tensor's values are read. One process calls it, for itself.
 
     Args:
         path: file or directory.
-        names: of each optimizer's parameters, in the optimizer's order, for formats that number them: see
-            `torch_optimizer.parameter_names`. Formats that name them take no notice.
+        names: names of each optimizer's parameters, in the optimizer's order, for formats that number parameters;
+            `torch_optimizer.parameter_names` returns them. Formats that name parameters ignore it.
 
     Raises:
-        CheckpointError: no known format, or a checkpoint of one that is damaged, incomplete, names code, or has a
-            layout that can't be read.
+        CheckpointError: the path is of no known format, or its checkpoint is damaged or incomplete, names code, or has
+            a layout that can't be read.
     """
     _, opener = _decide(Path(path))
     return opener(names)
@@ -136,7 +138,7 @@ def _is_safetensors(path: Path) -> bool:
         length = int.from_bytes(head, "little")
         if path.suffix == ".safetensors":
             return True
-        if len(head) < 8 or not 2 <= length <= 100_000_000:  # what the format allows
+        if len(head) < 8 or not 2 <= length <= 100_000_000:  # the limit of the format
             return False
         try:
             return isinstance(json.loads(file.read(length)), dict)

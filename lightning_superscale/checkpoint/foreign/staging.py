@@ -1,4 +1,4 @@
-"""Writes a checkpoint beside where it is to be, and moves it there when it is whole."""
+"""Writes a checkpoint into a directory beside its target, and moves it to the target once it is complete."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ from lightning_superscale.layout.box import whole_box
 
 @contextmanager
 def staged(target: Path) -> Iterator[Path]:
-    """A directory to write in, beside `target`; what the block leaves there as `target.name` becomes `target`.
+    """A context that gives a directory to write in; the file or folder `target.name` in it becomes `target` at its end.
 
-    At an error nothing is left. One process calls it.
+    The directory lies beside `target`, and is gone afterwards. An error in the context leaves nothing. One process
+    calls it.
 
     Raises:
         CheckpointError: `target` exists already.
     """
     _check_free(target)
-    # Its name must not hold the target's: whoever looks for checkpoints by their names would find it.
+    # Its name must not contain the target's: a search for checkpoints by their names would find it.
     staging = target.parent / f".staging-{uuid.uuid4().hex}"
     staging.mkdir(parents=True)
     try:
@@ -60,7 +61,16 @@ def _sync(path: Path) -> None:
 
 
 def copies_on_disk(source: StateSource, keys: Iterable[TensorKey], folder: Path) -> dict[TensorKey, Tensor]:
-    """Every tensor, whole, mapped from a file of its own in `folder`, so that the kernel may take its memory back."""
+    """Copies of tensors, each mapped from a file of its own in `folder`, so that the kernel may take its memory back.
+
+    Args:
+        source: the state; it is read by this process alone.
+        keys: the tensors.
+        folder: directory to make for the files.
+
+    Returns:
+        The unsharded tensors by key, each of its shape and dtype. They are valid while the files are mapped.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     found: dict[TensorKey, Tensor] = {}
     for number, key in enumerate(keys):
@@ -77,7 +87,7 @@ def copies_on_disk(source: StateSource, keys: Iterable[TensorKey], folder: Path)
 
 
 def read_tensor(source: StateSource, key: TensorKey, dtype: torch.dtype | None = None) -> Tensor:
-    """One tensor, whole, in memory; converted where `dtype` is given."""
+    """An unsharded tensor in host memory, of its own dtype, or converted to `dtype`."""
     info = source.tensors[key]
     tensor = torch.empty(info.shape, dtype=dtype or info.dtype)
     source.read([ReadRequest(key, whole_box(info.shape), tensor)])

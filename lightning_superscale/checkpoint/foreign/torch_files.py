@@ -1,8 +1,8 @@
-"""Reads what `torch.save` wrote, without executing any of it.
+"""Reads files of `torch.save`, without executing any code of them.
 
-torch's own restricted unpickler does the work; tensors stay on disk, mapped, until somebody reads them. What a file may
-name beyond torch's allow-list are stand-ins that the format's reader passes in, and what the user has allowed with
-`torch.serialization.add_safe_globals`.
+torch's own restricted unpickler does the work; tensors stay on disk, mapped, until their values are read. Beside
+torch's allow-list, a file may name classes for which the format's reader passes stand-ins, and classes that the user
+has allowed with `torch.serialization.add_safe_globals`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,11 @@ StandIn = tuple[Callable[..., Any], str]
 
 
 class Inert:
-    """Stands in for a class that a file names: keeps what the file says of an object, and runs nothing."""
+    """A stand-in for a class that a file names: keeps the arguments of an object, and runs nothing.
+
+    Attributes:
+        args: arguments that the file gives the object's constructor.
+    """
 
     args: tuple[Any, ...] = ()
 
@@ -36,16 +40,17 @@ class Inert:
 
 
 def load_torch_file(path: Path, stand_ins: Sequence[StandIn] = ()) -> Any:
-    """Load what `torch.save` wrote to `path`; its tensors are mapped, on the CPU, and private to this process.
+    """Load the object that `torch.save` wrote to `path`; no code of the file runs.
 
-    While they are, the file may be replaced or removed, but not rewritten in place.
+    Tensors are mapped, on the CPU, and private to this process. While they are mapped, the file may be replaced or
+    removed, but not rewritten in place.
 
     Args:
         path: a zip archive of torch >= 1.6, or an older stream, whose tensors are read into memory.
-        stand_ins: (class, full name in the file), for classes that the format is known to hold.
+        stand_ins: pairs of a class and the full name in the file that it stands in for.
 
     Raises:
-        CheckpointError: no such file, another format, a damaged file, or one that names anything that is not allowed.
+        CheckpointError: the file is missing, of another format or damaged, or names a class that is not allowed.
     """
     try:
         with path.open("rb") as file:
@@ -56,10 +61,13 @@ def load_torch_file(path: Path, stand_ins: Sequence[StandIn] = ()) -> Any:
 
 
 def load_torch_bytes(data: bytes, where: str) -> Any:
-    """Load what `torch.save` wrote, from memory; `where` names the file and the part of it.
+    """Load an object from bytes that `torch.save` wrote.
+
+    Args:
+        where: the file and the part of it, for messages.
 
     Raises:
-        CheckpointError: as `load_torch_file`.
+        CheckpointError: the bytes are of another format or damaged, or name a class that is not allowed.
     """
     return _load(io.BytesIO(data), where, (), mmap=False)
 
@@ -67,7 +75,7 @@ def load_torch_bytes(data: bytes, where: str) -> Any:
 def _load(source: Path | IO[bytes], where: str, stand_ins: Sequence[StandIn], *, mmap: bool) -> Any:
     try:
         with torch.serialization.safe_globals(list(stand_ins)), warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of pickle protocols that the error below is about
+            warnings.simplefilter("ignore", UserWarning)  # about pickle protocols; the error below covers it
             return torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # damaged bytes make the unpickler raise anything
         name = _offender(error, source)
@@ -88,7 +96,7 @@ def _offender(error: Exception, source: Path | IO[bytes]) -> str | None:
         return found[1].rstrip(".,")
     if "Unsupported operand" not in str(error) and "Trying to call reduce" not in str(error):
         return None
-    # Opcodes that torch's unpickler does not even know, such as protocol 4's way to name a global.
+    # The pickle has opcodes that torch's unpickler does not know, such as protocol 4's for naming a global.
     try:
         return next((name for name in _globals(source) if not name.startswith(("torch.", "collections."))), None)
     except Exception:  # a damaged pickle names nothing
@@ -108,7 +116,7 @@ def _globals(source: Path | IO[bytes]) -> Iterator[str]:
 
 
 def _pickles(source: Path | IO[bytes]) -> Iterator[IO[bytes]]:
-    """The pickle of a zip archive, or those with which an older stream begins."""
+    """The pickle of a zip archive, or the pickles that an older stream begins with."""
     if not isinstance(source, Path):
         source.seek(0)
     with source.open("rb") if isinstance(source, Path) else source as file:

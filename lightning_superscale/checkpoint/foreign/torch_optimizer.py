@@ -1,4 +1,4 @@
-"""An optimizer's state as `torch.optim.Optimizer.state_dict()` has it, by the names of parameters, and back."""
+"""Conversion of an optimizer's state between `torch.optim.Optimizer.state_dict()` and tensors by parameters' names."""
 
 from __future__ import annotations
 
@@ -20,21 +20,23 @@ from lightning_superscale.checkpoint.state import (
 )
 from lightning_superscale.errors import CheckpointError
 
-# States of torch's optimizers that have the parameter's shape: where they do not, names are in the wrong order.
+# States of torch's optimizers that have the parameter's shape; one of another shape shows that names are in the wrong
+# order.
 _PER_ELEMENT = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", MASTER}
 
+# Shapes of the weights, by name.
 Shapes = Mapping[str, tuple[int, ...]]
 
 
 class NamesMissing(CheckpointError):
-    """States are numbered, and nothing says which parameter has which number."""
+    """An optimizer's states are numbered, and neither the file nor the caller names the parameters."""
 
 
 def parameter_names(module: nn.Module, optimizers: Sequence[Optimizer]) -> tuple[tuple[str, ...], ...]:
     """Each optimizer's parameters by name, in the order by which torch numbers their states.
 
     Raises:
-        CheckpointError: an optimizer has a tensor that is no parameter of the module.
+        CheckpointError: an optimizer has a tensor that is no parameter of `module`.
     """
     known = {param: name for name, param in module.named_parameters()}
     found = []
@@ -56,22 +58,23 @@ def read_optimizer(
     """The states and groups of one optimizer.
 
     Args:
-        index: of the optimizer.
-        packed: "state" and "param_groups"; states are keyed by number or name, and hold tensors, entries, or values.
-        shapes: of the weights, in the module's order.
-        file: where whole tensors lie.
-        names: of the parameters, in the order of their numbers; None where the file says them.
+        index: number of the optimizer.
+        packed: "state" and "param_groups", as of `Optimizer.state_dict()`; states are keyed by number or name, and hold
+            tensors, ForeignTensors and other values.
+        shapes: shapes of the weights, in the module's order.
+        file: the file of the tensors, for messages.
+        names: names of the parameters, in the order of their numbers; None where the file has them.
 
     Raises:
-        NamesMissing: nobody says them.
-        CheckpointError: as many names as parameters were expected, a state of no known parameter, or one of another
-            shape than its parameter.
+        NamesMissing: `names` is None, and the file has none.
+        CheckpointError: there are not as many names as parameters, a state belongs to no known parameter, or has
+            another shape than its parameter.
     """
     groups = list(packed["param_groups"])
     ids = [number for group in groups for number in group["params"]]
     own = _names(index, groups, ids, names, file)
     if all(isinstance(number, int) for number in ids) and ids != list(range(len(ids))):
-        # Not torch's numbers but those of FSDP.rekey_optim_state_dict: the module's order, frozen weights included.
+        # These are numbers of FSDP.rekey_optim_state_dict, which count in the module's order, frozen weights included.
         place = {name: position for position, name in enumerate(shapes)}
         ids, own = sorted(ids), sorted(own, key=lambda name: place.get(name, len(place)))
     name_of = dict(zip(ids, own, strict=True))
@@ -106,7 +109,13 @@ def read_optimizer(
 
 
 def state_role(key: str, shape: tuple[int, ...], weight_shape: tuple[int, ...]) -> Role:
-    """The role of a tensor in a parameter's state."""
+    """The role of a tensor in a parameter's state.
+
+    Args:
+        key: the tensor's key in the state.
+        shape: shape of the tensor.
+        weight_shape: shape of the parameter.
+    """
     if shape != weight_shape or key == "step":
         return "scalar"
     return "master" if key == MASTER else "state"
@@ -134,10 +143,12 @@ def _names(
 
 
 def pack_optimizer(record: OptimizerRecord, tensors: Mapping[TensorKey, Tensor], index: int) -> dict[str, Any]:
-    """`state_dict()` of torch, with parameters numbered in the order of `record.names`.
+    """An optimizer's state in the form of torch's `state_dict()`, with parameters numbered in the order of the record.
 
     Args:
-        tensors: all tensors of the optimizer's section, each whole.
+        record: the optimizer's groups and values.
+        tensors: unsharded tensors; those of the optimizer's section are packed.
+        index: number of the optimizer.
     """
     number_of: dict[str, int] = {}
     for names in record.names:
