@@ -1,4 +1,4 @@
-"""Tensors in parts of bounded size, for programs that look at all of a checkpoint without holding it."""
+"""Tensors cut into boxes of bounded size, for programs that read all of a checkpoint in bounded memory."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ SLAB_BYTES = 2**26
 
 
 def slabs(shape: tuple[int, ...], itemsize: int, limit_bytes: int = SLAB_BYTES) -> Iterator[Box]:
-    """Boxes in C order that cover a tensor once, each of at most `limit_bytes`, or one element.
+    """Boxes in C order that cover a tensor once, each of at most `limit_bytes`, or of one element.
 
-    A tensor without elements has none.
+    A tensor without elements has no boxes.
     """
     yield from _cut(whole_box(shape), 0, max(1, limit_bytes // itemsize))
 
@@ -25,7 +25,7 @@ def _cut(box: Box, dim: int, limit_numel: int) -> Iterator[Box]:
     if box.numel <= limit_numel:
         yield box
         return
-    # Cut along `dim`; where one index of it is still too large, each is cut along the next.
+    # Cut along `dim`; boxes of one index that are still too large are cut along the next.
     row = math.prod(box.size[dim + 1 :])
     step = max(1, limit_numel // row)
     for start in range(0, box.size[dim], step):
@@ -37,9 +37,13 @@ def _cut(box: Box, dim: int, limit_numel: int) -> Iterator[Box]:
 def batches(
     tensors: Mapping[TensorKey, TensorInfo], keys: Iterable[TensorKey], limit_bytes: int = SLAB_BYTES
 ) -> Iterator[list[tuple[TensorKey, Box]]]:
-    """All of some tensors, in groups of boxes of together at most `limit_bytes`, or one element.
+    """Groups of boxes that cover tensors once, each group of at most `limit_bytes`, or of one element.
 
-    Small tensors share a group, so that a file's block that several lie in is read once.
+    Small tensors share a group, so that a file's block that holds several of them is read once.
+
+    Args:
+        tensors: descriptions of all tensors.
+        keys: the tensors to cover, in this order.
     """
     group: list[tuple[TensorKey, Box]] = []
     size = 0
@@ -57,5 +61,5 @@ def batches(
 
 
 def num_bytes(info: TensorInfo) -> int:
-    """Bytes of a whole tensor."""
+    """Bytes of an unsharded tensor."""
     return math.prod(info.shape) * info.dtype.itemsize

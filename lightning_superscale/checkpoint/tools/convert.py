@@ -1,4 +1,4 @@
-"""Writes a training state that lies in a checkpoint of any format as one of ours, slab by slab."""
+"""Converts a checkpoint of any format to a universal one, slab by slab."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from lightning_superscale.layout.box import Box
 
 
 def convert(source: StateSource, path: str) -> None:
-    """Write `source` at `path`, over what is there; one process calls it. Memory stays at two slabs.
+    """Write `source` as a universal checkpoint at `path`, and replace one that is there. One process calls it.
 
-    An exception, also a KeyboardInterrupt, leaves nothing beside `path`, and there what was there; an interrupt while
-    the checkpoint takes its name lets it.
+    Memory stays at two slabs. An exception, also a KeyboardInterrupt, leaves `path` as it was and nothing beside it; an
+    interrupt that arrives while the checkpoint takes its name comes too late, and the new checkpoint stays.
 
     Raises:
-        CheckpointError: the source is damaged, its optimizers can't be told, or the disk is full.
+        CheckpointError: the source is damaged, its optimizers' parameters have no names, or the disk is full.
     """
     prepared = prepare(_described(source), single_mesh(), step=source.step)
     reading = _Reading(source)
     values = [one.values if one.item.key.section == EXTRA else reading.values(one) for one in prepared.own]
-    # In a thread of its own: an interrupt here stops the reading, and `write` cleans up once its threads are done.
+    # `write` has a thread of its own: an interrupt here stops the reading, and `write` cleans up once its threads end.
     with ThreadPoolExecutor(1, thread_name_prefix="checkpoint conversion") as writer:
         task = writer.submit(write, path, with_values(prepared, values), single_mesh())
         try:
@@ -41,7 +41,7 @@ def convert(source: StateSource, path: str) -> None:
 
 
 def _described(source: StateSource) -> LocalState:
-    """The state with slabs that have no memory yet."""
+    """The state, with shards on the meta device, one for each slab."""
     shards = {
         key: tuple(
             LocalShard(box, torch.empty(box.size, dtype=info.dtype, device="meta"))
@@ -53,12 +53,12 @@ def _described(source: StateSource) -> LocalState:
 
 
 class _Reading:
-    """Gives the writer's threads one slab after another."""
+    """Reads slabs for the writer's threads, one after the other."""
 
     def __init__(self, source: StateSource) -> None:
         self.is_stopped = threading.Event()
         self._source = source
-        self._lock = threading.Lock()  # sources promise nothing of several threads
+        self._lock = threading.Lock()  # a source need not be thread-safe
 
     def values(self, one: OwnItem) -> Values:
         return _Slab(self, one.item.key, one.item.box)
@@ -73,7 +73,7 @@ class _Reading:
 
 
 class _Slab:
-    """Values that are read when they are written."""
+    """Values of a slab, which are read when they are written."""
 
     def __init__(self, reading: _Reading, key: TensorKey, box: Box) -> None:
         self._reading = reading

@@ -1,4 +1,4 @@
-"""In what two training states differ, whatever the formats of their checkpoints."""
+"""The differences of two training states in checkpoints of any formats."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from torch import Tensor
 from lightning_superscale.checkpoint.state import OptimizerRecord, ReadRequest, StateSource, TensorKey
 from lightning_superscale.checkpoint.tools.chunks import batches
 
-_BATCH_BYTES = 2**24  # compared in double precision: memory is about ten times this
+_BATCH_BYTES = 2**24  # values are compared in double precision, in about ten times this memory
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One thing in which two states differ.
+    """A tensor or an entry of an optimizer in which two states differ.
 
     Attributes:
-        what: a tensor, or an entry of an optimizer.
-        found: how.
-        num_elements: of a tensor's values, how many differ; None where something else does.
-        max_abs: the largest difference of two elements; nan where one of two is.
+        what: name of the tensor or entry.
+        found: the difference in words, such as both values.
+        num_elements: number of the tensor's elements that differ; None where the difference is not one of values.
+        max_abs: largest difference of two elements; nan where one of two is nan; None like `num_elements`.
     """
 
     what: str
@@ -39,14 +39,14 @@ def differences(
     rtol: float = 0.0,
     atol: float = 0.0,
 ) -> Iterator[Difference]:
-    """Compare weights, buffers, optimizer states and groups; what is neither, such as loops, is not looked at.
+    """Compare the weights, buffers, optimizer states and groups of two states; their rest, such as loops, is ignored.
 
     Elements x of a and y of b are equal where |x - y| <= atol + rtol * |y|, and where both are nan. A tied tensor may
     have another of its names on the other side. The class of an optimizer and the step are compared where both sides
     know them. Memory does not grow with the checkpoints. One process calls it.
 
     Raises:
-        CheckpointError: one of them is damaged, or its optimizers can't be told.
+        CheckpointError: a checkpoint is damaged, or its optimizers' parameters have no names.
     """
     if None not in (a.step, b.step) and a.step != b.step:
         yield Difference("step", f"{a.step} and {b.step}")
@@ -62,7 +62,7 @@ def differences(
     for key in sorted(b.tensors):
         if key not in seen and _counterpart(key, a, b) is None:
             yield Difference(str(key), "only in B")
-        elif key not in seen:  # saved twice in B, once in A
+        elif key not in seen:  # B has two copies of a tensor that is tied in A
             yield from _value_differences(a, b, {_counterpart(key, a, b) or key: key}, rtol, atol)
     yield from _value_differences(a, b, pairs, rtol, atol)
 
@@ -118,7 +118,8 @@ def _compare(x: Tensor, y: Tensor, rtol: float, atol: float) -> tuple[int, float
         return 0, 0.0
     is_integer = not (x.dtype.is_floating_point or x.dtype.is_complex)
     is_same = x.view(torch.int64) == y.view(torch.int64) if is_integer and x.dtype.itemsize == 8 else None
-    wide = torch.complex128 if x.dtype.is_complex else torch.float64  # holds every value but those of large integers
+    # Represents all values but those of large integers.
+    wide = torch.complex128 if x.dtype.is_complex else torch.float64
     x, y = x.to(wide), y.to(wide)
     gap = (x - y).abs()
     is_same = x == y if is_same is None else is_same

@@ -1,4 +1,4 @@
-"""What a checkpoint of any format holds, without a tensor's values being read and without anything of it being run."""
+"""A summary of a checkpoint of any format, made without reading tensors' values and without running any of its code."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class TensorSummary:
     """One tensor of a checkpoint, without its values.
 
     Attributes:
-        num_pieces: in how many pieces it lies in files; None where the format's reader does not tell.
+        num_pieces: number of the tensor's chunks in files; None where the format's reader does not tell it.
     """
 
     key: TensorKey
@@ -47,7 +47,13 @@ class TensorSummary:
 
 @dataclass(frozen=True, slots=True)
 class OptimizerSummary:
-    """One optimizer; `class_name` is "" where the format does not say, and of each group there are all options."""
+    """One optimizer, without its states.
+
+    Attributes:
+        class_name: name of the optimizer's class; "" where the format does not say.
+        names: each group's parameters, by name, in the optimizer's order.
+        groups: each group's options.
+    """
 
     class_name: str
     names: tuple[tuple[str, ...], ...]
@@ -56,16 +62,21 @@ class OptimizerSummary:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """A checkpoint, by what can be known without its values.
+    """The facts about a checkpoint that are known without its values.
 
     Attributes:
+        path: path or URL of the checkpoint.
         format: "lightning-superscale", or the name of one of `foreign.registry.FORMATS`.
         schema: version of the format; "" where it has none.
-        world: ranks that wrote it; None where the format does not say, like `step`.
-        libraries: versions of what wrote it.
-        optimizers_missing: why the optimizers can't be told; "" where they can.
-        rest: names of what is neither weights nor optimizers; None where telling them would read values.
-        files: name -> bytes.
+        step: optimizer steps taken; None where the format does not say.
+        world: number of ranks that wrote it; None where the format does not say.
+        libraries: versions of the libraries that wrote it, by name.
+        tensors: all tensors, by key.
+        optimizers: all optimizers, by index.
+        optimizers_missing: why the optimizers are unknown; "" where they are known.
+        aliases: name of a tied tensor -> the name under which it is saved.
+        rest: names of the entries that are neither weights nor optimizers; None where finding them would read values.
+        files: size in bytes of each file, by name.
     """
 
     path: str
@@ -89,7 +100,7 @@ class Summary:
         return {name: tensors for name, tensors in found.items() if tensors}
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; sizes in bytes."""
+        """The summary as values that `json.dumps` takes; sizes in bytes."""
         return {
             "path": self.path,
             "format": self.format,
@@ -142,7 +153,7 @@ def dtype_text(info: TensorInfo) -> str:
 
 
 def numel_of(info: TensorInfo) -> int:
-    """The number of elements of a whole tensor."""
+    """The number of elements of an unsharded tensor."""
     return num_bytes(info) // info.dtype.itemsize
 
 
@@ -153,13 +164,14 @@ def _plain(value: Any) -> Any:
 
 
 def summarize(path: str, names: Names | None = None) -> Summary:
-    """Look at a checkpoint of any known format. One process calls it.
+    """Summarize a checkpoint of any known format. One process calls it.
 
     Args:
-        names: of each optimizer's parameters, in its order, for formats that number them.
+        path: file, folder, or a URL that fsspec knows (our format only).
+        names: names of each optimizer's parameters, in its order, for formats that number parameters.
 
     Raises:
-        CheckpointError: there is none, or it is damaged as far as can be seen without its values.
+        CheckpointError: there is no checkpoint, or it is damaged in a way that shows without its values.
     """
     source = open_state(path, names)
     try:
@@ -196,7 +208,7 @@ def _of_ours(source: SavedState) -> Summary:
 
 
 class _Unread(Exception):
-    """A tensor, or a class, within a value of rest.json's form."""
+    """A value in JSON form holds a tensor, which is not read."""
 
 
 def _group_of(encoded: Mapping[str, Any]) -> dict[str, Any]:
@@ -222,7 +234,7 @@ def _of_foreign(source: StateSource, path: str) -> Summary:
         missing = ""
     except CheckpointError as error:
         optimizers, missing = (), str(error)
-    # What lies in torch.distributed.checkpoint beside weights has to be read to be told.
+    # The entries beside weights in a checkpoint of torch.distributed.checkpoint are known only once they are read.
     rest: Mapping[str, Any] | None = None
     if kind == "lightning-sharded":
         rest = load_torch_file(place / META)

@@ -1,4 +1,4 @@
-"""Whether a checkpoint is whole: every byte, every file, every element."""
+"""Checks that a checkpoint is complete and undamaged: every byte, every file, every element."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from lightning_superscale.errors import CheckpointError
 from lightning_superscale.layout.box import Box
 
 _CHUNK_BYTES = 8 * BLOCK_BYTES
-# A larger header is no header.
+# The largest safetensors header that is read; a longer length is damage.
 _MAX_HEADER_BYTES = 2**30
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Something that is wrong with a checkpoint.
+    """A defect of a checkpoint.
 
     Attributes:
-        file: which file.
-        problem: what is wrong with it.
-        block: which of its blocks, where it is one.
-        holds: the tensors in that block.
+        file: name of the file.
+        problem: the defect of the file, as the rest of a sentence, such as "is missing".
+        block: number of the damaged block; None where the defect is of the file.
+        holds: names of the tensors that the defect affects; "" where unknown.
     """
 
     file: str
@@ -47,13 +47,14 @@ class Finding:
 
 
 def verify(path: str, progress: Callable[[int, int], None] | None = None) -> list[Finding]:
-    """Read a whole checkpoint and check all that can be known of it. One process calls it.
+    """Read all of a universal checkpoint, and check its manifest, files, checksums and headers. One process calls it.
 
     Args:
-        progress: called with the bytes that were checked so far and in all.
+        path: path or URL of the checkpoint.
+        progress: called with the number of bytes that were checked so far, and of all bytes.
 
     Returns:
-        What is wrong; nothing where it is whole. Its tensors are complete if its manifest can be read.
+        The defects; empty where there are none. A manifest that can be read proves that all tensors are complete.
 
     Raises:
         CheckpointError: there is no such folder.
@@ -73,9 +74,12 @@ def verify(path: str, progress: Callable[[int, int], None] | None = None) -> lis
 
 
 def read_through(source: StateSource) -> list[Finding]:
-    """Read every tensor of a checkpoint once, for formats without checksums: what can't be read is found, and no more.
+    """Read every tensor of a checkpoint once, for formats without checksums. One process calls it.
 
-    One process calls it; memory stays at one slab.
+    Only tensors that can't be read are found; altered values are not. Memory stays at one slab.
+
+    Returns:
+        A defect for each tensor that can't be read.
     """
     findings: dict[TensorKey, Finding] = {}
     for batch in batches(source.tensors, sorted(source.tensors)):
@@ -145,7 +149,7 @@ class _Verification:
         return findings
 
     def _sums(self, name: str, size: int) -> BlockSums | None:
-        """Of a file's blocks; None where they are damaged themselves, which is a finding of its own."""
+        """The checksums of a file's blocks; None where their file is lost or damaged, which is another finding."""
         sums = blocks_name(name)
         if sums not in self._manifest.files or self._folder.size(sums) is None:
             return None
@@ -153,7 +157,7 @@ class _Verification:
         return BlockSums(data, size, sums) if hex_digest(data) == self._manifest.files[sums].xxh3 else None
 
     def _check_header(self, name: str) -> list[Finding]:
-        """Whether the safetensors header says of every tensor what the manifest says."""
+        """Defects of a file's safetensors header: entries that differ from the manifest's chunks."""
         length = bytearray(8)
         self._folder.read_into(name, 0, memoryview(length))
         (nbytes,) = struct.unpack("<Q", length)

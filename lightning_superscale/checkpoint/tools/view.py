@@ -1,4 +1,4 @@
-"""A checkpoint of any format, ours or not, as one process reads it alone."""
+"""Opens checkpoints of any format, ours or foreign, for one process that reads alone."""
 
 from __future__ import annotations
 
@@ -21,12 +21,15 @@ from lightning_superscale.checkpoint.state import (
 from lightning_superscale.checkpoint.storage.files import is_remote, local_path
 from lightning_superscale.checkpoint.storage.local import restore
 
-# What Lightning leaves out of a checkpoint that was saved with weights only.
+# Entries that Lightning leaves out of a checkpoint that was saved with weights only.
 _OF_TRAINING = ("callbacks", "lr_schedulers", "MixedPrecision", "NativeMixedPrecisionPlugin", "deepspeed")
 
 
 def exists(path: str) -> bool:
-    """Whether anything lies at a path; what an interrupted replacement set aside is put back first."""
+    """Whether anything lies at a path, or a checkpoint at a URL.
+
+    A checkpoint that an interrupted replacement set aside is put back first.
+    """
     if is_remote(path):
         return is_checkpoint(path)
     restore(path)
@@ -34,16 +37,16 @@ def exists(path: str) -> bool:
 
 
 def open_state(path: str, names: Names | None = None) -> StateSource:
-    """Open a checkpoint of any known format, for this process alone; reads no tensor's values.
+    """Open a checkpoint of any known format, for this process alone; no tensor's values are read.
 
-    Blocks of ours are verified as they are read.
+    In our format, blocks are verified as they are read.
 
     Args:
         path: file, folder, or a URL that fsspec knows (our format only).
-        names: of each optimizer's parameters, in its order, for formats that number them.
+        names: names of each optimizer's parameters, in its order, for formats that number parameters.
 
     Raises:
-        CheckpointError: there is none, it is damaged or incomplete, or of no known format.
+        CheckpointError: there is no checkpoint, it is damaged or incomplete, or of no known format.
     """
     if is_remote(path) or is_checkpoint(path):
         return open_checkpoint(path, check_first=False)
@@ -52,11 +55,12 @@ def open_state(path: str, names: Names | None = None) -> StateSource:
 
 @dataclass(slots=True)
 class View:
-    """A state as somebody wants to see it.
+    """A StateSource that shows another one, with or without its optimizers, and reports reads.
 
     Attributes:
-        is_weights_only: without optimizers, as a Lightning checkpoint that was saved with weights only.
-        on_read: called with the bytes of every read, from the thread that reads.
+        source: the state that is shown.
+        is_weights_only: whether optimizers and all else that a Lightning checkpoint of weights only lacks are hidden.
+        on_read: called after every read with its number of bytes, from the thread that reads.
     """
 
     source: StateSource
