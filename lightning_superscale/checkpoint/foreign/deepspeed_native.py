@@ -220,7 +220,7 @@ def _join(
         keys = dict.fromkeys(key for flat in ranks for key in flat.tensors)
         for name, shape in shapes.items():
             for key in keys:
-                chunks = [chunk for flat in ranks for chunk in _pieces(flat, key, name, shape)]
+                chunks = [chunk for flat in ranks for chunk in _chunks_of(flat, key, name, shape)]
                 info = TensorInfo(ranks[0].tensors[key].dtype, shape, "master" if key == _WEIGHTS else "state")
                 if key == _WEIGHTS:
                     masters[name] = ForeignTensor(info, tuple(chunks))
@@ -235,7 +235,7 @@ def _join(
     return masters, table, values
 
 
-def _pieces(flat: _Flat, key: str, name: str, shape: tuple[int, ...]) -> Iterator[ForeignChunk]:
+def _chunks_of(flat: _Flat, key: str, name: str, shape: tuple[int, ...]) -> Iterator[ForeignChunk]:
     if name in flat.ranges:
         offset, first, stop = flat.ranges[name]
         values = flat.tensors[key]

@@ -15,7 +15,7 @@ import fsspec
 from lightning_superscale.errors import CheckpointError
 
 # The most buffers that one system call fills.
-_MOST_PIECES = os.sysconf("SC_IOV_MAX")
+_MAX_BUFFERS = os.sysconf("SC_IOV_MAX")
 
 
 class FileWriter(Protocol):
@@ -190,7 +190,7 @@ class LocalFolder:
             file = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=descriptor)
             try:
                 while left:
-                    count = os.preadv(file, left[:_MOST_PIECES], start)
+                    count = os.preadv(file, left[:_MAX_BUFFERS], start)
                     if count == 0:
                         raise CheckpointError(f"{self.path}: {name} ends at byte {start}; it was cut off.")
                     start += count
