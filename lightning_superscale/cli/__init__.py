@@ -1,4 +1,4 @@
-"""The `superscale` command line. Scripts that pip installed, also earlier ones, call `main` here."""
+"""The `superscale` command line. The scripts that pip installs, also those of earlier versions, call `main` here."""
 
 from lightning_superscale.cli.command import main
 

@@ -1,4 +1,4 @@
-"""`python -m lightning_superscale.cli` is `superscale`."""
+"""`python -m lightning_superscale.cli` runs the `superscale` command."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""`superscale checkpoint ...`: looks into checkpoints of any known format, proves them whole, compares and converts."""
+"""`superscale checkpoint ...`: inspects, verifies, compares and converts checkpoints of any known format."""
 
 from __future__ import annotations
 
@@ -39,23 +39,27 @@ _LISTED_FILES = 20
 
 
 class UsageError(SuperScaleError):
-    """A command that asks for something else than is there; nothing was changed."""
+    """A command's arguments do not fit the files that are there; nothing was changed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """Options of a command that reads optimizer states which a file numbers.
+    """Options of a command for reading optimizer states that a file numbers.
 
     Attributes:
-        names_file: JSON: for each optimizer a list of its parameters' names, in its order.
-        drop_optimizer: go on with weights and buffers only.
+        names_file: a JSON file with a list of parameters' names for each optimizer, in its order; None without.
+        drop_optimizer: whether only weights and buffers are read.
     """
 
     names_file: Path | None = None
     drop_optimizer: bool = False
 
     def names(self) -> list[list[str]] | None:
-        """Raises: UsageError: not such a file."""
+        """The content of the names file; None without one.
+
+        Raises:
+            UsageError: the file can't be read, or holds no lists of names.
+        """
         if self.names_file is None:
             return None
         try:
@@ -63,7 +67,7 @@ class Reading:
         except (OSError, ValueError) as error:
             raise UsageError(f"--names {self.names_file} can't be read: {error}") from error
         if isinstance(found, list) and found and all(isinstance(name, str) for name in found):
-            found = [found]  # of the only optimizer
+            found = [found]  # a flat list is that of the only optimizer
         is_nested = isinstance(found, list) and all(isinstance(one, list) for one in found)
         if not is_nested or not all(isinstance(name, str) for one in found for name in one):
             raise UsageError(
@@ -73,11 +77,16 @@ class Reading:
         return [list(one) for one in found]
 
 
-# Subcommands: each returns the process's exit code
+# Subcommands. Each returns the process's exit code.
 
 
 def inspect(path: str, reading: Reading, *, has_tensors: bool, is_json: bool) -> int:
-    """Print what a checkpoint holds. Reads no tensor's values and runs nothing of it."""
+    """Print the summary of a checkpoint, without reading tensors' values or running any of its code.
+
+    Args:
+        has_tensors: whether all tensors are listed.
+        is_json: whether the summary is printed as JSON, which lists all tensors.
+    """
     _must_exist(path)
     summary = summarize(path, reading.names())
     if is_json:
@@ -95,7 +104,7 @@ def inspect(path: str, reading: Reading, *, has_tensors: bool, is_json: bool) ->
 
 
 def verify(path: str, reading: Reading) -> int:
-    """Read all of a checkpoint. 0: nothing is wrong with it; 1: says what is."""
+    """Read all of a checkpoint, and print its defects. Returns 0 where there are none, else 1."""
     _must_exist(path)
     if is_remote(path) or is_checkpoint(path):
         with _bar(f"verifying {path}") as (progress, _):
@@ -125,7 +134,12 @@ def _verify_foreign(path: str, reading: Reading) -> tuple[list[Finding], str]:
 
 
 def diff(a: str, b: str, reading: Reading, *, rtol: float, atol: float) -> int:
-    """Print in what two checkpoints differ. 0: in nothing, 1: in something."""
+    """Print the differences of two checkpoints. Returns 0 where there are none, else 1.
+
+    Args:
+        rtol: relative tolerance of values.
+        atol: absolute tolerance of values.
+    """
     count = 0
     with _opened(b, reading) as second, _opened(a, reading, "comparing") as first:
         for one in differences(first, second, rtol=rtol, atol=atol):
@@ -137,7 +151,14 @@ def diff(a: str, b: str, reading: Reading, *, rtol: float, atol: float) -> int:
 
 
 def convert(source: str, target: str, reading: Reading, *, should_overwrite: bool) -> int:
-    """Write a checkpoint of any known format as one of ours."""
+    """Write a checkpoint of any known format as a universal one.
+
+    Args:
+        should_overwrite: whether a checkpoint at `target` is replaced.
+
+    Raises:
+        UsageError: `target` exists and may not be replaced, or is no checkpoint.
+    """
     if exists(target):
         if not should_overwrite:
             raise UsageError(f"{target} exists already. Choose another path, or pass --overwrite to replace it.")
@@ -158,11 +179,16 @@ def export(
     strip_prefix: str = "",
     optimizer: OptimizerKind = "torch",
 ) -> int:
-    """Write a checkpoint of any known format as one of another's.
+    """Write a checkpoint of any known format as one of another program's.
 
     Args:
-        strip_prefix: of weights' names, for "hf".
-        optimizer: that DeepSpeed is going to run, for its formats.
+        target: a local path.
+        to: the format to write.
+        strip_prefix: for "hf", the prefix to drop from weights' names.
+        optimizer: for DeepSpeed's formats, the kind of optimizer that DeepSpeed is going to run.
+
+    Raises:
+        UsageError: `target` is a URL or exists, or the format can't do without optimizer states that are dropped.
     """
     if is_remote(target):
         raise UsageError(f"{target}: other formats are written to local paths only.")
@@ -184,7 +210,7 @@ def export(
     return 0
 
 
-# What they share
+# Helpers of the subcommands
 
 
 def _must_exist(path: str) -> None:
@@ -193,7 +219,7 @@ def _must_exist(path: str) -> None:
 
 
 def _must_be_checkpoint(path: str) -> None:
-    """Replacing deletes all that is there, so a folder that was named by mistake must not be."""
+    """Refuse to replace a path that is no checkpoint: replacing deletes a folder that was named by mistake."""
     try:
         detect(local_path(path))
     except CheckpointError as error:
@@ -204,7 +230,11 @@ def _must_be_checkpoint(path: str) -> None:
 
 @contextmanager
 def _opened(path: str, reading: Reading, doing: str = "") -> Iterator[StateSource]:
-    """A checkpoint of any format, whose optimizers can be told; with `doing`, reads of it move a progress bar."""
+    """A context that gives a checkpoint of any format, and closes it. With `doing`, reads move a progress bar.
+
+    Raises:
+        UsageError: there is nothing at `path`, or its optimizers' parameters have no names.
+    """
     _must_exist(path)
     source = open_state(path, reading.names())
     try:
@@ -228,7 +258,11 @@ def _opened(path: str, reading: Reading, doing: str = "") -> Iterator[StateSourc
 
 @contextmanager
 def _bar(doing: str) -> Iterator[tuple[Callable[[int, int], None], Callable[[int, int], None]]]:
-    """A progress bar of bytes on stderr; gives two functions, (done, total) and (more, total)."""
+    """A context that shows a progress bar of bytes on stderr.
+
+    It gives two functions that move the bar: of (done, total), with all bytes done so far, and of (more, total), with
+    the bytes done since the last call.
+    """
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),

@@ -1,4 +1,4 @@
-"""The `superscale` command."""
+"""The `superscale` command: its arguments, subcommands and exit codes."""
 
 from __future__ import annotations
 
@@ -91,20 +91,28 @@ def _checkpoint(chosen: argparse.Namespace) -> int:
         return _run_checkpoint_command(chosen)
     except SuperScaleError as error:
         print(f"{command}: {' '.join(str(error).split())}", file=sys.stderr)
-        # diff has given 1 another meaning.
+        # For diff, 1 means that the checkpoints differ.
         return 2 if isinstance(error, UsageError) or chosen.action == "diff" else 1
     except OSError as error:
         print(f"{command}: {error}", file=sys.stderr)
         return 2 if chosen.action == "diff" else 1
     except KeyboardInterrupt:
-        # What had begun to take its name has it now; everything before that is gone.
+        # A checkpoint that had begun to take its name has it now; otherwise all its files are gone.
         written = f"; nothing half-written is left at {chosen.dst}" if hasattr(chosen, "dst") else ""
         print(f"{command}: interrupted{written}", file=sys.stderr)
         return 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one subcommand; returns the process's exit code (0: all is well, 1: something is missing or damaged)."""
+    """Run one subcommand.
+
+    Args:
+        arguments: the command line without the program's name; None for that of the process.
+
+    Returns:
+        The process's exit code. 0: success. 1: a part is missing, a checkpoint is damaged, or two differ. 2: the
+        arguments do not fit, or a comparison failed. 130: interrupted. After `trace`, that of the training command.
+    """
     parser = _parser()
     chosen = parser.parse_args(arguments)
     if chosen.command == "doctor":

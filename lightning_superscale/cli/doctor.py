@@ -1,4 +1,4 @@
-"""What this environment has, what is missing, and how to get it."""
+"""`superscale doctor`: checks the environment, and tells how to get the parts that are missing."""
 
 from __future__ import annotations
 
@@ -31,7 +31,14 @@ Status = Literal["ok", "note", "error"]
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One row: what was looked at, what was found, and what to do about it."""
+    """The result of one check of the environment.
+
+    Attributes:
+        name: name of the checked part.
+        status: "ok", "note" for a part that works less well, or "error" for a missing part.
+        found: the state of the part, in words.
+        remedy: the action that mends or changes it; "" for none.
+    """
 
     name: str
     status: Status
@@ -40,7 +47,7 @@ class Check:
 
 
 def examine() -> list[Check]:
-    """Look at everything once. A check that fails to run becomes an error row rather than an exception."""
+    """Run all checks once. A check that fails to run becomes a result with the status "error", not an exception."""
     rows: list[Check] = []
     for name, look in _CHECKS:
         try:

@@ -24,10 +24,12 @@ _COLOURS = ("#4c78a8", "#72b7b2", "#eeca3b", "#f58518", "#b279a2", "#54a24b", "#
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """The step that one rank recorded.
+    """A recording of one rank's step.
 
     Attributes:
-        facts: device, engine and size of the run.
+        path: the file of the recording.
+        facts: device, engine and size of the run, by name.
+        spans: all spans of the recorded step and of the next step's forward; times in seconds.
     """
 
     path: Path
@@ -36,7 +38,11 @@ class Trace:
 
     @classmethod
     def read(cls, path: Path) -> Trace:
-        """Raises: SuperScaleError: not a file that a recording wrote."""
+        """Read the file of a recording.
+
+        Raises:
+            SuperScaleError: the file can't be read, or no recording wrote it.
+        """
         try:
             facts = json.loads(path.read_text())["superscale"]
             spans = tuple(Span(**span) for span in facts.pop("spans"))
@@ -46,13 +52,13 @@ class Trace:
 
     @property
     def step_seconds(self) -> float:
-        """From the recorded step's forward to the next one's."""
+        """Seconds from the beginning of the recorded step to the beginning of the next step's forward."""
         forwards = [span.start for span in self.spans if span.lane == "forward" and span.name == "next step"]
         first = min(span.start for span in self.spans)
         return (min(forwards) if forwards else max(span.end for span in self.spans)) - first
 
     def busy_seconds(self, lane: str) -> float:
-        """How long at least one span of a lane ran, in the recorded step and what of it hid behind the next forward."""
+        """Seconds in which at least one span of a lane ran, with the step's work that hides behind the next forward."""
         busy, reached = 0.0, float("-inf")
         own = (s for s in self.spans if s.lane == lane and not (lane == "forward" and s.name == "next step"))
         for span in sorted(own, key=lambda span: span.start):
@@ -80,7 +86,7 @@ class Trace:
         return table
 
     def summary(self) -> str:
-        """Exposed time, and what the forecast makes of this step's own lanes."""
+        """A line with the exposed time and, for a deferred step, the forecast of it from the lanes' busy times."""
         exposed = self.exposed_seconds
         text = (
             f"step {self.step_seconds * 1e3:.1f} ms, of which {exposed * 1e3:.1f} ms "
@@ -105,7 +111,7 @@ class Trace:
         """Write the lanes as a PNG.
 
         Raises:
-            SuperScaleError: without matplotlib.
+            SuperScaleError: matplotlib is not installed.
         """
         try:
             from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -134,10 +140,18 @@ class Trace:
 
 
 def run(command: Sequence[str], folder: Path, step: int) -> int:
-    """Run a training command with recording on, then draw what it wrote; returns the command's exit code.
+    """Run a training command that records a step, then print and draw each rank's recording.
+
+    Args:
+        command: the command and its arguments.
+        folder: directory for recordings and pictures; earlier recordings in it are deleted.
+        step: number of optimizer steps before the recorded one.
+
+    Returns:
+        The command's exit code.
 
     Raises:
-        SuperScaleError: the command recorded nothing.
+        SuperScaleError: the command succeeded and recorded nothing.
     """
     for old in folder.glob("trace-rank*.json"):
         old.unlink()
@@ -156,7 +170,11 @@ def run(command: Sequence[str], folder: Path, step: int) -> int:
 
 
 def show(path: Path) -> None:
-    """Print one trace's table, and draw it beside its file."""
+    """Print the table of a recording, and draw its lanes as a PNG beside its file.
+
+    Raises:
+        SuperScaleError: the file is no recording, or matplotlib is not installed.
+    """
     trace = Trace.read(path)
     console = Console()
     console.print(trace.table())
