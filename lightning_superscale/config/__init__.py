@@ -1,6 +1,6 @@
-"""Frozen settings that the user fills in, from Python or YAML, and their validation.
+"""Frozen settings that users fill in, from Python or YAML, and their validation.
 
-Wherever a config object is taken, a mapping with the same keys is too.
+Arguments that take a config object also take a mapping with the same keys.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ __all__ = [
 
 _C = TypeVar("_C")
 
-# Pickles and torch's list of safe globals know a class by its module: a checkpoint that holds a config as a
-# hyperparameter names this one, wherever the class is written.
+# Pickles and torch's list of safe globals know a class by its module. A checkpoint that holds a config as a
+# hyperparameter names this module, so that the class's own file may change.
 for _config in (CheckpointConfig, OffloadConfig, ZeroConfig):
     _config.__module__ = __name__
 
@@ -35,8 +35,14 @@ for _config in (CheckpointConfig, OffloadConfig, ZeroConfig):
 def config_from_mapping(config_class: type[_C], values: Mapping[str, Any], where: str) -> _C:
     """Build a config from a mapping, refusing keys that it does not have.
 
+    Args:
+        config_class: a dataclass of this module.
+        values: the config's fields, by name.
+        where: name of the mapping, for messages.
+
     Raises:
-        SuperScaleError: an unknown key (names it, the known ones and the closest).
+        SuperScaleError: a key is unknown, or a value is not allowed; names an unknown key, the known keys and the
+            closest one.
     """
     known = [f.name for f in fields(config_class)]  # type: ignore[arg-type]
     for key in values:
@@ -49,6 +55,11 @@ def config_from_mapping(config_class: type[_C], values: Mapping[str, Any], where
 
 
 def resolve_zero(value: Union[int, ZeroConfig, Mapping[str, Any]]) -> ZeroConfig:
+    """The ZeroConfig of a stage, a config object or a mapping.
+
+    Raises:
+        SuperScaleError: the value is of another kind, or is not allowed.
+    """
     if isinstance(value, ZeroConfig):
         return value
     if isinstance(value, Mapping):
@@ -59,6 +70,11 @@ def resolve_zero(value: Union[int, ZeroConfig, Mapping[str, Any]]) -> ZeroConfig
 
 
 def resolve_offload(value: Union[str, OffloadConfig, Mapping[str, Any], None]) -> OffloadConfig | None:
+    """The OffloadConfig of an engine's name, a config object or a mapping; None, for no offloading, stays None.
+
+    Raises:
+        SuperScaleError: the value is of another kind, or is not allowed.
+    """
     if value is None or isinstance(value, OffloadConfig):
         return value
     if isinstance(value, Mapping):
@@ -71,6 +87,11 @@ def resolve_offload(value: Union[str, OffloadConfig, Mapping[str, Any], None]) -
 
 
 def resolve_checkpoint(value: Union[CheckpointConfig, Mapping[str, Any], None]) -> CheckpointConfig:
+    """The CheckpointConfig of a config object or a mapping; the default one for None.
+
+    Raises:
+        SuperScaleError: the value is of another kind, or is not allowed.
+    """
     if value is None:
         return CheckpointConfig()
     if isinstance(value, CheckpointConfig):

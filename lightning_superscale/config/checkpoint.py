@@ -1,4 +1,4 @@
-"""How universal checkpoints are written and read."""
+"""The options of universal checkpoints."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ class CheckpointConfig:
     """Options for writing and reading universal checkpoints.
 
     Args:
-        asynchronous: training goes on while a snapshot is written; one is in flight at a time, and its errors are
-            raised at the next step, by all ranks at the same, or at the end.
-        allow: patterns (as of shell globs) of names of weights that a checkpoint may lack, or may have besides.
+        asynchronous: whether training goes on while a snapshot is written. One snapshot is in flight at a time. All
+            ranks raise its errors together, at the next step or at the end of the run.
+        allow: shell patterns of names of weights that a checkpoint may lack, or may have while the module lacks them.
     """
 
     asynchronous: bool = False

@@ -1,4 +1,4 @@
-"""Where optimizer states live and where the optimizer steps."""
+"""The options of offloading: where optimizer states live and where the optimizer steps."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal, Optional, Union
 from lightning_superscale.config.values import check_positive_int, check_share
 from lightning_superscale.errors import SuperScaleError, did_you_mean
 
-# Name -> "module:class" of its OffloadEngine. The module is imported only when the engine is chosen.
+# Name of an engine -> "module:class" of its OffloadEngine. The module is imported only when the engine is chosen.
 ENGINES: dict[str, str] = {
     "cpu": "lightning_superscale.offload.cpu.engine:CpuEngine",
     "superoffload": "lightning_superscale.offload.superoffload.engine:SuperOffloadEngine",
@@ -20,30 +20,31 @@ PLANNED_ENGINES = ("zenflow",)
 
 @dataclass(frozen=True)
 class OffloadConfig:
-    """Where optimizer states live and where the optimizer steps.
+    """Options for offloading: where optimizer states live and where the optimizer steps.
 
     Args:
         engine: "cpu" and "superoffload" keep fp32 master weights and optimizer states in host memory
             and step there: "cpu" after the backward pass, "superoffload" during it and the next forward.
-        bucket_mb: MiB of weights that move and step together; "auto": at most 64, and fewer where that gives a small
-            model about 16 buckets.
-        pin_memory: page-lock the host side of transfers, where there is a CUDA device.
-        cpu_threads: worker threads of the host optimizer; "auto": as few as step about as fast as all of this rank's
-            cores but one, which stays with the launching thread.
-        speculate: "superoffload" steps each bucket while backward still runs, before the gradient norm is
-            known, and steps again what a clip changes; False waits for the norm, and overlaps with the
-            next forward only. The result is the same, bit for bit.
-        weights: "stationary" keeps the weights of forward and backward on the device. "flow" keeps them in host
-            memory too and streams them through the device block by block, in forward and in backward, so that the
-            model need not fit there. "auto" chooses; `explain()` says what and why.
-        wrap: with "flow", class names or names of the modules whose weights stream together; None finds the
-            repeated blocks.
-        gpu_fraction: share of the trainable parameters, from 0 to 1, whose masters and states stay on the device and
-            step there: those whose gradients come last in backward, whose step nothing would hide. "auto": as many
-            as fit the device memory that the first step left free. The result is the same, bit for bit.
-        link_dtype: in which dtype gradients and weights travel between device and host. "weights": in that of the
-            weights, and the host's kernel casts. "fp32": in fp32, and the device casts, which takes more of the link
-            and of the host's memory and spares its cores the conversions. "auto": "fp32" only where this machine's
+        bucket_mb: size of a bucket in MiB of weights, which move and step together. "auto" takes at most 64, and less
+            where that gives a small model about 16 buckets.
+        pin_memory: whether the host side of transfers is page-locked, where there is a CUDA device.
+        cpu_threads: number of the host optimizer's worker threads. "auto" takes as few as step about as fast as all of
+            this rank's cores but one, which stays with the launching thread.
+        speculate: whether "superoffload" steps each bucket while backward still runs, before the gradient norm is
+            known, and steps buckets again when a clip changes their gradients. False waits for the norm, and overlaps
+            with the next forward only. The result is the same, bit for bit.
+        weights: "stationary" keeps the weights of forward and backward on the device. "flow" keeps them in host memory
+            too and streams them through the device block by block, in forward and in backward, so that the model need
+            not fit on the device. "auto" chooses one of them; `explain()` tells the choice and its reason.
+        wrap: with "flow", class names or names of the modules whose weights stream together; None finds the repeated
+            blocks.
+        gpu_fraction: share of the trainable parameters, from 0 to 1, whose master weights and states stay on the device
+            and step there. They are the parameters whose gradients come last in backward, as nothing would hide their
+            step on the host. "auto" takes as many as fit the device memory that the first step left free. The result is
+            the same, bit for bit.
+        link_dtype: dtype in which gradients and weights travel between device and host. "weights" takes the dtype of
+            the weights, and the host's kernel casts. "fp32" casts on the device, which takes more of the link and of
+            the host's memory and spares the host's cores the conversions. "auto" takes "fp32" only where this machine's
             profile says that it is faster. The result is the same, bit for bit.
     """
 

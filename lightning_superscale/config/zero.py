@@ -1,4 +1,4 @@
-"""What is sharded over ranks."""
+"""The options of ZeRO: the tensors that are sharded over ranks, and how."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ from lightning_superscale.errors import SuperScaleError
 
 @dataclass(frozen=True)
 class ZeroConfig:
-    """What is sharded over the data-parallel ranks (Rajbhandari et al. 2020, arXiv:1910.02054).
+    """Options for sharding a training state over the data-parallel ranks (Rajbhandari et al. 2020, arXiv:1910.02054).
 
     Args:
-        stage: 0 replicates everything, as DDP does. 1 shards master weights and optimizer states, 2
-            gradients too, 3 weights too.
-        bucket_mb: MiB of weights that are reduced, stepped and gathered together.
-        shard_size: ranks that share one copy of what is sharded; None for all. Fewer than all replicate
-            the shards over the rest (HSDP).
-        no_sync: micro-batches before the last of a step accumulate whole gradients on every rank, so that
-            ranks reduce once per step. "auto": in stage 1, not in stages 2 and 3, whose ranks then keep
-            only their share.
-        wrap: stage 3: class names of the modules that are gathered as a whole; None finds the repeated blocks.
-        assume_elementwise: let an optimizer that this package does not know step on rows of each
-            parameter. Right only if it treats every element by itself, as Adam and SGD do.
-        tensor_parallel: stage 3: neighbouring ranks that compute each batch together, on modules that
+        stage: 0 replicates everything, as DDP does. 1 shards master weights and optimizer states, 2 shards gradients
+            too, and 3 shards weights too.
+        bucket_mb: size of a bucket in MiB of weights, which are reduced, stepped and all-gathered together.
+        shard_size: number of ranks that a tensor is sharded over; None for all. With fewer than all, groups of so many
+            ranks hold replicas of the shards (HSDP).
+        no_sync: whether micro-batches before the last of a step accumulate unsharded gradients on every rank, so that
+            ranks reduce once per step. "auto" does so below stage 2; in stages 2 and 3 every micro-batch is reduced,
+            and ranks keep only their shards.
+        wrap: in stage 3, class names or names of the modules whose weights are all-gathered together; None finds the
+            repeated blocks.
+        assume_elementwise: whether an optimizer that this package does not know may step on rows of each parameter.
+            The result is right only if the optimizer treats every element by itself, as Adam and SGD do.
+        tensor_parallel: in stage 3, number of neighbouring ranks that compute each batch together, on modules that
             configure_model() parallelizes over self.device_mesh["tensor_parallel"].
     """
 
@@ -68,5 +69,5 @@ class ZeroConfig:
 
     @property
     def reduces_once(self) -> bool:
-        """Whether gradients of all micro-batches of a step are reduced together."""
+        """Whether the gradients of all micro-batches of a step are reduced once, together."""
         return self.stage < 2 if self.no_sync == "auto" else bool(self.no_sync)
