@@ -1,1 +1,1 @@
-"""Writing a universal checkpoint: who writes what, now or in the background."""
+"""Writing a universal checkpoint: dividing the work among ranks, and writing at once or in the background."""
