@@ -1,1 +1,1 @@
-"""Checkpoints that others wrote, or read."""
+"""Checkpoints of other programs: readers of their formats, and writers for exports to them."""

@@ -1,1 +1,1 @@
-"""What a universal checkpoint's files hold, byte for byte."""
+"""The files of a universal checkpoint, byte for byte: manifest, data files, checksums and JSON values."""

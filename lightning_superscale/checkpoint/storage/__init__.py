@@ -1,1 +1,1 @@
-"""Where a checkpoint's files lie, and how they appear there all at once."""
+"""The places of a checkpoint's files, local and remote, where they appear all at once."""

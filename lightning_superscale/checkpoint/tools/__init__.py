@@ -1,1 +1,1 @@
-"""What the command line does with checkpoints: inspect, verify, compare, convert."""
+"""Tools of the command line for checkpoints: inspect, verify, compare and convert."""
