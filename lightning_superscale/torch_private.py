@@ -51,7 +51,12 @@ def saved_tensor_hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tenso
 
 def has_own_torch_function(cls: type[Any]) -> bool:
     """Whether a tensor class does something of its own when torch is handed one of its tensors."""
-    return cls.__torch_function__ is not torch._C._disabled_torch_function_impl
+    return cls.__torch_function__ not in (torch._C._disabled_torch_function_impl, Tensor.__torch_function__)
+
+
+def no_torch_function() -> Any:
+    """The `__torch_function__` of a tensor class whose operations run as those of plain tensors, at the same cost."""
+    return torch._C._disabled_torch_function_impl
 
 
 def without_torch_function() -> AbstractContextManager[None]:

@@ -10,13 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_superscale.comm.dtensor import local_shard, take_rows
+from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.ops.types import AdamWHyper, AdamWSegment
 from lightning_superscale.ops.update import Update
 from lightning_superscale.optim.param_update import GradScale, ParamUpdate, adamw_hyper, by_unit
 from lightning_superscale.optim.step_rule import StepGuard, SteppedUnit, SynchronousRule
 from lightning_superscale.optim.unit import ShardUnit, slice_view
 from lightning_superscale.optim.unit_state import COMPENSATION_KEY, UnitState
-from lightning_superscale.optim.weights.param_classes import set_data
+from lightning_superscale.optim.weights.param_classes import data_ptr_of, set_data
 from lightning_superscale.timeline import UNTIMED, Lane, Timeline
 from lightning_superscale.torch_private import add_to_all
 
@@ -34,6 +36,7 @@ class AdamWRule(SynchronousRule):
     def __init__(self, optimizer: Optimizer, guard: StepGuard) -> None:
         self._optimizer = optimizer
         self._guard = guard
+        self._bound: set[nn.Parameter] = set()
 
     def attach(self, unit: ShardUnit, state: UnitState) -> None:
         """Prepare nothing: states are bound at a parameter's first gradient, when plain AdamW makes them too."""
@@ -63,7 +66,11 @@ class AdamWRule(SynchronousRule):
                 _give_grad(param, grad)
 
     def bound_state(self, item: ParamUpdate) -> dict[str, Any]:
-        """The optimizer's own state of a parameter: its step count, and views into the buffers of the unit's state."""
+        """The optimizer's own state of a parameter: its step count, and views into the buffers of the unit's state.
+
+        Raises:
+            SuperScaleError: user code gave the optimizer a state of another shape; names the parameter.
+        """
         own: dict[str, Any] = self._optimizer.state[item.param]
         if "step" not in own:
             own["step"] = torch.tensor(0.0)
@@ -73,14 +80,26 @@ class AdamWRule(SynchronousRule):
             flats[COMPENSATION_KEY] = state.compensation
         for key, flat in flats.items():
             held = own.get(key)
-            if held is not None and held.data_ptr() == flat.data_ptr() + item.piece.offset * flat.element_size():
+            if held is not None and data_ptr_of(held) == flat.data_ptr() + item.piece.offset * flat.element_size():
                 continue  # bound at an earlier step; a view per parameter and step would cost more than this
             own[key] = slice_view(flat, item.piece).view(item.piece.local_shape)
-            if held is not None:
-                # User code loaded states straight into the optimizer: take them over.
-                self._before_states_change(item)
-                own[key].copy_(held)
+            self._bind(item, key, own[key], held)
+        self._bound.add(item.param)
         return own
+
+    def _bind(self, item: ParamUpdate, key: str, view: Tensor, held: Tensor | None) -> None:
+        """Give a view into a unit's state the value that the optimizer's own state had before.
+
+        Args:
+            held: what user code loaded straight into the optimizer, this rank's rows or whole; None where there is
+                nothing, at first, or because user code emptied the state, and the parameter starts over.
+        """
+        if held is not None:
+            self._before_states_change(item)
+            view.copy_(_rows_of(held, item, key))
+        elif item.param in self._bound and key != COMPENSATION_KEY:  # which is a part of the weight
+            self._before_states_change(item)
+            view.zero_()
 
     def numbers(self, grad_scale: float, clip_value: float | None) -> StepNumbers:
         """The hyperparameters and step counts that the updates of one step share."""
@@ -181,6 +200,18 @@ class AdamWStep(AdamWRule):
         if is_queued != (self._lane == "device optimizer" and self._timeline.is_cuda):
             return nullcontext()
         return self._timeline.device(self._lane, f"unit {items[0].unit.index}")
+
+
+def _rows_of(held: Tensor, item: ParamUpdate, key: str) -> Tensor:
+    piece = item.piece
+    if tuple(held.shape) == piece.local_shape:
+        return held
+    if held.shape == item.param.shape:  # as `optimizer.load_state_dict()` leaves it
+        return take_rows(local_shard(held, item.param), piece)
+    raise SuperScaleError(
+        f"the optimizer's state {key!r} of parameter {piece.fqn!r} has shape {tuple(held.shape)}; expected the "
+        f"parameter's, {tuple(item.param.shape)}, or that of this rank's rows, {piece.local_shape}."
+    )
 
 
 def _segment(item: ParamUpdate, hyper: AdamWHyper, device_scale: Tensor | None) -> AdamWSegment:

@@ -58,6 +58,8 @@ class PublishGates:
             if units:
                 self._hooks.append(module.register_forward_pre_hook(self._hook(tuple(units.values()))))
         for param in self._owners:
+            if not param.requires_grad:
+                continue  # a frozen one with states of a checkpoint, whose unit stays at the root gate
             self._hooks.append(param.register_post_accumulate_grad_hook(self._observe))  # type: ignore[no-untyped-call]
 
     def _hook(self, units: tuple[ShardUnit, ...]) -> Callable[[nn.Module, object], None]:

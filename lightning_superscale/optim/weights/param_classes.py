@@ -1,4 +1,4 @@
-"""The classes of watched parameters: one for ordinary times, and one whose operations wait for new weights first.
+"""The classes of watched tensors: one for ordinary times, and one whose operations wait for new values first.
 
 See [Note: Watched weights] in watch.py.
 """
@@ -12,12 +12,13 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lightning_superscale.comm.dtensor import write_whole
 from lightning_superscale.torch_private import (
     has_own_torch_function,
+    no_torch_function,
     operations_without_reads,
     tree_leaves,
     without_torch_function,
@@ -33,13 +34,13 @@ _thread = threading.local()
 class Watcher(Protocol):
     """Is told what happens to the parameters of one unit."""
 
-    def forget(self, param: nn.Parameter) -> None:
+    def forget(self, param: Tensor) -> None:
         """Watch a parameter no longer, which has its own class again."""
 
-    def on_read(self, param: nn.Parameter) -> None:
+    def on_read(self, param: Tensor) -> None:
         """Wait for a parameter that is about to be read or written. Any thread may call it."""
 
-    def note_edit(self, param: nn.Parameter) -> None:
+    def note_edit(self, param: Tensor) -> None:
         """Note that code may change a parameter without raising its version."""
 
 
@@ -58,21 +59,21 @@ def arriving() -> Iterator[None]:
         _thread.is_arriving = False
 
 
-def set_data(param: nn.Parameter, value: Tensor) -> None:
+def set_data(param: Tensor, value: Tensor) -> None:
     """Do `param.data = value` for this package, which is no edit and waits for nothing."""
     with without_torch_function():
         _data.__set__(param, value)
 
 
-def data_ptr_of(param: nn.Parameter) -> int:
-    """The address of a parameter's first element; waits for nothing."""
+def data_ptr_of(tensor: Tensor) -> int:
+    """The address of a watched tensor's first element; waits for nothing."""
     with without_torch_function():
-        return param.data_ptr()
+        return tensor.data_ptr()
 
 
 @functools.cache
 def watched_classes(cls: type[Any]) -> tuple[type[Any], type[Any]]:
-    """Two subclasses of a parameter's class: one for ordinary times, and one for the time in which reads wait.
+    """Two subclasses of a tensor class: one for ordinary times, and one for the time in which reads wait.
 
     The former runs operations as `cls` does, at the same cost, and notes uses of `param.data`.
     """
@@ -117,7 +118,11 @@ def _quiet_class(cls: type[Any]) -> type[Any]:
             _data.__set__(self, value)
 
     copying = {name: as_plain(name) for name in ("__deepcopy__", "__reduce_ex__")}
-    return _subclass(cls, cls, {**copying, "data": property(read_data, write_data), "plain_class": cls})
+    # Results of operations on a subclass of plain tensors would be of the subclass.
+    plain_results = {"__torch_function__": no_torch_function()} if cls is Tensor else {}
+    return _subclass(
+        cls, cls, {**copying, **plain_results, "data": property(read_data, write_data), "plain_class": cls}
+    )
 
 
 def _late_class(cls: type[Any], quiet: type[Any]) -> type[Any]:

@@ -45,7 +45,7 @@ class WeightStore(Protocol):
         watch: lets every read of a parameter wait for its new weights.
     """
 
-    watch: WeightWatch
+    watch: WeightWatch[nn.Parameter]
 
     def receive(self, new: NewWeights) -> None:
         """Keep the new weights of the last step; the next use of the unit's weights waits for them."""

@@ -21,19 +21,22 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from lightning_superscale.optim.weights.param_classes import watched_classes, watcher_of
 
+T = TypeVar("T", bound=Tensor)
 
-class WeightWatch:
+
+class WeightWatch(Generic[T]):
     """Lets reads of one unit's parameters wait for new weights, and notes edits that raise no version.
 
     Args:
-        params: the unit's parameters. A former watch over one of them watches the others only.
+        params: the unit's parameters, or other tensors whose values come late. A former watch over one of them watches
+            the others only.
         wait: returns when the unit's new weights have arrived, and calls `arrived`.
 
     Attributes:
@@ -41,12 +44,12 @@ class WeightWatch:
         read: ids of the parameters that were read since `observe`, or while new weights were under way.
     """
 
-    def __init__(self, params: Sequence[nn.Parameter], wait: Callable[[], object]) -> None:
+    def __init__(self, params: Sequence[T], wait: Callable[[], object]) -> None:
         self.read: set[int] = set()
         self._wait = wait
         self.is_late = False
         self._edited: set[int] = set()
-        self._watched: dict[int, tuple[nn.Parameter, type[Any], type[Any]]] = {}
+        self._watched: dict[int, tuple[T, type[Any], type[Any]]] = {}
         self._is_everything_watched = True
         self._device = params[0].device if params else torch.device("cpu")
         self._reader: tuple[int, Any] | None = None
@@ -56,7 +59,7 @@ class WeightWatch:
                 before.forget(param)
             self._add(param)
 
-    def _add(self, param: nn.Parameter) -> None:
+    def _add(self, param: T) -> None:
         quiet, late = watched_classes(type(param))
         try:
             param.__class__ = quiet
@@ -66,7 +69,7 @@ class WeightWatch:
         self._watched[id(param)] = (param, quiet, late)
         watcher_of[id(param)] = self
 
-    def forget(self, param: nn.Parameter) -> None:
+    def forget(self, param: Tensor) -> None:
         """Watch a parameter no longer, which has its own class again."""
         if self._watched.pop(id(param), None) is not None:
             del watcher_of[id(param)]
@@ -96,7 +99,7 @@ class WeightWatch:
         for param, quiet, _ in self._watched.values():
             param.__class__ = quiet
 
-    def on_read(self, param: nn.Parameter) -> None:
+    def on_read(self, param: Tensor) -> None:
         """Wait for a parameter that is about to be read. Any thread may call it."""
         self.read.add(id(param))
         if not self.is_late:
@@ -108,15 +111,15 @@ class WeightWatch:
             # The wait has ordered this thread's stream only, and the one that runs the model waits no more.
             torch.cuda.current_stream(self._device).synchronize()
 
-    def note_edit(self, param: nn.Parameter) -> None:
+    def note_edit(self, param: Tensor) -> None:
         """Note that code may change a parameter without raising its version."""
         self._edited.add(id(param))
 
-    def is_edited(self, param: nn.Parameter) -> bool:
+    def is_edited(self, param: Tensor) -> bool:
         """Whether `note_edit` was called for a parameter since `take_edited`."""
         return id(param) in self._edited
 
-    def take_edited(self) -> list[nn.Parameter]:
+    def take_edited(self) -> list[T]:
         """The parameters of `note_edit` since the last call."""
         edited, self._edited = self._edited, set()
         return [self._watched[known][0] for known in edited if known in self._watched]

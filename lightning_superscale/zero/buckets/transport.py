@@ -135,7 +135,8 @@ class BucketTransport:
             self._in_param.watch(self._place, is_scaling)
 
     def _hook(self, param: nn.Parameter) -> None:
-        if param not in self._hooks:
+        """Take a parameter's gradients during backward from now on; one that is frozen, from its first gradient on."""
+        if param not in self._hooks and param.requires_grad:
             self._hooks[param] = param.register_post_accumulate_grad_hook(self._on_grad)  # type: ignore[no-untyped-call]
 
     def blocked(self) -> AbstractContextManager[None]:
@@ -218,6 +219,7 @@ class BucketTransport:
             if param.grad is None:
                 continue
             if self._schedule.is_streamed:
+                self._hook(param)
                 slices.append((i, self._take(unit, i)))
             else:
                 check_dense(unit.full.slices[i].fqn, param.grad)
