@@ -9,11 +9,12 @@ In a norm over ranks every element of the model's gradient counts once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lightning_superscale.comm.collectives import control_sum
 from lightning_superscale.comm.dtensor import is_cut
@@ -41,6 +42,26 @@ class ClipByValue:
 
 
 ClipRequest = ClipByNorm | ClipByValue
+
+
+def clip_in_place(params: Iterable[nn.Parameter], clip: ClipRequest, *, keeps_nonfinite: bool) -> Tensor | None:
+    """Clip `param.grad` of every parameter as plain PyTorch does. Every rank calls it where parameters are sharded.
+
+    Args:
+        keeps_nonfinite: leave gradients whose norm is NaN or infinite as they are, so that the culprits can be named.
+
+    Returns:
+        the 2-norm of all gradients before, fp32 scalar on the CPU; None after a clip by value.
+    """
+    clipped = [param for param in params if param.grad is not None]
+    if isinstance(clip, ClipByValue):
+        nn.utils.clip_grad_value_(clipped, clip.clip_value)
+        return None
+    norm = nn.utils.get_total_norm([param.grad for param in clipped if param.grad is not None])
+    total = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    if total.isfinite() or not keeps_nonfinite:
+        nn.utils.clip_grads_with_norm_(clipped, clip.max_norm, total)
+    return total.float().cpu()
 
 
 def joined(requests: Sequence[ClipRequest], new: ClipRequest) -> list[ClipRequest]:

@@ -181,6 +181,13 @@ class OptimizerEngine:
         """Clip the gradients of the next step; see `GradVerdict.request`."""
         self._judge.request(clip)
 
+    def clip_in_place(self, clip: ClipRequest) -> None:
+        """Clip the gradients that lie in `param.grad`, averaged over ranks, where user code looks at them.
+
+        Every rank calls it.
+        """
+        self._judge.clip_in_place(self.params(), clip)
+
     def discard_gradients(self) -> None:
         """Forget the gradients and clip requests of a step that is not taken."""
         self._rule.discard()

@@ -75,9 +75,15 @@ class TorchStep(SynchronousRule):
 
     @property
     def needs_closure(self) -> bool:
-        """Whether `optimizer.step` evaluates the loss itself, perhaps more than once, as LBFGS does."""
+        """Whether `optimizer.step` may evaluate the loss itself, perhaps more than once, as LBFGS and SAM do.
+
+        torch's own optimizers say so by a closure without a default. Others may need the one that Lightning always
+        passes, and lose nothing by it.
+        """
         closure = inspect.signature(type(self._optimizer).step).parameters.get("closure")
-        return closure is not None and closure.default is inspect.Parameter.empty
+        if closure is None:
+            return False
+        return closure.default is inspect.Parameter.empty or not type(self._optimizer).__module__.startswith("torch.")
 
     def closure_step(self, evaluate: Evaluate) -> tuple[Any, Iterator[SteppedUnit]]:
         """Step an optimizer that evaluates the loss itself; returns the loss and the units to publish."""

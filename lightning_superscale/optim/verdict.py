@@ -11,7 +11,7 @@ The plan's own styles (SequenceParallel) place such a parameter as Replicate, an
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -30,6 +30,7 @@ from lightning_superscale.optim.clipping import (
     EarlyNorms,
     LastNorm,
     clip_coefficient,
+    clip_in_place,
     counted_stats,
     grad_sumsqs,
     joined,
@@ -76,6 +77,7 @@ class GradVerdict:
         self._fqn_of = fqn_of
         self._error_if_nonfinite = error_if_nonfinite
         self._clips: list[ClipRequest] = []
+        self._norm_before: Tensor | None = None
         self._last_norm: Tensor | None = None
         self._last_stats: Sequence[StatsSource] = ()
         self._early = EarlyNorms(ranks.mesh)
@@ -92,12 +94,25 @@ class GradVerdict:
         """
         self._clips = joined(self._clips, clip)
 
+    def clip_in_place(self, params: Iterable[nn.Parameter], clip: ClipRequest) -> None:
+        """Clip gradients in `param.grad` now, and keep their norm before for `grad_norm`. Every rank calls it."""
+        norm = clip_in_place(params, clip, keeps_nonfinite=self._error_if_nonfinite)
+        self._norm_before = self._norm_before if norm is None or self._norm_before is not None else norm
+
     def discard(self) -> None:
         """Forget requests and gradients of an interrupted step."""
         self._clips.clear()
+        self._norm_before = None
         self._early.clear()
 
     def judge(self, due: Sequence[ParamUpdate], loss_scale: float | None) -> Verdict:
+        """Decide what a step does to its gradients, as `_judge` does, and keep their norm."""
+        verdict = self._judge(due, loss_scale)
+        if self._norm_before is not None:
+            self._last_norm, self._norm_before = self._norm_before, None
+        return verdict
+
+    def _judge(self, due: Sequence[ParamUpdate], loss_scale: float | None) -> Verdict:
         """Decide what a step does to its gradients. Every rank calls it.
 
         Args:

@@ -7,10 +7,10 @@ them: `Strategy._configure_launcher`.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -36,7 +36,7 @@ def is_compiled_whole(module: nn.Module) -> bool:
 
 def wrapped_closure(precision: Any, model: Any, optimizer: Any, closure: Callable[[], Any]) -> Callable[[], Any]:
     """A closure that calls `on_before_optimizer_step` and clips, after `closure` has run forward and backward."""
-    return partial(precision._wrap_closure, model, optimizer, closure)
+    return functools.partial(precision._wrap_closure, model, optimizer, closure)
 
 
 def set_device_mesh(module: Any, mesh: DeviceMesh) -> None:
@@ -48,6 +48,29 @@ def keep_sampler(module: Any) -> None:
     """Let the Trainer of a module, if it has one, keep the user's sampler."""
     if module is not None and module._trainer is not None:
         module.trainer._accelerator_connector.use_distributed_sampler = False
+
+
+def ask_strategy_whether_distributed(strategy: Any) -> None:
+    """Let Trainers ask a strategy's `is_distributed`, where it has one, before they go by its class.
+
+    A strategy that inherits from DDPStrategy counts as distributed, also on one device, and the batch size finder
+    refuses it. Trainers with other strategies are as they were.
+    """
+    package = next(one.__module__ for one in type(strategy).__mro__ if one.__name__ == "DDPStrategy").split(
+        ".strategies"
+    )
+    connectors = importlib.import_module(f"{package[0]}.trainer.connectors.accelerator_connector")
+    connector = connectors._AcceleratorConnector
+    by_class = connector.is_distributed.fget
+    if getattr(by_class, "asks_strategy", False):
+        return
+
+    def is_distributed(self: Any) -> bool:
+        said = getattr(self.strategy, "is_distributed", None)
+        return by_class(self) if said is None else bool(said)
+
+    is_distributed.asks_strategy = True  # type: ignore[attr-defined]
+    connector.is_distributed = property(is_distributed)
 
 
 def drop_launcher(strategy: Any) -> None:

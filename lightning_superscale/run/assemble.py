@@ -27,7 +27,7 @@ from lightning_superscale.optim.step_rule import StepGuard, StepRule
 from lightning_superscale.optim.transport import Transport
 from lightning_superscale.optim.unit import DeltaSink, ShardUnit
 from lightning_superscale.optim.unit_state import ResidentState, UnitState
-from lightning_superscale.run.checks import check_optimizers_over_ranks, check_parameters, facts_of_run
+from lightning_superscale.run.checks import check_optimizers_over_ranks, check_parameters, check_trainable, facts_of_run
 from lightning_superscale.run.host_plan import HostPlan, plan_host
 from lightning_superscale.run.memory import host_bytes_needed
 from lightning_superscale.run.placement import adapt_after_first_step, first_grouping
@@ -85,6 +85,11 @@ class Assembly:
     def waited_seconds(self) -> float:
         """Seconds that weights under way have kept the host inside forward so far."""
         return self._old_gates_seconds + sum(gates.waited_seconds for gates in self.gates)
+
+    def check_trainable(self) -> None:
+        """Refuse a backward that can make no gradient for any optimizer; see `checks.check_trainable`."""
+        if not any(engine.states for engine in self.engines.values()):  # all parameters were frozen so far
+            check_trainable(self.module, list(self.engines))
 
     def adapt_after_first_step(self) -> None:
         """Adapt units and the place of states to the first step, once. Every rank calls it before a later forward."""

@@ -36,16 +36,29 @@ def check_parameters(module: nn.Module, optimizers: Sequence[Optimizer], fqn_of:
             f"parameter {lazy[0]!r} has no shape yet. Run one batch through {name} in configure_model(), so that its "
             "lazy modules are initialised before the optimizer's memory is planned."
         )
-    trainable = [fqn for param, fqn in fqn_of.items() if param.requires_grad]
+    _owners(name, optimizers, fqn_of)
+
+
+def check_trainable(module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+    """Refuse a backward that can make no gradient that an optimizer steps.
+
+    What is frozen when training is set up may be unfrozen before the first step, as Lightning's BaseFinetuning does.
+
+    Raises:
+        SuperScaleError: names the module, and trainable parameters that no optimizer holds.
+    """
+    name = type(module).__name__
+    params = dict(module.named_parameters())
+    trainable = [fqn for fqn, param in params.items() if param.requires_grad]
     if not trainable:
         raise SuperScaleError(
             f"{name} has no trainable parameters: expected at least one with requires_grad=True, found "
-            f"{len(fqn_of)} parameters, all frozen. Unfreeze what is to be trained, or use trainer.validate()."
+            f"{len(params)} parameters, all frozen. Unfreeze what is to be trained, or use trainer.validate()."
         )
-    owner = _owners(name, optimizers, fqn_of)
-    if owner and not any(param.requires_grad for param in owner):
+    owned = [param for optimizer in optimizers for group in optimizer.param_groups for param in group["params"]]
+    if owned and not any(param.requires_grad for param in owned):
         raise SuperScaleError(
-            f"none of the {len(owner)} parameters that the optimizers of {name} hold is trainable; "
+            f"none of the {len(owned)} parameters that the optimizers of {name} hold is trainable; "
             f"trainable ones of the module are, for example, {', '.join(trainable[:3])}."
         )
 

@@ -82,8 +82,7 @@ class Run:
         self._precision_name = ""
         self._is_compiled = False
         self.was_on_meta = False
-        self._is_accumulating = False
-        self._is_in_backward = False
+        self._is_accumulating = self._is_in_backward = False
 
     # Setting up
 
@@ -237,9 +236,11 @@ class Run:
             inputs: the tensors whose gradients are computed; None for all.
 
         Raises:
-            SuperScaleError: a sharded parameter among `inputs`.
+            SuperScaleError: a sharded parameter among `inputs`, or no optimizer holds a trainable parameter.
         """
         check_backward_inputs(inputs)
+        if self.assembly is not None:
+            self.assembly.check_trainable()
         start, before = time.perf_counter(), self._is_in_backward
         self._is_in_backward = True
         try:
@@ -274,15 +275,16 @@ class Run:
                 engine.scale_losses(self._scaler.scale)
 
     def clip(self, optimizer: Optimizer, request: ClipRequest) -> bool:
-        """Ask for clipping inside the optimizer's next step, where that costs no pass of its own.
+        """Clip an optimizer's gradients: at once where user code looks at them, otherwise inside of its next step.
 
         Returns:
-            whether the engine will clip. Otherwise the optimizer steps `param.grad`, which the caller clips.
+            whether they are clipped. Otherwise the optimizer steps `param.grad` itself, which the caller clips.
         """
-        engine = self._engine_of(optimizer)
-        if engine is None or engine.is_passthrough:
+        assembly, engine = self.assembly, self._engine_of(optimizer)
+        if assembly is None or engine is None or engine.is_passthrough:
             return False
-        engine.request_clip(request)
+        clip = engine.clip_in_place if assembly.settings.clips_in_place else engine.request_clip
+        clip(request)
         return True
 
     def step(self, optimizer: Optimizer, closure: Callable[[], Any], **options: Any) -> Any:

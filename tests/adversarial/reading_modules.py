@@ -160,3 +160,60 @@ def differences(expected, found) -> list[str]:
             if a != b
         ][:3]
     )
+
+
+class ClipsThenLooks(Reads):
+    """Looks at clipped gradients, and adds to them, as DP-SGD adds its noise after clipping."""
+
+    def on_after_backward(self):
+        self.seen.append(float(sum(p.grad.double().sum() for p in self.net.parameters())))
+
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
+        super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        for param in self.net.parameters():
+            self.seen.append(float(param.grad.double().sum()))
+            param.grad.add_(0.01)
+
+
+class ClipsByHand(Reads):
+    """As above, under manual optimization."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        self.clip_gradients(optimizer, gradient_clip_val=0.05, gradient_clip_algorithm="norm")
+        for param in self.net.parameters():
+            self.seen.append(float(param.grad.double().sum()))
+            param.grad.add_(0.01)
+        optimizer.step()
+
+
+class StartsOver(Reads):
+    """Empties, edits and reads the optimizer's own state between steps."""
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        state = self.optimizers().optimizer.state
+        self.seen += [float(state[p]["exp_avg"].double().sum()) for p in self.net.parameters() if p in state]
+        if batch_idx == 1:
+            state.clear()
+        if batch_idx == 3:
+            for own in state.values():
+                own["exp_avg"].mul_(0.5)
+
+
+class LoadsStates(Reads):
+    """Gives the optimizer whole states, as `optimizer.load_state_dict` leaves them."""
+
+    def on_train_epoch_start(self):
+        optimizer = self.optimizers().optimizer
+        params = list(self.net.parameters())
+        state = {
+            i: {"step": torch.tensor(3.0), "exp_avg": torch.full(p.shape, 0.1), "exp_avg_sq": torch.full(p.shape, 0.2)}
+            for i, p in enumerate(params)
+        }
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -22,6 +22,7 @@ from lightning_superscale.plugins.checkpoint.io import (
     save_through,
 )
 from lightning_superscale.plugins.lightning_private import (
+    ask_strategy_whether_distributed,
     drop_launcher,
     is_compiled_whole,
     keep_sampler,
@@ -144,7 +145,13 @@ class SuperScaleStrategyMixin(_Base):
     def _num_ranks(self) -> int:
         return self.num_nodes * max(1, self.num_processes)
 
+    @property
+    def is_distributed(self) -> bool:
+        """Whether there are several ranks, which the Trainer asks."""
+        return self._num_ranks > 1
+
     def _configure_launcher(self) -> None:
+        ask_strategy_whether_distributed(self)
         drop_launcher(self)  # one process needs no launcher, and without one notebooks work too
         check_flow(self.zero_config, self.offload_config)
         mesh_spec_of(self.zero_config, self._num_ranks)
@@ -155,6 +162,8 @@ class SuperScaleStrategyMixin(_Base):
             )
         if self._num_ranks > 1:
             super()._configure_launcher()
+        elif self.cluster_environment is not None:  # as the launcher would: every process would train on all data
+            self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
 
     def setup_environment(self) -> None:
         if self.accelerator is None or self.cluster_environment is None:

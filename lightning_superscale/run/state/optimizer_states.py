@@ -154,11 +154,14 @@ def load_optimizer_states(
 
     Args:
         engine_of: finds the engine that steps an optimizer; gives None for an optimizer without one.
-        states: torch's packed states, whole or lazy.
+        states: torch's packed states, whole or lazy; none where they were taken out of the checkpoint so that
+            optimizers start over.
 
     Raises:
         SuperScaleError: another number of optimizers, or other parameter groups.
     """
+    if not states:
+        return
     if len(states) != len(optimizers):
         raise SuperScaleError(
             f"the checkpoint has states of {len(states)} optimizers, configure_optimizers returned {len(optimizers)}."

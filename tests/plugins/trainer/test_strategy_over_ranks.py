@@ -198,6 +198,7 @@ class Counts(L.Callback):
         self.calls: list[dict[str, int]] = []
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        trainer.strategy.assembly.wait_all_published()  # gathers of this step may be issued during the next forward
         counts = trainer.strategy.assembly.mesh.counts
         self.calls.append(dict(counts.calls))
         self.num_units = sum(len(e.transport.units) for e in trainer.strategy.assembly.engines.values())
