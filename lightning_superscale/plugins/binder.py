@@ -1,12 +1,15 @@
 """The callback that binds a UniversalCheckpointIO to the strategy of its Trainer ([Note: Bound to a strategy]).
 
-Lightning adds it to every Trainer, through an entry point. It does nothing where the Trainer has another checkpoint IO.
+Lightning asks an entry point of this package for callbacks whenever a Trainer is made. It gives the binder as long as
+there is a UniversalCheckpointIO in the process, and nothing otherwise: Trainers that do not use this package stay as
+they are. The binder does nothing where its Trainer has another checkpoint IO.
 """
 
 from __future__ import annotations
 
 import importlib
 import warnings
+import weakref
 from typing import TYPE_CHECKING, Any
 
 from lightning_superscale.errors import CheckpointError
@@ -19,6 +22,12 @@ else:
     _Base = object
 
 _made: set[type] = set()
+_ios: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def expect(io: Any) -> None:
+    """A UniversalCheckpointIO was made, so that the Trainers that are made from now on may have it."""
+    _ios.add(io)
 
 
 class CheckpointBinderMixin(_Base):
@@ -71,7 +80,7 @@ def pytorch_lightning_callbacks() -> list[Any]:
 
 
 def _binders(callbacks: str) -> list[Any]:
-    """One binder, of the Lightning that has these callbacks.
+    """One binder, of the Lightning that has these callbacks, if any Trainer may need it.
 
     Every Trainer calls it. So the rest of this package, whose import takes a quarter of a second, is imported only for
     a Trainer that uses it, and an import that fails must not stop a Trainer that does not.
@@ -79,6 +88,8 @@ def _binders(callbacks: str) -> list[Any]:
     Warns:
         UserWarning: the binder could not be made; an unbound IO then refuses to write.
     """
+    if not _ios:
+        return []
     try:
         return [_binder(callbacks)]
     except Exception as error:

@@ -23,6 +23,7 @@ from lightning_superscale.comm.mesh import DataMesh, build_mesh, single_mesh
 from lightning_superscale.config import CheckpointConfig, resolve_checkpoint
 from lightning_superscale.errors import CheckpointError
 from lightning_superscale.layout.mesh import MeshSpec
+from lightning_superscale.plugins.binder import expect
 from lightning_superscale.plugins.lightning_private import plain_optimizer
 from lightning_superscale.run.environment import DEFAULT_TIMEOUT
 from lightning_superscale.run.state.collect import local_state
@@ -51,6 +52,7 @@ class UniversalCheckpointIOMixin(_Base):
         self._mesh: DataMesh | None = None
         self._own_mesh: tuple[object, DataMesh] | None = None
         self._saver: BackgroundSaver | None = None
+        expect(self)
 
     # The methods that a bound strategy calls, each on every rank.
 

@@ -357,14 +357,43 @@ def test_lightning_binds_it_without_an_import_of_ours(tmp_path):
 
 @pytest.mark.parametrize("callbacks", [binder.lightning_callbacks, binder.pytorch_lightning_callbacks])
 def test_every_trainer_can_still_be_sent_to_spawned_ranks(callbacks):
-    """Lightning adds the callback to all of them, also those that do not use us."""
+    io = lss.UniversalCheckpointIO()
     [made] = callbacks()
+    assert isinstance(io, lss.UniversalCheckpointIO)  # it lives until here
     sent = pickle.loads(pickle.dumps(made))
     assert [base.__qualname__ for base in type(sent).__mro__] == [base.__qualname__ for base in type(made).__mro__]
     assert type(sent).__mro__[2:] == type(made).__mro__[2:]
 
 
+TRAINER = (
+    "import logging, lightning as L\n"
+    "logging.getLogger('lightning').setLevel(logging.INFO)\n"
+    "{}\n"
+    "t = L.Trainer(accelerator='cpu', logger=False, enable_checkpointing=False, enable_progress_bar=False{})\n"
+    "print([type(one).__name__ for one in t.callbacks])\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("before", "plugins", "is_bound"),
+    [
+        ("", "", False),
+        ("import lightning_superscale", ", strategy='superoffload'", False),
+        ("from lightning_superscale import UniversalCheckpointIO", ", plugins=[UniversalCheckpointIO()]", True),
+    ],
+    ids=["not ours", "our strategy", "our checkpoint IO"],
+)
+def test_only_a_trainer_that_needs_it_is_given_the_callback(before, plugins, is_bound, tmp_path):
+    script = TRAINER.format(before, plugins)
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert ("CheckpointBinder" in done.stdout) is is_bound
+    assert ("lightning_superscale" in done.stderr) is is_bound  # Lightning's line about added callbacks
+
+
 def test_a_broken_package_breaks_no_trainer(monkeypatch):
+    io = lss.UniversalCheckpointIO()
+
     def broken(name):
         raise ImportError("no kernel")
 
@@ -372,3 +401,4 @@ def test_a_broken_package_breaks_no_trainer(monkeypatch):
     for callbacks in (binder.lightning_callbacks, binder.pytorch_lightning_callbacks):
         with pytest.warns(UserWarning, match="could not be imported .ImportError: no kernel."):
             assert callbacks() == []
+    assert io is not None  # it lives until here
