@@ -28,7 +28,7 @@ SubmitUpdate = Callable[[Sequence[AdamWSegment]], Update]
 class AdamWRule(SynchronousRule):
     """The base of every rule that steps Adam natively: the optimizer's own state views the unit states' buffers.
 
-    A subclass implements `apply`, which updates masters and moments.
+    A subclass implements `step`, which updates masters and moments.
     """
 
     has_moments = True
@@ -36,7 +36,7 @@ class AdamWRule(SynchronousRule):
     def __init__(self, optimizer: Optimizer, guard: StepGuard) -> None:
         self._optimizer = optimizer
         self._guard = guard
-        self._bound: set[nn.Parameter] = set()
+        self._bound_params: set[nn.Parameter] = set()
 
     def attach(self, unit: ShardUnit, state: UnitState) -> None:
         """Prepare nothing: states are bound at a parameter's first gradient, when plain AdamW makes them too."""
@@ -44,16 +44,9 @@ class AdamWRule(SynchronousRule):
     def step(
         self, due: Sequence[ParamUpdate], grad_scale: GradScale, clip_value: float | None
     ) -> Iterator[SteppedUnit]:
-        yield from self.apply(due, grad_scale, clip_value)
-        self._run_hooks()
-
-    def apply(
-        self, due: Sequence[ParamUpdate], grad_scale: GradScale, clip_value: float | None
-    ) -> Iterator[SteppedUnit]:
-        """Step every unit, as `StepRule.step` does, but without the hooks of the user's optimizer."""
         raise NotImplementedError
 
-    def _run_hooks(self) -> None:
+    def run_hooks(self) -> None:
         """Run `optimizer.step()` with no gradient in sight: only its hooks and its scheduler's count."""
         parked = [(p, p.grad) for g in self._optimizer.param_groups for p in g["params"] if p.grad is not None]
         for param, _ in parked:
@@ -84,7 +77,7 @@ class AdamWRule(SynchronousRule):
                 continue  # bound at an earlier step; a view per parameter and step would cost more than this
             own[key] = slice_view(flat, item.piece).view(item.piece.local_shape)
             self._bind(item, key, own[key], held)
-        self._bound.add(item.param)
+        self._bound_params.add(item.param)
         return own
 
     def _bind(self, item: ParamUpdate, key: str, view: Tensor, held: Tensor | None) -> None:
@@ -97,7 +90,7 @@ class AdamWRule(SynchronousRule):
         if held is not None:
             self._before_states_change(item)
             view.copy_(_rows_of(held, item, key))
-        elif item.param in self._bound and key != COMPENSATION_KEY:  # which is a part of the weight
+        elif item.param in self._bound_params and key != COMPENSATION_KEY:  # which is a part of the weight
             self._before_states_change(item)
             view.zero_()
 
@@ -168,7 +161,7 @@ class AdamWStep(AdamWRule):
         self._lane = lane
         self._scales_on_device = scales_on_device
 
-    def apply(
+    def step(
         self, due: Sequence[ParamUpdate], grad_scale: GradScale, clip_value: float | None
     ) -> Iterator[SteppedUnit]:
         """Update every unit in the order of the next forward, and yield each as soon as it is updated."""

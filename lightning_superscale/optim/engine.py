@@ -83,6 +83,7 @@ class OptimizerEngine:
     Attributes:
         why_not_native: why the optimizer steps through its own code; None for Adam and AdamW.
         states: by unit index.
+        is_torn: whether a step has begun to change weights or states, and its caller has not yet seen its end.
     """
 
     def __init__(
@@ -113,6 +114,7 @@ class OptimizerEngine:
         self._rule: StepRule = make_native(optimizer, self._guard) if self.why_not_native is None else self._own
         self._seen_versions: dict[nn.Parameter, int] = {}
         self.states: list[UnitState] = []
+        self.is_torn = False
         self.transport = make_transport(self._add_grads)
         own = set(self.params())
         self.adopt([p for p in fqn_of if p in own and p.requires_grad])
@@ -265,8 +267,10 @@ class OptimizerEngine:
                 self.discard_gradients()
                 return False
             published_before = self.seconds.publish
+            self.is_torn = True
             stats = self._publish_all(self._rule.step(due, verdict.grad_scale, verdict.clip_value))
             self._judge.note(due, [stats[index] for index in by_unit(due) if index in stats])
+            self._rule.run_hooks()
         except BaseException:
             self.discard_gradients()
             raise

@@ -45,13 +45,13 @@ class MixedStep(AdamWRule):
         self._host.quiesce()
         self._device.quiesce()
 
-    def apply(
+    def step(
         self, due: Sequence[ParamUpdate], grad_scale: GradScale, clip_value: float | None
     ) -> Iterator[SteppedUnit]:
         # Units on the device come first: the next forward begins with them, and on a GPU they are only queued.
         for rule, has_host in ((self._device, False), (self._host, True)):
             items = [item for item in due if ("host" in item.state.homes) == has_host]
-            yield from rule.apply(items, grad_scale, clip_value)
+            yield from rule.step(items, grad_scale, clip_value)
 
     def load(self, param: nn.Parameter, unit: ShardUnit, state: UnitState, i: int, saved: Mapping[str, Any]) -> None:
         self._of(state).load(param, unit, state, i, saved)

@@ -73,6 +73,9 @@ class StepRule(Protocol):
         The engine runs it to its end and publishes each unit while the next ones are still being stepped.
         """
 
+    def run_hooks(self) -> None:
+        """Run the hooks that users have put on the optimizer's `step`, after a step that was published."""
+
     def load(self, param: nn.Parameter, unit: ShardUnit, state: UnitState, i: int, saved: Mapping[str, Any]) -> None:
         """Take over one parameter's saved state, this rank's rows: that of slice `i` of `unit`."""
 
@@ -117,6 +120,9 @@ class SynchronousRule:
         state.add_grads(delta.slices)
 
     def quiesce(self) -> None:
+        return
+
+    def run_hooks(self) -> None:
         return
 
     def flush(self) -> None:

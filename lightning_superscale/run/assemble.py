@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,6 +30,8 @@ from lightning_superscale.optim.unit import DeltaSink, ShardUnit
 from lightning_superscale.optim.unit_state import ResidentState, UnitState
 from lightning_superscale.run.checks import check_optimizers_over_ranks, check_parameters, check_trainable, facts_of_run
 from lightning_superscale.run.host_plan import HostPlan, plan_host
+from lightning_superscale.run.interrupts import StepInterrupts
+from lightning_superscale.run.loss_scaler import LossScaler
 from lightning_superscale.run.memory import host_bytes_needed
 from lightning_superscale.run.placement import adapt_after_first_step, first_grouping
 from lightning_superscale.run.precision import check_with_run
@@ -60,6 +63,7 @@ class Assembly:
         update: the kernels that step the optimizers where their states are.
         sharded: the module under FSDP2, when its weights are sharded (stage 3 over several ranks).
         reasons: one sentence per choice that was made for the user while the run was assembled.
+        interrupts: puts Ctrl-C off to the ends of steps.
         is_abandoned: whether the run was interrupted.
     """
 
@@ -73,6 +77,7 @@ class Assembly:
     ranks: Communicator
     sharded: ShardedModule | None
     reasons: list[str] = field(default_factory=list)
+    interrupts: StepInterrupts = field(default_factory=StepInterrupts)
     is_abandoned: bool = False
     _has_adapted: bool = False
     _old_gates_seconds: float = 0.0
@@ -106,16 +111,51 @@ class Assembly:
             compiled = self.settings.is_compiled or is_compiled(self.module)
             self.gates = _gates(self.module, self.engines.values(), self.settings, is_model_compiled=compiled)
 
+    def step(self, engine: OptimizerEngine, scaler: LossScaler | None) -> None:
+        """Step one optimizer with its gradients, and let the loss scaler follow. Every rank calls it."""
+        with self.interrupts.step():
+            has_stepped = engine.step()
+            if scaler is not None:
+                scaler.update(has_overflowed=not has_stepped)
+
+    def own_step(self, engine: OptimizerEngine, closure: Callable[[], Any]) -> Any:
+        """Let an optimizer step by its own code, which evaluates the loss itself."""
+
+        def evaluate() -> Any:
+            result = closure()
+            engine.is_torn = True  # from here on the optimizer may change weights
+            return result
+
+        step = engine.passthrough_step if engine.is_passthrough else engine.closure_step
+        with self.interrupts.step_after(evaluate) as interruptible:
+            return step(interruptible)
+
+    def check_whole(self) -> None:
+        """Refuse to give weights or states to save that are of no whole step.
+
+        Raises:
+            SuperScaleError: an error ended the last step in its middle.
+        """
+        units = (unit for engine in self.engines.values() for unit in engine.transport.units)
+        if any(engine.is_torn for engine in self.engines.values()) or any(unit.store.is_lost for unit in units):
+            raise SuperScaleError(
+                "an error ended the last optimizer step in its middle, so that some weights and optimizer states are "
+                "those before the step and some those after. Nothing is saved. Resume from an earlier checkpoint."
+            )
+
     def enter_step(self) -> None:
         """Wait for new weights that no module's gate waits for.
 
         Every rank calls it before a training step's forward, once techniques are ready for it.
         """
+        self.interrupts.open()
+        self.interrupts.counted()
         for gates in self.gates:
             gates.enter_step()
 
     def before_evaluation(self) -> None:
         """Apply gradients that engines have kept back. Every rank calls it between steps, before an evaluation."""
+        self.interrupts.counted()
         for engine in self.engines.values():
             engine.before_evaluation()
 
@@ -142,7 +182,11 @@ class Assembly:
             self.sharded.abandon()
 
     def close(self) -> None:
-        """Remove hooks, end engines and techniques, and give parameters storage of their own again."""
+        """End engines and techniques, and give back the module and the interrupt's handler.
+
+        Parameters have storage of their own again, and no hooks.
+        """
+        self.interrupts.close()
         for gates in self.gates:
             gates.close()
         for technique in self.settings.techniques:

@@ -300,39 +300,38 @@ class Run:
         """
         start, inside = time.perf_counter(), self.phases.inside
         self._rest(is_visible=False)  # `after_backward` is not called where user code runs backward by itself
-        engine = self._engine_of(optimizer)
-        if engine is None:
+        assembly, engine = self.assembly, self._engine_of(optimizer)
+        if assembly is None or engine is None:
             result = optimizer.step(closure, **options)
         elif options:
             raise SuperScaleError(
                 f"optimizer.step() takes only a closure under this strategy, found {', '.join(map(repr, options))}."
             )
         else:
-            result = self._step(engine, closure)
-        if self.assembly is not None and self.assembly.settings.why_weights_awaited is not None:
+            result = self._step(assembly, engine, closure)
+        if assembly is not None and assembly.settings.why_weights_awaited is not None:
             self._wait_for_weights()
         self.phases.step += time.perf_counter() - start - (self.phases.inside - inside)
         self.phases.end_step()
+        if engine is not None:
+            engine.is_torn = False
         return result
 
-    def _step(self, engine: OptimizerEngine, closure: Callable[[], Any]) -> Any:
-        if engine.is_passthrough:
-            return engine.passthrough_step(closure)
-        if engine.needs_closure:
+    def _step(self, assembly: Assembly, engine: OptimizerEngine, closure: Callable[[], Any]) -> Any:
+        if engine.is_passthrough or engine.needs_closure:
             if self._scaler is not None:
                 raise SuperScaleError(
                     f"{type(engine.optimizer).__name__} evaluates the loss itself, which "
                     f"precision={self._precision_name!r} can't scale. Use 'bf16-mixed' or 'bf16-true'."
                 )
-            return engine.closure_step(closure)
+            return assembly.own_step(engine, closure)
         try:
             result = closure()
         except BaseException:
             engine.discard_gradients()
             raise
-        has_stepped = engine.step()
-        if self._scaler is not None and not (result is None and self._visibility.is_automatic):
-            self._scaler.update(has_overflowed=not has_stepped)
+        was_skipped = result is None and self._visibility.is_automatic
+        assembly.step(engine, None if was_skipped else self._scaler)
         return result
 
     # Evaluation, and user code between passes

@@ -50,12 +50,12 @@ class LateStep(AdamWRule):
         self._bound = torch.tensor(0.0)
         self._last: list[ParamUpdate] = []
 
-    def apply(self, due: Sequence[ParamUpdate], grad_scale: float, clip_value: float | None) -> Iterator[SteppedUnit]:
+    def step(self, due: Sequence[ParamUpdate], grad_scale: float, clip_value: float | None) -> Iterator[SteppedUnit]:
         self._num_steps += 1
         if self._num_steps <= NUM_ON_TIME:
             seen = [BOUND_SHARE * (item.grad().float() * grad_scale).abs().amax() for item in due if item.piece.numel]
             self._bound = torch.stack([self._bound, *seen]).amax()
-            yield from self._native.apply(due, grad_scale, clip_value)
+            yield from self._native.step(due, grad_scale, clip_value)
             return
         late = []
         for item in due:
@@ -67,7 +67,7 @@ class LateStep(AdamWRule):
                 late.append(self._of(item))
             own[LATE_KEY] = kept.view(item.piece.local_shape)
             kept.copy_(new)
-        yield from self._native.apply(late, 1.0, None)
+        yield from self._native.step(late, 1.0, None)
         for item in due:
             item.state.clear_grads()
         self._last = list(due)
@@ -97,7 +97,7 @@ class CaughtUpStep(LateStep):
 
     def catch_up(self) -> Iterator[SteppedUnit]:
         late = [item for item in self._last if LATE_KEY in self.bound_state(item)]
-        yield from self._native.apply([self._of(item) for item in late], 1.0, None)
+        yield from self._native.step([self._of(item) for item in late], 1.0, None)
         for item in late:
             del self.bound_state(item)[LATE_KEY]
         self._last = []

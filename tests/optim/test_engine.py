@@ -451,12 +451,12 @@ def test_a_state_of_two_homes_is_stepped_by_the_hosts_rule():
         def __init__(self, name) -> None:
             self._name = name
 
-        def apply(self, due, grad_scale, clip_value):
+        def step(self, due, grad_scale, clip_value):
             stepped.extend((self._name, item.state.homes) for item in due)
             yield from ()
 
     states = [Homes("device"), Homes("host"), Homes("device", "host")]
     due = [ParamUpdate(None, {}, None, state, 0) for state in states]
     rule = MixedStep(None, None, host=Rule("host"), device=Rule("device"))
-    assert list(rule.apply(due, 1.0, None)) == []
+    assert list(rule.step(due, 1.0, None)) == []
     assert stepped == [("device", {"device"}), ("host", {"host"}), ("host", {"device", "host"})]

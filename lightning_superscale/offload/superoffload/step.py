@@ -219,7 +219,7 @@ class DeferredStep(AdamWRule):
 
     # The step
 
-    def apply(
+    def step(
         self, due: Sequence[ParamUpdate], grad_scale: GradScale, clip_value: float | None
     ) -> Iterator[SteppedUnit]:
         """Let the worker settle every unit in the order of the next forward; it may still do so after the return."""

@@ -105,11 +105,12 @@ class FlowingWeights:
     Attributes:
         is_present: whether parameters view the weights on the device.
         watch: lets reads of parameters wait for new weights.
+        is_lost: whether new weights did not arrive, because of an error.
     """
 
     def __init__(self, unit: StreamedUnit, link: Link, buffers: Sequence[Tensor], *, first: int = 0) -> None:
         self.unit = unit
-        self.is_present = False
+        self.is_present = self.is_lost = False
         self._link = link
         self._buffers = buffers
         self._on_host = [[_view(buffer, piece) for piece in unit.full.slices] for buffer in buffers]
@@ -154,11 +155,16 @@ class FlowingWeights:
             self.synchronize()
 
     def _wait_new(self) -> bool:
-        new, self._new = self._new, None
+        new = self._new
         if new is None:
             return False
         self.watch.arrived()  # before parameters are given other memory below, which is no read
-        new.wait()
+        try:
+            new.wait()
+        except Exception:
+            self._new, self.is_lost = None, True
+            raise
+        self._new = None  # after an interrupt the next use waits once more
         if self.unit.is_whole:
             self._follow_host()
         return True

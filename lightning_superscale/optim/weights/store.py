@@ -43,9 +43,11 @@ class WeightStore(Protocol):
 
     Attributes:
         watch: lets every read of a parameter wait for its new weights.
+        is_lost: whether new weights did not arrive, because of an error.
     """
 
     watch: WeightWatch[nn.Parameter]
+    is_lost: bool
 
     def receive(self, new: NewWeights) -> None:
         """Keep the new weights of the last step; the next use of the unit's weights waits for them."""
@@ -82,6 +84,7 @@ class OnDevice:
 
     def __init__(self, params: Sequence[nn.Parameter] = ()) -> None:
         self.watch = WeightWatch(params, self.wait_new)
+        self.is_lost = False
         self._new: NewWeights | None = None
         self._lock = threading.RLock()  # another thread that reads meanwhile waits, too
 
@@ -99,10 +102,16 @@ class OnDevice:
             try:
                 with arriving():
                     new.wait()
-            finally:
-                self._new = None
-                self.watch.arrived()
+            except Exception:
+                self._end_wait()
+                self.is_lost = True
+                raise
+            self._end_wait()  # after an interrupt the next use waits once more
         return True
+
+    def _end_wait(self) -> None:
+        self._new = None
+        self.watch.arrived()
 
     def filling(self, *, is_whole: bool) -> AbstractContextManager[None]:
         return nullcontext()
@@ -156,6 +165,7 @@ class Incoming:
         if self._event is not None:
             self._event.wait()
             self._move()
+            self._event = None
 
     def abandon(self) -> None:
         self._event = None  # sharded weights stay in shards, and may never be gathered again

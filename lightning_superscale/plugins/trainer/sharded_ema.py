@@ -93,7 +93,7 @@ class ShardedEMAMixin(_Base):
             self._kept = {}
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._kept = {}
+        self.on_validation_end(trainer, pl_module)  # or averages would be saved as the weights
 
     def _write(self, trainer: Trainer, pl_module: nn.Module, rows: Mapping[str, Tensor]) -> None:
         for fqn, param in _trainable(pl_module):

@@ -21,7 +21,12 @@ def module_state(module: nn.Module, assembly: Assembly | None, mesh: DataMesh, *
     Args:
         assembly: the parts of the run that trains the module; None outside.
         is_local: give this rank's shards, which a universal checkpoint takes; otherwise whole tensors.
+
+    Raises:
+        SuperScaleError: an error ended the last optimizer step in its middle.
     """
+    if assembly is not None:
+        assembly.check_whole()
     sharded = None if assembly is None else assembly.sharded
     if is_local:
         return dict(module.state_dict()) if sharded is None else sharded.local_state_dict()

@@ -184,7 +184,9 @@ class BucketUnit:
 
     def unpack_gathered(self, stepped: Sequence[int]) -> None:
         """Copy the stepped weights' rows of all ranks from the gathered buffer into `weights`; frees that buffer."""
-        packed = self.gathered()
+        packed = self._gathered
+        if packed is None:
+            return  # it was unpacked before an interrupt
         is_whole = len(stepped) == len(self.params)
         columns = self._ranked.columns(packed)
         with self.store.filling(is_whole=is_whole):
