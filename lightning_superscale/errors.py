@@ -10,6 +10,10 @@ class SuperScaleError(RuntimeError):
     """A setting, a model or a state that lightning-superscale can't train with."""
 
 
+class SettingError(SuperScaleError, ValueError):
+    """A value that a setting does not take; names the key, what was expected and what was found."""
+
+
 class CheckpointError(SuperScaleError):
     """A checkpoint that can't be written, or whose content can't be trusted or does not fit; names file and tensor."""
 

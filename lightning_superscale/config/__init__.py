@@ -7,12 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any, Literal, Optional, TypeVar, Union  # noqa: F401 # fields' annotations are read here
+from typing import Annotated, Any, Literal, Optional, TypeVar, Union  # noqa: F401 # fields' annotations are read here
 
 from lightning_superscale.config.checkpoint import CheckpointConfig
 from lightning_superscale.config.offload import ENGINES, OffloadConfig
-from lightning_superscale.config.zero import ZeroConfig
-from lightning_superscale.errors import SuperScaleError, did_you_mean
+from lightning_superscale.config.values import (  # noqa: F401 # likewise
+    Between,
+    ModuleNames,
+    PositiveInt,
+    Share,
+    ThreadCount,
+    shown,
+)
+from lightning_superscale.config.zero import Stage, ZeroConfig  # noqa: F401
+from lightning_superscale.errors import SettingError, did_you_mean
 
 __all__ = [
     "CheckpointConfig",
@@ -41,14 +49,14 @@ def config_from_mapping(config_class: type[_C], values: Mapping[str, Any], where
         where: name of the mapping, for messages.
 
     Raises:
-        SuperScaleError: a key is unknown, or a value is not allowed; names an unknown key, the known keys and the
+        SettingError: a key is unknown, or a value is not allowed; names an unknown key, the known keys and the
             closest one.
     """
     known = [f.name for f in fields(config_class)]  # type: ignore[arg-type]
     for key in values:
         if key not in known:
-            raise SuperScaleError(
-                f"{where} has no key {key!r}: expected one of {', '.join(map(repr, known))}"
+            raise SettingError(
+                f"{where} has no key {shown(key)}: expected one of {', '.join(map(repr, known))}"
                 f"{did_you_mean(str(key), known)}"
             )
     return config_class(**values)
@@ -66,7 +74,7 @@ def resolve_zero(value: Union[int, ZeroConfig, Mapping[str, Any]]) -> ZeroConfig
         return config_from_mapping(ZeroConfig, value, "zero")
     if isinstance(value, int) and not isinstance(value, bool):
         return ZeroConfig(stage=value)
-    raise SuperScaleError(f"zero takes 0, 1, 2, 3, a ZeroConfig or a mapping, found {value!r}.")
+    raise SettingError(f"zero takes 0, 1, 2, 3, a ZeroConfig or a mapping, found {shown(value)}.")
 
 
 def resolve_offload(value: Union[str, OffloadConfig, Mapping[str, Any], None]) -> OffloadConfig | None:
@@ -81,8 +89,8 @@ def resolve_offload(value: Union[str, OffloadConfig, Mapping[str, Any], None]) -
         return config_from_mapping(OffloadConfig, value, "offload")
     if isinstance(value, str):
         return OffloadConfig(engine=value)
-    raise SuperScaleError(
-        f"offload takes None, {', '.join(map(repr, ENGINES))}, an OffloadConfig or a mapping, found {value!r}."
+    raise SettingError(
+        f"offload takes None, {', '.join(map(repr, ENGINES))}, an OffloadConfig or a mapping, found {shown(value)}."
     )
 
 
@@ -98,4 +106,4 @@ def resolve_checkpoint(value: Union[CheckpointConfig, Mapping[str, Any], None]) 
         return value
     if isinstance(value, Mapping):
         return config_from_mapping(CheckpointConfig, value, "checkpoint")
-    raise SuperScaleError(f"checkpoint takes None, a CheckpointConfig or a mapping, found {value!r}.")
+    raise SettingError(f"checkpoint takes None, a CheckpointConfig or a mapping, found {shown(value)}.")

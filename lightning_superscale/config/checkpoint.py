@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lightning_superscale.errors import SuperScaleError
+from lightning_superscale.config.values import check_fields
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,4 @@ class CheckpointConfig:
     allow: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not isinstance(self.asynchronous, bool):
-            raise SuperScaleError(f"CheckpointConfig.asynchronous must be true or false, found {self.asynchronous!r}.")
-        patterns: object = self.allow
-        if not isinstance(patterns, (list, tuple)) or not all(isinstance(pattern, str) for pattern in patterns):
-            raise SuperScaleError(f"CheckpointConfig.allow must be a list of patterns, found {self.allow!r}.")
-        object.__setattr__(self, "allow", tuple(self.allow))
+        check_fields(self)

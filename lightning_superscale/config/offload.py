@@ -5,16 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, Optional, Union
 
-from lightning_superscale.config.values import check_positive_int, check_share
-from lightning_superscale.errors import SuperScaleError, did_you_mean
+from lightning_superscale.config.values import ModuleNames, PositiveInt, Share, ThreadCount, check_fields, shown
+from lightning_superscale.errors import SettingError, SuperScaleError, did_you_mean
 
 # Name of an engine -> "module:class" of its OffloadEngine. The module is imported only when the engine is chosen.
 ENGINES: dict[str, str] = {
     "cpu": "lightning_superscale.offload.cpu.engine:CpuEngine",
     "superoffload": "lightning_superscale.offload.superoffload.engine:SuperOffloadEngine",
 }
-WEIGHTS = ("auto", "stationary", "flow")
-LINK_DTYPES = ("auto", "weights", "fp32")
 PLANNED_ENGINES = ("zenflow",)
 
 
@@ -49,58 +47,40 @@ class OffloadConfig:
     """
 
     engine: str = "superoffload"
-    bucket_mb: Union[int, Literal["auto"]] = "auto"
+    bucket_mb: Union[PositiveInt, Literal["auto"]] = "auto"
     pin_memory: bool = True
-    cpu_threads: Union[int, Literal["auto"]] = "auto"
+    cpu_threads: Union[ThreadCount, Literal["auto"]] = "auto"
     speculate: bool = True
     weights: Literal["auto", "stationary", "flow"] = "auto"
-    wrap: Optional[list[str]] = None
-    gpu_fraction: Union[float, Literal["auto"]] = "auto"
+    wrap: Optional[ModuleNames] = None
+    gpu_fraction: Union[Share, Literal["auto"]] = "auto"
     link_dtype: Literal["auto", "weights", "fp32"] = "auto"
 
     def __post_init__(self) -> None:
-        if self.engine in PLANNED_ENGINES:
-            raise SuperScaleError(
-                f"offload engine {self.engine!r} is not in this version. Use one of {', '.join(map(repr, ENGINES))}."
-            )
-        if self.engine not in ENGINES:
-            raise SuperScaleError(
-                f"unknown offload engine {self.engine!r}: expected one of {', '.join(map(repr, ENGINES))}"
-                f"{did_you_mean(str(self.engine), list(ENGINES))}"
-            )
-        if self.bucket_mb != "auto":
-            check_positive_int("OffloadConfig", "bucket_mb", self.bucket_mb)
-        if not isinstance(self.speculate, bool):
-            raise SuperScaleError(f"OffloadConfig.speculate must be true or false, found {self.speculate!r}.")
-        if self.weights not in WEIGHTS:
-            raise SuperScaleError(
-                f"OffloadConfig.weights must be one of {', '.join(map(repr, WEIGHTS))}, found {self.weights!r}"
-                f"{did_you_mean(str(self.weights), WEIGHTS)}"
-            )
+        self._check_engine()
+        check_fields(self)
         if self.wrap is not None and self.weights != "flow":
             raise SuperScaleError(
                 "OffloadConfig.wrap chooses what weights='flow' streams together; found it with "
                 f"weights={self.weights!r}. Remove it."
             )
-        if self.gpu_fraction != "auto":
-            check_share("OffloadConfig", "gpu_fraction", self.gpu_fraction)
-            if self.gpu_fraction > 0 and self.weights == "flow":
-                raise SuperScaleError(
-                    "OffloadConfig.weights='flow' keeps weights off the device, and their states with them; found "
-                    f"gpu_fraction={self.gpu_fraction}. Use 'auto' or 0, or weights='stationary'."
-                )
-        if self.cpu_threads != "auto":
-            check_positive_int("OffloadConfig", "cpu_threads", self.cpu_threads)
-        self._check_link_dtype()
-
-    def _check_link_dtype(self) -> None:
-        if self.link_dtype not in LINK_DTYPES:
+        if self.weights == "flow" and self.gpu_fraction != "auto" and self.gpu_fraction > 0:
             raise SuperScaleError(
-                f"OffloadConfig.link_dtype must be one of {', '.join(map(repr, LINK_DTYPES))}, found "
-                f"{self.link_dtype!r}{did_you_mean(str(self.link_dtype), LINK_DTYPES)}"
+                "OffloadConfig.weights='flow' keeps weights off the device, and their states with them; found "
+                f"gpu_fraction={self.gpu_fraction}. Use 'auto' or 0, or weights='stationary'."
             )
-        if self.link_dtype == "fp32" and self.weights == "flow":
+        if self.weights == "flow" and self.link_dtype == "fp32":
             raise SuperScaleError(
                 "OffloadConfig.weights='flow' streams weights from host memory in their own dtype; found "
                 "link_dtype='fp32'. Use link_dtype='auto' or 'weights', or weights='stationary'."
+            )
+
+    def _check_engine(self) -> None:
+        engine: object = self.engine
+        names = ", ".join(map(repr, ENGINES))
+        if engine in PLANNED_ENGINES:
+            raise SettingError(f"offload engine {engine!r} is not in this version. Use one of {names}.")
+        if not isinstance(engine, str) or engine not in ENGINES:
+            raise SettingError(
+                f"unknown offload engine {shown(engine)}: expected one of {names}{did_you_mean(str(engine), ENGINES)}"
             )

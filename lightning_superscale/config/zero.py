@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Optional, Union
+from typing import Annotated, Literal, Optional, Union
 
-from lightning_superscale.config.values import check_positive_int
+from lightning_superscale.config.values import Between, ModuleNames, PositiveInt, check_fields
 from lightning_superscale.errors import SuperScaleError
+
+Stage = Annotated[int, Between(0, 3)]
 
 
 @dataclass(frozen=True)
@@ -30,30 +32,28 @@ class ZeroConfig:
             configure_model() parallelizes over self.device_mesh["tensor_parallel"].
     """
 
-    stage: int = 0
-    bucket_mb: int = 64
-    shard_size: Optional[int] = None
+    stage: Stage = 0
+    bucket_mb: PositiveInt = 64
+    shard_size: Optional[PositiveInt] = None
     no_sync: Union[bool, Literal["auto"]] = "auto"
-    wrap: Optional[list[str]] = None
+    wrap: Optional[ModuleNames] = None
     assume_elementwise: bool = False
-    tensor_parallel: int = 1
+    tensor_parallel: PositiveInt = 1
 
     def __post_init__(self) -> None:
-        if self.stage not in (0, 1, 2, 3) or isinstance(self.stage, bool):
-            raise SuperScaleError(f"ZeroConfig.stage must be 0, 1, 2 or 3, found {self.stage!r}.")
-        check_positive_int("ZeroConfig", "bucket_mb", self.bucket_mb)
-        if self.shard_size is not None:
-            check_positive_int("ZeroConfig", "shard_size", self.shard_size)
+        check_fields(self)
         self._check_tensor_parallel()
-        if self.no_sync not in (True, False, "auto"):
-            raise SuperScaleError(f"ZeroConfig.no_sync must be true, false or 'auto', found {self.no_sync!r}.")
+        if self.shard_size is not None and self.stage == 0:
+            raise SuperScaleError(
+                f"ZeroConfig.shard_size={self.shard_size} divides ranks into groups that shard, and stage 0 shards "
+                "nothing. Use stage 1, 2 or 3, or remove shard_size."
+            )
         if self.wrap is not None and self.stage != 3:
             raise SuperScaleError(
                 f"ZeroConfig.wrap chooses what stage 3 gathers together; found it with stage {self.stage}. Remove it."
             )
 
     def _check_tensor_parallel(self) -> None:
-        check_positive_int("ZeroConfig", "tensor_parallel", self.tensor_parallel)
         if self.tensor_parallel == 1:
             return
         if self.stage != 3:

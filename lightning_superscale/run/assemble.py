@@ -28,7 +28,13 @@ from lightning_superscale.optim.step_rule import StepGuard, StepRule
 from lightning_superscale.optim.transport import Transport
 from lightning_superscale.optim.unit import DeltaSink, ShardUnit
 from lightning_superscale.optim.unit_state import ResidentState, UnitState
-from lightning_superscale.run.checks import check_optimizers_over_ranks, check_parameters, check_trainable, facts_of_run
+from lightning_superscale.run.checks import (
+    check_optimizers_over_ranks,
+    check_parameters,
+    check_trainable,
+    check_wrap,
+    facts_of_run,
+)
 from lightning_superscale.run.host_plan import HostPlan, plan_host
 from lightning_superscale.run.interrupts import StepInterrupts
 from lightning_superscale.run.loss_scaler import LossScaler
@@ -362,6 +368,7 @@ def _check_on_all_ranks(module: nn.Module, optimizers: Sequence[Optimizer], sett
     error: SuperScaleError | None = None
     try:
         check_parameters(module, optimizers, fqn_of)
+        check_wrap(module, zero)
         check_placements(module, mesh)
         check_optimizers_over_ranks(optimizers, zero, mesh.world.size)
         check_with_run(settings.precision, optimizers, zero, offload, mesh.world.size)

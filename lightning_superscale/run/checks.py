@@ -12,7 +12,8 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lightning_superscale.config import OffloadConfig, ZeroConfig
-from lightning_superscale.errors import SuperScaleError
+from lightning_superscale.errors import SettingError, SuperScaleError
+from lightning_superscale.zero.fsdp2.wrap import wrap_plan
 
 # torch's optimizers that treat every element by itself, so that rows can be stepped apart.
 _ELEMENTWISE = frozenset(
@@ -92,6 +93,16 @@ def _owners(name: str, optimizers: Sequence[Optimizer], fqn_of: Mapping[nn.Param
     return owner
 
 
+def check_wrap(module: nn.Module, zero: ZeroConfig) -> None:
+    """Refuse names of groups that the module does not have, also on one rank, which gathers nothing.
+
+    Raises:
+        SuperScaleError: a name in ZeroConfig.wrap matches nothing, or names a container that has no forward.
+    """
+    if zero.wrap is not None:
+        wrap_plan(module, zero.wrap)
+
+
 def check_optimizers_over_ranks(optimizers: Sequence[Optimizer], zero: ZeroConfig, world_size: int) -> None:
     """Refuse optimizers whose steps several ranks can't share.
 
@@ -129,6 +140,16 @@ def refuse_averaging(callbacks: Sequence[Any]) -> None:
                 f"{type(callback).__name__} averages whole weights, and with zero=3 every rank has only its rows of "
                 "them. Use ShardedEMA, or zero=2."
             )
+
+
+def check_clip_value(key: str, value: float | None) -> None:
+    """Refuse limits of gradients that would leave them unclipped without a word, or make them NaN.
+
+    Raises:
+        SettingError: a limit that is negative or NaN.
+    """
+    if value is not None and not value >= 0:
+        raise SettingError(f"{key} must be a number of at least 0 or None, found {value!r}. None and 0 clip nothing.")
 
 
 def facts_of_run(

@@ -34,10 +34,11 @@ def mesh_spec_of(zero: ZeroConfig, world_size: int) -> MeshSpec:
             "num_nodes."
         )
     num_data = world_size // zero.tensor_parallel
-    shard = 1 if zero.stage == 0 or num_data == 1 else zero.shard_size or num_data
+    shard = 1 if zero.stage == 0 else zero.shard_size or num_data
     if num_data % shard:
         raise SuperScaleError(
-            f"ZeroConfig.shard_size={shard} does not divide the {num_data} data-parallel ranks. "
+            f"ZeroConfig.shard_size={shard} does not divide the {num_data} data-parallel rank"
+            f"{'s' if num_data > 1 else ''}. "
             f"Use one of {_fitting(num_data)}, or None to shard over all ranks."
         )
     return MeshSpec(replicate=num_data // shard, shard=shard, tensor=zero.tensor_parallel)

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Optional
+from typing import Annotated, Literal, Optional
 
 import torch
 from torch.optim import Optimizer
 
 from lightning_superscale.config import OffloadConfig, ZeroConfig
-from lightning_superscale.errors import SuperScaleError, did_you_mean
+from lightning_superscale.config.values import Between, check_arguments, shown
+from lightning_superscale.errors import SettingError, SuperScaleError, did_you_mean
 from lightning_superscale.ops.state_dtypes import StateDtypes
 from lightning_superscale.optim.grad_dtypes import GradientDtypes
 from lightning_superscale.optim.param_update import why_not_native
 
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-mixed", "16-true")
+Seed = Annotated[int, Between(0, 2**63 - 1)]
 PrecisionName = Literal["32-true", "bf16-mixed", "bf16-true", "16-mixed", "16-true"]
+# What Lightning's Trainer takes the short names for.
+_LIGHTNING_SHORT = {"16": "16-mixed", "32": "32-true", "bf16": "bf16-mixed"}
 _WEIGHTS = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
 _AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -60,7 +64,7 @@ class PrecisionChoices:
         return ", ".join([self.name, *words])
 
 
-def check_precision(precision: str) -> None:
+def check_precision(precision: object) -> None:
     """Refuse names of precisions that the engines don't step, before anything is built.
 
     Raises:
@@ -69,7 +73,9 @@ def check_precision(precision: str) -> None:
     if precision in PRECISIONS:
         return
     names = ", ".join(map(repr, PRECISIONS))
-    raise SuperScaleError(f"precision={precision!r} is not one of {names}{did_you_mean(precision, PRECISIONS)}")
+    hint = _LIGHTNING_SHORT.get(str(precision))
+    guess = did_you_mean(str(precision), PRECISIONS) if hint is None else f"; did you mean {hint!r}?"
+    raise SettingError(f"precision={shown(precision)} is not one of {names}{guess}")
 
 
 def choose(
@@ -82,7 +88,7 @@ def choose(
     stochastic_rounding: Optional[bool] = None,
     kahan: bool = False,
     autocast: Optional[bool] = None,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> PrecisionChoices:
     """Resolve the arguments of a SuperScalePrecision, whose docstring says what each means.
 
@@ -90,6 +96,14 @@ def choose(
         SuperScaleError: a value that the argument does not take, or a combination that can't work; says what to use.
     """
     check_precision(precision)
+    check_arguments(
+        "SuperScalePrecision",
+        choose,
+        stochastic_rounding=stochastic_rounding,
+        kahan=kahan,
+        autocast=autocast,
+        seed=seed,
+    )
     weights = _WEIGHTS.get(precision, torch.float32)
     states = StateDtypes(
         masters=_master_dtype(precision, weights, master_weights),
@@ -102,8 +116,6 @@ def choose(
     if stochastic_rounding and not states.is_low_precision:
         why = "masters and optimizer states are fp32, and nothing is rounded to bf16"
         raise _refusal("stochastic_rounding", True, why, "set master_weights or optimizer_states to 'bf16'")
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-        raise SuperScaleError(f"SuperScalePrecision.seed must be a whole number from 0 to 2**63 - 1, found {seed!r}.")
     is_stochastic = states.is_low_precision if stochastic_rounding is None else stochastic_rounding
     return PrecisionChoices(
         name=precision,
@@ -126,7 +138,7 @@ def _dtype(key: str, value: object, allowed: Sequence[str]) -> torch.dtype | Non
     if value not in allowed:
         names = ", ".join(map(repr, allowed))
         hint = did_you_mean(value, allowed) if isinstance(value, str) else ""
-        raise SuperScaleError(f"SuperScalePrecision.{key} must be one of {names}, found {value!r}{hint}")
+        raise SettingError(f"SuperScalePrecision.{key} must be one of {names}, found {shown(value)}{hint}")
     return _DTYPES.get(str(value))
 
 

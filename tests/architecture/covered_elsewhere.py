@@ -40,14 +40,13 @@ BY_TEST: dict[str, list[str]] = {
     ],
     "cli/test_doctor.py": ["cli/__main__.py"],
     # Real ranks: agreement, collectives and meshes only show over processes.
-    "plugins/trainer/test_faults.py": ["comm/agreement.py", "run/checks.py"],
+    "plugins/trainer/test_faults.py": ["comm/agreement.py"],
     "zero/test_reducer.py": ["comm/collectives.py", "comm/communicator.py", "zero/replicated.py"],
     "zero/test_tensor_parallel.py": ["comm/dtensor.py"],
     "plugins/trainer/test_strategy_over_ranks.py": ["run/environment.py", "zero/meta_init.py"],
     "config/test_config.py": [
         "config/checkpoint.py",
         "config/offload.py",
-        "config/values.py",
         "config/zero.py",
         "errors.py",
     ],

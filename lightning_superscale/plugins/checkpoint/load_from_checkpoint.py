@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any, TypeVar, Union
 
 import torch
 
+from lightning_superscale.config.values import check_arguments
 from lightning_superscale.errors import CheckpointError
 from lightning_superscale.plugins.lightning_private import load_state_of
 from lightning_superscale.run.state.restore import open_any, read_whole
@@ -20,7 +22,7 @@ def load_from_checkpoint(
     *,
     map_location: Any = "cpu",
     strict: bool = True,
-    hparams: dict[str, Any] | None = None,
+    hparams: Mapping[str, Any] | None = None,
 ) -> M:
     """Build a LightningModule (or LightningDataModule) from a checkpoint's hyperparameters and load its weights.
 
@@ -36,7 +38,9 @@ def load_from_checkpoint(
 
     Raises:
         CheckpointError: no checkpoint, a format that is not known, or damage.
+        SettingError: a `strict` that is neither true nor false, or hparams that are no mapping.
     """
+    check_arguments("load_from_checkpoint", load_from_checkpoint, strict=strict, hparams=hparams)
     checkpoint = open_any(os.fspath(path))
     load_state = _load_state_of(module_class)
     checkpoint["state_dict"] = read_whole(checkpoint.get("state_dict", {}))

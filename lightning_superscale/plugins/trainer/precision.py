@@ -16,11 +16,13 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_superscale.config.values import check_arguments
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.optim.clipping import ClipByNorm, ClipByValue
 from lightning_superscale.plugins.lightning_private import plain_optimizer
+from lightning_superscale.run.checks import check_clip_value
 from lightning_superscale.run.loss_scaler import LossScaler
-from lightning_superscale.run.precision import PrecisionName, choose
+from lightning_superscale.run.precision import PrecisionName, Seed, choose
 from lightning_superscale.run.run import Run
 
 if TYPE_CHECKING:
@@ -85,8 +87,9 @@ class SuperScalePrecisionMixin(_Base):
         stochastic_rounding: Optional[bool] = None,
         kahan: bool = False,
         autocast: Optional[bool] = None,
-        seed: int = 0,
+        seed: Seed = 0,
     ) -> None:
+        check_arguments("SuperScalePrecision", SuperScalePrecisionMixin.__init__, scaler=scaler)
         self.choices = choose(
             precision,
             master_weights=master_weights,
@@ -189,7 +192,8 @@ class SuperScalePrecisionMixin(_Base):
         gradient_clip_algorithm: Any = "norm",
     ) -> None:
         """Ask for clipping; the engine applies it inside the step, where it costs no pass of its own."""
-        if clip_val <= 0:
+        check_clip_value("clip_val", clip_val)
+        if clip_val == 0:
             return
         limit = float(clip_val)
         request = ClipByValue(limit) if gradient_clip_algorithm == "value" else ClipByNorm(limit)

@@ -11,6 +11,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
+from lightning_superscale.config.values import PositiveInt, check_arguments
 from lightning_superscale.plugins.trainer.strategy import SuperScaleStrategyMixin
 from lightning_superscale.run.report.plan import format_bytes
 
@@ -31,12 +32,11 @@ class ScaleMonitorMixin(_Base):
         every_n_steps: training batches from one logging of tokens/s (which the progress bar shows too) to the next.
 
     Raises:
-        ValueError: every_n_steps below 1.
+        SettingError: every_n_steps is no whole number of at least 1.
     """
 
-    def __init__(self, every_n_steps: int = 10) -> None:
-        if every_n_steps < 1:
-            raise ValueError(f"every_n_steps must be at least 1, found {every_n_steps}")
+    def __init__(self, every_n_steps: PositiveInt = 10) -> None:
+        check_arguments("ScaleMonitor", ScaleMonitorMixin.__init__, every_n_steps=every_n_steps)
         self.every_n_steps = every_n_steps
         self._fit_start = 0.0
         self._batch_start = 0.0

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_superscale.comm.dtensor import gather_whole, local_of, local_part, placed_like, write_local
-from lightning_superscale.errors import SuperScaleError
+from lightning_superscale.config.values import Between, PositiveInt, check_arguments
 from lightning_superscale.plugins.trainer.strategy import SuperScaleStrategyMixin
 from lightning_superscale.torch_private import lerp_all
 
@@ -33,16 +33,22 @@ class ShardedEMAMixin(_Base):
         validates: whether validation during `fit()` runs with the averages.
 
     Raises:
-        SuperScaleError: a decay outside [0, 1) or an every_n_steps that is no whole number of at least 1.
+        SettingError: a decay outside [0, 1), or an argument of another type or range.
     """
 
-    def __init__(self, decay: float = 0.999, every_n_steps: int = 1, validates: bool = True) -> None:
-        if not 0.0 <= decay < 1.0:
-            raise SuperScaleError(f"ShardedEMA.decay must be at least 0 and below 1, found {decay!r}.")
-        if not isinstance(every_n_steps, int) or every_n_steps < 1:
-            raise SuperScaleError(
-                f"ShardedEMA.every_n_steps must be a whole number of at least 1, found {every_n_steps}."
-            )
+    def __init__(
+        self,
+        decay: Annotated[float, Between(0, 1, below=True)] = 0.999,
+        every_n_steps: PositiveInt = 1,
+        validates: bool = True,
+    ) -> None:
+        check_arguments(
+            "ShardedEMA",
+            ShardedEMAMixin.__init__,
+            decay=decay,
+            every_n_steps=every_n_steps,
+            validates=validates,
+        )
         self.decay = decay
         self.every_n_steps = every_n_steps
         self.validates = validates

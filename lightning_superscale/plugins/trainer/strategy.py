@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from lightning_superscale.comm.communicator import Communicator
 from lightning_superscale.comm.mesh import BATCH_AXES
 from lightning_superscale.config import CheckpointConfig, OffloadConfig, ZeroConfig, resolve_offload, resolve_zero
+from lightning_superscale.config.values import check_arguments, duration
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.plugins.checkpoint.io import (
     UniversalCheckpointIOMixin,
@@ -34,7 +35,7 @@ from lightning_superscale.plugins.lightning_private import (
 from lightning_superscale.plugins.trainer.precision import SuperScalePrecisionMixin
 from lightning_superscale.plugins.trainer.visibility import visibility_of
 from lightning_superscale.run.assemble import Assembly
-from lightning_superscale.run.checks import refuse_averaging
+from lightning_superscale.run.checks import check_clip_value, refuse_averaging
 from lightning_superscale.run.environment import DEFAULT_TIMEOUT, mesh_spec_of
 from lightning_superscale.run.precision import PRECISIONS, check_precision
 from lightning_superscale.run.report.phases import PhaseSeconds
@@ -69,8 +70,9 @@ class SuperScaleStrategyMixin(_Base):
             naming the parameters.
         checkpoint: write universal checkpoints, as plugins=[UniversalCheckpointIO(...)] does: a CheckpointConfig or a
             mapping with its keys. None leaves checkpoints to the Trainer's checkpoint IO.
+        timeout: how long collectives wait, as a timedelta or in seconds; None for 30 minutes.
         accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin,
-            process_group_backend, timeout, start_method: those of Lightning's DDPStrategy.
+            process_group_backend, start_method: those of Lightning's DDPStrategy.
 
     Raises:
         SuperScaleError: a config that can't work, or both `checkpoint` and `checkpoint_io`.
@@ -91,9 +93,16 @@ class SuperScaleStrategyMixin(_Base):
         checkpoint_io: Union[CheckpointIO, None] = None,
         precision_plugin: Union[Precision, None] = None,
         process_group_backend: Union[str, None] = None,
-        timeout: timedelta = DEFAULT_TIMEOUT,
+        timeout: Union[timedelta, float, None] = DEFAULT_TIMEOUT,
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
     ) -> None:
+        check_arguments(
+            "SuperScaleStrategy",
+            SuperScaleStrategyMixin.__init__,
+            error_if_nonfinite=error_if_nonfinite,
+            process_group_backend=process_group_backend,
+            start_method=start_method,
+        )
         self.zero_config = resolve_zero(zero)
         self.offload_config = resolve_offload(offload)
         self.error_if_nonfinite = error_if_nonfinite
@@ -103,7 +112,7 @@ class SuperScaleStrategyMixin(_Base):
                 raise SuperScaleError("pass either checkpoint, which is of UniversalCheckpointIO, or checkpoint_io.")
             checkpoint_io = self.checkpoint_io_class(checkpoint)
         self._start_method = start_method
-        self._timeout = timeout
+        self._timeout = duration("SuperScaleStrategy.timeout", timeout) or DEFAULT_TIMEOUT
         super().__init__(
             accelerator=accelerator,
             parallel_devices=parallel_devices,
@@ -111,7 +120,7 @@ class SuperScaleStrategyMixin(_Base):
             checkpoint_io=checkpoint_io,
             precision_plugin=precision_plugin,
             process_group_backend=process_group_backend,
-            timeout=timeout,
+            timeout=self._timeout,
             start_method=start_method,
         )
 
@@ -198,6 +207,7 @@ class SuperScaleStrategyMixin(_Base):
         if self.accelerator is None:
             raise AssertionError("the Trainer connects the accelerator before setup")
         trains = trainer.state.fn == "fit"
+        check_clip_value("gradient_clip_val", trainer.gradient_clip_val)
         self.run.close()
         self.accelerator.setup(trainer)
         model: nn.Module = self._module

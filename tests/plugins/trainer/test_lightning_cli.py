@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import pytest
 import torch
 import yaml
@@ -122,6 +124,16 @@ def test_low_precision_that_cannot_work_is_refused_with_the_reason(tmp_path, mod
         ({"offload": {"bucket_mb": 0}}, "OffloadConfig.bucket_mb must be a whole number of at least 1, found 0"),
         ({"zero": {"stage": 2, "tensor_parallel": 2}}, "tensor_parallel=2 works in stage 3 only; found stage 2"),
         ({"zero": 4}, "ZeroConfig.stage must be 0, 1, 2 or 3, found 4"),
+        ({"zero": {"stage": 2, "bucket_mb": 2**40}}, "ZeroConfig.bucket_mb must be a whole number from 1 to 2**30"),
+        ({"zero": {"stage": 3, "wrap": "Block"}}, "wrap"),
+        ({"zero": {"stage": 3, "wrap": [3]}}, "wrap"),
+        ({"zero": {"stage": 0, "shard_size": 2}}, "stage 0 shards nothing"),
+        ({"offload": {"pin_memory": 1}}, "pin_memory"),
+        ({"offload": {"cpu_threads": 2**40}}, "OffloadConfig.cpu_threads must be a whole number from 1 to 4096"),
+        ({"offload": {"gpu_fraction": float("nan")}}, "OffloadConfig.gpu_fraction must be a number from 0 to 1"),
+        ({"error_if_nonfinite": 3}, "error_if_nonfinite"),
+        ({"start_method": "popem"}, "start_method"),
+        ({"timeout": -5}, "SuperScaleStrategy.timeout must be a timedelta or a number of seconds"),
     ],
 )
 def test_misspelt_keys_and_bad_values_are_refused_by_name(tmp_path, mode, init_args, names, capsys):
@@ -129,6 +141,12 @@ def test_misspelt_keys_and_bad_values_are_refused_by_name(tmp_path, mode, init_a
     with pytest.raises((SystemExit, ValueError, lss.SuperScaleError)) as refused:
         run(tmp_path, {"strategy": strategy}, mode=mode)
     assert names in capsys.readouterr().err + str(refused.value)
+
+
+def test_a_timeout_in_seconds_or_as_a_time(tmp_path, mode):
+    for timeout in (90, 90.0, "0:01:30"):
+        strategy = {"class_path": "lightning_superscale.SuperScaleStrategy", "init_args": {"timeout": timeout}}
+        assert run(tmp_path, {"strategy": strategy}, mode=mode).trainer.strategy._timeout == timedelta(seconds=90)
 
 
 def test_misspelt_strategy_name_is_refused(tmp_path):

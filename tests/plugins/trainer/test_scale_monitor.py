@@ -60,5 +60,5 @@ def test_monitor_works_under_a_stock_strategy(capsys):
 
 
 def test_a_period_below_one_is_refused():
-    with pytest.raises(ValueError, match="every_n_steps must be at least 1, found 0"):
+    with pytest.raises(ValueError, match="ScaleMonitor.every_n_steps must be a whole number of at least 1, found 0"):
         lss.ScaleMonitor(every_n_steps=0)
