@@ -6,7 +6,7 @@ values, `list[str]` names but no text, and `Annotated[int, Between(1, 8)]` a ran
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from datetime import timedelta
@@ -74,7 +74,7 @@ def _is_number(value: object) -> bool:
 
 
 def _is_finite(value: Any) -> bool:
-    return bool(-math.inf < value < math.inf)
+    return bool(abs(value) <= sys.float_info.max)  # also integers that no float can hold are refused
 
 
 def _power(number: float) -> str:

@@ -165,6 +165,7 @@ def takes(
         ("whole", 1, "X.whole must be 2, 3, 4 or 5, found 1"),
         ("number", NAN, "X.number must be a finite number, found nan"),
         ("number", -INF, "X.number must be a finite number, found -inf"),
+        ("number", 10**400, f"X.number must be a finite number, found 1{'0' * 199}..."),
         ("text", 3, "X.text must be text, found 3"),
         ("word", "c", "X.word must be one of 'a', 'b', found 'c'"),
         ("word", [1] * 300, f"X.word must be one of 'a', 'b', found {str([1] * 300)[:200]}..."),

@@ -18,11 +18,14 @@ import torch
 
 from lightning_superscale.offload.planner.numa import available_cpus
 from lightning_superscale.offload.planner.profile import HardwareKey, HardwareProfile, key_of, measure
-from lightning_superscale.ops.native.build import user_cache
+from lightning_superscale.ops.native.own_files import make_own_folder, own_folder, read_own_file, user_cache
 
 # The version of the format, in every file and its name: files of other versions are neither read nor overwritten.
 # Version 2 added the kernel's time with fp32 gradients and weights.
 _FORMAT = 2
+# A file of ours has some hundred bytes; Python's parser of JSON ends a run that gives it some thousand brackets.
+_MOST_BYTES = 64 * 2**10
+_MOST_THREADS = 4096
 
 
 def is_switched_off() -> bool:
@@ -45,8 +48,13 @@ def stored_profile(key: HardwareKey) -> HardwareProfile | None:
     """
     path = profile_path(key)
     try:
-        text = path.read_text()
-    except (FileNotFoundError, NotADirectoryError):
+        with own_folder(path.parent):
+            pass
+    except OSError:
+        return None  # whoever files a profile is told why the folder is not used
+    try:
+        text = read_own_file(path, _MOST_BYTES).decode()
+    except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as error:
         warnings.warn(f"the hardware profile {path} can't be read and is measured again: {error}", stacklevel=2)
@@ -58,7 +66,7 @@ def stored_profile(key: HardwareKey) -> HardwareProfile | None:
         profile = _from_json(content)
         if profile.key != key:
             raise ValueError(f"expected the profile of {key}, found one of {profile.key}")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         warnings.warn(f"the hardware profile {path} is damaged and is measured again: {error!r}", stacklevel=2)
         return None
     return profile
@@ -101,15 +109,28 @@ def cached_profile(device: torch.device, cpus: Sequence[int] = ()) -> HardwarePr
 
 
 def _from_json(content: dict[str, object]) -> HardwareProfile:
-    key, memory = content.pop("key"), content.pop("memory")
+    key, memory, threads = content.pop("key"), content.pop("memory"), content.pop("adamw_threads")
     if not isinstance(key, dict) or not isinstance(memory, list):
         raise TypeError("expected a mapping 'key' and a list 'memory'")
-    pairs = tuple((int(threads), float(rate)) for threads, rate in memory)
-    return HardwareProfile(key=HardwareKey(**key), memory=pairs, **content)  # type: ignore[arg-type]
+    pairs = tuple((_threads(number), _rate(rate)) for number, rate in memory)
+    rates = {name: _rate(rate) for name, rate in content.items()}
+    return HardwareProfile(key=HardwareKey(**key), memory=pairs, adamw_threads=_threads(threads), **rates)
+
+
+def _threads(value: object) -> int:
+    if not isinstance(value, int) or not 0 < value <= _MOST_THREADS:
+        raise ValueError(f"expected a number of threads from 1 to {_MOST_THREADS}, found {value!r}")
+    return value
+
+
+def _rate(value: object) -> float:
+    if not isinstance(value, (int, float)):
+        raise TypeError(f"expected a number, found {value!r}")
+    return float(value)  # an OverflowError where it has no place in 64 bits
 
 
 def _write(path: Path, profile: HardwareProfile) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_own_folder(path.parent)
     handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(handle, "w") as file:

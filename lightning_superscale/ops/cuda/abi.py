@@ -147,7 +147,7 @@ def open_library(path: Path, device_type: str = "cuda") -> CudaLibrary:
         OSError: the file is no loadable library.
         RuntimeError: the library was built for another version of this package.
     """
-    dll = ctypes.CDLL(str(path))
+    dll = loader.open_library(path)
     try:
         dll.lss_cuda_abi_version.restype = c_int32
         found = dll.lss_cuda_abi_version()

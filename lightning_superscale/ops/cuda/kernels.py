@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -66,7 +67,7 @@ def _find() -> abi.CudaLibrary | str:
     if not torch.cuda.is_available():
         return "torch.cuda.is_available() is False: this needs an NVIDIA GPU, its driver and a CUDA build of PyTorch"
     candidates = abi.candidate_paths()
-    path = next((p for p in candidates if p.is_file()), None)
+    path = next((p for p in candidates if os.path.isfile(p)), None)
     if path is None:
         return (
             f"{abi.LIBRARY_NAME} was not found beside the package, in site-packages or in the build cache; reinstall "

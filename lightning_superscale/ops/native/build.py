@@ -2,7 +2,7 @@
 
 `pip install .` builds them into the wheel. In a checkout that is only on the path, this command runs the same
 CMake project into a directory named by the hash of the sources, where `loader` looks first; so switching branches
-never loads a library of other sources.
+never loads a library of other sources. Only libraries of this user's are taken from there, and only whole ones.
 """
 
 from __future__ import annotations
@@ -15,7 +15,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
 from pathlib import Path
+
+from lightning_superscale.ops.native.own_files import make_own_folder, own_file, private_folder, user_cache
+from lightning_superscale.ops.native.seal import sealed, why_seal_broken
 
 LIBRARY_NAME = "liblss.so"
 CUDA_LIBRARY_NAME = "liblss_cuda.so"
@@ -37,14 +41,24 @@ def source_hash(root: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def user_cache() -> Path:
-    """The user's cache folder of this package, for files that it can make again."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lightning_superscale"
+def cache_dirs(root: Path) -> list[Path]:
+    """Folders that may hold the libraries built from the sources in `root`, best first, whether they exist or not."""
+    first = Path(os.environ.get("LSS_BUILD_CACHE") or user_cache())
+    return [folder / source_hash(root) for folder in dict.fromkeys((first, private_folder()))]
 
 
 def cache_dir(root: Path) -> Path:
-    """The folder of the libraries that are built from the sources in `root`, whether it exists or not."""
-    return Path(os.environ.get("LSS_BUILD_CACHE") or user_cache()) / source_hash(root)
+    """The folder where the libraries of `root` are built, unless it is not this user's."""
+    return cache_dirs(root)[0]
+
+
+def why_unusable(library: Path) -> str | None:
+    """Why a library in a cache can't be loaded: it is missing, not this user's, or not whole; None if it can."""
+    try:
+        with own_file(library) as descriptor, os.fdopen(os.dup(descriptor), "rb") as file:
+            return why_seal_broken(file.read())
+    except OSError as error:
+        return str(error)
 
 
 def _tool(name: str) -> str | None:
@@ -72,7 +86,10 @@ def build(*, cuda: str = "AUTO", jobs: int = 2, force: bool = False) -> list[Pat
         The libraries in the cache.
 
     Raises:
-        RuntimeError: no sources, no CMake, or the compiler failed (with its output).
+        RuntimeError: no sources, no CMake, no folder of this user's, or the compiler failed (with its output).
+
+    Warns:
+        UserWarning: the cache is not this user's, and the libraries are built elsewhere.
     """
     root = source_root()
     if root is None:
@@ -80,29 +97,61 @@ def build(*, cuda: str = "AUTO", jobs: int = 2, force: bool = False) -> list[Pat
             "expected CMakeLists.txt and csrc/ beside the lightning_superscale package, found none: this command "
             "builds a source checkout; an installed package is rebuilt with `pip install --force-reinstall`"
         )
-    target = cache_dir(root)
-    if force or cuda != "AUTO" or not (target / LIBRARY_NAME).is_file():
+    target = _own_target(root)
+    if force or cuda != "AUTO" or why_unusable(target / LIBRARY_NAME):
         _build_into(root, target, cuda=cuda, jobs=jobs)
     return sorted(target.glob("*.so"))
+
+
+def _own_target(root: Path) -> Path:
+    """The first cache folder that is this user's or can be made so.
+
+    Warns:
+        UserWarning: it is not the first of all; says why.
+    """
+    refused = []
+    for folder in cache_dirs(root):
+        try:
+            make_own_folder(folder)
+        except OSError as error:
+            refused.append(str(error))
+            continue
+        if refused:
+            warnings.warn(f"the libraries are built into {folder}, because {'; '.join(refused)}", stacklevel=3)
+        return folder
+    raise RuntimeError(
+        f"expected a folder of this user's to build into, found none: {'; '.join(refused)}. Set LSS_BUILD_CACHE."
+    )
 
 
 def _build_into(root: Path, target: Path, *, cuda: str, jobs: int) -> None:
     cmake = _tool("cmake")
     if cmake is None:
         raise RuntimeError("expected cmake on the PATH, found none: `pip install cmake ninja`, and a C++17 compiler")
-    target.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="lss-build-") as scratch:
         ninja = _tool("ninja")
         generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
         _run([cmake, "-S", str(root), "-B", scratch, f"-DLSS_CUDA={cuda}", *generator])
         _run([cmake, "--build", scratch, "--parallel", str(jobs)])
+        built = sorted(Path(scratch).glob("liblss*.so"))
+        for library in built:
+            _put(sealed(library.read_bytes()), target / library.name)
         for stale in target.glob("*.so"):
-            stale.unlink()
-        for built in Path(scratch).glob("liblss*.so"):
-            # The file is renamed into place, because another process may be looking for it.
-            partial = target / f".{built.name}.{os.getpid()}"
-            shutil.copy2(built, partial)
-            partial.replace(target / built.name)
+            if stale.name not in {library.name for library in built}:
+                stale.unlink()
+
+
+def _put(content: bytes, path: Path) -> None:
+    """Write a file that nobody else can write and rename it into place: another process may be looking for it."""
+    handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            os.fchmod(file.fileno(), 0o755)
+        os.replace(partial, path)
+    except BaseException:
+        Path(partial).unlink(missing_ok=True)
+        raise
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -20,7 +20,8 @@ from pathlib import Path
 
 import torch
 
-from lightning_superscale.ops.native import build, torch_root
+from lightning_superscale.ops.native import build, seal, torch_root
+from lightning_superscale.ops.native.own_files import own_file
 
 ABI_VERSION = 2
 _PLACE = Path("lightning_superscale", "ops", "native", "_native")
@@ -156,18 +157,48 @@ def library_candidates(name: str = build.LIBRARY_NAME, search: Sequence[str] | N
         search: folders to search in place of `sys.path` and site-packages.
     """
     root = build.source_root()
-    places = [build.cache_dir(root)] if root is not None else []
+    places = build.cache_dirs(root) if root is not None else []
     places.append(Path(__file__).resolve().parent / "_native")
     bases = (*sys.path, *site.getsitepackages(), site.getusersitepackages()) if search is None else search
     places += [Path(base) / _PLACE for base in bases if base]
     for path in dict.fromkeys(place / name for place in places):
-        if path.is_file():
+        if os.path.isfile(path):  # False, where Path.is_file raises, for a folder that can't be read
             yield path
+
+
+# Descriptors of libraries that were loaded through them; closed ones would give their numbers to other libraries.
+_held_open: list[int] = []
+
+
+def open_library(path: Path) -> ctypes.CDLL:
+    """Map one library of `library_candidates`, if it is whole and, in a build cache, this user's.
+
+    Raises:
+        OSError: it can't be trusted or mapped; says why.
+    """
+    root = build.source_root()
+    if root is None or path.parent not in build.cache_dirs(root):
+        reason = seal.why_cut_short(path.read_bytes())
+        if reason is not None:
+            raise OSError(reason)
+        return ctypes.CDLL(str(path))
+    with own_file(path) as descriptor:
+        with os.fdopen(os.dup(descriptor), "rb") as file:
+            reason = seal.why_seal_broken(file.read())
+        if reason is not None:
+            raise OSError(f"{reason}. Build it again")
+        held = os.dup(descriptor)
+    by_descriptor = f"/proc/self/fd/{held}"
+    if not os.path.exists(by_descriptor):
+        os.close(held)
+        return ctypes.CDLL(str(path))
+    _held_open.append(held)
+    return ctypes.CDLL(by_descriptor)  # the file that was checked, whatever lies at its path by now
 
 
 def _opened(path: Path) -> ctypes.CDLL:
     """Load one library and check that it speaks this package's ABI."""
-    lib = ctypes.CDLL(str(path))
+    lib = open_library(path)
     found = lib.lss_abi_version()
     if found != ABI_VERSION:
         raise OSError(f"expected ABI version {ABI_VERSION}, found {found}")
@@ -197,6 +228,8 @@ def _load() -> ctypes.CDLL | None:
             continue
         if lib.lss_isa_name() is None:
             raise RuntimeError(lib.lss_last_error().decode())
+        if refused:
+            warnings.warn(f"The native CPU library is taken from {path}, because {'; '.join(refused)}", stacklevel=2)
         torch_root.install(lib)
         return lib
     remedy = (

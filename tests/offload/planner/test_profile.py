@@ -179,6 +179,53 @@ def test_a_damaged_file_is_measured_again_with_a_warning(measured, damage):
     assert stored_profile(again.key) == again
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        lambda text: text.replace("1000000001.0", "1" + "0" * 400),
+        lambda text: text.replace("1000000001.0", "1" + "0" * 5000),
+        lambda text: text.replace("1000000001.0", "Infinity"),
+        lambda text: text.replace('"adamw_threads": 1', '"adamw_threads": 1' + "0" * 400),
+        lambda text: text.replace('"adamw_threads": 1', '"adamw_threads": 1.5'),
+        lambda text: "[" * 30_000,
+        lambda text: '{"format":' * 6_000,
+        lambda text: text + " " * 2**20,
+    ],
+)
+def test_a_crafted_file_is_measured_again_with_a_warning(measured, content):
+    path = profile_path(cached_profile(CPU).key)
+    path.write_text(content(path.read_text()))
+    with pytest.warns(UserWarning, match="is measured again") as seen:
+        again = cached_profile(CPU)
+    assert len(seen) == 1
+    assert len(measured) == 2
+    assert stored_profile(again.key) == again
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("plant", [os.mkfifo, lambda path: os.symlink("/dev/zero", path)], ids=["pipe", "device"])
+def test_what_is_no_file_is_neither_followed_nor_waited_for(measured, plant):
+    path = profile_path(cached_profile(CPU).key)
+    path.unlink()
+    plant(path)
+    with pytest.warns(UserWarning, match="can't be read and is measured again"):
+        again = cached_profile(CPU)
+    assert stored_profile(again.key) == again
+    assert not path.is_symlink()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_a_folder_of_somebody_else_is_neither_read_nor_written(measured):
+    path = profile_path(cached_profile(CPU).key)
+    before = path.read_text()
+    os.chown(path.parent, 12345, 12345)
+    with pytest.warns(UserWarning, match="could not be kept .* belongs to user 12345") as seen:
+        assert cached_profile(CPU) is not None
+    assert len(seen) == 1
+    assert len(measured) == 2
+    assert path.read_text() == before
+
+
 def test_switched_off_measures_nothing(measured, monkeypatch, tmp_path):
     monkeypatch.setenv("LSS_PROFILE", "off")
     assert cached_profile(CPU) is None

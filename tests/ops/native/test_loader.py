@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from lightning_superscale.ops.native import build, loader
+from lightning_superscale.ops.native.own_files import make_own_folder
+from lightning_superscale.ops.native.seal import sealed, why_seal_broken
 from tests.ops.paths import NATIVE
 
 needs_native = pytest.mark.skipif(not NATIVE, reason="no native library")
@@ -124,3 +127,85 @@ def test_build_failure_shows_the_compilers_words(tmp_path, monkeypatch):
     monkeypatch.setenv("LSS_BUILD_CACHE", str(tmp_path))
     with pytest.raises(RuntimeError, match="(?s)ended with status 1.*/nonexistent"):
         build.build()
+
+
+# Libraries in a build cache
+
+
+@pytest.fixture
+def cached(tmp_path, monkeypatch) -> Path:
+    """A whole library in a build cache of its own, the only one that is found."""
+    library = next(loader.library_candidates()).read_bytes()
+    if why_seal_broken(library) is None:
+        library = library[:-44]
+    monkeypatch.setenv("LSS_BUILD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("LSS_REQUIRE_NATIVE", raising=False)
+    monkeypatch.setattr(build, "private_folder", lambda: tmp_path / "private")
+    monkeypatch.setattr(loader.sys, "path", [])
+    monkeypatch.setattr(loader.site, "getsitepackages", list)
+    monkeypatch.setattr(loader.site, "getusersitepackages", lambda: "")
+    folder = build.cache_dir(build.source_root())
+    make_own_folder(folder)
+    build._put(sealed(library), folder / build.LIBRARY_NAME)
+    return folder / build.LIBRARY_NAME
+
+
+@needs_native
+def test_a_whole_library_of_ours_is_loaded_without_a_word(cached, recwarn):
+    assert loader._load() is not None
+    assert not recwarn.list
+    assert build.why_unusable(cached) is None
+
+
+DAMAGES = {
+    "cut short": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "does not match its checksum": lambda path: path.write_bytes(b"\x7fELF!" + path.read_bytes()[5:]),
+    "an earlier version built it": lambda path: path.write_bytes(path.read_bytes()[:-44]),
+    "can be written by others": lambda path: path.chmod(0o775),
+    "cache/.* can be written by others": lambda path: path.parent.chmod(0o777),
+    "is a link": lambda path: path.symlink_to(path.rename(path.with_suffix(".moved"))),
+}
+
+
+@needs_native
+@pytest.mark.parametrize("reason", DAMAGES)
+def test_a_library_that_is_not_whole_or_not_ours_is_not_loaded_and_is_built_again(cached, reason):
+    DAMAGES[reason](cached)
+    with pytest.warns(UserWarning, match=f"(?s)was not found .*{reason}.*run `python -m .*build`"):
+        assert loader._load() is None
+    assert re.search(reason, build.why_unusable(cached))
+
+
+@needs_native
+def test_another_candidate_is_taken_with_one_warning(cached, tmp_path):
+    whole = cached.read_bytes()
+    cached.write_bytes(whole[:1000])
+    make_own_folder(tmp_path / "private" / cached.parent.name)
+    build._put(whole, tmp_path / "private" / cached.parent.name / cached.name)
+    with pytest.warns(UserWarning, match="taken from .*private.*, because .*cut short") as seen:
+        assert loader._load() is not None
+    assert len(seen) == 1
+
+
+@needs_native
+def test_an_installed_library_that_was_cut_short_is_not_mapped(cached, tmp_path):
+    path = tmp_path / build.LIBRARY_NAME
+    path.write_bytes(cached.read_bytes()[:-44])
+    assert loader.open_library(path).lss_abi_version() == loader.ABI_VERSION
+    path.unlink()
+    path.write_bytes(cached.read_bytes()[:100_000])
+    with pytest.raises(OSError, match="its segments need .* bytes, found 100000"):
+        loader.open_library(path)
+
+
+def test_what_is_built_goes_elsewhere_with_one_warning_if_the_cache_is_not_ours(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LSS_BUILD_CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr(build, "private_folder", lambda: tmp_path / "private")
+    root = build.source_root()
+    with pytest.warns(UserWarning, match="built into .*private.*because") as seen:
+        assert build._own_target(root) == tmp_path / "private" / build.source_hash(root)
+    assert len(seen) == 1
+    monkeypatch.setattr(build, "private_folder", lambda: tmp_path / "file")
+    with pytest.raises(RuntimeError, match=r"expected a folder of this user's to build into.*Set LSS_BUILD_CACHE"):
+        build._own_target(root)
