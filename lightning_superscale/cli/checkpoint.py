@@ -20,6 +20,7 @@ from lightning_superscale.checkpoint.foreign.deepspeed_export import OptimizerKi
 from lightning_superscale.checkpoint.foreign.hf_export import export_hf
 from lightning_superscale.checkpoint.foreign.lightning_export import export_lightning
 from lightning_superscale.checkpoint.foreign.registry import detect
+from lightning_superscale.checkpoint.format.malformed import parse
 from lightning_superscale.checkpoint.load.reader import is_checkpoint
 from lightning_superscale.checkpoint.state import StateSource
 from lightning_superscale.checkpoint.storage.files import is_remote, local_path
@@ -63,8 +64,8 @@ class Reading:
         if self.names_file is None:
             return None
         try:
-            found = json.loads(self.names_file.read_text())
-        except (OSError, ValueError) as error:
+            found = parse(self.names_file.read_bytes(), "it")
+        except (OSError, CheckpointError) as error:
             raise UsageError(f"--names {self.names_file} can't be read: {error}") from error
         if isinstance(found, list) and found and all(isinstance(name, str) for name in found):
             found = [found]  # a flat list is that of the only optimizer

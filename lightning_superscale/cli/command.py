@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -120,6 +121,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Console(file=sys.stdout).print(doctor.table(checks))
         return 1 if any(check.status == "error" for check in checks) else 0
     if chosen.command == "checkpoint":
+        # A name in a checkpoint need not be one that the terminal can show.
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")
         return _checkpoint(chosen)
     command = chosen.training[1:] if chosen.training[:1] == ["--"] else chosen.training
     if bool(command) == (chosen.draw is not None):

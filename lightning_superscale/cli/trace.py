@@ -46,7 +46,7 @@ class Trace:
         try:
             facts = json.loads(path.read_text())["superscale"]
             spans = tuple(Span(**span) for span in facts.pop("spans"))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise SuperScaleError(f"{path} is no trace that `superscale trace` wrote: {error!r}") from error
         return cls(path, facts, spans)
 

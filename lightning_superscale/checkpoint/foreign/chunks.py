@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_superscale.checkpoint.format.coverage import uncovered
+from lightning_superscale.checkpoint.format.malformed import malformed_as_error
 from lightning_superscale.checkpoint.state import OptimizerRecord, ReadRequest, Role, TensorInfo, TensorKey
 from lightning_superscale.errors import CheckpointError, did_you_mean
 from lightning_superscale.layout.box import Box, flat_boxes, whole_box
@@ -54,13 +55,34 @@ def reader(tensor: Tensor, dtype: torch.dtype | None = None) -> Callable[[Index]
     return (lambda index: tensor[index]) if dtype is None else (lambda index: tensor[index].to(dtype))
 
 
+def check_dense(tensor: Tensor, file: str, name: str = "a tensor") -> None:
+    """Refuse tensors whose values can't be read part by part.
+
+    Raises:
+        CheckpointError: a sparse, nested or quantized tensor, or one on the meta device; names the kind and `name`.
+    """
+    kinds = {"nested": tensor.is_nested, "quantized": tensor.is_quantized, "meta": tensor.is_meta}
+    kind = next((kind for kind, is_one in kinds.items() if is_one), None)
+    if kind is None and tensor.layout is not torch.strided:
+        kind = str(tensor.layout).removeprefix("torch.")
+    if kind is not None:
+        raise CheckpointError(
+            f"{name} in {file} is a {kind} tensor, and only those with dense values can be read. Save its to_dense() "
+            "or dequantize(), or leave it out."
+        )
+
+
 def whole_tensor(tensor: Tensor, role: Role, file: str, *, trainable: bool = False) -> ForeignTensor:
     """An entry for a mapped tensor that a file holds in one chunk.
 
     Args:
         file: the file, for messages.
         trainable: whether a weight has gradients.
+
+    Raises:
+        CheckpointError: a tensor that has no dense values.
     """
+    check_dense(tensor, file)
     shape = tuple(tensor.shape)
     chunk = ForeignChunk(whole_box(shape), reader(tensor), file)
     return ForeignTensor(TensorInfo(tensor.dtype, shape, role, trainable), (chunk,))
@@ -133,7 +155,8 @@ class ForeignSource:
     @property
     def rest(self) -> dict[str, Any]:
         if self._rest is None:
-            self._rest = self.make_rest()
+            with malformed_as_error(f"{self.path} can't be read beside its tensors"):
+                self._rest = dict(self.make_rest())
         return self._rest
 
     def read(self, requests: Sequence[ReadRequest]) -> None:
@@ -152,7 +175,8 @@ class ForeignSource:
         jobs.sort(key=lambda job: (job[0].file, str(job[2].key), job[0].box))
         for chunk, part, request in jobs:
             target = request.out[part.within(request.box)]
-            values = chunk.read(part.within(chunk.box))
+            with malformed_as_error(f"{request.key} in {chunk.file} can't be read"):
+                values = chunk.read(part.within(chunk.box))
             if values.shape != target.shape:
                 raise CheckpointError(
                     f"{request.key} in {chunk.file} should have {part.size} values at {part.offset}, found "

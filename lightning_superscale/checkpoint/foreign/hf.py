@@ -6,7 +6,6 @@ weights are known where a file's header names them, as `safetensors.torch.save_m
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lightning_superscale.checkpoint.foreign.chunks import ForeignChunk, ForeignSource, ForeignTensor, Index, Table
+from lightning_superscale.checkpoint.format.malformed import parse
 from lightning_superscale.checkpoint.state import MODEL, TensorInfo, TensorKey
 from lightning_superscale.errors import CheckpointError
 from lightning_superscale.layout.box import whole_box
@@ -68,7 +68,7 @@ def _shards(path: Path) -> dict[Path, set[str] | None]:
             )
         return {files[0]: None}
     try:
-        weight_map = json.loads(index.read_text())["weight_map"]
+        weight_map = parse(index.read_bytes(), str(index))["weight_map"]
         shards: dict[Path, set[str]] = {}
         for name, file in weight_map.items():
             if Path(file).name != file:

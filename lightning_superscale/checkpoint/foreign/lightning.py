@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_superscale.checkpoint.foreign.chunks import ForeignSource, Table, whole_tensor
+from lightning_superscale.checkpoint.foreign.chunks import ForeignSource, Table, check_dense, whole_tensor
 from lightning_superscale.checkpoint.foreign.torch_files import load_torch_file
 from lightning_superscale.checkpoint.foreign.torch_optimizer import NamesMissing, read_optimizer
 from lightning_superscale.checkpoint.state import MODEL, OptimizerRecord, TensorKey
@@ -47,15 +47,25 @@ def open_lightning(path: Path, names: Names | None = None) -> ForeignSource:
     weights = checkpoint.get("state_dict") if isinstance(checkpoint, Mapping) else None
     if not isinstance(weights, Mapping):
         raise CheckpointError(f'{file} is no Lightning checkpoint: it has no "state_dict" of tensors.')
-    tensors = {name: value for name, value in weights.items() if isinstance(value, Tensor)}
-    names = checkpoint.get(OPTIMIZER_NAMES) if names is None else names
+    tensors = {str(name): value for name, value in weights.items() if isinstance(value, Tensor)}
+    names = _names_in(checkpoint, file) if names is None else names
     table, aliases = _weights(tensors, file, {name for group in names or () for name in group})
     packed = checkpoint.get("optimizer_states", [])
     records, missing = _optimizers(packed, table, aliases, file, names)
     apart = ("state_dict", "optimizer_states", OPTIMIZER_NAMES)
     rest = {key: value for key, value in checkpoint.items() if key not in apart}
     rest.update(extra_state(weights))
-    return ForeignSource(file, table, checkpoint.get("global_step"), records, aliases, lambda: rest, missing)
+    step = checkpoint.get("global_step")
+    step = step if isinstance(step, int) else None
+    return ForeignSource(file, table, step, records, aliases, lambda: rest, missing)
+
+
+def _names_in(checkpoint: Mapping[str, Any], file: str) -> Names | None:
+    names = checkpoint.get(OPTIMIZER_NAMES)
+    is_nested = isinstance(names, (list, tuple)) and all(isinstance(own, (list, tuple)) for own in names)
+    if names is not None and not (is_nested and all(isinstance(name, str) for own in names for name in own)):
+        raise CheckpointError(f"{file} is damaged: {OPTIMIZER_NAMES!r} is no list of names for each optimizer.")
+    return names
 
 
 def _weights(weights: Mapping[str, Tensor], file: str, preferred: set[str]) -> tuple[Table, dict[str, str]]:
@@ -65,6 +75,7 @@ def _weights(weights: Mapping[str, Tensor], file: str, preferred: set[str]) -> t
     """
     by_place: dict[tuple[Any, ...], list[str]] = {}
     for name, tensor in weights.items():
+        check_dense(tensor, file, repr(name))
         place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
         by_place.setdefault((*place, tensor.dtype) if tensor.numel() else (name,), []).append(name)
     table, aliases = Table(), dict[str, str]()
@@ -78,7 +89,7 @@ def _weights(weights: Mapping[str, Tensor], file: str, preferred: set[str]) -> t
 def _optimizers(
     packed: Any, table: Table, aliases: Mapping[str, str], file: str, names: Names | None
 ) -> tuple[tuple[OptimizerRecord, ...], str]:
-    if names is not None and len(names) != len(packed):
+    if names is not None and isinstance(packed, (list, tuple)) and len(names) != len(packed):
         raise CheckpointError(
             f"{file} has {len(packed)} optimizers, names were given for {len(names)}. Pass those of the module that "
             "was saved."
@@ -105,6 +116,8 @@ def read_optimizers(
     Raises:
         CheckpointError: the states are not as torch saves them, or `names` do not fit.
     """
+    if not isinstance(packed, (list, tuple)) or not all(isinstance(one, Mapping) for one in packed):
+        raise CheckpointError(f"the optimizers in {file} are not as torch saves them: expected a list of dicts.")
     shapes = {key.name: entry.info.shape for key, entry in table.items() if key.section == MODEL}
     states, records = Table(), []
     try:

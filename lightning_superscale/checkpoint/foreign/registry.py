@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +14,7 @@ from lightning_superscale.checkpoint.foreign.deepspeed_universal import has_univ
 from lightning_superscale.checkpoint.foreign.hf import find_index, open_hf
 from lightning_superscale.checkpoint.foreign.lightning import Names, open_lightning
 from lightning_superscale.checkpoint.foreign.lightning_dirs import META, open_sharded
+from lightning_superscale.checkpoint.format.malformed import malformed_as_error, parse
 from lightning_superscale.checkpoint.state import StateSource
 from lightning_superscale.errors import CheckpointError
 
@@ -115,8 +115,9 @@ def open_foreign(path: str | Path, names: Names | None = None) -> StateSource:
         CheckpointError: the path is of no known format, or its checkpoint is damaged or incomplete, names code, or has
             a layout that can't be read.
     """
-    _, opener = _decide(Path(path))
-    return opener(names)
+    kind, opener = _decide(Path(path))
+    with malformed_as_error(f"{path} is not as a checkpoint of its format, {kind}, is written"):
+        return opener(names)
 
 
 def _decide(path: Path) -> tuple[str, Opener]:
@@ -141,6 +142,6 @@ def _is_safetensors(path: Path) -> bool:
         if len(head) < 8 or not 2 <= length <= 100_000_000:  # the limit of the format
             return False
         try:
-            return isinstance(json.loads(file.read(length)), dict)
-        except ValueError:
+            return isinstance(parse(file.read(length), str(path)), dict)
+        except CheckpointError:
             return False

@@ -13,7 +13,6 @@ import collections
 import dataclasses
 import datetime
 import enum
-import json
 import math
 import pathlib
 from collections.abc import Callable
@@ -24,6 +23,7 @@ import torch
 from omegaconf import Container, DictConfig, ListConfig, OmegaConf
 from torch import Tensor
 
+from lightning_superscale.checkpoint.format.malformed import malformed_as_error
 from lightning_superscale.errors import CheckpointError
 
 _TAG = "$"
@@ -54,36 +54,27 @@ def decode(value: Any, where: str, tensor: Callable[[str], Tensor]) -> Any:
         tensor: returns the tensor of a name.
 
     Raises:
-        CheckpointError: a tag or class is not known here; names the place, and what to do.
+        CheckpointError: a tag or class is not known here, or the value has a form that `encode` never makes; names the
+            place, and what to do.
     """
+    with malformed_as_error(f"{where} is no value of a checkpoint"):
+        return _decode(value, where, tensor)
+
+
+def _decode(value: Any, where: str, tensor: Callable[[str], Tensor]) -> Any:
     if isinstance(value, list):
-        return [decode(item, f"{where}[{i}]", tensor) for i, item in enumerate(value)]
+        return [_decode(item, f"{where}[{i}]", tensor) for i, item in enumerate(value)]
     if not isinstance(value, dict):
         return value
     if _TAG not in value:
-        return {key: decode(item, f"{where}/{key}", tensor) for key, item in value.items()}
+        return {key: _decode(item, f"{where}/{key}", tensor) for key, item in value.items()}
     tag = value[_TAG]
-    if tag not in _DECODERS:
+    if not isinstance(tag, str) or tag not in _DECODERS:
         raise CheckpointError(f"{where} is of kind {tag!r}, which this version does not know. Upgrade.")
     try:
         return _DECODERS[tag](value, where, tensor)
-    except (KeyError, TypeError, ValueError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise CheckpointError(f"{where} is no valid {tag!r}: {error!r}") from error
-
-
-def parse(data: bytes, where: str) -> Any:
-    """The JSON form of a value, from the content of a file.
-
-    Args:
-        where: the file, for messages.
-
-    Raises:
-        CheckpointError: the content is no JSON.
-    """
-    try:
-        return json.loads(data)
-    except ValueError as error:
-        raise CheckpointError(f"{where} is no JSON: {error}") from error
 
 
 def _class_name(cls: type) -> str:
@@ -303,12 +294,12 @@ _Decoder = Callable[[dict[str, Any], str, Callable[[str], Tensor]], Any]
 
 def _with_items(make: Callable[[dict[str, Any], Any], Any]) -> _Decoder:
     """A decoder that decodes the parts in `v`, and makes the value of them."""
-    return lambda value, where, tensor: make(value, decode(value["v"], where, tensor))
+    return lambda value, where, tensor: make(value, _decode(value["v"], where, tensor))
 
 
 def _with_class(make: Callable[[Any, Any], Any]) -> _Decoder:
     """A decoder that looks the class up before it decodes the parts in `v`, as a refused class must make nothing."""
-    return lambda value, where, tensor: make(_safe_class(value["class"], where), decode(value["v"], where, tensor))
+    return lambda value, where, tensor: make(_safe_class(value["class"], where), _decode(value["v"], where, tensor))
 
 
 _DECODERS: dict[str, _Decoder] = {

@@ -15,6 +15,7 @@ from typing import Any, get_args
 from lightning_superscale.checkpoint.format.blocks import hex_digest
 from lightning_superscale.checkpoint.format.coverage import uncovered
 from lightning_superscale.checkpoint.format.dtypes import dtype_name, dtype_of
+from lightning_superscale.checkpoint.format.malformed import malformed_as_error, parse
 from lightning_superscale.checkpoint.state import Role, TensorInfo, TensorKey
 from lightning_superscale.errors import CheckpointError
 from lightning_superscale.layout.box import Box
@@ -130,12 +131,11 @@ class Manifest:
         Raises:
             CheckpointError: one of these is wrong; says which.
         """
-        fields = _checked_json(data, where)
-        try:
+        with malformed_as_error(f"{where} is not a manifest that lucp/{MAJOR} allows"):
+            fields = _checked_json(data, where)
+        with malformed_as_error(f"{where} is not a manifest that {fields['schema']} allows"):
             manifest = _from_fields(fields, where)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CheckpointError(f"{where} is not a manifest that {fields['schema']} allows: {error!r}") from error
-        manifest.check(where)
+            manifest.check(where)
         return manifest
 
     def check(self, where: str) -> None:
@@ -148,6 +148,9 @@ class Manifest:
             CheckpointError: a file name leaves the folder, a chunk lies outside its file or unaligned, or a tensor's
                 chunks have gaps or overlap.
         """
+        for name, file in self.files.items():
+            if not 0 <= file.size < 2**63:
+                raise CheckpointError(f"{where} gives {name} a size that no file has.")
         for name in (*self.files, *([self.root] if self.root else [])):
             if not _SAFE_NAME.fullmatch(name):
                 raise CheckpointError(f"{where} names the file {name!r}, which is not one of a checkpoint.")
@@ -200,7 +203,9 @@ def _tensor_from_json(fields: dict[str, Any], where: str) -> tuple[TensorKey, Te
         bool(fields.get("trainable", False)),
     )
     chunks = tuple(
-        Chunk(p["file"], p["entry"], int(p["at"]), Box(tuple(map(int, p["offset"])), tuple(map(int, p["size"]))))
+        Chunk(
+            str(p["file"]), str(p["entry"]), int(p["at"]), Box(tuple(map(int, p["offset"])), tuple(map(int, p["size"])))
+        )
         for p in fields["pieces"]
     )
     return key, TensorRecord(info, chunks)
@@ -219,11 +224,11 @@ def _from_fields(fields: dict[str, Any], where: str) -> Manifest:
         step=None if fields["step"] is None else int(fields["step"]),
         world=int(fields["world"]),
         writers=int(fields["writers"]),
-        libs=dict(fields["libs"]),
+        libs={str(name): str(version) for name, version in dict(fields["libs"]).items()},
         files={name: FileRecord(int(file["size"]), str(file["xxh3"])) for name, file in fields["files"].items()},
         tensors=dict(tensors),
-        optimizers=tuple(fields["optimizers"]),
-        aliases=dict(fields["aliases"]),
+        optimizers=tuple(_checked_optimizer(optimizer) for optimizer in fields["optimizers"]),
+        aliases={str(alias): str(name) for alias, name in dict(fields["aliases"]).items()},
         root=str(fields["root"]),
         features=tuple(fields["features"]),
         unknown={name: value for name, value in fields.items() if name not in known},
@@ -232,14 +237,26 @@ def _from_fields(fields: dict[str, Any], where: str) -> Manifest:
     )
 
 
+def _checked_optimizer(fields: dict[str, Any]) -> dict[str, Any]:
+    """The form of an optimizer: its class, its groups' options, and their parameters' names."""
+    groups, names = fields["groups"], fields["names"]
+    str(fields["class"]), dict(fields["values"])
+    is_alike = isinstance(groups, list) and isinstance(names, list) and len(groups) == len(names)
+    if not is_alike or not all(isinstance(group, dict) for group in groups):
+        raise ValueError("an optimizer has other groups than names")
+    if not all(isinstance(own, list) and all(isinstance(name, str) for name in own) for own in names):
+        raise ValueError("an optimizer's parameters have no names")
+    return fields
+
+
 def _checked_json(data: bytes, where: str) -> dict[str, Any]:
     """The manifest's fields, after a check of its checksum and of its version."""
     end = _HASH_AT_END.search(data)
     is_whole = end is not None and hex_digest(data[: end.start()] + b"}") == end.group(1).decode()
     fields: dict[str, Any] | None
     try:
-        fields = json.loads(data)
-    except ValueError:
+        fields = parse(data, where)
+    except CheckpointError:
         fields = None
     version = _SCHEMA.fullmatch(str(fields.get("schema"))) if isinstance(fields, dict) else None
     # A later major version may end in another checksum, so the version is checked first.

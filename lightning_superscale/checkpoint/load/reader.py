@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lightning_superscale.checkpoint.format import json_codec as rest_json
 from lightning_superscale.checkpoint.format.blocks import BLOCK_BYTES, BlockSums, hex_digest
+from lightning_superscale.checkpoint.format.malformed import malformed_as_error, parse
 from lightning_superscale.checkpoint.format.manifest import MANIFEST_NAME, REST_NAME, Manifest, blocks_name
 from lightning_superscale.checkpoint.format.payload import is_wrapper
 from lightning_superscale.checkpoint.load.exchange import Sharing
@@ -149,6 +150,10 @@ class SavedState:
     @cached_property
     def optimizers(self) -> tuple[OptimizerRecord, ...]:
         """A record for each optimizer, with its tensors on the host. Each rank that uses it reads it for itself."""
+        with malformed_as_error(f"{self.path}: the optimizers in {MANIFEST_NAME} are not as they are written"):
+            return self._optimizers()
+
+    def _optimizers(self) -> tuple[OptimizerRecord, ...]:
         return tuple(
             OptimizerRecord(
                 class_name=str(fields["class"]),
@@ -175,7 +180,7 @@ class SavedState:
     @cached_property
     def rest_json(self) -> Any:
         """The content of rest.json, from which `rest` is decoded; no object of a saved class is constructed."""
-        return rest_json.parse(self._whole_file(REST_NAME), f"{self.path}/{REST_NAME}")
+        return parse(self._whole_file(REST_NAME), f"{self.path}/{REST_NAME}")
 
     def read(self, requests: Sequence[ReadRequest]) -> None:
         """Fill each request. Every rank of the mesh calls it, with its own requests, also with none.

@@ -13,6 +13,7 @@ from lightning_superscale.checkpoint.foreign.lightning_dirs import META
 from lightning_superscale.checkpoint.foreign.registry import detect
 from lightning_superscale.checkpoint.foreign.torch_files import load_torch_file
 from lightning_superscale.checkpoint.format import json_codec as rest_json
+from lightning_superscale.checkpoint.format.malformed import malformed_as_error
 from lightning_superscale.checkpoint.format.manifest import MANIFEST_NAME
 from lightning_superscale.checkpoint.load.reader import SavedState
 from lightning_superscale.checkpoint.state import StateSource, TensorInfo, TensorKey
@@ -175,7 +176,8 @@ def summarize(path: str, names: Names | None = None) -> Summary:
     """
     source = open_state(path, names)
     try:
-        return _of_ours(source) if isinstance(source, SavedState) else _of_foreign(source, path)
+        with malformed_as_error(f"{path} holds what can't be told"):
+            return _of_ours(source) if isinstance(source, SavedState) else _of_foreign(source, path)
     finally:
         source.close()
 
@@ -202,7 +204,7 @@ def _of_ours(source: SavedState) -> Summary:
         ),
         optimizers_missing="",
         aliases=manifest.aliases,
-        rest=tuple(sorted(source.rest_json)),
+        rest=tuple(sorted(dict(source.rest_json))),
         files={MANIFEST_NAME: len(manifest.to_bytes()), **{name: file.size for name, file in manifest.files.items()}},
     )
 

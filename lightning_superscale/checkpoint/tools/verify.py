@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import xxhash
 
 from lightning_superscale.checkpoint.format.blocks import BLOCK_BYTES, BlockSums, hex_digest
 from lightning_superscale.checkpoint.format.dtypes import dtype_name
+from lightning_superscale.checkpoint.format.malformed import parse
 from lightning_superscale.checkpoint.format.manifest import MANIFEST_NAME, Manifest, blocks_name, is_data
 from lightning_superscale.checkpoint.load.reader import tensors_in_block
 from lightning_superscale.checkpoint.state import ReadRequest, StateSource, TensorKey
@@ -166,8 +166,8 @@ class _Verification:
         header = bytearray(nbytes)
         self._folder.read_into(name, 8, memoryview(header))
         try:
-            entries = json.loads(header)
-        except ValueError:
+            entries = dict(parse(bytes(header), name))
+        except (CheckpointError, TypeError, ValueError):
             return [Finding(name, "has no safetensors header")]
         findings = []
         for key, record in self._manifest.tensors.items():
