@@ -31,6 +31,7 @@ import psutil
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.models import SHAPES
+from lightning_superscale.offload.link.cgroup import cgroup_free_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 YARDSTICK = "loop-fused"
@@ -288,6 +289,12 @@ def ratio(a: Timed, b: Timed) -> float:
     return statistics.median(statistics.mean(x) / statistics.mean(y) for x, y in pairs)
 
 
+def available_bytes() -> int:
+    """Memory that contestants can take: what the host has available, or less under a container's limit."""
+    available, free = psutil.virtual_memory().available, cgroup_free_bytes()
+    return available if free is None else min(available, free)
+
+
 class Table:
     """All heats of one size under one setting."""
 
@@ -296,7 +303,7 @@ class Table:
         self.series: dict[str, Series] = {}
         self.yardsticks: list[Contestant] = []
         families = [self._chosen(family, options) for family in FAMILIES[kind]]
-        heats = plan_heats([f for f in families if f], process_bytes(size), psutil.virtual_memory().available)
+        heats = plan_heats([f for f in families if f], process_bytes(size), available_bytes())
         for heat, names in enumerate(heats):
             print(f"[{kind} {size}] {', '.join(names)}", file=sys.stderr, flush=True)
             contestants = run_heat(names, size, kind, options, Contestant)

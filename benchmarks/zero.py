@@ -20,8 +20,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.models import SHAPES
@@ -29,6 +27,7 @@ from benchmarks.step_cost import (
     AGAIN_ROUNDS,
     BenchmarkError,
     Contestant,
+    available_bytes,
     conclude,
     find_peers,
     free_port,
@@ -163,7 +162,7 @@ class Table:
 
     def _run(self, names: list[str], options: argparse.Namespace) -> list[Team]:
         need = len(names) * NUM_RANKS * (500 * 2**20 + 20 * num_weights(self.size))
-        available = psutil.virtual_memory().available
+        available = available_bytes()
         if need > 0.9 * available:
             raise BenchmarkError(
                 f"{', '.join(names)} need about {need / 2**30:.1f} GiB together, {available / 2**30:.1f} GiB are "

@@ -17,6 +17,7 @@ import psutil
 import torch
 from rich.table import Table
 
+from lightning_superscale.offload.link.cgroup import cgroup_free_bytes
 from lightning_superscale.offload.planner.numa import available_cpus, read_topology
 from lightning_superscale.offload.planner.profile import key_of
 from lightning_superscale.offload.planner.profile_cache import is_switched_off, profile_path, stored_profile
@@ -135,7 +136,12 @@ def _profile(name: str) -> Check:
 
 def _memory(name: str) -> Check:
     memory = psutil.virtual_memory()
-    return Check(name, "ok", f"{format_bytes(memory.available)} of {format_bytes(memory.total)} available")
+    found = f"{format_bytes(memory.available)} of {format_bytes(memory.total)} available"
+    free = cgroup_free_bytes()
+    if free is None or free >= memory.available:
+        return Check(name, "ok", found)
+    remedy = "offloading is held to it; raise it (docker --memory, a pod's resources, Slurm's --mem) for larger models"
+    return Check(name, "note", f"{found}, {format_bytes(free)} within the limit of this process's cgroup", remedy)
 
 
 def _pinned(name: str) -> Check:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_superscale.errors import SuperScaleError
+from lightning_superscale.offload.link.cgroup import cgroup_free_bytes
 from lightning_superscale.ops.cpu.memory import HostBuffer
 from lightning_superscale.ops.cpu.pool import Pool
 
@@ -41,23 +42,36 @@ class HostArena:
         return HostBuffer(max(nbytes, 1), pin=is_pinned, pool=self.pool).tensor(dtype, numel)
 
 
+def available_host_bytes() -> int:
+    """Bytes that this process can take now: what the host has available, or less if a container's limit leaves less."""
+    available, free = int(psutil.virtual_memory().available), cgroup_free_bytes()
+    return available if free is None else min(available, free)
+
+
 def fits_host_memory(needed_bytes: int) -> bool:
-    """Whether the host has this much memory available now."""
-    return needed_bytes <= int(psutil.virtual_memory().available)
+    """Whether this process can take this much memory of the host now."""
+    return needed_bytes <= available_host_bytes()
 
 
 def check_host_memory(needed_bytes: int) -> None:
-    """Refuse an allocation that the host's available memory can't hold, before it is made.
+    """Refuse an allocation that the host, or this process's share of it, can't hold, before it is made.
 
     Raises:
         SuperScaleError: less memory is available than `needed_bytes`.
     """
-    if not fits_host_memory(needed_bytes):
-        available = psutil.virtual_memory().available
+    available = available_host_bytes()
+    if needed_bytes > available:
+        on_host = int(psutil.virtual_memory().available)
+        limited = (
+            f" under the memory limit of this process's cgroup, of {_gib(on_host)} GiB that the host has; raise that "
+            "limit (docker --memory, a pod's resources, Slurm's --mem)"
+            if available < on_host
+            else ""
+        )
         raise SuperScaleError(
             f"offloading needs {_gib(needed_bytes)} GiB of host memory for master weights, optimizer states and "
-            f"transfer buffers, and {_gib(available)} GiB are available. Use a smaller model, fewer processes on this "
-            "host, or a host with more memory."
+            f"transfer buffers, and {_gib(available)} GiB are available{limited}. Use a smaller model, fewer processes "
+            "on this host, or a host with more memory."
         )
 
 
