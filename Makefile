@@ -15,7 +15,7 @@ PEERS ?= .venv-peers
 setup: $(STAMP)
 
 # torch goes first and alone: the pin in constraints-dev.txt keeps a CUDA build of several GB away.
-$(STAMP): pyproject.toml constraints-dev.txt CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
+$(STAMP): pyproject.toml constraints-dev.txt CMakeLists.txt lightning_superscale/ops/native/build.py $(shell find csrc -type f 2>/dev/null)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check "$$(grep ^torch== constraints-dev.txt)"
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints-dev.txt "scikit-build-core>=0.10" ninja cmake

@@ -195,6 +195,19 @@ def test_a_value_whose_comparison_or_repr_fails_is_refused_too():
         checked("X", {"key": Literal["a", "b"]}, {"key": Odd()})
 
 
+def test_load_from_checkpoint_checks_its_arguments_first():
+    with pytest.raises(SettingError, match="load_from_checkpoint.strict must be true or false, found 'no'"):
+        lss.load_from_checkpoint(nn.Module, "nowhere", strict="no")
+    with pytest.raises(SettingError, match=r"load_from_checkpoint.hparams must be a Mapping, found \[1\]"):
+        lss.load_from_checkpoint(nn.Module, "nowhere", hparams=[1])
+
+
+@pytest.mark.parametrize("taken", [lambda v: lss.SuperScaleStrategy(checkpoint=v), lss.UniversalCheckpointIO])
+def test_a_checkpoint_setting_that_is_no_config_is_refused(taken):
+    with pytest.raises(SettingError, match="checkpoint takes None, a CheckpointConfig or a mapping, found 5"):
+        taken(5)
+
+
 def test_a_duration_is_a_timedelta_or_seconds():
     assert duration("X.timeout", timedelta(minutes=2)) == timedelta(minutes=2)
     assert duration("X.timeout", 120) == timedelta(minutes=2)

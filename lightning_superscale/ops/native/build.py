@@ -44,7 +44,8 @@ def source_hash(root: Path) -> str:
 def cache_dirs(root: Path) -> list[Path]:
     """Folders that may hold the libraries built from the sources in `root`, best first, whether they exist or not."""
     first = Path(os.environ.get("LSS_BUILD_CACHE") or user_cache())
-    return [folder / source_hash(root) for folder in dict.fromkeys((first, private_folder()))]
+    name = source_hash(root)
+    return [folder / name for folder in dict.fromkeys((first, private_folder()))]
 
 
 def cache_dir(root: Path) -> Path:
