@@ -10,6 +10,7 @@ import torch
 
 from lightning_superscale.config.values import check_arguments
 from lightning_superscale.errors import CheckpointError
+from lightning_superscale.plugins.checkpoint.hyper_parameters import refuse_named_code
 from lightning_superscale.plugins.lightning_private import load_state_of
 from lightning_superscale.run.state.restore import open_any, read_whole
 
@@ -27,7 +28,8 @@ def load_from_checkpoint(
     """Build a LightningModule (or LightningDataModule) from a checkpoint's hyperparameters and load its weights.
 
     It is `LightningModule.load_from_checkpoint` for every format that UniversalCheckpointIO reads. Optimizer states are
-    not read, and no pickle is executed.
+    not read, and no pickle is executed. Nothing that the hyperparameters name is imported or called, unless it was
+    listed with `torch.serialization.add_safe_globals`.
 
     Args:
         module_class: the class to build.
@@ -37,12 +39,13 @@ def load_from_checkpoint(
         hparams: arguments of the class, which take precedence over the checkpoint's.
 
     Raises:
-        CheckpointError: no checkpoint, a format that is not known, or damage.
+        CheckpointError: no checkpoint, a format that is not known, damage, or hyperparameters that name code.
         SettingError: a `strict` that is neither true nor false, or hparams that are no mapping.
     """
     check_arguments("load_from_checkpoint", load_from_checkpoint, strict=strict, hparams=hparams)
-    checkpoint = open_any(os.fspath(path))
     load_state = _load_state_of(module_class)
+    checkpoint = open_any(os.fspath(path))
+    refuse_named_code(checkpoint, module_class, hparams or {}, os.fspath(path))
     checkpoint["state_dict"] = read_whole(checkpoint.get("state_dict", {}))
     checkpoint.pop("optimizer_states", None)
     loaded: M = load_state(module_class, checkpoint, strict=strict, **(hparams or {}))
