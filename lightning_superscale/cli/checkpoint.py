@@ -24,6 +24,7 @@ from lightning_superscale.checkpoint.format.malformed import parse
 from lightning_superscale.checkpoint.load.reader import is_checkpoint
 from lightning_superscale.checkpoint.state import StateSource
 from lightning_superscale.checkpoint.storage.files import is_remote, local_path
+from lightning_superscale.checkpoint.storage.local import target_at
 from lightning_superscale.checkpoint.tools.chunks import num_bytes
 from lightning_superscale.checkpoint.tools.convert import convert as write_converted
 from lightning_superscale.checkpoint.tools.diff import differences
@@ -163,8 +164,7 @@ def convert(source: str, target: str, reading: Reading, *, should_overwrite: boo
     if exists(target):
         if not should_overwrite:
             raise UsageError(f"{target} exists already. Choose another path, or pass --overwrite to replace it.")
-        if not is_remote(target) and not is_checkpoint(target):
-            _must_be_checkpoint(target)
+        _must_be_checkpoint(target)
     with _opened(source, reading, "converting") as state:
         write_converted(state, target)
     print(f"{target} holds what {source} does, in the format of lightning-superscale")
@@ -220,13 +220,11 @@ def _must_exist(path: str) -> None:
 
 
 def _must_be_checkpoint(path: str) -> None:
-    """Refuse to replace a path that is no checkpoint: replacing deletes a folder that was named by mistake."""
+    """Refuse a path that holds anything but a checkpoint, before the source is read."""
     try:
-        detect(local_path(path))
+        target_at(path).check()
     except CheckpointError as error:
-        raise UsageError(
-            f"{path} is no checkpoint, so it is not replaced. Remove it yourself, if you mean it."
-        ) from error
+        raise UsageError(str(error)) from error
 
 
 @contextmanager

@@ -381,7 +381,7 @@ def test_convert_replaces_a_checkpoint_only_when_asked_and_nothing_else_ever(run
     (tmp_path / "home" / "thesis").write_text("years of work")
     code, _, err = run("convert", other, tmp_path / "home", "--overwrite")
     assert code == 2
-    assert "is no checkpoint, so it is not replaced" in err
+    assert "so it is not replaced: only checkpoints are" in err
     assert (tmp_path / "home" / "thesis").read_text() == "years of work"
 
 

@@ -20,7 +20,15 @@ import torch
 from torch import Tensor
 
 from lightning_superscale.checkpoint.phases import attempt
-from lightning_superscale.checkpoint.save.writer import OwnItem, PreparedSave, Values, prepare, with_values, write
+from lightning_superscale.checkpoint.save.writer import (
+    OwnItem,
+    PreparedSave,
+    Values,
+    check_place,
+    prepare,
+    with_values,
+    write,
+)
 from lightning_superscale.checkpoint.state import LocalState, TensorKey
 from lightning_superscale.checkpoint.storage.local import remove
 from lightning_superscale.comm.collectives import control_max
@@ -73,9 +81,11 @@ class BackgroundSaver:
             step: optimizer steps taken.
 
         Raises:
-            CheckpointError: on every rank: the save before failed, or this state can't be saved.
+            CheckpointError: on every rank: the save before failed, this state can't be saved, or no checkpoint lies at
+                `path` but something else.
         """
         self.wait()
+        check_place(path, self._mesh)
         prepared = prepare(state, self._mesh, step=step)
         self._borrowed = []
         values: list[Values] = []

@@ -128,7 +128,17 @@ def save(path: str, state: LocalState, mesh: DataMesh, *, step: int | None = Non
         CheckpointError: on every rank, when any failed; names that rank and the reason. A checkpoint that was at `path`
             is untouched.
     """
+    check_place(path, mesh)
     write(path, prepare(state, mesh, step=step), mesh)
+
+
+def check_place(path: str, mesh: DataMesh) -> None:
+    """Refuse a place at which something else lies than a checkpoint or nothing. Every rank calls it, before all work.
+
+    Raises:
+        CheckpointError: on every rank: names the path as it was resolved, and what lies there.
+    """
+    attempt(mesh, lambda: target_at(path).check() if mesh.world.rank == 0 else None, _not_written(path))
 
 
 def prepare(state: LocalState, mesh: DataMesh, *, step: int | None = None) -> PreparedSave:

@@ -5,23 +5,20 @@ proven complete, one rename gives that folder the target's name. The same system
 there before into the staging folder, so that there is no moment without a loadable checkpoint; it is deleted
 afterwards. Where the system can't swap (NFS), a checkpoint lies in `.ucp-store/<uuid>` and its name is a link, which
 can be replaced at once. Staging names don't contain the target's, as Lightning looks for checkpoints by parts of names.
-A staging folder names the process that owns it; later saves delete the folders whose owners are gone.
+A staging folder names the process that owns it; later saves delete the folders whose owners are gone
+([Note: Owners] in owner.py). Only checkpoints are replaced and removed ([Note: What may be replaced] in contents.py),
+which is looked at before any work, and again at what was taken from its place.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
+import errno
 import os
-import shutil
-import socket
-import time
 import uuid as uuids
-from typing import Any, Protocol
-
-import psutil
+from typing import Protocol
 
 from lightning_superscale.checkpoint.format.manifest import MANIFEST_NAME
+from lightning_superscale.checkpoint.storage import staging as stagings
 from lightning_superscale.checkpoint.storage.files import (
     FileWriter,
     LocalFile,
@@ -31,16 +28,25 @@ from lightning_superscale.checkpoint.storage.files import (
     write_file,
 )
 from lightning_superscale.checkpoint.storage.rename import exchange
+from lightning_superscale.checkpoint.storage.staging import (
+    CONTENT,
+    LINK,
+    REPLACED,
+    STAGING,
+    STORE,
+    Staging,
+    contents_at,
+    others_at,
+    wait_for,
+)
 from lightning_superscale.errors import CheckpointError
 
-STAGING, STORE, OWNER = ".ucp-staging-", ".ucp-store", "owner.json"
-_CONTENT, _LINK, _REPLACED = "checkpoint", "link", "replaced"
-# A staging folder of another host, whose processes can't be seen here, counts as dead this long after its last write.
-_STALE_AFTER_S = 24 * 3600.0
-# An empty staging folder that is older than this counts as dead: its owner is noted right after it is made.
-_OWNED_WITHIN_S = 60.0
 # Time within which a folder that another host made must be seen here (attribute caches of NFS).
 _VISIBLE_WITHIN_S = 30.0
+# Times that a name is tried to be taken while other processes take it and give it up.
+_TRIES = 20
+# Errors of a rename where another process changed what has the name, since it was looked at.
+_CHANGED = (errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR)
 
 
 class Target(Protocol):
@@ -53,6 +59,13 @@ class Target(Protocol):
 
     path: str
     root: str
+
+    def check(self) -> None:
+        """Refuse a place whose content must not be replaced ([Note: What may be replaced]). Rank 0 calls it first.
+
+        Raises:
+            CheckpointError: names the place as it was resolved, and what lies there.
+        """
 
     def begin(self, uuid: str, nbytes: int) -> None:
         """Prepare the place for a save. Rank 0 calls it, before all others.
@@ -106,20 +119,27 @@ class LocalTarget:
 
     def __init__(self, path: str) -> None:
         self.path = local_path(path)
+        self._given = path
         self._parent = os.path.dirname(self.path)
-        self._uuid = ""
-
-    @property
-    def _staging(self) -> str:
-        return os.path.join(self._parent, STAGING + self._uuid)
+        self._staging = Staging("", "")
 
     @property
     def _content(self) -> str:
-        return os.path.join(self._staging, _CONTENT)
+        return os.path.join(self._staging.path, CONTENT)
+
+    @property
+    def _replaced(self) -> str:
+        return os.path.join(self._staging.path, REPLACED)
+
+    def check(self) -> None:
+        check_place(self._given, "replaced", "Save to another path")
 
     def begin(self, uuid: str, nbytes: int) -> None:
+        self.check()
         os.makedirs(self._parent, exist_ok=True)
-        reap(self._parent)
+        self._find(uuid)
+        self._staging.open()
+        stagings.reap(self._parent, self._staging.now)
         space = os.statvfs(self._parent)
         free = space.f_bavail * space.f_frsize
         if nbytes > free:
@@ -127,22 +147,16 @@ class LocalTarget:
                 f"{self.path} needs {nbytes:,} bytes, and {free:,} are free on {self._parent} (ENOSPC). Free some, or "
                 "save elsewhere."
             )
-        self._uuid = uuid
-        _make_staging(self._staging, {"target": os.path.basename(self.path)})
         for folder in (self._content, os.path.join(self._content, "data"), os.path.join(self._content, "blocks")):
             os.mkdir(folder)
 
+    def _find(self, uuid: str) -> None:
+        if not self._staging.path:
+            self._staging = Staging(os.path.join(self._parent, STAGING + uuid), os.path.basename(self.path))
+
     def join(self, uuid: str) -> None:
-        self._uuid = uuid
-        deadline = time.monotonic() + _VISIBLE_WITHIN_S
-        while not os.path.exists(os.path.join(self._staging, OWNER)):
-            if time.monotonic() > deadline:
-                raise CheckpointError(
-                    f"{self._parent} is not the same folder on {socket.gethostname()} as on rank 0's host: the "
-                    f"folder that rank 0 has made there was not seen within {_VISIBLE_WITHIN_S:.0f} s. Save to a "
-                    "file system that all hosts share."
-                )
-            time.sleep(0.05)
+        self._find(uuid)
+        wait_for(self._staging.path, _VISIBLE_WITHIN_S)
 
     def create(self, name: str) -> FileWriter:
         return LocalFile(os.path.join(self._content, name))
@@ -154,51 +168,137 @@ class LocalTarget:
     def publish(self, manifest: bytes) -> None:
         write_file(os.path.join(self._content, MANIFEST_NAME), manifest)
         self.seal()
-        sync_folder(self._staging)
+        sync_folder(self._staging.path)
+        for _ in range(_TRIES):
+            try:
+                self._take_name()
+                break
+            except OSError as error:
+                if error.errno not in _CHANGED or not os.path.isdir(self._content):
+                    raise self._who_else(error) from error
+        else:
+            raise self._who_else(None)
+        self._staging.is_published = True
+        sync_folder(self._parent)
+        self._staging.close()
+
+    def _who_else(self, error: OSError | None) -> CheckpointError:
+        others = others_at(self.path, os.path.basename(self._staging.path))
+        said = f" {others} saves or removes checkpoints there too; let only one process use a path." if others else ""
+        reason = "its name changed again and again" if error is None else f"{type(error).__name__}: {error}"
+        return CheckpointError(f"{self.path} could not take its name: {reason}.{said}")
+
+    def _take_name(self) -> None:
         if os.path.lexists(self.path):
             if not exchange(self._content, self.path):
                 self._publish_link()
-        elif _can_exchange(self._staging):
+                return
+            taken = contents_at(self._content)
+            if taken.why_not:
+                exchange(self._content, self.path)
+                raise _refused(self.path, self._given, taken.why_not, "replaced", "Save to another path")
+        elif self._can_exchange():
             os.rename(self._content, self.path)
         else:
             self._publish_link()
-        sync_folder(self._parent)
-        _delete_old(self._staging)
+
+    def _can_exchange(self) -> bool:
+        """Whether names can be swapped on this file system."""
+        probes = [os.path.join(self._staging.path, f"probe-{i}") for i in range(2)]
+        for probe in probes:
+            os.makedirs(probe, exist_ok=True)
+        can = exchange(*probes)
+        for probe in probes:
+            os.rmdir(probe)
+        return can
 
     def _publish_link(self) -> None:
         """Publish where names can't be swapped: the checkpoint's name becomes a link ([Note: Commit])."""
         store = os.path.join(self._parent, STORE)
         os.makedirs(store, exist_ok=True)
-        os.rename(self._content, os.path.join(store, self._uuid))
-        sync_folder(store)
-        link = os.path.join(self._staging, _LINK)
-        os.symlink(os.path.join(STORE, self._uuid), link)
-        if os.path.islink(self.path):
-            # The old link is kept, so that the folder that it leads to is found and deleted.
-            os.symlink(os.readlink(self.path), os.path.join(self._staging, _REPLACED))
-        elif os.path.isdir(self.path):
-            # The name belongs to a plain folder, which a link can't replace at once: should this process die between
-            # the two renames, `restore` takes the first one back.
-            os.rename(self.path, os.path.join(self._staging, _REPLACED))
-        try:
-            os.replace(link, self.path)
-        except OSError:
-            if not os.path.lexists(self.path):
-                os.rename(os.path.join(self._staging, _REPLACED), self.path)
-            raise
+        with stagings.locked(store):
+            uuid = os.path.basename(self._staging.path).removeprefix(STAGING)
+            os.rename(self._content, os.path.join(store, uuid))
+            try:
+                sync_folder(store)
+                link = os.path.join(self._staging.path, LINK)
+                os.symlink(os.path.join(STORE, uuid), link)
+                if os.path.islink(self.path):
+                    # The old link is kept, so that the folder that it leads to is found and deleted.
+                    os.symlink(os.readlink(self.path), self._replaced)
+                elif os.path.isdir(self.path):
+                    # The name belongs to a plain folder, which a link can't replace at once: should this process stop
+                    # between the two renames, the first one is taken back.
+                    os.rename(self.path, self._replaced)
+                    self._check_taken()
+                os.replace(link, self.path)
+            except BaseException:
+                self._undo_link(os.path.join(store, uuid))
+                raise
+
+    def _check_taken(self) -> None:
+        taken = contents_at(self._replaced)
+        if taken.why_not:
+            raise _refused(self.path, self._given, taken.why_not, "replaced", "Save to another path")
+
+    def _undo_link(self, stored: str) -> None:
+        """Take back the steps of a link that did not get its name, as far as that succeeds."""
+        if os.path.islink(self.path) and os.path.realpath(self.path) == os.path.realpath(stored):
+            self._staging.is_published = True  # an interrupt came after the last step
+            return
+        if not os.path.lexists(self.path) and os.path.lexists(self._replaced):
+            os.rename(self._replaced, self.path)
+        for left in (LINK, REPLACED):
+            path = os.path.join(self._staging.path, left)
+            if os.path.islink(path):
+                os.unlink(path)
+        if not os.path.lexists(self._replaced):
+            os.rename(stored, self._content)
 
     def abort(self) -> None:
-        if self._uuid:
-            with contextlib.suppress(OSError):
-                _delete_old(self._staging)
+        if self._staging.path:
+            self._staging.close()
+
+
+def check_place(path: str, what: str, instead: str) -> None:
+    """Refuse a local path at which something else lies than a checkpoint, or nothing.
+
+    Args:
+        what: done to what lies there, such as "replaced".
+        instead: what to do, as the beginning of a sentence.
+
+    Raises:
+        CheckpointError: names the path as it was resolved, and what lies there.
+    """
+    resolved = local_path(path)
+    if not path:
+        raise _refused(resolved, path, "is where an empty path leads, the working folder", what, instead)
+    working = os.getcwd()
+    if os.path.commonpath([working, resolved]) == resolved:
+        raise _refused(resolved, path, "is the working folder, or has it inside", what, instead)
+    try:
+        why_not = contents_at(resolved).why_not
+    except OSError as error:
+        raise _refused(resolved, path, f"can't be looked at ({error.strerror})", what, instead) from error
+    if why_not:
+        raise _refused(resolved, path, why_not, what, instead)
+
+
+def _refused(path: str, given: str, why_not: str, what: str, instead: str) -> CheckpointError:
+    named = "" if given == path else f" (given as {given!r})"
+    return CheckpointError(
+        f"{path}{named} {why_not}, so it is not {what}: only checkpoints are. {instead}, or remove it yourself."
+    )
 
 
 def remove(path: str) -> None:
     """Delete a checkpoint of any format, local or remote; nothing happens where there is none. One rank calls it.
 
-    A local checkpoint disappears all at once, so that no reader sees a part of it.
+    A local checkpoint disappears all at once, so that no reader sees a part of it. Only its own files go
+    ([Note: What may be replaced]).
 
     Raises:
+        CheckpointError: something else lies there.
         OSError: the checkpoint can't be deleted.
     """
     if is_remote(path):
@@ -206,15 +306,26 @@ def remove(path: str) -> None:
 
         remove_remote(path)
         return
-    path = local_path(path)
-    if not os.path.lexists(path):
+    given, path = path, local_path(path)
+    if given and not os.path.lexists(path):
         return
-    parent = os.path.dirname(path)
-    staging = os.path.join(parent, STAGING + new_uuid())
-    _make_staging(staging, {})
-    os.rename(path, os.path.join(staging, _CONTENT))
-    sync_folder(parent)
-    _delete_old(staging)
+    check_place(given, "removed", "Give the path of a checkpoint")
+    parent, name = os.path.split(path)
+    staging = Staging(os.path.join(parent, STAGING + new_uuid()), name)
+    staging.open()
+    taken = os.path.join(staging.path, CONTENT)
+    try:
+        try:
+            os.rename(path, taken)
+        except FileNotFoundError:
+            return  # another process was first
+        found = contents_at(taken)
+        if found.why_not:
+            os.rename(taken, path)
+            raise _refused(path, given, found.why_not, "removed", "Give the path of a checkpoint")
+        sync_folder(parent)
+    finally:
+        staging.close()
 
 
 def restore(path: str) -> bool:
@@ -223,135 +334,4 @@ def restore(path: str) -> bool:
     Returns:
         Whether there was one.
     """
-    path = local_path(path)
-    parent, name = os.path.split(path)
-    if os.path.lexists(path) or not os.path.isdir(parent):
-        return False
-    for entry in os.listdir(parent):
-        replaced = os.path.join(parent, entry, _REPLACED)
-        if entry.startswith(STAGING) and os.path.isdir(replaced) and not os.path.islink(replaced):
-            owner = _read_owner(os.path.join(parent, entry))
-            if owner.get("target") == name and not _is_alive(owner, os.path.join(parent, entry)):
-                os.rename(replaced, path)
-                sync_folder(parent)
-                return True
-    return False
-
-
-def reap(parent: str) -> list[str]:
-    """Delete the staging folders in `parent` whose owners are gone, after taking back their unfinished replacements.
-
-    Returns:
-        Names of the folders that were deleted.
-    """
-    reaped = []
-    for entry in os.listdir(parent):
-        staging = os.path.join(parent, entry)
-        if not entry.startswith(STAGING) or not os.path.isdir(staging):
-            continue
-        owner = _read_owner(staging)
-        if not _is_alive(owner, staging):
-            if "target" in owner:
-                restore(os.path.join(parent, owner["target"]))
-            _delete_old(staging)
-            reaped.append(entry)
-    return reaped
-
-
-def _make_staging(staging: str, note: dict[str, Any]) -> None:
-    os.mkdir(staging)
-    try:
-        write_file(os.path.join(staging, OWNER), json.dumps({**_this_process(), **note}).encode())
-    except OSError:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
-
-
-def _delete_old(staging: str) -> None:
-    """Delete a staging folder with its content, and the stored folders that no link names any more."""
-    parent = os.path.dirname(staging)
-    store = os.path.join(parent, STORE)
-    stored = {os.path.join(store, os.path.basename(staging).removeprefix(STAGING))}
-    for name in (_CONTENT, _REPLACED):
-        link = os.path.join(staging, name)
-        if os.path.islink(link):
-            # A link is relative to the folder that it was in, which is the parent.
-            stored.add(os.path.normpath(os.path.join(parent, os.readlink(link))))
-    for folder in stored:
-        if os.path.dirname(folder) == store and os.path.isdir(folder) and not _is_linked(parent, folder):
-            shutil.rmtree(folder, ignore_errors=True)
-    # The owner's note goes last, so that a folder that is left when this process dies is known to be dead.
-    for name in (_CONTENT, _REPLACED, _LINK):
-        path = os.path.join(staging, name)
-        if os.path.islink(path) or os.path.isfile(path):
-            with contextlib.suppress(OSError):
-                os.unlink(path)
-        else:
-            shutil.rmtree(path, ignore_errors=True)
-    shutil.rmtree(staging, ignore_errors=True)
-
-
-def _is_linked(parent: str, folder: str) -> bool:
-    """Whether a link in `parent` leads to a folder."""
-    links = [os.path.join(parent, name) for name in os.listdir(parent)]
-    return any(
-        os.path.normpath(os.path.join(parent, os.readlink(link))) == folder for link in links if os.path.islink(link)
-    )
-
-
-def _can_exchange(staging: str) -> bool:
-    """Whether names can be swapped on this file system."""
-    probes = [os.path.join(staging, f"probe-{i}") for i in range(2)]
-    for probe in probes:
-        os.mkdir(probe)
-    can = exchange(*probes)
-    for probe in probes:
-        os.rmdir(probe)
-    return can
-
-
-def _host() -> str:
-    """This host, boot and process namespace, within which process numbers can be compared."""
-    known = [socket.gethostname(), str(int(psutil.boot_time()))]
-    try:
-        with open("/proc/sys/kernel/random/boot_id") as file:
-            known[1] = file.read().strip()
-        known.append(os.readlink("/proc/self/ns/pid"))
-    except OSError:
-        pass
-    return " ".join(known)
-
-
-def _this_process() -> dict[str, Any]:
-    return {"host": _host(), "pid": os.getpid(), "started": psutil.Process().create_time()}
-
-
-def _read_owner(staging: str) -> dict[str, Any]:
-    try:
-        with open(os.path.join(staging, OWNER)) as file:
-            owner = json.load(file)
-    except (OSError, ValueError):
-        return {}
-    return owner if isinstance(owner, dict) else {}
-
-
-def _is_alive(owner: dict[str, Any], staging: str) -> bool:
-    """Whether a staging folder's owner may still write.
-
-    It may where its process runs; where the process can't be seen, when the folder was written to lately.
-    """
-    if owner.get("host") == _host():
-        try:
-            return bool(abs(psutil.Process(int(owner["pid"])).create_time() - owner["started"]) < 1.0)
-        except (psutil.NoSuchProcess, KeyError, TypeError, ValueError):
-            return False
-    newest = os.stat(staging).st_mtime
-    for folder, _, files in os.walk(staging):
-        for name in files:
-            try:
-                newest = max(newest, os.lstat(os.path.join(folder, name)).st_mtime)
-            except OSError:
-                continue
-    # The owner's note is made before all other content, and deleted after it.
-    is_bare = not owner and set(os.listdir(staging)) <= {OWNER}
-    return time.time() - newest < (_OWNED_WITHIN_S if is_bare else _STALE_AFTER_S)
+    return stagings.restore(local_path(path))

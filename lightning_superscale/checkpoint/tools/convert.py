@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from lightning_superscale.checkpoint.save.writer import OwnItem, Values, prepare, with_values, write
+from lightning_superscale.checkpoint.save.writer import OwnItem, Values, check_place, prepare, with_values, write
 from lightning_superscale.checkpoint.state import EXTRA, LocalShard, LocalState, ReadRequest, StateSource, TensorKey
 from lightning_superscale.checkpoint.tools.chunks import slabs
 from lightning_superscale.comm.mesh import single_mesh
@@ -25,8 +25,10 @@ def convert(source: StateSource, path: str) -> None:
     interrupt that arrives while the checkpoint takes its name comes too late, and the new checkpoint stays.
 
     Raises:
-        CheckpointError: the source is damaged, its optimizers' parameters have no names, or the disk is full.
+        CheckpointError: something else lies at `path` than a checkpoint, the source is damaged, its optimizers'
+            parameters have no names, or the disk is full.
     """
+    check_place(path, single_mesh())
     prepared = prepare(_described(source), single_mesh(), step=source.step)
     reading = _Reading(source)
     values = [one.values if one.item.key.section == EXTRA else reading.values(one) for one in prepared.own]

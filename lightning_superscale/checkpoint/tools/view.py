@@ -20,18 +20,19 @@ from lightning_superscale.checkpoint.state import (
 )
 from lightning_superscale.checkpoint.storage.files import is_remote, local_path
 from lightning_superscale.checkpoint.storage.local import restore
+from lightning_superscale.checkpoint.storage.remote import has_objects
 
 # Entries that Lightning leaves out of a checkpoint that was saved with weights only.
 _OF_TRAINING = ("callbacks", "lr_schedulers", "MixedPrecision", "NativeMixedPrecisionPlugin", "deepspeed")
 
 
 def exists(path: str) -> bool:
-    """Whether anything lies at a path, or a checkpoint at a URL.
+    """Whether anything lies at a path, or at a URL and below it.
 
     A checkpoint that an interrupted replacement set aside is put back first.
     """
     if is_remote(path):
-        return is_checkpoint(path)
+        return has_objects(path)
     restore(path)
     return os.path.lexists(local_path(path))
 

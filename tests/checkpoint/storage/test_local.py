@@ -10,11 +10,14 @@ import subprocess
 import time
 
 import pytest
+import torch
 
 from lightning_superscale.checkpoint.load.reader import open_checkpoint
 from lightning_superscale.checkpoint.save.writer import save
 from lightning_superscale.checkpoint.storage import local
+from lightning_superscale.checkpoint.storage.owner import this_process
 from lightning_superscale.checkpoint.storage.rename import exchange
+from lightning_superscale.checkpoint.storage.staging import reap
 from lightning_superscale.comm.mesh import single_mesh
 from lightning_superscale.errors import CheckpointError
 from tests.helpers.checkpoints import one_tensor, value_at
@@ -69,7 +72,7 @@ def test_again_and_again_at_one_path_and_removed(tmp_path, can_exchange):
 
 
 def test_a_file_a_folder_and_a_link_are_replaced_and_what_a_link_names_is_kept(tmp_path, can_exchange):
-    (tmp_path / "file.ckpt").write_bytes(b"torch.save was here")
+    torch.save({"state_dict": {}}, tmp_path / "file.ckpt")
     put(tmp_path / "top.ckpt", 1.0)
     os.symlink("top.ckpt", tmp_path / "last.ckpt")  # as ModelCheckpoint(save_last="link") does
     for name in ("file.ckpt", "last.ckpt"):
@@ -102,7 +105,7 @@ def test_staging_names_do_not_contain_the_targets(tmp_path, monkeypatch):
 def leftover(folder, name: str, **owner) -> str:
     staging = folder / f".ucp-staging-{name}"
     (staging / "checkpoint").mkdir(parents=True)
-    (staging / "owner.json").write_text(json.dumps({**local._this_process(), **owner}))
+    (staging / "owner.json").write_text(json.dumps({**json.loads(this_process().to_bytes()), **owner}))
     return staging.name
 
 
@@ -111,14 +114,14 @@ def test_only_staging_folders_of_the_dead_are_deleted(tmp_path):
     process.wait()
     alive = leftover(tmp_path, "alive")
     dead = leftover(tmp_path, "dead", pid=process.pid)
-    reused = leftover(tmp_path, "reused", started=12.0)  # another process has its number now
+    reused = leftover(tmp_path, "reused", ticks=12)  # another process has its number now
     elsewhere = leftover(tmp_path, "elsewhere", host="other", pid=1)
     forgotten = leftover(tmp_path, "forgotten", host="other", pid=1)
     long_ago = time.time() - 2 * 24 * 3600
     for folder, _, files in os.walk(tmp_path / forgotten):
         for name in ("", *files):
             os.utime(os.path.join(folder, name), (long_ago, long_ago))
-    assert set(local.reap(str(tmp_path))) == {dead, reused, forgotten}
+    assert set(reap(str(tmp_path), time.time())) == {dead, reused, forgotten}
     assert set(os.listdir(tmp_path)) == {alive, elsewhere}
 
 
