@@ -27,12 +27,13 @@ from lightning_superscale.checkpoint.format.manifest import MANIFEST_NAME
 OWNER = "owner.json"
 _GENERATION = r"(?:[0-9a-f]{32}/)?"
 _OURS = re.compile(
-    r"[0-9a-f]{32}/owner\.json|"
+    r"[0-9a-f]{32}\.owner\.json|"
     + _GENERATION
     + r"(?:rest\.json|data/(?:w\d+-\d+\.safetensors)?|blocks/(?:w\d+-\d+\.xxh)?)|"
     + re.escape(MANIFEST_NAME)
 )
-_OUR_DATA = re.compile(_GENERATION + r"data/w\d+-\d+\.safetensors|[0-9a-f]{32}/owner\.json")
+_IN_GENERATION = re.compile(r"[0-9a-f]{32}[/.]")
+_OUR_DATA = re.compile(_GENERATION + r"data/w\d+-\d+\.safetensors|[0-9a-f]{32}\.owner\.json")
 _NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)*")
 _SCHEMA = re.compile(r"lucp/\d+\.\d+")
 _SHOWN = 5
@@ -126,8 +127,8 @@ def own_files(names: Iterable[str], manifest: bytes | None) -> list[str]:
 
 
 def is_in_generation(name: str) -> bool:
-    """Whether a name is that of a file of ours in a generation of an object store."""
-    return "/" in name and len(name.split("/")[0]) == 32 and bool(_OURS.fullmatch(name))
+    """Whether a name is that of a file of ours in a generation of an object store, or of the note beside it."""
+    return bool(_IN_GENERATION.match(name) and _OURS.fullmatch(name))
 
 
 def contents_of_folder(top: Iterable[str], below: Iterable[str], manifest: bytes | None) -> Contents:

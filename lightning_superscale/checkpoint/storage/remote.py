@@ -7,7 +7,7 @@ earlier checkpoint loads, after it the new one. A generation stays until the man
 - After the put the manifest is read again; what the store says it is decides which generation goes.
 - A put or a removal whose answer is lost may have happened, or may happen later. It is asked again, and once a manifest
   was sent, the generation that it names is not taken back.
-- Generations of other saves stay while these may run: a note in each says which process writes it
+- Generations of other saves stay while these may run: a note beside each says which process writes it
   ([Note: Owners] in owner.py). Those of other hosts, and those without a note, count as dead a day after their last
   object was written, by the store's clock.
 
@@ -20,7 +20,7 @@ import contextlib
 import re
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 from lightning_superscale.checkpoint.format.manifest import MANIFEST_NAME
@@ -39,7 +39,9 @@ from lightning_superscale.checkpoint.storage.files import FileWriter, RemoteFile
 from lightning_superscale.checkpoint.storage.owner import parse_owner, this_process
 from lightning_superscale.errors import CheckpointError
 
-_GENERATION = re.compile(r"[0-9a-f]{32}")
+# A generation, or the note beside it.
+_GENERATION = re.compile(r"([0-9a-f]{32})(?:\." + re.escape(OWNER) + ")?")
+_ID = 32
 # Times that the store is asked, and seconds before it is asked again for the first time; they double.
 _TRIES, _PAUSE_S = 4, 0.05
 _STALE_AFTER_S = 24 * 3600.0
@@ -65,7 +67,7 @@ class RemoteTarget:
         self.check()
         self.root = uuid  # an object store can't tell its free space and has no folders to make
         _LIVE.add(self)
-        self._store.put(f"{uuid}/{OWNER}", this_process().to_bytes())
+        self._store.put(_note(uuid), this_process().to_bytes())
 
     def join(self, uuid: str) -> None:
         self.root = uuid
@@ -77,29 +79,33 @@ class RemoteTarget:
         return  # a closed object is durable
 
     def publish(self, manifest: bytes) -> None:
+        replaced = self._store.read(MANIFEST_NAME)
         found = self._store.contents()
         _refuse(self.path, found, "replaced", "Save to another URL")
         self._was_named = True
-        self._store.put(MANIFEST_NAME, manifest)
+        self._store.put_manifest(manifest, replaced)
         _LIVE.discard(self)
         with contextlib.suppress(Exception):  # the next save deletes what is left
-            self._store.delete([f"{self.root}/{OWNER}"])
-            self._delete_others(found)
+            self._store.delete([_note(self.root)])
+            self._delete_others([*found.files, *(named_by_manifest(replaced) or ())])
 
-    def _delete_others(self, replaced: Contents) -> None:
-        """Delete what was replaced and what is left of dead saves, as far as no manifest names it now."""
+    def _delete_others(self, replaced: Sequence[str]) -> None:
+        """Delete what was replaced and what is left of dead saves, as far as no manifest names it now.
+
+        Args:
+            replaced: names of the files of what was there before.
+        """
+        dead = self._store.dead() - {self.root}
+        # Read after they were found dead: a save that ended before that has its manifest there by now.
         named = root_of(self._store.read(MANIFEST_NAME))
-        if named is None:
+        if not named:
             return
-        kept = named + "/" if named else ""
-        files = [name for name in replaced.files if name != MANIFEST_NAME and not (kept and name.startswith(kept))]
+        files = [name for name in dict.fromkeys(replaced) if name != MANIFEST_NAME]
         if named != self.root:  # another save came later, and may not have seen this one
             files += self._store.generation(self.root)
-        for generation in self._store.generations() - {named, self.root}:
-            if self._store.is_dead(generation):
-                files += self._store.generation(generation)
-        if named:  # a generation without a folder of its own has names that may be those of the replaced one
-            self._store.delete(files)
+        for generation in dead:
+            files += self._store.generation(generation)
+        self._store.delete([name for name in files if not name.startswith(f"{named}/")])
 
     def abort(self) -> None:
         _LIVE.discard(self)
@@ -118,12 +124,18 @@ def remove_remote(path: str) -> None:
     found = store.contents()
     _refuse(path, found, "removed", "Give the URL of a checkpoint")
     store.delete_surely(MANIFEST_NAME)
-    store.delete([name for name in found.files if name != MANIFEST_NAME and not store.is_written(name)])
+    running = store.running()
+    store.delete([name for name in found.files if name != MANIFEST_NAME and name[:_ID] not in running])
 
 
 def has_objects(path: str) -> bool:
     """Whether anything lies at a URL or below it."""
     return _Store(path).contents().kind not in ("nothing", "an empty folder")
+
+
+def _note(root: str) -> str:
+    """The name of the note that says who writes a generation; it lies beside it, as it is no part of the checkpoint."""
+    return f"{root}.{OWNER}"
 
 
 def _refuse(path: str, found: Contents, what: str, instead: str) -> None:
@@ -164,7 +176,7 @@ class _Store:
             kind, files = found.kind, ("",)
         top = self._names_below("")
         manifest = self.read(MANIFEST_NAME)
-        if not top - self.generations():
+        if not {name for name in top if not _GENERATION.fullmatch(name)}:
             left = own_files(self._all_names(), None) if top else []
             return Contents(_LEFT if top and not files else kind, (*files, *left))
         found = contents_of_folder(top, (name for name in self._all_names() if not is_in_generation(name)), manifest)
@@ -185,35 +197,41 @@ class _Store:
                 yield found.lstrip("/")[start:]
 
     def generations(self) -> set[str]:
-        return {name for name in self._names_below("") if _GENERATION.fullmatch(name)}
+        """The ids of all generations, and of notes of those that have no files yet."""
+        return {found[1] for name in self._names_below("") if (found := _GENERATION.fullmatch(name))}
 
     def generation(self, root: str) -> list[str]:
         """The files of a generation, with its note; no others that lie there."""
-        names = [name for name in self._all_names() if name.startswith(f"{root}/")]
-        return [*own_files(names, None)] if root else []
+        names = [name for name in self._all_names() if name.startswith((f"{root}/", f"{root}."))]
+        return own_files(names, None)
+
+    def dead(self) -> set[str]:
+        """The generations that nobody writes any more; none where the store does not permit to list them."""
+        try:
+            return {one for one in self.generations() if self.is_dead(one)}
+        except PermissionError:
+            return set()
+
+    def running(self) -> set[str]:
+        """The generations that running saves write."""
+        noted = {one for one in self.generations() if parse_owner(self.read(_note(one))) is not None}
+        return {one for one in noted if not self.is_dead(one)}
 
     def is_dead(self, root: str) -> bool:
         """Whether nobody writes a generation any more."""
         if any(target.root == root for target in _LIVE):
             return False
-        owner = parse_owner(self.read(f"{root}/{OWNER}"))
+        owner = parse_owner(self.read(_note(root)))
         me = this_process()
         if owner is not None and owner.host == me.host:
             return owner.is_gone() or (owner.pid, owner.ticks) == (me.pid, me.ticks)
         try:
             now = self.filesystem.modified(self.full(MANIFEST_NAME)).timestamp()
-            names = [name for name in self._all_names() if name.startswith(f"{root}/")]
+            names = [name for name in self._all_names() if name.startswith((f"{root}/", f"{root}."))]
             newest = max(self.filesystem.modified(self.full(name)).timestamp() for name in names)
         except (OSError, NotImplementedError, ValueError, KeyError, AttributeError):
             return False  # a store without times
         return bool(now - newest > _STALE_AFTER_S)
-
-    def is_written(self, name: str) -> bool:
-        """Whether a file belongs to a generation that a running save writes, and no manifest names yet."""
-        root, slash, _ = name.partition("/")
-        if not slash or not _GENERATION.fullmatch(root):
-            return False
-        return parse_owner(self.read(f"{root}/{OWNER}")) is not None and not self.is_dead(root)
 
     def read(self, name: str) -> bytes | None:
         """The content of an object; None where there is none."""
@@ -234,6 +252,31 @@ class _Store:
             return self.read(name) == data
 
         self._surely(lambda: self.filesystem.pipe_file(self.full(name), data), is_there, f"taken {name}")
+
+    def put_manifest(self, data: bytes, replaced: bytes | None) -> None:
+        """Write the manifest, and be sure that it is there.
+
+        Args:
+            data: its content.
+            replaced: content of the one that is there now.
+
+        Raises:
+            CheckpointError: the store does not say that it is, or has another one by now.
+        """
+
+        def is_there() -> bool:
+            found = self.read(MANIFEST_NAME)
+            if found not in (data, replaced):
+                # It may have been there for a moment, and what it names may be gone: it is not sent again.
+                raise CheckpointError(
+                    f"{self.path}: the store did not say that it has taken {MANIFEST_NAME}, and has that of another "
+                    "save by now, which is the one that loads. Let only one process save to a URL."
+                )
+            return found == data
+
+        self._surely(
+            lambda: self.filesystem.pipe_file(self.full(MANIFEST_NAME), data), is_there, f"taken {MANIFEST_NAME}"
+        )
 
     def delete_surely(self, name: str) -> None:
         """Delete an object, and be sure that it is gone.
@@ -261,15 +304,19 @@ class _Store:
 
     def _surely(self, work: Callable[[], object], is_done: Callable[[], bool], what: str) -> None:
         for attempt in range(_TRIES):
-            error: Exception | None = None
             try:
                 work()
                 return
             except Exception as raised:  # stores raise anything; what they did decides
                 error = raised
-            with contextlib.suppress(Exception):
+            try:
                 if is_done():
                     return
+            except CheckpointError:
+                raise
+            except Exception as unknown:
+                error = unknown
+                break  # it is asked again only where it is known not to have happened
             time.sleep(_PAUSE_S * 2**attempt)
         raise CheckpointError(
             f"{self.path}: the store did not say, asked {_TRIES} times, that it has {what}: "
