@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import io
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import get_args
 
@@ -86,10 +89,40 @@ def _run_checkpoint_command(chosen: argparse.Namespace) -> int:
     )
 
 
+class _Stopped(KeyboardInterrupt):
+    """A signal that asks the process to end; it cleans up as after Ctrl-C."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """A context in which SIGTERM and SIGHUP raise `_Stopped`, once, unless the caller has them ignored or handled."""
+
+    def stop(number: int, _: object) -> None:
+        for one in taken:
+            signal.signal(one, signal.SIG_IGN)  # the cleaning up is not stopped
+        raise _Stopped(number)
+
+    is_main = threading.current_thread() is threading.main_thread()
+    asking = (signal.SIGTERM, signal.SIGHUP)
+    taken = [one for one in asking if is_main and signal.getsignal(one) is signal.SIG_DFL]
+    for one in taken:
+        signal.signal(one, stop)
+    try:
+        yield
+    finally:
+        for one in taken:
+            signal.signal(one, signal.SIG_DFL)
+
+
 def _checkpoint(chosen: argparse.Namespace) -> int:
     command = f"superscale checkpoint {chosen.action}"
     try:
-        return _run_checkpoint_command(chosen)
+        with _stoppable():
+            return _run_checkpoint_command(chosen)
     except SuperScaleError as error:
         print(f"{command}: {' '.join(str(error).split())}", file=sys.stderr)
         # For diff, 1 means that the checkpoints differ.
@@ -97,11 +130,11 @@ def _checkpoint(chosen: argparse.Namespace) -> int:
     except OSError as error:
         print(f"{command}: {error}", file=sys.stderr)
         return 2 if chosen.action == "diff" else 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         # A checkpoint that had begun to take its name has it now; otherwise all its files are gone.
         written = f"; nothing half-written is left at {chosen.dst}" if hasattr(chosen, "dst") else ""
         print(f"{command}: interrupted{written}", file=sys.stderr)
-        return 130
+        return 128 + (stopped.number if isinstance(stopped, _Stopped) else signal.SIGINT)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

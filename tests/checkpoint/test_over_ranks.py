@@ -167,6 +167,11 @@ def failing_ranks(rank: int, world_size: int, folder: str) -> list[str]:
     os.write = write
     attempt(LocalState({}, {}, rest={"mine": object()} if rank == 0 else {}))
     attempt(one_tensor(rank, world_size, 2.0, rows=8 + rank))
+    home = Path(folder, "home")
+    home.mkdir(exist_ok=True)
+    (home / "thesis").write_text("years of work")
+    attempt(one_tensor(rank, world_size, 2.0), str(home))
+    assert (home / "thesis").read_text() == "years of work"
     if rank == 1:
         Path(folder, "elsewhere").mkdir()
         from lightning_superscale.checkpoint.storage import local
@@ -204,6 +209,7 @@ def test_a_failure_of_one_rank_is_raised_on_all_and_leaves_the_old_checkpoint(tm
         r"rank 1 .*No space left on device",
         r"rank 0 .*rest/mine",
         r"model: w is .*\(8, 4\).* on rank 0 and .*\(9, 4\).* on rank 1",
+        r"rank 0 .*home is a folder that is no checkpoint .*so it is not replaced",
         r"rank 1 .*elsewhere.* is not the same folder",
         r"rank 1 .*the disk is gone",
         r"rank 1 .*the disk is gone",

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_superscale.checkpoint.state import ReadRequest, StateSource, TensorKey
+from lightning_superscale.checkpoint.storage.rename import rename_to_free
 from lightning_superscale.errors import CheckpointError
 from lightning_superscale.layout.box import whole_box
 
@@ -40,8 +41,11 @@ def staged(target: Path) -> Iterator[Path]:
             _sync(Path(folder))
         if result.is_file():
             _sync(result)
-        _check_free(target)
-        os.rename(result, target)
+        try:
+            rename_to_free(str(result), str(target))
+        except FileExistsError:
+            _check_free(target)
+            raise
         _sync(target.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)

@@ -16,7 +16,7 @@ from lightning_superscale.checkpoint.load.reader import open_checkpoint
 from lightning_superscale.checkpoint.save.writer import save
 from lightning_superscale.checkpoint.storage import local
 from lightning_superscale.checkpoint.storage.owner import this_process
-from lightning_superscale.checkpoint.storage.rename import exchange
+from lightning_superscale.checkpoint.storage.rename import exchange, rename_to_free
 from lightning_superscale.checkpoint.storage.staging import reap
 from lightning_superscale.comm.mesh import single_mesh
 from lightning_superscale.errors import CheckpointError
@@ -45,6 +45,21 @@ def test_names_are_swapped_or_nothing_happens(tmp_path):
     assert (tmp_path / "a").read_text() == "file"
     with pytest.raises(OSError, match="No such file"):
         exchange(str(tmp_path / "a"), str(tmp_path / "none"))
+
+
+def test_a_free_name_is_taken_and_no_other(tmp_path, monkeypatch):
+    for can in (True, False):
+        if not can:
+            monkeypatch.setattr("ctypes.get_errno", lambda: errno.ENOSYS)
+            monkeypatch.setattr("ctypes.CDLL", lambda *_, **__: None)
+        (tmp_path / "one").write_text("new")
+        (tmp_path / "other").write_text("old")
+        with pytest.raises(FileExistsError):
+            rename_to_free(str(tmp_path / "one"), str(tmp_path / "other"))
+        assert (tmp_path / "other").read_text() == "old"
+        os.unlink(tmp_path / "other")
+        rename_to_free(str(tmp_path / "one"), str(tmp_path / "other"))
+        assert (tmp_path / "other").read_text() == "new"
 
 
 def test_a_system_that_can_not_swap_is_told_from_an_error(tmp_path, monkeypatch):
