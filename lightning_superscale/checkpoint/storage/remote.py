@@ -19,7 +19,6 @@ from __future__ import annotations
 import contextlib
 import re
 import time
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
@@ -46,8 +45,8 @@ _ID = 32
 _TRIES, _PAUSE_S = 4, 0.05
 _STALE_AFTER_S = 24 * 3600.0
 _LEFT = "what is left of saves"
-# The targets of this process that are being written.
-_LIVE: weakref.WeakSet[RemoteTarget] = weakref.WeakSet()
+# The generations that this process is writing. Threads only add, discard and ask for one, each at once.
+_LIVE: set[str] = set()
 _Answer = TypeVar("_Answer")
 
 
@@ -66,7 +65,7 @@ class RemoteTarget:
     def begin(self, uuid: str, nbytes: int) -> None:
         self.check()
         self.root = uuid  # an object store can't tell its free space and has no folders to make
-        _LIVE.add(self)
+        _LIVE.add(uuid)
         self._store.put(_note(uuid), this_process().to_bytes())
 
     def join(self, uuid: str) -> None:
@@ -84,7 +83,7 @@ class RemoteTarget:
         _refuse(self.path, found, "replaced", "Save to another URL")
         self._was_named = True
         self._store.put_manifest(manifest, replaced)
-        _LIVE.discard(self)
+        _LIVE.discard(self.root)
         with contextlib.suppress(Exception):  # the next save deletes what is left
             self._store.delete([_note(self.root)])
             self._delete_others([*found.files, *(named_by_manifest(replaced) or ())])
@@ -108,7 +107,7 @@ class RemoteTarget:
         self._store.delete([name for name in files if not name.startswith(f"{named}/")])
 
     def abort(self) -> None:
-        _LIVE.discard(self)
+        _LIVE.discard(self.root)
         if self.root and not self._was_named:
             with contextlib.suppress(Exception):  # what is left is deleted by a later save
                 self._store.delete(self._store.generation(self.root))
@@ -219,7 +218,7 @@ class _Store:
 
     def is_dead(self, root: str) -> bool:
         """Whether nobody writes a generation any more."""
-        if any(target.root == root for target in _LIVE):
+        if root in _LIVE:
             return False
         owner = parse_owner(self.read(_note(root)))
         me = this_process()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 import stat
@@ -36,6 +37,8 @@ from lightning_superscale.errors import CheckpointError
 STAGING, STORE = ".ucp-staging-", ".ucp-store"
 CONTENT, LINK, REPLACED = "checkpoint", "link", "replaced"
 _PROBES = ("probe-0/", "probe-1/")
+# Times that a place is looked at while other processes change it.
+_LOOKS = 50
 # More time than passes between the two renames of a replacement where names can't be swapped.
 _BETWEEN_RENAMES_S = 2.0
 # Folders of a save that are made before anything is in them.
@@ -219,15 +222,32 @@ def contents_at(path: str, dir_fd: int | None = None) -> Contents:
     Args:
         path: absolute, or a name within the folder `dir_fd`.
     """
+    for _ in range(_LOOKS):
+        try:
+            return _looked_at(path, dir_fd)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                raise
+        if not _is_there(path, dir_fd):
+            return Contents("nothing")
+        # Another process took it away, or put something else there, while it was looked at.
+    return Contents(why_not="is changed by other processes all the time")
+
+
+def _is_there(path: str, dir_fd: int | None) -> bool:
     try:
-        found = os.stat(path, dir_fd=dir_fd, follow_symlinks=False)
+        os.stat(path, dir_fd=dir_fd, follow_symlinks=False)
     except (FileNotFoundError, NotADirectoryError):
-        return Contents("nothing")
+        return False
+    return True
+
+
+def _looked_at(path: str, dir_fd: int | None) -> Contents:
+    found = os.stat(path, dir_fd=dir_fd, follow_symlinks=False)
     if stat.S_ISLNK(found.st_mode):
         return _contents_of_link(path, dir_fd)
     if stat.S_ISREG(found.st_mode):
-        head = _head(path, dir_fd)
-        return contents_of_file(head, found.st_size)
+        return contents_of_file(_head(path, dir_fd), found.st_size)
     if not stat.S_ISDIR(found.st_mode):
         return Contents(why_not="is neither a file nor a folder")
     with opened(path, dir_fd) as descriptor:
