@@ -212,7 +212,9 @@ def test_two_writers_to_one_url_leave_a_checkpoint_of_one(store, monkeypatch):
 
     for name in plain:
         monkeypatch.setattr(MemoryFileSystem, name, slowed(name))
-    for _ in range(200 if IS_ALL else 12):
+    for number in range(200 if IS_ALL else 16):
+        if number % 2:
+            store.store.clear()  # nothing tells the first save of the other
         errors: list[BaseException | None] = []
 
         def write(own: float, errors=errors) -> None:

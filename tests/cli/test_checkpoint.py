@@ -13,6 +13,7 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
+import fsspec
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -383,6 +384,35 @@ def test_convert_replaces_a_checkpoint_only_when_asked_and_nothing_else_ever(run
     assert code == 2
     assert "so it is not replaced: only checkpoints are" in err
     assert (tmp_path / "home" / "thesis").read_text() == "years of work"
+
+
+def test_convert_to_a_url_deletes_no_other_objects(run, ours):
+    store = fsspec.filesystem("memory")
+    store.pipe_file("/bucket/dataset.csv", b"1,2")
+    for arguments in ([], ["--overwrite"]):
+        code, _, err = run("convert", ours, "memory://bucket", *arguments)
+        assert code == 2
+        assert ("so it is not replaced" if arguments else "exists already") in err
+        assert store.find("/") == ["/bucket/dataset.csv"]
+    assert run("convert", ours, "memory://bucket/a.ckpt")[0] == 0
+    assert run("convert", ours, "memory://bucket/a.ckpt")[0] == 2
+    assert run("convert", ours, "memory://bucket/a.ckpt", "--overwrite")[0] == 0
+    assert run("verify", "memory://bucket/a.ckpt")[0] == 0
+    assert store.cat_file("/bucket/dataset.csv") == b"1,2"
+    store.store.clear()
+
+
+@pytest.mark.parametrize("name", ["project", "notes.txt", "."])
+def test_convert_overwrites_no_project_and_no_file(run, ours, tmp_path, monkeypatch, name):
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "train.py").write_text("print(1)")
+    (tmp_path / "notes.txt").write_text("mine")
+    monkeypatch.chdir(tmp_path)
+    for arguments in ([], ["--overwrite"]):
+        assert run("convert", ours, name, *arguments)[0] == 2
+    assert (tmp_path / "project" / "train.py").read_text() == "print(1)"
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert sorted(os.listdir(tmp_path)) == ["notes.txt", "ours.ckpt", "project"]
 
 
 def test_damage_in_the_source_is_never_converted(run, ours, tmp_path):

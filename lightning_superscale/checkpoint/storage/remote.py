@@ -40,7 +40,6 @@ from lightning_superscale.errors import CheckpointError
 
 # A generation, or the note beside it.
 _GENERATION = re.compile(r"([0-9a-f]{32})(?:\." + re.escape(OWNER) + ")?")
-_ID = 32
 # Times that the store is asked, and seconds before it is asked again for the first time; they double.
 _TRIES, _PAUSE_S = 4, 0.05
 _STALE_AFTER_S = 24 * 3600.0
@@ -123,13 +122,16 @@ def remove_remote(path: str) -> None:
     found = store.contents()
     _refuse(path, found, "removed", "Give the URL of a checkpoint")
     store.delete_surely(MANIFEST_NAME)
-    running = store.running()
-    store.delete([name for name in found.files if name != MANIFEST_NAME and name[:_ID] not in running])
+    files = [name for name in found.files if name != MANIFEST_NAME]
+    if found.kind == _LEFT:
+        for generation in store.generations() - store.running():
+            files += store.generation(generation)
+    store.delete(files)
 
 
 def has_objects(path: str) -> bool:
-    """Whether anything lies at a URL or below it."""
-    return _Store(path).contents().kind not in ("nothing", "an empty folder")
+    """Whether anything lies at a URL or below it, other than what is left of saves."""
+    return _Store(path).contents().kind not in ("nothing", "an empty folder", _LEFT)
 
 
 def _note(root: str) -> str:
@@ -176,8 +178,8 @@ class _Store:
         top = self._names_below("")
         manifest = self.read(MANIFEST_NAME)
         if not {name for name in top if not _GENERATION.fullmatch(name)}:
-            left = own_files(self._all_names(), None) if top else []
-            return Contents(_LEFT if top and not files else kind, (*files, *left))
+            # Their generations are no files of a checkpoint: a running save may be writing them.
+            return Contents(_LEFT if top and not files else kind, files)
         found = contents_of_folder(top, (name for name in self._all_names() if not is_in_generation(name)), manifest)
         return Contents(found.kind, (*files, *found.files), found.others, found.why_not)
 

@@ -78,8 +78,8 @@ class UniversalCheckpointIOMixin(_Base):
         """Write this rank's part of a checkpoint that `trainer.save_checkpoint` dumped. Every rank calls it.
 
         Raises:
-            CheckpointError: a value that can't be saved, a full disk, a lost rank, or an earlier asynchronous save that
-                failed; raised on every rank.
+            CheckpointError: a path with something else than a checkpoint, a value that can't be saved, a full disk, a
+                lost rank, or an earlier asynchronous save that failed; raised on every rank.
         """
         state = local_state(checkpoint, module, optimizers, self.mesh)
         step = checkpoint.get("global_step")
@@ -138,6 +138,11 @@ class UniversalCheckpointIOMixin(_Base):
         return open_any(path, self.mesh, is_all_used=is_all_used)
 
     def remove_checkpoint(self, path: Any) -> None:
+        """Delete a checkpoint of any known format, and nothing else.
+
+        Raises:
+            CheckpointError: something else than a checkpoint lies there.
+        """
         if self._saver is not None:
             self._saver.remove(str(path))
         else:
