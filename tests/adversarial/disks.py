@@ -32,19 +32,21 @@ class Fault:
         self, at: int | None, make: Callable[[], BaseException], *, is_after: bool = False, is_lasting: bool = False
     ) -> None:
         self.count = 0
-        self.is_armed = True
+        self.renames: list[int] = []  # which of the operations change names
         self._at = at
         self._make = make
         self._is_after = is_after
         self._is_lasting = is_lasting
 
     def wrapped(
-        self, call: Callable[..., Any], is_counted: Callable[..., bool] = lambda *_: True
+        self, call: Callable[..., Any], is_counted: Callable[..., bool] = _always, *, is_rename: bool = False
     ) -> Callable[..., Any]:
         def counted(*args: Any, **kwargs: Any) -> Any:
-            if not self.is_armed or not is_counted(*args):
+            if not is_counted(*args):
                 return call(*args, **kwargs)
             self.count += 1
+            if is_rename:
+                self.renames.append(self.count)
             is_now = self._at is not None and (self.count == self._at or (self._is_lasting and self.count > self._at))
             if is_now and not self._is_after:
                 raise self._make()
@@ -81,8 +83,9 @@ def faulty_disk(fault: Fault, *, can_exchange: bool) -> Iterator[None]:
     try:
         for name, call in plain.items():
             is_counted = (lambda _, flags, *__: bool(flags & os.O_CREAT)) if name == "open" else _always
-            setattr(os, name, fault.wrapped(call, is_counted))
-        local.exchange = fault.wrapped(exchange) if can_exchange else lambda one, other: False
+            is_rename = name in ("rename", "replace", "symlink")
+            setattr(os, name, fault.wrapped(call, is_counted, is_rename=is_rename))
+        local.exchange = fault.wrapped(exchange, is_rename=True) if can_exchange else lambda one, other: False
         yield
     finally:
         for name, call in plain.items():

@@ -15,6 +15,7 @@ from lightning_superscale.comm.mesh import single_mesh
 from lightning_superscale.errors import CheckpointError
 from tests.adversarial.disks import KINDS, Fault, faulty_disk
 from tests.helpers.checkpoints import one_tensor, value_at
+from tests.helpers.crashes import deaths
 from tests.helpers.extent import IS_ALL
 
 MESH = single_mesh()
@@ -49,8 +50,7 @@ def survives_everywhere(folder: Path, act, case: str, kind: str, old: float | No
     counting = Fault(None, KeyboardInterrupt)
     with faulty_disk(counting, can_exchange=can_exchange):
         act(path)
-    stride = 1 if IS_ALL else 5
-    for at in range(1 + len(kind) % stride, counting.count + 1, stride):
+    for at in deaths(counting.count, counting.renames, 1 if IS_ALL else 7):
         path = before(folder, first)
         fault = Fault(at, **KINDS[kind])
         is_told = False
