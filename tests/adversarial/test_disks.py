@@ -50,7 +50,7 @@ def survives_everywhere(folder: Path, act, case: str, kind: str, old: float | No
     counting = Fault(None, KeyboardInterrupt)
     with faulty_disk(counting, can_exchange=can_exchange):
         act(path)
-    for at in deaths(counting.count, counting.renames, 1 if IS_ALL else 7):
+    for at in deaths(counting.count, counting.renames, 1 if IS_ALL else 11):
         path = before(folder, first)
         fault = Fault(at, **KINDS[kind])
         is_told = False

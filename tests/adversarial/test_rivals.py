@@ -68,7 +68,7 @@ def folder(tmp_path):
 @pytest.mark.parametrize("can_exchange", [True, False], ids=["exchange", "links"])
 @pytest.mark.parametrize("roles", ["ss", "sr", "ssr"])
 def test_rivals_for_one_path_succeed_or_name_one_another(folder, roles, can_exchange):
-    answers = in_a_server(race, str(folder), 200 if IS_ALL else 25, can_exchange, roles)
+    answers = in_a_server(race, str(folder), 200 if IS_ALL else 12, can_exchange, roles)
     for told in answers:
         for error in told:
             assert re.search(r"could not take its name.*process \d+ on .* too", error), error

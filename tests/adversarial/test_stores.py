@@ -88,7 +88,7 @@ def test_a_fault_at_any_request(store, act, kind):
     counting = Fault(None, KeyboardInterrupt)
     with faulty_store(counting):
         do()
-    stride = 1 if IS_ALL else 4
+    stride = 1 if IS_ALL else 6
     for at in range(1 + len(kind) % stride, counting.count + 1, stride):
         prepare()
         with faulty_store(Fault(at, **KINDS[kind])):
@@ -212,7 +212,7 @@ def test_two_writers_to_one_url_leave_a_checkpoint_of_one(store, monkeypatch):
 
     for name in plain:
         monkeypatch.setattr(MemoryFileSystem, name, slowed(name))
-    for number in range(200 if IS_ALL else 16):
+    for number in range(200 if IS_ALL else 8):
         if number % 2:
             store.store.clear()  # nothing tells the first save of the other
         errors: list[BaseException | None] = []

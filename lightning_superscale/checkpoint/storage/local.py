@@ -215,6 +215,8 @@ class LocalTarget:
     def _publish_link(self) -> None:
         """Publish where names can't be swapped: the checkpoint's name becomes a link ([Note: Commit])."""
         store = os.path.join(self._parent, STORE)
+        if os.path.islink(store):
+            raise CheckpointError(f"{store} is a link; checkpoints lie in a folder of this name. Remove the link.")
         os.makedirs(store, exist_ok=True)
         with stagings.locked(store):
             uuid = os.path.basename(self._staging.path).removeprefix(STAGING)

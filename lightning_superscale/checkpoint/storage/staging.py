@@ -207,7 +207,8 @@ def _delete_stored(parent: str, name: str, descriptor: int, target: str) -> bool
                     _delete_checkpoint(one, store, target)
             return not any(is_folder(one, store) for one in stored - linked - {""})
     except OSError:
-        return not os.path.isdir(os.path.join(parent, STORE))
+        store_path = os.path.join(parent, STORE)
+        return os.path.islink(store_path) or not os.path.isdir(store_path)
 
 
 def stored_name(link: str) -> str:

@@ -16,6 +16,7 @@ from lightning_superscale.checkpoint.storage.local import remove
 from lightning_superscale.checkpoint.storage.owner import this_process
 from lightning_superscale.checkpoint.storage.staging import Staging, others_at, reap
 from lightning_superscale.comm.mesh import single_mesh
+from lightning_superscale.errors import CheckpointError
 from tests.checkpoint.storage.test_contents import snapshot
 from tests.checkpoint.storage.test_owner import NOTES
 from tests.helpers.checkpoints import one_tensor, value_at
@@ -59,6 +60,15 @@ def test_planted_links_are_never_followed(tmp_path, theirs):
         assert value_at(str(shared / "last.ckpt")) == value
     remove(str(shared / "last.ckpt"))
     assert snapshot(theirs) == before
+
+
+def test_a_store_that_is_a_link_is_not_written_to(tmp_path, theirs, monkeypatch):
+    monkeypatch.setattr(local, "exchange", lambda one, other: False)
+    (tmp_path / ".ucp-store").symlink_to(theirs)
+    with pytest.raises(CheckpointError, match=r"\.ucp-store is a link"):
+        put(tmp_path / "last.ckpt", 1.0)
+    assert os.listdir(theirs) == ["thesis"]
+    assert set(os.listdir(tmp_path)) == {"theirs", ".ucp-store"}
 
 
 @pytest.mark.parametrize("data", NOTES.values(), ids=NOTES)
