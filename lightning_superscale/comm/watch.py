@@ -32,8 +32,11 @@ OWN_COLLECTIVES = str(Path(__file__).with_name("collectives.py"))
 # Age in seconds of the last sign of life at which a rank counts as dead: after a broken connection, and otherwise.
 _BROKEN_AFTER_S = 2.5
 _SILENT_AFTER_S = 30.0
-# Seconds that all ranks may wait in different places before they count as waiting for each other in vain.
+# Seconds that all ranks, each beating, may wait in different places before they count as waiting in vain.
 _APART_AFTER_S = 6.0
+# Age in seconds of a last sign of life from which on a rank may be paused: by the kernel, a migration, or C++ code that
+# keeps the interpreter's lock. A paused rank says nothing about the place that it is at.
+_PAUSED_AFTER_S = 2.0
 # Seconds that a rank may stay in a collective of other code after a rank failed.
 _GRACE_S = 4.0
 _FAILED, _APART = "failed", "apart"
@@ -169,7 +172,8 @@ class RankWatch:
 
     def _look_for_ranks_apart(self) -> None:
         places = tuple(self._signs[r][0].waits_for for r in range(self._world_size) if r in self._signs)
-        if len(places) < self._world_size or not all(places) or len(set(places)) == 1 or places != self._apart:
+        is_apart = len(places) == self._world_size and all(places) and len(set(places)) > 1
+        if not is_apart or places != self._apart or self._silent_ranks(_PAUSED_AFTER_S):
             self._apart, self._apart_since = places, time.monotonic()
         elif time.monotonic() - self._apart_since > _APART_AFTER_S:
             listed = ", ".join(f"rank {rank} at {place}" for rank, place in enumerate(places))
