@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Iterable, MutableMapping, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -59,10 +58,12 @@ def no_torch_function() -> Any:
     return torch._C._disabled_torch_function_impl
 
 
-def without_torch_function() -> AbstractContextManager[None]:
-    """While open, this thread runs operations on tensor subclasses without calling `__torch_function__`."""
-    context: AbstractContextManager[None] = torch._C.DisableTorchFunctionSubclass()
-    return context
+def plainly(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a function in whose extent this thread runs operations without calling any class's `__torch_function__`.
+
+    One call into C++, which an interrupt can't leave half done, as it can a context that a `with` statement opens.
+    """
+    return torch._C._disabled_torch_function_impl(function, (), args, kwargs)
 
 
 @functools.cache

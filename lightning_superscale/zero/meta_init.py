@@ -31,7 +31,7 @@ def check_materialisable(root: nn.Module) -> None:
         SuperScaleError: a module lacks an initialiser, or a meta buffer is a DTensor; names it and the remedy.
     """
     fqn_of = {module: fqn for fqn, module in root.named_modules()}
-    initialisers = _initialisers(root)
+    initialisers = initialisers_of(root)
     for fqn, buffer in root.named_buffers():
         if buffer.is_meta and isinstance(buffer, DTensor):
             raise SuperScaleError(
@@ -52,7 +52,7 @@ def _is_meta(module: nn.Module) -> bool:
     return any(tensor.is_meta for tensor in own)
 
 
-def _initialisers(root: nn.Module) -> dict[nn.Module, Callable[[], object]]:
+def initialisers_of(root: nn.Module) -> dict[nn.Module, Callable[[], object]]:
     """The initialiser of each module's own parameters: its method, or that of the Hugging Face model around it."""
     found: dict[nn.Module, Callable[[], object]] = {}
 
@@ -113,7 +113,11 @@ def cut_again(made: Mapping[nn.Parameter, nn.Parameter], places: Places) -> dict
 
 
 def materialise(
-    root: nn.Module, modules: Iterable[nn.Module], places: Places, device: torch.device
+    root: nn.Module,
+    modules: Iterable[nn.Module],
+    places: Places,
+    device: torch.device,
+    initialisers: Mapping[nn.Module, Callable[[], object]] | None = None,
 ) -> dict[nn.Parameter, nn.Parameter]:
     """Give the meta parameters and buffers of these modules memory and initial values, whole.
 
@@ -123,12 +127,15 @@ def materialise(
     Args:
         root: the whole model: Hugging Face models initialise their submodules.
         places: `places_of` the root.
+        initialisers: `initialisers_of` the root, if the caller has them.
 
     Returns:
         the new parameter of each meta parameter.
     """
-    initialisers = _initialisers(root)
     touched = [module for module in modules if _is_meta(module)]
+    if not touched:
+        return {}  # looking for initialisers walks the whole model, which would be once for each group
+    initialisers = initialisers or initialisers_of(root)
     replaced: dict[nn.Parameter, nn.Parameter] = {}
     for module in touched:
         for param in list(module.parameters(recurse=False)):

@@ -40,10 +40,10 @@ from torch import Tensor, nn
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.layout.rows import ParamSlice, UnitLayout
 from lightning_superscale.offload.link.link import Link, LinkEvent, LinkFence
-from lightning_superscale.optim.weights.param_classes import arriving, data_ptr_of, set_data
+from lightning_superscale.optim.weights.param_classes import data_ptr_of, set_data
 from lightning_superscale.optim.weights.store import NewWeights
 from lightning_superscale.optim.weights.watch import WeightWatch
-from lightning_superscale.torch_private import storage_id_of
+from lightning_superscale.torch_private import plainly, storage_id_of
 
 
 class StreamedUnit(Protocol):
@@ -359,8 +359,7 @@ class FlowingWeights:
                     f"{tuple(param.shape)} and {param.dtype}; expected {tuple(expected[i].shape)} and "
                     f"{expected[i].dtype}."
                 )
-            with arriving():
-                expected[i].copy_(param.detach())
+            expected[i].copy_(plainly(param.detach))
             set_data(param, expected[i])
             self.watch.note_edit(param)
 

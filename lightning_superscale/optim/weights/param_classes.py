@@ -6,9 +6,7 @@ See [Note: Watched weights] in watch.py.
 from __future__ import annotations
 
 import functools
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -20,15 +18,14 @@ from lightning_superscale.torch_private import (
     has_own_torch_function,
     no_torch_function,
     operations_without_reads,
+    plainly,
     tree_leaves,
-    without_torch_function,
 )
 
 # DTensor's own methods, which hand the parameter to an autograd function instead of an operation.
 _READING_METHODS = ("to_local", "full_tensor", "redistribute")
 
 _data: Any = Tensor.data  # the descriptor, which torch's stubs declare as a tensor
-_thread = threading.local()
 
 
 class Watcher(Protocol):
@@ -48,27 +45,14 @@ watcher_of: dict[int, Watcher] = {}
 """By id of the parameter, as long as a unit holds it."""
 
 
-@contextmanager
-def arriving() -> Iterator[None]:
-    """While open, reads of parameters by this thread wait for nothing: it brings their new weights."""
-    _thread.is_arriving = True
-    try:
-        with without_torch_function():
-            yield
-    finally:
-        _thread.is_arriving = False
-
-
 def set_data(param: Tensor, value: Tensor) -> None:
     """Do `param.data = value` for this package, which is no edit and waits for nothing."""
-    with without_torch_function():
-        _data.__set__(param, value)
+    plainly(_data.__set__, param, value)
 
 
 def data_ptr_of(tensor: Tensor) -> int:
     """The address of a watched tensor's first element; waits for nothing."""
-    with without_torch_function():
-        return tensor.data_ptr()
+    return int(plainly(tensor.data_ptr))
 
 
 @functools.cache
@@ -134,8 +118,7 @@ def _late_class(cls: type[Any], quiet: type[Any]) -> type[Any]:
     ) -> Any:
         kwargs = kwargs or {}
         if func in reads_nothing:
-            with without_torch_function():
-                return func(*args, **kwargs)
+            return plainly(func, *args, **kwargs)
         _on_read((args, kwargs))
         return func(*args, **kwargs)
 
@@ -155,8 +138,6 @@ def _late_class(cls: type[Any], quiet: type[Any]) -> type[Any]:
 
 
 def _on_read(args: Any) -> None:
-    if getattr(_thread, "is_arriving", False):
-        return
     for arg in tree_leaves(args):
         if getattr(type(arg), "waits_for_reads", False):
             watcher = watcher_of.get(id(arg))

@@ -10,8 +10,8 @@ from typing import Protocol
 from torch import nn
 
 from lightning_superscale.ops.events import Waitable
-from lightning_superscale.optim.weights.param_classes import arriving
 from lightning_superscale.optim.weights.watch import WeightWatch
+from lightning_superscale.torch_private import plainly
 
 
 class NewWeights(Protocol):
@@ -84,12 +84,12 @@ class OnDevice:
 
     def __init__(self, params: Sequence[nn.Parameter] = ()) -> None:
         self.watch = WeightWatch(params, self.wait_new)
-        self.is_lost = False
+        self.is_lost = self._is_waiting = False
         self._new: NewWeights | None = None
         self._lock = threading.RLock()  # another thread that reads meanwhile waits, too
 
     def receive(self, new: NewWeights) -> None:
-        self._new = new
+        self._new, self._is_waiting = new, False
         self.watch.expect()
 
     def wait_new(self) -> bool:
@@ -97,15 +97,18 @@ class OnDevice:
             return False
         with self._lock:
             new = self._new
-            if new is None:  # another thread has waited meanwhile
+            # Another thread has waited meanwhile, or this one brings the weights and reads the parameter for that.
+            if new is None or self._is_waiting:
                 return False
+            self._is_waiting = True
             try:
-                with arriving():
-                    new.wait()
+                plainly(new.wait)
             except Exception:
                 self._end_wait()
                 self.is_lost = True
                 raise
+            finally:
+                self._is_waiting = False
             self._end_wait()  # after an interrupt the next use waits once more
         return True
 

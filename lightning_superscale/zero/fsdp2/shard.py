@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -20,7 +20,14 @@ from lightning_superscale.zero.fsdp2.gather_order import GatherOrder, OrderDepar
 from lightning_superscale.zero.fsdp2.module import ShardedGroup, ShardedModule, swap_params
 from lightning_superscale.zero.fsdp2.unwrap import attributes_of
 from lightning_superscale.zero.fsdp2.wrap import GroupPlan, Wrap, left_out_of, plan_groups, wrap_plan
-from lightning_superscale.zero.meta_init import check_materialisable, cut_again, materialise, places_of
+from lightning_superscale.zero.meta_init import (
+    check_materialisable,
+    cut_again,
+    initialisers_of,
+    is_on_meta,
+    materialise,
+    places_of,
+)
 from lightning_superscale.zero.replicated import broadcast_from_first
 from lightning_superscale.zero.tensor_parallel import check_all_sharded, check_placements
 
@@ -74,10 +81,13 @@ def shard_module(
     groups: list[ShardedGroup] = []
     replaced: dict[nn.Parameter, nn.Parameter] = {}
     left_out: dict[nn.Parameter, str] = {}
+    # Both walk the whole model, so they are taken once; sharding one group changes neither for another.
+    initialisers = initialisers_of(root) if is_on_meta(root) else {}
+    whole = _Whole(root, mesh, device_mesh, device, policy, places_of(root), initialisers)
     for plan in plans:
         name = plan.fqn or type(root).__name__
         gather = GroupGather(collectives, order, name, joined)
-        group = _shard_group(root, plan, len(groups), mesh, device_mesh, device, policy, replaced, left_out)
+        group = _shard_group(whole, plan, len(groups), replaced, left_out)
         group.fsdp.set_custom_all_gather(cast(Any, gather))
         group.is_top = plan.module not in inner
         groups.append(group)
@@ -97,33 +107,42 @@ def shard_module(
     return sharded
 
 
+@dataclass(frozen=True, slots=True)
+class _Whole:
+    """The model that is sharded group by group, and how."""
+
+    root: nn.Module
+    mesh: DataMesh
+    device_mesh: DeviceMesh
+    device: torch.device
+    policy: ShardingPolicy
+    places: Mapping[nn.Parameter, list[tuple[nn.Module, str]]]
+    initialisers: Mapping[nn.Module, Callable[[], object]]
+
+
 def _shard_group(
-    root: nn.Module,
+    whole: _Whole,
     plan: GroupPlan,
     index: int,
-    mesh: DataMesh,
-    device_mesh: DeviceMesh,
-    device: torch.device,
-    policy: ShardingPolicy,
     replaced: dict[nn.Parameter, nn.Parameter],
     left_out: dict[nn.Parameter, str],
 ) -> ShardedGroup:
     """Initialise one group's parameters whole, then shard them; adds to `replaced` and `left_out`."""
+    places = whole.places
     own = [m for m in plan.module.modules() if not isinstance(m, FSDPModule)]
-    places = places_of(root)
-    made = materialise(root, own, places, device)
+    made = materialise(whole.root, own, places, whole.device, whole.initialisers)
     originals = plan.params
     where = {fqn: places[param] for fqn, param in originals.items()}
-    _move((made.get(param, param) for param in originals.values()), device)
-    _make_equal(mesh, (made.get(param, param) for param in originals.values()))
+    _move((made.get(param, param) for param in originals.values()), whole.device)
+    _make_equal(whole.mesh, (made.get(param, param) for param in originals.values()))
     made = cut_again(made, places)
     current = {fqn: made.get(param, param) for fqn, param in originals.items()}
     outside = {made.get(param, param): why for param, why in plan.left_out.items()}
     left_out.update(outside)
     fully_shard(
         plan.module,
-        mesh=device_mesh,
-        reshard_after_forward=policy.reshard_after_forward,
+        mesh=whole.device_mesh,
+        reshard_after_forward=whole.policy.reshard_after_forward,
         ignored_params={*outside, *left_out},
     )
     params: dict[str, nn.Parameter] = {}
