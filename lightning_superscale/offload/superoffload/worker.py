@@ -95,9 +95,13 @@ class StepThread:
 
     def look_ahead(self, task: Callable[[], None], has_arrived: Callable[[], bool]) -> Future[None]:
         ahead = _Ahead(Future(), task, has_arrived)
-        with self._lock:
-            self._waiting.append(ahead)
-        self._executor.submit(self._run_one)
+        try:
+            with self._lock:
+                self._waiting.append(ahead)
+            self._executor.submit(self._run_one)
+        except BaseException:
+            ahead.future.cancel()  # nobody else could, and it would run after the step was given up
+            raise
         return ahead.future
 
     def settle(self, units: Sequence[Settlement[T_co]]) -> list[Future[T_co]]:
