@@ -127,6 +127,11 @@ class SuperScalePrecisionMixin(_Base):
         """Forget the run; the strategy calls it once the run is over."""
         self._run = None
 
+    @property
+    def device(self) -> str:
+        """The kind of device that `torch.autocast` runs on, as Lightning's own plugin says it."""
+        return self._device_type
+
     # Dtypes
 
     @property

@@ -25,6 +25,10 @@ def test_stock_plugin_object_is_translated(plugin):
     assert run.precision_plugin.precision == plugin.precision
 
 
+def test_the_plugin_says_its_device_as_lightnings_own_does():
+    assert trainer("superscale", precision="bf16-mixed").precision_plugin.device == "cpu"
+
+
 def test_our_plugin_in_plugins_is_kept():
     plugin = lss.SuperScalePrecision("bf16-true")
     assert trainer("superoffload", plugins=[plugin]).precision_plugin is plugin
