@@ -218,6 +218,7 @@ class OptimizerEngine:
                 state = self.states[unit.index]
                 if state.has_grad(i):
                     due.append(ParamUpdate(param, group, unit, state, i))
+        self._equal_gradients.check(due)
         return due
 
     def _follow_edits(self) -> None:
@@ -258,7 +259,6 @@ class OptimizerEngine:
         try:
             self.wait_idle()
             due = self._gather_due()
-            self._equal_gradients.check(due)
             collected = time.perf_counter()
             with self._timeline.device("verdict", "norm and clip coefficient"):
                 verdict = self._judge.judge(due, self._loss_scale)
@@ -321,8 +321,13 @@ class OptimizerEngine:
 
     @property
     def needs_closure(self) -> bool:
-        """Whether the optimizer evaluates the loss itself, as LBFGS does."""
-        return self._rule is self._own and self._own.needs_closure
+        """Whether the optimizer evaluates the loss itself, as LBFGS does.
+
+        One that only may do so is stepped without a closure where losses are scaled, which it would not know.
+        """
+        if self._rule is not self._own:
+            return False
+        return self._own.needs_closure or (self._loss_scale is None and self._own.may_need_closure)
 
     def closure_step(self, closure: Callable[[], Any]) -> Any:
         """Step an optimizer that evaluates the loss itself, as LBFGS does.

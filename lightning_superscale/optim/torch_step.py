@@ -75,15 +75,20 @@ class TorchStep(SynchronousRule):
 
     @property
     def needs_closure(self) -> bool:
-        """Whether `optimizer.step` may evaluate the loss itself, perhaps more than once, as LBFGS and SAM do.
+        """Whether `optimizer.step` evaluates the loss itself, perhaps more than once, as LBFGS does."""
+        closure = self._closure_parameter()
+        return closure is not None and closure.default is inspect.Parameter.empty
 
-        torch's own optimizers say so by a closure without a default. Others may need the one that Lightning always
-        passes, and lose nothing by it.
+    @property
+    def may_need_closure(self) -> bool:
+        """Whether `optimizer.step` may evaluate the loss although its closure has a default, as SAM's does.
+
+        torch's own optimizers with such a closure only call it once and lose nothing without it.
         """
-        closure = inspect.signature(type(self._optimizer).step).parameters.get("closure")
-        if closure is None:
-            return False
-        return closure.default is inspect.Parameter.empty or not type(self._optimizer).__module__.startswith("torch.")
+        return self._closure_parameter() is not None and not type(self._optimizer).__module__.startswith("torch.")
+
+    def _closure_parameter(self) -> inspect.Parameter | None:
+        return inspect.signature(type(self._optimizer).step).parameters.get("closure")
 
     def closure_step(self, evaluate: Evaluate) -> tuple[Any, Iterator[SteppedUnit]]:
         """Step an optimizer that evaluates the loss itself; returns the loss and the units to publish."""

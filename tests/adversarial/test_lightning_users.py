@@ -129,6 +129,36 @@ def test_an_optimizer_may_evaluate_the_loss_itself(make):
     assert differences(*found) == []
 
 
+class Sign(torch.optim.Optimizer):
+    """An optimizer from elsewhere, whose step calls a closure first if it gets one, as torch's own do."""
+
+    def __init__(self, params, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        if closure is not None:
+            with torch.enable_grad():
+                closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.add_(p.grad.sign(), alpha=-group["lr"])
+
+
+class Signed(Reads):
+    def configure_optimizers(self):
+        return Sign(self.net.parameters(), lr=1e-3)
+
+
+@EACH
+def test_an_optimizer_that_only_takes_a_closure_steps_scaled_losses_without_it(make):
+    module = Signed()
+    before = module.net[0].weight.detach().clone()
+    trainer(make(), plugins=[lss.SuperScalePrecision("16-mixed")]).fit(module, loader())
+    assert not torch.equal(module.net[0].weight, before)
+
+
 class Batched(Reads):
     batch_size = 2
 

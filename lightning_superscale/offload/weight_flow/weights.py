@@ -93,8 +93,8 @@ class LateUpload:
 class FlowingWeights:
     """The store of one unit's weights that flow. Takes over its parameters' present values.
 
-    Satisfies `WeightStore` of optim/unit.py: `receive` hands it the step's new weights, and it waits for them at their
-    next use. A use is `acquire`, then `release`; `prefetch` comes before a use that is foreseen.
+    Satisfies `WeightStore` of optim/weights/store.py: `receive` hands it the step's new weights, and it waits for them
+    at their next use. A use is `acquire`, then `release`; `prefetch` comes before a use that is foreseen.
 
     Args:
         unit: whole parameters of one dtype, in host memory or on the device.
