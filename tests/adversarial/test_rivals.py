@@ -6,8 +6,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -22,6 +20,7 @@ from tests.adversarial.disks import Fault, faulty_disk
 from tests.helpers.checkpoints import local_state, one_tensor, state_tensors, value_at
 from tests.helpers.crashes import in_a_server
 from tests.helpers.extent import IS_ALL
+from tests.helpers.slow_command import started_slowly
 
 MESH = single_mesh()
 
@@ -81,20 +80,6 @@ def test_rivals_for_one_path_succeed_or_name_one_another(folder, roles, can_exch
     assert can_exchange or len(os.listdir(folder / ".ucp-store")) == 1
 
 
-SLOW = """
-import os, sys, time
-from lightning_superscale.checkpoint.load.reader import SavedState
-read = SavedState.read
-def slow(self, requests):
-    print("reading", flush=True)
-    time.sleep(0.3)
-    read(self, requests)
-SavedState.read = slow
-from lightning_superscale.cli import main
-sys.exit(main(sys.argv[1:]))
-"""
-
-
 SIGNALS = [
     (action, number)
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
@@ -107,9 +92,7 @@ def test_a_signal_at_the_command_line_leaves_nothing_beside(tmp_path, action, nu
     source = tmp_path / "a.ckpt"
     save(str(source), local_state(state_tensors(1)), MESH, step=1)
     command = ["checkpoint", action, str(source), str(tmp_path / "b"), *(["--to", "hf"] if action == "export" else [])]
-    process = subprocess.Popen(
-        [sys.executable, "-c", SLOW, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = started_slowly(*command)
     assert process.stdout is not None
     assert process.stdout.readline() == "reading\n"
     process.send_signal(number)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import warnings
 from dataclasses import replace
 from functools import partial
@@ -33,6 +31,7 @@ from lightning_superscale.comm.mesh import single_mesh
 from lightning_superscale.errors import CheckpointError
 from tests.helpers.checkpoints import bits, local_state, state_tensors
 from tests.helpers.foreign import Payload, read_all, truth, unpack
+from tests.helpers.slow_command import started_slowly
 from tests.helpers.trainers import Regressor, fit
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -576,32 +575,9 @@ def test_an_interrupted_export_leaves_nothing(run, ours, tmp_path, monkeypatch, 
     assert os.listdir(tmp_path) == ["ours.ckpt"]
 
 
-SLOW = """
-import signal
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job's children ignore it
-import sys, time
-from lightning_superscale.checkpoint.load.reader import SavedState
-from lightning_superscale.cli import main
-
-read = SavedState.read
-def slowly(self, requests):
-    print("reading", flush=True)
-    time.sleep(0.5)
-    read(self, requests)
-SavedState.read = slowly
-sys.exit(main(sys.argv[1:]))
-"""
-
-
 def test_ctrl_c_leaves_what_was_there(ours, tmp_path, tensors):
     old = write(tmp_path / "old.ckpt", {TensorKey(MODEL, "one"): torch.ones(3)}, optimizers=(), aliases={}, rest={})
-    process = subprocess.Popen(
-        [sys.executable, "-c", SLOW, "checkpoint", "convert", str(ours), str(old), "--overwrite"],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = started_slowly("checkpoint", "convert", str(ours), str(old), "--overwrite")
     try:
         for _ in range(2):  # of at least 18 reads
             assert process.stdout.readline() == "reading\n"

@@ -252,15 +252,6 @@ def test_something_else_that_takes_the_place_during_the_save_is_kept(tmp_path, m
     assert set(snapshot(tmp_path)) == {"last.ckpt", "last.ckpt/data", "last.ckpt/src", "last.ckpt/src/train.py"}
 
 
-@pytest.fixture(params=["memory", "local"])
-def url(request, tmp_path):
-    if request.param == "local":
-        yield f"local://{tmp_path}/run/last.ckpt"
-        return
-    yield "memory://run/last.ckpt"
-    fsspec.filesystem("memory").store.clear()
-
-
 def test_other_objects_under_a_url_stay(url):
     filesystem, prefix = fsspec.core.url_to_fs(url.replace("local://", "file://"))
     filesystem.makedirs(f"{prefix}/data", exist_ok=True)

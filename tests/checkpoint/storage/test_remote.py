@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 
-import fsspec
 import pytest
 
 from lightning_superscale.checkpoint.load.reader import is_checkpoint, open_checkpoint
@@ -18,15 +17,6 @@ from tests.helpers.checkpoints import assert_filled, local_state, mesh_of, read_
 from tests.helpers.ranks import run_ranks
 
 MESH = single_mesh()
-
-
-@pytest.fixture(params=["memory", "local"])
-def url(request, tmp_path):
-    if request.param == "local":
-        yield f"local://{tmp_path}/run/last.ckpt"
-        return
-    yield "memory://run/last.ckpt"
-    fsspec.filesystem("memory").store.clear()
 
 
 def files_of(url: str) -> list[str]:

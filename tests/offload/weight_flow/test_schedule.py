@@ -569,6 +569,18 @@ def test_between_steps_parameters_read_and_take_edits_as_always(way, dtype):
     assert all(map(torch.equal, model.parameters(), plain.parameters()))
 
 
+def step_both(plain, expected, model, optimizer, engine, flow, x) -> None:
+    """One step of the oracle, then one of the model whose weights flow."""
+    expected.zero_grad()
+    train(plain, x)
+    expected.step()
+    enter(engine, flow)
+    optimizer.zero_grad()
+    train(model, x)
+    flow.rest()
+    engine.step()
+
+
 def test_an_edit_inside_of_a_forward_is_kept(way):
     """As spectral normalisation does: the module changes its own weight before it uses it."""
     model, plain = Stack(), Stack()
@@ -583,14 +595,7 @@ def test_an_edit_inside_of_a_forward_is_kept(way):
     optimizer, engine, flow = flowing(model, **way)
     expected = torch.optim.AdamW(plain.parameters(), **ADAMW)
     for x in batches(4, torch.float32):
-        expected.zero_grad()
-        train(plain, x)
-        expected.step()
-        enter(engine, flow)
-        optimizer.zero_grad()
-        train(model, x)
-        flow.rest()
-        engine.step()
+        step_both(plain, expected, model, optimizer, engine, flow, x)
     close(engine, flow)
     assert all(map(torch.equal, model.parameters(), plain.parameters()))
 
@@ -607,14 +612,7 @@ def test_memory_that_a_parameter_is_given_is_taken_over():
             # while the block runs
             halve = lambda weight=weight: setattr(weight, "data", weight.detach() * 0.5)  # noqa: E731
             stack.blocks[2].watch = halve if i == 4 else (lambda: None)
-        expected.zero_grad()
-        train(plain, x)
-        expected.step()
-        enter(engine, flow)
-        optimizer.zero_grad()
-        train(model, x)
-        flow.rest()
-        engine.step()
+        step_both(plain, expected, model, optimizer, engine, flow, x)
     close(engine, flow)
     assert all(map(torch.equal, model.parameters(), plain.parameters()))
 
@@ -654,14 +652,7 @@ def test_parameters_that_are_unfrozen_later_flow_on(way):
         if step == 2:
             for some in (model, plain):
                 some.blocks[0].requires_grad_(True)
-        expected.zero_grad()
-        train(plain, x)
-        expected.step()
-        enter(engine, flow)
-        optimizer.zero_grad()
-        train(model, x)
-        flow.rest()
-        engine.step()
+        step_both(plain, expected, model, optimizer, engine, flow, x)
     close(engine, flow)
     assert all(map(torch.equal, model.parameters(), plain.parameters()))
 
