@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from lightning_superscale.ops.cuda import abi as abi
+from lightning_superscale.ops.cuda.capability import LEAST_FOR_CUDA, why_too_old
 from lightning_superscale.ops.types import (
     GRAD_DTYPES,
     STATE_DTYPES,
@@ -66,6 +67,9 @@ def _find() -> abi.CudaLibrary | str:
     """The library, or the reason in words why there is none."""
     if not torch.cuda.is_available():
         return "torch.cuda.is_available() is False: this needs an NVIDIA GPU, its driver and a CUDA build of PyTorch"
+    too_old = why_too_old(LEAST_FOR_CUDA, "the CUDA kernels")
+    if too_old is not None:
+        return too_old
     candidates = abi.candidate_paths()
     path = next((p for p in candidates if os.path.isfile(p)), None)
     if path is None:

@@ -10,6 +10,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from lightning_superscale.ops.cuda.capability import LEAST_FOR_TRITON, why_too_old
+
 # fp32 arithmetic as written: a compiler that fuses a product into a sum changes bits.
 ENABLE_FP_FUSION: Final = False
 
@@ -27,7 +29,7 @@ def unavailable_reason() -> str | None:
         return "Triton is not installed: pip install triton"
     if not torch.cuda.is_available() and not _is_interpreting():
         return "torch.cuda.is_available() is False: this needs an NVIDIA GPU, its driver and a CUDA build of PyTorch"
-    return None
+    return None if _is_interpreting() else why_too_old(LEAST_FOR_TRITON, "the Triton kernels")
 
 
 def require(name: str, tensors: dict[str, Tensor]) -> None:

@@ -29,7 +29,7 @@ def _operations(ptx: str) -> Counter[str]:
     return Counter(re.findall(r"^\s+(?:@!?%p\d+\s+)?([a-z][\w.:]*)\s", ptx, re.MULTILINE))
 
 
-@pytest.mark.parametrize("arch", ["80", "90"])
+@pytest.mark.parametrize("arch", ["75", "80", "90"])
 @pytest.mark.parametrize("source", CUDA_SOURCES, ids=lambda path: path.stem)
 def test_source_compiles_to_machine_code_without_spills(source: Path, arch: str, tmp_path: Path) -> None:
     cubin = tmp_path / "out.cubin"
@@ -78,7 +78,14 @@ def test_adamw_machine_instructions_are_those_of_the_source(tmp_path: Path) -> N
 
 def test_library_needs_no_cuda_runtime_and_reports_a_missing_driver(tmp_path: Path) -> None:
     library = tmp_path / "liblss_cuda.so"
-    targets = ["-gencode", "arch=compute_80,code=sm_80", "-gencode", "arch=compute_90,code=[sm_90,compute_90]"]
+    targets = [
+        "-gencode",
+        "arch=compute_75,code=sm_75",
+        "-gencode",
+        "arch=compute_80,code=sm_80",
+        "-gencode",
+        "arch=compute_90,code=[sm_90,compute_90]",
+    ]
     _nvcc(*targets, "-shared", "-o", str(library), *map(str, CUDA_SOURCES))
     needed = subprocess.run(
         ["readelf", "-d", str(library)], capture_output=True, text=True, check=True, timeout=60
