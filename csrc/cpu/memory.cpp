@@ -26,7 +26,7 @@ struct Touch : lss_ticket {
 
 extern "C" {
 
-int32_t lss_mem_alloc(size_t nbytes, int32_t huge, lss_pool *pool, void **memory) {
+int32_t lss_mem_alloc(size_t nbytes, int32_t huge, int32_t in_forks, lss_pool *pool, void **memory) {
     if (nbytes == 0) return lss::fail(LSS_ERR_ARGUMENT, "cannot map 0 bytes");
     void *const mapped = mmap(nullptr, nbytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (mapped == MAP_FAILED) {
@@ -34,6 +34,11 @@ int32_t lss_mem_alloc(size_t nbytes, int32_t huge, lss_pool *pool, void **memory
                          std::strerror(errno));
     }
     if (huge) madvise(mapped, nbytes, MADV_HUGEPAGE);  // advice: a kernel without huge pages is no error
+    if (!in_forks && madvise(mapped, nbytes, MADV_DONTFORK) != 0) {
+        const int error = errno;
+        munmap(mapped, nbytes);
+        return lss::fail(LSS_ERR_MEMORY, "madvise(MADV_DONTFORK) of %zu bytes failed: %s", nbytes, std::strerror(error));
+    }
     *memory = mapped;
     if (!pool) return LSS_OK;
     auto touch = std::make_unique<Touch>();

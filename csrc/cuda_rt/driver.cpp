@@ -5,6 +5,8 @@
 #include <dlfcn.h>
 
 #include <cstdint>
+#include <map>
+#include <mutex>
 
 #include "error.h"
 #include "lss.h"
@@ -23,6 +25,7 @@ struct Driver {
     Result (*device_get)(Device *, int) = nullptr;
     Result (*context_current)(Context *) = nullptr;
     Result (*context_set)(Context) = nullptr;
+    Result (*context_synchronize)() = nullptr;
     Result (*primary_retain)(Context *, Device) = nullptr;
     Result (*host_register)(void *, size_t, unsigned) = nullptr;
     Result (*host_unregister)(void *) = nullptr;
@@ -56,6 +59,7 @@ const Driver &driver() {
         find(d, library, "cuDeviceGet", d.device_get);
         find(d, library, "cuCtxGetCurrent", d.context_current);
         find(d, library, "cuCtxSetCurrent", d.context_set);
+        find(d, library, "cuCtxSynchronize", d.context_synchronize);
         find(d, library, "cuDevicePrimaryCtxRetain", d.primary_retain);
         find(d, library, "cuMemHostRegister_v2", d.host_register);
         find(d, library, "cuMemHostUnregister", d.host_unregister);
@@ -81,22 +85,51 @@ int32_t check(Result result, const char *call) {
     return lss::fail(LSS_ERR_CUDA, "%s failed: %s (%d)", call, name ? name : "unknown error", result);
 }
 
-// A thread that torch has not used yet has no current context.
-int32_t enter(int32_t device) {
+// The primary context of a device, which torch uses too. Retained once, for the rest of the process.
+int32_t primary_context(int32_t device, Context *context) {
+    static std::mutex mutex;
+    static std::map<int32_t, Context> retained;
     const Driver &d = driver();
     if (d.missing) return lss::fail(LSS_ERR_NO_CUDA, "no CUDA: %s was not found (status %d)", d.missing, d.failed);
     if (device < 0 || device >= d.count) {
         return lss::fail(LSS_ERR_ARGUMENT, "expected a CUDA device from 0 to %d, found %d", d.count - 1, device);
     }
-    Context context = nullptr;
-    int32_t status = check(d.context_current(&context), "cuCtxGetCurrent");
-    if (status != LSS_OK || context) return status;
-    Device handle = 0;
-    status = check(d.device_get(&handle, device), "cuDeviceGet");
-    if (status != LSS_OK) return status;
-    status = check(d.primary_retain(&context, handle), "cuDevicePrimaryCtxRetain");
-    return status != LSS_OK ? status : check(d.context_set(context), "cuCtxSetCurrent");
+    const std::lock_guard<std::mutex> lock(mutex);
+    const auto known = retained.find(device);
+    if (known == retained.end()) {
+        Device handle = 0;
+        int32_t status = check(d.device_get(&handle, device), "cuDeviceGet");
+        if (status == LSS_OK) status = check(d.primary_retain(context, handle), "cuDevicePrimaryCtxRetain");
+        if (status == LSS_OK) retained[device] = *context;
+        return status;
+    }
+    *context = known->second;
+    return LSS_OK;
 }
+
+// While it lives, a device's context is current in the calling thread, which may have none or another's.
+class Entered {
+public:
+    explicit Entered(int32_t device) {
+        Context wanted = nullptr;
+        status = primary_context(device, &wanted);
+        if (status == LSS_OK) status = check(driver().context_current(&before_), "cuCtxGetCurrent");
+        if (status != LSS_OK || before_ == wanted) return;
+        status = check(driver().context_set(wanted), "cuCtxSetCurrent");
+        changed_ = status == LSS_OK;
+    }
+    ~Entered() {
+        if (changed_) driver().context_set(before_);
+    }
+    Entered(const Entered &) = delete;
+    Entered &operator=(const Entered &) = delete;
+
+    int32_t status = LSS_OK;
+
+private:
+    Context before_ = nullptr;
+    bool changed_ = false;
+};
 
 }  // namespace
 
@@ -110,19 +143,23 @@ int32_t lss_cu_device_count(int32_t *count) {
 }
 
 int32_t lss_cu_pin(int32_t device, void *memory, size_t nbytes) {
-    const int32_t status = enter(device);
-    if (status != LSS_OK) return status;
+    const Entered entered(device);
+    if (entered.status != LSS_OK) return entered.status;
     return check(driver().host_register(memory, nbytes, kHostRegisterPortable), "cuMemHostRegister");
 }
 
 int32_t lss_cu_unpin(int32_t device, void *memory) {
-    const int32_t status = enter(device);
-    return status != LSS_OK ? status : check(driver().host_unregister(memory), "cuMemHostUnregister");
+    const Entered entered(device);
+    if (entered.status != LSS_OK) return entered.status;
+    // A failed wait is a failure of the device's earlier work, which torch reports: the memory is unregistered anyway.
+    driver().context_synchronize();
+    return check(driver().host_unregister(memory), "cuMemHostUnregister");
 }
 
 int32_t lss_cu_d2h_batch(int32_t device, void *stream, void *const *dst, const uint64_t *src, const size_t *nbytes,
                          int64_t num_copies) {
-    int32_t status = enter(device);
+    const Entered entered(device);
+    int32_t status = entered.status;
     for (int64_t i = 0; status == LSS_OK && i < num_copies; ++i) {
         if (nbytes[i] > 0) status = check(driver().d2h(dst[i], src[i], nbytes[i], stream), "cuMemcpyDtoHAsync");
     }
@@ -131,7 +168,8 @@ int32_t lss_cu_d2h_batch(int32_t device, void *stream, void *const *dst, const u
 
 int32_t lss_cu_h2d_batch(int32_t device, void *stream, const uint64_t *dst, const void *const *src,
                          const size_t *nbytes, int64_t num_copies) {
-    int32_t status = enter(device);
+    const Entered entered(device);
+    int32_t status = entered.status;
     for (int64_t i = 0; status == LSS_OK && i < num_copies; ++i) {
         if (nbytes[i] > 0) status = check(driver().h2d(dst[i], src[i], nbytes[i], stream), "cuMemcpyHtoDAsync");
     }
@@ -139,20 +177,20 @@ int32_t lss_cu_h2d_batch(int32_t device, void *stream, const uint64_t *dst, cons
 }
 
 int32_t lss_cu_event_record(int32_t device, void *event, void *stream) {
-    const int32_t status = enter(device);
-    return status != LSS_OK ? status : check(driver().event_record(event, stream), "cuEventRecord");
+    const Entered entered(device);
+    return entered.status != LSS_OK ? entered.status : check(driver().event_record(event, stream), "cuEventRecord");
 }
 
 int32_t lss_cu_stream_wait_event(int32_t device, void *stream, void *event) {
-    const int32_t status = enter(device);
-    return status != LSS_OK ? status : check(driver().wait_event(stream, event, 0), "cuStreamWaitEvent");
+    const Entered entered(device);
+    return entered.status != LSS_OK ? entered.status : check(driver().wait_event(stream, event, 0), "cuStreamWaitEvent");
 }
 
 int32_t lss_cu_launch_notify(int32_t device, void *stream, lss_ticket *ticket) {
-    int32_t status = enter(device);
-    if (status != LSS_OK) return status;
+    const Entered entered(device);
+    if (entered.status != LSS_OK) return entered.status;
     lss_ticket_ref(ticket);  // dropped by lss_notify
-    status = check(driver().launch_host(stream, lss_notify, ticket), "cuLaunchHostFunc");
+    const int32_t status = check(driver().launch_host(stream, lss_notify, ticket), "cuLaunchHostFunc");
     if (status != LSS_OK) lss_ticket_free(ticket);
     return status;
 }

@@ -196,16 +196,18 @@ LSS_API int32_t lss_copy(lss_pool *pool, void *dst, const void *src, int64_t nby
 LSS_API void lss_bench_roof(float *p, float *m, float *v, const float *g, int64_t numel);
 
 /* ---- host memory ----
- * Zeroed pages from mmap, page aligned. huge non-zero advises huge pages. pool non-NULL: the pool's
- * threads touch the pages first, so that they lie on the workers' NUMA node. */
-LSS_API int32_t lss_mem_alloc(size_t nbytes, int32_t huge, lss_pool *pool, void **memory);
+ * Zeroed pages from mmap, page aligned. huge non-zero advises huge pages. in_forks zero leaves them out of
+ * processes that this one forks: there they would be copied as soon as this process writes them. pool non-NULL:
+ * the pool's threads touch the pages first, so that they lie on the workers' NUMA node. */
+LSS_API int32_t lss_mem_alloc(size_t nbytes, int32_t huge, int32_t in_forks, lss_pool *pool, void **memory);
 LSS_API int32_t lss_mem_free(void *memory, size_t nbytes);
 
 /* ---- CUDA driver API, found by dlopen("libcuda.so.1") ----
- * stream and event are CUstream and CUevent handles. `device` is the ordinal whose primary context
- * is made current when the calling thread has none. Without CUDA: LSS_ERR_NO_CUDA, never a crash. */
+ * stream and event are CUstream and CUevent handles. `device` is the ordinal whose primary context is
+ * current during the call. Without CUDA: LSS_ERR_NO_CUDA, never a crash. */
 LSS_API int32_t lss_cu_device_count(int32_t *count); /* count is 0 on LSS_ERR_NO_CUDA */
 LSS_API int32_t lss_cu_pin(int32_t device, void *memory, size_t nbytes); /* cuMemHostRegister, portable */
+/* Waits until the device is idle, because copies may still use the memory, and then unregisters it. */
 LSS_API int32_t lss_cu_unpin(int32_t device, void *memory);
 LSS_API int32_t lss_cu_d2h_batch(int32_t device, void *stream, void *const *dst, const uint64_t *src,
                                  const size_t *nbytes, int64_t num_copies);

@@ -302,7 +302,7 @@ def _offload_context(settings: RunSettings, host: HostPlan, update: UpdatePath, 
     return OffloadContext(
         config=settings.offload,
         link=link,
-        arena=HostArena(host.pool),
+        arena=HostArena(host.pool, settings.device.index or 0),
         pool=host.pool,
         update=update,
         dtypes=settings.precision.states,

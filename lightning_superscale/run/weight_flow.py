@@ -131,13 +131,13 @@ def stream_the_rest(flow: WeightFlow, link: Link, device: torch.device, arena: H
             kinds.setdefault((flow.block_of[param], param.dtype), []).append((fqn, param))
     for (_, dtype), named in kinds.items():
         unit = BucketUnit(-1, named, 0, 1, RecycledMemory(), streams_to=device)
-        buffer = arena.zeros(unit.full.shard_numel, dtype, is_pinned=is_pinned)
+        buffer = arena.zeros(unit.full.shard_numel, dtype, is_pinned=is_pinned, in_forks=True)
         flow.add(FlowingWeights(unit, link, [buffer]))
 
 
 def flow_alone(flow: WeightFlow, device: torch.device, *, is_pinned: bool) -> None:
     """Let every block flow where nothing is trained."""
-    stream_the_rest(flow, link_for(device), device, HostArena(), is_pinned=is_pinned)
+    stream_the_rest(flow, link_for(device), device, HostArena(device=device.index or 0), is_pinned=is_pinned)
 
 
 def how_weights_flow(choice: WeightsChoice, flow: WeightFlow | None, module: nn.Module) -> str:

@@ -61,7 +61,12 @@ class HostState:
         self._link = link
         self._roundings = roundings_of(unit, dtypes)
         # A master of the dtype that crosses the link is uploaded itself, so it is pinned.
-        self.master = arena.zeros(numel, dtypes.master_of(dtype), is_pinned=is_pinned and not has_own_weights)
+        self.master = arena.zeros(
+            numel,
+            dtypes.master_of(dtype),
+            is_pinned=is_pinned and not has_own_weights,
+            in_forks=streamed is not None and not has_own_weights,
+        )
         self.exp_avg = arena.zeros(numel, dtypes.moments, is_pinned=False) if has_moments else None
         self.exp_avg_sq = arena.zeros(numel, dtypes.moments, is_pinned=False) if has_moments else None
         self.compensation = compensation_of(arena, numel, dtype, dtypes)
@@ -73,7 +78,7 @@ class HostState:
             weights = self.master
             if has_own_weights or not streamed.is_whole:
                 self.host_copy_numel = streamed.full.shard_numel
-                weights = arena.zeros(self.host_copy_numel, dtype, is_pinned=is_pinned)
+                weights = arena.zeros(self.host_copy_numel, dtype, is_pinned=is_pinned, in_forks=True)
             if has_own_weights and streamed.is_whole:
                 self._weight_out = weights
             self.flowing = FlowingWeights(streamed, link, [weights])

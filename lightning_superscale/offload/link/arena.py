@@ -25,21 +25,29 @@ class HostArena:
     Attributes:
         pool: threads that touch each buffer first, so that it lies on their NUMA node; None leaves that to the first
             write.
+        device: index of the CUDA device whose copies use pinned buffers.
         pageable_bytes, pinned_bytes: bytes allocated so far, also of buffers that were freed since.
     """
 
     pool: Pool | None = None
+    device: int = 0
     pageable_bytes: int = 0
     pinned_bytes: int = 0
 
-    def zeros(self, numel: int, dtype: torch.dtype, *, is_pinned: bool) -> Tensor:
-        """A zeroed 1D host tensor [numel]; its memory is freed with its last view."""
+    def zeros(self, numel: int, dtype: torch.dtype, *, is_pinned: bool, in_forks: bool = False) -> Tensor:
+        """A zeroed 1D host tensor [numel]; its memory is freed with its last view.
+
+        Args:
+            in_forks: whether forked processes may read it, as they may read the module's weights. Without, DataLoader
+                workers don't double the memory of states, which every step writes.
+        """
         nbytes = numel * dtype.itemsize
         if is_pinned:
             self.pinned_bytes += nbytes
         else:
             self.pageable_bytes += nbytes
-        return HostBuffer(max(nbytes, 1), pin=is_pinned, pool=self.pool).tensor(dtype, numel)
+        buffer = HostBuffer(max(nbytes, 1), pin=is_pinned, device=self.device, in_forks=in_forks, pool=self.pool)
+        return buffer.tensor(dtype, numel)
 
 
 def available_host_bytes() -> int:

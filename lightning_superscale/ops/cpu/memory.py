@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import warnings
 import weakref
 from collections.abc import Callable
 from ctypes import byref, c_void_p
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_superscale.ops.cpu.pool import Pool
+from lightning_superscale.ops.events import has_streams
 from lightning_superscale.ops.native import loader
 
 # Smaller tensors come from torch's allocator: malloc recycles memory of that size by itself.
@@ -22,13 +24,17 @@ class HostBuffer:
     """Zeroed host memory that tensors can view.
 
     The memory lives as long as the buffer or any tensor made from it. Without the native library torch
-    allocates it.
+    allocates it. Where the system refuses to page-lock memory, torch is asked for memory that is; where it has none
+    either, the buffer is pageable, with one warning: copies then block the thread that starts them.
 
     Args:
         nbytes: size; 0 is allowed.
         pin: page-lock it for asynchronous copies to and from CUDA devices.
-        device: CUDA device whose context does the pinning; the pages are pinned for every device.
+        device: CUDA device whose context does the pinning, and whose work the release waits for; the pages are
+            pinned for every device.
         huge_pages: advise the kernel to use huge pages.
+        in_forks: whether processes that this one forks have the memory too. Without, they crash when they touch it;
+            with, the system copies each page that this process writes while they live, as DataLoader workers do.
         pool: threads that touch the pages first, so that they lie on those threads' NUMA node.
 
     Raises:
@@ -44,6 +50,7 @@ class HostBuffer:
         *,
         device: int = 0,
         huge_pages: bool = False,
+        in_forks: bool = True,
         pool: Pool | None = None,
     ) -> None:
         if nbytes < 0:
@@ -54,7 +61,11 @@ class HostBuffer:
         if lib is None or nbytes == 0:
             self._bytes = torch.zeros(nbytes, dtype=torch.uint8, pin_memory=pin and nbytes > 0)
             return
-        self._bytes = _mapped(lib, nbytes, device if pin else None, huge_pages, pool)
+        try:
+            self._bytes = _mapped(lib, nbytes, device if pin else None, huge_pages, in_forks, pool)
+        except _PinRefused as refused:
+            self._bytes = _pinned_by_torch(nbytes, str(refused))
+            self._is_pinned = self._bytes.is_pinned()
 
     @property
     def nbytes(self) -> int:
@@ -106,7 +117,7 @@ class RecycledMemory:
     def empty(self, *shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """An uninitialised tensor. On other devices than the CPU torch's allocator recycles memory by itself."""
         nbytes = math.prod(shape) * dtype.itemsize
-        if device.type != "cpu" or nbytes < _RECYCLED_FROM_BYTES:
+        if device.type != "cpu" or has_streams(device) or nbytes < _RECYCLED_FROM_BYTES:
             return torch.empty(shape, dtype=dtype, device=device)
         block = self._take(nbytes)
         return self._lend(block)[:nbytes].view(dtype).view(shape)
@@ -137,18 +148,37 @@ class RecycledMemory:
         self._free.clear()
 
 
-def _mapped(lib: ctypes.CDLL, nbytes: int, pin_device: int | None, huge_pages: bool, pool: Pool | None) -> Tensor:
+class _PinRefused(RuntimeError):
+    """The system does not page-lock memory that is mapped already."""
+
+
+def _pinned_by_torch(nbytes: int, reason: str) -> Tensor:
+    try:
+        return torch.zeros(nbytes, dtype=torch.uint8, pin_memory=True)
+    except RuntimeError as error:
+        warnings.warn(
+            f"{reason}; torch's own pinned memory was refused too ({error}). Copies to and from the GPU do not overlap "
+            "with anything. Raise the limit of locked memory (ulimit -l, docker --ulimit memlock=-1).",
+            stacklevel=2,
+        )
+        return torch.zeros(nbytes, dtype=torch.uint8)
+
+
+def _mapped(
+    lib: ctypes.CDLL, nbytes: int, pin_device: int | None, huge_pages: bool, in_forks: bool, pool: Pool | None
+) -> Tensor:
     memory = c_void_p()
-    loader.check(lib, lib.lss_mem_alloc(nbytes, int(huge_pages), pool.handle if pool else None, byref(memory)))
+    handle = pool.handle if pool else None
+    loader.check(lib, lib.lss_mem_alloc(nbytes, int(huge_pages), int(in_forks), handle, byref(memory)))
     address = memory.value
     if address is None:
         raise AssertionError("lss_mem_alloc gave no memory")
     if pin_device is not None:
         status = lib.lss_cu_pin(pin_device, address, nbytes)
         if status != 0:
-            reason = lib.lss_last_error().decode()
+            reason = f"cannot pin {nbytes} bytes of host memory: {lib.lss_last_error().decode()}"
             lib.lss_mem_free(address, nbytes)
-            raise RuntimeError(f"cannot pin {nbytes} bytes of host memory: {reason}")
+            raise (RuntimeError if status == loader.NO_CUDA else _PinRefused)(reason)
     return _viewed(address, nbytes, _release, lib, address, nbytes, pin_device)
 
 

@@ -30,6 +30,7 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 NO_DTYPE = 3
 AS_TORCH, NEAREST, STOCHASTIC = 0, 1, 2
 
+NO_CUDA = -7
 _ERRORS: dict[int, type[Exception]] = {-1: ValueError, -2: MemoryError, -3: ValueError}
 
 
@@ -128,7 +129,7 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "lss_colnorm": (c_int32, (c_void_p, c_void_p, c_int32, c_int64, c_int64, c_void_p, *_HOW)),
     "lss_copy": (c_int32, (c_void_p, c_void_p, c_void_p, c_int64, *_HOW)),
     "lss_bench_roof": (None, (c_void_p, c_void_p, c_void_p, c_void_p, c_int64)),
-    "lss_mem_alloc": (c_int32, (c_size_t, c_int32, c_void_p, POINTER(c_void_p))),
+    "lss_mem_alloc": (c_int32, (c_size_t, c_int32, c_int32, c_void_p, POINTER(c_void_p))),
     "lss_mem_free": (c_int32, (c_void_p, c_size_t)),
     "lss_cu_device_count": (c_int32, (POINTER(c_int32),)),
     "lss_cu_pin": (c_int32, (c_int32, c_void_p, c_size_t)),

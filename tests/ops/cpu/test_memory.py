@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import faulthandler
 import gc
+import os
+import signal
 
 import pytest
 import torch
 
+from lightning_superscale.offload.link.arena import HostArena
 from lightning_superscale.ops.cpu.memory import HostBuffer, RecycledMemory
 from lightning_superscale.ops.cpu.pool import Pool
 from lightning_superscale.ops.cuda import runtime
@@ -136,3 +140,55 @@ def test_recycled_memory_leaves_small_tensors_and_devices_to_torch():
     assert memory.empty(8, MIB, dtype=torch.float32, device=torch.device("meta")).is_meta
     gc.collect()
     assert memory.free_bytes == 0
+
+
+# Forks
+
+
+def resident_kib_of_child(buffer: HostBuffer) -> int:
+    """Change every page of a buffer while a forked child lives; returns what it keeps of the old pages, in KiB."""
+    ready, go = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(ready[1], b"x")
+        os.read(go[0], 1)
+        os._exit(0)
+    os.read(ready[0], 1)
+    buffer.tensor(torch.uint8, buffer.nbytes).add_(1)
+    with open(f"/proc/{child}/smaps_rollup") as smaps:
+        found = {line.split(":")[0]: int(line.split()[1]) for line in smaps if line.endswith("kB\n")}
+    os.write(go[1], b"x")
+    os.waitpid(child, 0)
+    for end in (*ready, *go):
+        os.close(end)
+    return found["Private_Clean"] + found["Private_Dirty"]
+
+
+@pytest.mark.skipif(not NATIVE, reason="no native library")
+def test_data_loader_workers_do_not_double_states():
+    size = 256 << 20
+    kept, left_out = (HostBuffer(size, in_forks=in_forks) for in_forks in (True, False))
+    for buffer in (kept, left_out):
+        buffer.tensor(torch.uint8, size).fill_(1)
+    assert resident_kib_of_child(left_out) < size // 1024 // 8
+    assert resident_kib_of_child(kept) > size // 1024 // 2  # the measure sees what it should
+
+
+@pytest.mark.skipif(not NATIVE, reason="no native library")
+def test_states_are_left_out_of_forks_and_weights_that_parameters_view_are_not():
+    arena = HostArena()
+    states, weights = (
+        arena.zeros(4096, torch.float32, is_pinned=False),
+        arena.zeros(4096, torch.float32, is_pinned=False, in_forks=True),
+    )
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if not weights.any() else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    child = os.fork()
+    if child == 0:
+        faulthandler.disable()
+        signal.signal(signal.SIGSEGV, signal.SIG_DFL)
+        states.any()
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGSEGV
