@@ -114,13 +114,12 @@ class SuperScalePrecisionMixin(_Base):
 
     # Calls by the strategy
 
-    def attach(self, run: Run, device_type: str) -> None:
-        """Take the run whose losses are scaled and clipped; the strategy calls it in setup.
-
-        Args:
-            device_type: type of the training device, for `torch.autocast`.
-        """
+    def run_on(self, device_type: str) -> None:
+        """Take the type of the device, for `torch.autocast`; the strategy calls it in setup, for training or not."""
         self._device_type = device_type
+
+    def attach(self, run: Run) -> None:
+        """Take the run whose losses are scaled and clipped; the strategy calls it in setup for training."""
         self._run = run
 
     def detach(self) -> None:

@@ -214,6 +214,7 @@ class SuperScaleStrategyMixin(_Base):
         if trains and layer_sync_of(self):
             model = layer_sync_of(self).apply(model)
         self.model = self.precision_plugin.convert_module(model)
+        self._precision.run_on(self.root_device.type)
         self.run.prepare(model, self.root_device, trains=trains, is_compiled_whole=is_compiled_whole(model))
         if trains:
             self.setup_optimizers(trainer)
@@ -236,7 +237,7 @@ class SuperScaleStrategyMixin(_Base):
             rank=self.global_rank,
             error_if_nonfinite=self.error_if_nonfinite,
         )
-        self._precision.attach(self.run, self.root_device.type)
+        self._precision.attach(self.run)
 
     def model_to_device(self) -> None:
         if self.model is None:
