@@ -2,7 +2,10 @@
 
 [Note: Norms taken early] A step's verdict needs the norm of every gradient. Taken at the step, from gradients that left
 for the host, it waits for the last copy and then reads all of them once more, with nothing to hide it. So norms are
-taken on the device while backward still runs, and the verdict waits for no copy.
+taken on the device while backward still runs, and the verdict waits for no copy. Steps predict whether the next one
+needs norms. Where a prediction was wrong, and where a second gradient was added to a first, the gradient is brought
+back to the device: a device and a host add up in different orders, and no bit of a step may depend on the step before
+it. All norms are those of gradients in their weights' dtype, as they are stepped.
 
 In a norm over ranks every element of the model's gradient counts once.
 """
@@ -21,6 +24,7 @@ from lightning_superscale.comm.dtensor import is_cut
 from lightning_superscale.comm.mesh import DataMesh
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.ops.cpu.flat import sumsq
+from lightning_superscale.ops.events import has_streams
 from lightning_superscale.ops.update import StatsSource
 from lightning_superscale.optim.param_update import ParamUpdate, by_unit
 from lightning_superscale.optim.unit import GradientDelta
@@ -102,7 +106,7 @@ def grad_sumsqs(grads: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _sumsqs(alike: list[Tensor]) -> Sequence[Tensor]:
-    if alike[0].device.type == "cpu":
+    if not has_streams(alike[0].device):
         return [torch.tensor(sumsq(grad.contiguous()), dtype=torch.float64) for grad in alike]
     return [norm.square() for norm in norms_of_all(alike, torch.float64)]
 
@@ -140,11 +144,12 @@ class EarlyNorms:
     otherwise.
 
     Attributes:
-        are_wanted: whether to take measures; set by each step for the next one.
+        are_wanted: whether to take measures; set by each step for the next one. The first step after a start or a
+            resume takes them.
     """
 
     def __init__(self, mesh: DataMesh) -> None:
-        self.are_wanted = False
+        self.are_wanted = True
         self._measure = grad_norms if mesh.num_shares == 1 else grad_sumsqs
         self._taken: dict[tuple[int, int], Tensor | None] = {}
 
@@ -155,7 +160,10 @@ class EarlyNorms:
         keys = [(delta.unit.index, i) for i, _ in delta.slices]
         # A second delta adds to the first, and the norm of the sum counts: it is taken when both are there.
         self._taken.update((key, None) for key in keys if key in self._taken)
-        new = [(key, grad) for key, (_, grad) in zip(keys, delta.slices, strict=True) if key not in self._taken]
+        dtype = delta.unit.dtype
+        new = [
+            (key, grad.to(dtype)) for key, (_, grad) in zip(keys, delta.slices, strict=True) if key not in self._taken
+        ]
         self._taken.update(zip([key for key, _ in new], self._measure([grad for _, grad in new]), strict=True))
 
     def clear(self) -> None:
@@ -168,10 +176,23 @@ class EarlyNorms:
         The result is on the gradients' device where all have one, and on the host otherwise.
         """
         early = [self._taken.get((item.unit.index, item.i)) for item in due]
-        late = iter(self._measure([item.grad() for item, taken in zip(due, early, strict=True) if taken is None]))
-        measures = [next(late) if taken is None else taken for taken in early]
+        late: dict[int, list[int]] = {}
+        for place, (item, taken) in enumerate(zip(due, early, strict=True)):
+            if taken is None:
+                late.setdefault(item.unit.index, []).append(place)
+        for places in late.values():  # unit by unit, so that few gradients are back on the device at a time
+            found = self._measure([_on_device(due[place]) for place in places])
+            for place, measure in zip(places, found, strict=True):
+                early[place] = measure
+        measures = [measure for measure in early if measure is not None]
         devices = {measure.device for measure in measures}
         return torch.stack(measures if len(devices) == 1 else [measure.cpu() for measure in measures])
+
+
+def _on_device(item: ParamUpdate) -> Tensor:
+    """The gradient of an update, 1D; one that left for the host is brought back to where early ones are measured."""
+    grad = item.grad()
+    return grad.to(item.unit.device, item.unit.dtype) if "host" in item.state.homes else grad
 
 
 @dataclass(frozen=True, slots=True)
