@@ -22,10 +22,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lightning_superscale.comm.mesh import DataMesh, MeshAxis
+from lightning_superscale.comm.mesh import GATHER_AXIS, DataMesh, MeshAxis
 from lightning_superscale.comm.watch import RankWatch
 from lightning_superscale.ops.cpu.memory import RecycledMemory
-from lightning_superscale.ops.events import Done, Event
+from lightning_superscale.ops.events import Done, Event, has_streams
 from lightning_superscale.torch_private import AsyncCollectiveTensor, copy_all
 
 # The interval in which a rank that waits looks whether another one failed.
@@ -106,7 +106,7 @@ class InFlight:
 
     def synchronize(self) -> None:
         result = self.wait()
-        if result.is_cuda:
+        if has_streams(result.device):
             torch.cuda.current_stream(result.device).synchronize()
 
     def is_waitable(self) -> bool:
@@ -123,10 +123,22 @@ class AxisCollectives:
         self.axis = axis
         self._counts = mesh.counts
         self._memory = mesh.memory
-        self._is_gloo = axis.group is not None and "gloo" in dist.get_backend(axis.group)
+        self._queued = mesh.queued
+        self._is_gloo = axis.group is not None and _backend_of(axis.group, mesh.device_type) == "gloo"
         # Waiting for NCCL orders streams and does not block, so there is nothing to watch.
         self._watch = mesh.watch if self._is_gloo else None
         self._exchanges = 0
+
+    @property
+    def runs_on_host(self) -> bool:
+        """Whether collectives run on the host, as gloo's do, where their wait blocks it."""
+        return self._is_gloo
+
+    def _begin(self) -> None:
+        """Let gathers that another thread was given go first ([Note: One order per device] in mesh.py)."""
+        if not self._is_gloo and self.axis.name != GATHER_AXIS:
+            for wait_issued in self._queued:
+                wait_issued()
 
     def reduce_scatter(self, packed: Tensor) -> Event[Tensor]:
         """Sum `packed` [size, n] over ranks; the result is row `rank` of the sum, [n], of the same dtype.
@@ -137,6 +149,7 @@ class AxisCollectives:
             return Done(packed[0])
         self._counts.add("reduce_scatter", packed.nbytes)
         if not self._is_gloo:
+            self._begin()
             out = packed.new_empty(packed.shape[1])
             work = dist.reduce_scatter_tensor(out, packed.view(-1), group=self.axis.group, async_op=True)
             return self._in_flight([work], lambda: out, "reduce-scatter")
@@ -157,6 +170,7 @@ class AxisCollectives:
         if self.axis.size == 1:
             return Done(tensor)
         self._counts.add("all_reduce", tensor.nbytes)
+        self._begin()
         work = dist.all_reduce(tensor, group=self.axis.group, async_op=True)
         return self._in_flight([work], lambda: tensor, "all-reduce")
 
@@ -171,6 +185,7 @@ class AxisCollectives:
             return Done(packed)
         self._counts.add("all_gather", packed[0].nbytes)
         if is_polled or not self._is_gloo:
+            self._begin()
             own = packed[self.axis.rank]
             work = _ALL_GATHER(packed.view(-1), own, group=self.axis.group, async_op=True)
             return self._in_flight([work], lambda: packed, "all-gather")
@@ -232,13 +247,23 @@ class AxisCollectives:
         if self.axis.size == 1:
             return
         self._counts.add("broadcast", tensor.nbytes)
+        self._begin()
         source = 0 if self.axis.group is None else dist.get_global_rank(self.axis.group, 0)
-        if tensor.device.type == "cpu" and not self._is_gloo:  # NCCL knows device memory only
+        if not has_streams(tensor.device) and not self._is_gloo:  # NCCL knows device memory only
             staged = tensor.to(torch.device("cuda", torch.cuda.current_device()))
             dist.broadcast(staged, source, group=self.axis.group)
             tensor.copy_(staged)
             return
         dist.broadcast(tensor, source, group=self.axis.group)
+
+
+def _backend_of(group: dist.ProcessGroup, device_type: str) -> str | None:
+    """The backend that moves a group's tensors on a type of device; None where it has none.
+
+    A group may have a backend for each, as in "cpu:gloo,cuda:nccl".
+    """
+    backends = dict(part.split(":") for part in dist.get_backend_config(group).split(","))
+    return backends.get(device_type)
 
 
 def _sum_of_rows(rows: Sequence[Tensor], scratch: Tensor, memory: RecycledMemory) -> Tensor:

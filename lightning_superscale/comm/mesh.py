@@ -5,11 +5,17 @@ Ranks are numbered as in the spec, with the tensor axis innermost, as in Lightni
 [Note: Two groups] Gathers of weights follow each rank's forward and backward, reductions follow an order that ranks
 agree on. How the two interleave depends on the modules and parameters that a rank's batch used, so on one process
 group a gather of one rank would meet a reduction of another.
+
+[Note: One order per device] NCCL runs a collective as a kernel that waits on the device for the other ranks' kernels.
+Two groups whose kernels start in different orders on two ranks can wait for one another, when the device has no room
+for both. So each rank issues its collectives in one order: a thread that gathers new weights registers in `queued`, and
+whoever issues any other collective of ours first waits until that thread has issued what it was given. gloo's
+collectives run on the host, and need no order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
@@ -22,6 +28,9 @@ from lightning_superscale.ops.cpu.memory import RecycledMemory
 
 # Ranks that differ along DATA_AXES see other tokens; ranks that differ along BATCH_AXES see other batches.
 DATA_AXES, BATCH_AXES = ("replicate", "shard", "sequence"), ("replicate", "shard")
+
+# Weights are gathered along this one, which has the ranks of `shard`.
+GATHER_AXIS = "gather"
 
 # The names that Lightning gives the axes of `LightningModule.device_mesh`.
 DATA_AXIS, TENSOR_AXIS = "data_parallel", "tensor_parallel"
@@ -76,6 +85,8 @@ class DataMesh:
         watch: reports ranks that failed; None on one rank.
         counts: counts collectives.
         memory: allocates temporary buffers of collectives.
+        device_type: type of the device whose tensors the collectives move.
+        queued: each returns when gathers that another thread was given are issued ([Note: One order per device]).
     """
 
     shard: MeshAxis
@@ -90,6 +101,8 @@ class DataMesh:
     watch: RankWatch | None = None
     counts: CollectiveCount = field(default_factory=CollectiveCount)
     memory: RecycledMemory = field(default_factory=RecycledMemory)
+    device_type: str = "cpu"
+    queued: list[Callable[[], None]] = field(default_factory=list)
 
     @property
     def is_single(self) -> bool:
@@ -144,7 +157,7 @@ def build_mesh(
         spec: sizes of the axes, of as many ranks as the group has.
         timeout: timeout of the control group's agreements.
         watch: reports ranks that failed.
-        device_type: type of the device that tensors of the tensor axis live on.
+        device_type: type of the device whose tensors the collectives move.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     if spec.world_size != world_size:
@@ -175,11 +188,12 @@ def build_mesh(
         tensor=single["tensor"],
         sequence=single["sequence"],
         world=MeshAxis("world", rank, world_size, dist.group.WORLD),
-        gather=MeshAxis("gather", single["shard"].rank, spec.shard, _gather_group(spec, rank, device_mesh)),
+        gather=MeshAxis(GATHER_AXIS, single["shard"].rank, spec.shard, _gather_group(spec, rank, device_mesh)),
         flattened=flattened,
         device_mesh=device_mesh,
         control=dist.new_group(backend="gloo", timeout=timeout),
         watch=watch,
+        device_type=device_type,
     )
 
 

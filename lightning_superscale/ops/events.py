@@ -21,6 +21,25 @@ from concurrent.futures import Future
 from typing import Generic, Protocol, TypeVar
 
 import torch
+from torch import Tensor
+
+# Types of devices whose work runs in streams, beside the host. tests/races adds "cpu", and plays such a device there.
+STREAMED_DEVICE_TYPES = frozenset({"cuda"})
+
+
+def has_streams(device: torch.device) -> bool:
+    """Whether work on a device runs in streams, so that a call returns before its work is done."""
+    return device.type in STREAMED_DEVICE_TYPES
+
+
+def note_use(tensor: Tensor) -> None:
+    """Say that the current stream has used memory that another stream owns, before the last reference to it is dropped.
+
+    The caching allocator gives freed memory to the next work of the stream that owns it, and knows of no other stream.
+    """
+    if has_streams(tensor.device):
+        tensor.record_stream(torch.cuda.current_stream(tensor.device))
+
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -115,6 +134,7 @@ class StreamEvent:
 
     def __init__(self, stream: torch.cuda.Stream, keep: object = None) -> None:
         self._keep = keep
+        self._device = stream.device
         self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._event.record(stream)
 
@@ -123,10 +143,12 @@ class StreamEvent:
         (stream or torch.cuda.current_stream()).wait_event(self._event)
 
     def synchronize(self) -> None:
-        self._event.synchronize()
+        with torch.cuda.device(self._device):  # on a thread's first call CUDA makes a context on its current device
+            self._event.synchronize()
 
     def is_waitable(self) -> bool:
         return True
 
     def is_complete(self) -> bool:
-        return bool(self._event.query())  # type: ignore[no-untyped-call]
+        with torch.cuda.device(self._device):
+            return bool(self._event.query())  # type: ignore[no-untyped-call]

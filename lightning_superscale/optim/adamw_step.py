@@ -118,16 +118,19 @@ class StepNumbers:
         self._grad_scale = grad_scale
         self._clip_value = clip_value
         self._counts: list[Tensor] = []
-        self._made: dict[tuple[int, int], AdamWHyper] = {}  # most parameters of a group are at the same step
+        # Most parameters of a group are at the same step, and on the same device.
+        self._made: dict[tuple[int, int, torch.device], AdamWHyper] = {}
 
     def hyper_of(self, item: ParamUpdate) -> AdamWHyper:
         """The hyperparameters of one update. `advance` will count the step for its parameter."""
         count = self._rule.bound_state(item)["step"]
         self._counts.append(count)
-        key = (id(item.group), int(count) + 1)
-        if key not in self._made:
-            self._made[key] = adamw_hyper(self._optimizer, item.group, key[1], self._grad_scale, self._clip_value)
-        return self._made[key]
+        step, device = int(count) + 1, item.unit.device
+        made = self._made.get((id(item.group), step, device))
+        if made is None:
+            made = adamw_hyper(self._optimizer, item.group, step, self._grad_scale, self._clip_value, device=device)
+            self._made[id(item.group), step, device] = made
+        return made
 
     def advance(self) -> None:
         """Count the step, which was taken, for each parameter that `hyper_of` was called for."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_superscale.layout.rows import ParamSlice
+from lightning_superscale.ops.events import has_streams
 from lightning_superscale.ops.types import AdamWHyper
 from lightning_superscale.optim.unit import ShardUnit
 from lightning_superscale.optim.unit_state import UnitState
@@ -89,7 +90,13 @@ def why_not_native(optimizer: Optimizer) -> str | None:
 
 
 def adamw_hyper(
-    optimizer: Optimizer, group: dict[str, Any], step: int, grad_scale: float, clip_value: float | None
+    optimizer: Optimizer,
+    group: dict[str, Any],
+    step: int,
+    grad_scale: float,
+    clip_value: float | None,
+    *,
+    device: torch.device,
 ) -> AdamWHyper:
     """The hyperparameters of one update, read from the parameter group at the step, so that schedulers keep working.
 
@@ -100,9 +107,10 @@ def adamw_hyper(
         step: the number of this step, from 1.
         grad_scale: factor of the gradient.
         clip_value: bound of its elements after that; None for none.
+        device: the device that the model runs on, where plain AdamW would step the parameter. The parameter itself may
+            be in host memory between its uses.
     """
     beta1, beta2 = group["betas"]
-    is_cuda = any(param.device.type == "cuda" for param in group["params"][:1])
     return AdamWHyper(
         lr=float(group["lr"]),
         beta1=beta1,
@@ -114,5 +122,5 @@ def adamw_hyper(
         maximize=bool(group["maximize"]),
         grad_scale=grad_scale,
         clip_value=clip_value,
-        ieee_sqrt=is_cuda or bool(group.get("fused")),
+        ieee_sqrt=has_streams(device) or bool(group.get("fused")),
     )

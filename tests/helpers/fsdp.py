@@ -90,7 +90,7 @@ def build(model, rank, world_size, case, *, optimizer=None, **how):
     return engines[0], sharded
 
 
-def build_all(model, rank, world_size, case, optimizers, *, store=None, shard_size=None, watch=None):
+def build_all(model, rank, world_size, case, optimizers, *, store=None, shard_size=None, watch=None, link=None):
     mesh = build_mesh(
         MeshSpec(replicate=world_size // (shard_size or world_size), shard=shard_size or world_size),
         timedelta(seconds=60),
@@ -100,7 +100,7 @@ def build_all(model, rank, world_size, case, optimizers, *, store=None, shard_si
     sharded = shard_module(model, optimizers, mesh, torch.device("cpu"), order, case.policy)
     ranks = ranks_of(mesh, model.parameters())
     is_deferred = case.is_offloaded and case.is_streamed
-    context = offload_context(link=DelayedLink(), streams=case.is_streamed)
+    context = offload_context(link=link or DelayedLink(), streams=case.is_streamed)
     chosen = engine_of("superoffload" if is_deferred else "cpu")
 
     def make_state(unit, *, has_moments, is_on_device):

@@ -9,7 +9,9 @@ from pathlib import Path
 
 _SCRIPT = """
 import signal
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job's children ignore it
+# A background job's children ignore the one, those of nohup the other.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 import sys, time
 from lightning_superscale.checkpoint.load.reader import SavedState
 from lightning_superscale.cli import main

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -43,6 +44,8 @@ class Device:
     """What a GPU's streams and events do, without one: work is through when the test says so."""
 
     def __init__(self) -> None:
+        self.device = torch.device("cuda", 1)
+        self.entered: list[torch.device] = []
         self.is_through = threading.Event()
         self.ordered: list[object] = []
 
@@ -61,6 +64,7 @@ class Device:
 
         monkeypatch.setattr(torch.cuda, "Event", DeviceEvent)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda _device=None: device)
+        monkeypatch.setattr(torch.cuda, "device", lambda index: self.entered.append(index) or nullcontext())
 
     def wait_event(self, event) -> None:
         self.ordered.append(event)
@@ -115,7 +119,7 @@ def collective(device: Device) -> Case:
 
 
 def collective_on_a_stream(device: Device) -> Case:
-    result = SimpleNamespace(is_cuda=True, device=None)
+    result = SimpleNamespace(device=torch.device("cuda"))
     works = [Work(device, blocks=False)]
     event = InFlight(works, lambda: result, None, "test", can_look=False, orders_streams=True)
     return Case(event, device.is_through.set, blocks=False)
@@ -233,6 +237,12 @@ def test_a_stream_event_orders_the_stream_that_it_is_given_and_keeps_a_tensor(de
     event.wait(other)
     event.wait()
     assert len(other.ordered) == len(device.ordered) == 1
+    # A thread's first call of CUDA makes a context, of half a gigabyte, on the device that is current there.
+    assert not device.entered
+    event.is_complete()
+    device.is_through.set()
+    event.synchronize()
+    assert device.entered == [device.device] * 2
     assert any(value is kept for value in vars(event).values())
 
 

@@ -34,6 +34,7 @@ from lightning_superscale.checkpoint.storage.local import remove
 from lightning_superscale.comm.collectives import control_max
 from lightning_superscale.comm.mesh import DataMesh, with_own_control
 from lightning_superscale.errors import CheckpointError
+from lightning_superscale.ops.events import StreamEvent, has_streams
 
 
 class BackgroundSaver:
@@ -200,7 +201,7 @@ class BackgroundSaver:
 
     def _snapshot(self, one: OwnItem, prepared: PreparedSave) -> Values:
         with one.values.use() as tensor:
-            if tensor.device.type != "cpu":
+            if has_streams(tensor.device):
                 # Forward may change a buffer at once, without asking whether it was copied.
                 is_buffer = prepared.tensors[one.item.key].role == "buffer"
                 return _CopiedValues(self._slabs.copy(one.item, tensor.clone() if is_buffer else tensor))
@@ -248,7 +249,7 @@ class _Slabs:
     def __init__(self) -> None:
         self._free: dict[object, Tensor] = {}
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
-        self._events: list[torch.cuda.Event] = []
+        self._events: list[StreamEvent] = []
 
     def copy(self, place: object, tensor: Tensor) -> Tensor:
         """Start copying a tensor; the result is complete after `record` and `synchronize`.
@@ -260,7 +261,7 @@ class _Slabs:
         if slab is None or slab.shape != tensor.shape or slab.dtype != tensor.dtype:
             slab = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
             self._free[place] = slab
-        if not tensor.is_cuda:
+        if not has_streams(tensor.device):
             slab.copy_(tensor)
             return slab
         stream = self._streams.get(tensor.device)
@@ -274,11 +275,7 @@ class _Slabs:
 
     def record(self) -> None:
         """Mark the end of a snapshot's copies, once all are started, for `synchronize` to wait for."""
-        self._events = []
-        for stream in self._streams.values():
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record(stream)
-            self._events.append(event)
+        self._events = [StreamEvent(stream) for stream in self._streams.values()]
 
     def order(self) -> None:
         for stream in self._streams.values():

@@ -13,6 +13,7 @@ no weight is written before the fence that the copy waits for.
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lightning_superscale.ops.cpu.flat import submit_copy
-from lightning_superscale.ops.events import Done, Event, FutureEvent, StreamEvent
+from lightning_superscale.ops.events import Done, Event, FutureEvent, StreamEvent, has_streams
 from lightning_superscale.ops.types import WEIGHT_DTYPES
 from lightning_superscale.timeline import UNTIMED, Timeline
 
@@ -76,6 +77,13 @@ class Link(Protocol):
             ValueError: the shapes differ, or the dtypes are no pair that a link copies.
         """
 
+    def allocating(self) -> AbstractContextManager[object]:
+        """While open, any thread may allocate device memory for the destination of an `h2d`.
+
+        On CUDA the memory belongs to the stream of those copies. The thread that runs the model says that it used the
+        memory before it lets go of it (`ops.events.note_use`).
+        """
+
     def needs_pinned_host(self) -> bool:
         """Whether copies overlap only if the host side is page-locked."""
 
@@ -121,6 +129,9 @@ class CpuLink:
             return submit_copy(dst, src)
         return FutureEvent(self._timed.submit(self._copy, dst, src, nbytes))
 
+    def allocating(self) -> AbstractContextManager[object]:
+        return nullcontext()
+
     def _copy(self, dst: Tensor, src: Tensor, nbytes: int) -> None:
         with self._timeline.host("host to device", "weights", nbytes):
             dst.copy_(src)
@@ -151,7 +162,7 @@ class CudaLink:
             dst.copy_(src.to(dst.dtype), non_blocking=True)
         # The caching allocator must not hand src's memory out before this stream has read it.
         src.record_stream(stream)
-        return StreamEvent(stream, keep=src)
+        return StreamEvent(stream)  # it may live until the step, and keeps no gradient on the device until then
 
     def fence(self) -> LinkFence:
         return StreamEvent(torch.cuda.current_stream(self._device))
@@ -170,6 +181,9 @@ class CudaLink:
                 dst.copy_(landed)
         return StreamEvent(stream, keep=src)
 
+    def allocating(self) -> AbstractContextManager[object]:
+        return torch.cuda.stream(self._h2d_stream)
+
     def needs_pinned_host(self) -> bool:
         return True
 
@@ -180,8 +194,8 @@ def link_for(device: torch.device, timeline: Timeline = UNTIMED) -> Link:
     Raises:
         ValueError: the device is neither a CPU nor CUDA.
     """
+    if has_streams(device):
+        return CudaLink(device, timeline)
     if device.type == "cpu":
         return CpuLink(timeline)
-    if device.type == "cuda":
-        return CudaLink(device, timeline)
     raise ValueError(f"there is no link to a {device.type!r} device; expected 'cpu' or 'cuda'")

@@ -56,7 +56,7 @@ class _Slice:
         front: index of the buffer that receives this step's gradient.
         back: index of the buffer that holds the pending gradient, and then the new weights.
         resting: index of the buffer that holds the weights that flow; None where they don't flow from these buffers.
-        arrival: the copy of this step's gradient, which keeps its source alive; None without a gradient.
+        arrival: the copy of this step's gradient; None without a gradient.
         looked_at: the hyperparameters with which new weights were computed from this step's gradient; None before.
         pending: the hyperparameters of the gradient in `back`, which waits for its commit; None without one.
         stats: statistics of this step's gradient, counted when it was looked at; None before.
@@ -104,11 +104,15 @@ class DeferredState:
         self.compensation = compensation_of(arena, numel, unit.dtype, dtypes)
         rests = streamed is not None and streamed.is_whole
         num_buffers = 3 if rests else 2
-        self._buffers = tuple(arena.zeros(numel, self.transfer_dtype, is_pinned=is_pinned) for _ in range(num_buffers))
+        self._buffers = tuple(
+            arena.zeros(numel, self.transfer_dtype, is_pinned=is_pinned, in_forks=rests) for _ in range(num_buffers)
+        )
         self._slices = [_Slice(resting=2 if rests else None) for _ in unit.shard.slices]
         self.flowing: FlowingWeights | None = None
         if streamed is not None:
-            whole = [] if rests else [arena.zeros(streamed.full.shard_numel, unit.dtype, is_pinned=is_pinned)]
+            whole = []
+            if not rests:
+                whole = [arena.zeros(streamed.full.shard_numel, unit.dtype, is_pinned=is_pinned, in_forks=True)]
             self.flowing = FlowingWeights(streamed, link, whole or self._buffers, first=2 if rests else 0)
         self.host_copy_numel = 0 if self.flowing is None else self.flowing.unit.full.shard_numel
         self.reload(range(len(self._slices)))
@@ -292,7 +296,8 @@ class DeferredState:
         return way_of_weights(self.flowing, lambda: self._upload(stepped, fence))
 
     def _upload(self, stepped: Sequence[int], after: LinkFence | None) -> list[LinkEvent]:
-        inbox = self.unit.inbox()
+        with self._link.allocating():  # another thread's forward may still use memory that was freed since the fence
+            inbox = self.unit.inbox()
         fronts = {self._slices[i].front for i in stepped}
         if len(stepped) == len(self._slices) and len(fronts) == 1:
             pairs = [(inbox, self._buffers[fronts.pop()])]

@@ -188,7 +188,9 @@ class DeferredStep(AdamWRule):
             param = unit.params[i]
             item = ParamUpdate(param, self._group(param), unit, state, i)
             count = int(self.bound_state(item)["step"]) + 1
-            hypers[i] = adamw_hyper(self._optimizer, item.group, count, self._grad_scale, self._clip_value)
+            hypers[i] = adamw_hyper(
+                self._optimizer, item.group, count, self._grad_scale, self._clip_value, device=unit.device
+            )
         deferring = self._states[unit.index]
         ahead = functools.partial(self._look_ahead, unit.index, dict(hypers))
         self._looking[unit.index] = self._worker.look_ahead(ahead, deferring.has_arrived)
@@ -235,8 +237,9 @@ class DeferredStep(AdamWRule):
             unit = items[0].unit
             state = self._states[unit.index]
             self._let_states_wait(unit.index, items)
-            # Copies may still be under way when the step returns. Their sources stay alive (StreamEvent), and no other
-            # code writes most of them; but a gradient in param.grad may be zeroed or added to in place next.
+            # Copies may still be under way when the step returns. Their sources' memory is theirs until then
+            # (`record_stream`), and no other code writes most of them; but a gradient in param.grad may be zeroed or
+            # added to in place next.
             if any(item.param.grad is not None for item in items):
                 state.order_after_copies()
             stepped.append((unit, list(hypers)))

@@ -218,6 +218,12 @@ class FlowingWeights:
             self._landing.synchronize()
             self._landing = None
 
+    def _has_landed(self) -> bool:
+        """Whether host memory has what was gathered on the device last."""
+        if self._landing is not None and self._landing.is_complete():
+            self._landing = None
+        return self._landing is None
+
     @contextmanager
     def filling(self, *, is_whole: bool) -> Iterator[None]:
         """While open, `unit.weights` can be written; on exit a copy of the weights to the host begins.
@@ -284,9 +290,7 @@ class FlowingWeights:
             self._storage.resize_(self.full_bytes)
             self._fence = self._link.fence()
             self._copies = []
-        if self._landing is not None and self._landing.is_complete():
-            self._landing = None
-        if are_on_host and self._landing is None and not self._copies:
+        if are_on_host and self._has_landed() and not self._copies:
             if self._new is None:  # otherwise parameters still view the old weights
                 self._take_assigned(self._host_views())
             self.watch.expect()  # a write from now on would miss the copies
@@ -339,6 +343,8 @@ class FlowingWeights:
             self.is_present = self._is_filled = False
             self._bind_host()
             self._storage.resize_(0)
+        if not self._has_landed():
+            self.watch.expect()  # a read from now on would meet the copy
 
     def _keep_edits(self) -> None:
         for i in self._params:
@@ -366,6 +372,7 @@ class FlowingWeights:
     def close(self) -> None:
         """Let go of the parameters: each owns its weight from now on, in host memory."""
         self.release()
+        self._await_landing()
         self.watch.close()
         for i, param in self._params.items():
             if param.data_ptr() == self._on_host[self._current[i]][i].data_ptr():

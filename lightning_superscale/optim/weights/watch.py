@@ -26,6 +26,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from lightning_superscale.ops.events import has_streams
 from lightning_superscale.optim.weights.param_classes import watched_classes, watcher_of
 
 T = TypeVar("T", bound=Tensor)
@@ -107,7 +108,7 @@ class WeightWatch(Generic[T]):
             return
         stranger = self._reader != _reader_on(self._device)
         self._wait()
-        if stranger and self._device.type == "cuda":
+        if stranger and has_streams(self._device):
             # The wait has ordered this thread's stream only, and the one that runs the model waits no more.
             torch.cuda.current_stream(self._device).synchronize()
 
@@ -132,4 +133,4 @@ class WeightWatch(Generic[T]):
 
 def _reader_on(device: torch.device) -> tuple[int, Any]:
     """The thread that runs, and its stream on the device."""
-    return threading.get_ident(), torch.cuda.current_stream(device) if device.type == "cuda" else None
+    return threading.get_ident(), torch.cuda.current_stream(device) if has_streams(device) else None

@@ -14,7 +14,7 @@ rest of the queue before its backward issues any other collective.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from lightning_superscale.comm.collectives import AxisCollectives
-from lightning_superscale.ops.events import Event
+from lightning_superscale.ops.events import Event, has_streams
 from lightning_superscale.optim.unit import PublishEvent
 from lightning_superscale.optim.weights.store import Incoming, NewWeights
 from lightning_superscale.zero.buckets.unit import BucketUnit
@@ -62,15 +62,23 @@ class _IssuedElsewhere:
 
 
 class GatherThread:
-    """Gathers that a thread of their own issues as rows arrive ([Note: Late gathers]). Satisfies `Gathers`."""
+    """Gathers that a thread of their own issues as rows arrive ([Note: Late gathers]). Satisfies `Gathers`.
 
-    def __init__(self, collectives: AxisCollectives) -> None:
+    Args:
+        queued: the mesh's list of what other collectives wait for ([Note: One order per device] in comm/mesh.py).
+    """
+
+    def __init__(self, collectives: AxisCollectives, queued: list[Callable[[], None]]) -> None:
         self._collectives = collectives
+        self._queued = queued
+        self._under_way: deque[Future[Event[Tensor]]] = deque()
+        queued.append(self._wait_issued)
         self._executor = ThreadPoolExecutor(1, "lightning-superscale gather")
         self._stream: torch.cuda.Stream | None = None
 
     def add(self, unit: BucketUnit, event: PublishEvent, stepped: Sequence[int]) -> NewWeights:
         issued = self._executor.submit(self._issue, unit, event)
+        self._under_way.append(issued)
         return Incoming(_IssuedElsewhere(issued), partial(unit.unpack_gathered, stepped))
 
     def _issue(self, unit: BucketUnit, event: PublishEvent) -> Event[Tensor]:
@@ -80,17 +88,23 @@ class GatherThread:
 
     def _on_stream_of(self, unit: BucketUnit) -> AbstractContextManager[object]:
         """Order the gather after the upload alone, not after the work that the model's stream has queued."""
-        if unit.device.type != "cuda":
+        if not has_streams(unit.device):
             return nullcontext()
         if self._stream is None:
             self._stream = torch.cuda.Stream(unit.device)  # type: ignore[no-untyped-call]
         return torch.cuda.stream(self._stream)
+
+    def _wait_issued(self) -> None:
+        while self._under_way:
+            self._under_way[0].exception()  # whoever uses the weights raises it
+            self._under_way.popleft()
 
     def issue_all(self) -> None:
         return
 
     def close(self) -> None:
         self._executor.shutdown()
+        self._queued.remove(self._wait_issued)
 
 
 class _Queued(NamedTuple):

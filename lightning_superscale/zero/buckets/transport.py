@@ -71,7 +71,9 @@ class BucketTransport:
         self._place: dict[nn.Parameter, tuple[BucketUnit, int]] = {}
         self._hooks: dict[nn.Parameter, RemovableHandle] = {}
         self._observed: dict[nn.Parameter, None] = {}
-        self._late_gathers: Gathers = LateGathers(ranks.gather) if grouping.block_of else GatherThread(ranks.gather)
+        self._late_gathers: Gathers = (
+            LateGathers(ranks.gather) if grouping.block_of else GatherThread(ranks.gather, ranks.mesh.queued)
+        )
         self._of_index: dict[int, BucketUnit] = {}
         self.units: list[BucketUnit] = []
         self.add_params(named_params)

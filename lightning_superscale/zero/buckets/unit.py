@@ -11,6 +11,7 @@ from torch.autograd.graph import increment_version
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.layout.rows import ParamSpec, UnitLayout, shard_rows, unit_layout
 from lightning_superscale.ops.cpu.memory import RecycledMemory
+from lightning_superscale.ops.events import note_use
 from lightning_superscale.optim.unit import slice_view
 from lightning_superscale.optim.weights.store import OnDevice, WeightStore
 from lightning_superscale.torch_private import num_owners_of, version_of
@@ -193,6 +194,7 @@ class BucketUnit:
             for i in stepped:
                 for there, here in self._ranked.blocks(columns[i], slice_view(self.weights, self.full.slices[i]), i):
                     here.copy_(there)
+        note_use(packed)
         self._gathered = None
 
     def rows_of_ranks(self) -> list[list[Tensor]]:

@@ -33,8 +33,6 @@ class GroupGather:
         self._order = order
         self._name = name
         self._joined = joined
-        group = collectives.axis.group
-        self._is_polled = group is not None and "gloo" in dist.get_backend(group)
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """A new buffer for FSDP2 to gather from or into."""
@@ -64,7 +62,7 @@ class GroupGather:
         if here.data_ptr() != own.data_ptr():
             here.copy_(own)
         pending = self._collectives.all_gather(packed, is_polled=True)
-        if self._is_polled:
+        if self._collectives.runs_on_host:
             patience, pause = Patience(), _FIRST_PAUSE_S
             with self._order.waiting(self._name):
                 while not pending.is_complete():

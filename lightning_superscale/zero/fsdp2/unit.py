@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_superscale.comm.dtensor import local_rows_of, tensor_shape
 from lightning_superscale.layout.rows import ParamSpec, UnitLayout, unit_layout
+from lightning_superscale.ops.events import note_use
 from lightning_superscale.optim.unit import slice_view
 from lightning_superscale.optim.weights.store import OnDevice, WeightStore
 from lightning_superscale.zero.packing import RankedRows
@@ -79,6 +80,7 @@ class Fsdp2Unit:
         inbox = self.inbox()
         for i in stepped:
             self.local_rows(i).copy_(slice_view(inbox, self.shard.slices[i]))
+        note_use(inbox)
         self._inbox = None
 
     def packed(self, grads: Mapping[int, Tensor], scale: float, dtype: torch.dtype) -> Tensor:
