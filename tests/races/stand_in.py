@@ -71,6 +71,7 @@ def _play_streams(patch: pytest.MonkeyPatch, world: World) -> None:
     patch.setattr(torch.cuda, "Event", lambda **_options: Event(world))
     patch.setattr(torch.cuda, "current_stream", lambda device=None: world.stream)
     patch.setattr(torch.cuda, "stream", world.on_stream)
+    patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     patch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     patch.setattr(torch.cuda, "synchronize", lambda device=None: world.compute.synchronize())
 

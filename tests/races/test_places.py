@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lightning_superscale.checkpoint.save import background
+from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.offload.link.link import CudaLink
 from lightning_superscale.offload.superoffload import step as superoffload_step
 from lightning_superscale.optim import adamw_step
@@ -105,6 +106,21 @@ def test_the_square_root_does_not_follow_where_a_weight_lies(way, monkeypatch):
             step(clips=False)
         engine.flush()
     assert set(asked) == {elsewhere}
+
+
+@pytest.mark.parametrize("way", ["cpu", "superoffload"])
+def test_a_copy_in_the_capture_of_a_graph_is_refused_by_name(way, monkeypatch):
+    with training(way) as (_, engine, backward, step):
+        backward()
+        step(clips=False)
+        engine.transport.wait_all_published()
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+            with pytest.raises(SuperScaleError, match="a CUDA graph is being captured.*strategy='superscale'"):
+                backward()
+        engine.discard_gradients()
+        backward()
+        step(clips=False)
 
 
 def test_a_snapshot_waits_for_the_step_and_keeps_what_it_copies():

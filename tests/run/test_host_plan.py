@@ -117,9 +117,9 @@ def test_threads_are_bound_to_the_share_and_leave_its_first_core(monkeypatch, pr
 def test_the_threads_that_step_touch_the_states_first(monkeypatch, engine):
     pools = []
 
-    def buffer(nbytes, *, pin, pool):
+    def buffer(nbytes, *, pool, **rest):
         pools.append(pool)
-        return HostBuffer(nbytes, pin=pin, pool=pool)
+        return HostBuffer(nbytes, pool=pool, **rest)
 
     monkeypatch.setattr(arena, "HostBuffer", buffer)
     seen = Explained()

@@ -34,6 +34,7 @@ from lightning_superscale.checkpoint.storage.local import remove
 from lightning_superscale.comm.collectives import control_max
 from lightning_superscale.comm.mesh import DataMesh, with_own_control
 from lightning_superscale.errors import CheckpointError
+from lightning_superscale.ops.cpu.memory import HostBuffer
 from lightning_superscale.ops.events import StreamEvent, has_streams
 
 
@@ -259,8 +260,9 @@ class _Slabs:
         """
         slab = self._free.get(place)
         if slab is None or slab.shape != tensor.shape or slab.dtype != tensor.dtype:
-            slab = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-            self._free[place] = slab
+            # Not torch's pinned memory, which is handed out in powers of two.
+            buffer = HostBuffer(tensor.nbytes, pin=tensor.is_cuda, device=tensor.device.index or 0, in_forks=False)
+            slab = self._free[place] = buffer.tensor(tensor.dtype, tensor.numel()).view(tensor.shape)
         if not has_streams(tensor.device):
             slab.copy_(tensor)
             return slab

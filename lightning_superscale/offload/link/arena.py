@@ -6,6 +6,7 @@ States are in pageable memory; buffers of transfers are pinned where that lets c
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 
 import psutil
@@ -50,10 +51,35 @@ class HostArena:
         return buffer.tensor(dtype, numel)
 
 
+MEMORY_VARIABLE = "LSS_HOST_MEMORY_GIB"
+
+
 def available_host_bytes() -> int:
-    """Bytes that this process can take now: what the host has available, or less if a container's limit leaves less."""
+    """Bytes that this process can take now: what the host has available, or less if a container's limit leaves less.
+
+    LSS_HOST_MEMORY_GIB, if set, is believed instead: some virtual machines have more memory as soon as it is used.
+
+    Raises:
+        SuperScaleError: the variable is no positive number.
+    """
+    said = os.environ.get(MEMORY_VARIABLE)
+    if said:
+        return _bytes_of(said)
     available, free = int(psutil.virtual_memory().available), cgroup_free_bytes()
     return available if free is None else min(available, free)
+
+
+def _bytes_of(said: str) -> int:
+    try:
+        gib = float(said)
+    except ValueError:
+        gib = math.nan
+    if not 0 < gib < math.inf:
+        raise SuperScaleError(
+            f"{MEMORY_VARIABLE} is {said!r}; expected the GiB of host memory that this process may take, such as 180. "
+            "Without the variable the system is asked."
+        )
+    return int(gib * 2**30)
 
 
 def fits_host_memory(needed_bytes: int) -> bool:
@@ -78,9 +104,18 @@ def check_host_memory(needed_bytes: int) -> None:
         )
         raise SuperScaleError(
             f"offloading needs {_gib(needed_bytes)} GiB of host memory for master weights, optimizer states and "
-            f"transfer buffers, and {_gib(available)} GiB are available{limited}. Use a smaller model, fewer processes "
-            "on this host, or a host with more memory."
+            f"transfer buffers, and {_gib(available)} GiB are available{limited}. {_way_out(needed_bytes, available)}"
+            "Use a smaller model, fewer processes on this host, or a host with more memory. If this machine gets more "
+            f"memory as it is used, say how much in {MEMORY_VARIABLE}."
         )
+
+
+def _way_out(needed_bytes: int, available: int) -> str:
+    """The advice to keep what does not fit on the device, where that has memory of its own."""
+    if not torch.cuda.is_available():
+        return ""
+    share = math.ceil((1 - available / needed_bytes) * 100) / 100
+    return f"Keep a share of them on the GPU from the start, with OffloadConfig(gpu_fraction={share}) or more. "
 
 
 def _gib(nbytes: int) -> float:

@@ -20,6 +20,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.ops.cpu.flat import submit_copy
 from lightning_superscale.ops.events import Done, Event, FutureEvent, StreamEvent, has_streams
 from lightning_superscale.ops.types import WEIGHT_DTYPES
@@ -99,6 +100,20 @@ def _check(host: Tensor, device: Tensor) -> int:
     return host.nbytes
 
 
+def _refuse_capture(what: str) -> None:
+    """Refuse a copy that a CUDA graph would record, to repeat it with memory that is another's by then.
+
+    Raises:
+        SuperScaleError: a capture is under way.
+    """
+    if torch.cuda.is_current_stream_capturing():
+        raise SuperScaleError(
+            f"a CUDA graph is being captured, and {what} falls into the capture; expected none while optimizer states "
+            "or weights are in host memory, because each step waits for the host. Capture forward alone, without the "
+            "parameters' backward, or keep everything on the device (strategy='superscale')."
+        )
+
+
 class CpuLink:
     """The link of a CPU device: host memory on both sides. Satisfies `Link`.
 
@@ -155,6 +170,7 @@ class CudaLink:
 
     def d2h(self, dst: Tensor, src: Tensor) -> LinkEvent:
         nbytes = _check(host=dst, device=src)
+        _refuse_capture("a gradient's copy to the host")
         self.bytes.d2h += nbytes
         stream = self._d2h_stream
         stream.wait_stream(torch.cuda.current_stream(self._device))
@@ -169,6 +185,7 @@ class CudaLink:
 
     def h2d(self, dst: Tensor, src: Tensor, after: LinkFence | None = None) -> LinkEvent:
         nbytes = _check(host=src, device=dst)
+        _refuse_capture("new weights' copy to the device")
         self.bytes.h2d += nbytes
         stream = self._h2d_stream
         # Earlier kernels may still read the weights that this copy replaces.

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+import torch
 
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.offload.link import arena
@@ -122,3 +123,16 @@ def test_the_check_before_work_takes_the_smaller_of_host_and_limit(monkeypatch):
     assert arena.available_host_bytes() == pytest.approx(host, rel=0.5)
     with pytest.raises(SuperScaleError, match=r"GiB are available\. Use a smaller model"):
         arena.check_host_memory(1 << 50)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(arena, "available_host_bytes", lambda: 13 * MIB)
+    with pytest.raises(SuperScaleError, match=r"on the GPU from the start, with OffloadConfig\(gpu_fraction=0.35\)"):
+        arena.check_host_memory(20 * MIB)
+
+
+def test_memory_that_a_machine_gets_as_it_is_used_can_be_said(monkeypatch):
+    monkeypatch.setenv("LSS_HOST_MEMORY_GIB", "1.5")
+    assert arena.available_host_bytes() == 3 << 29
+    for wrong in ("much", "0", "-1", "nan", "inf"):
+        monkeypatch.setenv("LSS_HOST_MEMORY_GIB", wrong)
+        with pytest.raises(SuperScaleError, match="LSS_HOST_MEMORY_GIB is '.*'; expected the GiB of host memory"):
+            arena.available_host_bytes()

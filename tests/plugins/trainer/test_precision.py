@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision
 
 import lightning_superscale as lss
-from tests.helpers.trainers import Regressor, fit, trainer
+from tests.helpers.trainers import Regressor, fit, loader, trainer
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
@@ -27,6 +27,14 @@ def test_stock_plugin_object_is_translated(plugin):
 
 def test_the_plugin_says_its_device_as_lightnings_own_does():
     assert trainer("superscale", precision="bf16-mixed").precision_plugin.device == "cpu"
+
+
+@pytest.mark.parametrize("verb", ["validate", "test"])
+def test_autocast_has_the_device_where_nothing_is_trained(verb):
+    run = trainer("superscale", precision="bf16-mixed")
+    run.precision_plugin.run_on("of an earlier run")
+    getattr(run, verb)(Regressor(), loader(), verbose=False)
+    assert run.precision_plugin.device == "cpu"
 
 
 def test_our_plugin_in_plugins_is_kept():
