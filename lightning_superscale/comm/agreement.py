@@ -48,7 +48,14 @@ class Agreement:
         return vector[_HEADER:]
 
     def agree(
-        self, vector: Tensor, *, label: str, step: int, order: str = "", error: BaseException | None = None
+        self,
+        vector: Tensor,
+        *,
+        label: str,
+        step: int,
+        order: str = "",
+        error: BaseException | None = None,
+        what: str | None = None,
     ) -> Tensor:
         """The elementwise maximum of every rank's flags, int32 [num_flags]. Every rank calls it.
 
@@ -58,6 +65,7 @@ class Agreement:
             step: number of times that the action was done before.
             order: a text that must be equal on all ranks, e.g. a digest of the order in which modules ran.
             error: the error of this rank, which all ranks raise; None without.
+            what: names the place of this rank while it waits, in errors; None for the step of the label.
 
         Raises:
             SuperScaleError: on every rank, when any had an error, or label, step or order differ.
@@ -70,7 +78,7 @@ class Agreement:
         vector[:_HEADER] = torch.tensor(
             [int(error is not None), *(f for fact in facts for f in (fact, -fact))], dtype=torch.int32
         )
-        control_max(self.mesh, vector, f"step {step} of {label}")
+        control_max(self.mesh, vector, what or f"step {step} of {label}")
         head = vector[:_HEADER].tolist()
         is_equal = all(head[i] == -head[i + 1] for i in range(1, _HEADER, 2))
         if head[0] or not is_equal:

@@ -21,6 +21,7 @@ from lightning_superscale.offload.link.link import Link, link_for
 from lightning_superscale.ops.update import UpdatePath, update_path
 from lightning_superscale.optim.adamw_step import AdamWStep
 from lightning_superscale.optim.bucketing import Grouping
+from lightning_superscale.optim.clipping import ClipRequest
 from lightning_superscale.optim.engine import MakeState, OptimizerEngine
 from lightning_superscale.optim.grad_dtypes import narrow_gradients, widen_gradients
 from lightning_superscale.optim.mixed_step import MixedStep
@@ -53,6 +54,7 @@ from lightning_superscale.zero.forward_gates import PublishGates
 from lightning_superscale.zero.fsdp2.module import ShardedModule
 from lightning_superscale.zero.fsdp2.shard import ShardingPolicy, shard_module
 from lightning_superscale.zero.fsdp2.transport import Fsdp2Transport
+from lightning_superscale.zero.manual_averages import ManualAverages
 from lightning_superscale.zero.replicated import broadcast_from_first
 from lightning_superscale.zero.tensor_parallel import check_placements
 
@@ -68,6 +70,7 @@ class Assembly:
         host: the plan of this rank's host: unit size, threads and link dtype.
         update: the kernels that step the optimizers where their states are.
         sharded: the module under FSDP2, when its weights are sharded (stage 3 over several ranks).
+        averages: averages gradients after each manual backward; None where that is not done, or transports do it.
         reasons: one sentence per choice that was made for the user while the run was assembled.
         interrupts: puts Ctrl-C off to the ends of steps.
         is_abandoned: whether the run was interrupted.
@@ -82,6 +85,7 @@ class Assembly:
     update: UpdatePath
     ranks: Communicator
     sharded: ShardedModule | None
+    averages: ManualAverages | None
     reasons: list[str] = field(default_factory=list)
     interrupts: StepInterrupts = field(default_factory=StepInterrupts)
     is_abandoned: bool = False
@@ -166,11 +170,24 @@ class Assembly:
             engine.before_evaluation()
 
     def after_backward(self) -> None:
-        """Average gradients that stay in `param.grad` over ranks. Every rank calls it after a step's last backward."""
-        visibility = self.settings.visibility
-        if visibility.is_automatic and visibility.why_gradients_stay is not None:
+        """Average gradients that stay in `param.grad` over ranks.
+
+        Every rank calls it after a step's last backward, and after each backward that user code runs by itself.
+        """
+        if self.averages is not None:
+            self.averages.after_backward()
+        elif self.settings.visibility.why_gradients_stay is not None:
             for engine in self.engines.values():
                 engine.transport.average_grads()
+
+    def clip(self, engine: OptimizerEngine, request: ClipRequest) -> None:
+        """Clip an optimizer's gradients: at once where user code looks at them, otherwise inside of its next step."""
+        if not self.settings.clips_in_place:
+            engine.request_clip(request)
+            return
+        if not self.settings.visibility.is_automatic:  # a backward that is not the framework's may have added to them
+            self.after_backward()
+        engine.clip_in_place(request)
 
     def wait_all_published(self) -> None:
         """Wait until work that is queued from now on sees all new weights. Every rank calls it."""
@@ -261,6 +278,8 @@ def assemble(module: nn.Module, optimizers: Sequence[Optimizer], settings: RunSe
     context = None if link is None else _offload_context(settings, host, update, link)
     block_of = {} if settings.flow is None else settings.flow.block_of
     ranks = ranks_of(mesh, fqn_of, num_buffers=len(list(module.buffers())))
+    is_each_averaged = not (settings.visibility.is_automatic or mesh.is_single or sharded)
+    averages = ManualAverages(ranks) if is_each_averaged else None
     engines = {
         optimizer: OptimizerEngine(
             optimizer,
@@ -272,6 +291,7 @@ def assemble(module: nn.Module, optimizers: Sequence[Optimizer], settings: RunSe
                 sharded,
                 first_grouping(optimizer, fqn_of, offload, host.unit_bytes, block_of),
                 f"optimizer {number}",
+                averages,
             ),
             make_state=_state_maker(settings, context),
             make_native=_native_maker(settings, update, context),
@@ -293,7 +313,7 @@ def assemble(module: nn.Module, optimizers: Sequence[Optimizer], settings: RunSe
     compiled = settings.is_compiled or is_compiled(module)
     gates = _gates(module, engines.values(), settings, is_model_compiled=compiled)
     reasons = reasons_of(settings, is_model_compiled=compiled)
-    return Assembly(module, settings, engines, gates, link, host, update, ranks, sharded, reasons)
+    return Assembly(module, settings, engines, gates, link, host, update, ranks, sharded, averages, reasons)
 
 
 def _offload_context(settings: RunSettings, host: HostPlan, update: UpdatePath, link: Link) -> OffloadContext | None:
@@ -325,7 +345,12 @@ def _sharded(module: nn.Module, optimizers: Sequence[Optimizer], settings: RunSe
 
 
 def _transport_maker(
-    ranks: Communicator, settings: RunSettings, sharded: ShardedModule | None, grouping: Grouping, label: str
+    ranks: Communicator,
+    settings: RunSettings,
+    sharded: ShardedModule | None,
+    grouping: Grouping,
+    label: str,
+    averages: ManualAverages | None,
 ) -> Callable[[DeltaSink], Transport]:
     if sharded is not None:
         return lambda sink: Fsdp2Transport(
@@ -337,16 +362,23 @@ def _transport_maker(
             no_sync=settings.zero.reduces_once,
             dtypes=settings.precision.gradients,
         )
-    return lambda sink: BucketTransport(
-        [],
-        grouping=grouping,
-        sink=sink,
-        ranks=ranks,
-        label=label,
-        no_sync=settings.zero.reduces_once,
-        dtypes=settings.precision.gradients,
-        streams_to=settings.device,
-    )
+
+    def buckets(sink: DeltaSink) -> BucketTransport:
+        transport = BucketTransport(
+            [],
+            grouping=grouping,
+            sink=sink,
+            ranks=ranks,
+            label=label,
+            no_sync=settings.zero.reduces_once,
+            dtypes=settings.precision.gradients,
+            streams_to=settings.device,
+        )
+        if averages is not None:
+            transport.average_with(averages)
+        return transport
+
+    return buckets
 
 
 def _gates(

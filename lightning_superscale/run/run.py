@@ -251,7 +251,7 @@ class Run:
             self.phases.backward += time.perf_counter() - start
 
     def after_backward(self) -> None:
-        """Let techniques rest; after the last backward of a step, average gradients that stay in `param.grad`."""
+        """Let techniques rest; unless more micro-batches follow, average gradients that stay in `param.grad`."""
         self._rest(is_visible=self._visibility.shows_weights)
         if self.assembly is not None and not self._is_accumulating:
             self.assembly.after_backward()
@@ -283,8 +283,7 @@ class Run:
         assembly, engine = self.assembly, self._engine_of(optimizer)
         if assembly is None or engine is None or engine.is_passthrough:
             return False
-        clip = engine.clip_in_place if assembly.settings.clips_in_place else engine.request_clip
-        clip(request)
+        assembly.clip(engine, request)
         return True
 
     def step(self, optimizer: Optimizer, closure: Callable[[], Any], **options: Any) -> Any:

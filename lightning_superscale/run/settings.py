@@ -70,12 +70,10 @@ class RunSettings:
     def clips_in_place(self) -> bool:
         """Whether gradients are clipped in `param.grad`, where user code looks at them.
 
-        Elsewhere a step clips, which costs no pass of its own. Gradients of scaled losses, and those of a training step
-        that runs backward by itself over several ranks, are this rank's own until the step.
+        Elsewhere a step clips, which costs no pass of its own. Gradients of scaled losses are scaled until the step.
         """
         is_visible = self.visibility.why_gradients_stay is not None
-        is_final = self.is_scaling is None and (self.visibility.is_automatic or self.mesh.is_single)
-        return is_visible and is_final and self.mesh.tensor.size == 1
+        return is_visible and self.is_scaling is None and self.mesh.tensor.size == 1
 
     @property
     def why_weights_awaited(self) -> str | None:

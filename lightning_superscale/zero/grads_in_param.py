@@ -1,27 +1,30 @@
 """Averages, hands over and guards gradients that stay in `param.grad` until the step, on several ranks.
 
-Under automatic optimization these gradients are averaged over ranks right after backward, as under DDP, when user
-code may look at them. Under manual optimization any number of backward calls may follow, on any rank, so the
-gradients are this rank's share until the step; user code may read them, and changing them in place is refused.
+User code sees what DDP shows. Under automatic optimization gradients are averaged over ranks right after the last
+backward of a step, if user code may look at them; under manual optimization after each `manual_backward`
+([Note: Averages of manual backward] in manual_averages.py). Gradients that no such call made (`loss.backward()`, those
+put in by hand) are this rank's share until the step averages them; changing a share in place is refused there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import weakref
+from collections import deque
+from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_superscale.comm.communicator import Communicator
 from lightning_superscale.errors import SuperScaleError
+from lightning_superscale.ops.events import Event
 from lightning_superscale.optim.grad_dtypes import AS_WEIGHTS, GradientDtypes, grad_dtype_of
 from lightning_superscale.optim.transport import IsScaling
 from lightning_superscale.optim.unit import DeltaSink, GradientDelta
 from lightning_superscale.torch_private import version_of
 from lightning_superscale.zero.buckets.unit import BucketUnit
-from lightning_superscale.zero.reducer import average_unsharded
 
 
 class _Noted(NamedTuple):
@@ -54,47 +57,82 @@ class GradsInParam:
         self._num_averages = 0
         self._hooks: dict[nn.Parameter, RemovableHandle] = {}
         self._is_watching = False
+        self._averaged: dict[nn.Parameter, weakref.ref[Tensor]] = {}
         self._noted: dict[nn.Parameter, _Noted] = {}
         self._is_scaling: IsScaling | None = None
 
     def average(self, units: Sequence[BucketUnit]) -> None:
-        """Overwrite `param.grad` with the average over ranks. Every rank calls it.
+        """Overwrite this rank's shares in `param.grad` with averages over ranks. Every rank calls it.
 
         A rank without a gradient counts as zeros; parameters that no rank has a gradient of keep None.
         """
-        agreement, flag_of = self._ranks.agreement, self._ranks.flag_of
+        agreement = self._ranks.agreement
         vector = agreement.new_flags()
-        flags = agreement.flags_of(vector)
-        for unit in units:
-            for param in unit.params:
-                if param.grad is not None:
-                    flags[flag_of[param]] = 1
-        agreed = agreement.agree(vector, label=self._label, step=self._num_averages).tolist()
+        self.mark_shares(units, agreement.flags_of(vector))
+        agreed = agreement.agree(vector, label=self._label, step=self._num_averages)
         self._num_averages += 1
+        self.average_marked(units, agreed)
+
+    def mark_shares(self, units: Sequence[BucketUnit], flags: Tensor) -> None:
+        """Set the flags of parameters whose gradient is this rank's share."""
+        places = [self._ranks.flag_of[p] for unit in units for p in unit.params if self.is_share(p)]
+        flags[places] = 1
+
+    def is_share(self, param: nn.Parameter) -> bool:
+        """Whether `param.grad` is not an average over ranks: as far as `watch` was called, else if it is there."""
+        if param.grad is None:
+            return False
+        averaged = self._averaged.get(param)
+        return averaged is None or averaged() is not param.grad
+
+    def average_marked(self, units: Sequence[BucketUnit], agreed: Tensor) -> None:
+        """Overwrite gradients with averages over ranks. Every rank calls it with equal flags.
+
+        Args:
+            agreed: flags of the parameters that any rank has a share of.
+        """
+        is_marked = agreed.tolist()
+        under_way: deque[tuple[BucketUnit, list[int], Event[Tensor]]] = deque()
         for unit in units:
-            present = [i for i, param in enumerate(unit.params) if agreed[flag_of[param]]]
-            if present:
-                self._average_unit(unit, present)
+            marked = [i for i, param in enumerate(unit.params) if is_marked[self._ranks.flag_of[param]]]
+            if marked:
+                under_way.append((unit, marked, self._reduce_scatter(unit, marked)))
+            if len(under_way) > 1:  # one more unit is reduced while one is gathered
+                self._show(*under_way.popleft())
+        while under_way:
+            self._show(*under_way.popleft())
 
-    def _average_unit(self, unit: BucketUnit, present: Iterable[int]) -> None:
-        grads = {}
-        for i in present:
-            param = unit.params[i]
-            if param.grad is None:
-                param.grad = torch.zeros_like(param, dtype=grad_dtype_of(param))
-            grads[i] = param.grad.detach().reshape(-1)
-        dtype = self._dtypes.reduced(unit.params[0])
-        averaged = average_unsharded(self._ranks, grads, unit.full.slices, unit.full.shard_numel, dtype)
-        for i, grad in grads.items():
-            piece = unit.full.slices[i]
-            grad.copy_(averaged[piece.offset : piece.offset + piece.numel])
+    def _reduce_scatter(self, unit: BucketUnit, marked: Sequence[int]) -> Event[Tensor]:
+        grads = {i: grad.detach().reshape(-1) for i in marked if (grad := unit.params[i].grad) is not None}
+        scale, dtype = 1.0 / self._ranks.mesh.data.size, self._dtypes.reduced(unit.params[0])
+        return self._ranks.shard.reduce_scatter(unit.packed(grads, scale, dtype))
 
-    def hand_over(self, units: Sequence[BucketUnit], sink: DeltaSink) -> None:
-        """Give the sink this rank's rows of averaged gradients. Every rank calls it."""
+    def _show(self, unit: BucketUnit, marked: Sequence[int], reduced: Event[Tensor]) -> None:
+        """Gather the averages of one unit from all ranks, and put them into `param.grad`."""
+        rows = self._ranks.replicate.all_reduce(reduced.wait()).wait()
+        averages = unit.grads_of_rows(rows, self._ranks.shard)
+        for i in marked:
+            param, share = unit.params[i], unit.params[i].grad
+            grad = share
+            if grad is None or grad.requires_grad:  # a graph of it may need the share
+                grad = param.grad = torch.empty_like(param, dtype=grad_dtype_of(param), requires_grad=False)
+            grad.copy_(averages[i].view_as(grad))
+            if self._is_watching:
+                was = self._noted.get(param)
+                is_scaled = share is None or (was is not None and was.identity == id(share) and was.is_scaled)
+                self._noted[param] = _Noted(id(grad), version_of(grad), is_scaled)
+                self._averaged[param] = weakref.ref(grad)
+
+    def hand_over(self, units: Sequence[BucketUnit], sink: DeltaSink, *, but: Collection[nn.Parameter] = ()) -> None:
+        """Give the sink this rank's rows of averaged gradients. Every rank calls it.
+
+        Args:
+            but: parameters whose gradients went another way.
+        """
         for unit in units:
             slices = []
             for i, param in enumerate(unit.params):
-                if param.grad is not None:
+                if param.grad is not None and param not in but:
                     start = unit.shard.slices[i].global_offset
                     rows = param.grad.detach().reshape(-1)[start : start + unit.shard.slices[i].numel]
                     slices.append((i, rows))
@@ -122,6 +160,7 @@ class GradsInParam:
 
     def _note(self, param: nn.Parameter) -> None:
         grad, before = param.grad, self._noted.get(param)
+        self._averaged.pop(param, None)
         if grad is None:
             return
         is_scaled = self._is_scaling is None or self._is_scaling()
@@ -132,7 +171,8 @@ class GradsInParam:
     def check(self, param: nn.Parameter, fqn: str) -> None:
         """Refuse a gradient of an unscaled loss, where losses are scaled, and on several ranks one that was edited.
 
-        A gradient is edited if its version changed since autograd wrote it; one that was zeroed is accepted.
+        A gradient is edited if its version changed since autograd wrote it; one that was zeroed is accepted, and so is
+        an average, which is the same on all ranks.
 
         Raises:
             SuperScaleError: the gradient is refused; names the parameter and what to do instead.
@@ -144,6 +184,8 @@ class GradsInParam:
         if self._is_scaling is not None and not (noted is not None and is_known and noted.is_scaled):
             raise unscaled(fqn)
         if self._ranks.mesh.is_single or noted is None or not is_known or noted.version == version_of(grad):
+            return
+        if not self.is_share(param):
             return
         if bool(grad.any()):
             raise edited_in_place(fqn, self._ranks.mesh.world.size)
@@ -158,8 +200,8 @@ def edited_in_place(fqn: str, world_size: int) -> SuperScaleError:
     """The refusal of a gradient that user code changed before ranks averaged it."""
     return SuperScaleError(
         f"the gradient of {fqn!r} was changed in place between backward and step. On {world_size} ranks it is only "
-        "this rank's share, and the average is taken at the step. Clip with self.clip_gradients(optimizer, ...), and "
-        "scale the loss instead of gradients."
+        "this rank's share, since no self.manual_backward() averaged it, and the average is taken at the step. Call "
+        "self.manual_backward(loss), clip with self.clip_gradients(optimizer, ...), or scale the loss instead."
     )
 
 

@@ -19,9 +19,8 @@ import torch
 from torch import Tensor
 
 from lightning_superscale.comm.communicator import Communicator
-from lightning_superscale.layout.rows import ParamSlice
 from lightning_superscale.ops.events import Event
-from lightning_superscale.optim.grad_dtypes import AS_WEIGHTS, GradientDtypes, packed_into
+from lightning_superscale.optim.grad_dtypes import AS_WEIGHTS, GradientDtypes
 from lightning_superscale.optim.unit import DeltaSink, GradientDelta, ShardUnit, slice_view
 
 
@@ -340,26 +339,3 @@ def reducer_for(ranks: Communicator, label: str, sink: DeltaSink, dtypes: Gradie
         dtypes: of gradients on their way to other ranks.
     """
     return LocalReducer(sink) if ranks.mesh.is_single else GradientReducer(ranks, label, sink, dtypes)
-
-
-def average_unsharded(
-    ranks: Communicator, grads: Mapping[int, Tensor], pieces: Sequence[ParamSlice], numel: int, dtype: torch.dtype
-) -> Tensor:
-    """Average unsharded gradients over all data-parallel ranks. Every rank calls it.
-
-    A rank without a gradient of a parameter counts as zeros.
-
-    Args:
-        grads: whole gradients by index into `pieces`, 1D, at least one.
-        pieces: the place of each whole parameter in the result.
-        numel: length of the result.
-        dtype: dtype in which gradients travel.
-
-    Returns:
-        the averages, 1D [numel] of `dtype`, laid out like `pieces`.
-    """
-    first = next(iter(grads.values()))
-    flat = torch.zeros(numel, dtype=dtype, device=first.device)
-    for i, grad in grads.items():
-        packed_into(slice_view(flat, pieces[i]), grad, 1.0 / ranks.mesh.data.size)
-    return ranks.data.all_reduce(flat).wait()

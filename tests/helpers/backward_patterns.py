@@ -311,6 +311,15 @@ def model_of_one_rank(step: Step) -> Iterator[int]:
     yield 0
 
 
+def backward_of_one_rank(step: Step) -> Iterator[int]:
+    """A call that ranks average after, on one rank only; the other one is at its step meanwhile."""
+    step.zero_grad()
+    step.backward(loss_of(step.vision(step.x)))
+    if step.rank == 0:
+        step.backward(loss_of(step.text(step.x)))
+    yield 0
+
+
 def graph_kept_over_a_step(step: Step) -> Iterator[int]:
     step.zero_grad()
     y = step.vision(step.x)
@@ -414,6 +423,7 @@ MANUAL = (
     checkpointed_penalty,
     branch_of_one_rank,
     model_of_one_rank,
+    backward_of_one_rank,
     graph_kept_over_a_step,
     hooked,
 )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -186,14 +188,12 @@ class _Replica:
     def zero_grad(self, number: int = 0, set_to_none: bool = True) -> None:
         self.optimizers[number].zero_grad(set_to_none)
 
-    def steps(self) -> Iterator[int]:
+    def steps(self, backward: Callable[..., None] = torch.Tensor.backward) -> Iterator[int]:
         for k in range(NUM_STEPS):
             for micro in range(self.run.num_micro):
                 x = batch(k * self.run.num_micro + micro, self.rank)
                 if not self.run.is_automatic:
-                    yield from self.run.go(
-                        Step(self.model, x, self.rank, torch.Tensor.backward, self.zero_grad, self.toggled)
-                    )
+                    yield from self.run.go(Step(self.model, x, self.rank, backward, self.zero_grad, self.toggled))
                     continue
                 loss = self.run.go(Step(self.model, x, self.rank)) / self.run.num_micro
                 if micro == 0:
@@ -205,8 +205,94 @@ class _Replica:
                 yield 0
 
 
-def plain(run: Run, world_size: int) -> dict[str, Tensor]:
+class _Meeting:
+    """Replicas in threads of their own, which meet where ranks do: after each manual backward, and at each step.
+
+    Gradients are averaged after each backward, as under DDP: the average is of the sum of all so far. With sharded
+    weights, as under FSDP2, averages are added up.
+    """
+
+    def __init__(self, run: Run, world_size: int, *, is_sharded: bool) -> None:
+        self.run, self.is_sharded = run, is_sharded
+        self.replicas = [_Replica(run, rank) for rank in range(world_size)]
+        self.shown: dict[int, Tensor] = {}
+        self.steps_at: list[int | None] = [None] * world_size
+        self.has_stepped = False
+        self.barrier = threading.Barrier(world_size, self.act)
+
+    def go(self) -> dict[str, Tensor]:
+        with ThreadPoolExecutor(len(self.replicas)) as threads:
+            for done in [threads.submit(self.follow, replica) for replica in self.replicas]:
+                done.result()
+        return {name: param.detach() for name, param in self.replicas[0].model.named_parameters()}
+
+    def follow(self, replica: _Replica) -> None:
+        zero_grad = replica.zero_grad
+
+        def zero_all(number: int = 0, set_to_none: bool = True) -> None:
+            zero_grad(number, set_to_none)
+            if replica.rank == 0:
+                for i in replica.places(number):
+                    self.shown.pop(i, None)
+
+        def backward(tensor: Tensor, **how: Any) -> None:
+            tensor.backward(**how)
+            self.meet(replica.rank, None)
+
+        replica.zero_grad = zero_all  # type: ignore[method-assign]
+        try:
+            for number in replica.steps(backward):
+                self.meet(replica.rank, number)
+        except BaseException:
+            self.barrier.abort()
+            raise
+
+    def meet(self, rank: int, step: int | None) -> None:
+        """Return after the average, or after the step: one that is waited for joins the averages of the others."""
+        while True:
+            self.steps_at[rank] = step
+            self.barrier.wait(timeout=60)
+            if step is None or self.has_stepped:
+                return
+
+    def act(self) -> None:
+        first = self.replicas[0]
+        self.has_stepped = None not in self.steps_at
+        if not self.has_stepped:
+            self.average(range(len(first.params)))
+            return
+        (number,) = set(self.steps_at)
+        assert number is not None
+        places = first.places(number)
+        self.average(places)
+        for i in places:
+            first.params[i].grad = self.shown.get(i, first.params[i].grad)
+        if self.run.clip is not None:
+            clip = nn.utils.clip_grad_norm_ if self.run.clip[0] == "norm" else nn.utils.clip_grad_value_
+            clip([first.params[i] for i in places], self.run.clip[1])
+        first.optimizers[number].step()
+        for i in places:
+            for other in self.replicas[1:]:
+                with torch.no_grad():
+                    other.params[i].copy_(first.params[i])
+            if self.is_sharded:
+                first.params[i].grad = None
+
+    def average(self, places: Iterable[int]) -> None:
+        for i in places:
+            average = _average([replica.params[i].grad for replica in self.replicas])
+            if average is None:
+                continue
+            if self.is_sharded:
+                self.shown[i] = self.shown[i] + average if i in self.shown else average
+            for replica in self.replicas:
+                replica.params[i].grad = None if self.is_sharded else average.clone()
+
+
+def plain(run: Run, world_size: int, *, is_sharded: bool = False) -> dict[str, Tensor]:
     """Weights after the run: each optimizer steps with the gradients of all ranks' batches, averaged in rank order."""
+    if world_size > 1 and not run.is_automatic:
+        return _Meeting(run, world_size, is_sharded=is_sharded).go()
     replicas = [_Replica(run, rank) for rank in range(world_size)]
     first = replicas[0]
     for numbers in zip(*(replica.steps() for replica in replicas), strict=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 
@@ -21,6 +21,7 @@ from lightning_superscale.zero.buckets.all_gather import Gathers, GatherThread, 
 from lightning_superscale.zero.buckets.unit import BucketUnit
 from lightning_superscale.zero.grad_schedule import Departure, GradSchedule, NewGrad
 from lightning_superscale.zero.grads_in_param import GradsInParam
+from lightning_superscale.zero.manual_averages import ManualAverages
 from lightning_superscale.zero.reducer import Reducer, reducer_for
 
 
@@ -68,6 +69,8 @@ class BucketTransport:
         self._reducer = reducer or reducer_for(ranks, label, sink, dtypes)
         self._schedule = schedule or GradSchedule(no_sync=no_sync or self.is_local)
         self._in_param = GradsInParam(ranks, label, dtypes)
+        self._label, self._num_steps = label, 0
+        self._averages: ManualAverages | None = None
         self._place: dict[nn.Parameter, tuple[BucketUnit, int]] = {}
         self._hooks: dict[nn.Parameter, RemovableHandle] = {}
         self._observed: dict[nn.Parameter, None] = {}
@@ -136,6 +139,11 @@ class BucketTransport:
         if not self.is_local or is_scaling is not None:
             self._in_param.watch(self._place, is_scaling)
 
+    def average_with(self, averages: ManualAverages) -> None:
+        """Let ranks average gradients after each manual backward, together with those of other optimizers."""
+        self._averages = averages
+        averages.add(self)
+
     def _hook(self, param: nn.Parameter) -> None:
         """Take a parameter's gradients during backward from now on; one that is frozen, from its first gradient on."""
         if param not in self._hooks and param.requires_grad:
@@ -180,6 +188,23 @@ class BucketTransport:
             self._in_param.average(self.units)
             self._schedule.mark_averaged()
 
+    def mark_shares(self, flags: Tensor) -> None:
+        """Set the flags of parameters whose gradient is this rank's share.
+
+        Raises:
+            SuperScaleError: a gradient is sparse; names the parameter.
+        """
+        self._late_gathers.issue_all()
+        for unit in self.units:
+            for param, piece in zip(unit.params, unit.full.slices, strict=True):
+                if param.grad is not None:
+                    check_dense(piece.fqn, param.grad)
+        self._in_param.mark_shares(self.units, flags)
+
+    def average_marked(self, agreed: Tensor) -> None:
+        """Overwrite the gradients of parameters with a flag with averages over ranks. Every rank calls it."""
+        self._in_param.average_marked(self.units, agreed)
+
     def collect(self) -> None:
         """Send the sink the gradients that it still lacks: those in `param.grad`, and those of incomplete units.
 
@@ -189,23 +214,37 @@ class BucketTransport:
         if self._schedule.departure is Departure.AVERAGED:
             self._schedule.end_step()
             self.hand_over()
+        elif self._averages is not None:
+            self._collect_averages(self._averages)
         else:
             self._reduce()
+
+    def _collect_averages(self, averages: ManualAverages) -> None:
+        """Hand over averages, and reduce what no manual backward has averaged."""
+        self._num_steps += 1
+        agreed = averages.before_step(f"step {self._num_steps - 1} of {self._label}").tolist()
+        shares = {param for unit in self.units for param in unit.params if agreed[self._ranks.flag_of[param]]}
+        self._reduce(shares)
+        self._in_param.hand_over(self.units, self._sink, but=shares)
 
     def hand_over(self) -> None:
         """Give the sink this rank's rows of averaged gradients. Every rank calls it."""
         self._in_param.hand_over(self.units, self._sink)
 
-    def _reduce(self) -> None:
+    def _reduce(self, shares: Collection[nn.Parameter] | None = None) -> None:
+        """Reduce the gradients of all parameters that have any, or of some parameters."""
         error: SuperScaleError | None = None
         try:
-            self.put_left()
+            self.put_left(shares)
         except SuperScaleError as found:
             error = found  # the agreement raises it on all ranks: the others are on their way into it
         self._reducer.finish(error)
 
-    def put_left(self) -> None:
+    def put_left(self, shares: Collection[nn.Parameter] | None = None) -> None:
         """Give the reducer the gradients that are still in `param.grad`.
+
+        Args:
+            shares: the parameters whose gradients it gets; None for all.
 
         Raises:
             SuperScaleError: a gradient can't be used; names the parameter.
@@ -213,7 +252,17 @@ class BucketTransport:
         self._late_gathers.issue_all()
         for unit in self.units:
             for i, grad in self._left_in_params(unit):
-                self._reducer.put(unit, i, grad)
+                if shares is None or unit.params[i] in shares:
+                    self._reducer.put(unit, i, grad)
+
+    def check_left(self) -> None:
+        """Check the gradients that are still in `param.grad`.
+
+        Raises:
+            SuperScaleError: a gradient can't be used; names the parameter.
+        """
+        for unit in self.units:
+            self._left_in_params(unit)
 
     def _left_in_params(self, unit: BucketUnit) -> list[tuple[int, Tensor]]:
         slices = []

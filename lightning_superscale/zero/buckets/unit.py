@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
+from lightning_superscale.comm.collectives import AxisCollectives
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.layout.rows import ParamSpec, UnitLayout, shard_rows, unit_layout
 from lightning_superscale.ops.cpu.memory import RecycledMemory
@@ -158,6 +159,27 @@ class BucketUnit:
         """
         packed = self._memory.empty(self._shard_world_size, self.shard.shard_numel, dtype=dtype, device=self.device)
         return self._ranked.pack(packed, grads, scale)
+
+    def grads_of_rows(self, rows: Tensor, axis: AxisCollectives) -> dict[int, Tensor]:
+        """Whole averaged gradients of all parameters, 1D. Every rank of the axis calls it.
+
+        Args:
+            rows: this rank's rows of them, [shard_numel]; overwritten.
+            axis: collectives over the ranks that have the other rows.
+        """
+        if self.is_whole:
+            return {i: slice_view(rows, piece) for i, piece in enumerate(self.full.slices)}
+        packed = self._memory.empty(
+            self._shard_world_size, self.shard.shard_numel, dtype=rows.dtype, device=rows.device
+        )
+        packed[self._shard_rank].copy_(rows)
+        gathered = axis.all_gather(packed).wait()
+        flat = self._memory.empty(self.full.shard_numel, dtype=rows.dtype, device=rows.device)
+        grads = {i: slice_view(flat, piece) for i, piece in enumerate(self.full.slices)}
+        for i, column in enumerate(self._ranked.columns(gathered)):
+            for there, here in self._ranked.blocks(column, grads[i], i):
+                here.copy_(there)
+        return grads
 
     # Weights in
 

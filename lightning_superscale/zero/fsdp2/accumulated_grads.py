@@ -1,10 +1,11 @@
-"""Accumulates unsharded gradients until the step, for parameters whose `param.grad` can only hold rows.
+"""Accumulates unsharded gradients until ranks average them, for parameters whose `param.grad` can only hold rows.
 
-Under manual optimization a user may throw gradients away with `zero_grad()`, between any two backward calls. To see
-that, `param.grad` holds a row-sharded mark meanwhile, full of a number so large that no user code takes it for a
-gradient. User code that changes the mark in place meant to change a gradient, which is refused at the step. The
-change is seen by the mark's content, since torch's foreach operations don't count a DTensor's versions; clipping by
-value, clipping by norm and scaling all change a large finite number, and none of them makes it zero.
+Ranks average them after each manual backward, and add this rank's rows to `param.grad`, as FSDP2 does. Until then,
+which may be the step, a user may throw gradients away with `zero_grad()`, between any two backward calls. To see that,
+`param.grad` holds a row-sharded mark meanwhile, full of a number so large that no user code takes it for a gradient.
+User code that changes the mark in place meant to change a gradient, which is refused at the step. The change is seen by
+the mark's content, since torch's foreach operations don't count a DTensor's versions; clipping by value, clipping by
+norm and scaling all change a large finite number, and none of them makes it zero.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ class UnshardedGrads:
     def __init__(self) -> None:
         self._grads: dict[nn.Parameter, Tensor] = {}
         self._marks: dict[nn.Parameter, tuple[Tensor, int]] = {}
+        self._earlier: dict[nn.Parameter, Tensor] = {}  # rows of averages whose place a mark has taken
+        self._shown: set[nn.Parameter] = set()
         self._edited: nn.Parameter | None = None
         self._unscaled: set[nn.Parameter] = set()
         self._is_scaling: IsScaling | None = None
@@ -64,6 +67,10 @@ class UnshardedGrads:
             return
         self._note_edit(param)
         self._grads[param] = grad
+        if param.grad is not None and param in self._shown and param not in self._marks:
+            self._earlier[param] = param.grad
+        else:  # zeroed since, or never there
+            self._earlier.pop(param, None)
         mark = torch.full_like(param.detach(), _MARK, dtype=grad_dtype_of(param))
         param.grad = mark
         self._marks[param] = (mark, version_of(mark))
@@ -71,6 +78,15 @@ class UnshardedGrads:
     def has(self, param: nn.Parameter) -> bool:
         """Whether a gradient of the parameter was added in this step, also one that was zeroed since."""
         return param in self._grads
+
+    def show(self, param: nn.Parameter, rows: Tensor, piece: ParamSlice) -> None:
+        """Add this rank's rows of an average, 1D, to `param.grad`, where user code may look at them and change them."""
+        show_rows(param, rows, piece)
+        self._shown.add(param)
+
+    def shown(self, param: nn.Parameter) -> Tensor | None:
+        """This rank's rows of a parameter's averaged gradient, which user code may have changed; None without."""
+        return param.grad if param in self._shown else None
 
     def _is_marked(self, param: nn.Parameter) -> bool:
         mark, version = self._marks[param]
@@ -106,14 +122,19 @@ class UnshardedGrads:
                 raise unscaled(fqn_of(param))
         for param in filled if self.is_watching else ():
             mark, _ = self._marks.get(param, (None, 0))
-            if param.grad is not None and param.grad is not mark and bool(local_rows_of(param.grad).any()):
+            if param in self._shown or param.grad is None or param.grad is mark:
+                continue
+            if bool(local_rows_of(param.grad).any()):
                 raise _put_by_hand(fqn_of(param))
 
     def take_all(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """Yield every gradient that was not zeroed, with its parameter; then forget all."""
+        """Yield every gradient that was not zeroed, with its parameter; then forget all.
+
+        Rows of earlier averages are in `param.grad` again.
+        """
         for param, grad in list(self._grads.items()):
             if self._is_marked(param):
-                param.grad = None
+                param.grad = self._earlier.get(param)
                 yield param, grad
         self.clear()
 
@@ -124,6 +145,7 @@ class UnshardedGrads:
                 param.grad = None
         self._grads.clear()
         self._marks.clear()
+        self._earlier.clear()
         self._edited = None
         self._unscaled.clear()
         self.has_seen_any = False

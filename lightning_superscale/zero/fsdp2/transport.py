@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
+from operator import attrgetter
 
 from torch import Tensor, nn
 
@@ -22,7 +23,7 @@ from lightning_superscale.optim.transport import IsScaling
 from lightning_superscale.optim.unit import DeltaSink, GradientDelta, PublishEvent, ShardUnit, check_dense
 from lightning_superscale.optim.weights.store import Incoming
 from lightning_superscale.zero.buckets.transport import BucketTransport
-from lightning_superscale.zero.fsdp2.accumulated_grads import UnshardedGrads, lost_gradients, show_rows
+from lightning_superscale.zero.fsdp2.accumulated_grads import UnshardedGrads, lost_gradients
 from lightning_superscale.zero.fsdp2.gather_order import OrderDeparted
 from lightning_superscale.zero.fsdp2.grouping import fsdp2_units_of, split_by_kind
 from lightning_superscale.zero.fsdp2.module import ShardedModule
@@ -37,7 +38,7 @@ class Fsdp2Transport:
     A gradient never stays where autograd left it, in the gathered parameter. *Streamed*, it goes to the reducer at
     once. Otherwise it waits unsharded for the step, so that `zero_grad()` between two backward calls means what it does
     in plain PyTorch; and where users may look at gradients, `average_grads()` makes `param.grad` this rank's rows
-    of the average, as FSDP2 would.
+    of the average, or adds them to those of earlier backward calls, as FSDP2 would.
 
     Args:
         sharded: the module, already sharded; several transports may share it.
@@ -78,6 +79,7 @@ class Fsdp2Transport:
             schedule=self._schedule,
         )
         self._waiting = UnshardedGrads()
+        self._has_averaged_any = False
         self._place: dict[nn.Parameter, tuple[Fsdp2Unit, int]] = {}
         self._units: dict[int, Fsdp2Unit] = {}
         sharded.attach(self)
@@ -175,14 +177,17 @@ class Fsdp2Transport:
         if self._schedule.is_streamed:
             return
         self._enter_step()
-        for param in self._place:
+        is_manual = self._waiting.is_watching
+        for param in () if is_manual else self._place:
             if not self._waiting.has(param):
                 param.grad = None
-        self._finish(self._error_of(self._put_sharded), sink=_show)
+        present = self._finish(self._error_of(self._put_sharded), sink=self._show)
+        self._has_averaged_any |= bool(present & self._units.keys())
         if self._buckets.units:
             self._buckets.average_grads()
         self._sharded.order.step_agreed()
-        self._schedule.mark_averaged()
+        if not is_manual:
+            self._schedule.mark_averaged()
 
     def collect(self) -> None:
         """Send the sink the gradients that it still lacks. Every rank calls it at the step.
@@ -193,24 +198,39 @@ class Fsdp2Transport:
             SuperScaleError: on all ranks when any refuses its gradients or ranks went apart; or no rank has a gradient,
                 although the parameters' modules ran forward.
         """
-        if self._schedule.departure is Departure.AVERAGED:
+        if self._schedule.departure is Departure.AVERAGED and not self._waiting.is_watching:
             self._schedule.end_step()
             self._hand_over()
             return
         self._enter_step()
-        has_seen_any = self._waiting.has_seen_any
-        present = self._reduce()
+        has_seen_any = self._waiting.has_seen_any or self._has_averaged_any
+        self._has_averaged_any = False
+        if self._waiting.is_watching:
+            present = self._finish(self._error_of(self._put_sharded, self._buckets.check_left))
+            if self._buckets.units:
+                self._buckets.average_grads()
+            self._schedule.end_step()
+            self._hand_over()
+        else:
+            present = self._reduce()
         self._sharded.order.step_agreed()
         used = self._sharded.graphs.take_used({unit.group for unit in self._units.values()})
         if self._waiting.is_watching and used and not has_seen_any and not present & self._units.keys():
             raise lost_gradients(self._sharded.groups[min(used)].fqn)
 
     def _hand_over(self) -> None:
+        """Give the sink this rank's rows of averages."""
+        shown_of = self._waiting.shown if self._waiting.is_watching else attrgetter("grad")
         for unit in self._units.values():
-            shown = [(i, p.grad) for i, p in enumerate(unit.params) if p.grad is not None]
+            shown = [(i, grad) for i, p in enumerate(unit.params) if (grad := shown_of(p)) is not None]
             if shown:
                 self._sink(GradientDelta(unit, [(i, local_rows_of(grad).reshape(-1)) for i, grad in shown]))
         self._buckets.hand_over()
+
+    def _show(self, delta: GradientDelta) -> None:
+        """A sink that puts this rank's rows of averaged gradients into `param.grad`."""
+        for i, rows in delta.slices:
+            self._waiting.show(delta.unit.params[i], rows, delta.unit.shard.slices[i])
 
     def _enter_step(self) -> None:
         try:
@@ -324,9 +344,3 @@ class Fsdp2Transport:
         for unit in self._units.values():
             unit.store.close()
         self._sharded.detach(self)
-
-
-def _show(delta: GradientDelta) -> None:
-    """A sink that puts this rank's rows of averaged gradients into `param.grad`."""
-    for i, rows in delta.slices:
-        show_rows(delta.unit.params[i], rows, delta.unit.shard.slices[i])

@@ -13,6 +13,7 @@ from torch import nn
 
 import lightning_superscale as lss
 from lightning_superscale.checkpoint.save import background
+from tests.helpers.extent import only_in_test_all
 from tests.helpers.ranks import run_ranks
 from tests.helpers.trainers import Regressor, loader, trainer
 from tests.helpers.universal import universal_trainer
@@ -75,7 +76,7 @@ class EditsGradients(Regressor):
     def training_step(self, batch, batch_idx):
         optimizer = self.optimizers()
         optimizer.zero_grad()
-        self.manual_backward(self.loss(batch))
+        self.loss(batch).backward()  # which Lightning does not see, and no rank averages
         nn.utils.clip_grad_norm_(self.net.parameters(), 0.1)
         optimizer.step()
 
@@ -136,7 +137,22 @@ def test_a_gradient_that_is_refused_on_one_rank_is_refused_on_all():
         assert seconds < SECONDS
 
 
-def test_gradients_changed_by_hand_are_refused():
+class RunsBackwardOnceMore(SkipsAStep):
+    def training_step(self, batch, batch_idx):
+        self.manual_backward(self.loss(batch))
+        if batch_idx == 2 and self.global_rank == 1:
+            self.manual_backward(self.loss(batch))
+
+
+@only_in_test_all
+def test_a_backward_that_one_rank_runs_alone_is_named():
+    for text, seconds in run_ranks(2, misbehave, "zero2", "", RunsBackwardOnceMore, limit_s=90):
+        assert "ranks went apart" in text
+        assert "rank 1 at the average of gradients after a backward" in text
+        assert seconds < SECONDS
+
+
+def test_shares_changed_by_hand_are_refused():
     for text, _ in run_ranks(2, misbehave, "zero2", "", EditsGradients):
         assert "was changed in place between backward and step" in text
         assert "self.clip_gradients" in text
