@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from time import perf_counter
 from typing import Any, Literal
 
 import torch
@@ -73,7 +73,7 @@ class Timeline:
             self._base = _event()
             self._base.record(torch.cuda.current_stream(self._device))
             self._base.synchronize()
-        self._start = time.perf_counter()
+        self._start = perf_counter()
         self.is_open = True
 
     def close(self) -> list[Span]:
@@ -97,11 +97,11 @@ class Timeline:
         if not self.is_open:
             yield
             return
-        start = time.perf_counter()
+        start = perf_counter()
         try:
             yield
         finally:
-            self.add(lane, name, start, time.perf_counter(), nbytes)
+            self.add(lane, name, start, perf_counter(), nbytes)
 
     def add(self, lane: Lane, name: str, start: float, end: float, nbytes: int = 0) -> None:
         """Record host work that is over; `start` and `end` are times of `time.perf_counter()`."""

@@ -6,9 +6,9 @@ The user's `torch.optim.Optimizer` stays the owner of parameter groups and state
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -255,14 +255,14 @@ class OptimizerEngine:
             SuperScaleError: a NaN or infinite gradient with error_if_nonfinite (names the parameters;
                 masters, states and weights are unchanged).
         """
-        start = time.perf_counter()
+        start = perf_counter()
         try:
             self.wait_idle()
             due = self._gather_due()
-            collected = time.perf_counter()
+            collected = perf_counter()
             with self._timeline.device("verdict", "norm and clip coefficient"):
                 verdict = self._judge.judge(due, self._loss_scale)
-            judged = time.perf_counter()
+            judged = perf_counter()
             if verdict.has_overflowed:
                 self.discard_gradients()
                 return False
@@ -276,7 +276,7 @@ class OptimizerEngine:
             raise
         self.seconds.collect += collected - start
         self.seconds.norm += judged - collected
-        self.seconds.update += time.perf_counter() - judged - (self.seconds.publish - published_before)
+        self.seconds.update += perf_counter() - judged - (self.seconds.publish - published_before)
         return True
 
     def wait_idle(self) -> None:
@@ -298,11 +298,11 @@ class OptimizerEngine:
         """
         stats = {}
         for unit, slices, source, under_way in stepped:
-            start = time.perf_counter()
+            start = perf_counter()
             event = self.states[unit.index].upload(slices) if under_way is None else under_way
             self.transport.publish(unit, event, slices)
             self._seen_versions.update((unit.params[i], version_of(unit.params[i])) for i in slices)
-            self.seconds.publish += time.perf_counter() - start
+            self.seconds.publish += perf_counter() - start
             if source is not None:
                 stats[unit.index] = source
         return stats

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
@@ -71,6 +72,25 @@ def ask_strategy_whether_distributed(strategy: Any) -> None:
 
     is_distributed.asks_strategy = True  # type: ignore[attr-defined]
     connector.is_distributed = property(is_distributed)
+
+
+class SyncDistAdvice:
+    """Lightning's advice to pass `sync_dist=True`, which it gives where there is a process group, also of one rank."""
+
+    def __init__(self) -> None:
+        self._filter: Any = None
+
+    def hide(self) -> None:
+        """Give no such advice from now on."""
+        if self._filter is None:
+            warnings.filterwarnings("ignore", "It is recommended to use `self.log")
+            self._filter = warnings.filters[0]
+
+    def show(self) -> None:
+        """Give it again."""
+        if self._filter in warnings.filters:
+            warnings.filters.remove(self._filter)  # type: ignore[attr-defined]
+        self._filter = None
 
 
 def drop_launcher(strategy: Any) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+from torch.distributed import HashStore, PrefixStore  # type: ignore[attr-defined]
 
 from lightning_superscale.comm.mesh import DataMesh, build_mesh, single_mesh
 from lightning_superscale.comm.watch import RankWatch, open_store
@@ -60,6 +61,18 @@ class RankEnvironment:
         self.mesh: DataMesh = single_mesh()
         self.order: GatherOrder | None = None
         self._made_for: object = None
+        self._group_of_one: object = None
+
+    def open_alone(self) -> None:
+        """Make a process group of one rank, which code that runs under DDP finds there (a `DistributedSampler`).
+
+        Its store is in this process, so that no port is opened, and it takes no memory of a device: gloo serves tensors
+        of CUDA, too. Where gloo finds no network interface there is none, and who needs one says so.
+        """
+        if dist.is_available() and dist.is_gloo_available() and not dist.is_initialized():
+            with contextlib.suppress(RuntimeError):
+                dist.init_process_group("cpu:gloo,cuda:gloo", store=HashStore(), rank=0, world_size=1)
+                self._group_of_one = dist.group.WORLD
 
     def open(
         self, zero: ZeroConfig, host: str, broadcast: Callable[[Any], Any], timeout: timedelta, device_type: str
@@ -97,7 +110,10 @@ class RankEnvironment:
             self.mesh.watch.report(exception)
 
     def close(self) -> None:
-        """End the watch over the other ranks. Every rank calls it."""
+        """End the watch over the other ranks, and the group of one rank if this made it. Every rank calls it."""
+        if self._group_of_one is not None and self._group_of_one is dist.group.WORLD:
+            dist.destroy_process_group()
+        self._group_of_one = None
         if self.mesh.watch is not None:
             self.mesh.watch.close()
             self.mesh = replace(self.mesh, watch=None)

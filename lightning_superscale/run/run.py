@@ -11,9 +11,9 @@ is kept here, so that no adapter has to know it:
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -184,7 +184,7 @@ class Run:
         Raises:
             SuperScaleError: in place of torch's error, where the step met a shard that it took for a parameter.
         """
-        num_steps, entered = self.phases.num_steps, time.perf_counter()
+        num_steps, entered = self.phases.num_steps, perf_counter()
         if self._recorder is not None:
             self._recorder.before_forward(num_steps)
         if self.assembly is not None and num_steps:
@@ -194,13 +194,13 @@ class Run:
                 stack.enter_context(technique.around_forward(trains=True))
             if self.assembly is not None:
                 self.assembly.enter_step()
-            start = time.perf_counter()
+            start = perf_counter()
             self.phases.before += start - entered
             try:
                 with self._recorded("forward"), self._gradients_stay():
                     yield
             finally:
-                self.phases.forward += time.perf_counter() - start
+                self.phases.forward += perf_counter() - start
                 if self.assembly is not None:
                     self.phases.gates = self.assembly.waited_seconds
                 if self._recorder is not None and self._recorder.timeline.is_open:
@@ -241,14 +241,14 @@ class Run:
         check_backward_inputs(inputs)
         if self.assembly is not None:
             self.assembly.check_trainable()
-        start, before = time.perf_counter(), self._is_in_backward
+        start, before = perf_counter(), self._is_in_backward
         self._is_in_backward = True
         try:
             with self._recorded("backward"):
                 yield
         finally:
             self._is_in_backward = before
-            self.phases.backward += time.perf_counter() - start
+            self.phases.backward += perf_counter() - start
 
     def after_backward(self) -> None:
         """Let techniques rest; unless more micro-batches follow, average gradients that stay in `param.grad`."""
@@ -297,7 +297,7 @@ class Run:
             SuperScaleError: options for an optimizer that has an engine, a scaler with one that evaluates losses, or a
                 NaN or infinite gradient with error_if_nonfinite; nothing was changed.
         """
-        start, inside = time.perf_counter(), self.phases.inside
+        start, inside = perf_counter(), self.phases.inside
         self._rest(is_visible=False)  # `after_backward` is not called where user code runs backward by itself
         assembly, engine = self.assembly, self._engine_of(optimizer)
         if assembly is None or engine is None:
@@ -310,7 +310,7 @@ class Run:
             result = self._step(assembly, engine, closure)
         if assembly is not None and assembly.settings.why_weights_awaited is not None:
             self._wait_for_weights()
-        self.phases.step += time.perf_counter() - start - (self.phases.inside - inside)
+        self.phases.step += perf_counter() - start - (self.phases.inside - inside)
         self.phases.end_step()
         if engine is not None:
             engine.is_torn = False

@@ -11,8 +11,8 @@ with a gradient that nothing explains stays at the root gate for good.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
+from time import perf_counter
 
 import torch
 from torch import nn
@@ -65,9 +65,9 @@ class PublishGates:
     def _hook(self, units: tuple[ShardUnit, ...]) -> Callable[[nn.Module, object], None]:
         def wait(module: nn.Module, _inputs: object) -> None:
             self._entered.add(module)
-            start = time.perf_counter()
+            start = perf_counter()
             self._transport.wait_published(units)
-            self.waited_seconds += time.perf_counter() - start
+            self.waited_seconds += perf_counter() - start
 
         return wait
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
+
 import lightning as L
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.tuner import Tuner
 from torch import nn
+from torch.utils.data.distributed import DistributedSampler
 
 import lightning_superscale as lss
 from tests.adversarial.reading_modules import Reads, differences
@@ -175,6 +179,52 @@ def test_the_batch_size_finder_works_on_one_device(make, tmp_path):
         for strategy in ("auto", make())
     ]
     assert found[0] == found[1] > 2
+
+
+class OwnSampler(Reads):
+    """Makes a sampler as under DDP, where a process group says how many ranks there are, and logs per epoch."""
+
+    def train_dataloader(self):
+        size = {"num_replicas": 1, "rank": 0} if not dist.is_initialized() else {}
+        self.seen.append(float(len(size)))
+        return torch.utils.data.DataLoader(dataset(), batch_size=8, sampler=DistributedSampler(dataset(), **size))
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.log("loss", loss, on_epoch=True, sync_dist=True)
+        self.log("seen", loss, on_epoch=True, on_step=False)
+        self.seen.append(float(self.all_gather(loss.detach()).sum()))
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        self.seen.append(float(torch.is_inference_mode_enabled()))
+
+    def val_dataloader(self):
+        return loader(16)
+
+
+@EACH
+@pytest.mark.parametrize("is_group_ours", [True, False])
+def test_a_distributed_sampler_of_the_users_own_needs_no_numbers_on_one_rank(make, is_group_ours):
+    expected, module = OwnSampler(), OwnSampler()
+    trainer("auto").fit(expected)
+    if not is_group_ours:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            before = list(warnings.filters)
+            trainer(make()).fit(module)
+            assert warnings.filters == before
+        assert dist.is_initialized() is not is_group_ours
+    finally:
+        if not is_group_ours:
+            dist.destroy_process_group()
+    assert not [one for one in caught if "sync_dist" in str(one.message)]
+    assert (expected.seen[0], module.seen[0]) == (2.0, 0.0)
+    if is_group_ours:  # Lightning itself looks whether there is a group of gloo
+        assert differences((expected.seen[1:], {}), (module.seen[1:], {})) == []
+    assert differences(([], outcome(expected)[1]), ([], outcome(module)[1])) == []
 
 
 def test_trainers_of_other_strategies_are_asked_as_before():

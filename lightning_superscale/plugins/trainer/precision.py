@@ -7,7 +7,7 @@ unrelated class trees. All logic lives in mixins that import neither; `plugins/p
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal, Optional, Union
 
@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from lightning_superscale.config.values import check_arguments
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.optim.clipping import ClipByNorm, ClipByValue
-from lightning_superscale.plugins.lightning_private import plain_optimizer
+from lightning_superscale.plugins.lightning_private import plain_optimizer, wrapped_closure
 from lightning_superscale.run.checks import check_clip_value
 from lightning_superscale.run.loss_scaler import LossScaler
 from lightning_superscale.run.precision import PrecisionName, Seed, choose
@@ -186,6 +186,16 @@ class SuperScalePrecisionMixin(_Base):
         """Take over the loss scale of a checkpoint that was saved under Lightning's own MixedPrecision."""
         if type(self).__qualname__ not in checkpoint and checkpoint.get("MixedPrecision"):
             self.load_state_dict(checkpoint["MixedPrecision"])
+
+    # The step
+
+    def optimizer_step(  # type: ignore[override]
+        self, optimizer: Optimizer, model: LightningModule, closure: Callable[[], Any], **kwargs: Any
+    ) -> Any:
+        """Let the run step the optimizer, after Lightning's hooks before a step, which the closure calls."""
+        if self._run is None:
+            return super().optimizer_step(optimizer, model, closure, **kwargs)
+        return self._run.step(optimizer, wrapped_closure(self, model, optimizer, closure), **kwargs)
 
     # Clipping
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-import time
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,25 +50,25 @@ class ScaleMonitorMixin(_Base):
         self._link_start = (0, 0)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._fit_start = self._window_start = time.perf_counter()
+        self._fit_start = self._window_start = perf_counter()
         self._num_tokens = self._num_batches = self._window_tokens = 0
         self._batch_seconds = 0.0
         self._link_start = _link_bytes(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._validation_start = time.perf_counter()
+        self._validation_start = perf_counter()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Tokens/s is that of training, so validation does not count in its window.
-        self._window_start += time.perf_counter() - self._validation_start
+        self._window_start += perf_counter() - self._validation_start
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._batch_start = time.perf_counter()
+        self._batch_start = perf_counter()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        now = time.perf_counter()
+        now = perf_counter()
         self._batch_seconds += now - self._batch_start
         self._num_batches += 1
         tokens = count_tokens(batch)
@@ -95,7 +95,7 @@ class ScaleMonitorMixin(_Base):
 
     def time_table(self, trainer: Trainer) -> Table:
         """A table of how the run's wall time divided, per batch and as a share, and tokens/s."""
-        wall = time.perf_counter() - self._fit_start
+        wall = perf_counter() - self._fit_start
         batches = max(1, self._num_batches)
         table = Table(title="Where the time went", title_justify="left")
         for column, justify in (("phase", "left"), ("s / batch", "right"), ("share", "right")):

@@ -23,6 +23,7 @@ from lightning_superscale.plugins.checkpoint.io import (
     save_through,
 )
 from lightning_superscale.plugins.lightning_private import (
+    SyncDistAdvice,
     ask_strategy_whether_distributed,
     drop_launcher,
     is_compiled_whole,
@@ -30,7 +31,6 @@ from lightning_superscale.plugins.lightning_private import (
     layer_sync_of,
     plain_optimizer,
     set_device_mesh,
-    wrapped_closure,
 )
 from lightning_superscale.plugins.trainer.precision import SuperScalePrecisionMixin
 from lightning_superscale.plugins.trainer.visibility import visibility_of
@@ -112,6 +112,7 @@ class SuperScaleStrategyMixin(_Base):
                 raise SuperScaleError("pass either checkpoint, which is of UniversalCheckpointIO, or checkpoint_io.")
             checkpoint_io = self.checkpoint_io_class(checkpoint)
         self._start_method = start_method
+        self._advice = SyncDistAdvice()
         self._timeout = duration("SuperScaleStrategy.timeout", timeout) or DEFAULT_TIMEOUT
         super().__init__(
             accelerator=accelerator,
@@ -187,6 +188,8 @@ class SuperScaleStrategyMixin(_Base):
             return
         self.accelerator.setup_device(self.root_device)
         self.set_world_ranks()
+        self.run.environment.open_alone()
+        self._advice.hide()
         keep_sampler(self.lightning_module)  # a DistributedSampler would shuffle otherwise than the user's
 
     @property
@@ -198,8 +201,23 @@ class SuperScaleStrategyMixin(_Base):
             "rank": spec.index_of(self.global_rank, *BATCH_AXES),
         }
 
+    # One rank has a process group for user code's sake; the Trainer's own collectives are as without.
+
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
         return decision if self._num_ranks == 1 else super().reduce_boolean_decision(decision, all)
+
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        return tensor if self._num_ranks == 1 else super().reduce(tensor, group, reduce_op)
+
+    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        return tensor if self._num_ranks == 1 else super().all_gather(tensor, group, sync_grads)
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        return obj if self._num_ranks == 1 else super().broadcast(obj, src)
+
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        if self._num_ranks > 1:
+            super().barrier(*args, **kwargs)
 
     # Setup
 
@@ -271,11 +289,11 @@ class SuperScaleStrategyMixin(_Base):
         model: Union[LightningModule, nn.Module, None] = None,
         **kwargs: Any,
     ) -> Any:
+        module = cast("LightningModule", model or self._module)
         io = self._io
         if io is not None:
             closure = before_step(io, closure)
-        closure = wrapped_closure(self.precision_plugin, model or self._module, optimizer, closure)
-        return self.run.step(optimizer, closure, **kwargs)
+        return self._precision.optimizer_step(optimizer, model=module, closure=closure, **kwargs)
 
     def on_validation_start(self) -> None:
         super().on_validation_start()
@@ -301,6 +319,7 @@ class SuperScaleStrategyMixin(_Base):
         self.run.close()
         self._precision.detach()
         self.run.environment.close()
+        self._advice.show()
         super().teardown()
 
     # What users ask

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -36,7 +35,8 @@ def wait(monkeypatch):
         nonlocal now
         now += seconds
 
-    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    for module in ("run.run", "zero.forward_gates"):
+        monkeypatch.setattr(f"lightning_superscale.{module}.perf_counter", lambda: now)
     return passed
 
 
