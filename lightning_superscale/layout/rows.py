@@ -18,14 +18,17 @@ SLICE_ALIGN_NUMEL = 64
 
 @dataclass(frozen=True, slots=True)
 class ParamSpec:
-    """The name and the shape of one parameter.
+    """The name, the shape and the memory format of one parameter.
 
     Attributes:
         fqn: its name from the root module.
+        strides: strides in elements of its memory, which has no gaps, with whole rows one after the other if any rank
+            holds a part of them; None where it is contiguous.
     """
 
     fqn: str
     shape: tuple[int, ...]
+    strides: tuple[int, ...] | None = None
 
     @property
     def num_rows(self) -> int:
@@ -40,6 +43,12 @@ class ParamSpec:
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def dims_in_memory(self) -> tuple[int, ...]:
+        """Tensor dims from the outermost in memory to the innermost."""
+        dims = range(len(self.shape))
+        return tuple(dims) if self.strides is None else dims_in_memory(self.shape, self.strides)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +82,7 @@ class ParamSlice:
 
     @property
     def global_offset(self) -> int:
-        """First element of these rows in the flattened whole parameter."""
+        """First element of these rows in the flattened whole parameter, in the order of its memory."""
         return self.rows[0] * self.spec.row_numel
 
 
@@ -89,6 +98,26 @@ class UnitLayout:
     index: int
     slices: tuple[ParamSlice, ...]
     shard_numel: int
+
+
+def dims_in_memory(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...]:
+    """Tensor dims from the outermost in memory to the innermost; dims of one element, which have no place, last."""
+    return tuple(sorted(range(len(shape)), key=lambda dim: (shape[dim] == 1, -strides[dim], dim)))
+
+
+def kept_strides(shape: Sequence[int], strides: Sequence[int], shard_world_size: int) -> tuple[int, ...] | None:
+    """The strides that a parameter can keep in a flat buffer of rows; None where it has to be contiguous.
+
+    Its elements must be dense and without overlap; and where several ranks have rows, each row must be in one piece.
+    """
+    dims, stride = dims_in_memory(shape, strides), 1
+    for dim in reversed(dims):
+        if shape[dim] > 1:
+            if strides[dim] != stride:
+                return None
+            stride *= shape[dim]
+    is_by_rows = shard_world_size == 1 or not dims or shape[0] == 1 or dims[0] == 0
+    return tuple(strides) if math.prod(shape) and is_by_rows else None
 
 
 def align_up(numel: int, align: int = SLICE_ALIGN_NUMEL) -> int:

@@ -15,7 +15,7 @@ from lightning_superscale.comm.dtensor import local_of
 from lightning_superscale.optim.grad_dtypes import grad_dtype_of
 from lightning_superscale.optim.param_update import GradScale, ParamUpdate, by_unit
 from lightning_superscale.optim.step_rule import StepGuard, SteppedUnit, SynchronousRule
-from lightning_superscale.optim.unit import ShardUnit
+from lightning_superscale.optim.unit import ShardUnit, flattened, shaped
 from lightning_superscale.optim.unit_state import UnitState, master_slice
 from lightning_superscale.timeline import UNTIMED, Lane, Timeline
 
@@ -52,8 +52,9 @@ class TorchStep(SynchronousRule):
             for key, value in own.items():
                 if isinstance(value, Tensor) and value.shape == param.shape and value.dtype == param.dtype:
                     piece = unit.shard.slices[i]
-                    rows = local_of(value).reshape(-1)[piece.global_offset : piece.global_offset + piece.numel]
-                    own[key] = rows.view(piece.local_shape).to(master.device, master.dtype, copy=True)
+                    whole = flattened(local_of(value), piece.spec)
+                    rows = whole[piece.global_offset : piece.global_offset + piece.numel]
+                    own[key] = shaped(rows, piece).to(master.device, master.dtype, copy=True)
 
     @property
     def has_stand_ins(self) -> bool:
@@ -131,7 +132,7 @@ class TorchStep(SynchronousRule):
                 grad.mul_(grad_scale)
             if clip_value is not None:
                 grad.clamp_(-clip_value, clip_value)
-            master.grad = grad.view(item.piece.local_shape).to(grad_dtype_of(master))
+            master.grad = shaped(grad, item.piece).to(grad_dtype_of(master))
 
     def _forget_grads(self, due: Sequence[ParamUpdate]) -> None:
         for item in due:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_superscale.errors import SuperScaleError
-from lightning_superscale.layout.rows import ParamSlice, UnitLayout
+from lightning_superscale.layout.rows import ParamSlice, ParamSpec, UnitLayout
 from lightning_superscale.ops.events import Waitable
 from lightning_superscale.optim.weights.store import WeightStore
 
@@ -84,6 +84,24 @@ class DeltaSink(Protocol):
 def slice_view(flat: Tensor, piece: ParamSlice) -> Tensor:
     """The 1D view [piece.numel] of one slice in a flat buffer that follows the layout of `piece`."""
     return flat[piece.offset : piece.offset + piece.numel]
+
+
+def shaped(flat: Tensor, piece: ParamSlice) -> Tensor:
+    """The view of one slice's 1D elements in the shape of its rows, with the parameter's own strides."""
+    strides = piece.spec.strides
+    if strides is None or not piece.numel:
+        return flat.view(piece.local_shape)
+    return flat.as_strided(piece.local_shape, strides, flat.storage_offset())
+
+
+def flattened(tensor: Tensor, spec: ParamSpec) -> Tensor:
+    """A tensor of a parameter's shape, or of rows of it, in 1D and in the order of the parameter's memory.
+
+    It is a view where it can be one.
+    """
+    if spec.strides is None:
+        return tensor.reshape(-1)
+    return tensor.permute(spec.dims_in_memory).reshape(-1)
 
 
 def check_dense(fqn: str, grad: Tensor) -> None:

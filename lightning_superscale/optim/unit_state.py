@@ -13,7 +13,7 @@ from lightning_superscale.comm.dtensor import tensor_part_name
 from lightning_superscale.layout.memory import Home
 from lightning_superscale.ops.state_dtypes import FP32_STATES, StateDtypes, follow_weights
 from lightning_superscale.ops.types import Rounding
-from lightning_superscale.optim.unit import PublishEvent, ShardUnit, slice_view
+from lightning_superscale.optim.unit import PublishEvent, ShardUnit, shaped, slice_view
 
 # An entry beside exp_avg and exp_avg_sq in the optimizer's own state, present where bf16 masters are compensated.
 COMPENSATION_KEY = "compensation"
@@ -201,7 +201,7 @@ def roundings_of(unit: ShardUnit, dtypes: StateDtypes) -> tuple[Rounding | None,
 
 def master_slice(unit: ShardUnit, state: UnitState, i: int) -> Tensor:
     """Master weights of slice i in the shape of its rows."""
-    return state.master_of(i).view(unit.shard.slices[i].local_shape)
+    return shaped(state.master_of(i), unit.shard.slices[i])
 
 
 def load_master(unit: ShardUnit, state: UnitState, i: int, saved: Tensor | None, rest: dict[str, Tensor]) -> None:

@@ -22,7 +22,7 @@ from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.ops.events import Event
 from lightning_superscale.optim.grad_dtypes import AS_WEIGHTS, GradientDtypes, grad_dtype_of
 from lightning_superscale.optim.transport import IsScaling
-from lightning_superscale.optim.unit import DeltaSink, GradientDelta
+from lightning_superscale.optim.unit import DeltaSink, GradientDelta, flattened, shaped
 from lightning_superscale.torch_private import version_of
 from lightning_superscale.zero.buckets.unit import BucketUnit
 
@@ -103,7 +103,8 @@ class GradsInParam:
             self._show(*under_way.popleft())
 
     def _reduce_scatter(self, unit: BucketUnit, marked: Sequence[int]) -> Event[Tensor]:
-        grads = {i: grad.detach().reshape(-1) for i in marked if (grad := unit.params[i].grad) is not None}
+        specs = [piece.spec for piece in unit.full.slices]
+        grads = {i: flattened(g.detach(), specs[i]) for i in marked if (g := unit.params[i].grad) is not None}
         scale, dtype = 1.0 / self._ranks.mesh.data.size, self._dtypes.reduced(unit.params[0])
         return self._ranks.shard.reduce_scatter(unit.packed(grads, scale, dtype))
 
@@ -116,7 +117,7 @@ class GradsInParam:
             grad = share
             if grad is None or grad.requires_grad:  # a graph of it may need the share
                 grad = param.grad = torch.empty_like(param, dtype=grad_dtype_of(param), requires_grad=False)
-            grad.copy_(averages[i].view_as(grad))
+            grad.copy_(shaped(averages[i], unit.full.slices[i]))
             if self._is_watching:
                 was = self._noted.get(param)
                 is_scaled = share is None or (was is not None and was.identity == id(share) and was.is_scaled)
@@ -134,7 +135,8 @@ class GradsInParam:
             for i, param in enumerate(unit.params):
                 if param.grad is not None and param not in but:
                     start = unit.shard.slices[i].global_offset
-                    rows = param.grad.detach().reshape(-1)[start : start + unit.shard.slices[i].numel]
+                    whole = flattened(param.grad.detach(), unit.full.slices[i].spec)
+                    rows = whole[start : start + unit.shard.slices[i].numel]
                     slices.append((i, rows))
             if slices:
                 sink(GradientDelta(unit, slices))

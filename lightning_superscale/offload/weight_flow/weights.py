@@ -40,6 +40,7 @@ from torch import Tensor, nn
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.layout.rows import ParamSlice, UnitLayout
 from lightning_superscale.offload.link.link import Link, LinkEvent, LinkFence
+from lightning_superscale.optim.unit import shaped, slice_view
 from lightning_superscale.optim.weights.param_classes import data_ptr_of, set_data
 from lightning_superscale.optim.weights.store import NewWeights
 from lightning_superscale.optim.weights.watch import WeightWatch
@@ -381,4 +382,4 @@ class FlowingWeights:
 
 
 def _view(buffer: Tensor, piece: ParamSlice) -> Tensor:
-    return buffer[piece.offset : piece.offset + piece.numel].view(piece.local_shape)
+    return shaped(slice_view(buffer, piece), piece)

@@ -15,7 +15,7 @@ from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.optim.bucketing import Grouping, NamedParam
 from lightning_superscale.optim.grad_dtypes import AS_WEIGHTS, GradientDtypes
 from lightning_superscale.optim.transport import IsScaling
-from lightning_superscale.optim.unit import DeltaSink, PublishEvent, ShardUnit, check_dense
+from lightning_superscale.optim.unit import DeltaSink, PublishEvent, ShardUnit, check_dense, flattened
 from lightning_superscale.optim.weights.store import Incoming, Uploaded
 from lightning_superscale.zero.buckets.all_gather import Gathers, GatherThread, LateGathers
 from lightning_superscale.zero.buckets.unit import BucketUnit
@@ -176,7 +176,7 @@ class BucketTransport:
             raise AssertionError(f"no gradient to take from {unit.full.slices[i].fqn}")
         check_dense(unit.full.slices[i].fqn, grad)
         param.grad = None
-        return grad.detach().reshape(-1)
+        return flattened(grad.detach(), unit.full.slices[i].spec)
 
     def average_grads(self) -> None:
         """Make gradients in `param.grad` averages over ranks, as DDP does, unless they are streamed.
@@ -275,7 +275,7 @@ class BucketTransport:
             else:
                 check_dense(unit.full.slices[i].fqn, param.grad)
                 self._in_param.check(param, unit.full.slices[i].fqn)
-                slices.append((i, param.grad.detach().reshape(-1)))
+                slices.append((i, flattened(param.grad.detach(), unit.full.slices[i].spec)))
         return slices
 
     def discard(self) -> None:

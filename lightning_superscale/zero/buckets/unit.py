@@ -10,10 +10,10 @@ from torch.autograd.graph import increment_version
 
 from lightning_superscale.comm.collectives import AxisCollectives
 from lightning_superscale.errors import SuperScaleError
-from lightning_superscale.layout.rows import ParamSpec, UnitLayout, shard_rows, unit_layout
+from lightning_superscale.layout.rows import ParamSpec, UnitLayout, kept_strides, shard_rows, unit_layout
 from lightning_superscale.ops.cpu.memory import RecycledMemory
 from lightning_superscale.ops.events import note_use
-from lightning_superscale.optim.unit import slice_view
+from lightning_superscale.optim.unit import shaped, slice_view
 from lightning_superscale.optim.weights.store import OnDevice, WeightStore
 from lightning_superscale.torch_private import num_owners_of, version_of
 from lightning_superscale.zero.packing import RankedRows
@@ -48,7 +48,9 @@ class BucketUnit:
         *,
         streams_to: torch.device | None = None,
     ) -> None:
-        specs = [ParamSpec(fqn, tuple(param.shape)) for fqn, param in named_params]
+        specs = [
+            ParamSpec(fqn, tuple(param.shape), _strides_of(param, shard_world_size)) for fqn, param in named_params
+        ]
         self.index = index
         self.params = tuple(param for _, param in named_params)
         self.full: UnitLayout = unit_layout(index, specs, 0, 1)
@@ -65,10 +67,7 @@ class BucketUnit:
         self._num_steps = [0] * len(self.params)
         first = self.params[0]
         self.weights = torch.zeros(self.full.shard_numel, dtype=first.dtype, device=streams_to or first.device)
-        self.views = tuple(
-            self.weights[piece.offset : piece.offset + piece.numel].view(piece.local_shape)
-            for piece in self.full.slices
-        )
+        self.views = tuple(shaped(slice_view(self.weights, piece), piece) for piece in self.full.slices)
         self._num_owners = 0
         self.is_aliased = False
         if streams_to is not None:
@@ -237,3 +236,10 @@ class BucketUnit:
         self.store.close()
         for param in self.params:
             param.data = param.detach().clone()
+
+
+def _strides_of(param: nn.Parameter, shard_world_size: int) -> tuple[int, ...] | None:
+    """The strides of a parameter that keeps a memory format of its own, such as channels_last; None elsewhere."""
+    if param.is_contiguous() and param.stride() == torch.empty(param.shape, device="meta").stride():
+        return None
+    return kept_strides(param.shape, param.stride(), shard_world_size)
