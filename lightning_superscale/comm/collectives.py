@@ -8,6 +8,8 @@ sums the shares that it received in rank order: half the bytes, and bits that de
 [Note: Copies on gloo] On gloo a copy costs as much as the wire. So a rank's own share of a reduce-scatter stays where
 it was packed, and an all-gather of rows sends each from the memory that it was computed in to the memory that it is
 read from. Only small rows are packed: a message of their own would cost more than copying them.
+
+Complex values travel as pairs of real ones, which every backend knows.
 """
 
 from __future__ import annotations
@@ -148,11 +150,12 @@ class AxisCollectives:
         if self.axis.size == 1:
             return Done(packed[0])
         self._counts.add("reduce_scatter", packed.nbytes)
+        is_complex, packed = packed.is_complex(), _as_real(packed)
         if not self._is_gloo:
             self._begin()
             out = packed.new_empty(packed.shape[1])
             work = dist.reduce_scatter_tensor(out, packed.view(-1), group=self.axis.group, async_op=True)
-            return self._in_flight([work], lambda: out, "reduce-scatter")
+            return self._in_flight([work], lambda: _as_complex(out) if is_complex else out, "reduce-scatter")
         size, rank = self.axis.size, self.axis.rank
         # Leave this rank's own row out, where the others lie in one piece ([Note: Copies on gloo]).
         first, last = (1, size) if rank == 0 else (0, size - 1) if rank == size - 1 else (0, size)
@@ -163,7 +166,12 @@ class AxisCollectives:
             received.view(-1), sent.view(-1), splits, splits, group=self.axis.group, async_op=True
         )
         rows = [received[row - first] if first <= row < last else packed[row] for row in range(size)]
-        return self._in_flight([work], lambda: _sum_of_rows(rows, received[0], self._memory), "reduce-scatter")
+
+        def finish() -> Tensor:
+            total = _sum_of_rows(rows, received[0], self._memory)
+            return _as_complex(total) if is_complex else total
+
+        return self._in_flight([work], finish, "reduce-scatter")
 
     def all_reduce(self, tensor: Tensor) -> Event[Tensor]:
         """Sum `tensor` over ranks, in place; the result is `tensor`."""
@@ -171,7 +179,7 @@ class AxisCollectives:
             return Done(tensor)
         self._counts.add("all_reduce", tensor.nbytes)
         self._begin()
-        work = dist.all_reduce(tensor, group=self.axis.group, async_op=True)
+        work = dist.all_reduce(_as_real(tensor), group=self.axis.group, async_op=True)
         return self._in_flight([work], lambda: tensor, "all-reduce")
 
     def all_gather(self, packed: Tensor, *, is_polled: bool = False) -> Event[Tensor]:
@@ -184,12 +192,13 @@ class AxisCollectives:
         if self.axis.size == 1:
             return Done(packed)
         self._counts.add("all_gather", packed[0].nbytes)
+        real = _as_real(packed)
         if is_polled or not self._is_gloo:
             self._begin()
-            own = packed[self.axis.rank]
-            work = _ALL_GATHER(packed.view(-1), own, group=self.axis.group, async_op=True)
+            own = real[self.axis.rank]
+            work = _ALL_GATHER(real.view(-1), own, group=self.axis.group, async_op=True)
             return self._in_flight([work], lambda: packed, "all-gather")
-        works = self._exchange([[row] for row in packed])
+        works = self._exchange([[row] for row in real])
         return self._in_flight(works, lambda: packed, "all-gather", can_look=False)
 
     @property
@@ -204,6 +213,7 @@ class AxisCollectives:
             rows: by rank, contiguous tensors of one dtype, of the same shapes on every rank. Until the result is there,
                 no code may read or write those of other ranks, or write this rank's own.
         """
+        rows = [[_as_real(row) for row in those] for those in rows]
         own = rows[self.axis.rank]
         self._counts.add("all_gather", sum(row.nbytes for row in own))
         large = [[row for row in those if row.numel() >= _OWN_MESSAGE_NUMEL] for those in rows]
@@ -248,6 +258,7 @@ class AxisCollectives:
             return
         self._counts.add("broadcast", tensor.nbytes)
         self._begin()
+        tensor = _as_real(tensor)
         source = 0 if self.axis.group is None else dist.get_global_rank(self.axis.group, 0)
         if not has_streams(tensor.device) and not self._is_gloo:  # NCCL knows device memory only
             staged = tensor.to(torch.device("cuda", torch.cuda.current_device()))
@@ -264,6 +275,16 @@ def _backend_of(group: dist.ProcessGroup, device_type: str) -> str | None:
     """
     backends = dict(part.split(":") for part in dist.get_backend_config(group).split(","))
     return backends.get(device_type)
+
+
+def _as_real(tensor: Tensor) -> Tensor:
+    """A view of a contiguous tensor without complex numbers: its last dimension is twice as long, if it has any."""
+    return torch.view_as_real(tensor).flatten(-2) if tensor.is_complex() else tensor
+
+
+def _as_complex(tensor: Tensor) -> Tensor:
+    """The view of which `_as_real` made `tensor`."""
+    return torch.view_as_complex(tensor.view(*tensor.shape[:-1], -1, 2))
 
 
 def _sum_of_rows(rows: Sequence[Tensor], scratch: Tensor, memory: RecycledMemory) -> Tensor:

@@ -11,6 +11,9 @@ from torch import Tensor
 from lightning_superscale.layout.memory import Axis, BytesPerParam, Home, MemoryModel
 from lightning_superscale.ops.types import Rounding
 
+# Dtypes of weights that no kernel steps; torch does, in the same dtype. Their masters and gradients have it, too.
+WIDE_DTYPES = frozenset({torch.float64, torch.complex64, torch.complex128})
+
 
 @dataclass(frozen=True, slots=True)
 class StateDtypes:
@@ -18,7 +21,7 @@ class StateDtypes:
 
     Attributes:
         masters: dtype of the masters of bf16 weights: fp32, or bf16, which makes the weights their own masters. Other
-            weights have fp32 masters always.
+            weights have fp32 masters, or are wide.
         moments: dtype of exp_avg and exp_avg_sq, fp32 or bf16.
         is_stochastic: whether bf16 masters and moments are rounded stochastically; otherwise to nearest even.
         is_compensated: whether the rounding error of a bf16 master is kept beside it, in bf16 (Kahan).
@@ -38,6 +41,8 @@ class StateDtypes:
 
     def master_of(self, weights: torch.dtype) -> torch.dtype:
         """Dtype of the masters of such weights; the weights' own where they are their masters."""
+        if weights in WIDE_DTYPES:
+            return weights
         return self.masters if weights == torch.bfloat16 else torch.float32
 
     def compensates(self, weights: torch.dtype) -> bool:
@@ -46,7 +51,7 @@ class StateDtypes:
 
     def rounding(self, weights: torch.dtype, fqn: str, first_element: int) -> Rounding | None:
         """The rounding of a parameter's updates, from its given element on; None where all states are fp32."""
-        if self.master_of(weights) == torch.float32 and self.moments == torch.float32:
+        if self.master_of(weights) != torch.bfloat16 and self.moments == torch.float32:
             return None
         if not self.is_stochastic:
             return Rounding(False)
@@ -86,4 +91,5 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def follow_weights(master: Tensor, weights: Tensor) -> None:
     """Make `master` equal `weights` where it does not round to them; elsewhere it keeps its lower bits."""
-    master.copy_(torch.where(master.to(weights.dtype) == weights, master, weights.float()))
+    wide = weights.to(torch.promote_types(weights.dtype, torch.float32))
+    master.copy_(torch.where(master.to(weights.dtype) == weights, master, wide))

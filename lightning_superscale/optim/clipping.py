@@ -25,6 +25,7 @@ from lightning_superscale.comm.mesh import DataMesh
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.ops.cpu.flat import sumsq
 from lightning_superscale.ops.events import has_streams
+from lightning_superscale.ops.state_dtypes import WIDE_DTYPES
 from lightning_superscale.ops.update import StatsSource
 from lightning_superscale.optim.param_update import ParamUpdate, by_unit
 from lightning_superscale.optim.unit import GradientDelta
@@ -89,12 +90,17 @@ def joined(requests: Sequence[ClipRequest], new: ClipRequest) -> list[ClipReques
 
 
 def grad_norms(grads: Sequence[Tensor]) -> list[Tensor]:
-    """2-norm of each gradient, fp32 scalars on the gradients' devices: one launch per device and dtype.
+    """2-norm of each gradient, scalars on the gradients' devices: one launch per device and dtype.
 
     `torch.nn.utils.clip_grad_norm_` measures fp32 gradients in the same way, so norms of fp32 gradients have its bits
     on each device.
     """
-    return _by_kind(grads, lambda alike: norms_of_all(alike, torch.float32))
+    return _by_kind(grads, lambda alike: norms_of_all(alike, _norm_dtype(alike[0])))
+
+
+def _norm_dtype(grad: Tensor) -> torch.dtype:
+    """The dtype in which torch takes the norm of a gradient, at least fp32 or as precise and complex."""
+    return torch.promote_types(grad.dtype, torch.float32)
 
 
 def grad_sumsqs(grads: Sequence[Tensor]) -> list[Tensor]:
@@ -106,6 +112,9 @@ def grad_sumsqs(grads: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _sumsqs(alike: list[Tensor]) -> Sequence[Tensor]:
+    if alike[0].dtype in WIDE_DTYPES:
+        kind = torch.complex128 if alike[0].is_complex() else torch.float64
+        return [norm.square() for norm in norms_of_all(alike, kind)]
     if not has_streams(alike[0].device):
         return [torch.tensor(sumsq(grad.contiguous()), dtype=torch.float64) for grad in alike]
     return [norm.square() for norm in norms_of_all(alike, torch.float64)]

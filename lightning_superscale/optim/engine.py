@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from lightning_superscale.comm.communicator import Communicator
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.layout.rows import ParamSlice
+from lightning_superscale.ops.state_dtypes import WIDE_DTYPES
 from lightning_superscale.ops.update import StatsSource
 from lightning_superscale.optim.bucketing import NamedParam
 from lightning_superscale.optim.clipping import ClipRequest, LastNorm
@@ -128,13 +129,19 @@ class OptimizerEngine:
         """Move parameters into new units: at the start, and when some are unfrozen or added later.
 
         Raises:
-            SuperScaleError: the module does not own a parameter; names its shape.
+            SuperScaleError: the module does not own a parameter, or a kernel that was chosen can't step it; names it.
         """
         for param in params:
             if param not in self._fqn_of:
                 raise SuperScaleError(
                     f"{type(self.optimizer).__name__} was given a parameter of shape {tuple(param.shape)} that the "
                     "LightningModule does not own. Register it on the module before add_param_group()."
+                )
+            if param.dtype in WIDE_DTYPES and self.why_not_native is None:
+                raise SuperScaleError(
+                    f"parameter {self._fqn_of[param]!r} is {param.dtype}, and was given to "
+                    f"{type(self.optimizer).__name__} after its kernel was chosen, which steps fp32, bf16 and fp16. "
+                    "Give it to the optimizer in configure_optimizers(), frozen if need be; torch steps all of it then."
                 )
         for unit in self.transport.add_params([(self._fqn_of[p], p) for p in params]):
             self._attach(unit)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_superscale.errors import SuperScaleError
+from lightning_superscale.ops.state_dtypes import WIDE_DTYPES
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +26,8 @@ class GradientDtypes:
 
     def reduced(self, param: Tensor) -> torch.dtype:
         """The dtype in which a parameter's gradient travels between ranks."""
-        return self.reduction or grad_dtype_of(param)
+        own = grad_dtype_of(param)
+        return own if self.reduction is None or own in WIDE_DTYPES else self.reduction
 
 
 AS_WEIGHTS = GradientDtypes()

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_superscale.layout.rows import ParamSlice
 from lightning_superscale.ops.events import has_streams
+from lightning_superscale.ops.state_dtypes import WIDE_DTYPES
 from lightning_superscale.ops.types import AdamWHyper
 from lightning_superscale.optim.unit import ShardUnit
 from lightning_superscale.optim.unit_state import UnitState
@@ -78,6 +79,11 @@ def why_not_native(optimizer: Optimizer) -> str | None:
     if type(optimizer) not in _NATIVE_TYPES:
         return f"{type(optimizer).__name__} is not torch.optim.Adam or AdamW"
     for group in optimizer.param_groups:
+        if len(set(group["params"])) < len(group["params"]):
+            return "a parameter is in a group twice, and steps twice"
+        wide = [param.dtype for param in group["params"] if param.dtype in WIDE_DTYPES]
+        if wide:
+            return f"a parameter is {wide[0]}"
         for key in ("amsgrad", "differentiable", "capturable"):
             if group.get(key):
                 return f"{key}=True"

@@ -125,9 +125,14 @@ class TorchStep(SynchronousRule):
     def _set_grads(self, due: Sequence[ParamUpdate], grad_scale: GradScale, clip_value: float | None) -> None:
         if isinstance(grad_scale, Tensor) and any("host" in item.state.homes for item in due):
             grad_scale = float(grad_scale)
+        given: set[nn.Parameter] = set()
         for item in due:
             master = self._masters.get(item.param, item.param)
-            grad = item.grad().to(torch.float32, copy=True)
+            grad = item.grad()
+            grad = grad.to(torch.promote_types(grad.dtype, torch.float32), copy=True)
+            if item.param in given and master.grad is not None:  # twice in a group: scaled twice, as by torch
+                grad = flattened(master.grad.detach(), item.piece.spec)
+            given.add(item.param)
             if isinstance(grad_scale, Tensor) or grad_scale != 1.0:  # comparing a tensor would wait for the device
                 grad.mul_(grad_scale)
             if clip_value is not None:

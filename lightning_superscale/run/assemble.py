@@ -399,7 +399,7 @@ def _check_on_all_ranks(module: nn.Module, optimizers: Sequence[Optimizer], sett
     mesh, zero, offload = settings.mesh, settings.zero, settings.offload
     error: SuperScaleError | None = None
     try:
-        check_parameters(module, optimizers, fqn_of)
+        check_parameters(module, optimizers, fqn_of, settings.why_one_optimizer)
         check_wrap(module, zero)
         check_placements(module, mesh)
         check_optimizers_over_ranks(optimizers, zero, mesh.world.size)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_superscale.config import OffloadConfig, ZeroConfig
 from lightning_superscale.errors import SettingError, SuperScaleError
+from lightning_superscale.ops.state_dtypes import WIDE_DTYPES
 from lightning_superscale.zero.fsdp2.wrap import wrap_plan
 
 # torch's optimizers that treat every element by itself, so that rows can be stepped apart.
@@ -21,10 +22,19 @@ _ELEMENTWISE = frozenset(
 )
 
 
-_TRAINED = (torch.float32, torch.bfloat16, torch.float16)
+_TRAINED = (torch.float32, torch.bfloat16, torch.float16, *WIDE_DTYPES)
 
 
-def check_parameters(module: nn.Module, optimizers: Sequence[Optimizer], fqn_of: Mapping[nn.Parameter, str]) -> None:
+WhyOneOptimizer = Callable[[nn.Parameter], str | None]
+"""Why a parameter can't be in two optimizers, each of which would step it; None where it can."""
+
+
+def check_parameters(
+    module: nn.Module,
+    optimizers: Sequence[Optimizer],
+    fqn_of: Mapping[nn.Parameter, str],
+    why_one_optimizer: WhyOneOptimizer,
+) -> None:
     """Refuse modules and optimizers that can't be trained.
 
     Raises:
@@ -37,7 +47,7 @@ def check_parameters(module: nn.Module, optimizers: Sequence[Optimizer], fqn_of:
             f"parameter {lazy[0]!r} has no shape yet. Run one batch through {name} in configure_model(), so that its "
             "lazy modules are initialised before the optimizer's memory is planned."
         )
-    _owners(name, optimizers, fqn_of)
+    _check_owners(name, optimizers, fqn_of, why_one_optimizer)
 
 
 def check_trainable(module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
@@ -64,8 +74,12 @@ def check_trainable(module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
         )
 
 
-def _owners(name: str, optimizers: Sequence[Optimizer], fqn_of: Mapping[nn.Parameter, str]) -> dict[nn.Parameter, int]:
-    """The number of the optimizer that steps each parameter."""
+def _check_owners(
+    name: str,
+    optimizers: Sequence[Optimizer],
+    fqn_of: Mapping[nn.Parameter, str],
+    why_one_optimizer: WhyOneOptimizer,
+) -> None:
     owner: dict[nn.Parameter, int] = {}
     for number, optimizer in enumerate(optimizers):
         if type(optimizer).__name__ == "_MockOptimizer":
@@ -79,18 +93,17 @@ def _owners(name: str, optimizers: Sequence[Optimizer], fqn_of: Mapping[nn.Param
                         "Build the optimizer in configure_optimizers from self.parameters(), and register every "
                         "trained module as an attribute of the LightningModule."
                     )
-                if param in owner and owner[param] != number:
+                reason = why_one_optimizer(param) if owner.setdefault(param, number) != number else None
+                if reason is not None:
                     raise SuperScaleError(
                         f"parameter {fqn_of[param]!r} is in optimizer {owner[param]} and in {where}. Give every "
-                        "parameter to one optimizer: two would each keep a master of it."
+                        f"parameter to one optimizer: {reason}."
                     )
-                owner[param] = number
                 if param.requires_grad and param.dtype not in _TRAINED:
                     raise SuperScaleError(
                         f"trainable parameter {fqn_of[param]!r} is {param.dtype}; expected torch.float32, "
-                        "torch.bfloat16 or torch.float16. Convert it, or freeze it."
+                        "bfloat16, float16, float64, complex64 or complex128. Convert it, or freeze it."
                     )
-    return owner
 
 
 def check_wrap(module: nn.Module, zero: ZeroConfig) -> None:

@@ -16,15 +16,15 @@ from lightning_superscale.ops.state_dtypes import StateDtypes
 from lightning_superscale.optim.grad_dtypes import GradientDtypes
 from lightning_superscale.optim.param_update import why_not_native
 
-PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-mixed", "16-true")
+PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-mixed", "16-true", "64-true")
 Seed = Annotated[int, Between(0, 2**63 - 1)]
-PrecisionName = Literal["32-true", "bf16-mixed", "bf16-true", "16-mixed", "16-true"]
+PrecisionName = Literal["32-true", "bf16-mixed", "bf16-true", "16-mixed", "16-true", "64-true"]
 # What Lightning's Trainer takes the short names for.
-_LIGHTNING_SHORT = {"16": "16-mixed", "32": "32-true", "bf16": "bf16-mixed"}
-_WEIGHTS = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
+_LIGHTNING_SHORT = {"16": "16-mixed", "32": "32-true", "64": "64-true", "bf16": "bf16-mixed"}
+_WEIGHTS = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
 _AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_NAMES = {**{dtype: name for name, dtype in _DTYPES.items()}, torch.float64: "fp64"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,8 +148,8 @@ def _master_dtype(precision: str, weights: torch.dtype, value: str) -> torch.dty
         raise _refusal("master_weights", value, why, "use 'fp32', or 'bf16' with precision='bf16-true'")
     if _dtype("master_weights", value, ("fp32", "bf16")) == torch.float32:
         return torch.float32
-    if weights == torch.float32:
-        why = f"the weights of precision={precision!r} are fp32 and their own masters"
+    if weights.itemsize >= 4:
+        why = f"the weights of precision={precision!r} are {_NAMES[weights]} and their own masters"
         raise _refusal("master_weights", value, why, "use precision='bf16-true', or remove it")
     if weights == torch.float16:
         why = "fp16 weights have three binary digits more than a bf16 master of theirs"
@@ -168,6 +168,8 @@ def _accumulation_dtype(precision: str, weights: torch.dtype, value: str) -> tor
     dtype = _dtype("gradient_accumulation", value, ("auto", *_DTYPES))
     if dtype is None or dtype == weights:
         return None
+    if weights == torch.float64:
+        raise _refusal("gradient_accumulation", value, "it has fewer digits than gradients in fp64", "remove it")
     if dtype != torch.float32:
         why = f"gradients of precision={precision!r} are {_NAMES[weights]}, which has digits or a range that it lacks"
         raise _refusal("gradient_accumulation", value, why, f"use 'fp32' or 'auto', which is {_NAMES[weights]!r}")
@@ -176,6 +178,8 @@ def _accumulation_dtype(precision: str, weights: torch.dtype, value: str) -> tor
 
 def _reduction_dtype(precision: str, weights: torch.dtype, value: str) -> torch.dtype | None:
     dtype = _dtype("gradient_reduction", value, ("auto", *_DTYPES))
+    if dtype is not None and weights == torch.float64:
+        raise _refusal("gradient_reduction", value, "it has fewer digits than gradients in fp64", "remove it")
     if dtype == torch.float16 and not precision.startswith("16-"):
         why = f"gradients overflow in fp16 unless a loss scale watches, which precision={precision!r} has not"
         raise _refusal("gradient_reduction", value, why, "use 'bf16'")
@@ -190,8 +194,8 @@ def _autocast_dtype(precision: str, value: Optional[bool]) -> torch.dtype | None
         if value is False:
             raise _refusal("autocast", value, f"precision={precision!r} is autocast", "use precision='32-true'")
         return _AUTOCAST[precision]
-    if value and precision == "32-true":
-        why = "precision='32-true' names no 16-bit dtype to cast to"
+    if value and precision in ("32-true", "64-true"):
+        why = f"precision={precision!r} names no 16-bit dtype to cast to"
         raise _refusal("autocast", value, why, "use precision='bf16-mixed' or '16-mixed'")
     return _WEIGHTS.get(precision) if value else None
 

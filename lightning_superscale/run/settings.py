@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from lightning_superscale.comm.mesh import DataMesh
 from lightning_superscale.config import OffloadConfig, ZeroConfig
@@ -83,6 +84,20 @@ class RunSettings:
         wait for ranks that may wait for it in a collective of the user's.
         """
         return None if self.flow is None or self.mesh.is_single else self.visibility.why_weights_awaited
+
+    def why_one_optimizer(self, param: nn.Parameter) -> str | None:
+        """Why a parameter can't be in two optimizers; None where weights are the only thing that both would keep.
+
+        Then each optimizer takes over the other's new weights as it takes over those that user code edits.
+        """
+        if self.offload is not None:
+            return "two would each keep a master of it in host memory"
+        if self.mesh.num_shares > 1:
+            return "two would each gather its new weights from the other ranks"
+        states = self.precision.states
+        if states.master_of(param.dtype) != param.dtype or states.compensates(param.dtype):
+            return f"two would each keep a master of it, since it is {param.dtype}"
+        return None
 
     @property
     def streams(self) -> bool:

@@ -110,7 +110,7 @@ def refusal(tmp_path, monkeypatch, capsys):
     ("setting", "value", "message"),
     [
         ("trainer.strategy", "superofload", "unknown trainer.strategy 'superofload'; did you mean 'superoffload'?"),
-        ("trainer.precision", "64-true", "precision='64-true' is not one of"),
+        ("trainer.precision", "65-true", "precision='65-true' is not one of"),
         ("model.gpt.dim", 17, "num_heads=2 must divide dim=17"),
         ("data.batch_size", 0, "data.batch_size must be at least 1"),
     ],

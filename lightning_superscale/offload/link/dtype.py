@@ -15,13 +15,14 @@ from torch import Tensor
 
 from lightning_superscale.offload.link.link import Link, LinkEvent
 from lightning_superscale.ops.cpu.flat import accumulate
+from lightning_superscale.ops.state_dtypes import WIDE_DTYPES
 
 LinkDtype = Literal["weights", "fp32"]
 
 
 def dtype_on_link(choice: LinkDtype, weights: torch.dtype) -> torch.dtype:
     """The dtype in which both gradients and new weights of a unit cross the link, and of its transfer buffers."""
-    return torch.float32 if choice == "fp32" else weights
+    return torch.float32 if choice == "fp32" and weights not in WIDE_DTYPES else weights
 
 
 def send_gradient(link: Link, here: Tensor, grad: Tensor, dtype: torch.dtype) -> LinkEvent:
@@ -50,6 +51,9 @@ def add_late_gradient(link: Link, here: Tensor, grad: Tensor, dtype: torch.dtype
     late = send_gradient(link, staged, grad, dtype)
     arrival.synchronize()
     late.synchronize()
-    accumulate(here, staged)
+    if dtype in WIDE_DTYPES:
+        here.add_(staged)
+    else:
+        accumulate(here, staged)
     if here.dtype != dtype:
         here.copy_(here.to(dtype))
