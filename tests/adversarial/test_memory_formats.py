@@ -11,7 +11,7 @@ from torch.nn import functional as F
 import lightning_superscale as lss
 from lightning_superscale import UniversalCheckpointIO
 from tests.adversarial.reading_modules import Reads, differences
-from tests.helpers.extent import IS_ALL
+from tests.helpers.extent import IS_ALL, only_in_test_all
 from tests.helpers.ranks import run_ranks
 from tests.helpers.trainers import loader, trainer
 
@@ -24,6 +24,17 @@ STRATEGIES = {
     ),
 }
 EACH = pytest.mark.parametrize("make", STRATEGIES.values(), ids=STRATEGIES)
+
+
+def each_or(*by_default):
+    """Every strategy with every case in `make test-all`; these pairs of a strategy and a case in the default suite."""
+    marks = {True: (), False: (only_in_test_all,)}
+    cases = dict.fromkeys(case for _, case in by_default)
+    return [
+        pytest.param(make, case, marks=marks[(name, case) in by_default], id=f"{name}-{case}")
+        for name, make in STRATEGIES.items()
+        for case in cases
+    ]
 
 
 class Images(Reads):
@@ -86,8 +97,9 @@ def assert_alike(cls, make, **flags):
     assert found.during == found.strides() == cls().strides()
 
 
-@EACH
-@pytest.mark.parametrize("cls", [Images, ByMomentum, ByAdagrad])
+@pytest.mark.parametrize(
+    ("make", "cls"), each_or(*((name, Images) for name in STRATEGIES), ("cpu", ByMomentum), ("superscale", ByAdagrad))
+)
 def test_weights_keep_their_strides_and_bits(cls, make):
     assert_alike(cls, make)
 
@@ -110,8 +122,7 @@ def test_masters_of_16_bit_weights(name):
         assert state["exp_avg"].stride() == param.stride()
 
 
-@EACH
-@pytest.mark.parametrize("is_universal", [False, True])
+@pytest.mark.parametrize(("make", "is_universal"), each_or(("superscale", True), ("superoffload", False)))
 def test_checkpoints_are_read_both_ways(make, is_universal, tmp_path):
     """By runs in this format and by those with contiguous weights, under this strategy and without."""
 

@@ -10,7 +10,7 @@ from torch import nn
 import lightning_superscale as lss
 from lightning_superscale import UniversalCheckpointIO
 from tests.adversarial.reading_modules import Reads, differences, outcome
-from tests.helpers.extent import IS_ALL
+from tests.helpers.extent import IS_ALL, only_in_test_all
 from tests.helpers.ranks import run_ranks
 from tests.helpers.trainers import loader, trainer
 
@@ -149,9 +149,19 @@ def test_what_has_fewer_digits_than_64_true_is_refused():
         lss.SuperScalePrecision("64")
 
 
-@EACH
-@pytest.mark.parametrize("checkpoint", [None, lss.CheckpointConfig()], ids=["file", "universal"])
-def test_double_and_complex_states_are_saved_and_resumed(make, checkpoint, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "checkpoint"),
+    [
+        ("superscale", None),
+        ("superoffload", lss.CheckpointConfig()),
+        pytest.param("superscale", lss.CheckpointConfig(), marks=only_in_test_all),
+        pytest.param("superoffload", None, marks=only_in_test_all),
+        pytest.param("cpu", None, marks=only_in_test_all),
+    ],
+)
+def test_double_and_complex_states_are_saved_and_resumed(name, checkpoint, tmp_path):
+    make = STRATEGIES[name]
+
     class Savable(Spectral):
         def more(self):
             super().more()

@@ -110,7 +110,7 @@ def refusal(tmp_path, monkeypatch, capsys):
     ("setting", "value", "message"),
     [
         ("trainer.strategy", "superofload", "unknown trainer.strategy 'superofload'; did you mean 'superoffload'?"),
-        ("trainer.precision", "65-true", "precision='65-true' is not one of"),
+        ("trainer.gradient_clip_val", -1.0, "gradient_clip_val must be a number of at least 0 or None, found -1.0"),
         ("model.gpt.dim", 17, "num_heads=2 must divide dim=17"),
         ("data.batch_size", 0, "data.batch_size must be at least 1"),
     ],

@@ -115,16 +115,17 @@ class InTurns(Manual):
         self.see_gradients()
 
 
+FLAGS = {} if IS_ALL else {"max_epochs": 1, "limit_train_batches": 2}
 MODULES = (TwoBackwards, SharpByHand, Guards, Accumulates, InTurns)
 
 
 def _over_ranks(rank: int, world_size: int):
     wrong = {}
     for cls in MODULES:
-        expected = outcome(cls, DDPStrategy(find_unused_parameters=True), world_size)
+        expected = outcome(cls, DDPStrategy(find_unused_parameters=True), world_size, **FLAGS)
         for name, make in STRATEGIES.items():
             if (IS_ALL or name in ("zero2", "superoffload")) and (
-                diff := differences(expected, outcome(cls, make(), world_size))
+                diff := differences(expected, outcome(cls, make(), world_size, **FLAGS))
             ):
                 wrong[name, cls.__name__] = diff
     return wrong
@@ -162,7 +163,7 @@ class Sparse(TwoBackwards):
 def _of_shards(rank: int, world_size: int):
     with pytest.raises(lss.SuperScaleError) as caught:
         outcome(Sparse, "zero2", world_size)
-    return str(caught.value), *(outcome(OfShards, make, world_size) for make in (DDPStrategy(), "zero3"))
+    return str(caught.value), *(outcome(OfShards, make, world_size, **FLAGS) for make in (DDPStrategy(), "zero3"))
 
 
 def test_rows_are_averages_too_and_a_gradient_that_can_be_none_is_refused_on_all_ranks():
