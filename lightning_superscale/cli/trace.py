@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,19 +145,26 @@ def run(command: Sequence[str], folder: Path, step: int) -> int:
 
     Args:
         command: the command and its arguments.
-        folder: directory for recordings and pictures; earlier recordings in it are deleted.
+        folder: directory for recordings and pictures; those of the same ranks are replaced.
         step: number of optimizer steps before the recorded one.
 
     Returns:
         The command's exit code.
 
     Raises:
-        SuperScaleError: the command succeeded and recorded nothing.
+        SuperScaleError: the command can't be run, or it succeeded and recorded nothing.
     """
-    for old in folder.glob("trace-rank*.json"):
-        old.unlink()
-    done = subprocess.run(command, env={**os.environ, FOLDER_VARIABLE: str(folder), STEP_VARIABLE: str(step)})
-    written = sorted(folder.glob("trace-rank*.json"))
+    written = []
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".trace-") as own:
+        environment = {**os.environ, FOLDER_VARIABLE: own, STEP_VARIABLE: str(step)}
+        try:
+            done = subprocess.run(command, env=environment)
+        except OSError as error:
+            raise SuperScaleError(
+                f"{command[0]!r} can't be run: {error.strerror}. Give a command after '--'."
+            ) from error
+        for path in sorted(Path(own).glob("trace-rank*.json")):
+            written.append(path.replace(folder / path.name))
     if not written:
         if done.returncode:
             return done.returncode

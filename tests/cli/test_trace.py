@@ -99,6 +99,13 @@ def test_another_strategy_is_told_apart(tmp_path, capsys):
     assert "It must train with one of this package's strategies" in capsys.readouterr().err
 
 
+def test_a_command_that_is_not_there_is_one_line_and_no_recording_of_others_is_touched(tmp_path, capsys):
+    (tmp_path / "trace-rank7.json").write_text("of another run")
+    assert main(["trace", "--out", str(tmp_path), "--", "no-such-command"]) == 1
+    assert "'no-such-command' can't be run: No such file or directory" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["trace-rank7.json"]
+
+
 def test_a_file_that_is_no_trace_is_refused(tmp_path, capsys):
     path = tmp_path / "other.json"
     path.write_text(json.dumps({"traceEvents": []}))

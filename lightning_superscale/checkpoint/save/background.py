@@ -186,12 +186,22 @@ class BackgroundSaver:
         try:
             attempt(self._mesh, self._slabs.synchronize, "the snapshot failed")
             write(path, snapshot, self._mesh)
-            while removals := self._next_removals():
-                for old in removals:
-                    remove(old)
         except BaseException as error:  # `wait` raises it on the caller's thread
-            with self._lock:
-                self._error, self._is_writing = error, False
+            self._end(error)
+            return
+        failed: list[str] = []
+        while removals := self._next_removals():
+            for old in removals:
+                try:
+                    remove(old)
+                except Exception as error:  # the others can be removed all the same
+                    failed.append(f"{old} ({error})")
+        if failed:
+            self._end(CheckpointError(f"{path} was saved, and older checkpoints can't be removed: {'; '.join(failed)}"))
+
+    def _end(self, error: BaseException) -> None:
+        with self._lock:
+            self._error, self._is_writing = error, False
 
     def _next_removals(self) -> list[str]:
         """Take the paths to delete after a save that succeeded; the save is done once there are none."""

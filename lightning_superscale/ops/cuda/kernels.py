@@ -164,6 +164,8 @@ def _shared_scale(segments: Sequence[AdamWSegment], name: str) -> Tensor | None:
 def _fill(out: abi.Segment, seg: AdamWSegment, mode: int, where: str, device: torch.device) -> None:
     """Check one segment and write it into its struct."""
     numel = seg.param.numel()
+    if seg.rounding is not None:
+        raise ValueError(f"{where}.rounding: expected None, found {seg.rounding}: ops.triton.adamw_low rounds states")
     _check(seg.param, where, ".param", (torch.float32,), numel, device)
     _check(seg.exp_avg, where, ".exp_avg", STATE_DTYPES, numel, device)
     _check(seg.exp_avg_sq, where, ".exp_avg_sq", STATE_DTYPES, numel, device)

@@ -168,6 +168,23 @@ def test_a_removal_waits_for_the_save_and_is_forgotten_where_that_fails(tmp_path
     assert os.path.exists(old)
 
 
+def test_a_removal_that_fails_keeps_no_other_from_being_made_and_is_told_as_what_it_is(tmp_path, saver, gate):
+    foreign, old, new = (str(tmp_path / name) for name in ("foreign", "old", "new"))
+    os.mkdir(foreign)
+    (tmp_path / "foreign" / "thesis.tex").touch()
+    save(old, state_of(torch.zeros(2), torch.zeros(2)), single_mesh())
+    saver.save(new, state_of(torch.zeros(2), torch.zeros(2)))
+    saver.remove(foreign)
+    saver.remove(old)
+    gate.set()
+    with pytest.raises(CheckpointError, match=r"new was saved, and older checkpoints can't be removed: .*foreign"):
+        saver.wait()
+    assert not os.path.exists(old)
+    assert os.listdir(foreign) == ["thesis.tex"]
+    open_checkpoint(new)
+    saver.wait()
+
+
 def test_an_error_surfaces_once_at_the_next_call_and_the_next_save_works(tmp_path):
     saver = BackgroundSaver(single_mesh())
     (tmp_path / "file").touch()

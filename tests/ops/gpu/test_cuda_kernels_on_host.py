@@ -15,7 +15,7 @@ import torch
 
 from lightning_superscale.ops import reference
 from lightning_superscale.ops.cuda import kernels
-from lightning_superscale.ops.types import GRAD_DTYPES, STATE_DTYPES, AdamWSegment
+from lightning_superscale.ops.types import GRAD_DTYPES, STATE_DTYPES, AdamWSegment, Rounding
 from tests.ops.gpu.adamw_cases import HYPERS, MODES, dtype_segments, hostile_segment
 from tests.ops.gpu.helpers import (
     BASE_HYPER,
@@ -217,6 +217,10 @@ def test_adamw_bad_segment_names_it_and_writes_nothing() -> None:
         kernels.adamw_peek([make_segment(10, 1, weight_out=None)])
     with pytest.raises(ValueError, match="expected next_grad and next_hyper"):
         kernels.adamw_commit_peek([good])
+    rounded = make_segment(10, 1)
+    rounded.rounding = Rounding(False)
+    with pytest.raises(ValueError, match=r"segment 0\.rounding: expected None, found Rounding.*adamw_low"):
+        kernels.adamw_commit([rounded])
     scaled = make_segment(10, 1, hyper=HYPERS["scaled"])
     with pytest.raises(ValueError, match=r"grad_scale is given as a device scalar.*found 0\.37"):
         kernels.adamw_commit([scaled], grad_scale=torch.ones(1))
