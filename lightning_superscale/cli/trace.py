@@ -155,6 +155,7 @@ def run(command: Sequence[str], folder: Path, step: int) -> int:
         SuperScaleError: the command can't be run, or it succeeded and recorded nothing.
     """
     written = []
+    folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".trace-") as own:
         environment = {**os.environ, FOLDER_VARIABLE: own, STEP_VARIABLE: str(step)}
         try:
