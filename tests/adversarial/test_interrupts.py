@@ -38,6 +38,14 @@ class Small(Reads):
         self.net = torch.nn.Sequential(torch.nn.Linear(17, 40), torch.nn.GELU(), torch.nn.Linear(40, 5))
 
 
+@pytest.fixture(autouse=True)
+def heeds_ctrl_c():
+    """A shell's background job ignores Ctrl-C, and what it starts does."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def snapshot(run):
     """What a checkpoint has: counters, weights, moments and masters."""
     saved = run._checkpoint_connector.dump_checkpoint(weights_only=False)
