@@ -14,8 +14,12 @@ from torch import Tensor, nn
 from lightning_superscale.offload.link.dtype import LinkDtype
 from lightning_superscale.offload.link.link import CudaLink
 from lightning_superscale.offload.weight_flow.schedule import WeightFlow
+from lightning_superscale.ops.reference import adamw_commit
+from lightning_superscale.ops.update import UpdatePath, _beside_norms
+from lightning_superscale.optim.bucketing import Grouping
 from lightning_superscale.optim.clipping import ClipByNorm
 from lightning_superscale.optim.engine import OptimizerEngine
+from lightning_superscale.optim.rebuild_buckets import regroup
 from lightning_superscale.zero.forward_gates import PublishGates
 from tests.helpers.engines import build_engine
 from tests.helpers.programs import PROGRAMS, Programs
@@ -35,6 +39,10 @@ def train_stack(model: nn.Module, x: Tensor) -> None:
     model.loss(x).backward()
 
 
+# A kernel that steps on the device, of torch's operations.
+ON_DEVICE = UpdatePath("device", lambda segments: _beside_norms(adamw_commit, segments), 0, scales_on_device=True)
+
+
 @dataclass(frozen=True)
 class Case:
     """One run on one rank.
@@ -43,6 +51,7 @@ class Case:
         way: a key of WAYS.
         flows: whether weights flow.
         no_sync: whether ranks reduce once per step, and not once per batch.
+        regroups: whether parameters move to other units after the first step, and half of them to the device.
         has_two_batches: whether a step has a second batch, the first one's negative.
         looks: whether user code reads weights and moments after each step, and zeroes gradients in place.
         queries: what events answer about work that is under way; see `World`.
@@ -58,12 +67,13 @@ class Case:
     no_sync: bool = True
     unit_bytes: int = 2048
     has_two_batches: bool = False
+    regroups: bool = False
     queries: str = "random"
 
     def __str__(self) -> str:
         flow = "flow" if self.flows else "stay"
         dtype = str(self.dtype).removeprefix("torch.")
-        looks = "-looks" if self.looks else ""
+        looks = "-looks" if self.looks else "-regroups" if self.regroups else ""
         return f"{self.way}-{self.program.__name__}-{flow}-{self.link_dtype}-{dtype}-{self.clip}-{self.queries}{looks}"
 
 
@@ -109,6 +119,7 @@ def run(case: Case, *, plant: Callable[[pytest.MonkeyPatch], None] = lambda patc
             link=CudaLink(torch.device("cpu")),
             link_dtype=case.link_dtype,
             flow=flow,
+            device_path=ON_DEVICE,
             **WAYS[case.way],
         )
         train(case, model, optimizer, engine, flow, batches(num_steps, case.dtype))
@@ -142,6 +153,9 @@ def train(
         if case.clip is not None:
             engine.request_clip(ClipByNorm(case.clip))
         engine.step()
+        if case.regroups and x is inputs[0]:
+            params = [param for _, param in engine.named_params()]
+            regroup(engine, Grouping(512, on_device=frozenset(params[: len(params) // 2])))
         optimizer.zero_grad(set_to_none=not case.looks)
         if case.looks:
             _look(model, optimizer)

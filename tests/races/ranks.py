@@ -15,7 +15,7 @@ from lightning_superscale.layout.mesh import MeshSpec
 from lightning_superscale.offload.link.link import CudaLink
 from tests.helpers import fsdp
 from tests.helpers.engines import build_engine
-from tests.races.cases import ADAMW, WAYS, Case, batches, flow_of_case, model_of, train
+from tests.races.cases import ADAMW, ON_DEVICE, WAYS, Case, batches, flow_of_case, model_of, train
 from tests.races.nccl import play_nccl
 from tests.races.stand_in import playing
 from tests.races.world import World
@@ -53,6 +53,7 @@ def run_buckets(
             ranks=ranks_of(mesh, model.parameters()),
             no_sync=case.no_sync,
             unit_bytes=case.unit_bytes,
+            device_path=ON_DEVICE,
             **WAYS[case.way],
         )
         inputs = [x.abs() * (1 + rank) for x in batches(num_steps, case.dtype)]  # ranks take the same branch

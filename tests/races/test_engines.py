@@ -34,6 +34,7 @@ FEW = [
         itertools.cycle(("no", "random", "yes")),
     )),
     *(Case(way, looks=True, flows=flows, queries="no") for way, flows in itertools.product(WAYS, (False, True))),
+    *(Case(way, regroups=True, queries="no") for way in WAYS),
     *(Case(way, plain_backward, dtype=torch.bfloat16, link_dtype="fp32", clip=None, queries="no") for way in WAYS),
     *(Case(way, block_applied_three_times_reentrant_checkpoint, flows=True, dtype=torch.bfloat16) for way in WAYS),
 ]  # fmt: skip
@@ -68,6 +69,7 @@ FEW_OVER_RANKS = [
     (run_buckets, Case("superoffload, held", flows=True, queries="yes")),
     (run_buckets, Case("cpu", queries="no", looks=True)),
     (run_buckets, Case("cpu, held", flows=True)),
+    (run_buckets, Case("superoffload", queries="no", regroups=True)),
     (run_sharded, Case("superoffload", queries="no")),
     (run_sharded, Case("cpu", queries="no")),
 ]
