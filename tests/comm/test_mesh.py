@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lightning_superscale.comm.mesh import build_mesh, single_mesh
+from lightning_superscale.comm import collectives
+from lightning_superscale.comm.mesh import DataMesh, MeshAxis, build_mesh, single_mesh
 from lightning_superscale.layout.mesh import AXES, MeshSpec
 from tests.helpers.ranks import run_ranks
 
@@ -63,3 +64,12 @@ def test_an_axis_that_there_is_not_is_named():
 def test_one_rank_has_every_axis():
     mesh = single_mesh()
     assert {mesh[name].size for name in AXES} == {mesh.data.size, mesh.batch.size, mesh.flat(*AXES).size} == {1}
+
+
+@pytest.mark.parametrize(("device_type", "runs_on_host"), [("cpu", True), ("cuda", False), ("xpu", False)])
+def test_the_backend_of_a_group_is_that_of_the_device(monkeypatch, device_type, runs_on_host):
+    """torch makes such groups where it is not told a backend."""
+    monkeypatch.setattr(collectives.dist, "get_backend_config", lambda _group: "cpu:gloo,cuda:nccl")
+    axis = MeshAxis("shard", 0, 2, group=object())
+    mesh = DataMesh(axis, axis, axis, axis, device_type=device_type)
+    assert collectives.AxisCollectives(axis, mesh).runs_on_host is runs_on_host
