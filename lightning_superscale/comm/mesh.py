@@ -4,7 +4,8 @@ Ranks are numbered as in the spec, with the tensor axis innermost, as in Lightni
 
 [Note: Two groups] Gathers of weights follow each rank's forward and backward, reductions follow an order that ranks
 agree on. How the two interleave depends on the modules and parameters that a rank's batch used, so on one process
-group a gather of one rank would meet a reduction of another.
+group a gather of one rank would meet a reduction of another. In stage 3 user code has a third one, under its DTensors:
+what one rank alone does with a sharded weight must not meet a gather, which would hand the weights of one to the other.
 
 [Note: One order per device] NCCL runs a collective as a kernel that waits on the device for the other ranks' kernels.
 Two groups whose kernels start in different orders on two ranks can wait for one another, when the device has no room
@@ -77,6 +78,8 @@ class DataMesh:
         shard, replicate, tensor, sequence: the axes.
         world: all axes, flattened.
         gather: the ranks of `shard`, with a process group of their own ([Note: Two groups]).
+        users: the process group of user code's operations on sharded weights, over the ranks of `shard`; None where
+            weights are not sharded.
         flattened: further combinations of axes that have a process group, by the names of axes with several ranks.
         device_mesh: the DeviceMesh that users parallelize over, "data_parallel" by "tensor_parallel"; None without a
             tensor axis.
@@ -96,6 +99,7 @@ class DataMesh:
     tensor: MeshAxis = field(default_factory=lambda: MeshAxis("tensor", 0, 1))
     sequence: MeshAxis = field(default_factory=lambda: MeshAxis("sequence", 0, 1))
     flattened: Mapping[frozenset[str], MeshAxis] = field(default_factory=dict)
+    users: dist.ProcessGroup | None = None
     device_mesh: DeviceMesh | None = None
     control: dist.ProcessGroup | None = None
     watch: RankWatch | None = None
@@ -149,7 +153,12 @@ def single_mesh() -> DataMesh:
 
 
 def build_mesh(
-    spec: MeshSpec, timeout: timedelta, watch: RankWatch | None = None, *, device_type: str = "cpu"
+    spec: MeshSpec,
+    timeout: timedelta,
+    watch: RankWatch | None = None,
+    *,
+    device_type: str = "cpu",
+    shards_weights: bool = True,
 ) -> DataMesh:
     """Make the mesh over the initialised default process group. Every rank calls it.
 
@@ -158,6 +167,7 @@ def build_mesh(
         timeout: timeout of the control group's agreements.
         watch: reports ranks that failed.
         device_type: type of the device whose tensors the collectives move.
+        shards_weights: whether weights may be sharded.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     if spec.world_size != world_size:
@@ -188,8 +198,9 @@ def build_mesh(
         tensor=single["tensor"],
         sequence=single["sequence"],
         world=MeshAxis("world", rank, world_size, dist.group.WORLD),
-        gather=MeshAxis(GATHER_AXIS, single["shard"].rank, spec.shard, _gather_group(spec, rank, device_mesh)),
+        gather=MeshAxis(GATHER_AXIS, single["shard"].rank, spec.shard, _new_group(spec.groups("shard"), rank)),
         flattened=flattened,
+        users=_users_group(spec, rank, device_mesh) if shards_weights else None,
         device_mesh=device_mesh,
         control=dist.new_group(backend="gloo", timeout=timeout),
         watch=watch,
@@ -205,8 +216,8 @@ def _device_mesh(spec: MeshSpec, device_type: str) -> DeviceMesh | None:
     return init_device_mesh(device_type, shape, mesh_dim_names=(DATA_AXIS, TENSOR_AXIS))
 
 
-def _gather_group(spec: MeshSpec, rank: int, device_mesh: DeviceMesh | None) -> dist.ProcessGroup | None:
-    """A second process group over the shard axis, for gathers: see [Note: Two groups]."""
+def _users_group(spec: MeshSpec, rank: int, device_mesh: DeviceMesh | None) -> dist.ProcessGroup | None:
+    """A third process group over the shard axis, under the DTensors of user code: see [Note: Two groups]."""
     if device_mesh is not None and spec.shard == spec.size_of(*DATA_AXES):
         return device_mesh.get_group(DATA_AXIS)
     return _new_group(spec.groups("shard"), rank)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import itertools
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed import HashStore, PrefixStore  # type: ignore[attr-defined]
+from torch.distributed import HashStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from lightning_superscale.comm.mesh import DataMesh, build_mesh, single_mesh
-from lightning_superscale.comm.watch import RankWatch, open_store
+from lightning_superscale.comm.places import WeightNames
+from lightning_superscale.comm.watch import SILENCE_S, RankWatch, open_store
 from lightning_superscale.config import ZeroConfig
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.layout.mesh import MeshSpec
@@ -20,6 +24,11 @@ from lightning_superscale.zero.fsdp2.gather_order import GatherOrder
 
 # How long collectives wait; the watch reports a rank that fails much sooner.
 DEFAULT_TIMEOUT = timedelta(minutes=30)
+# How long a rank may give no sign of life before the others end.
+DEFAULT_PATIENCE = timedelta(seconds=SILENCE_S)
+
+# How often this process connected to other ranks, which its launcher's store outlives.
+_connections = itertools.count()
 
 
 def mesh_spec_of(zero: ZeroConfig, world_size: int) -> MeshSpec:
@@ -74,8 +83,59 @@ class RankEnvironment:
                 dist.init_process_group("cpu:gloo,cuda:gloo", store=HashStore(), rank=0, world_size=1)
                 self._group_of_one = dist.group.WORLD
 
+    @contextmanager
+    def connecting(
+        self,
+        meeting: Callable[[], tuple[str, int]],
+        rank: int,
+        world_size: int,
+        timeout: timedelta,
+        patience: timedelta,
+    ) -> Iterator[None]:
+        """A context in which the process group is made, and this environment opened: ranks watch each other from then.
+
+        Does nothing where the process group exists. Every rank calls it.
+
+        Args:
+            meeting: gives host and port of the store through which ranks find each other, which may not be there yet.
+            timeout: how long to wait for that store.
+            patience: how long a rank may give no sign of life before the others end.
+
+        Raises:
+            RankFailure: another rank failed or died meanwhile.
+        """
+        if dist.is_initialized():
+            yield
+            return
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        host, port = meeting()
+        prefix = f"lightning_superscale/watch/{attempt}/{next(_connections)}"
+        keeper = "the launcher" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True) else "rank 0"
+
+        def connect() -> Store:
+            store = TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
+            return PrefixStore(prefix, store)
+
+        watch = RankWatch(connect, rank, world_size, silence_s=patience.total_seconds(), keeper=keeper)
+        try:
+            yield
+        except BaseException as error:
+            watch.report(error)
+            failure = watch.failure_behind(error)
+            if failure is not None:
+                raise failure from error
+            raise
+        finally:
+            watch.close()
+
     def open(
-        self, zero: ZeroConfig, host: str, broadcast: Callable[[Any], Any], timeout: timedelta, device_type: str
+        self,
+        zero: ZeroConfig,
+        host: str,
+        broadcast: Callable[[Any], Any],
+        timeout: timedelta,
+        device_type: str,
+        patience: timedelta = DEFAULT_PATIENCE,
     ) -> None:
         """Make mesh and watch over the initialised process group. Every rank calls it.
 
@@ -84,6 +144,7 @@ class RankEnvironment:
             broadcast: sends rank 0's object to all ranks and returns it on each.
             timeout: how long collectives wait.
             device_type: type of the training devices, such as "cuda".
+            patience: how long a rank may give no sign of life before the others end.
 
         Raises:
             SuperScaleError: a mesh axis that does not divide the ranks.
@@ -95,14 +156,19 @@ class RankEnvironment:
         own = open_store(0, world_size, host, 0, timeout) if rank == 0 else None
         port = broadcast(None if own is None else own.port)
         store = own if own is not None else open_store(rank, world_size, host, port, timeout)
-        watch = RankWatch(store, rank, world_size)
+        watch = RankWatch(store, rank, world_size, silence_s=patience.total_seconds())
         if self._made_for is dist.group.WORLD:
             self.mesh = replace(self.mesh, watch=watch)  # torch never frees process groups, so they are made once
         else:
-            self.mesh = build_mesh(spec, timeout, watch, device_type=device_type)
+            self.mesh = build_mesh(spec, timeout, watch, device_type=device_type, shards_weights=zero.stage == 3)
             self._made_for = dist.group.WORLD
         if zero.stage == 3:
             self.order = GatherOrder(PrefixStore("gathers", store), rank, world_size, watch=watch)
+
+    def name_weights(self, weights: WeightNames) -> None:
+        """Let errors name sharded weights, which `weights` gives."""
+        if self.mesh.watch is not None:
+            self.mesh.watch.weights = weights
 
     def report(self, exception: BaseException) -> None:
         """Tell the other ranks that this one failed. The rank that failed calls it alone."""

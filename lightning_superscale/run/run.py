@@ -161,6 +161,7 @@ class Run:
             timeline=self._recorder.timeline,
         )
         self.assembly = assemble(module, optimizers, settings)
+        self.environment.name_weights(module.named_parameters)
         self.phases = PhaseSeconds()
         self.announce_loss_scale()
 

@@ -1,50 +1,17 @@
-"""Watches over ranks: where a rank is, told from its Python frames, and which ranks went apart or are paused."""
+"""Watches over ranks: which ranks went apart, are paused, stopped or gone."""
 
 from __future__ import annotations
 
-import os
-import sys
+import json
+import subprocess
 import time
 
 import pytest
 from torch.distributed import HashStore
 
 from lightning_superscale.comm import watch
-from lightning_superscale.comm.watch import OWN_COLLECTIVES, RankFailure, RankWatch, _is_in_collective
-
-
-def frame_in(*files: str):
-    """The innermost of nested frames, each of a function in one of these files, outermost first."""
-    call = sys._getframe
-    for file in reversed(files):
-        names: dict = {"call": call}
-        exec(compile("def inner():\n    return call()", os.path.join("/site-packages", file), "exec"), names)
-        call = names["inner"]
-    return call()
-
-
-WAITS = "torch/distributed/_functional_collectives.py"
-
-
-@pytest.mark.parametrize(
-    ("files", "is_waiting"),
-    [
-        (["train.py", "torch/distributed/distributed_c10d.py"], True),
-        (["train.py", OWN_COLLECTIVES], True),
-        (["train.py", "lightning_superscale/comm/collectives.py"], False),  # of somebody else's copy
-        # A collective of DTensor's, in forward or in backward: an operator, called through torch's dispatch.
-        (["train.py", "torch/distributed/tensor/_api.py", WAITS, "torch/_ops.py", "torch/_library/autograd.py"], True),
-        (["train.py", "torch/distributed/tensor/_dispatch.py", "torch/_ops.py"], False),
-        (["torch/distributed/run.py", "train.py"], False),
-        (["train.py", "torch/_ops.py"], False),
-    ],
-)
-def test_a_rank_in_a_collective_is_told_from_one_that_computes(files, is_waiting):
-    assert _is_in_collective(frame_in(*files)) is is_waiting
-
-
-def test_a_thread_that_is_gone_waits_for_nobody():
-    assert not _is_in_collective(None)
+from lightning_superscale.comm.processes import Process, this_machine
+from lightning_superscale.comm.watch import RankFailure, RankWatch
 
 
 @pytest.fixture
@@ -75,3 +42,119 @@ def test_a_rank_that_is_paused_did_not_go_apart(two, monkeypatch):
         time.sleep(1.5)
         two[0].raise_if_failed()
         monkeypatch.undo()
+
+
+def said_by(one, seconds=10):
+    """The failure that a watch finds in time."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and one._failure is None:
+        time.sleep(0.01)
+    with pytest.raises(RankFailure) as failure:
+        one.raise_if_failed()
+    return str(failure.value)
+
+
+@pytest.fixture
+def one(monkeypatch):
+    """The watch of rank 0 of two ranks, the other of which is played by the test, and their store."""
+    for name, seconds in {"_PERIOD_S": 0.02, "_BROKEN_AFTER_S": 0.3, "_PAUSED_AFTER_S": 0.2}.items():
+        monkeypatch.setattr(watch, name, seconds)
+    store = HashStore()
+    made = RankWatch(store, 0, 2, silence_s=0.6)
+    yield made, store
+    made.close()
+
+
+UNKNOWN = Process("", 1, 1)
+
+
+def sign(beat, *, ended=False, process=UNKNOWN):
+    return json.dumps([beat, "", ended, process])
+
+
+def test_a_rank_that_never_gave_a_sign_of_life_is_missed(one):
+    assert said_by(one[0]) == "rank 1 gave no sign of life for 0.6 s since it connected"
+
+
+def test_an_error_of_a_rank_that_never_gave_a_sign_of_life_is_explained(one):
+    said = str(one[0].explain(RuntimeError("Connection closed by peer")))
+    assert said == "rank 1 died: no sign of life for 0.3 s since it connected"
+
+
+def test_a_rank_that_falls_silent_is_missed(one):
+    one[1].set("sign/1", sign(1))
+    assert said_by(one[0]) == "rank 1 gave no sign of life for 0.6 s"
+
+
+def test_a_rank_whose_process_is_gone_is_missed_at_once(one, monkeypatch):
+    made, store = one
+    made._silence_s = 100.0
+    with subprocess.Popen(["true"]) as gone:
+        process = Process(this_machine(), gone.pid, 1)
+    store.set("sign/1", sign(1, process=process))
+    assert said_by(made) == f"rank 1 died: its process {gone.pid} is gone"
+
+
+def test_a_rank_that_ended_well_is_not_missed(one):
+    made, store = one
+    store.set("sign/1", sign(1, ended=True))
+    time.sleep(1.2)
+    made.raise_if_failed()
+
+
+def test_a_rank_that_waits_for_one_that_ended_well_is_told(one):
+    made, store = one
+    store.set("sign/1", sign(1, ended=True))
+    with made.waiting("one place"):
+        said = said_by(made)
+    assert said == "ranks went apart and wait for each other: rank 0 at one place, rank 1 at the end of its run"
+
+
+def test_ranks_take_leave(two):
+    two[1].close()
+    assert json.loads(two[0]._store.get("sign/1"))[2] is True
+
+
+class Hanging(HashStore):
+    """A store that does not answer, as one that a stopped rank keeps."""
+
+    hangs = False
+
+    def check(self, keys):
+        while self.hangs:
+            time.sleep(0.01)
+        return super().check(keys)
+
+
+def test_a_store_that_does_not_answer_is_told(monkeypatch):
+    monkeypatch.setattr(watch, "_PERIOD_S", 0.02)
+    store = Hanging()
+    made = RankWatch(store, 1, 2, silence_s=0.5)
+    store.hangs = True
+    assert said_by(made) == "rank 0, which keeps the ranks' store, gave no sign of life for 0.5 s"
+    store.hangs = False
+    made.close()
+
+
+def test_all_ranks_are_told_the_same(two):
+    two[0]._judge(two[0]._store, "first")
+    two[1]._judge(two[1]._store, "second")
+    assert said_by(two[0]) == said_by(two[1]) == "first"
+
+
+def test_an_early_watch_waits_for_its_store(monkeypatch):
+    monkeypatch.setattr(watch, "_PERIOD_S", 0.02)
+    store, tried = HashStore(), []
+
+    def connect():
+        tried.append(1)
+        if len(tried) < 3:
+            raise OSError("no store yet")
+        return store
+
+    made = RankWatch(connect, 0, 2, silence_s=0.3)
+    time.sleep(0.8)
+    made.raise_if_failed()  # rank 1 may still be coming
+    store.set("sign/1", sign(1))
+    assert said_by(made) == "rank 1 gave no sign of life for 0.3 s"
+    made.close()

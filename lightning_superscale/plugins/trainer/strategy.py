@@ -36,7 +36,7 @@ from lightning_superscale.plugins.trainer.precision import SuperScalePrecisionMi
 from lightning_superscale.plugins.trainer.visibility import visibility_of
 from lightning_superscale.run.assemble import Assembly
 from lightning_superscale.run.checks import check_clip_value, refuse_averaging
-from lightning_superscale.run.environment import DEFAULT_TIMEOUT, mesh_spec_of
+from lightning_superscale.run.environment import DEFAULT_PATIENCE, DEFAULT_TIMEOUT, mesh_spec_of
 from lightning_superscale.run.precision import PRECISIONS, check_precision
 from lightning_superscale.run.report.phases import PhaseSeconds
 from lightning_superscale.run.report.plan import ParallelPlan
@@ -71,6 +71,8 @@ class SuperScaleStrategyMixin(_Base):
         checkpoint: write universal checkpoints, as plugins=[UniversalCheckpointIO(...)] does: a CheckpointConfig or a
             mapping with its keys. None leaves checkpoints to the Trainer's checkpoint IO.
         timeout: how long collectives wait, as a timedelta or in seconds; None for 30 minutes.
+        patience: how long a rank may give no sign of life, because its process or its machine is stopped, before the
+            other ranks end and name it, as a timedelta or in seconds; None for 30 seconds.
         accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin,
             process_group_backend, start_method: those of Lightning's DDPStrategy.
 
@@ -95,6 +97,7 @@ class SuperScaleStrategyMixin(_Base):
         process_group_backend: Union[str, None] = None,
         timeout: Union[timedelta, float, None] = DEFAULT_TIMEOUT,
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
+        patience: Union[timedelta, float, None] = DEFAULT_PATIENCE,
     ) -> None:
         check_arguments(
             "SuperScaleStrategy",
@@ -114,6 +117,7 @@ class SuperScaleStrategyMixin(_Base):
         self._start_method = start_method
         self._advice = SyncDistAdvice()
         self._timeout = duration("SuperScaleStrategy.timeout", timeout) or DEFAULT_TIMEOUT
+        self._patience = duration("SuperScaleStrategy.patience", patience) or DEFAULT_PATIENCE
         super().__init__(
             accelerator=accelerator,
             parallel_devices=parallel_devices,
@@ -179,9 +183,7 @@ class SuperScaleStrategyMixin(_Base):
         if self.accelerator is None or self.cluster_environment is None:
             raise AssertionError("the Trainer sets accelerator and cluster before it sets up the environment")
         if self._num_ranks > 1:
-            super().setup_environment()
-            host, timeout = self.cluster_environment.main_address, self._timeout or DEFAULT_TIMEOUT
-            self.run.environment.open(self.zero_config, host, self.broadcast, timeout, self.root_device.type)
+            self._connect(self.cluster_environment)
             device_mesh = self.run.environment.mesh.device_mesh
             if self.lightning_module is not None and device_mesh is not None:
                 set_device_mesh(self.lightning_module, device_mesh)
@@ -191,6 +193,20 @@ class SuperScaleStrategyMixin(_Base):
         self.run.environment.open_alone()
         self._advice.hide()
         keep_sampler(self.lightning_module)  # a DistributedSampler would shuffle otherwise than the user's
+
+    def _connect(self, cluster: ClusterEnvironment) -> None:
+        """Make the process groups of all ranks, which watch each other meanwhile. Every rank calls it."""
+        self.set_world_ranks()
+        environment, timeout, patience = self.run.environment, self._timeout or DEFAULT_TIMEOUT, self._patience
+
+        def meeting() -> tuple[str, int]:
+            return cluster.main_address, cluster.main_port
+
+        with environment.connecting(meeting, self.global_rank, self._num_ranks, timeout, patience):
+            super().setup_environment()
+            environment.open(
+                self.zero_config, cluster.main_address, self.broadcast, timeout, self.root_device.type, patience
+            )
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:

@@ -171,16 +171,18 @@ def _initialise_rest(
 
 
 def _mesh_of_gathers(mesh: DataMesh, device: torch.device) -> DeviceMesh:
-    """The gather axis as a DeviceMesh for FSDP2: a submesh of the mesh of tensor-parallel parameters, if there is one.
+    """The shard axis as a DeviceMesh for FSDP2, on the process group of user code.
+
+    It is a submesh of the mesh of tensor-parallel parameters, if there is one.
 
     Raises:
         SuperScaleError: the axis has one rank.
     """
     if mesh.device_mesh is not None:
         return mesh.device_mesh[DATA_AXIS]
-    if mesh.gather.group is None:
+    if mesh.users is None:
         raise SuperScaleError("ZeRO-3 needs at least two ranks on the shard axis; found one. Use zero=2 there.")
-    return DeviceMesh.from_group(mesh.gather.group, device.type)
+    return DeviceMesh.from_group(mesh.users, device.type)
 
 
 def _move(tensors: Iterable[Tensor], device: torch.device) -> None:

@@ -1,0 +1,91 @@
+"""Runs ranks that raise, die or are stopped, and tells how each one's process ended, when, and what it said."""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.helpers.ranks import _CONTEXT
+
+
+@dataclass(frozen=True)
+class End:
+    """The end of one rank.
+
+    Attributes:
+        code: its exit code; negative for a signal, None if it had to be killed at the time limit.
+        said: the exception that it raised, with its notes, and what it wrote to stderr.
+        seconds: how long it ran.
+    """
+
+    code: int | None
+    said: str
+    seconds: float
+
+
+def ends_of(world_size: int, function: Callable[..., Any], *args: Any, limit_s: float = 60.0) -> list[End]:
+    """How ranks that call `function(rank, world_size, *args)` end. They find each other through a port, as under srun.
+
+    The ranks have no launcher that would end them. Those that are stopped when all others have ended, and those that
+    still run at the time limit, are killed.
+    """
+    with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+        free.close()
+        files = [Path(folder, str(rank)) for rank in range(world_size)]
+        ranks = [
+            _CONTEXT.Process(target=_run, args=(rank, world_size, port, str(files[rank]), function, args), daemon=True)
+            for rank in range(world_size)
+        ]
+        began = time.monotonic()
+        for process in ranks:
+            process.start()
+        seconds = [0.0] * world_size
+        alive = set(range(world_size))
+        while alive and time.monotonic() - began < limit_s:
+            for rank in list(alive):
+                if not ranks[rank].is_alive():
+                    seconds[rank] = time.monotonic() - began
+                    alive.remove(rank)
+            if len(alive) < world_size and _are_stopped(ranks[rank].pid for rank in alive):
+                break
+            time.sleep(0.05)
+        ends = []
+        for rank, process in enumerate(ranks):
+            code = None if rank in alive else process.exitcode
+            if rank in alive:
+                process.kill()
+                process.join()
+                seconds[rank] = time.monotonic() - began
+            ends.append(End(code, files[rank].read_text() if files[rank].exists() else "", seconds[rank]))
+        return ends
+
+
+def _are_stopped(pids: Any) -> bool:
+    """Whether all of some processes are stopped by a signal."""
+    return all(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "T" for pid in pids)
+
+
+def _run(rank: int, world_size: int, port: int, file: str, function: Callable[..., Any], args: Any) -> None:
+    import torch
+
+    os.dup2(os.open(file, os.O_CREAT | os.O_WRONLY | os.O_APPEND), 2)
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size),
+        GROUP_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="tests",
+        OMP_WAIT_POLICY="passive",
+    )  # fmt: skip
+    os.environ.pop("PL_GLOBAL_SEED", None)
+    try:
+        function(rank, world_size, *args)
+    except BaseException:
+        os.write(2, traceback.format_exc().encode())
+        raise SystemExit(1) from None
