@@ -21,6 +21,8 @@ from lightning_superscale.errors import SuperScaleError
 # tells whether all are equal.
 _HEADER = 7
 _HASH_RANGE = 2**31 - 1
+# A rank's status: it wants all ranks to end after this step, or it has an error.
+_END, _ERROR = 1, 2
 
 
 def short_hash(text: str) -> int:
@@ -75,13 +77,13 @@ class Agreement:
                 raise error
             return self.flags_of(vector)
         facts = [short_hash(label), step, short_hash(order)]
-        vector[:_HEADER] = torch.tensor(
-            [int(error is not None), *(f for fact in facts for f in (fact, -fact))], dtype=torch.int32
-        )
+        status = _ERROR if error is not None else _END if self.mesh.end.wanted_at is not None else 0
+        vector[:_HEADER] = torch.tensor([status, *(f for fact in facts for f in (fact, -fact))], dtype=torch.int32)
         control_max(self.mesh, vector, what or f"step {step} of {label}")
         head = vector[:_HEADER].tolist()
         is_equal = all(head[i] == -head[i + 1] for i in range(1, _HEADER, 2))
-        if head[0] or not is_equal:
+        self.mesh.end.is_agreed |= head[0] == _END
+        if head[0] == _ERROR or not is_equal:
             self._raise_on_all(label, step, order, error)
         return self.flags_of(vector)
 

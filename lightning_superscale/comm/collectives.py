@@ -358,6 +358,7 @@ def gather_objects(mesh: DataMesh, value: object) -> list[Any]:
     """Every rank's `value`, by world rank. Every rank calls it; blocks. Values are pickled: ranks trust each other."""
     if mesh.control is None:
         return [value]
+    mesh.counts.check_origin()
     gathered: list[Any] = [None] * mesh.world.size
     dist.all_gather_object(gathered, value, group=mesh.control)
     return gathered

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from lightning_superscale.comm.watch import RankWatch
+from lightning_superscale.forks import Origin
 from lightning_superscale.layout.mesh import AXES, MeshSpec
 from lightning_superscale.ops.cpu.memory import RecycledMemory
 
@@ -38,21 +39,51 @@ DATA_AXIS, TENSOR_AXIS = "data_parallel", "tensor_parallel"
 
 
 @dataclass(slots=True)
+class EndRequest:
+    """The wish of some rank that all ranks end after their present step.
+
+    Attributes:
+        wanted_at: when this rank wanted it first, by `time.monotonic`; None while it does not.
+        is_agreed: whether an agreement found that any rank wants it; on all ranks from the same agreement on.
+    """
+
+    wanted_at: float | None = None
+    is_agreed: bool = False
+
+    def clear(self) -> None:
+        """Want to go on."""
+        self.wanted_at, self.is_agreed = None, False
+
+
+@dataclass(slots=True)
 class CollectiveCount:
     """Collectives and their bytes on this rank since the last `clear`, by kind of collective.
 
     Attributes:
+        origin: the process whose collectives these are; one that is forked from it may issue none; None
+            on one rank.
         calls: number of collectives.
         nbytes: bytes of this rank's inputs, padding included.
     """
 
+    origin: Origin | None = None
     calls: dict[str, int] = field(default_factory=dict)
     nbytes: dict[str, int] = field(default_factory=dict)
 
     def add(self, kind: str, nbytes: int) -> None:
-        """Count one collective of `nbytes` bytes."""
+        """Count one collective of `nbytes` bytes, which is about to be issued.
+
+        Raises:
+            SuperScaleError: in a forked process, which must not touch the connections of its parent.
+        """
+        self.check_origin()
         self.calls[kind] = self.calls.get(kind, 0) + 1
         self.nbytes[kind] = self.nbytes.get(kind, 0) + nbytes
+
+    def check_origin(self) -> None:
+        """Refuse collectives in a forked process; see `add`."""
+        if self.origin is not None:
+            self.origin.check("a collective")
 
     def clear(self) -> None:
         """Begin the count anew."""
@@ -86,6 +117,7 @@ class DataMesh:
         control: process group for small agreements, on the host whatever the devices are, so that agreeing never
             waits for a device; None on one rank.
         watch: reports ranks that failed; None on one rank.
+        end: whether ranks want to end after their present step.
         counts: counts collectives.
         memory: allocates temporary buffers of collectives.
         device_type: type of the device whose tensors the collectives move.
@@ -103,6 +135,7 @@ class DataMesh:
     device_mesh: DeviceMesh | None = None
     control: dist.ProcessGroup | None = None
     watch: RankWatch | None = None
+    end: EndRequest = field(default_factory=EndRequest)
     counts: CollectiveCount = field(default_factory=CollectiveCount)
     memory: RecycledMemory = field(default_factory=RecycledMemory)
     device_type: str = "cpu"
@@ -204,6 +237,7 @@ def build_mesh(
         device_mesh=device_mesh,
         control=dist.new_group(backend="gloo", timeout=timeout),
         watch=watch,
+        counts=CollectiveCount(Origin()),
         device_type=device_type,
     )
 
@@ -232,7 +266,7 @@ def with_own_control(mesh: DataMesh, timeout: timedelta | None = None) -> DataMe
     if mesh.control is None:
         return mesh
     group = dist.new_group(backend="gloo", timeout=timeout)
-    return replace(mesh, control=group, watch=None, counts=CollectiveCount(), memory=RecycledMemory())
+    return replace(mesh, control=group, watch=None, counts=CollectiveCount(mesh.counts.origin), memory=RecycledMemory())
 
 
 def _new_group(groups: list[list[int]], rank: int) -> dist.ProcessGroup | None:

@@ -34,6 +34,7 @@ from torch.distributed import DistError, Store, TCPStore  # type: ignore[attr-de
 from lightning_superscale.comm.places import WeightNames, foreign_collective, is_in_collective, is_leaving, main_frame
 from lightning_superscale.comm.processes import Fate, Process, fate_of, this_process
 from lightning_superscale.errors import SuperScaleError
+from lightning_superscale.forks import Origin
 
 SILENCE_S = 30.0
 """Age in seconds of the last sign of life from which on a rank is given up, unless a watch is told otherwise."""
@@ -51,6 +52,8 @@ _LEAVE_S = 1.0
 # Seconds that a rank may stay in a collective of other code after a rank failed.
 _GRACE_S = 4.0
 _FAILED, _VERDICT = "failed", "verdict"
+_RANK_0 = "rank 0"
+_LONGEST_LINE = 500
 
 
 class _Sign(NamedTuple):
@@ -93,7 +96,7 @@ class RankWatch:
         world_size: int,
         *,
         silence_s: float = SILENCE_S,
-        keeper: str = "rank 0",
+        keeper: str = _RANK_0,
     ) -> None:
         self._open_store: Callable[[], Store] | None = None if isinstance(store, Store) else store
         self._store: Store | None = store if isinstance(store, Store) else None
@@ -103,6 +106,7 @@ class RankWatch:
         self._keeper = keeper
         self.weights: WeightNames = tuple
         self._process = this_process()
+        self._origin = Origin()
         self._waits_for = ""
         self._failure: str | None = None
         self._stuck_since: float | None = None
@@ -115,7 +119,7 @@ class RankWatch:
         self._apart_since = 0.0
         # The time from which on a rank that never gave a sign counts as silent; None where ranks may still be coming.
         self._all_here_at: float | None = time.monotonic() if self._store is not None else None
-        self._heard_at = self._read_at = self._looked_at = time.monotonic()
+        self._heard_at = self._read_at = self._looked_at = self._resumed_at = time.monotonic()
         if self._store is not None:
             self._say(self._store)  # a rank that dies in its first moments is known by this
         names = ("lightning-superscale rank watch", "lightning-superscale rank signs")
@@ -139,7 +143,7 @@ class RankWatch:
 
     def report(self, exception: BaseException) -> None:
         """Tell the other ranks that this one failed, or add to an error of a broken connection which rank broke it."""
-        if self._is_reported or isinstance(exception, RankFailure):
+        if self._is_reported or isinstance(exception, RankFailure) or not self._origin.is_here:
             return
         if isinstance(exception, DistError) or _is_broken_connection(str(exception)):
             if hasattr(exception, "add_note"):  # Python 3.11
@@ -147,8 +151,7 @@ class RankWatch:
             return
         if self._failure is not None:
             return
-        text = str(exception).strip().splitlines()
-        self._own_failure = f"{type(exception).__name__}: {text[0] if text else ''}".rstrip(": ")
+        self._own_failure = _in_a_line(exception)
         self._wake.set()
         self._is_own_failure_told.wait(2.0)  # the store may be what failed, or hang with the rank that keeps it
 
@@ -195,6 +198,8 @@ class RankWatch:
 
     def close(self) -> None:
         """Stop watching. After a failure rank 0, which keeps the store, first lets the others read the reason."""
+        if not self._origin.is_here:  # the threads are the parent's
+            return
         if self._rank == 0 and self.has_failed:
             time.sleep(3 * _PERIOD_S)
         self._stop.set()
@@ -259,7 +264,7 @@ class RankWatch:
     def _read_signs(self, store: Store) -> None:
         now = time.monotonic()
         if now - self._read_at > _PAUSED_AFTER_S:  # this process was paused, or the store was: what is known is old
-            self._signs = {rank: (sign, now) for rank, (sign, _) in list(self._signs.items())}
+            self._resumed_at = now
         found = [rank for rank in range(self._world_size) if rank in self._signs or store.check([f"sign/{rank}"])]
         for rank, said in zip(found, store.multi_get([f"sign/{rank}" for rank in found]), strict=True):
             beat, waits_for, has_ended, process = json.loads(said)
@@ -289,7 +294,15 @@ class RankWatch:
         return None if known is None else fate_of(known[0].process)
 
     def _silent_ranks(self, after_s: float) -> list[int]:
-        """Ranks that gave no sign of life for `after_s`, or never gave one; without those that ended well."""
+        """Ranks that gave no sign of life for `after_s`, or never gave one; without those that ended well.
+
+        While this process was paused itself it heard nobody, so that time does not count.
+        """
+        has_listened = time.monotonic() - self._resumed_at > after_s
+        return self._quiet_ranks(after_s) if has_listened else []
+
+    def _quiet_ranks(self, after_s: float) -> list[int]:
+        """Ranks from which this process has heard nothing for `after_s`, for whatever reason."""
         now = time.monotonic()
         silent = []
         for rank in range(self._world_size):
@@ -311,6 +324,9 @@ class RankWatch:
         return f"{_named(ranks)} {verb} {what}" + (f": {known}" if known else "")
 
     def _loss_of_store(self, error: Exception) -> str:
+        deadline = time.monotonic() + 2 * _PERIOD_S  # a process that ends closes its connections first
+        while self._keeper == _RANK_0 and self._fate_of(0) is None and time.monotonic() < deadline:
+            time.sleep(0.05)
         fate = self._fate_of(0)
         if fate is not None and fate.is_gone:
             return self._death_of([0], 0.0)
@@ -319,7 +335,7 @@ class RankWatch:
     def _look_for_ranks_apart(self, store: Store) -> None:
         places = tuple(self._place_of(self._signs[r][0]) for r in range(self._world_size) if r in self._signs)
         is_apart = len(places) == self._world_size and all(places) and len(set(places)) > 1
-        if not is_apart or places != self._apart or self._silent_ranks(_PAUSED_AFTER_S):
+        if not is_apart or places != self._apart or self._quiet_ranks(_PAUSED_AFTER_S):
             self._apart, self._apart_since = places, time.monotonic()
             return
         # A rank that ended its run may come back for the next one.
@@ -350,9 +366,9 @@ class RankWatch:
             self._end_if_stuck(is_leaving)
 
     def _silence_of_store(self) -> str:
-        fate = self._fate_of(0) if self._keeper == "rank 0" else None
+        fate = self._fate_of(0) if self._keeper == _RANK_0 else None
         known = "" if fate is None else f": {fate.text}"
-        what = "gave no sign of life" if self._keeper == "rank 0" else "did not answer"
+        what = "gave no sign of life" if self._keeper == _RANK_0 else "did not answer"
         return f"{self._keeper}, which keeps the ranks' store, {what} for {self._silence_s:g} s{known}"
 
     def _fail(self, failure: str) -> None:
@@ -391,6 +407,13 @@ def _end_if_leaving_hangs() -> None:
 
 
 atexit.register(_end_if_leaving_hangs)
+
+
+def _in_a_line(exception: BaseException) -> str:
+    """An exception in one line: of a longer message its first and its last, where a worker says what it met."""
+    text = [line.strip() for line in str(exception).strip().splitlines()]
+    ends = text[:1] + (text[-1:] if len(text) > 1 and len(text[-1]) < _LONGEST_LINE else [])
+    return f"{type(exception).__name__}: {' ... '.join(ends)}".rstrip(": ")
 
 
 def _is_broken_connection(message: str) -> bool:

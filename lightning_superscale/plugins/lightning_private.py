@@ -93,6 +93,35 @@ class SyncDistAdvice:
         self._filter = None
 
 
+def defer_sigterm(trainer: Any, want: Callable[[], None]) -> None:
+    """Let SIGTERM only be noted: `want` is called, and by the first one the launcher's children get it too.
+
+    Lightning's own handler broadcasts at once, between any two collectives of this rank, which the other ranks' do not
+    match. Called before Lightning sets its handler; `restore_sigterm` undoes it.
+    """
+    connector = trainer._signal_connector
+    has_told: list[bool] = []
+
+    def note(number: Any, frame: Any) -> None:
+        launcher = trainer.strategy.launcher
+        if not has_told and launcher is not None:
+            launcher.kill(number)
+        has_told.append(True)
+        want()
+
+    connector._sigterm_notifier_fn = note
+
+
+def restore_sigterm(trainer: Any) -> None:
+    """Give a Trainer Lightning's own handler of SIGTERM back."""
+    trainer._signal_connector.__dict__.pop("_sigterm_notifier_fn", None)
+
+
+def end_by_sigterm(trainer: Any) -> None:
+    """Let a Trainer end at its next check, as after SIGTERM."""
+    trainer._signal_connector.received_sigterm = True
+
+
 def drop_launcher(strategy: Any) -> None:
     """Take a strategy's launcher away, so that the Trainer runs in its own process."""
     strategy._launcher = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -165,6 +166,16 @@ class RankEnvironment:
         if zero.stage == 3:
             self.order = GatherOrder(PrefixStore("gathers", store), rank, world_size, watch=watch)
 
+    def want_end(self) -> None:
+        """Want all ranks to end after their present step. A rank may call it alone, also from a signal's handler."""
+        if self.mesh.end.wanted_at is None:
+            self.mesh.end.wanted_at = time.monotonic()
+
+    def is_to_end(self, alone_after_s: float) -> bool:
+        """Whether ranks agreed to end, or this one has wanted it for `alone_after_s`."""
+        end = self.mesh.end
+        return end.is_agreed or (end.wanted_at is not None and time.monotonic() - end.wanted_at >= alone_after_s)
+
     def name_weights(self, weights: WeightNames) -> None:
         """Let errors name sharded weights, which `weights` gives."""
         if self.mesh.watch is not None:
@@ -182,4 +193,5 @@ class RankEnvironment:
         self._group_of_one = None
         if self.mesh.watch is not None:
             self.mesh.watch.close()
+            self.mesh.end.clear()
             self.mesh = replace(self.mesh, watch=None)

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 
 from lightning_superscale.config import OffloadConfig, ZeroConfig
 from lightning_superscale.errors import SuperScaleError
+from lightning_superscale.forks import Origin
 from lightning_superscale.offload.weight_flow.schedule import WeightFlow
 from lightning_superscale.optim.clipping import ClipRequest
 from lightning_superscale.optim.engine import OptimizerEngine
@@ -81,6 +82,7 @@ class Run:
         self._scaler: LossScaler | None = None
         self._precision_name = ""
         self._is_compiled = False
+        self._origin = Origin(is_bound=False)
         self.was_on_meta = False
         self._is_accumulating = self._is_in_backward = False
 
@@ -94,6 +96,7 @@ class Run:
                 tell it from the module.
         """
         self.close()
+        self._origin = Origin()
         self._finished = None
         if trains:
             self._report = None
@@ -185,6 +188,7 @@ class Run:
         Raises:
             SuperScaleError: in place of torch's error, where the step met a shard that it took for a parameter.
         """
+        self._origin.check("a training step")
         num_steps, entered = self.phases.num_steps, perf_counter()
         if self._recorder is not None:
             self._recorder.before_forward(num_steps)
@@ -198,7 +202,7 @@ class Run:
             start = perf_counter()
             self.phases.before += start - entered
             try:
-                with self._recorded("forward"), self._gradients_stay():
+                with self._recorded("forward"), _gradients_stay(self.assembly):
                     yield
             finally:
                 self.phases.forward += perf_counter() - start
@@ -206,22 +210,6 @@ class Run:
                     self.phases.gates = self.assembly.waited_seconds
                 if self._recorder is not None and self._recorder.timeline.is_open:
                     self._recorder.after_forward(num_steps, self._facts())
-
-    @contextmanager
-    def _gradients_stay(self) -> Iterator[None]:
-        """Keep the gradients of a backward that the user's training step runs by itself in `param.grad`.
-
-        A framework may zero gradients after the training step and before its own backward.
-        """
-        with ExitStack() as stack:
-            for engine in self._engines():
-                stack.enter_context(engine.transport.holding())
-            try:
-                yield
-            except RuntimeError as error:
-                if self.assembly is not None and self.assembly.settings.shards_weights:
-                    explain(error)
-                raise
 
     def batch(self, batch: Any, *, trains: bool) -> Any:
         """The part of the data loader's batch, on the device, that this rank's step gets."""
@@ -239,6 +227,7 @@ class Run:
         Raises:
             SuperScaleError: a sharded parameter among `inputs`, or no optimizer holds a trainable parameter.
         """
+        self._origin.check("a backward")
         check_backward_inputs(inputs)
         if self.assembly is not None:
             self.assembly.check_trainable()
@@ -298,6 +287,7 @@ class Run:
             SuperScaleError: options for an optimizer that has an engine, a scaler with one that evaluates losses, or a
                 NaN or infinite gradient with error_if_nonfinite; nothing was changed.
         """
+        self._origin.check("a step")
         start, inside = perf_counter(), self.phases.inside
         self._rest(is_visible=False)  # `after_backward` is not called where user code runs backward by itself
         assembly, engine = self.assembly, self._engine_of(optimizer)
@@ -346,6 +336,7 @@ class Run:
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """A context around a step of the module that trains nothing."""
+        self._origin.check("an evaluation")
         self._wait_for_weights()
         with ExitStack() as stack:
             for technique in self._techniques.values():
@@ -371,6 +362,7 @@ class Run:
 
     def _weights_at_rest(self, *, is_visible: bool) -> None:
         """Wait for new weights, then let techniques rest; `is_visible`: weights must lie where user code looks."""
+        self._origin.check("a save or a load")
         self._wait_for_weights()
         self._rest(is_visible=is_visible)
 
@@ -467,6 +459,8 @@ class Run:
 
     def fail(self, exception: BaseException) -> None:
         """Tell the other ranks of this rank's exception, and wait for none. The rank that failed calls it alone."""
+        if not self._origin.is_here:
+            return
         self.environment.report(exception)
         if self.assembly is not None:
             self.assembly.abandon()
@@ -474,6 +468,8 @@ class Run:
 
     def close(self) -> None:
         """Give the module back. Sharded states stay reachable, so that a checkpoint can be saved after training."""
+        if not self._origin.is_here:
+            return
         if self.assembly is not None:
             self._report = RunReport(self.assembly, self.phases)
         if self._recorder is not None:
@@ -498,3 +494,20 @@ class Run:
 
     def _facts(self) -> dict[str, Any]:
         return {} if self.assembly is None else facts_of_trace(self.assembly)
+
+
+@contextmanager
+def _gradients_stay(assembly: Assembly | None) -> Iterator[None]:
+    """Keep the gradients of a backward that the user's training step runs by itself in `param.grad`.
+
+    A framework may zero gradients after the training step and before its own backward.
+    """
+    with ExitStack() as stack:
+        for engine in () if assembly is None else assembly.engines.values():
+            stack.enter_context(engine.transport.holding())
+        try:
+            yield
+        except RuntimeError as error:
+            if assembly is not None and assembly.settings.shards_weights:
+                explain(error)
+            raise

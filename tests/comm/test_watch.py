@@ -55,14 +55,22 @@ def said_by(one, seconds=10):
 
 
 @pytest.fixture
-def one(monkeypatch):
-    """The watch of rank 0 of two ranks, the other of which is played by the test, and their store."""
+def alone(monkeypatch):
+    """Makes the watch of rank 0 of two ranks, the other of which said only what is in the store, and gives both."""
     for name, seconds in {"_PERIOD_S": 0.02, "_BROKEN_AFTER_S": 0.3, "_PAUSED_AFTER_S": 0.2}.items():
         monkeypatch.setattr(watch, name, seconds)
-    store = HashStore()
-    made = RankWatch(store, 0, 2, silence_s=0.6)
-    yield made, store
-    made.close()
+    made = []
+
+    def make(said=None, silence_s=0.6):
+        store = HashStore()
+        if said is not None:
+            store.set("sign/1", said)
+        made.append(RankWatch(store, 0, 2, silence_s=silence_s))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
 
 
 UNKNOWN = Process("", 1, 1)
@@ -72,39 +80,34 @@ def sign(beat, *, ended=False, process=UNKNOWN):
     return json.dumps([beat, "", ended, process])
 
 
-def test_a_rank_that_never_gave_a_sign_of_life_is_missed(one):
-    assert said_by(one[0]) == "rank 1 gave no sign of life for 0.6 s since it connected"
+def test_a_rank_that_never_gave_a_sign_of_life_is_missed(alone):
+    assert said_by(alone()) == "rank 1 gave no sign of life for 0.6 s since it connected"
 
 
-def test_an_error_of_a_rank_that_never_gave_a_sign_of_life_is_explained(one):
-    said = str(one[0].explain(RuntimeError("Connection closed by peer")))
+def test_an_error_of_a_rank_that_never_gave_a_sign_of_life_is_explained(alone):
+    said = str(alone(silence_s=100.0).explain(RuntimeError("Connection closed by peer")))
     assert said == "rank 1 died: no sign of life for 0.3 s since it connected"
 
 
-def test_a_rank_that_falls_silent_is_missed(one):
-    one[1].set("sign/1", sign(1))
-    assert said_by(one[0]) == "rank 1 gave no sign of life for 0.6 s"
+def test_a_rank_that_falls_silent_is_missed(alone):
+    assert said_by(alone(sign(1))) == "rank 1 gave no sign of life for 0.6 s"
 
 
-def test_a_rank_whose_process_is_gone_is_missed_at_once(one, monkeypatch):
-    made, store = one
-    made._silence_s = 100.0
+def test_a_rank_whose_process_is_gone_is_missed_at_once(alone):
     with subprocess.Popen(["true"]) as gone:
         process = Process(this_machine(), gone.pid, 1)
-    store.set("sign/1", sign(1, process=process))
-    assert said_by(made) == f"rank 1 died: its process {gone.pid} is gone"
+    said = said_by(alone(sign(1, process=process), silence_s=100.0))
+    assert said == f"rank 1 died: its process {gone.pid} is gone"
 
 
-def test_a_rank_that_ended_well_is_not_missed(one):
-    made, store = one
-    store.set("sign/1", sign(1, ended=True))
+def test_a_rank_that_ended_well_is_not_missed(alone):
+    made = alone(sign(1, ended=True))
     time.sleep(1.2)
     made.raise_if_failed()
 
 
-def test_a_rank_that_waits_for_one_that_ended_well_is_told(one):
-    made, store = one
-    store.set("sign/1", sign(1, ended=True))
+def test_a_rank_that_waits_for_one_that_ended_well_is_told(alone):
+    made = alone(sign(1, ended=True))
     with made.waiting("one place"):
         said = said_by(made)
     assert said == "ranks went apart and wait for each other: rank 0 at one place, rank 1 at the end of its run"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import socket
 import tempfile
 import time
@@ -30,42 +32,51 @@ class End:
     seconds: float
 
 
-def ends_of(world_size: int, function: Callable[..., Any], *args: Any, limit_s: float = 60.0) -> list[End]:
+def ends_of(world_size: int, function: Callable[..., Any], *args: Any, limit_s: float = 100.0) -> list[End]:
     """How ranks that call `function(rank, world_size, *args)` end. They find each other through a port, as under srun.
 
     The ranks have no launcher that would end them. Those that are stopped when all others have ended, and those that
     still run at the time limit, are killed.
     """
-    with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-        free.close()
+    with tempfile.TemporaryDirectory() as folder:
+        port = _free_port()
         files = [Path(folder, str(rank)) for rank in range(world_size)]
         ranks = [
-            _CONTEXT.Process(target=_run, args=(rank, world_size, port, str(files[rank]), function, args), daemon=True)
+            _CONTEXT.Process(target=_run, args=(rank, world_size, port, str(files[rank]), function, args))
             for rank in range(world_size)
         ]
         began = time.monotonic()
         for process in ranks:
             process.start()
-        seconds = [0.0] * world_size
-        alive = set(range(world_size))
-        while alive and time.monotonic() - began < limit_s:
-            for rank in list(alive):
-                if not ranks[rank].is_alive():
-                    seconds[rank] = time.monotonic() - began
-                    alive.remove(rank)
-            if len(alive) < world_size and _are_stopped(ranks[rank].pid for rank in alive):
-                break
-            time.sleep(0.05)
-        ends = []
-        for rank, process in enumerate(ranks):
-            code = None if rank in alive else process.exitcode
-            if rank in alive:
+        try:
+            seconds = _wait(ranks, began + limit_s)
+        finally:  # also where the test's own time ran out
+            codes = [process.exitcode for process in ranks]
+            for process in ranks:
                 process.kill()
                 process.join()
-                seconds[rank] = time.monotonic() - began
-            ends.append(End(code, files[rank].read_text() if files[rank].exists() else "", seconds[rank]))
-        return ends
+        said = [file.read_text() if file.exists() else "" for file in files]
+        return [End(codes[rank], said[rank], seconds[rank] - began) for rank in range(world_size)]
+
+
+def _wait(ranks: list[Any], deadline: float) -> list[float]:
+    """Wait until ranks have ended, or all that have not are stopped; returns when each did, or when this gave up."""
+    ended: dict[int, float] = {}
+    while len(ended) < len(ranks) and time.monotonic() < deadline:
+        alive = [rank for rank, process in enumerate(ranks) if process.is_alive()]
+        ended.update((rank, time.monotonic()) for rank in range(len(ranks)) if rank not in alive and rank not in ended)
+        if ended and alive and _are_stopped(ranks[rank].pid for rank in alive):
+            break
+        time.sleep(0.05)
+    return [ended.get(rank, time.monotonic()) for rank in range(len(ranks))]
+
+
+def _free_port() -> int:
+    """A port that nobody listens at, below those that the kernel gives to connections."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 def _are_stopped(pids: Any) -> bool:

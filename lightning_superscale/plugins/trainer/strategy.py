@@ -25,11 +25,14 @@ from lightning_superscale.plugins.checkpoint.io import (
 from lightning_superscale.plugins.lightning_private import (
     SyncDistAdvice,
     ask_strategy_whether_distributed,
+    defer_sigterm,
     drop_launcher,
+    end_by_sigterm,
     is_compiled_whole,
     keep_sampler,
     layer_sync_of,
     plain_optimizer,
+    restore_sigterm,
     set_device_mesh,
 )
 from lightning_superscale.plugins.trainer.precision import SuperScalePrecisionMixin
@@ -54,6 +57,8 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
+# Seconds after SIGTERM at which a rank ends without the others' consent: ranks agree at each optimizer step.
+_ALONE_AFTER_S = 10.0
 # Where a checkpoint keeps states of module techniques; absent where none has any.
 TECHNIQUES_KEY = "lightning_superscale_techniques"
 
@@ -243,6 +248,8 @@ class SuperScaleStrategyMixin(_Base):
         trains = trainer.state.fn == "fit"
         check_clip_value("gradient_clip_val", trainer.gradient_clip_val)
         self.run.close()
+        if self._num_ranks > 1:
+            defer_sigterm(trainer, self.run.environment.want_end)
         self.accelerator.setup(trainer)
         model: nn.Module = self._module
         if trains and layer_sync_of(self):
@@ -286,7 +293,9 @@ class SuperScaleStrategyMixin(_Base):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         with self.run.forward():
-            return super().training_step(*args, **kwargs)
+            result = super().training_step(*args, **kwargs)
+        self._heed_sigterm(alone_after_s=_ALONE_AFTER_S)
+        return result
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         with self.run.backward(kwargs.get("inputs")):
@@ -309,7 +318,14 @@ class SuperScaleStrategyMixin(_Base):
         io = self._io
         if io is not None:
             closure = before_step(io, closure)
-        return self._precision.optimizer_step(optimizer, model=module, closure=closure, **kwargs)
+        result = self._precision.optimizer_step(optimizer, model=module, closure=closure, **kwargs)
+        self._heed_sigterm(alone_after_s=_ALONE_AFTER_S)
+        return result
+
+    def _heed_sigterm(self, *, alone_after_s: float) -> None:
+        """Let the Trainer end, once ranks have agreed to, or this one has wanted it for `alone_after_s`."""
+        if self.run.environment.is_to_end(alone_after_s) and self.lightning_module is not None:
+            end_by_sigterm(self.lightning_module.trainer)
 
     def on_validation_start(self) -> None:
         super().on_validation_start()
@@ -317,23 +333,32 @@ class SuperScaleStrategyMixin(_Base):
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         with self.run.evaluating():
-            return super().validation_step(*args, **kwargs)
+            result = super().validation_step(*args, **kwargs)
+        self._heed_sigterm(alone_after_s=0.0)
+        return result
 
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
         with self.run.evaluating():
-            return super().test_step(*args, **kwargs)
+            result = super().test_step(*args, **kwargs)
+        self._heed_sigterm(alone_after_s=0.0)
+        return result
 
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
         with self.run.evaluating():
-            return super().predict_step(*args, **kwargs)
+            result = super().predict_step(*args, **kwargs)
+        self._heed_sigterm(alone_after_s=0.0)
+        return result
 
     def on_exception(self, exception: BaseException) -> None:
-        self.run.fail(exception)
+        if not (isinstance(exception, SystemExit) and self.run.environment.mesh.end.is_agreed):
+            self.run.fail(exception)
         super().on_exception(exception)
 
     def teardown(self) -> None:
         self.run.close()
         self._precision.detach()
+        if self.lightning_module is not None and self._num_ranks > 1:
+            restore_sigterm(self.lightning_module.trainer)
         self.run.environment.close()
         self._advice.show()
         super().teardown()
