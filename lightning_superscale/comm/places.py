@@ -14,10 +14,15 @@ from torch.distributed.tensor import DTensor
 
 # The files whose Python code polls this package's own collectives. They import this one, so their paths are given.
 OWN_COLLECTIVES = str(Path(__file__).with_name("collectives.py"))
-OWN_WAITS = (OWN_COLLECTIVES, str(Path(__file__).parent.parent / "zero" / "fsdp2" / "gather_order.py"))
+OWN_WAITS = (
+    OWN_COLLECTIVES,
+    str(Path(__file__).with_name("watch.py")),
+    str(Path(__file__).parent.parent / "zero" / "fsdp2" / "gather_order.py"),
+)
 
 # Functions of torch.distributed that wait for a collective, whose caller's name says more.
-_WAITS = ("", "wrapper", "wait", "wait_tensor", "trigger_wait")
+_WAITS = ("", "wrapper", "wait", "wait_tensor", "trigger_wait", "unwrap", "__torch_dispatch__")
+_LATE = "a read of a sharded tensor's collective, which every rank must call"
 
 WeightNames = Callable[[], Iterable[tuple[str, Tensor]]]
 
@@ -38,17 +43,20 @@ def foreign_collective(frame: Any, weights: WeightNames = tuple) -> str:
         return ""
     frame, name, is_sharded = _behind_dispatch(frame), "", False
     inner = []
-    while frame is not None and (_is_within(frame, "torch/distributed") or _is_autograd(frame)):
+    while frame is not None and (_is_within(frame, "torch/distributed") or _is_between(frame)):
         inner.append(frame)
         if _is_within(frame, "torch/distributed/tensor/"):
             is_sharded = True
-        if not is_sharded and not _is_autograd(frame):
+        if not is_sharded and not _is_between(frame):
             name = frame.f_code.co_name if name in _WAITS else name
         frame = frame.f_back
     if frame is None:
         return ""
     place = f"called by {frame.f_code.co_filename}:{frame.f_lineno}"
-    return f"{_of_sharded(inner, weights)}, {place}" if is_sharded else f"{name} {place}"
+    if is_sharded:
+        return f"{_of_sharded(inner, weights)}, {place}"
+    # The result of an earlier operation on a sharded weight, which waits where it is used.
+    return f"{_LATE if name in _WAITS else name} {place}"
 
 
 def _of_sharded(frames: list[Any], weights: WeightNames) -> str:
@@ -95,10 +103,15 @@ def _is_within(frame: Any, part: str) -> bool:
     return part in frame.f_code.co_filename.replace(os.sep, "/")
 
 
-def _is_autograd(frame: Any) -> bool:
-    """Whether a frame is one of `Function.apply`, which lies between a DTensor's method and its collective."""
-    return (
-        _is_within(frame, "torch/autograd/")
-        or _is_within(frame, "torch/_ops.py")
-        or _is_within(frame, "torch/_library/")
+def _is_between(frame: Any) -> bool:
+    """Whether a frame is one that lies between an operation on a tensor class and the collective that it needs."""
+    return any(
+        _is_within(frame, part)
+        for part in (
+            "torch/autograd/",
+            "torch/_ops.py",
+            "torch/_library/",
+            "torch/utils/_pytree.py",
+            "torch/_tensor.py",
+        )
     )

@@ -176,7 +176,14 @@ class RankWatch:
     def explain(self, error: BaseException) -> RankFailure:
         """The failure behind an error of a collective; blocks for some seconds until the reason is known."""
         self._wait_for_failure()
-        return RankFailure(self._failure or f"a collective failed, and every rank is alive: {error}")
+        return RankFailure(self._failure or self._unexplained(error))
+
+    def _unexplained(self, error: BaseException) -> str:
+        if self._all_here_at is not None:
+            return f"a collective failed, and every rank is alive: {error}"
+        others = [rank for rank in range(self._world_size) if rank != self._rank]
+        who = f"rank {others[0]}" if len(others) == 1 else "another rank"
+        return f"{who} ended, or the network to it, while ranks connected: {error}"
 
     def failure_behind(self, error: BaseException) -> RankFailure | None:
         """The failure of another rank that an error of torch.distributed comes of; None if it comes of none.
@@ -186,7 +193,7 @@ class RankWatch:
         if not isinstance(error, DistError) and not _is_broken_connection(str(error)):
             return None
         self._wait_for_failure()
-        return None if self._failure is None else RankFailure(self._failure)
+        return RankFailure(self._failure or self._unexplained(error))
 
     def _wait_for_failure(self) -> None:
         deadline = time.monotonic() + _BROKEN_AFTER_S + 2 * _PERIOD_S
@@ -221,6 +228,7 @@ class RankWatch:
             except Exception as error:
                 if self._store is not None and not self._stop.is_set():
                     self._fail(self._loss_of_store(error))
+                    return  # torch would warn of each further attempt
             self._wake.wait(0.0 if is_last else _PERIOD_S)
             self._wake.clear()
 

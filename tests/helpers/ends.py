@@ -81,7 +81,10 @@ def _free_port() -> int:
 
 def _are_stopped(pids: Any) -> bool:
     """Whether all of some processes are stopped by a signal."""
-    return all(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "T" for pid in pids)
+    try:
+        return all(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "T" for pid in pids)
+    except OSError:  # one has ended meanwhile
+        return False
 
 
 def _run(rank: int, world_size: int, port: int, file: str, function: Callable[..., Any], args: Any) -> None:

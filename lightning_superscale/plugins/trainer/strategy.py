@@ -122,6 +122,7 @@ class SuperScaleStrategyMixin(_Base):
         self._start_method = start_method
         self._advice = SyncDistAdvice()
         self._timeout = duration("SuperScaleStrategy.timeout", timeout) or DEFAULT_TIMEOUT
+        self._has_failed = False
         self._patience = duration("SuperScaleStrategy.patience", patience) or DEFAULT_PATIENCE
         super().__init__(
             accelerator=accelerator,
@@ -352,6 +353,7 @@ class SuperScaleStrategyMixin(_Base):
     def on_exception(self, exception: BaseException) -> None:
         if not (isinstance(exception, SystemExit) and self.run.environment.mesh.end.is_agreed):
             self.run.fail(exception)
+            self._has_failed = True
         super().on_exception(exception)
 
     def teardown(self) -> None:
@@ -361,7 +363,12 @@ class SuperScaleStrategyMixin(_Base):
             restore_sigterm(self.lightning_module.trainer)
         self.run.environment.close()
         self._advice.show()
-        super().teardown()
+        has_failed, self._has_failed = self._has_failed, False
+        try:
+            super().teardown()
+        except RuntimeError:
+            if not has_failed:  # moving shards that an error's traceback holds would hide the error itself
+                raise
 
     # What users ask
 
