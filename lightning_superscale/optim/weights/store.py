@@ -9,7 +9,6 @@ from typing import Protocol
 
 from torch import nn
 
-from lightning_superscale.forks import Origin
 from lightning_superscale.ops.events import Waitable
 from lightning_superscale.optim.weights.watch import WeightWatch
 from lightning_superscale.torch_private import plainly
@@ -87,7 +86,6 @@ class OnDevice:
         self.watch = WeightWatch(params, self.wait_new)
         self.is_lost = self._is_waiting = False
         self._new: NewWeights | None = None
-        self._origin = Origin()
         self._lock = threading.RLock()  # another thread that reads meanwhile waits, too
 
     def receive(self, new: NewWeights) -> None:
@@ -104,7 +102,7 @@ class OnDevice:
                 return False
             self._is_waiting = True
             try:
-                self._origin.check("a read of weights that are under way")
+                self.watch.origin.check("a read of weights that are under way")
                 plainly(new.wait)
             except Exception:
                 self._end_wait()

@@ -26,6 +26,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from lightning_superscale.forks import Origin
 from lightning_superscale.ops.events import has_streams
 from lightning_superscale.optim.weights.param_classes import watched_classes, watcher_of
 
@@ -42,6 +43,7 @@ class WeightWatch(Generic[T]):
 
     Attributes:
         is_late: whether new weights are under way.
+        origin: the process for which they come; a child that is forked from it would wait in vain.
         read: ids of the parameters that were read since `observe`, or while new weights were under way.
     """
 
@@ -54,6 +56,7 @@ class WeightWatch(Generic[T]):
         self._is_everything_watched = True
         self._device = params[0].device if params else torch.device("cpu")
         self._reader: tuple[int, Any] | None = None
+        self.origin = Origin()
         for param in params:
             before = watcher_of.get(id(param))
             if before is not None:
@@ -106,6 +109,7 @@ class WeightWatch(Generic[T]):
         if not self.is_late:
             param.__class__ = self._watched[id(param)][1]
             return
+        self.origin.check("a read of a tensor that is being updated")
         stranger = self._reader != _reader_on(self._device)
         self._wait()
         if stranger and has_streams(self._device):
