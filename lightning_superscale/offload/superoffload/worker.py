@@ -16,9 +16,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeVar
+
+from lightning_superscale.ops.threads import one_thread
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -88,7 +90,7 @@ class StepThread:
 
     def __init__(self) -> None:
         # One thread: units are worked on one after the other, each by all of the pool's threads.
-        self._executor = ThreadPoolExecutor(1, "lightning-superscale step")
+        self._executor = one_thread("lightning-superscale step")
         self._lock = threading.Lock()
         self._waiting: list[_Ahead] = []
         self._settling: list[Settling] = []

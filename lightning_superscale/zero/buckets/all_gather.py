@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import NamedTuple, Protocol
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from lightning_superscale.comm.collectives import AxisCollectives
 from lightning_superscale.ops.events import Event, has_streams
+from lightning_superscale.ops.threads import one_thread
 from lightning_superscale.optim.unit import PublishEvent
 from lightning_superscale.optim.weights.store import Incoming, NewWeights
 from lightning_superscale.zero.buckets.unit import BucketUnit
@@ -73,7 +74,7 @@ class GatherThread:
         self._queued = queued
         self._under_way: deque[Future[Event[Tensor]]] = deque()
         queued.append(self._wait_issued)
-        self._executor = ThreadPoolExecutor(1, "lightning-superscale gather")
+        self._executor = one_thread("lightning-superscale gather")
         self._stream: torch.cuda.Stream | None = None
 
     def add(self, unit: BucketUnit, event: PublishEvent, stepped: Sequence[int]) -> NewWeights:

@@ -75,7 +75,9 @@ class BucketTransport:
         self._hooks: dict[nn.Parameter, RemovableHandle] = {}
         self._observed: dict[nn.Parameter, None] = {}
         self._late_gathers: Gathers = (
-            LateGathers(ranks.gather) if grouping.block_of else GatherThread(ranks.gather, ranks.mesh.queued)
+            LateGathers(ranks.gather)
+            if grouping.block_of or ranks.gather.axis.size == 1  # on one rank nothing is gathered, and no thread needed
+            else GatherThread(ranks.gather, ranks.mesh.queued)
         )
         self._of_index: dict[int, BucketUnit] = {}
         self.units: list[BucketUnit] = []
