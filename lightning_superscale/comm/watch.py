@@ -112,7 +112,7 @@ class RankWatch:
         self._stuck_since: float | None = None
         self._own_failure: str | None = None
         self._is_own_failure_told = threading.Event()
-        self._stop, self._wake = threading.Event(), threading.Event()
+        self._stop, self._wake, self._has_said = threading.Event(), threading.Event(), threading.Event()
         self._signs: dict[int, tuple[_Sign, float]] = {}
         self._beat = 0
         self._apart: tuple[str, ...] = ()
@@ -163,6 +163,13 @@ class RankWatch:
         """
         if self._failure is not None and not self._is_reported:
             raise RankFailure(self._failure)
+
+    def wait_until_known(self, timeout: timedelta) -> None:
+        """Block until this rank has given its first sign of life, without which its death would be told as its absence.
+
+        Returns after the timeout too, when the store is not there.
+        """
+        self._has_said.wait(timeout.total_seconds())
 
     @contextmanager
     def waiting(self, what: str) -> Iterator[None]:
@@ -248,6 +255,7 @@ class RankWatch:
         place = self._waits_for or foreign_collective(main_frame(), self.weights)
         has_ended = self._stop.is_set() and not self.has_failed
         store.set(f"sign/{self._rank}", json.dumps([self._beat, place, has_ended, self._process]))
+        self._has_said.set()
 
     def _look(self, store: Store) -> None:
         # First, because what a process wrote before its end is there to be read afterwards.

@@ -119,6 +119,8 @@ class RankEnvironment:
 
         watch = RankWatch(connect, rank, world_size, silence_s=patience.total_seconds(), keeper=keeper)
         try:
+            if rank != 0 or keeper != "rank 0":  # rank 0 may have to make the store first, in what follows
+                watch.wait_until_known(timeout)
             yield
         except BaseException as error:
             watch.report(error)
