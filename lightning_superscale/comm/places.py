@@ -24,12 +24,25 @@ OWN_WAITS = (
 _WAITS = ("", "wrapper", "wait", "wait_tensor", "trigger_wait", "unwrap", "__torch_dispatch__")
 _LATE = "a read of a sharded tensor's collective, which every rank must call"
 
+# The file of torch that calls autograd's engine.
+_BACKWARD = "torch/autograd/graph.py"
+
 WeightNames = Callable[[], Iterable[tuple[str, Tensor]]]
 
 
 def main_frame() -> Any:
-    """The frame that the main thread executes now; None without one."""
-    return sys._current_frames().get(threading.main_thread().ident or 0)
+    """The innermost frame of what the main thread does now; None without one.
+
+    While it waits in backward, that is the frame of the thread in which autograd runs hooks, if there is one: on a GPU
+    they do not run in the thread that called backward.
+    """
+    frames = sys._current_frames()
+    frame = frames.get(threading.main_thread().ident or 0)
+    if frame is None or not _is_within(frame, _BACKWARD):
+        return frame
+    # Threads that Python did not start; it knows those that have asked for themselves by this name.
+    started = {thread.ident for thread in threading.enumerate() if not thread.name.startswith("Dummy-")}
+    return next((other for ident, other in frames.items() if ident not in started), frame)
 
 
 def foreign_collective(frame: Any, weights: WeightNames = tuple) -> str:
