@@ -42,7 +42,7 @@ from lightning_superscale.run.state.optimizer_states import load_optimizer_state
 from lightning_superscale.run.techniques.registry import flow_among, load_states, states_of, techniques_of
 from lightning_superscale.run.techniques.technique import ModuleTechnique, TechniqueFacts
 from lightning_superscale.run.visibility import Visibility
-from lightning_superscale.run.weight_flow import flow_alone, place_resident
+from lightning_superscale.run.weight_flow import flow_alone, least_free_bytes, place_resident
 from lightning_superscale.timeline import Lane
 from lightning_superscale.torch_private import is_compiled
 from lightning_superscale.zero.fsdp2.user_errors import check_backward_inputs, explain
@@ -111,6 +111,7 @@ class Run:
             trains=trains,
             is_compiled=is_compiled_whole or is_compiled(module),
             shards_weights=trains and shards_weights(self.zero, self.environment.mesh),
+            free_bytes=least_free_bytes(self.environment.mesh, module, device),
         )
         self._techniques, self._technique_states = techniques_of(facts), {}
         for technique in self._techniques.values():

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from lightning_superscale.comm.collectives import control_max
+from lightning_superscale.comm.mesh import DataMesh
 from lightning_superscale.config import OffloadConfig, ZeroConfig
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.offload.link.arena import HostArena, free_device_bytes
@@ -24,6 +26,7 @@ _STATIONARY = "Use OffloadConfig(weights='stationary')."
 
 # The share of free device memory that weights may take; the rest is for activations, gradients and buffers.
 _MOST_OF_DEVICE = 0.75
+_NO_LIMIT = 2**62
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,20 +41,22 @@ def choose_weights(
     offload: OffloadConfig | None,
     zero: ZeroConfig,
     module: nn.Module,
-    device: torch.device,
+    free: int | None,
     *,
     is_compiled: bool = False,
 ) -> WeightsChoice:
-    """Choose whether the weights of a model that is not on the device yet flow. Each rank chooses by itself."""
+    """Choose whether the weights of a model that is not on the device yet flow.
+
+    Args:
+        free: what `least_free_bytes` gave, the same on every rank, so that all ranks choose alike.
+    """
     if offload is None:
         return WeightsChoice(False, "nothing is offloaded")
     if offload.weights != "auto":
         return WeightsChoice(offload.weights == "flow", f"OffloadConfig.weights is {offload.weights!r}")
-    free = free_device_bytes(device)
     if free is None:
         return WeightsChoice(False, "device memory is host memory here, so that flowing would save none")
     needed = sum(param.nbytes for param in module.parameters())
-    free += sum(param.nbytes for param in module.parameters() if param.device == device)
     share = f"they take {format_bytes(needed)} of {format_bytes(free)} that are free there"
     if needed <= _MOST_OF_DEVICE * free:
         return WeightsChoice(False, share)
@@ -59,6 +64,22 @@ def choose_weights(
     if why_not is not None:
         return WeightsChoice(False, f"{share}, but {why_not}")
     return WeightsChoice(True, share)
+
+
+def least_free_bytes(mesh: DataMesh, module: nn.Module, device: torch.device) -> int | None:
+    """Bytes that weights and all else may take on the device of any rank: those of the rank that has the fewest free.
+
+    Weights that are on the device already count as free. Every rank calls it, whatever its settings are.
+
+    Returns:
+        None where no rank's device has memory apart from the host's.
+    """
+    free = free_device_bytes(device)
+    if free is not None:
+        free += sum(param.nbytes for param in module.parameters() if param.device == device)
+    taken = control_max(mesh, torch.tensor([-_NO_LIMIT if free is None else -free]), "the comparison of free memory")
+    least = -int(taken.item())
+    return None if least == _NO_LIMIT else least
 
 
 def _why_not_flow(offload: OffloadConfig, zero: ZeroConfig, module: nn.Module, *, is_compiled: bool) -> str | None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import re
 
+import lightning as L
 import pytest
 import torch
 
 import lightning_superscale as lss
 from lightning_superscale.config import OffloadConfig, ZeroConfig
 from lightning_superscale.offload.weight_flow.schedule import BLOCKS_AHEAD
+from lightning_superscale.run import weight_flow
 from tests.helpers.extent import IS_ALL, only_in_test_all
 from tests.helpers.ranks import run_ranks
 from tests.helpers.trainers import loader, trainer
@@ -260,3 +263,25 @@ def _came(rank: int, world_size: int):
 def test_a_gathered_block_does_not_cross_the_link_again_for_its_forward():
     for (awaited, in_time), flowing, num_steps in run_ranks(2, _came):
         assert awaited - in_time == (num_steps - 1) * flowing  # the first step has nothing to gather
+
+
+def _chooses(rank: int, world_size: int):
+    """Whether weights flow on this rank, and why, where one rank's device has more memory free than the other's."""
+    module, said = single.Deep(), []
+    needed = sum(p.nbytes for p in module.parameters())
+
+    class Tells(L.Callback):
+        def on_train_end(self, trainer, pl_module):
+            said.append((trainer.strategy.run.flow is not None, trainer.strategy.explain()))
+
+    weight_flow.free_device_bytes = lambda device: 10 * needed if rank == 0 else needed // 5
+    single.fit(module, strategy(2, "superoffload", "auto"), devices=world_size, max_epochs=1, callbacks=[Tells()])
+    return said[0]
+
+
+def test_all_ranks_choose_what_fits_the_fullest_device():
+    first, second = run_ranks(2, _chooses)
+    assert first[0]
+    assert second[0]
+    why = [re.search(r"they take .* that are free there", explained).group() for _, explained in (first, second)]
+    assert why[0] == why[1]

@@ -24,6 +24,8 @@ class TechniqueFacts:
         trains: whether the run trains; a run that only evaluates has no optimizer.
         is_compiled: whether any part of the module is a product of `torch.compile`.
         shards_weights: whether the run shards weights over ranks (stage 3), so that no rank ever has the whole model.
+        free_bytes: bytes free on the device of the rank that has the fewest, the module's own included; None where
+            device memory is host memory.
     """
 
     zero: ZeroConfig
@@ -33,6 +35,7 @@ class TechniqueFacts:
     trains: bool
     is_compiled: bool
     shards_weights: bool
+    free_bytes: int | None
 
 
 class ModuleTechnique:

@@ -36,7 +36,9 @@ class WeightFlowTechnique(ModuleTechnique):
         facts = self._facts
         if facts.shards_weights:
             return
-        self._choice = choose_weights(self._offload, facts.zero, module, facts.device, is_compiled=facts.is_compiled)
+        self._choice = choose_weights(
+            self._offload, facts.zero, module, facts.free_bytes, is_compiled=facts.is_compiled
+        )
         if self._choice.flow:
             materialise_all(module, torch.device("cpu"))
             self.flow = flow_of(module, self._offload, is_compiled=facts.is_compiled)

@@ -191,7 +191,7 @@ def test_fp32_is_refused_with_low_precision_states(key):
         train("fp32", precision=low)
 
 
-def test_weights_that_would_flow_stay_for_fp32(monkeypatch):
+def test_weights_that_would_flow_stay_for_fp32():
     """A device too small for the model: "auto" weights would flow, but the link's dtype was asked for."""
 
     class Blocks(nn.Module):
@@ -199,9 +199,8 @@ def test_weights_that_would_flow_stay_for_fp32(monkeypatch):
             super().__init__()
             self.blocks = nn.ModuleList([nn.Linear(8, 8) for _ in range(4)])
 
-    monkeypatch.setattr("lightning_superscale.run.weight_flow.free_device_bytes", lambda device: 100)
     chosen = [
-        choose_weights(lss.OffloadConfig(link_dtype=dtype), lss.ZeroConfig(), Blocks(), torch.device("meta"))
+        choose_weights(lss.OffloadConfig(link_dtype=dtype), lss.ZeroConfig(), Blocks(), 100)
         for dtype in ("auto", "fp32")
     ]
     assert [choice.flow for choice in chosen] == [True, False]
