@@ -282,8 +282,8 @@ class ShardedModule:
         """Load a state dict of whole tensors. Every rank calls it with equal ones.
 
         Raises:
-            SuperScaleError: with `strict`, names are missing or unexpected, and nothing is changed; or a weight has
-                another shape, and weights before it are loaded.
+            SuperScaleError: with `strict`, names are missing or unexpected; or a weight or buffer has another shape.
+                Nothing is changed then.
         """
         own = {name: value for name, value in self.root.state_dict().items() if isinstance(value, Tensor)}
         missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
@@ -292,6 +292,7 @@ class ShardedModule:
                 f"the checkpoint lacks {missing[:5]} and has besides {unexpected[:5]}. Build the model as it was when "
                 "it was saved, or load with strict=False."
             )
+        _check_shapes(own, state)
         params = {name for name, _ in self.root.named_parameters(remove_duplicate=False)}
         self.load_whole({name: value for name, value in state.items() if name in params})
         with torch.no_grad():
@@ -303,23 +304,18 @@ class ShardedModule:
         """Load whole weights, by name. Every rank calls it with equal ones; engines take them over at their next step.
 
         Raises:
-            SuperScaleError: a weight has another shape; weights before it are loaded.
+            SuperScaleError: a weight has another shape; nothing is changed.
         """
         self.wait_all_uploads()
         params = {fqn: param for group in self.groups for fqn, param in group.params.items()}
         params.update((fqn, param) for fqn, param in self.root.named_parameters() if fqn not in params)
+        _check_shapes(params, weights)
         for group in self.groups:
             group.fsdp.reshard()
         for fqn, whole in weights.items():
             param = params.get(fqn)
-            if param is None:
-                continue
-            if whole.shape != param.shape:
-                raise SuperScaleError(
-                    f"weight {fqn!r} has shape {tuple(whole.shape)} in the checkpoint and {tuple(param.shape)} here. "
-                    "Build the model as it was when it was saved."
-                )
-            write_whole(param, whole)
+            if param is not None:
+                write_whole(param, whole)
 
     def local_state_dict(self) -> dict[str, Any]:
         """The module's state dict of DTensors that share memory with the module's parameters. No rank waits.
@@ -398,6 +394,16 @@ class ShardedModule:
         for transport in self._attached:
             transport.released(plain)
         self.replaced = {old: plain.get(new, new) for old, new in self.replaced.items()}
+
+
+def _check_shapes(own: Mapping[str, Tensor], loaded: Mapping[str, Any]) -> None:
+    """Refuse tensors to load whose shape is another than that of the module's own one of that name."""
+    for fqn, whole in loaded.items():
+        if fqn in own and isinstance(whole, Tensor) and whole.shape != own[fqn].shape:
+            raise SuperScaleError(
+                f"weight {fqn!r} has shape {tuple(whole.shape)} in the checkpoint and {tuple(own[fqn].shape)} here. "
+                "Build the model as it was when it was saved. No weight was loaded."
+            )
 
 
 def _unsharded_at(group: ShardedGroup, param: nn.Parameter) -> nn.Parameter:

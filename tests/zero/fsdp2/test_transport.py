@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
+from lightning_superscale.comm.dtensor import local_rows_of
 from lightning_superscale.comm.watch import RankWatch
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.layout.rows import shard_rows
@@ -325,8 +326,16 @@ def _edits(rank: int, world_size: int) -> None:
     with sharded.summon(writeback=True), torch.no_grad():
         assert torch.equal(model.net.head.weight, weights["net.head.weight"])
         model.net.head.weight.add_(1.0)
+    named = model.state_dict()
+    before_load = local_rows_of(model.net.head.weight).clone()
     with pytest.raises(SuperScaleError, match=r"'net.tiny.weight' has shape \(3,\)"):
-        sharded.load_whole({"net.tiny.weight": torch.zeros(3)})
+        sharded.load_whole(
+            {"net.head.weight": torch.zeros(weights["net.head.weight"].shape), "net.tiny.weight": torch.zeros(3)}
+        )
+    wrong = {name: torch.zeros(3 if name == "net.tiny.weight" else value.shape) for name, value in named.items()}
+    with pytest.raises(SuperScaleError, match=r"'net.tiny.weight' has shape \(3,\)"):
+        sharded.load_state_dict(wrong, strict=True)
+    assert torch.equal(local_rows_of(model.net.head.weight), before_load), "a weight before the wrong one was loaded"
     sharded.load_whole({"net.tiny.weight": weights["net.tiny.weight"] + 2.0, "scale": torch.tensor(3.0)})
     run_net(model, batch(case, 1, 0, rank))
     engine.step()
