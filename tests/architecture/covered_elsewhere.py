@@ -57,6 +57,7 @@ BY_TEST: dict[str, list[str]] = {
         "optim/unit_state.py",
     ],
     "adversarial/test_interrupts.py": ["run/interrupts.py"],
+    "adversarial/test_sharded_weights.py": ["optim/weights/sharded_operations.py"],
     "optim/weights/test_watch.py": ["optim/weights/param_classes.py"],
     "run/test_memory.py": ["offload/memory.py", "run/report/memory.py", "zero/memory.py"],
     "offload/cpu/test_state.py": ["offload/host_state.py"],

@@ -14,12 +14,14 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lightning_superscale.comm.dtensor import write_whole
+from lightning_superscale.optim.weights.sharded_operations import operate
 from lightning_superscale.torch_private import (
     has_own_torch_function,
     no_torch_function,
     operations_without_reads,
     plainly,
     tree_leaves,
+    tree_map,
 )
 
 # DTensor's own methods, which hand the parameter to an autograd function instead of an operation.
@@ -81,16 +83,21 @@ def _quiet_class(cls: type[Any]) -> type[Any]:
         def method(self: Any, *args: Any) -> Any:
             _on_read(self)
             watched, self.__class__ = type(self), cls
+            known = vars(self).pop("name_of_weight", None)  # no business of a copy's, nor of a file's
             try:
-                return getattr(self, name)(*args)
+                made = getattr(self, name)(*args)
             finally:
                 self.__class__ = watched
+                if known is not None:
+                    self.name_of_weight = known
+            return follow(made, known) if known is not None and type(made) is DTensor else made
 
         return method
 
     def read_data(self: Any) -> Any:
         _note_edit(self)
-        return _data.__get__(self)
+        data = _data.__get__(self)
+        return follow(data, name_of_weight(self)) if type(data) is DTensor else data
 
     def write_data(self: Any, value: Tensor) -> None:
         _note_edit(self)
@@ -103,10 +110,35 @@ def _quiet_class(cls: type[Any]) -> type[Any]:
 
     copying = {name: as_plain(name) for name in ("__deepcopy__", "__reduce_ex__")}
     # Results of operations on a subclass of plain tensors would be of the subclass.
-    plain_results = {"__torch_function__": no_torch_function()} if cls is Tensor else {}
-    return _subclass(
-        cls, cls, {**copying, **plain_results, "data": property(read_data, write_data), "plain_class": cls}
-    )
+    handler: dict[str, Any] = {"__torch_function__": no_torch_function()} if cls is Tensor else {}
+    if issubclass(cls, DTensor):
+        handler = {"__torch_function__": classmethod(_on_shards), "name_of_weight": ""}
+    return _subclass(cls, cls, {**copying, **handler, "data": property(read_data, write_data), "plain_class": cls})
+
+
+def _on_shards(
+    quiet: type[Any], func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+) -> Any:
+    """Run an operation on sharded weights; see [Note: Operations on shards]. What comes of it is known by a weight."""
+    kwargs = kwargs or {}
+    result = operate(func, args, kwargs, name_of_weight)
+    if func in operations_without_reads():
+        return result
+    name = next((name for arg in tree_leaves((args, kwargs)) if (name := name_of_weight(arg))), "")
+    return tree_map(lambda value: follow(value, name) if type(value) is DTensor else value, result) if name else result
+
+
+def follow(value: DTensor, name: str) -> DTensor:
+    """A DTensor, known from now on as one that comes of the sharded weight of this name."""
+    found: Any = value
+    found.__class__ = watched_classes(DTensor)[0]
+    found.name_of_weight = name
+    return value
+
+
+def name_of_weight(value: object) -> str:
+    """The name of the sharded weight that a tensor is or comes of; "" for all else."""
+    return getattr(value, "name_of_weight", "") if isinstance(value, DTensor) else ""
 
 
 def _late_class(cls: type[Any], quiet: type[Any]) -> type[Any]:

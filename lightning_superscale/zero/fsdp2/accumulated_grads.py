@@ -20,6 +20,7 @@ from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.layout.rows import ParamSlice
 from lightning_superscale.optim.grad_dtypes import grad_dtype_of
 from lightning_superscale.optim.transport import IsScaling
+from lightning_superscale.optim.weights.param_classes import follow, name_of_weight
 from lightning_superscale.torch_private import version_of
 from lightning_superscale.zero.grads_in_param import edited_in_place, unscaled
 
@@ -175,4 +176,4 @@ def show_rows(param: nn.Parameter, rows: Tensor, piece: ParamSlice) -> None:
     if param.grad is not None:
         local_rows_of(param.grad).view(-1).add_(rows)
         return
-    param.grad = placed_like(rows.view(piece.local_shape), param)
+    param.grad = follow(placed_like(rows.view(piece.local_shape), param), name_of_weight(param))

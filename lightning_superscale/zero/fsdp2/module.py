@@ -20,9 +20,11 @@ from lightning_superscale.comm.communicator import Communicator
 from lightning_superscale.comm.dtensor import gather_whole, local_of, rows_of_part, write_local, write_whole
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.optim.grad_dtypes import grad_dtype_of
+from lightning_superscale.optim.weights.param_classes import follow
 from lightning_superscale.zero.fsdp2.autograd import GroupGraphs, UsersHooks
 from lightning_superscale.zero.fsdp2.gather_order import GatherOrder, OrderDeparted
 from lightning_superscale.zero.fsdp2.unwrap import release_modules
+from lightning_superscale.zero.fsdp2.user_errors import refuse_copies, refuse_saves
 
 
 class GradientTaker(Protocol):
@@ -119,9 +121,12 @@ class ShardedModule:
         self._hooks: list[RemovableHandle] = []
         self._is_released = False
         self.graphs = GroupGraphs(reshards_after_forward=reshards_after_forward)
+        self._refused = [refuse_copies(group.module, group.fqn) for group in groups] + refuse_saves(root)
         self._users_hooks = UsersHooks({new: old for old, new in self.replaced.items()})
         for group in self.groups:
             group.fsdp.set_requires_gradient_sync(False, recurse=False)
+            for fqn, param in group.params.items():
+                follow(cast(DTensor, param), fqn)
             self._hooks.append(group.module.register_forward_pre_hook(self._before_gather(group), prepend=True))
             self._hooks.append(group.module.register_forward_pre_hook(self._after_gather(group)))
             self._hooks.append(self.graphs.watch(group.index, group.module))
@@ -387,6 +392,8 @@ class ShardedModule:
             plain.update(new)
             group.unsharded.clear()
         self._users_hooks.hand_back(plain)
+        for allow in self._refused:
+            allow()
         release_modules(self._before)
         self.groups.clear()
         for optimizer in self._optimizers:
