@@ -40,6 +40,7 @@ from lightning_superscale.plugins.trainer.visibility import visibility_of
 from lightning_superscale.run.assemble import Assembly
 from lightning_superscale.run.checks import check_clip_value, refuse_averaging
 from lightning_superscale.run.environment import DEFAULT_PATIENCE, DEFAULT_TIMEOUT, mesh_spec_of
+from lightning_superscale.run.meetings import Meetings
 from lightning_superscale.run.precision import PRECISIONS, check_precision
 from lightning_superscale.run.report.phases import PhaseSeconds
 from lightning_superscale.run.report.plan import ParallelPlan
@@ -115,6 +116,7 @@ class SuperScaleStrategyMixin(_Base):
         self.offload_config = resolve_offload(offload)
         self.error_if_nonfinite = error_if_nonfinite
         self.run = Run(self.zero_config, self.offload_config)
+        self._meetings = Meetings()
         if checkpoint is not None:
             if checkpoint_io is not None:
                 raise SuperScaleError("pass either checkpoint, which is of UniversalCheckpointIO, or checkpoint_io.")
@@ -291,6 +293,14 @@ class SuperScaleStrategyMixin(_Base):
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
         trains = self.lightning_module is not None and self.lightning_module.trainer.training
         return self.run.batch(super().batch_to_device(batch, device, dataloader_idx), trains=trains)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(batch, batch_idx)
+        self._meetings.at_batch(self.run.assembly, batch_idx)
+
+    def on_train_end(self) -> None:
+        self._meetings.at_end(self.run.assembly)
+        super().on_train_end()
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         with self.run.forward():
@@ -482,6 +492,7 @@ class SuperScaleStrategyMixin(_Base):
         return load_through(io, self, checkpoint_path)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
+        self._meetings.at_save(self.run.assembly)
         return self.run.module_state(self._module, is_local=self._io is not None)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:

@@ -1,0 +1,50 @@
+"""Ranks that part ways, by epochs of different lengths or a save by one rank alone: every rank says which, and why."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from torch.utils.data import DataLoader, Subset
+
+from lightning_superscale.errors import SuperScaleError
+from tests.helpers.extent import IS_ALL
+from tests.helpers.ranks import run_ranks
+from tests.helpers.trainers import Regressor, dataset, loader, trainer
+
+SECONDS = 25.0
+
+
+class SavesAlone(Regressor):
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        if self.trainer.is_global_zero and batch_idx == 1:
+            self.trainer.save_checkpoint("alone.ckpt")
+
+
+def part_ways(rank, world_size, strategy, is_uneven):
+    """What this rank says when ranks part ways, and after how many seconds."""
+    start = time.monotonic()
+    batches = DataLoader(Subset(dataset(), range(24 + 8 * rank)), batch_size=8) if is_uneven else loader(48)
+    run = trainer(strategy, devices=world_size, max_epochs=1, use_distributed_sampler=not is_uneven)
+    with pytest.raises(SuperScaleError) as error:
+        run.fit(Regressor() if is_uneven else SavesAlone(), batches)
+    return str(error.value), time.monotonic() - start
+
+
+STRATEGIES = ["zero2", "zero3", "superoffload"] if IS_ALL else ["zero2"]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_save_by_one_rank_alone_is_named(strategy):
+    for said, seconds in run_ranks(2, part_ways, strategy, False, limit_s=90):
+        assert "trainer.save_checkpoint() (every rank must call it, also where rank 0 alone writes)" in said
+        assert seconds < SECONDS
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_epochs_of_different_lengths_are_named(strategy):
+    for said, seconds in run_ranks(2, part_ways, strategy, True, limit_s=90):
+        assert "rank 0 at the end of training, after an epoch of 3 batches" in said
+        assert "drop_last=True, a DistributedSampler" in said
+        assert "rank 1 at" in said
+        assert seconds < SECONDS
