@@ -141,7 +141,7 @@ def check_optimizers_over_ranks(optimizers: Sequence[Optimizer], zero: ZeroConfi
 
 
 def refuse_averaging(callbacks: Sequence[Any]) -> None:
-    """Refuse callbacks that keep a second copy of all weights, which stage 3 shards.
+    """Refuse callbacks that keep a second copy of all weights, or cut whole weights, which stage 3 shards.
 
     Raises:
         SuperScaleError: names the callback and the stage to use.
@@ -152,6 +152,11 @@ def refuse_averaging(callbacks: Sequence[Any]) -> None:
             raise SuperScaleError(
                 f"{type(callback).__name__} averages whole weights, and with zero=3 every rank has only its rows of "
                 "them. Use ShardedEMA, or zero=2."
+            )
+        if "ModelPruning" in names:
+            raise SuperScaleError(
+                f"{type(callback).__name__} ranks the elements of whole weights and puts masked ones in their place, "
+                "and with zero=3 every rank has only its rows of them. Use zero=2, or prune before or after training."
             )
 
 

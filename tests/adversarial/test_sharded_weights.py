@@ -135,12 +135,13 @@ REFUSED = {
     "a part": (lambda m: nn.functional.linear(torch.ones(2, 17), m.net[0].weight), r"'net.0.weight'.*a part of a mod"),
     "grad": (
         lambda m: torch.autograd.grad(m.loss_of(1), list(m.net.parameters())),
-        r"autograd.grad was given the weight 'net.0.weight'.*backward\(\) alone",
+        r"autograd.grad was given .*the weight 'net.0.weight'.*backward\(\) alone",
     ),
     "a copy": (lambda m: copy.deepcopy(m.net), r"copy.deepcopy was given the module 'net'.*ShardedEMA.*full_params"),
     "save_pretrained": (lambda m: m.net.save_pretrained("."), r"save_pretrained\(\) was called on 'net'.*full_params"),
     "safetensors": (lambda m: save(m.net.state_dict()), r"memory of the weight 'net.0.weight'.*full_params"),
     "another shape": (lambda m: m.net[0].weight.data.copy_(torch.ones(4, 3)), r"'net.0.weight'.*\(33, 17\).*\(4, 3\)"),
+    "rows": (lambda m: m.net[0].weight.view(3, 187), r"view\(\) needs the whole weight 'net.0.weight'.*no_grad.*full_"),
     "out": (
         lambda m: torch.mm(torch.ones(4, 17), m.net[0].weight.detach().T, out=torch.empty(4, 33)),
         r"mm\(\) failed on the weight 'net.0.weight'.*full_params",

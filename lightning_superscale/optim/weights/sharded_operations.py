@@ -56,7 +56,7 @@ def operate(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], name_of
     is_differentiated = torch.is_grad_enabled() and any(shard.requires_grad for shard in shards)
     is_in_loss = is_differentiated and func is not torch.autograd.grad and any(_is_loss(leaf) for leaf in leaves)
     if is_in_loss or func is Tensor.backward:
-        raise _gradient_past_module(func, name, named)
+        raise _gradient_past_module(func, name, named, leaves)
     if func in _READS_MEMORY:
         raise _no_memory(name)
     if func in _READS_ALL:
@@ -69,7 +69,7 @@ def operate(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], name_of
         if not any(words in str(error) for words in _NO_WAY):
             raise _explained(func, name, error) from error
         if is_differentiated:
-            raise _gradient_past_module(func, name, named) from error
+            raise _gradient_past_module(func, name, named, leaves) from error
         return _operate_on_whole(func, args, kwargs, name, error)
     return tree_map(lambda value: _without_parts(value) if isinstance(value, DTensor) else value, result)
 
@@ -130,7 +130,14 @@ def _said(func: Callable[..., Any]) -> str:
     return f"{name}()" if name.isidentifier() else name
 
 
-def _gradient_past_module(func: Callable[..., Any], name: str, shard: DTensor) -> SuperScaleError:
+def _gradient_past_module(func: Callable[..., Any], name: str, shard: DTensor, leaves: list[Any]) -> SuperScaleError:
+    if not any(isinstance(leaf, Tensor) and not isinstance(leaf, DTensor) for leaf in leaves) and (
+        func is not Tensor.backward
+    ):
+        return SuperScaleError(
+            f"{_said(func)} needs the whole weight {name!r}, of which ZeRO-3 has given this rank its rows, and a "
+            f"gradient was asked for. Compute it under torch.no_grad(), which every rank enters; or {FULL_PARAMS}."
+        )
     if shard.is_leaf and func is not Tensor.backward:
         return SuperScaleError(
             f"{_said(func)} was called with the weight {name!r} outside of its module: a part of a module was called "
@@ -156,7 +163,7 @@ def _no_memory(name: str) -> SuperScaleError:
 def _explained(func: Callable[..., Any], name: str, error: RuntimeError) -> SuperScaleError:
     if _NOT_IN_GRAPH in str(error):
         return SuperScaleError(
-            f"torch.autograd.grad was given the weight {name!r}, or others, that are in no graph. With ZeRO-3 "
+            f"torch.autograd.grad was given tensors that are in no graph, the weight {name!r} or others. With ZeRO-3 "
             "parameters are shards outside of their module's forward: gradients of a loss by parameters are made by "
             "backward() alone. Take them by activations or inputs, or use ZeRO-2."
         )
