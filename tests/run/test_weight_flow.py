@@ -531,3 +531,28 @@ def _on_ranks(rank: int, world_size: int):
 
 def test_several_ranks_with_states_of_their_own_equal_ddp():
     assert run_ranks(2, _on_ranks) == [[], []]
+
+
+class OtherDevice(Deep):
+    """Raises what torch raises on a GPU where host tensors meet those of the device."""
+
+    def __init__(self, where):
+        super().__init__()
+        self.where = where
+
+    def on_a_gpu(self, where):
+        if where == self.where:
+            raise RuntimeError("Expected all tensors to be on the same device, but found cuda:0 and cpu!")
+
+    def training_step(self, batch, batch_idx):
+        self.on_a_gpu("training")
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch, batch_idx):
+        self.on_a_gpu("validation")
+
+
+@pytest.mark.parametrize("where", ["training", "validation"])
+def test_a_weight_outside_of_its_block_is_named_where_it_meets_the_device(where):
+    with pytest.raises(SuperScaleError, match="a weight of a block was used outside of the block.*weight_decay.*Torch"):
+        fit(OtherDevice(where), strategy(), validate=True)

@@ -9,12 +9,25 @@ import torch
 from torch import nn
 
 from lightning_superscale.config import OffloadConfig
+from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.offload.weight_flow.schedule import WeightFlow
 from lightning_superscale.ops.state_dtypes import dtype_name
 from lightning_superscale.run.report.plan import ByteClass
 from lightning_superscale.run.techniques.technique import ModuleTechnique, TechniqueFacts
 from lightning_superscale.run.weight_flow import WeightsChoice, choose_weights, flow_of, how_weights_flow
 from lightning_superscale.zero.meta_init import materialise_all
+
+# Part of torch's message where user code uses a weight that flows together with tensors of the device.
+_ELSEWHERE = "Expected all tensors to be on the same device"
+
+
+def _weight_on_host(said: str) -> SuperScaleError:
+    return SuperScaleError(
+        "weights='flow': a weight of a block was used outside of the block, together with tensors of the device, as "
+        "penalties on all parameters are. Such weights are host tensors but for the time in which their block runs. "
+        "Compute it in the block's forward(), use the optimizer's weight_decay for a penalty, move the weight with "
+        f".to(device) for a value without gradient, or use OffloadConfig(weights='stationary'). Torch said: {said}"
+    )
 
 
 class WeightFlowTechnique(ModuleTechnique):
@@ -53,7 +66,12 @@ class WeightFlowTechnique(ModuleTechnique):
     @contextmanager
     def _flowing(flow: WeightFlow) -> Iterator[None]:
         flow.enter()
-        yield
+        try:
+            yield
+        except RuntimeError as error:
+            if _ELSEWHERE in str(error):
+                raise _weight_on_host(str(error)) from error
+            raise
 
     def rest(self, *, is_visible: bool) -> None:
         if self.flow is not None:
