@@ -27,6 +27,8 @@ from lightning_superscale.torch_private import (
 # DTensor's own methods, which hand the parameter to an autograd function instead of an operation.
 _READING_METHODS = ("to_local", "full_tensor", "redistribute")
 
+_READS_NOTHING = operations_without_reads()
+
 _data: Any = Tensor.data  # the descriptor, which torch's stubs declare as a tensor
 
 
@@ -121,9 +123,9 @@ def _on_shards(
 ) -> Any:
     """Run an operation on sharded weights; see [Note: Operations on shards]. What comes of it is known by a weight."""
     kwargs = kwargs or {}
+    if func in _READS_NOTHING:  # first, because engines and FSDP2 ask for such things many times per step
+        return plainly(func, *args, **kwargs)
     result = operate(func, args, kwargs, name_of_weight)
-    if func in operations_without_reads():
-        return result
     name = next((name for arg in tree_leaves((args, kwargs)) if (name := name_of_weight(arg))), "")
     return tree_map(lambda value: follow(value, name) if type(value) is DTensor else value, result) if name else result
 

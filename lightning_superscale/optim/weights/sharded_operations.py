@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_superscale.comm.dtensor import local_part, placed_like
 from lightning_superscale.errors import SuperScaleError
-from lightning_superscale.torch_private import operations_without_reads, plainly, tree_leaves, tree_map
+from lightning_superscale.torch_private import plainly, tree_leaves, tree_map
 
 # Parts of the messages of errors that torch raises on all ranks alike, because it has no way to run an operation.
 _MIXED = "got mixed torch.Tensor and DTensor"
@@ -37,7 +37,7 @@ FULL_PARAMS = "`with strategy.full_params() as weights:`, entered by every rank,
 
 
 def operate(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], name_of: Callable[[DTensor], str]) -> Any:
-    """The result of an operation on a sharded weight, or on what follows of one.
+    """The result of an operation that reads a sharded weight, or what follows of one.
 
     Args:
         name_of: gives the name of the weight that a tensor is, or was computed from; "" for others.
@@ -45,8 +45,6 @@ def operate(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], name_of
     Raises:
         SuperScaleError: the operation means the whole weight, and can't have it; names the weight and what to do.
     """
-    if func in operations_without_reads():
-        return plainly(func, *args, **kwargs)
     leaves = tree_leaves((args, kwargs))
     shards = [leaf for leaf in leaves if isinstance(leaf, DTensor)]
     named = next((shard for shard in shards if name_of(shard)), None)
