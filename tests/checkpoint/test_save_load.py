@@ -1,11 +1,15 @@
 """Saving and loading in one process: bits, partial reads, what is refused, and what lies on disk."""
 
+import importlib.metadata
+import json
 import os
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import lightning_superscale
+from lightning_superscale.checkpoint.format.manifest import MANIFEST_NAME
 from lightning_superscale.checkpoint.load.reader import is_checkpoint, open_checkpoint
 from lightning_superscale.checkpoint.save.writer import save
 from lightning_superscale.checkpoint.state import LocalShard, LocalState, ReadRequest, TensorInfo, TensorKey
@@ -44,6 +48,20 @@ def test_a_state_comes_back_bit_for_bit(tmp_path):
     assert torch.equal(source.rest.pop("best"), torch.tensor([1.0, 2.0]))
     assert source.rest == {"epoch": 3, "loops": {"a": (1, 2)}}
     source.close()
+
+
+def test_a_checkout_that_is_only_on_the_path_saves(tmp_path, monkeypatch):
+    known = importlib.metadata.version
+
+    def version(name):
+        if name == "lightning-superscale":  # nothing is installed there, so the package has no metadata
+            raise importlib.metadata.PackageNotFoundError(name)
+        return known(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    save(str(tmp_path / "a.ckpt"), simple(w=torch.ones(2)), MESH)
+    libs = json.loads((tmp_path / "a.ckpt" / MANIFEST_NAME).read_text())["libs"]
+    assert (libs["lightning-superscale"], libs["torch"]) == (lightning_superscale.__version__, known("torch"))
 
 
 def test_any_safetensors_program_reads_the_data(tmp_path):

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from lightning_superscale import __version__
 from lightning_superscale.checkpoint.format import json_codec as rest_json
 from lightning_superscale.checkpoint.format.blocks import FileDigest, hex_digest
 from lightning_superscale.checkpoint.format.dtypes import dtype_name
@@ -324,7 +325,8 @@ def _publish(target: Target, prepared: PreparedSave, uuid: str, written: Sequenc
         writers=sum(bool(one.files) for one in written),
         libs={
             "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in ("torch", "lightning-superscale")},
+            "torch": importlib.metadata.version("torch"),
+            "lightning-superscale": __version__,
         },
         files={name: file for one in written for name, file in one.files.items()}
         | {REST_NAME: _write_bytes(target, REST_NAME, prepared.rest)},
