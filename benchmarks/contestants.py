@@ -1,5 +1,7 @@
 """One contestant of `step_cost.py`, `zero.py` or `superoffload.py`, or one rank of it, in a process of its own.
 
+Those that need a GPU are in `gpu/contestants.py`.
+
 Steps when told to. Talks JSON lines: says `{"ready": ...}` once warm; answers a number on standard input with the CPU
 seconds (of all threads), wall seconds and loss of that many steps; answers "end" with a digest of its weights. CPU time
 is read at the end of each step, so what a step leaves to worker threads is counted in the next one; with `--settle` a
@@ -18,7 +20,7 @@ import resource
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -75,6 +77,8 @@ class Turns:
         self._losses.clear()
         if self.settle is not None:
             self.settle()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         self.on_warm()
         cpu = time.process_time()
         self.say(ready=self.facts)
@@ -102,7 +106,9 @@ class Turns:
 
 
 def build_model(shape: Shape, precision: str, device: torch.device = CPU) -> Decoder:
-    model = Decoder(shape).to(device)
+    """The model, made where it trains: a host takes minutes to draw billions of weights."""
+    with device:
+        model = Decoder(shape)
     return model.to(torch.bfloat16) if precision == "bf16-true" else model
 
 
@@ -156,8 +162,9 @@ def watch_offload(turns: Turns, assembly: Any) -> None:
     def stop_counting() -> None:
         turns.facts["d2h"] += link.bytes.d2h
         turns.facts["h2d"] += link.bytes.h2d
-        rows = assembly.plan().bytes
-        turns.facts["host_bytes"] = sum(row.host_bytes for row in rows)
+        plan = assembly.plan()
+        turns.facts["host_bytes"], turns.facts["device_bytes"] = plan.host_bytes, plan.device_bytes
+        turns.facts["reasons"] = list(plan.reasons)
 
     def settle() -> None:
         assembly.wait_all_published()
@@ -177,7 +184,7 @@ def run_trainer(
     class Module(L.LightningModule):
         def __init__(self) -> None:
             super().__init__()
-            self.model = Decoder(shape)
+            self.model = build_model(shape, "32-true", turns.device)
 
         def training_step(self, ids: Tensor, batch_idx: int) -> Tensor:
             loss = self.model.loss(ids)
@@ -258,71 +265,20 @@ def run_fsdp2(turns: Turns, shape: Shape, precision: str, clip: float) -> nn.Mod
     return model
 
 
-def run_fsdp2_offload(turns: Turns, shape: Shape, precision: str, clip: float) -> nn.Module:
-    """FSDP2 with its CPUOffloadPolicy, states and fp32 masters on the host; needs CUDA."""
-    import torch.distributed as dist
-    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
-
-    dist.init_process_group("cpu:gloo,cuda:nccl", rank=0, world_size=1, store=dist.HashStore())
-    mesh = dist.init_device_mesh("cuda", (1,))
-    half = torch.bfloat16 if precision == "bf16-true" else torch.float32
-    how = {
-        "mesh": mesh,
-        "offload_policy": CPUOffloadPolicy(),
-        "mp_policy": MixedPrecisionPolicy(param_dtype=half, reduce_dtype=half),
-    }
-    model = WithLoss(build_model(shape, "32-true"))
-    for block in model.model.blocks:
-        fully_shard(block, **how)
-    fully_shard(model, **how)
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True, **ADAMW)
-    for ids in turns:
-        loss = model(ids)
-        loss.backward()
-        if clip:
-            nn.utils.clip_grad_norm_(model.parameters(), clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        turns.record(loss)
-    return model
-
-
-def run_torchao(turns: Turns, shape: Shape, precision: str, clip: float) -> nn.Module:
-    """torchao's CPUOffloadOptimizer, which can't clip by norm: it steps during backward; needs CUDA."""
-    try:
-        from torchao.optim import CPUOffloadOptimizer
-    except ImportError:
-        raise RuntimeError("torchao is not in this version of the environment") from None
-    model = build_model(shape, precision, turns.device)
-    optimizer = CPUOffloadOptimizer(model.parameters(), torch.optim.AdamW, fused=True, **ADAMW)
-    for ids in turns:
-        loss = model.loss(ids)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        turns.record(loss)
-    return model
-
-
-def run_deepspeed(
-    turns: Turns, shape: Shape, precision: str, clip: float, *, stage: int, offload: bool, is_super: bool = False
-) -> nn.Module:
+def run_deepspeed(turns: Turns, shape: Shape, precision: str, clip: float, *, zero: Mapping[str, Any]) -> nn.Module:
+    """DeepSpeed with `zero_optimization` as given; with offload it steps by its own CPUAdam."""
     import deepspeed
 
     model = WithLoss(build_model(shape, precision, turns.device))
-    zero: dict[str, Any] = {"stage": stage, "overlap_comm": False, "reduce_bucket_size": 5_000_000}
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": shape.batch,
         "gradient_clipping": clip,  # its default is 1.0
-        "zero_optimization": zero,
+        "zero_optimization": dict(zero),
     }
     if precision == "bf16-true":
         config["bf16"] = {"enabled": True}
     optimizer = None
-    if offload:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": turns.device.type == "cuda"}
-        if is_super:
-            zero["offload_optimizer"] |= {"super_offload": True, "ratio": 1.0}
+    if "offload_optimizer" in zero:
         config["optimizer"] = {"type": "AdamW", "params": ADAMW}
     else:
         config["zero_allow_untested_optimizer"] = True
@@ -332,15 +288,22 @@ def run_deepspeed(
     )
     turns.facts["optimizer"] = type(getattr(inner, "optimizer", inner)).__name__
     turns.facts["deepspeed"] = deepspeed.__version__
-    threads = int(os.environ.get("BENCH_OPTIMIZER_THREADS", "1"))
+    # Where forward and backward have one thread, its step may have more: nothing else runs beside it.
+    passes = torch.get_num_threads()
+    threads = int(os.environ.get("BENCH_OPTIMIZER_THREADS", passes))
     for ids in turns:
         loss = engine(ids)
         engine.backward(loss)
-        torch.set_num_threads(threads)  # nothing else runs beside its step
+        torch.set_num_threads(threads)
         engine.step()
-        torch.set_num_threads(1)
+        torch.set_num_threads(passes)
         turns.record(loss)
     return model
+
+
+def _zero(stage: int, **more: Any) -> dict[str, Any]:
+    """DeepSpeed's settings on a CPU, where nothing overlaps."""
+    return {"stage": stage, "overlap_comm": False, "reduce_bucket_size": 5_000_000, **more}
 
 
 Runner = Callable[[Turns, Shape, str, float], nn.Module]
@@ -354,19 +317,18 @@ CONTESTANTS: dict[str, Runner] = {
     "resident-default": lambda *a: run_trainer(*a, fused=False, strategy=ours()),
     "superoffload": lambda *a: run_trainer(*a, fused=True, strategy=ours(offload="superoffload")),
     "cpu": lambda *a: run_trainer(*a, fused=True, strategy=ours(offload="cpu")),
-    "deepspeed-z1": lambda *a: run_deepspeed(*a, stage=1, offload=False),
-    "deepspeed-z2-offload": lambda *a: run_deepspeed(*a, stage=2, offload=True),
+    "deepspeed-z1": lambda *a: run_deepspeed(*a, zero=_zero(1)),
+    "deepspeed-z2-offload": lambda *a: run_deepspeed(
+        *a, zero=_zero(2, offload_optimizer={"device": "cpu", "pin_memory": False})
+    ),
     "ddp": lambda *a: run_trainer(*a, fused=True, strategy=lambda: "ddp"),
     "zero1": lambda *a: run_trainer(*a, fused=True, strategy=ours(zero=1)),
     "zero2": lambda *a: run_trainer(*a, fused=True, strategy=ours(zero=2)),
     "zero3": lambda *a: run_trainer(*a, fused=True, strategy=ours(zero=3)),
     "fsdp2": run_fsdp2,
     "passes": run_passes,
-    "fsdp2-offload": run_fsdp2_offload,
-    "torchao-offload": run_torchao,
-    "deepspeed-superoffload": lambda *a: run_deepspeed(*a, stage=3, offload=True, is_super=True),
-    "deepspeed-z2": lambda *a: run_deepspeed(*a, stage=2, offload=False),
-    "deepspeed-z3": lambda *a: run_deepspeed(*a, stage=3, offload=False),
+    "deepspeed-z2": lambda *a: run_deepspeed(*a, zero=_zero(2)),
+    "deepspeed-z3": lambda *a: run_deepspeed(*a, zero=_zero(3)),
 }
 
 
@@ -379,14 +341,15 @@ def digest(module: nn.Module) -> str:
     return sha.hexdigest()[:16]
 
 
-def main() -> int:
+def main(contestants: Mapping[str, Runner] = CONTESTANTS) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=CONTESTANTS)
+    parser.add_argument("name", choices=contestants)
     parser.add_argument("--size", choices=SHAPES, required=True)
     parser.add_argument("--precision", choices=("32-true", "bf16-true"), default="32-true")
     parser.add_argument("--clip", type=float, default=0.0)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=1, help="of torch; 0 leaves them as they are")
     parser.add_argument("--settle", action="store_true", help="a turn ends when nothing is under way any more")
     options = parser.parse_args()
     # Libraries print what they like; the controller reads JSON only.
@@ -394,23 +357,26 @@ def main() -> int:
     os.dup2(2, 1)
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    torch.set_num_threads(1)
+    if options.threads:
+        torch.set_num_threads(options.threads)
     shape = SHAPES[options.size]
     turns = Turns(shape, options.warmup, answers, options.device)
     if options.settle:
         turns.settle = torch.cuda.synchronize if options.device == "cuda" else lambda: None
     turns.facts.update(torch=torch.__version__, python=platform.python_version())
     try:
-        module = CONTESTANTS[options.name](turns, shape, options.precision, options.clip)
+        module = contestants[options.name](turns, shape, options.precision, options.clip)
     except Exception as error:
         if "not in this version" not in str(error):
             raise
         turns.say(absent=str(error))
         return 0
-    if options.name.startswith(("resident", "superoffload", "cpu", "zero")):
+    if options.name.startswith(("resident", "superoffload", "cpu", "flow", "zero")):
         from lightning_superscale.ops.cpu import adamw
 
         turns.facts["kernel"] = adamw.kernel_name()
+    if options.device == "cuda":
+        turns.facts["peak_device_mib"] = torch.cuda.max_memory_allocated() // 2**20
     turns.say(
         digest=digest(module),
         num_params=num_params(module),

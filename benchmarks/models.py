@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,10 @@ class Shape:
 
     Widths are multiples of 16: torch's fused AdamW kernel rounds a tensor's last few elements otherwise
     than the rest, and with no such remainder two exact implementations agree in every bit.
+
+    Attributes:
+        remat: whether blocks compute their activations again in backward.
+        loss_tokens: tokens whose logits are there at a time; 0 for all of them.
     """
 
     width: int
@@ -24,6 +29,13 @@ class Shape:
     vocabulary: int
     batch: int
     sequence: int
+    remat: bool = False
+    loss_tokens: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a step."""
+        return self.batch * self.sequence
 
 
 SHAPES = {
@@ -32,6 +44,18 @@ SHAPES = {
     "120M": Shape(width=768, num_layers=12, num_heads=12, vocabulary=23040, batch=2, sequence=128),
     # For GPUs: 16,384 tokens per step.
     "1B": Shape(width=2048, num_layers=20, num_heads=16, vocabulary=32000, batch=8, sequence=2048),
+    "3.1B": Shape(width=3072, num_layers=26, num_heads=24, vocabulary=32000, batch=8, sequence=2048),
+    "5.1B": Shape(width=4096, num_layers=24, num_heads=32, vocabulary=32000, batch=8, sequence=2048),
+}
+# Large models, and one sequence that is long: one block's activations at a time.
+_LEAN = {"vocabulary": 32000, "remat": True, "loss_tokens": 8192}
+SHAPES |= {
+    "6.7B": Shape(width=4096, num_layers=32, num_heads=32, batch=8, sequence=2048, **_LEAN),
+    "11B": Shape(width=5120, num_layers=34, num_heads=40, batch=8, sequence=2048, **_LEAN),
+}
+SHAPES |= {
+    f"3.1B-{thousands}k": Shape(width=3072, num_layers=26, num_heads=24, batch=1, sequence=1024 * thousands, **_LEAN)
+    for thousands in (16, 32, 64, 128)
 }
 
 
@@ -66,20 +90,33 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(Block(shape.width, shape.num_heads) for _ in range(shape.num_layers))
         self.norm = nn.LayerNorm(shape.width)
         self.head = nn.Linear(shape.width, shape.vocabulary, bias=False)
+        self._remat, self._loss_tokens = shape.remat, shape.loss_tokens
         for weight in (self.tokens.weight, self.positions.weight):
             nn.init.normal_(weight, std=0.02)
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def features(self, ids: Tensor) -> Tensor:
+        """What the head makes logits of: [batch, sequence, width]."""
         places = torch.arange(ids.shape[1], device=ids.device)
         x = self.tokens(ids) + self.positions(places)
         for block in self.blocks:
-            x = block(x)
-        return self.head(self.norm(x))
+            x = checkpoint(block, x, use_reentrant=False) if self._remat else block(x)
+        return self.norm(x)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.features(ids))
 
     def loss(self, ids: Tensor) -> Tensor:
         """Mean cross-entropy of each token from those before it; ids is [batch, sequence + 1]."""
-        logits = self(ids[:, :-1])
-        return functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+        if not self._loss_tokens:
+            logits = self(ids[:, :-1])
+            return functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+        features, targets = self.features(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()
+        parts = zip(features.split(self._loss_tokens), targets.split(self._loss_tokens), strict=True)
+        summed = [checkpoint(self._summed_loss, *part, use_reentrant=False) for part in parts]
+        return torch.stack(summed).sum() / targets.numel()
+
+    def _summed_loss(self, features: Tensor, targets: Tensor) -> Tensor:
+        return functional.cross_entropy(self.head(features).float(), targets, reduction="sum")
 
 
 def num_params(module: nn.Module) -> int:

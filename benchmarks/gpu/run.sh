@@ -1,24 +1,23 @@
 #!/usr/bin/env bash
-# Build, test and measure the GPU ops on this machine: benchmarks/gpu/run.sh OUT_DIR [run.py options]
+# What `make gpu-check`, `make gpu-bench` and `make gpu-long` run: benchmarks/gpu/run.sh check|bench|long OUT [options]
 #
-# Needs a GPU, nvcc, torch with CUDA and Triton; no network; at most ten minutes. OUT_DIR receives JSON
-# files and logs, whatever fails; the exit status says whether anything did.
-#   PYTHON      the interpreter (python3)
-#   LSS_WHEELS  a directory of wheels for packages that the interpreter lacks
+# Needs a GPU and torch with CUDA; nvcc for our CUDA kernels; no network (environment.sh). Each ends within 9.5 minutes.
+# OUT gets one file of JSON lines and one log for each, and a trace from the check; the exit status says whether all
+# rows are ok. `--device cpu --tiny` rehearses it without a GPU.
 set -uo pipefail
-out=${1:?usage: benchmarks/gpu/run.sh OUT_DIR [options]}
-shift
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-python=${PYTHON:-python3}
+part=${1:?usage: benchmarks/gpu/run.sh check|bench|long OUT [options]}
+out=${2:?usage: benchmarks/gpu/run.sh check|bench|long OUT [options]}
+shift 2
+module=$part more=()
+if [ "$part" = long ]; then module=bench more=(--long); fi
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
-export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 {
-    if [ -n "${LSS_WHEELS:-}" ]; then
-        site=$(mktemp -d)
-        "$python" -m pip install -q --no-index --no-deps --no-compile --target "$site" "$LSS_WHEELS"/*.whl || exit 1
-        export PYTHONPATH="$PYTHONPATH:$site"
-    fi
-    cd "$root" && PYTHONUNBUFFERED=1 timeout --signal=INT --kill-after=10 590 "$python" -m benchmarks.gpu.run "$out" "$@"
-} 2>&1 | tee "$out/run.log"
+    # shellcheck source=benchmarks/gpu/environment.sh
+    . "$(dirname "${BASH_SOURCE[0]}")/environment.sh" || exit 1
+    cd "$root" || exit 1
+    start_cpu_adam
+    # The rows have limits of their own; this one is for what no row foresees.
+    timeout --signal=TERM --kill-after=5 565 "$python" -m "benchmarks.gpu.$module" "$out" "${more[@]}" "$@"
+} 2>&1 | tee "$out/$part.log"
 exit "${PIPESTATUS[0]}"

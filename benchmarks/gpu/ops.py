@@ -1,4 +1,4 @@
-"""What is measured: each function returns rows of numbers for one JSON file.
+"""Our CUDA and Triton kernels beside torch's: `python -m benchmarks.gpu.ops` prints one JSON object a line.
 
 Rates count every byte that the algorithm must read or write once. The copy roof is torch's own
 device-to-device copy of the same run, bytes read plus bytes written.
@@ -6,6 +6,9 @@ device-to-device copy of the same run, bytes read plus bytes written.
 
 from __future__ import annotations
 
+import argparse
+import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -260,36 +263,28 @@ def triton(setting: Setting) -> list[Row]:
     ]
 
 
-def transfers(setting: Setting) -> list[Row]:
-    """Pinned host memory to the device and back: each way alone, then both at once."""
-    is_pinned = not setting.is_rehearsal
-    host_in, host_out = (torch.empty(setting.numel, pin_memory=is_pinned) for _ in range(2))
-    device_in, device_out = (torch.randn(setting.numel, device=setting.device) for _ in range(2))
-    moved = setting.numel * 4
+BENCHMARKS: dict[str, Callable[[Setting], list[Row]]] = {"adamw": adamw, "sumsq": sumsq, "triton": triton}
 
-    def h2d() -> None:
-        device_in.copy_(host_in, non_blocking=True)
 
-    def d2h() -> None:
-        host_out.copy_(device_out, non_blocking=True)
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="the oracle on small tensors, on a CPU")
+    options = parser.parse_args()
+    is_small = options.tiny or options.device == "cpu"
+    setting = Setting(torch.device(options.device), 1 << (13 if is_small else 27), repetitions=3 if is_small else 20)
+    for group, measure_group in BENCHMARKS.items():
+        try:
+            rows = measure_group(setting)
+        except Exception as error:  # the other groups are still wanted
+            print(json.dumps({"row": f"kernels: {group}", "ok": False, "error": f"{type(error).__name__}: {error}"}))
+            continue
+        for row in rows:
+            print(json.dumps({"row": f"kernels: {group}: {row.pop('name')}", "ok": True, **row}), flush=True)
+        if not setting.is_rehearsal:
+            torch.cuda.empty_cache()
+    return 0
 
-    def both() -> None:
-        if setting.is_rehearsal:
-            h2d()
-            d2h()
-            return
-        current = torch.cuda.current_stream()
-        for stream, transfer in ((up, h2d), (down, d2h)):
-            stream.wait_stream(current)
-            with torch.cuda.stream(stream):
-                transfer()
-        current.wait_stream(up)
-        current.wait_stream(down)
 
-    if not setting.is_rehearsal:
-        up, down = torch.cuda.Stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    return [
-        {"name": "h2d pinned", **setting.time(h2d, moved)},
-        {"name": "d2h pinned", **setting.time(d2h, moved)},
-        {"name": "h2d and d2h at once, sum", **setting.time(both, 2 * moved)},
-    ]
+if __name__ == "__main__":
+    sys.exit(main())

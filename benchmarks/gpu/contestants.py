@@ -1,0 +1,115 @@
+"""One contestant of `make gpu-bench` in a process of its own; it talks as those of `benchmarks/contestants.py` do.
+
+All train one model with bf16 weights, made on the device, and fp32 masters and states on the host; who can't do that
+says so here. Threads are as the system gives them, buckets are large, copies overlap: each peer's own best settings.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.contestants import (
+    ADAMW,
+    Runner,
+    Turns,
+    WithLoss,
+    build_model,
+    main,
+    ours,
+    run_deepspeed,
+    run_passes,
+    run_trainer,
+)
+from benchmarks.models import Shape
+from lightning_superscale import OffloadConfig
+
+# As DeepSpeed's own examples: buckets of hundreds of millions of elements, copies beside backward.
+_ZERO2 = {
+    "stage": 2,
+    "overlap_comm": True,
+    "contiguous_gradients": True,
+    "reduce_bucket_size": 500_000_000,
+    "allgather_bucket_size": 500_000_000,
+    "offload_optimizer": {"device": "cpu", "pin_memory": True},
+}
+
+
+def _super_offload(ratio: float) -> dict[str, Any]:
+    """The settings that its authors publish, which have no overlap_comm: it overlaps the optimizer by itself."""
+    offload = {"device": "cpu", "pin_memory": True, "super_offload": True, "ratio": ratio, "cpuadam_cores_perc": 0.9}
+    sizes = {"reduce_bucket_size": 400_000_000, "sub_group_size": 400_000_000}
+    return {"stage": 3, "overlap_comm": False, **sizes, "offload_optimizer": offload}
+
+
+def run_fsdp2_offload(turns: Turns, shape: Shape, precision: str, clip: float) -> nn.Module:
+    """FSDP2 with its CPUOffloadPolicy: fp32 masters and states on the host, stepped by torch's fused AdamW there."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+
+    dist.init_process_group("cpu:gloo,cuda:nccl", rank=0, world_size=1, store=dist.HashStore())
+    half = torch.bfloat16 if precision == "bf16-true" else torch.float32
+    how: dict[str, Any] = {
+        "mesh": dist.init_device_mesh("cuda", (1,)),
+        "offload_policy": CPUOffloadPolicy(pin_memory=True),
+        "mp_policy": MixedPrecisionPolicy(param_dtype=half, reduce_dtype=half),
+        # Where backward has no need to recompute, weights stay from forward to backward, which spares an upload.
+        "reshard_after_forward": shape.remat,
+    }
+    model = WithLoss(build_model(shape, "32-true", turns.device))
+    blocks = [fully_shard(block, **how) for block in model.model.blocks]
+    fully_shard(model, **how)
+    for block, following in zip(blocks, blocks[1:], strict=False):
+        block.set_modules_to_forward_prefetch([following])
+        following.set_modules_to_backward_prefetch([block])
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True, **ADAMW)
+    for ids in turns:
+        loss = model(ids)
+        loss.backward()
+        if clip:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        turns.record(loss)
+    return model
+
+
+def run_torchao(turns: Turns, shape: Shape, precision: str, clip: float) -> nn.Module:
+    """torchao's CPUOffloadOptimizer: no clip, because it steps during backward, and bf16 states, as are its weights."""
+    from torchao.optim import CPUOffloadOptimizer
+
+    model = build_model(shape, precision, turns.device)
+    optimizer = CPUOffloadOptimizer(model.parameters(), torch.optim.AdamW, fused=True, **ADAMW)
+    for ids in turns:
+        loss = model.loss(ids)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        turns.record(loss)
+    return model
+
+
+def _ours(**options: Any) -> Runner:
+    strategy = ours(offload=OffloadConfig(**options))
+    return lambda *a: run_trainer(*a, fused=True, strategy=strategy)
+
+
+CONTESTANTS: dict[str, Runner] = {
+    "passes": run_passes,
+    "superoffload-host": _ours(engine="superoffload", gpu_fraction=0, weights="stationary"),
+    "superoffload-auto": _ours(engine="superoffload"),
+    "superoffload-third": _ours(engine="superoffload", gpu_fraction=0.35, weights="stationary"),
+    "cpu-host": _ours(engine="cpu", gpu_fraction=0, weights="stationary"),
+    "flow": _ours(engine="superoffload", weights="flow"),
+    "deepspeed-z2-offload": lambda *a: run_deepspeed(*a, zero=_ZERO2),
+    "deepspeed-superoffload": lambda *a: run_deepspeed(*a, zero=_super_offload(1.0)),
+    "deepspeed-superoffload-90": lambda *a: run_deepspeed(*a, zero=_super_offload(0.9)),
+    "fsdp2-offload": run_fsdp2_offload,
+    "torchao-offload": run_torchao,
+}
+
+if __name__ == "__main__":
+    sys.exit(main(CONTESTANTS))

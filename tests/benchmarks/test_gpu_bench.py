@@ -1,0 +1,136 @@
+"""`make gpu-bench` and `make gpu-long` rehearsed without a GPU; what a contestant that breaks leaves."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.gpu import bench, contestants
+from benchmarks.gpu.process import Outcome
+from benchmarks.gpu.rows import Rows
+from benchmarks.models import SHAPES, Decoder, Shape, batches, num_params
+
+
+def _rows(path: Path) -> dict[str, dict[str, Any]]:
+    return {row["row"]: row for row in map(json.loads, path.read_text().splitlines())}
+
+
+def test_a_rehearsal_measures_what_a_cpu_can_run(tmp_path: Path) -> None:
+    status = bench.main([str(tmp_path), "--device", "cpu", "--tiny"])
+    rows = _rows(tmp_path / "bench.jsonl")
+    assert status == 0, [row for row in rows.values() if not row["ok"]]
+    assert list(rows)[0] == "fact: software"
+    passes, ours = rows["1M: forward and backward alone"], rows["1M: ours superoffload, gpu_fraction=0"]
+    assert passes["exposed_s"] == 0
+    assert ours["exposed_s"] == pytest.approx(ours["wall_s"] - passes["wall_s"], abs=2e-4)
+    assert len(ours["steps_wall_s"]) == 3
+    assert 4 <= ours["link_bytes_per_param"] < 4.04
+    assert 16 <= ours["host_bytes_per_param"] < 16.16
+    assert ours["losses"][0] == pytest.approx(passes["losses"][0], rel=0.02)
+    kernels = [row for name, row in rows.items() if name.startswith("kernels: ")]
+    assert len(kernels) > 30
+    assert all(row["median_ms"] > 0 for row in kernels)
+
+
+@pytest.mark.slow
+def test_a_rehearsal_of_the_long_part_lets_weights_flow(tmp_path: Path) -> None:
+    assert bench.main([str(tmp_path), "--device", "cpu", "--tiny", "--long"]) == 0
+    row = _rows(tmp_path / "long.jsonl")["1M: ours superoffload, weights=flow"]
+    assert row["facts"]["device_bytes"] < row["facts"]["host_bytes"] / 4
+
+
+def _plan(tmp_path: Path, *options: str) -> bench.Plan:
+    return bench.plan_of(bench.parse([str(tmp_path), *options]))
+
+
+def test_plans_name_contestants_and_sizes_that_exist(tmp_path: Path) -> None:
+    assert set(bench.LABELS) == set(contestants.CONTESTANTS)
+    ahead, long = _plan(tmp_path), _plan(tmp_path, "--long")
+    assert [size for size, _ in ahead.entries] == ["3.1B"] * len(ahead.entries)
+    names = [name for _, name in ahead.entries]
+    assert names[0] == names[-1] == "passes"  # for drift
+    assert {"superoffload-host", "superoffload-auto", "deepspeed-z2-offload", "deepspeed-superoffload"} < set(names)
+    assert {size for size, _ in long.entries} == {"6.7B", "11B", "3.1B-16k", "3.1B-32k", "3.1B-64k", "3.1B-128k"}
+    assert {size for size, _ in long.entries} < set(SHAPES)
+    only = _plan(tmp_path, "--only", "flow", "--size", "5.1B")
+    assert (list(only.entries), only.has_kernels) == ([("5.1B", "flow")], False)
+    assert _plan(tmp_path, "--only", "kernels").has_kernels
+
+
+@pytest.mark.parametrize(("size", "billions"), [("3.1B", 3.1), ("5.1B", 5.1), ("6.7B", 6.7), ("11B", 11.0)])
+def test_models_have_the_size_that_their_name_says(size: str, billions: float) -> None:
+    import torch
+
+    with torch.device("meta"):
+        assert num_params(Decoder(SHAPES[size])) / 1e9 == pytest.approx(billions, rel=0.02)
+    assert SHAPES[size].tokens == 16384
+
+
+def test_recomputation_and_a_loss_in_parts_change_no_gradient() -> None:
+    plain = Shape(width=32, num_layers=2, num_heads=2, vocabulary=64, batch=2, sequence=8)
+    lean = Shape(width=32, num_layers=2, num_heads=2, vocabulary=64, batch=2, sequence=8, remat=True, loss_tokens=5)
+    ids, grads = batches(plain)(0), []
+    for shape in (plain, lean):
+        model = Decoder(shape)
+        model.loss(ids).backward()
+        grads.append([param.grad for param in model.parameters()])
+    for a, b in zip(*grads, strict=True):
+        # fp32 sums of 16 tokens in another order: some roundings of 2**-24 each.
+        assert a is not None
+        assert b is not None
+        assert (a - b).abs().max() <= 16 * 2**-24 * max(1.0, float(a.abs().max()))
+
+
+class Scripted(bench.Bench):
+    """A benchmark whose processes say what they are told."""
+
+    def __init__(self, out: Path, rows: Rows, plan: bench.Plan, script: list[tuple[list[Any], Outcome]]) -> None:
+        super().__init__(argparse.Namespace(device="cuda", tiny=False, out=out), rows, plan)
+        self.script, self.commands = script, []
+
+    def run(self, arguments: Any, limit_s: float, **more: Any) -> Outcome:
+        self.commands.append((arguments, more))
+        answers, outcome = self.script.pop(0)
+        for answer in answers:
+            more["on_line"](json.dumps(answer))
+        return outcome
+
+
+TURN = {"cpu": [1.0, 1.0], "wall": [0.5, 0.7], "loss": [3.0, 2.0]}
+END = {"digest": "0", "num_params": 100, "peak_mib": 7, "facts": {"peak_device_mib": 9}}
+GOOD, FACTS = Outcome(0, 1.0, ""), ([], Outcome(0, 1.0, ""))
+
+
+def test_a_contestant_that_breaks_leaves_a_row_and_the_others_go_on(tmp_path: Path) -> None:
+    names = ("passes", "superoffload-host", "deepspeed-z2-offload", "fsdp2-offload")
+    plan = bench.Plan([("1M", name) for name in names], 1, 2, 75, has_kernels=False)
+    rows = Rows(tmp_path / "bench.jsonl", limit_s=100)
+    script = [
+        FACTS,
+        FACTS,
+        ([{"ready": {}}, TURN, END], GOOD),
+        ([{"ready": {}}], Outcome(1, 1.0, "torch.OutOfMemoryError: CUDA out of memory.")),
+        ([{"ready": {}}, TURN], Outcome(None, 75.0, "", "its time was up")),
+        ([{"ready": {}}, TURN, END], Outcome(-6, 1.0, "terminate called")),  # it broke after it was measured
+    ]
+    scripted = Scripted(tmp_path, rows, plan, script)
+    scripted.all()
+    assert rows.conclude() == 1
+    found = _rows(tmp_path / "bench.jsonl")
+    assert found["1M: forward and backward alone"]["peak_device_mib"] == 9
+    assert found["1M: ours superoffload, gpu_fraction=0"]["is_out_of_memory"]
+    hung = found["1M: DeepSpeed ZeRO-2 offload"]
+    assert (hung["ok"], hung["wall_s"], hung["error"]) == (False, 0.6, "killed: its time was up")
+    assert found["1M: FSDP2 CPUOffloadPolicy"]["ok"]
+    assert found["end"]["failed"] == ["1M: ours superoffload, gpu_fraction=0", "1M: DeepSpeed ZeRO-2 offload"]
+    command, more = scripted.commands[4]
+    assert command[command.index("--threads") + 1] == "0"
+    assert more["variables"]["WORLD_SIZE"] == "1"
+    assert more["stdin"] == "2\nend\n"
