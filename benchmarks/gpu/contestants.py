@@ -50,11 +50,13 @@ def run_fsdp2_offload(turns: Turns, shape: Shape, precision: str, clip: float) -
     import torch.distributed as dist
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
-    dist.init_process_group("cpu:gloo,cuda:nccl", rank=0, world_size=1, store=dist.HashStore())
+    is_cuda = turns.device.type == "cuda"
+    backend = "cpu:gloo,cuda:nccl" if is_cuda else "gloo"
+    dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())
     half = torch.bfloat16 if precision == "bf16-true" else torch.float32
     how: dict[str, Any] = {
-        "mesh": dist.init_device_mesh("cuda", (1,)),
-        "offload_policy": CPUOffloadPolicy(pin_memory=True),
+        "mesh": dist.init_device_mesh(turns.device.type, (1,)),
+        "offload_policy": CPUOffloadPolicy(pin_memory=is_cuda),
         "mp_policy": MixedPrecisionPolicy(param_dtype=half, reduce_dtype=half),
         # Where backward has no need to recompute, weights stay from forward to backward, which spares an upload.
         "reshard_after_forward": shape.remat,
