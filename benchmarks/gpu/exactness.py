@@ -93,8 +93,9 @@ class Model(L.LightningModule):
     def training_step(self, ids: Tensor, batch_idx: int) -> Tensor:
         place = batch_idx % self.trainer.accumulate_grad_batches
         generator = torch.Generator().manual_seed(1000 * self.trainer.global_step + place)
-        x = torch.randn(self._batch, FEATURES, generator=generator).to(self.first.weight)
-        y = torch.randn(self._batch, CLASSES, generator=generator).to(x.device)
+        # With "bf16-true" the default dtype is bf16 in here.
+        x = torch.randn(self._batch, FEATURES, generator=generator, dtype=torch.float32).to(self.first.weight)
+        y = torch.randn(self._batch, CLASSES, generator=generator, dtype=torch.float32).to(x.device)
         loss = functional.mse_loss(self(x).float(), y)
         self.losses.append(loss.detach().cpu())
         return loss

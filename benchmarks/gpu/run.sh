@@ -18,6 +18,6 @@ out=$(cd "$out" && pwd)
     cd "$root" || exit 1
     start_cpu_adam
     # The rows have limits of their own; this one is for what no row foresees.
-    timeout --signal=TERM --kill-after=5 565 "$python" -m "benchmarks.gpu.$module" "$out" "${more[@]}" "$@"
+    timeout --signal=TERM --kill-after=5 555 "$python" -m "benchmarks.gpu.$module" "$out" "${more[@]}" "$@"
 } 2>&1 | tee "$out/$part.log"
 exit "${PIPESTATUS[0]}"
