@@ -20,7 +20,7 @@ if compgen -G "$wheels/*.whl" >/dev/null; then
   site=$made/site-$state
   if [ ! -e "$site/.installed" ]; then
     "$python" -m pip install -q --disable-pip-version-check --no-index --no-deps --no-compile --no-cache-dir --upgrade \
-      --target "$site" "$wheels"/*.whl && touch "$site/.installed" || return 1
+      --target "$site" "$wheels"/*.whl && mkdir -p "$site" && touch "$site/.installed" || return 1
   fi
   # First, since the machine may have older versions of one of them.
   PYTHONPATH=$site:$PYTHONPATH

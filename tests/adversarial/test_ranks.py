@@ -389,7 +389,6 @@ def is_running(pid: str) -> bool:
 @pytest.mark.parametrize(
     ("strategy", "place", "number"),
     [
-        ("zero2", "training", signal.SIGTERM),
         *(
             pytest.param(strategy, place, number, marks=only_in_test_all)
             for strategy in ("zero2", "zero3", "superoffload")

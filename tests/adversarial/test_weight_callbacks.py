@@ -59,7 +59,7 @@ def differing(expected, found, rank=0):
 
 
 @pytest.mark.filterwarnings("ignore:SWA is currently only supported every epoch")
-@pytest.mark.parametrize("callback", CALLBACKS)
+@pytest.mark.parametrize("callback", CALLBACKS if IS_ALL else ["pruning", "averaging"])
 def test_one_device_gives_the_bits_of_plain_lightning(callback):
     expected = fit(callback, "auto")
     for name in ALONE if IS_ALL else ("superscale", "superoffload"):

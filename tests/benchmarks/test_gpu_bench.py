@@ -16,6 +16,7 @@ from benchmarks.gpu import bench, contestants
 from benchmarks.gpu.process import Outcome
 from benchmarks.gpu.rows import Rows
 from benchmarks.models import SHAPES, Decoder, Shape, batches, num_params
+from tests.helpers.extent import only_in_test_all
 
 
 def _rows(path: Path) -> dict[str, dict[str, Any]]:
@@ -40,6 +41,7 @@ def test_a_rehearsal_measures_what_a_cpu_can_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@only_in_test_all
 def test_a_rehearsal_of_the_long_part_lets_weights_flow(tmp_path: Path) -> None:
     assert bench.main([str(tmp_path), "--device", "cpu", "--tiny", "--long"]) == 0
     row = _rows(tmp_path / "long.jsonl")["1M: ours superoffload, weights=flow"]
