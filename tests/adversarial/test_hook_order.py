@@ -12,7 +12,15 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy
 
 import lightning_superscale as lss
 from tests.adversarial.reading_modules import Reads
+from tests.helpers.launched import environment_kept
 from tests.helpers.trainers import loader, trainer
+
+
+@pytest.fixture(autouse=True)
+def environment():
+    with environment_kept():
+        yield
+
 
 # What a strategy calls of itself, where it likes.
 OWN = {
