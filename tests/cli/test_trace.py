@@ -51,7 +51,7 @@ RUNS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "lanes"), RUNS if IS_ALL else RUNS[:2])
+@pytest.mark.parametrize(("name", "lanes"), RUNS if IS_ALL else RUNS[1:2])
 def test_a_step_of_any_engine_is_drawn(tmp_path, name, lanes):
     done = trace(tmp_path / "out", tmp_path / "train.py", name, "2", "bf16-true")
     assert done.returncode == 0, done.stderr

@@ -15,6 +15,7 @@ import torch
 from examples.language_model.demo import DemoCLI, main
 from examples.language_model.model import GPTConfig
 from examples.language_model.module import LanguageModel
+from tests.helpers.extent import only_in_test_all
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "examples" / "language_model" / "demo.py"
@@ -150,7 +151,7 @@ def test_finetune_lowers_the_loss_and_saves_usable_weights(tmp_path):
     assert "optimizer engine  superoffload" in result.stdout
 
 
-@pytest.mark.parametrize("strategy", ["superoffload", "superscale"])
+@pytest.mark.parametrize("strategy", ["superoffload", pytest.param("superscale", marks=only_in_test_all)])
 def test_two_towers_read_and_have_the_gradients_of_one_process(tmp_path, strategy):
     settings = ("--num_words=1500", "--steps=50", "--batch_size=48", f"--strategy={strategy}")
     result = python(TOWERS, *settings, cwd=tmp_path)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.extent import only_in_test_all
+
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = """
 import torch
@@ -51,7 +53,9 @@ def test_autoload_registers_without_an_import_of_ours(lightning, binding):
     assert f"trained with lightning_superscale.plugins.{binding} SuperOffloadStrategy 2" in done.stdout
 
 
-@pytest.mark.parametrize("opt_out", ["LSS_AUTOLOAD", "TORCH_DEVICE_BACKEND_AUTOLOAD"])
+@pytest.mark.parametrize(
+    "opt_out", ["LSS_AUTOLOAD", pytest.param("TORCH_DEVICE_BACKEND_AUTOLOAD", marks=only_in_test_all)]
+)
 def test_opting_out_leaves_lightnings_own_error_and_the_import_registers(opt_out):
     code = f"import lightning as L\nNAME = 'superoffload'\n{TRAIN}"
     done = python(code, **{opt_out: "0"})

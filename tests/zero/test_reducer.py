@@ -21,6 +21,7 @@ from lightning_superscale.optim.clipping import ClipByNorm, ClipByValue
 from lightning_superscale.zero.buckets.unit import BucketUnit
 from lightning_superscale.zero.reducer import LocalReducer
 from tests.helpers.engines import build_engine
+from tests.helpers.extent import only_in_test_all
 from tests.helpers.plain import PlainMasterAdamW
 from tests.helpers.programs import PROGRAMS, Programs, extra_backward_of_a_part, plain_backward
 from tests.helpers.ranks import run_ranks
@@ -205,7 +206,7 @@ def test_every_program_in_every_way_equals_one_process(world_size):
     run_matrix(world_size, cases)
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=only_in_test_all)])
 def test_recycled_memory_is_never_handed_out_while_somebody_needs_it(world_size):
     ways = [way for way in WAYS if way != "replicated"]
     cases = []
