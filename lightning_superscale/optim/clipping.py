@@ -184,16 +184,12 @@ class EarlyNorms:
 
         The result is on the gradients' device where all have one, and on the host otherwise.
         """
-        early = [self._taken.get((item.unit.index, item.i)) for item in due]
-        late: dict[int, list[int]] = {}
-        for place, (item, taken) in enumerate(zip(due, early, strict=True)):
-            if taken is None:
-                late.setdefault(item.unit.index, []).append(place)
-        for places in late.values():  # unit by unit, so that few gradients are back on the device at a time
-            found = self._measure([_on_device(due[place]) for place in places])
-            for place, measure in zip(places, found, strict=True):
-                early[place] = measure
-        measures = [measure for measure in early if measure is not None]
+        known = {key: measure for key, measure in self._taken.items() if measure is not None}
+        late = by_unit(item for item in due if (item.unit.index, item.i) not in known)
+        for index, items in late.items():  # unit by unit, so that few gradients are back on the device at a time
+            measured = self._measure([_on_device(item) for item in items])
+            known.update(zip(((index, item.i) for item in items), measured, strict=True))
+        measures = [known[item.unit.index, item.i] for item in due]
         devices = {measure.device for measure in measures}
         return torch.stack(measures if len(devices) == 1 else [measure.cpu() for measure in measures])
 
