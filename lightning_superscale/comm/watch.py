@@ -39,6 +39,9 @@ from lightning_superscale.forks import Origin
 SILENCE_S = 30.0
 """Age in seconds of the last sign of life from which on a rank is given up, unless a watch is told otherwise."""
 
+RANK_0 = "rank 0"
+"""The keeper of a store that no launcher keeps, as errors name it."""
+
 _PERIOD_S = 0.5
 # Age in seconds of the last sign of life at which a rank counts as dead after a broken connection.
 _BROKEN_AFTER_S = 2.5
@@ -52,7 +55,6 @@ _LEAVE_S = 1.0
 # Seconds that a rank may stay in a collective of other code after a rank failed.
 _GRACE_S = 4.0
 _FAILED, _VERDICT = "failed", "verdict"
-_RANK_0 = "rank 0"
 _LONGEST_LINE = 500
 
 
@@ -96,7 +98,7 @@ class RankWatch:
         world_size: int,
         *,
         silence_s: float = SILENCE_S,
-        keeper: str = _RANK_0,
+        keeper: str = RANK_0,
     ) -> None:
         self._open_store: Callable[[], Store] | None = None if isinstance(store, Store) else store
         self._store: Store | None = store if isinstance(store, Store) else None
@@ -341,7 +343,7 @@ class RankWatch:
 
     def _loss_of_store(self, error: Exception) -> str:
         deadline = time.monotonic() + 2 * _PERIOD_S  # a process that ends closes its connections first
-        while self._keeper == _RANK_0 and self._fate_of(0) is None and time.monotonic() < deadline:
+        while self._keeper == RANK_0 and self._fate_of(0) is None and time.monotonic() < deadline:
             time.sleep(0.05)
         fate = self._fate_of(0)
         if fate is not None and fate.is_gone:
@@ -382,9 +384,9 @@ class RankWatch:
             self._end_if_stuck(is_leaving)
 
     def _silence_of_store(self) -> str:
-        fate = self._fate_of(0) if self._keeper == _RANK_0 else None
+        fate = self._fate_of(0) if self._keeper == RANK_0 else None
         known = "" if fate is None else f": {fate.text}"
-        what = "gave no sign of life" if self._keeper == _RANK_0 else "did not answer"
+        what = "gave no sign of life" if self._keeper == RANK_0 else "did not answer"
         return f"{self._keeper}, which keeps the ranks' store, {what} for {self._silence_s:g} s{known}"
 
     def _fail(self, failure: str) -> None:

@@ -17,7 +17,7 @@ from torch.distributed import HashStore, PrefixStore, Store, TCPStore  # type: i
 
 from lightning_superscale.comm.mesh import DataMesh, build_mesh, single_mesh
 from lightning_superscale.comm.places import WeightNames
-from lightning_superscale.comm.watch import SILENCE_S, RankWatch, open_store
+from lightning_superscale.comm.watch import RANK_0, SILENCE_S, RankWatch, open_store
 from lightning_superscale.config import ZeroConfig
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.layout.mesh import MeshSpec
@@ -111,7 +111,8 @@ class RankEnvironment:
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         host, port = meeting()
         prefix = f"lightning_superscale/watch/{attempt}/{next(_connections)}"
-        keeper = "the launcher" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True) else "rank 0"
+        is_launchers = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
+        keeper = "the launcher" if is_launchers else RANK_0
 
         def connect() -> Store:
             store = TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
@@ -119,7 +120,7 @@ class RankEnvironment:
 
         watch = RankWatch(connect, rank, world_size, silence_s=patience.total_seconds(), keeper=keeper)
         try:
-            if rank != 0 or keeper != "rank 0":  # rank 0 may have to make the store first, in what follows
+            if rank != 0 or is_launchers:  # otherwise rank 0 makes the store, in what follows
                 watch.wait_until_known(timeout)
             yield
         except BaseException as error:
