@@ -242,6 +242,19 @@ class WithLoss(nn.Module):
         return self.model.loss(ids)
 
 
+def train_module(turns: Turns, model: nn.Module, optimizer: torch.optim.Optimizer, clip: float = 0.0) -> nn.Module:
+    """Train a model whose forward is its loss in a loop of plain PyTorch; returns it."""
+    for ids in turns:
+        loss = model(ids)
+        loss.backward()
+        if clip:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        turns.record(loss)
+    return model
+
+
 def run_fsdp2(turns: Turns, shape: Shape, precision: str, clip: float) -> nn.Module:
     """Plain FSDP2: every block is a group, and the rest is one."""
     import torch.distributed as dist
@@ -253,16 +266,7 @@ def run_fsdp2(turns: Turns, shape: Shape, precision: str, clip: float) -> nn.Mod
     for block in model.model.blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True, **ADAMW)
-    for ids in turns:
-        loss = model(ids)
-        loss.backward()
-        if clip:
-            nn.utils.clip_grad_norm_(model.parameters(), clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        turns.record(loss)
-    return model
+    return train_module(turns, model, torch.optim.AdamW(model.parameters(), fused=True, **ADAMW), clip)
 
 
 def run_deepspeed(turns: Turns, shape: Shape, precision: str, clip: float, *, zero: Mapping[str, Any]) -> nn.Module:

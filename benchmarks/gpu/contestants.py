@@ -23,6 +23,7 @@ from benchmarks.contestants import (
     run_deepspeed,
     run_passes,
     run_trainer,
+    train_module,
 )
 from benchmarks.models import Shape
 from lightning_superscale import OffloadConfig
@@ -67,31 +68,15 @@ def run_fsdp2_offload(turns: Turns, shape: Shape, precision: str, clip: float) -
     for block, following in zip(blocks, blocks[1:], strict=False):
         block.set_modules_to_forward_prefetch([following])
         following.set_modules_to_backward_prefetch([block])
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True, **ADAMW)
-    for ids in turns:
-        loss = model(ids)
-        loss.backward()
-        if clip:
-            nn.utils.clip_grad_norm_(model.parameters(), clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        turns.record(loss)
-    return model
+    return train_module(turns, model, torch.optim.AdamW(model.parameters(), fused=True, **ADAMW), clip)
 
 
 def run_torchao(turns: Turns, shape: Shape, precision: str, clip: float) -> nn.Module:
     """torchao's CPUOffloadOptimizer: no clip, because it steps during backward, and bf16 states, as are its weights."""
     from torchao.optim import CPUOffloadOptimizer
 
-    model = build_model(shape, precision, turns.device)
-    optimizer = CPUOffloadOptimizer(model.parameters(), torch.optim.AdamW, fused=True, **ADAMW)
-    for ids in turns:
-        loss = model.loss(ids)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        turns.record(loss)
-    return model
+    model = WithLoss(build_model(shape, precision, turns.device))
+    return train_module(turns, model, CPUOffloadOptimizer(model.parameters(), torch.optim.AdamW, fused=True, **ADAMW))
 
 
 def _ours(**options: Any) -> Runner:
