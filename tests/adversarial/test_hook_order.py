@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
+from unittest import mock
 
 import lightning as L
 import pytest
@@ -12,13 +14,13 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy
 
 import lightning_superscale as lss
 from tests.adversarial.reading_modules import Reads
-from tests.helpers.launched import environment_kept
 from tests.helpers.trainers import loader, trainer
 
 
 @pytest.fixture(autouse=True)
 def environment():
-    with environment_kept():
+    """DDP leaves LOCAL_RANK there, by which a script of a later test would take itself for a launched rank."""
+    with mock.patch.dict(os.environ):
         yield
 
 

@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_superscale.comm.communicator import ranks_of
+from lightning_superscale.comm.mesh import DataMesh, single_mesh
 from lightning_superscale.offload.link.dtype import LinkDtype
 from lightning_superscale.offload.link.link import CudaLink
 from lightning_superscale.offload.weight_flow.schedule import WeightFlow
@@ -100,7 +102,11 @@ def _look(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         param.detach().sum()
 
 
-def run(case: Case, *, plant: Callable[[pytest.MonkeyPatch], None] = lambda patch: None, num_steps: int = 3) -> World:
+def nothing(patch: pytest.MonkeyPatch) -> None:
+    """Plants no bug."""
+
+
+def run(case: Case, *, plant: Callable[[pytest.MonkeyPatch], None] = nothing) -> World:
     """Train as a case says; returns what was seen.
 
     Args:
@@ -109,34 +115,37 @@ def run(case: Case, *, plant: Callable[[pytest.MonkeyPatch], None] = lambda patc
     world = World(case.queries)
     with playing(world), pytest.MonkeyPatch.context() as patch:
         plant(patch)
-        model = model_of(case)
-        optimizer = torch.optim.AdamW(model.parameters(), **ADAMW)
-        flow = flow_of_case(case, model)
-        engine = build_engine(
-            model,
-            optimizer,
-            is_offloaded=True,
-            link=CudaLink(torch.device("cpu")),
-            link_dtype=case.link_dtype,
-            flow=flow,
-            device_path=ON_DEVICE,
-            **WAYS[case.way],
-        )
-        train(case, model, optimizer, engine, flow, batches(num_steps, case.dtype))
-        del engine, flow, optimizer
+        build_and_train(case, single_mesh(), batches(3, case.dtype))
         gc.collect()  # host buffers are unmapped while the checker looks
     return world
 
 
+def build_and_train(case: Case, mesh: DataMesh, inputs: Sequence[Tensor]) -> None:
+    """Build what a case says, with buckets over the mesh's ranks, and train it."""
+    model = Stack(4, dtype=case.dtype) if case.program is train_stack else Programs(case.dtype)
+    flow = flow_of(model, None if case.program is train_stack else PARTS) if case.flows else None
+    optimizer = torch.optim.AdamW(model.parameters(), **ADAMW)
+    engine = build_engine(
+        model,
+        optimizer,
+        is_offloaded=True,
+        link=CudaLink(torch.device("cpu")),
+        link_dtype=case.link_dtype,
+        flow=flow,
+        ranks=ranks_of(mesh, model.parameters()),
+        no_sync=case.no_sync,
+        unit_bytes=case.unit_bytes,
+        device_path=ON_DEVICE,
+        **WAYS[case.way],
+    )
+    train(case, model, engine, inputs, flow)
+
+
 def train(
-    case: Case,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    engine: OptimizerEngine,
-    flow: WeightFlow | None,
-    inputs: Sequence[Tensor],
+    case: Case, model: nn.Module, engine: OptimizerEngine, inputs: Sequence[Tensor], flow: WeightFlow | None = None
 ) -> None:
     """Train in the order in which a Trainer does, and close."""
+    optimizer = engine.optimizer
     is_gated = flow is None and all(unit.has_whole_weights for unit in engine.transport.units)  # FSDP2 has its own
     gates = PublishGates(model, engine.transport, per_module=True) if is_gated else None
     for x in inputs:
@@ -166,13 +175,3 @@ def train(
     if gates is not None:
         gates.close()
     engine.close()
-
-
-def model_of(case: Case) -> nn.Module:
-    """The model that a case trains."""
-    return Stack(4, dtype=case.dtype) if case.program is train_stack else Programs(case.dtype)
-
-
-def flow_of_case(case: Case, model: nn.Module) -> WeightFlow | None:
-    """The flow of its blocks' weights; None where weights stay."""
-    return flow_of(model, None if case.program is train_stack else PARTS) if case.flows else None
