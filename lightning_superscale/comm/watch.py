@@ -24,15 +24,16 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch.distributed import DistError, Store, TCPStore  # type: ignore[attr-defined]
 
-from lightning_superscale.comm.places import WeightNames, foreign_collective, is_in_collective, is_leaving, main_frame
+from lightning_superscale.comm.places import WeightNames, foreign_collective, is_in_collective, is_leaving
 from lightning_superscale.comm.processes import Fate, Process, fate_of, this_process
+from lightning_superscale.comm.stacks import main_stack
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.forks import Origin
 
@@ -254,7 +255,7 @@ class RankWatch:
 
     def _say(self, store: Store) -> None:
         self._beat += 1
-        place = self._waits_for or foreign_collective(main_frame(), self.weights)
+        place = self._waits_for or foreign_collective(main_stack(), self.weights)
         has_ended = self._stop.is_set() and not self.has_failed
         store.set(f"sign/{self._rank}", json.dumps([self._beat, place, has_ended, self._process]))
         self._has_said.set()
@@ -394,11 +395,11 @@ class RankWatch:
             self._failure = failure
             _leaves_within.append(self._silence_s)
 
-    def _end_if_stuck(self, is_stuck: Callable[[object], bool]) -> None:
+    def _end_if_stuck(self, is_stuck: Callable[[Sequence[Any]], bool]) -> None:
         """End the process once its main thread has been in something that can't be interrupted for long."""
         if self._is_reported and self._failure is None and is_stuck is is_in_collective:
             return
-        if not is_stuck(main_frame()):
+        if not is_stuck(main_stack()):
             self._stuck_since = None
         elif self._stuck_since is None:
             self._stuck_since = time.monotonic()
