@@ -113,6 +113,12 @@ def norms_of_all(tensors: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...
     return torch._foreach_norm(tensors, 2, dtype=dtype)
 
 
+def order_of_norms(params: list[Tensor]) -> list[int]:
+    """The order in which `torch.nn.utils.get_total_norm` adds up the norms of parameters' gradients, as indices."""
+    groups = torch.utils._foreach_utils._group_tensors_by_device_and_dtype([[*params]], with_indices=True)
+    return [i for _, indices in groups.values() for i in indices]
+
+
 def copy_all(targets: list[Tensor], sources: list[Tensor] | tuple[Tensor, ...]) -> None:
     """Copy each source into its target, in place, in one launch."""
     torch._foreach_copy_(targets, sources)

@@ -158,3 +158,15 @@ def test_no_other_file_imports_private_names_of_torch(path):
             assert not [name for name in names if name.startswith("_")], f"line {node.lineno}"
         if isinstance(node, ast.Attribute) and node.attr in ("_version", "_cdata", "_parameters"):
             raise AssertionError(f"line {node.lineno}: {node.attr} belongs in torch_private.py")
+
+
+def test_norms_are_added_up_in_the_order_of_clip_grad_norm():
+    """Sums of many norms of two dtypes differ in their last bit where the order does."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        params = [nn.Parameter(torch.zeros(3, dtype=(torch.float64, torch.float32)[i % 2])) for i in range(12)]
+        for param in params:
+            param.grad = torch.rand(3, generator=generator).to(param.dtype)
+        norms = torch.stack([torch.linalg.vector_norm(param.grad).double() for param in params])
+        total = nn.utils.get_total_norm([param.grad for param in params])
+        assert torch.equal(torch.linalg.vector_norm(norms[torch_private.order_of_norms(params)]), total)

@@ -29,7 +29,7 @@ from lightning_superscale.ops.state_dtypes import WIDE_DTYPES
 from lightning_superscale.ops.update import StatsSource
 from lightning_superscale.optim.param_update import ParamUpdate, by_unit
 from lightning_superscale.optim.unit import GradientDelta
-from lightning_superscale.torch_private import norms_of_all
+from lightning_superscale.torch_private import norms_of_all, order_of_norms
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,7 +240,9 @@ def norms_of(mesh: DataMesh, due: Sequence[ParamUpdate], early: EarlyNorms) -> t
     """
     measures = early.of(due)
     if mesh.num_shares == 1:
-        return measures, total_norm(measures)
+        params: list[Tensor] = [item.param for item in due]
+        is_one_sum = len({param.dtype for param in params}) == 1  # else torch adds up dtype after dtype
+        return measures, total_norm(measures if is_one_sum else measures[order_of_norms(params)])
     sums = measures.cpu()
     counted = torch.tensor([_counts(mesh, item.param) for item in due])
     return sums.sqrt().float(), norm_over_ranks(mesh, float(sums[counted].sum()))
