@@ -10,6 +10,10 @@ export OMP_WAIT_POLICY ?= passive
 
 PEERS ?= .venv-peers
 
+# Tests spawn ranks and wait for them; two files at a time keep two cores busy.
+WORKERS ?= 2
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
 .PHONY: setup demo test test-fast test-all test-peers check format wheel bench gpu-check gpu-bench gpu-long gpu-wheels clean
 
 setup: $(STAMP)
@@ -29,13 +33,13 @@ demo: setup
 	$(BIN)/python examples/language_model/demo.py
 
 test: setup
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-fast: setup
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: setup
-	LSS_TEST_ALL=1 $(BIN)/python -m pytest
+	LSS_TEST_ALL=1 $(PYTEST)
 
 # DeepSpeed itself, in an environment of its own: it writes and we read, we export and it loads.
 test-peers:
