@@ -85,7 +85,9 @@ def test_hugging_face_names_are_finer_than_repetition():
     assert names(wrapped)[:4] == ["net.stages.0.0", "net.stages.0.1", "net.stages.1.0", "net.stages.1.1"]
 
 
-@pytest.mark.parametrize("wrap", [{Block}, {"Block"}, {"blocks.0", "blocks.1", "blocks.2"}], ids=str)
+@pytest.mark.parametrize(
+    "wrap", [{Block}, {"Block"}, {"blocks.0", "blocks.1", "blocks.2"}], ids=["class", "name", "paths"]
+)
 def test_named_groups(wrap):
     assert names(Stack(), wrap) == ["blocks.0", "blocks.1", "blocks.2", ""]
 
