@@ -241,8 +241,10 @@ def norms_of(mesh: DataMesh, due: Sequence[ParamUpdate], early: EarlyNorms) -> t
     measures = early.of(due)
     if mesh.num_shares == 1:
         params: list[Tensor] = [item.param for item in due]
-        is_one_sum = len({param.dtype for param in params}) == 1  # else torch adds up dtype after dtype
-        return measures, total_norm(measures if is_one_sum else measures[order_of_norms(params)])
+        if len({param.dtype for param in params}) == 1:
+            return measures, total_norm(measures)
+        each = measures.unbind()  # torch adds up dtype after dtype; a tensor of indices would make the host wait
+        return measures, total_norm(torch.stack([each[i] for i in order_of_norms(params)]))
     sums = measures.cpu()
     counted = torch.tensor([_counts(mesh, item.param) for item in due])
     return sums.sqrt().float(), norm_over_ranks(mesh, float(sums[counted].sum()))
