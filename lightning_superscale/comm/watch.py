@@ -211,7 +211,7 @@ class RankWatch:
             time.sleep(0.05)
             silent = self._silent_ranks(_BROKEN_AFTER_S)
             if silent:
-                self._fail(self._death_of(silent, _BROKEN_AFTER_S))
+                self._fail(self._death_of(silent, _BROKEN_AFTER_S, verb="died:"))
 
     def close(self) -> None:
         """Stop watching. After a failure rank 0, which keeps the store, first lets the others read the reason."""
@@ -331,15 +331,18 @@ class RankWatch:
                 silent.append(rank)
         return silent
 
-    def _death_of(self, ranks: list[int], after_s: float) -> str:
-        """The failure of ranks that gave no sign of life for `after_s`, with what their machine knows of them."""
+    def _death_of(self, ranks: list[int], after_s: float, *, verb: str = "gave") -> str:
+        """The failure of ranks that gave no sign of life for `after_s`, with what their machine knows of them.
+
+        Args:
+            verb: says what that is a sign of: with a broken connection it is a death, which the caller alone knows.
+        """
         fates = [fate for rank in ranks if (fate := self._fate_of(rank)) is not None]
         known = "; ".join(fate.text for fate in fates)
         if fates and all(fate.is_gone for fate in fates) and len(fates) == len(ranks):
             return f"{_named(ranks)} died: {known}"
         never = any(rank not in self._signs for rank in ranks)
         what = f"no sign of life for {after_s:g} s{' since it connected' if never else ''}"
-        verb = "died:" if after_s == _BROKEN_AFTER_S else "gave"
         return f"{_named(ranks)} {verb} {what}" + (f": {known}" if known else "")
 
     def _loss_of_store(self, error: Exception) -> str:

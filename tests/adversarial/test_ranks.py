@@ -22,7 +22,8 @@ from tests.helpers.ends import ends_of
 from tests.helpers.extent import only_in_test_all
 from tests.helpers.trainers import Regressor, loader, trainer
 
-PATIENCE_S, APART_S, GRACE_S = 2.5, 1.0, 0.5
+# Ranks apart are told later than a rank can seem to wait that is stopped: `_PAUSED_AFTER_S` and a beat.
+PATIENCE_S, APART_S, GRACE_S = 2.5, 3.0, 0.5
 # Far below any timeout of a collective (30 minutes), and enough for a machine that has other things to do.
 SECONDS = 80.0
 STRATEGIES = {
