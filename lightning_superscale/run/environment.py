@@ -20,6 +20,7 @@ from lightning_superscale.comm.places import WeightNames
 from lightning_superscale.comm.watch import RANK_0, SILENCE_S, RankWatch, open_store
 from lightning_superscale.config import ZeroConfig
 from lightning_superscale.errors import SuperScaleError
+from lightning_superscale.forks import Origin
 from lightning_superscale.layout.mesh import MeshSpec
 from lightning_superscale.zero.fsdp2.gather_order import GatherOrder
 
@@ -72,6 +73,7 @@ class RankEnvironment:
         self.order: GatherOrder | None = None
         self._made_for: object = None
         self._group_of_one: object = None
+        self._origin = Origin(is_bound=False)
 
     def open_alone(self) -> None:
         """Make a process group of one rank, which code that runs under DDP finds there (a `DistributedSampler`).
@@ -83,6 +85,7 @@ class RankEnvironment:
             with contextlib.suppress(RuntimeError):
                 dist.init_process_group("cpu:gloo,cuda:gloo", store=HashStore(), rank=0, world_size=1)
                 self._group_of_one = dist.group.WORLD
+                self._origin = Origin()
 
     @contextmanager
     def connecting(
@@ -191,6 +194,8 @@ class RankEnvironment:
 
     def close(self) -> None:
         """End the watch over the other ranks, and the group of one rank if this made it. Every rank calls it."""
+        if not self._origin.is_here:  # a group that is destroyed in a forked process waits for the parent's threads
+            return
         if self._group_of_one is not None and self._group_of_one is dist.group.WORLD:
             dist.destroy_process_group()
         self._group_of_one = None
