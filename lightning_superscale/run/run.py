@@ -304,9 +304,15 @@ class Run:
             self._wait_for_weights()
         self.phases.step += perf_counter() - start - (self.phases.inside - inside)
         self.phases.end_step()
-        if engine is not None:
-            engine.is_torn = False
         return result
+
+    def end_step(self) -> None:
+        """Note that the caller counts the step from here on; an error between `step` and this leaves nothing to save.
+
+        The framework's adapter calls it last, when no code of ours is left that could fail before the step is counted.
+        """
+        for engine in self._engines():
+            engine.is_torn = False
 
     def _step(self, assembly: Assembly, engine: OptimizerEngine, closure: Callable[[], Any]) -> Any:
         if engine.is_passthrough or engine.needs_closure:

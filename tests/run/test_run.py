@@ -76,6 +76,7 @@ def by_run(offload: str | None, visibility: Visibility) -> nn.Module:
             assert run.clip(optimizer, ClipByNorm(MAX_NORM))
 
         run.step(optimizer, closure)
+        run.end_step()
         optimizer.zero_grad()
     assert run.phases.num_steps == NUM_STEPS
     run.close()
@@ -115,6 +116,7 @@ def test_state_moves_on_to_another_run():
     for batch in batches()[:2]:
         micro_batch(run, module, batch)
         run.step(optimizer, lambda: None)
+        run.end_step()
         optimizer.zero_grad()
     weights = {name: value.clone() for name, value in run.module_state(module, is_local=False).items()}
     states = run.optimizer_state(module, optimizer, is_local=False)
@@ -125,6 +127,7 @@ def test_state_moves_on_to_another_run():
         for one, net, opt in ((run, module, optimizer), (resumed, other, its_optimizer)):
             micro_batch(one, net, batch)
             one.step(opt, lambda: None)
+            one.end_step()
             opt.zero_grad()
     run.close()
     resumed.close()

@@ -165,9 +165,9 @@ class FlowingWeights:
         except Exception:
             self._new, self.is_lost = None, True
             raise
-        self._new = None  # after an interrupt the next use waits once more
         if self.unit.is_whole:
             self._follow_host()
+        self._new = None  # last: after an interrupt the next use waits once more
         return True
 
     def abandon(self) -> None:

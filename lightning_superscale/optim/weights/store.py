@@ -84,38 +84,39 @@ class OnDevice:
 
     def __init__(self, params: Sequence[nn.Parameter] = ()) -> None:
         self.watch = WeightWatch(params, self.wait_new)
-        self.is_lost = self._is_waiting = False
+        self.is_lost = False
         self._new: NewWeights | None = None
         self._lock = threading.RLock()  # another thread that reads meanwhile waits, too
 
     def receive(self, new: NewWeights) -> None:
-        self._new, self._is_waiting = new, False
+        self._new = new
         self.watch.expect()
 
     def wait_new(self) -> bool:
         if not self.watch.is_late:
             return False
-        with self._lock:
-            new = self._new
-            # Another thread has waited meanwhile, or this one brings the weights and reads the parameter for that.
-            if new is None or self._is_waiting:
-                return False
-            self._is_waiting = True
-            try:
-                self.watch.origin.check("a read of weights that are under way")
-                plainly(new.wait)
-            except Exception:
-                self._end_wait()
-                self.is_lost = True
-                raise
-            finally:
-                self._is_waiting = False
-            self._end_wait()  # after an interrupt the next use waits once more
+        if self._lock._is_owned():  # type: ignore[attr-defined]  # as `threading.Condition` asks
+            return False  # this thread brings the weights, and reads the parameter for that
+        with self._lock:  # which an interrupt can't leave locked
+            return self._wait_once()
+
+    def _wait_once(self) -> bool:
+        new = self._new
+        if new is None:  # another thread has waited meanwhile
+            return False
+        try:
+            self.watch.origin.check("a read of weights that are under way")
+            plainly(new.wait)
+        except Exception:
+            self._end_wait()
+            self.is_lost = True
+            raise
+        self._end_wait()  # after an interrupt the next use waits once more
         return True
 
     def _end_wait(self) -> None:
+        self.watch.arrived()  # first: a read would wait for ever for weights that are late and not on their way
         self._new = None
-        self.watch.arrived()
 
     def filling(self, *, is_whole: bool) -> AbstractContextManager[None]:
         return nullcontext()

@@ -331,6 +331,7 @@ class SuperScaleStrategyMixin(_Base):
             closure = before_step(io, closure)
         result = self._precision.optimizer_step(optimizer, model=module, closure=closure, **kwargs)
         self._heed_sigterm(alone_after_s=_ALONE_AFTER_S)
+        self.run.end_step()
         return result
 
     def _heed_sigterm(self, *, alone_after_s: float) -> None:

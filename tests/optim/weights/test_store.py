@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from functools import partial
 
 import torch
 
 from lightning_superscale.ops.events import Done
+from lightning_superscale.optim.weights import store, watch
 from lightning_superscale.optim.weights.store import Incoming, OnDevice, Uploaded
 
 
@@ -24,13 +27,50 @@ class Event:
 
 
 def test_new_weights_are_waited_for_once():
-    store, event = OnDevice(), Event()
-    assert not store.wait_new()
-    store.receive(Uploaded(event))
+    its_store, event = OnDevice(), Event()
+    assert not its_store.wait_new()
+    its_store.receive(Uploaded(event))
     assert event.num_waits == 0
-    assert store.wait_new()
-    assert not store.wait_new()
+    assert its_store.wait_new()
+    assert not its_store.wait_new()
     assert event.num_waits == 1
+
+
+class InterruptsAt:
+    """Raises at one line of the code that waits for new weights."""
+
+    def __init__(self, line: int) -> None:
+        self.left = line
+
+    def __call__(self, frame, event, arg):
+        return self if frame.f_code.co_filename in (store.__file__, watch.__file__) and self._goes_on(event) else None
+
+    def _goes_on(self, event) -> bool:
+        if event == "line":
+            self.left -= 1
+            if self.left == 0:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return True
+
+
+def test_weights_can_be_read_after_an_interrupt_at_any_line_of_their_wait():
+    line = 0
+    while True:
+        line += 1
+        param, event = torch.nn.Parameter(torch.ones(2)), Event()
+        its_store = OnDevice([param])
+        its_store.receive(Uploaded(event))
+        tracer = InterruptsAt(line)
+        sys.settrace(tracer)
+        with contextlib.suppress(KeyboardInterrupt):
+            its_store.wait_new()
+        sys.settrace(None)
+        assert param.detach().sum() == 2
+        assert event.num_waits >= 1
+        if tracer.left > 0:  # the wait has fewer lines
+            break
+    assert line > 15
 
 
 def test_an_upload_may_be_copied_on_as_soon_as_it_is_waitable():
@@ -44,10 +84,10 @@ def test_an_upload_may_be_copied_on_as_soon_as_it_is_waitable():
 
 
 def test_uploads_of_this_rank_outlive_the_failure_of_another():
-    store, event = OnDevice(), Event()
-    store.receive(Uploaded(event))
-    store.abandon()
-    store.wait_new()
+    its_store, event = OnDevice(), Event()
+    its_store.receive(Uploaded(event))
+    its_store.abandon()
+    its_store.wait_new()
     assert event.num_waits == 1
 
 
