@@ -468,6 +468,10 @@ class Run:
         """Tell the other ranks of this rank's exception, and wait for none. The rank that failed calls it alone."""
         if not self._origin.is_here:
             return
+        for technique in self._techniques.values():
+            cause = technique.cause_of(exception)
+            if cause is not None and hasattr(exception, "add_note"):  # Python 3.11
+                exception.add_note(cause)
         self.environment.report(exception)
         if self.assembly is not None:
             self.assembly.abandon()

@@ -360,7 +360,7 @@ def test_what_flows_is_never_moved_to_the_device():
 
 def test_too_little_host_memory_counts_what_is_copied(monkeypatch):
     needed = []
-    monkeypatch.setattr("lightning_superscale.run.host_plan.check_host_memory", needed.append)
+    monkeypatch.setattr("lightning_superscale.run.host_plan.check_host_memory", lambda nbytes, _: needed.append(nbytes))
     module = Deep()
     fit(module, strategy(), max_steps=1)
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
@@ -551,8 +551,19 @@ class OtherDevice(Deep):
     def validation_step(self, batch, batch_idx):
         self.on_a_gpu("validation")
 
+    def on_before_optimizer_step(self, optimizer):
+        self.on_a_gpu("hook")
+
 
 @pytest.mark.parametrize("where", ["training", "validation"])
 def test_a_weight_outside_of_its_block_is_named_where_it_meets_the_device(where):
     with pytest.raises(SuperScaleError, match="a weight of a block was used outside of the block.*weight_decay.*Torch"):
         fit(OtherDevice(where), strategy(), validate=True)
+
+
+@pytest.mark.skipif(not hasattr(BaseException, "add_note"), reason="exceptions take notes from Python 3.11 on")
+def test_a_weight_that_a_hook_uses_outside_of_its_block_is_named_in_a_note():
+    with pytest.raises(RuntimeError, match="same device") as caught:
+        fit(OtherDevice("hook"), strategy())
+    assert len(caught.value.__notes__) == 1
+    assert "a weight of a block was used outside of the block" in caught.value.__notes__[0]

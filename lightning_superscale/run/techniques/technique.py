@@ -87,6 +87,10 @@ class ModuleTechnique:
             is_visible: whether user code may look at the module now, so that its weights must be there to read.
         """
 
+    def cause_of(self, error: BaseException) -> str | None:
+        """What an error that ended the run comes of, for a note on it; None if it does not come of this technique."""
+        return None
+
     def reasons(self) -> list[str]:
         """One sentence per choice that was made for the user, for `explain()`."""
         return []

@@ -21,13 +21,12 @@ from lightning_superscale.zero.meta_init import materialise_all
 _ELSEWHERE = "Expected all tensors to be on the same device"
 
 
-def _weight_on_host(said: str) -> SuperScaleError:
-    return SuperScaleError(
-        "weights='flow': a weight of a block was used outside of the block, together with tensors of the device, as "
-        "penalties on all parameters are. Such weights are host tensors but for the time in which their block runs. "
-        "Compute it in the block's forward(), use the optimizer's weight_decay for a penalty, move the weight with "
-        f".to(device) for a value without gradient, or use OffloadConfig(weights='stationary'). Torch said: {said}"
-    )
+_WEIGHT_ON_HOST = (
+    "weights='flow': a weight of a block was used outside of the block, together with tensors of the device, as "
+    "penalties on all parameters are. Such weights are host tensors but for the time in which their block runs. "
+    "Compute it in the block's forward(), use the optimizer's weight_decay for a penalty, move the weight with "
+    ".to(device) for a value without gradient, or use OffloadConfig(weights='stationary')."
+)
 
 
 class WeightFlowTechnique(ModuleTechnique):
@@ -70,7 +69,7 @@ class WeightFlowTechnique(ModuleTechnique):
             yield
         except RuntimeError as error:
             if _ELSEWHERE in str(error):
-                raise _weight_on_host(str(error)) from error
+                raise SuperScaleError(f"{_WEIGHT_ON_HOST} Torch said: {error}") from error
             raise
 
     def rest(self, *, is_visible: bool) -> None:
@@ -78,6 +77,11 @@ class WeightFlowTechnique(ModuleTechnique):
             self.flow.rest()
             if is_visible:
                 self.flow.synchronize()
+
+    def cause_of(self, error: BaseException) -> str | None:
+        """The place of weights, where an error of user code between steps (in a hook or a callback) comes of it."""
+        is_torchs = isinstance(error, RuntimeError) and not isinstance(error, SuperScaleError)
+        return _WEIGHT_ON_HOST if self.flow is not None and is_torchs and _ELSEWHERE in str(error) else None
 
     def reasons(self) -> list[str]:
         return [] if self._module is None else [how_weights_flow(self._choice, self.flow, self._module)]
