@@ -15,7 +15,7 @@ from lightning_superscale.comm.collectives import gather_objects
 from lightning_superscale.comm.mesh import DataMesh
 from lightning_superscale.config import OffloadConfig
 from lightning_superscale.errors import SuperScaleError
-from lightning_superscale.offload.link.arena import check_host_memory, fits_host_memory
+from lightning_superscale.offload.link.arena import check_host_memory, fits_host_memory, sharing_host_memory
 from lightning_superscale.offload.link.dtype import LinkDtype
 from lightning_superscale.offload.planner.choices import (
     MIB,
@@ -127,17 +127,25 @@ def _fitting(
         SuperScaleError: on every rank, when one host has too little memory.
     """
     if offload.link_dtype == "auto" and link.value == "fp32":
-        fits = fits_host_memory(host_bytes("fp32"))
+        fits = fits_host_memory(sum(_needed_here(mesh, host_bytes("fp32"))))
         if not all(gather_objects(mesh, fits)):
             why = "fp32 would be faster, and takes more host memory than there is (link_dtype='auto')"
             link = LinkChoice("weights", f"gradients and new weights travel in the weights' dtype: {why}")
     error: SuperScaleError | None = None
+    needed = _needed_here(mesh, host_bytes(link.value))
     try:
-        check_host_memory(host_bytes(link.value))
+        check_host_memory(sum(needed), len(needed))
     except SuperScaleError as found:
         error = found  # the other ranks are on their way into the agreement
     raise_together(mesh, error)
     return link
+
+
+def _needed_here(mesh: DataMesh, host_bytes: int) -> list[int]:
+    """Bytes that each rank needs that takes memory from where this one does, itself among them. Every rank calls it."""
+    own = sharing_host_memory()
+    places = gather_objects(mesh, (own, host_bytes))
+    return [needed for where, needed in places if where == own] if own else [host_bytes]
 
 
 def _why_weights(settings: RunSettings, trained: Sequence[torch.Tensor]) -> str | None:

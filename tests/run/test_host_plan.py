@@ -113,6 +113,32 @@ def test_threads_are_bound_to_the_share_and_leave_its_first_core(monkeypatch, pr
     assert "those threads run on CPUs 1-3,5-7, and leave the rest to the launching thread" in seen.start
 
 
+def _need_more_together(rank, world_size, is_shared):
+    """Ranks whose states fit the host one by one: first both of them together, then not."""
+    if not is_shared:
+        host_plan.sharing_host_memory = lambda: f"host {rank}"
+    found = []
+    numel = sum(param.numel() for param in Regressor().parameters() if param.requires_grad)
+    for available in (2 * 16 * numel, 2 * 16 * numel - 1):
+        arena.available_host_bytes = lambda available=available: available
+        try:
+            fit(Regressor(), lss.SuperScaleStrategy(zero=0, offload="cpu"), devices=world_size, max_steps=1)
+            found.append("")
+        except lss.SuperScaleError as error:
+            found.append(str(error))
+    return found
+
+
+def test_what_ranks_of_one_host_need_is_added_up():
+    for fits, told in run_ranks(2, _need_more_together, True):
+        assert fits == ""
+        assert "transfer buffers of 2 processes on this host" in told
+
+
+def test_ranks_of_two_hosts_need_their_own():
+    assert run_ranks(2, _need_more_together, False) == [["", ""]] * 2
+
+
 @pytest.mark.parametrize("engine", ["cpu", "superoffload"])
 def test_the_threads_that_step_touch_the_states_first(monkeypatch, engine):
     pools = []

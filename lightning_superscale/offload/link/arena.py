@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_superscale.errors import SuperScaleError
-from lightning_superscale.offload.link.cgroup import cgroup_free_bytes
+from lightning_superscale.offload.link.cgroup import cgroup_free_bytes, memory_domain
 from lightning_superscale.ops.cpu.memory import HostBuffer
 from lightning_superscale.ops.cpu.pool import Pool
 
@@ -87,8 +87,20 @@ def fits_host_memory(needed_bytes: int) -> bool:
     return needed_bytes <= available_host_bytes()
 
 
-def check_host_memory(needed_bytes: int) -> None:
+def sharing_host_memory() -> str:
+    """A text that processes have in common if what one takes is missing to the other; "" where that is not known.
+
+    Where LSS_HOST_MEMORY_GIB says how much memory this process may take, others take none of it.
+    """
+    return "" if os.environ.get(MEMORY_VARIABLE) else memory_domain()
+
+
+def check_host_memory(needed_bytes: int, num_processes: int = 1) -> None:
     """Refuse an allocation that the host, or this process's share of it, can't hold, before it is made.
+
+    Args:
+        needed_bytes: of all the processes together.
+        num_processes: this run's processes that share this host's memory.
 
     Raises:
         SuperScaleError: less memory is available than `needed_bytes`.
@@ -104,10 +116,15 @@ def check_host_memory(needed_bytes: int) -> None:
         )
         raise SuperScaleError(
             f"offloading needs {_gib(needed_bytes)} GiB of host memory for master weights, optimizer states and "
-            f"transfer buffers, and {_gib(available)} GiB are available{limited}. {_way_out(needed_bytes, available)}"
+            f"transfer buffers{_of(num_processes)}, and {_gib(available)} GiB are available{limited}. "
+            f"{_way_out(needed_bytes, available)}"
             "Use a smaller model, fewer processes on this host, or a host with more memory. If this machine gets more "
             f"memory as it is used, say how much in {MEMORY_VARIABLE}."
         )
+
+
+def _of(num_processes: int) -> str:
+    return f" of {num_processes} processes on this host" if num_processes > 1 else ""
 
 
 def _way_out(needed_bytes: int, available: int) -> str:

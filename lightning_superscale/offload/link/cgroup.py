@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from lightning_superscale.comm.processes import this_machine
+
 _SELF = Path("/proc/self")
 # Version 1 writes the largest multiple of a page for "no limit".
 _NO_LIMIT = 2**60
@@ -38,6 +40,14 @@ def cgroup_free_bytes(process: Path = _SELF) -> int | None:
     """
     found = [free for version, folder in _groups(process) if (free := _free(version, folder)) is not None]
     return min(found, default=None)
+
+
+def memory_domain(process: Path = _SELF) -> str:
+    """A text that two processes share if they take memory from one host and one group; "" where that can't be known."""
+    try:
+        return f"{this_machine()} {(process / 'cgroup').read_text()}" if this_machine() else ""
+    except OSError:
+        return ""
 
 
 def _free(version: _Version, folder: Path) -> int | None:

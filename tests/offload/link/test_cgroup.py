@@ -10,7 +10,7 @@ import torch
 
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.offload.link import arena
-from lightning_superscale.offload.link.cgroup import cgroup_free_bytes
+from lightning_superscale.offload.link.cgroup import cgroup_free_bytes, memory_domain
 
 MIB = 2**20
 
@@ -127,6 +127,25 @@ def test_the_check_before_work_takes_the_smaller_of_host_and_limit(monkeypatch):
     monkeypatch.setattr(arena, "available_host_bytes", lambda: 13 * MIB)
     with pytest.raises(SuperScaleError, match=r"on the GPU from the start, with OffloadConfig\(gpu_fraction=0.35\)"):
         arena.check_host_memory(20 * MIB)
+
+
+def test_what_several_processes_of_one_host_need_is_told_as_theirs(monkeypatch):
+    monkeypatch.setattr(arena, "available_host_bytes", lambda: 3 << 30)
+    arena.check_host_memory(3 << 30, 2)
+    with pytest.raises(SuperScaleError, match=r"needs 4.0 GiB of .* of 2 processes on this host, and 3.0 GiB are"):
+        arena.check_host_memory(4 << 30, 2)
+
+
+def test_processes_share_memory_where_host_and_groups_are_the_same(tmp_path, monkeypatch):
+    for name, groups in {"a": "0::/job/task_0\n", "b": "0::/job/task_1\n", "c": "0::/job/task_0\n"}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "cgroup").write_text(groups)
+    here, elsewhere, same = (memory_domain(tmp_path / name) for name in "abc")
+    assert here == same != elsewhere
+    assert memory_domain(tmp_path / "nowhere") == ""
+    assert arena.sharing_host_memory() == memory_domain() != ""
+    monkeypatch.setenv("LSS_HOST_MEMORY_GIB", "1.5")  # of this process alone
+    assert arena.sharing_host_memory() == ""
 
 
 def test_memory_that_a_machine_gets_as_it_is_used_can_be_said(monkeypatch):
