@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import lightning_superscale as lss
 from lightning_superscale.config import OffloadConfig
 from lightning_superscale.errors import SuperScaleError
+from lightning_superscale.optim.weights.param_classes import set_data
 from lightning_superscale.plugins.trainer.sharded_ema import ShardedEMAMixin
 from lightning_superscale.run.weight_flow import place_resident
 from tests.helpers.ranks import run_ranks
@@ -531,6 +532,54 @@ def _on_ranks(rank: int, world_size: int):
 
 def test_several_ranks_with_states_of_their_own_equal_ddp():
     assert run_ranks(2, _on_ranks) == [[], []]
+
+
+class Repeated(Deep):
+    """Uses its blocks three times in a forward, so that they leave the device and come back in between."""
+
+    def forward(self, x):
+        h = self.inp(x)
+        for block in [*self.blocks, *self.blocks, *self.blocks]:
+            h = block(h)
+        return self.out(h)
+
+
+class RepeatedWithSGD(Repeated):
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1.0)
+
+
+@pytest.fixture
+def forgets_accumulators(monkeypatch):
+    """Data of another dtype in between does to autograd what data of another device does: it takes a new accumulator."""
+
+    def through_float64(param, value):
+        set_data(param, value.to(torch.float64))
+        set_data(param, value)
+
+    monkeypatch.setattr("lightning_superscale.offload.weight_flow.weights.set_data", through_float64)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_gradients_of_a_block_that_left_between_its_uses_add_up(engine, forgets_accumulators):
+    flowing, expected = Repeated(), Repeated()
+    flags = {"gradient_clip_val": 0.05}
+    fit(flowing, strategy(engine), **flags)
+    fit(expected, strategy(engine, "stationary"), **flags)
+    assert_same_weights(flowing, expected)
+
+
+def test_micro_batches_of_such_a_block_add_up_but_for_the_order(forgets_accumulators):
+    """Plain autograd adds up the uses of one backward first. Here each is added to the sum of micro-batches.
+
+    That sum has six terms, each of which rounds by half an ulp of a partial sum; weights of SGD with lr=1 show it.
+    """
+    flowing, expected = RepeatedWithSGD(), RepeatedWithSGD()
+    flags = {"accumulate_grad_batches": 2, "max_steps": 1}
+    fit(flowing, strategy("cpu"), **flags)
+    fit(expected, strategy("cpu", "stationary"), **flags)
+    for ours, its in zip(flowing.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(ours, its, rtol=6 * 2**-24, atol=6 * 2**-24)
 
 
 class OtherDevice(Deep):
