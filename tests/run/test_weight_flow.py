@@ -551,7 +551,7 @@ class RepeatedWithSGD(Repeated):
 
 @pytest.fixture
 def forgets_accumulators(monkeypatch):
-    """Data of another dtype in between does to autograd what data of another device does: it takes a new accumulator."""
+    """Data of another dtype in between does to autograd what data of another device does: it drops accumulators."""
 
     def through_float64(param, value):
         set_data(param, value.to(torch.float64))
