@@ -39,7 +39,7 @@ from lightning_superscale.run.report.run_report import RunReport, facts_of_trace
 from lightning_superscale.run.settings import RunSettings, shards_weights
 from lightning_superscale.run.state.module_state import load_module_state, module_state
 from lightning_superscale.run.state.optimizer_states import load_optimizer_states, names_of
-from lightning_superscale.run.techniques.registry import flow_among, load_states, states_of, techniques_of
+from lightning_superscale.run.techniques.registry import flow_among, load_states, note_causes, states_of, techniques_of
 from lightning_superscale.run.techniques.technique import ModuleTechnique, TechniqueFacts
 from lightning_superscale.run.visibility import Visibility
 from lightning_superscale.run.weight_flow import flow_alone, least_free_bytes, place_resident
@@ -307,10 +307,7 @@ class Run:
         return result
 
     def end_step(self) -> None:
-        """Note that the caller counts the step from here on; an error between `step` and this leaves nothing to save.
-
-        The framework's adapter calls it last, when no code of ours is left that could fail before the step is counted.
-        """
+        """Note that the caller counts the step: no code is left that could fail before. Else nothing may be saved."""
         for engine in self._engines():
             engine.is_torn = False
 
@@ -468,10 +465,7 @@ class Run:
         """Tell the other ranks of this rank's exception, and wait for none. The rank that failed calls it alone."""
         if not self._origin.is_here:
             return
-        for technique in self._techniques.values():
-            cause = technique.cause_of(exception)
-            if cause is not None and hasattr(exception, "add_note"):  # Python 3.11
-                exception.add_note(cause)
+        note_causes(self._techniques, exception)
         self.environment.report(exception)
         if self.assembly is not None:
             self.assembly.abandon()

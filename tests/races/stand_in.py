@@ -48,6 +48,9 @@ class _Lock:
             join(self._clock, self._world.thread.clock)
         self._lock.release()
 
+    def _is_owned(self) -> bool:
+        return self._lock._is_owned()
+
 
 @contextlib.contextmanager
 def playing(world: World) -> Iterator[None]:

@@ -49,3 +49,11 @@ def load_states(techniques: Mapping[str, ModuleTechnique], states: Mapping[str, 
         )
     for name, state in states.items():
         techniques[name].load_state_dict(state)
+
+
+def note_causes(techniques: Mapping[str, ModuleTechnique], error: BaseException) -> None:
+    """Note on an error of user code which technique it comes of, where Python can (from 3.11 on)."""
+    for technique in techniques.values():
+        cause = technique.cause_of(error)
+        if cause is not None and hasattr(error, "add_note"):
+            error.add_note(cause)
