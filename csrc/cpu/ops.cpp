@@ -168,15 +168,51 @@ struct AdamW : lss_ticket {
         Plan &plan = plans[static_cast<size_t>(s)];
         BlockStats unused[kChunk / kStatsBlock];
         BlockStats *const out = with_stats ? &plan.blocks[static_cast<size_t>(offset / kStatsBlock)] : unused;
+        if (seg.rows == nullptr) {
+            step_run(seg, plan, offset, n, out, with_stats);
+            return;
+        }
+        if (with_stats) see(seg, plan, offset, n, out);
+        step_rows(seg, plan, offset, n);
+    }
+
+    // Each run of rows that follow one another, as a segment of its own whose states begin where the run's offset says.
+    void step_rows(const lss_adamw_segment &seg, const Plan &plan, int64_t offset, int64_t n) {
+        BlockStats unused[kChunk / kStatsBlock + 1];
+        const int64_t end = offset + n, num_rows = seg.numel / seg.row_numel;
+        while (offset < end) {
+            const int64_t row = offset / seg.row_numel;
+            int64_t last = row;
+            while (last + 1 < num_rows && (last + 1) * seg.row_numel < end && seg.rows[last + 1] == seg.rows[last] + 1) {
+                ++last;
+            }
+            const int64_t shift = (seg.rows[row] - row) * seg.row_numel;
+            const int64_t numbered = seg.rows[row] * seg.row_stride - row * seg.row_numel;
+            // Random numbers of one row only are numbered one after the other, unless rows have no gap between them.
+            if (seg.row_stride != seg.row_numel) last = row;
+            const int64_t run = std::min(end, (last + 1) * seg.row_numel) - offset;
+            lss_adamw_segment moved = seg;
+            moved.param = at(seg.param, seg.param_dtype, shift);
+            moved.exp_avg = at(seg.exp_avg, seg.exp_avg_dtype, shift);
+            moved.exp_avg_sq = at(seg.exp_avg_sq, seg.exp_avg_sq_dtype, shift);
+            if (seg.compensation) moved.compensation = at(seg.compensation, LSS_BF16, shift);
+            moved.first_element += numbered;
+            step_run(moved, plan, offset, run, unused, false);
+            offset += run;
+        }
+    }
+
+    void step_run(const lss_adamw_segment &seg, const Plan &plan, int64_t offset, int64_t n, BlockStats *out,
+                  bool counts) {
         if (seg.rounding != LSS_AS_TORCH) {
-            if (with_stats) see(seg, plan, offset, n, out);
+            if (counts) see(seg, plan, offset, n, out);
             low_step(*table, seg, mode, offset, n);
             return;
         }
         if (plan.k.installed_root || (mode == LSS_COMMIT_PEEK && plan.next_k.installed_root)) {
-            if (with_stats) see(seg, plan, offset, n, out);
+            if (counts) see(seg, plan, offset, n, out);
             const OneRootThread one;
-            for (int64_t i = 0; i < n; i += kRooted) step_rooted(s, offset + i, std::min(kRooted, n - i));
+            for (int64_t i = 0; i < n; i += kRooted) step_rooted(seg, plan, offset + i, std::min(kRooted, n - i));
             return;
         }
         const bool same = mode != LSS_COMMIT_PEEK || (seg.grad_dtype == seg.next_grad_dtype && plan.next_k.plain);
@@ -184,7 +220,7 @@ struct AdamW : lss_ticket {
             kernel(seg, mode, seg.grad_dtype, seg.weight_out_dtype)(args(seg, plan, offset), n, out);
             return;
         }
-        if (with_stats) see(seg, plan, offset, n, out);
+        if (counts) see(seg, plan, offset, n, out);
         for (int64_t i = 0; i < n; i += kPrepared) step_prepared(seg, plan, offset + i, std::min(kPrepared, n - i));
     }
 
@@ -235,9 +271,7 @@ struct AdamW : lss_ticket {
         }
     }
 
-    void step_rooted(int64_t s, int64_t offset, int64_t n) {
-        const lss_adamw_segment &seg = segments[s];
-        const Plan &plan = plans[static_cast<size_t>(s)];
+    void step_rooted(const lss_adamw_segment &seg, const Plan &plan, int64_t offset, int64_t n) {
         if (mode == LSS_COMMIT_PEEK) {
             half_steps(seg, offset, n, seg.grad, seg.grad_dtype, plan.k, true, LSS_NONE);
             half_steps(seg, offset, n, seg.next_grad, seg.next_grad_dtype, plan.next_k, false, seg.weight_out_dtype);
@@ -292,6 +326,10 @@ int32_t check_segment(int32_t mode, const lss_adamw_segment &seg, int64_t s) {
     if (seg.numel < 0 || !moments || !out || !grads || !master) {
         return fail(LSS_ERR_ARGUMENT, "segment %lld has a negative size or a dtype that mode %d does not take",
                     static_cast<long long>(s), mode);
+    }
+    if (seg.rows && (seg.row_numel < 1 || seg.row_stride < seg.row_numel || seg.numel % seg.row_numel)) {
+        return fail(LSS_ERR_ARGUMENT, "segment %lld does not have whole rows of at least one element",
+                    static_cast<long long>(s));
     }
     return LSS_OK;
 }

@@ -21,7 +21,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define LSS_ABI_VERSION 2
+#define LSS_ABI_VERSION 3
 
 #if defined(__GNUC__)
 #define LSS_API __attribute__((visibility("default")))
@@ -96,6 +96,11 @@ typedef struct {
     int64_t first_element;    /* number of the first element among them */
     int32_t rounding;         /* LSS_AS_TORCH: an update of fp32 masters in torch's order of operations */
     int32_t reserved;
+    /* NULL, or which rows of param, exp_avg, exp_avg_sq and compensation the gradient's rows belong to, ascending;
+     * grad, next_grad and weight_out have these rows one after the other, and numel counts their elements. */
+    const int64_t *rows;
+    int64_t row_numel;  /* elements of a row, more than 0 */
+    int64_t row_stride; /* of the numbers of random numbers, from one row to the next */
     lss_adamw_hyper hyper;
     lss_adamw_hyper next_hyper;
     double sumsq;

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_superscale.ops.types import AdamWSegment, GradStats, Rounding
+from lightning_superscale.ops.types import AdamWSegment, GradStats, Rounding, RowSelection
 
 # [Note: Sum of squares] A segment is cut into blocks of 4096 elements from its own start. Within a
 # block, lane j of 16 adds the squares of elements j, j+16, j+32, ... in that order, in fp32; the 16
@@ -76,14 +76,37 @@ class _Updated(NamedTuple):
     compensation: Tensor | None
 
     def store(self, seg: AdamWSegment) -> None:
-        seg.param.copy_(self.param)
-        seg.exp_avg.copy_(self.exp_avg)
-        seg.exp_avg_sq.copy_(self.exp_avg_sq)
-        if seg.compensation is not None and self.compensation is not None:
-            seg.compensation.copy_(self.compensation)
+        chosen = seg.selection
+        states = (seg.param, seg.exp_avg, seg.exp_avg_sq, seg.compensation)
+        for state, new in zip(states, self, strict=True):
+            if state is None or new is None:
+                continue
+            if chosen is None:
+                state.copy_(new)
+            else:
+                state.view(-1, chosen.row_numel)[chosen.rows] = new.view(-1, chosen.row_numel).to(state.dtype)
+
+
+def _of_selection(seg: AdamWSegment) -> AdamWSegment:
+    """A segment of copies of the selected rows alone, which it updates whole."""
+    chosen = seg.selection
+    if chosen is None:
+        return seg
+
+    def rows_of(state: Tensor) -> Tensor:
+        return state.view(-1, chosen.row_numel)[chosen.rows].view(-1)
+
+    return dataclasses.replace(
+        seg,
+        param=rows_of(seg.param),
+        exp_avg=rows_of(seg.exp_avg),
+        exp_avg_sq=rows_of(seg.exp_avg_sq),
+        compensation=None if seg.compensation is None else rows_of(seg.compensation),
+    )
 
 
 def _updated(seg: AdamWSegment) -> _Updated:
+    seg = _of_selection(seg)
     if seg.rounding is not None:
         return _low_precision_update(seg, seg.rounding)
     return _Updated(*_adamw_math(seg), None)
@@ -237,9 +260,15 @@ def philox(key: int, counter: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor
     return c0, c1, c2, c3
 
 
-def random_halves(rounding: Rounding, numel: int, step: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def random_halves(
+    rounding: Rounding, numel: int, step: int, device: torch.device, selection: RowSelection | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """The 16 random bits of each of `numel` elements, for param, exp_avg and exp_avg_sq, int64."""
-    element = torch.arange(rounding.first_element, rounding.first_element + numel, device=device)
+    element = torch.arange(numel, device=device)
+    if selection is not None:
+        row, column = element // selection.row_numel, element % selection.row_numel
+        element = selection.rows.to(device)[row] * selection.row_stride + column
+    element = element + rounding.first_element
     words = philox(rounding.key, element >> 1, step)
     is_odd = (element & 1).bool()
     first, second = torch.where(is_odd, words[2], words[0]), torch.where(is_odd, words[3], words[1])
@@ -284,7 +313,7 @@ def _low_precision_update(seg: AdamWSegment, rounding: Rounding) -> _Updated:
     else:
         rounded, lost = p, None
     if rounding.is_stochastic:
-        for_p, for_m, for_v = random_halves(rounding, p.numel(), hyper.step, p.device)
+        for_p, for_m, for_v = random_halves(rounding, p.numel(), hyper.step, p.device, seg.selection)
         if lost is None and seg.param.dtype == torch.bfloat16:
             rounded = round_stochastic(p, for_p)
         m = round_stochastic(m, for_m) if seg.exp_avg.dtype == torch.bfloat16 else m

@@ -92,11 +92,54 @@ class Rounding:
     first_element: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class RowSelection:
+    """Some rows of a segment's states, seen as a matrix of as many rows as fit.
+
+    Attributes:
+        rows: [num_rows] int64 on the CPU, contiguous, ascending.
+        row_numel: elements of a row, at least 1.
+        row_stride: by how much the numbers of random numbers grow from one row to the next, at least `row_numel`.
+
+    Raises:
+        ValueError: rows that are not ascending from 0 on, or sizes out of range.
+        TypeError: rows of another dtype, shape or device.
+    """
+
+    rows: torch.Tensor
+    row_numel: int
+    row_stride: int
+
+    def __post_init__(self) -> None:
+        rows = self.rows
+        if rows.dtype != torch.int64 or rows.dim() != 1 or rows.device.type != "cpu" or not rows.is_contiguous():
+            raise TypeError(
+                f"rows: expected a contiguous 1D int64 tensor on the CPU, found {tuple(rows.shape)} {rows.dtype} on "
+                f"{rows.device}"
+            )
+        if self.row_numel < 1 or self.row_stride < self.row_numel:
+            raise ValueError(
+                f"expected row_numel >= 1 and row_stride >= row_numel, found {self.row_numel} and {self.row_stride}"
+            )
+        if len(rows) and (int(rows[0]) < 0 or not bool((rows[1:] > rows[:-1]).all())):
+            raise ValueError("rows: expected numbers from 0 on in ascending order, each once")
+
+    @property
+    def numel(self) -> int:
+        """Elements of these rows."""
+        return len(self.rows) * self.row_numel
+
+    @property
+    def end(self) -> int:
+        """Elements that a state has at least."""
+        return (int(self.rows[-1]) + 1) * self.row_numel if len(self.rows) else 0
+
+
 @dataclass(slots=True, kw_only=True)
 class AdamWSegment:
     """The tensors of one contiguous run of elements that share one `AdamWHyper`.
 
-    All tensors are 1D, contiguous, of equal numel, on one device, and do not overlap (except that
+    All tensors are 1D, contiguous, of equal numel (but see `selection`), on one device, and do not overlap (except that
     `grad` and `weight_out` may share memory when their elements have one size: the kernel reads
     an element's gradient before it writes its weight).
 
@@ -117,6 +160,8 @@ class AdamWSegment:
             `hyper.grad_scale`, which is 1 then: a clip coefficient that the host need not know.
         compensation: with `rounding` and a bf16 `param`: the bf16 rounding error of `param` (Kahan's), which
             the next update adds; written by commit and commit_peek.
+        selection: the rows of `param`, `exp_avg`, `exp_avg_sq` and `compensation` that are updated, on the CPU only;
+            `grad`, `next_grad` and `weight_out` have these rows one after the other. None for all elements.
     """
 
     param: torch.Tensor
@@ -130,6 +175,12 @@ class AdamWSegment:
     rounding: Rounding | None = None
     compensation: torch.Tensor | None = None
     device_scale: torch.Tensor | None = None
+    selection: RowSelection | None = None
+
+    @property
+    def numel(self) -> int:
+        """Elements that the update reads and writes."""
+        return self.grad.numel()
 
     @property
     def grad_scale(self) -> float | torch.Tensor:

@@ -131,7 +131,7 @@ def _run(mode: _Mode, segments: Sequence[AdamWSegment], stats: bool, pool: Pool 
     if lib is None:
         return mode.reference(segments, stats=stats)
     structs = _structs(mode, segments)
-    small = sum(seg.param.numel() for seg in segments) <= INLINE_NUMEL
+    small = sum(seg.numel for seg in segments) <= INLINE_NUMEL
     handle = None if small and pool is None else (pool or default_pool()).handle
     loader.check(lib, lib.lss_adamw(handle, mode.code, structs, len(segments), int(stats), None, None))
     return _stats(structs) if stats else None
@@ -152,7 +152,7 @@ def _submit(
     status = lib.lss_adamw(pool.handle, mode.code, structs, len(segments), int(stats), byref(how), byref(handle))
     loader.check(lib, status)
     # The ticket keeps the tensors, not the segments, whose fields the caller may reassign.
-    tensors = [tensor for seg in segments for _, tensor in _tensors(mode, seg)]
+    tensors = [tensor for seg in segments for tensor in _kept(mode, seg)]
     return Ticket(
         lib=lib,
         handle=handle.value,
@@ -178,6 +178,12 @@ def _tensors(mode: _Mode, seg: AdamWSegment) -> list[tuple[str, Tensor]]:
     return named
 
 
+def _kept(mode: _Mode, seg: AdamWSegment) -> list[Tensor]:
+    """The tensors that work under way needs."""
+    rows = [] if seg.selection is None else [seg.selection.rows]
+    return [tensor for _, tensor in _tensors(mode, seg)] + rows
+
+
 _DTYPES: dict[str, tuple[torch.dtype, ...]] = {
     "param": STATE_DTYPES,
     "exp_avg": STATE_DTYPES,
@@ -201,8 +207,10 @@ def _check_segments(mode: _Mode, segments: Sequence[AdamWSegment]) -> None:
         _check_hyper(where, seg.hyper)
         if mode.takes_next and seg.next_hyper is not None:
             _check_hyper(where, seg.next_hyper)
-        numel = seg.param.numel()
+        _check_selection(where, seg)
         for field, tensor in _tensors(mode, seg):
+            is_state = field in ("param", "exp_avg", "exp_avg_sq", "compensation")
+            numel = seg.param.numel() if is_state else seg.numel
             _check_tensor(f"{where}: {field}", tensor, _DTYPES[field], numel)
             if numel:
                 writes = field == "weight_out" or (mode.writes_state and not field.endswith("grad"))
@@ -233,6 +241,21 @@ def _check_rounding(where: str, seg: AdamWSegment) -> None:
             f"{where}: expected a key in [0, 2**63) and a first_element in [0, 2**62), found {rounding.key} and "
             f"{rounding.first_element}"
         )
+
+
+def _check_selection(where: str, seg: AdamWSegment) -> None:
+    numel, chosen = seg.param.numel(), seg.selection
+    if chosen is None:
+        if seg.numel != numel:
+            raise ValueError(f"{where}: grad: expected {numel} elements like param, found {seg.numel}")
+        return
+    if numel < chosen.end or numel % chosen.row_numel:
+        raise ValueError(
+            f"{where}: param: expected whole rows of {chosen.row_numel} elements, at least {chosen.end} elements for "
+            f"the last row of the selection, found {numel}"
+        )
+    if seg.numel != chosen.numel:
+        raise ValueError(f"{where}: grad: expected {chosen.numel} elements of the selected rows, found {seg.numel}")
 
 
 def _check_tensor(where: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], numel: int) -> None:
@@ -276,7 +299,7 @@ def _structs(mode: _Mode, segments: Sequence[AdamWSegment]) -> ctypes.Array[load
         struct.exp_avg = seg.exp_avg.data_ptr()
         struct.exp_avg_sq = seg.exp_avg_sq.data_ptr()
         struct.grad = seg.grad.data_ptr()
-        struct.numel = seg.param.numel()
+        struct.numel = seg.numel
         struct.exp_avg_dtype = loader.DTYPE_CODES[seg.exp_avg.dtype]
         struct.exp_avg_sq_dtype = loader.DTYPE_CODES[seg.exp_avg_sq.dtype]
         struct.grad_dtype = loader.DTYPE_CODES[seg.grad.dtype]
@@ -285,6 +308,9 @@ def _structs(mode: _Mode, segments: Sequence[AdamWSegment]) -> ctypes.Array[load
         if seg.rounding is not None:
             struct.rounding = loader.STOCHASTIC if seg.rounding.is_stochastic else loader.NEAREST
             struct.key, struct.first_element = seg.rounding.key, seg.rounding.first_element
+        if seg.selection is not None:
+            struct.rows = seg.selection.rows.data_ptr()
+            struct.row_numel, struct.row_stride = seg.selection.row_numel, seg.selection.row_stride
         if seg.compensation is not None:
             struct.compensation = seg.compensation.data_ptr()
         if seg.weight_out is not None:

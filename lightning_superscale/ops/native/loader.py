@@ -23,7 +23,7 @@ import torch
 from lightning_superscale.ops.native import build, seal, torch_root
 from lightning_superscale.ops.native.own_files import own_file
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 _PLACE = Path("lightning_superscale", "ops", "native", "_native")
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -78,6 +78,9 @@ class AdamWSegmentStruct(ctypes.Structure):
         ("first_element", c_int64),
         ("rounding", c_int32),
         ("reserved", c_int32),
+        ("rows", c_void_p),
+        ("row_numel", c_int64),
+        ("row_stride", c_int64),
         ("hyper", AdamWHyperStruct),
         ("next_hyper", AdamWHyperStruct),
         ("sumsq", c_double),
