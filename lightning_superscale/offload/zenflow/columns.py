@@ -1,0 +1,115 @@
+"""The columns of parameters: how rows in memory are a matrix, and which of its columns matter most.
+
+[Note: Columns] Column j of a weight [out, in] holds what it does with input channel j. Any parameter is such a matrix: a
+row for each of its rows, and a column for each element of a row, in the order of its memory. Every rank has some rows of
+every column, so that ranks need to sum up one number per column to choose the same ones.
+
+States that are stepped by columns lie in memory column by column, so that any of them can be stepped without the others.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_superscale.layout.rows import ParamSlice
+from lightning_superscale.optim.unit import shaped
+
+
+@dataclass(frozen=True, slots=True)
+class ColumnLayout:
+    """The columns of one rank's rows of a parameter.
+
+    Attributes:
+        num_columns: 1 for a parameter that is not split, whose only column is all of its rows.
+        column_numel: elements of a column on this rank.
+        num_rows: elements of a column on all ranks.
+        num_selected: number of columns that are stepped at every step.
+    """
+
+    num_columns: int
+    column_numel: int
+    num_rows: int
+    num_selected: int
+
+    @property
+    def numel(self) -> int:
+        """Elements of all columns on this rank."""
+        return self.num_columns * self.column_numel
+
+    @property
+    def selected_numel(self) -> int:
+        """Elements of the selected columns on this rank."""
+        return self.num_selected * self.column_numel
+
+    @property
+    def deferred_numel(self) -> int:
+        """Elements of the other columns on this rank."""
+        return self.numel - self.selected_numel
+
+    @property
+    def is_split(self) -> bool:
+        """Whether some columns are selected and some are not."""
+        return 0 < self.num_selected < self.num_columns
+
+
+def column_layout(piece: ParamSlice, topk: float, *, is_split: bool = True) -> ColumnLayout:
+    """The columns of some rows of a parameter.
+
+    A parameter of one dim has one column, which is selected. One whose rows do not lie one after the other in memory has
+    one column too, which is not.
+
+    Args:
+        topk: the share of columns that are selected, from 0 to 1, rounded to the nearest number of them.
+        is_split: False for a parameter that is stepped as a whole, as one column.
+    """
+    spec = piece.spec
+    if len(spec.shape) < 2:
+        return ColumnLayout(1, piece.numel, spec.numel, 1)
+    is_by_rows = spec.dims_in_memory[0] == 0 or spec.shape[0] == 1
+    if not is_split or not is_by_rows or not spec.row_numel:
+        return ColumnLayout(1, piece.numel, spec.numel, 0)
+    num_selected = math.floor(topk * spec.row_numel + 0.5)
+    return ColumnLayout(spec.row_numel, piece.rows[1] - piece.rows[0], spec.num_rows, num_selected)
+
+
+def columns_in_rows(flat: Tensor, layout: ColumnLayout) -> Tensor:
+    """The columns [num_columns, column_numel] of 1D elements that lie in memory row by row; a view."""
+    return flat.view(layout.column_numel, layout.num_columns).t()
+
+
+def rows_of_columns(flat: Tensor, piece: ParamSlice, layout: ColumnLayout) -> Tensor:
+    """The rows of a parameter, in their shape, from 1D elements that lie in memory column by column; a view."""
+    if layout.num_columns == 1:
+        return shaped(flat, piece)
+    shape = piece.local_shape
+    rows = flat.view(layout.num_columns, layout.column_numel).t()
+    inner = [dim for dim in piece.spec.dims_in_memory if dim != 0]
+    split = rows.unflatten(1, [shape[dim] for dim in inner])
+    places = {dim: 1 + at for at, dim in enumerate(inner)}
+    return split.permute([0, *(places[dim] for dim in range(1, len(shape)))])
+
+
+def most_important(importance: Tensor, num_selected: int) -> Tensor:
+    """The columns of greatest importance, ascending; of equal ones those with lower numbers.
+
+    NaN counts as the greatest importance, as it does in torch.
+
+    Args:
+        importance: [num_columns].
+
+    Returns:
+        [num_selected] int64 on the CPU.
+    """
+    order = torch.sort(importance.cpu(), descending=True, stable=True).indices
+    return order[:num_selected].sort().values.contiguous()
+
+
+def others(selected: Tensor, num_columns: int) -> Tensor:
+    """The columns that are not selected, ascending; int64 on the CPU."""
+    is_other = torch.ones(num_columns, dtype=torch.bool)
+    is_other[selected] = False
+    return is_other.nonzero().view(-1)

@@ -1,0 +1,87 @@
+"""Columns of parameters of any shape and memory format, and the choice of the most important."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lightning_superscale.layout.rows import ParamSpec, dims_in_memory, shard_rows, unit_layout
+from lightning_superscale.offload.zenflow.columns import (
+    ColumnLayout,
+    column_layout,
+    columns_in_rows,
+    most_important,
+    others,
+    rows_of_columns,
+)
+from lightning_superscale.optim.unit import flattened
+
+SHAPES = [(), (5,), (1, 4), (6, 5), (7, 3, 2, 2), (4, 1, 3), (0, 3), (3, 0)]
+TENSORS = {
+    **{str(shape): torch.arange(torch.Size(shape).numel()).float().view(shape) for shape in SHAPES},
+    "channels_last": torch.arange(120).float().view(5, 4, 3, 2).contiguous(memory_format=torch.channels_last),
+    "transposed": torch.arange(24).float().view(4, 6).t(),
+}
+
+
+def spec_of(tensor: torch.Tensor) -> ParamSpec:
+    is_contiguous = tensor.is_contiguous()
+    return ParamSpec("p", tuple(tensor.shape), None if is_contiguous else tensor.stride())
+
+
+@pytest.mark.parametrize("name", TENSORS)
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+def test_columns_of_all_ranks_are_the_parameter(name, num_ranks):
+    whole = TENSORS[name]
+    if name == "transposed" and num_ranks > 1:
+        pytest.skip("a parameter that is cut into rows has them one after the other")
+    spec = spec_of(whole)
+    for rank in range(num_ranks):
+        (piece,) = unit_layout(0, [spec], rank, num_ranks).slices
+        layout = column_layout(piece, 0.5)
+        start, stop = shard_rows(spec.num_rows, rank, num_ranks)
+        rows = whole[start:stop] if whole.dim() else whole.reshape(-1)[start:stop].reshape(piece.local_shape)
+        in_memory = flattened(rows, spec)
+        by_columns = columns_in_rows(in_memory, layout).contiguous().view(-1)
+        assert layout.numel == piece.numel == by_columns.numel()
+        assert torch.equal(rows_of_columns(by_columns, piece, layout), rows)
+        # A view, so that what is written to it reaches the states.
+        rows_of_columns(by_columns, piece, layout).zero_()
+        assert not by_columns.any()
+
+
+def test_a_column_has_the_weights_of_one_input_channel():
+    weight = TENSORS["(6, 5)"]
+    (piece,) = unit_layout(0, [spec_of(weight)], 0, 1).slices
+    columns = columns_in_rows(weight.reshape(-1), column_layout(piece, 0.4))
+    assert torch.equal(columns[3], weight[:, 3])
+
+
+@pytest.mark.parametrize(
+    ("shape", "topk", "selected"),
+    [((4, 10), 0.1, 1), ((4, 10), 0.25, 3), ((4, 10), 0.0, 0), ((4, 10), 1.0, 10), ((4, 10), 0.04, 0), ((7,), 0.0, 1)],
+)
+def test_the_share_of_selected_columns_is_rounded(shape, topk, selected):
+    (piece,) = unit_layout(0, [ParamSpec("p", shape)], 0, 1).slices
+    assert column_layout(piece, topk).num_selected == selected
+
+
+def test_a_parameter_that_is_not_split_has_one_column_that_is_deferred():
+    (piece,) = unit_layout(0, [ParamSpec("p", (4, 10))], 0, 1).slices
+    assert column_layout(piece, 1.0, is_split=False) == ColumnLayout(1, 40, 40, 0)
+    strides = TENSORS["transposed"].stride()
+    assert dims_in_memory((6, 4), strides) == (1, 0)
+    (piece,) = unit_layout(0, [ParamSpec("p", (6, 4), strides)], 0, 1).slices
+    assert column_layout(piece, 1.0) == ColumnLayout(1, 24, 24, 0)
+
+
+def test_ties_go_to_lower_numbers_and_nan_comes_first():
+    assert most_important(torch.tensor([1.0, 2.0, 2.0, 2.0, 0.5]), 2).tolist() == [1, 2]
+    assert most_important(torch.tensor([3.0, 1.0, torch.nan, 2.0]), 2).tolist() == [0, 2]
+    assert most_important(torch.zeros(1000), 7).tolist() == list(range(7))
+    assert most_important(torch.tensor([1.0, 2.0]), 0).tolist() == []
+
+
+def test_others_are_the_rest():
+    assert others(torch.tensor([1, 3]), 5).tolist() == [0, 2, 4]
+    assert others(torch.tensor([], dtype=torch.int64), 2).tolist() == [0, 1]
