@@ -16,14 +16,14 @@ from typing import Any, NamedTuple, Protocol, cast
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_superscale.offload.late_moments import LateMoments
 from lightning_superscale.offload.superoffload.worker import StepThread, StepWorker
 from lightning_superscale.ops.types import AdamWHyper, GradStats
 from lightning_superscale.optim.adamw_step import AdamWRule
 from lightning_superscale.optim.param_update import GradScale, ParamUpdate, adamw_hyper, by_unit
 from lightning_superscale.optim.step_rule import StepGuard, SteppedUnit
 from lightning_superscale.optim.unit import GradientDelta, PublishEvent, ShardUnit
-from lightning_superscale.optim.unit_state import COMPENSATION_KEY, UnitState
-from lightning_superscale.optim.weights.watch import WeightWatch
+from lightning_superscale.optim.unit_state import UnitState
 from lightning_superscale.timeline import UNTIMED, Timeline
 
 # Of the last _REMEMBERED_STEPS steps that looked ahead, when more than _MOST_REDONE had to look again, the next
@@ -155,7 +155,7 @@ class DeferredStep(AdamWRule):
         self._looking: dict[int, Future[None]] = {}
         self._hypers: dict[int, dict[int, AdamWHyper]] = {}
         self._settling: dict[int, Future[_Settled]] = {}
-        self._watches: dict[int, WeightWatch[Tensor]] = {}
+        self._moments = LateMoments(optimizer, self._bring_up)
         self._group_of: dict[nn.Parameter, dict[str, Any]] = {}
         self._clip_value: float | None = None
         self._grad_scale = 1.0
@@ -236,7 +236,7 @@ class DeferredStep(AdamWRule):
             hypers = {item.i: numbers.hyper_of(item) for item in items}
             unit = items[0].unit
             state = self._states[unit.index]
-            self._let_states_wait(unit.index, items)
+            self._moments.expect(unit.index, [item.param for item in items])
             # Copies may still be under way when the step returns. Their sources' memory is theirs until then
             # (`record_stream`), and no other code writes most of them; but a gradient in param.grad may be zeroed or
             # added to in place next.
@@ -266,39 +266,21 @@ class DeferredStep(AdamWRule):
 
     # State
 
-    def _let_states_wait(self, index: int, items: Sequence[ParamUpdate]) -> None:
-        """Let reads and writes of the optimizer's own moments wait for the commit of the step that is about to be made.
-
-        Code that reads them between steps finds those of the last step, and what it writes there is kept.
-        """
-        watch = self._watches.get(index)
-        if watch is None:
-            own = [self._optimizer.state[item.param] for item in items]
-            moments = [
-                state[key] for state in own for key in ("exp_avg", "exp_avg_sq", COMPENSATION_KEY) if key in state
-            ]
-            watch = self._watches[index] = WeightWatch(moments, functools.partial(self._bring_up, index))
-        watch.expect()
-
     def _bring_up(self, index: int) -> None:
         for task in (self._settling.get(index), self._looking.get(index)):
             if task is not None and not task.cancelled():
                 task.result()
         self._states[index].flush()
-        self._watches[index].arrived()
 
     def _bind(self, item: ParamUpdate, key: str, view: Tensor, held: Tensor | None) -> None:
         super()._bind(item, key, view, held)
-        former = self._watches.pop(item.unit.index, None)  # the optimizer has another tensor now
-        if former is not None:
-            former.close()
+        self._moments.forget(item.unit.index)
 
     def flush(self) -> None:
         self.quiesce()
         for state in self._states.values():
             state.flush()
-        for watch in self._watches.values():
-            watch.arrived()
+        self._moments.arrived()
 
     def _before_states_change(self, item: ParamUpdate) -> None:
         self._states[item.unit.index].flush()  # or the pending gradient would be committed on top
@@ -316,9 +298,7 @@ class DeferredStep(AdamWRule):
 
     def close(self) -> None:
         self.flush()
-        for watch in self._watches.values():
-            watch.close()
-        self._watches.clear()
+        self._moments.close()
         self._worker.close()
 
 
