@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import _lightning_superscale_autoload
 
 if TYPE_CHECKING:
-    from lightning_superscale.config import CheckpointConfig, OffloadConfig, ZeroConfig
+    from lightning_superscale.config import CheckpointConfig, OffloadConfig, ZenFlowConfig, ZeroConfig
     from lightning_superscale.errors import CheckpointError, SuperScaleError
     from lightning_superscale.plugins.checkpoint.load_from_checkpoint import load_from_checkpoint
     from lightning_superscale.plugins.pytorch import (
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         SuperScalePrecision,
         SuperScaleStrategy,
         UniversalCheckpointIO,
+        ZenFlowStrategy,
         ZeroStrategy,
     )
 
@@ -38,6 +39,8 @@ __all__ = [
     "SuperScalePrecision",
     "SuperScaleStrategy",
     "UniversalCheckpointIO",
+    "ZenFlowConfig",
+    "ZenFlowStrategy",
     "ZeroConfig",
     "ZeroStrategy",
     "load_from_checkpoint",
@@ -52,6 +55,7 @@ _HOMES = {
     "CheckpointConfig": "lightning_superscale.config",
     "CheckpointError": "lightning_superscale.errors",
     "OffloadConfig": "lightning_superscale.config",
+    "ZenFlowConfig": "lightning_superscale.config",
     "ZeroConfig": "lightning_superscale.config",
     "SuperScaleError": "lightning_superscale.errors",
     "load_from_checkpoint": "lightning_superscale.plugins.checkpoint.load_from_checkpoint",

@@ -6,8 +6,7 @@ Arguments that take a config object also take a mapping with the same keys.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
-from typing import Annotated, Any, Literal, Optional, TypeVar, Union  # noqa: F401 # fields' annotations are read here
+from typing import Annotated, Any, Literal, Optional, Union  # noqa: F401 # fields' annotations are read here
 
 from lightning_superscale.config.checkpoint import CheckpointConfig
 from lightning_superscale.config.offload import ENGINES, OffloadConfig
@@ -17,14 +16,17 @@ from lightning_superscale.config.values import (  # noqa: F401 # likewise
     PositiveInt,
     Share,
     ThreadCount,
+    config_from_mapping,
     shown,
 )
+from lightning_superscale.config.zenflow import Factor, Steps, ZenFlowConfig  # noqa: F401
 from lightning_superscale.config.zero import Stage, ZeroConfig  # noqa: F401
-from lightning_superscale.errors import SettingError, did_you_mean
+from lightning_superscale.errors import SettingError
 
 __all__ = [
     "CheckpointConfig",
     "OffloadConfig",
+    "ZenFlowConfig",
     "ZeroConfig",
     "config_from_mapping",
     "resolve_checkpoint",
@@ -32,34 +34,10 @@ __all__ = [
     "resolve_zero",
 ]
 
-_C = TypeVar("_C")
-
 # Pickles and torch's list of safe globals know a class by its module. A checkpoint that holds a config as a
 # hyperparameter names this module, so that the class's own file may change.
-for _config in (CheckpointConfig, OffloadConfig, ZeroConfig):
+for _config in (CheckpointConfig, OffloadConfig, ZenFlowConfig, ZeroConfig):
     _config.__module__ = __name__
-
-
-def config_from_mapping(config_class: type[_C], values: Mapping[str, Any], where: str) -> _C:
-    """Build a config from a mapping, refusing keys that it does not have.
-
-    Args:
-        config_class: a dataclass of this module.
-        values: the config's fields, by name.
-        where: name of the mapping, for messages.
-
-    Raises:
-        SettingError: a key is unknown, or a value is not allowed; names an unknown key, the known keys and the
-            closest one.
-    """
-    known = [f.name for f in fields(config_class)]  # type: ignore[arg-type]
-    for key in values:
-        if key not in known:
-            raise SettingError(
-                f"{where} has no key {shown(key)}: expected one of {', '.join(map(repr, known))}"
-                f"{did_you_mean(str(key), known)}"
-            )
-    return config_class(**values)
 
 
 def resolve_zero(value: Union[int, ZeroConfig, Mapping[str, Any]]) -> ZeroConfig:

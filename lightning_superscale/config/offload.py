@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, Optional, Union
 
-from lightning_superscale.config.values import ModuleNames, PositiveInt, Share, ThreadCount, check_fields, shown
+from lightning_superscale.config.values import (
+    ModuleNames,
+    PositiveInt,
+    Share,
+    ThreadCount,
+    check_fields,
+    config_from_mapping,
+    shown,
+)
+from lightning_superscale.config.zenflow import ZenFlowConfig
 from lightning_superscale.errors import SettingError, SuperScaleError, did_you_mean
 
 # Name of an engine -> "module:class" of its OffloadEngine. The module is imported only when the engine is chosen.
 ENGINES: dict[str, str] = {
     "cpu": "lightning_superscale.offload.cpu.engine:CpuEngine",
     "superoffload": "lightning_superscale.offload.superoffload.engine:SuperOffloadEngine",
+    "zenflow": "lightning_superscale.offload.zenflow.engine:ZenFlowEngine",
 }
-PLANNED_ENGINES = ("zenflow",)
 
 
 @dataclass(frozen=True)
@@ -22,7 +32,9 @@ class OffloadConfig:
 
     Args:
         engine: "cpu" and "superoffload" keep fp32 master weights and optimizer states in host memory
-            and step there: "cpu" after the backward pass, "superoffload" during it and the next forward.
+            and step there: "cpu" after the backward pass, "superoffload" during it and the next forward. "zenflow"
+            steps the most important columns on the device at every step, and the others on the host every few steps,
+            while the device goes on; its result is another than AdamW's.
         bucket_mb: size of a bucket in MiB of weights, which move and step together. "auto" takes at most 64, and less
             where that gives a small model about 16 buckets.
         pin_memory: whether the host side of transfers is page-locked, where there is a CUDA device.
@@ -44,6 +56,7 @@ class OffloadConfig:
             the weights, and the host's kernel casts. "fp32" casts on the device, which takes more of the link and of
             the host's memory and spares the host's cores the conversions. "auto" takes "fp32" only where this machine's
             profile says that it is faster. The result is the same, bit for bit.
+        zenflow: the options of "zenflow"; None takes their defaults.
     """
 
     engine: str = "superoffload"
@@ -55,10 +68,19 @@ class OffloadConfig:
     wrap: Optional[ModuleNames] = None
     gpu_fraction: Union[Share, Literal["auto"]] = "auto"
     link_dtype: Literal["auto", "weights", "fp32"] = "auto"
+    zenflow: Optional[ZenFlowConfig] = None
 
     def __post_init__(self) -> None:
         self._check_engine()
+        options: object = self.zenflow
+        if isinstance(options, Mapping):
+            object.__setattr__(self, "zenflow", config_from_mapping(ZenFlowConfig, options, "offload.zenflow"))
         check_fields(self)
+        if self.zenflow is not None and self.engine != "zenflow":
+            raise SettingError(
+                f"OffloadConfig.zenflow holds the options of engine='zenflow'; found it with engine={self.engine!r}. "
+                "Remove it, or use engine='zenflow'."
+            )
         if self.wrap is not None and self.weights != "flow":
             raise SuperScaleError(
                 "OffloadConfig.wrap chooses what weights='flow' streams together; found it with "
@@ -78,8 +100,6 @@ class OffloadConfig:
     def _check_engine(self) -> None:
         engine: object = self.engine
         names = ", ".join(map(repr, ENGINES))
-        if engine in PLANNED_ENGINES:
-            raise SettingError(f"offload engine {engine!r} is not in this version. Use one of {names}.")
         if not isinstance(engine, str) or engine not in ENGINES:
             raise SettingError(
                 f"unknown offload engine {shown(engine)}: expected one of {names}{did_you_mean(str(engine), ENGINES)}"

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import timedelta
 from types import FunctionType, NoneType, SimpleNamespace, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from lightning_superscale.errors import SettingError, did_you_mean
+
+_C = TypeVar("_C")
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,3 +273,25 @@ def check_arguments(owner: str, function: Callable[..., Any], **values: object) 
         raise AssertionError(f"expected a function in Python, found {function!r}")
     asked = SimpleNamespace(__annotations__={key: function.__annotations__[key] for key in values})
     return checked(owner, get_type_hints(asked, function.__globals__, include_extras=True), values)
+
+
+def config_from_mapping(config_class: type[_C], values: Mapping[str, Any], where: str) -> _C:
+    """Build a config from a mapping, refusing keys that it does not have.
+
+    Args:
+        config_class: a dataclass.
+        values: the config's fields, by name.
+        where: name of the mapping, for messages.
+
+    Raises:
+        SettingError: a key is unknown, or a value is not allowed; names an unknown key, the known keys and the
+            closest one.
+    """
+    known = [f.name for f in fields(config_class)]  # type: ignore[arg-type]
+    for key in values:
+        if key not in known:
+            raise SettingError(
+                f"{where} has no key {shown(key)}: expected one of {', '.join(map(repr, known))}"
+                f"{did_you_mean(str(key), known)}"
+            )
+    return config_class(**values)

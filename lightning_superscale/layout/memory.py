@@ -7,6 +7,7 @@ the arithmetic that `explain()` prints read these statements; tests hold them eq
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,7 +31,7 @@ class BytesPerParam:
 
     name: str
     dtype: str
-    bytes: int
+    bytes: float
     home: Home
     axis: Axis | None = "shard"
 
@@ -44,7 +45,7 @@ class MemoryModel:
     def __add__(self, other: MemoryModel) -> MemoryModel:
         return MemoryModel(self.classes + other.classes)
 
-    def per_param(self, home: Home, axis: Axis | None) -> int:
+    def per_param(self, home: Home, axis: Axis | None) -> float:
         """Bytes per parameter in one memory that the ranks of `axis` divide, or with None, that each rank has."""
         return sum(one.bytes for one in self.classes if one.home == home and one.axis == axis)
 
@@ -54,4 +55,4 @@ class MemoryModel:
         Args:
             num_shards: number of ranks of the shard axis.
         """
-        return numel * self.per_param(home, None) - (-numel * self.per_param(home, "shard") // num_shards)
+        return math.ceil(numel * self.per_param(home, None) + numel * self.per_param(home, "shard") / num_shards)

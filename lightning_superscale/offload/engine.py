@@ -15,6 +15,7 @@ from typing import Literal, Protocol, cast
 
 from torch.optim import Optimizer
 
+from lightning_superscale.comm.communicator import Communicator
 from lightning_superscale.config import OffloadConfig, ZeroConfig
 from lightning_superscale.config.offload import ENGINES
 from lightning_superscale.layout.memory import MemoryModel
@@ -42,7 +43,8 @@ class OffloadContext:
         link: the device's link.
         arena: allocates host buffers.
         pool: threads of the host's kernels.
-        update: the kernel that steps on the host.
+        update, device_update: the kernels that step on the host and on the device.
+        ranks: collectives with the other ranks.
         dtypes: of masters and moments.
         link_dtype: dtype of gradients and new weights on the link; "weights" where weights flow or any state is not
             fp32.
@@ -55,6 +57,8 @@ class OffloadContext:
     arena: HostArena
     pool: Pool
     update: UpdatePath
+    device_update: UpdatePath
+    ranks: Communicator
     dtypes: StateDtypes = FP32_STATES
     link_dtype: LinkDtype = "weights"
     streams: bool = False
@@ -99,10 +103,13 @@ class OffloadEngine(Protocol):
     Attributes:
         weights_arrive: when the uploads of new weights begin: all "at step", or some during the "next forward", whose
             modules then wait for their own.
+        why_no_flow: the reason why weights can't flow from host memory with these states; None where they can.
     """
 
     @property
     def weights_arrive(self) -> Literal["at step", "next forward"]: ...
+    @property
+    def why_no_flow(self) -> str | None: ...
 
     def refuse(self, facts: RunFacts) -> None:
         """Refuse combinations that can't work. Each rank calls it for itself; the caller raises errors on all ranks.

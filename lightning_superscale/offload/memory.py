@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lightning_superscale.config import OffloadConfig
 from lightning_superscale.layout.memory import MemoryModel
 from lightning_superscale.offload.link.dtype import LinkDtype, dtype_on_link
 from lightning_superscale.ops.state_dtypes import StateDtypes, bytes_of
@@ -22,6 +23,7 @@ class ParamKind:
         num_shares: ranks that share their steps.
         dtypes: of masters and moments.
         link_dtype: what crosses the link.
+        config: the user's settings.
     """
 
     weights: torch.dtype
@@ -30,6 +32,7 @@ class ParamKind:
     num_shares: int
     dtypes: StateDtypes
     link_dtype: LinkDtype
+    config: OffloadConfig
 
 
 def host_memory(kind: ParamKind, *, num_transfer_buffers: int, has_copy: bool) -> MemoryModel:

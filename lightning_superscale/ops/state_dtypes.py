@@ -78,9 +78,9 @@ FP32_STATES = StateDtypes()
 
 
 def bytes_of(
-    name: str, dtype: torch.dtype, home: Home, *, copies: int = 1, axis: Axis | None = "shard"
+    name: str, dtype: torch.dtype, home: Home, *, copies: float = 1, axis: Axis | None = "shard"
 ) -> BytesPerParam:
-    """The class of `copies` buffers that have one element per parameter."""
+    """The class of `copies` buffers that have one element per parameter; a fraction has as many for a share of them."""
     return BytesPerParam(name, dtype_name(dtype), copies * dtype.itemsize, home, axis)
 
 

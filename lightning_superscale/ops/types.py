@@ -37,7 +37,8 @@ class AdamWHyper:
     """The hyperparameters of one AdamW or Adam update of one segment.
 
     Attributes:
-        step: the update's own number, counted from 1.
+        step: the update's own number, counted from 1, or if `absorbed` is more than 1, the number of steps whose
+            gradients the states have then absorbed.
         decoupled: True for AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101, algorithm 2);
             False adds `weight_decay * p` to the gradient, as `torch.optim.Adam` does.
         grad_scale: multiplied into the gradient in fp32 before anything else (unscaling and
@@ -46,6 +47,8 @@ class AdamWHyper:
         maximize: the gradient's sign is flipped after scaling and clipping.
         ieee_sqrt: take IEEE 754's square root, the same on every machine and GPU; otherwise torch's own
             on this machine's CPU, which plain AdamW takes there ([Note: Square root] in reference.py).
+        absorbed: number of steps whose mean gradient the update applies at once. The moments forget as much as in so
+            many steps: the betas are raised to its power.
     """
 
     lr: float
@@ -59,17 +62,19 @@ class AdamWHyper:
     grad_scale: float = 1.0
     clip_value: float | None = None
     ieee_sqrt: bool = False
+    absorbed: int = 1
 
     def scalars(self) -> AdamWScalars:
         """The coefficients of this update."""
+        beta1, beta2 = self.beta1**self.absorbed, self.beta2**self.absorbed
         bias_correction1 = 1 - self.beta1**self.step
         bias_correction2 = 1 - self.beta2**self.step
         return AdamWScalars(
             weight_decay_factor=1 - self.lr * self.weight_decay if self.decoupled else 1.0,
             l2=0.0 if self.decoupled else self.weight_decay,
-            lerp_weight=1 - self.beta1,
-            beta2=self.beta2,
-            one_minus_beta2=1 - self.beta2,
+            lerp_weight=1 - beta1,
+            beta2=beta2,
+            one_minus_beta2=1 - beta2,
             bias_correction2_sqrt=bias_correction2**0.5,
             eps=self.eps,
             neg_step_size=-(self.lr / bias_correction1),

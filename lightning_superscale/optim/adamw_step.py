@@ -16,7 +16,7 @@ from lightning_superscale.ops.types import AdamWHyper, AdamWSegment
 from lightning_superscale.ops.update import Update
 from lightning_superscale.optim.param_update import GradScale, ParamUpdate, adamw_hyper, by_unit
 from lightning_superscale.optim.step_rule import StepGuard, SteppedUnit, SynchronousRule
-from lightning_superscale.optim.unit import ShardUnit, shaped, slice_view
+from lightning_superscale.optim.unit import ShardUnit, slice_view
 from lightning_superscale.optim.unit_state import COMPENSATION_KEY, UnitState
 from lightning_superscale.optim.weights.param_classes import data_ptr_of, set_data
 from lightning_superscale.timeline import UNTIMED, Lane, Timeline
@@ -75,7 +75,7 @@ class AdamWRule(SynchronousRule):
             held = own.get(key)
             if held is not None and data_ptr_of(held) == flat.data_ptr() + item.piece.offset * flat.element_size():
                 continue  # bound at an earlier step; a view per parameter and step would cost more than this
-            own[key] = shaped(slice_view(flat, item.piece), item.piece)
+            own[key] = state.view_of(flat, item.i)
             self._bind(item, key, own[key], held)
         self._bound_params.add(item.param)
         return own

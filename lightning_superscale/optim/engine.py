@@ -115,7 +115,7 @@ class OptimizerEngine:
         self._rule: StepRule = make_native(optimizer, self._guard) if self.why_not_native is None else self._own
         self._seen_versions: dict[nn.Parameter, int] = {}
         self.states: list[UnitState] = []
-        self.is_torn = False
+        self.is_torn = self._is_abandoned = False
         self.transport = make_transport(self._add_grads)
         own = set(self.params())
         self.adopt([p for p in fqn_of if p in own and p.requires_grad])
@@ -207,6 +207,7 @@ class OptimizerEngine:
 
     def abandon(self) -> None:
         """Forget an interrupted step after a rank failed, and wait for nothing from other ranks any more."""
+        self._is_abandoned = True
         self.discard_gradients()
         self.transport.abandon()
 
@@ -415,12 +416,13 @@ class OptimizerEngine:
         return None if place is None else place[0].shard.slices[place[1]]
 
     def master_of(self, param: nn.Parameter) -> Tensor | None:
-        """This rank's rows of a parameter's master, in their shape; None where it has the weight's dtype and values."""
+        """This rank's rows of a parameter's master, in their shape; None where the weight stands for it."""
         place = self.transport.place_of(param)
         if place is None:
             return None
-        master = master_slice(place[0], self.states[place[0].index], place[1])
-        return None if master.dtype == param.dtype else master
+        state = self.states[place[0].index]
+        master = master_slice(place[0], state, place[1])
+        return None if master.dtype == param.dtype and not state.masters_lead else master
 
     def load_param_state(self, param: nn.Parameter, state: Mapping[str, Any], master: Tensor | None) -> None:
         """Take over one parameter's saved state and master, this rank's rows of each; None keeps its master."""
@@ -455,9 +457,16 @@ class OptimizerEngine:
     def close(self) -> None:
         """Hand everything back: parameters own their storage again, and no hook is left on the optimizer.
 
+        Gradients that the rule kept back are applied first, unless an error ended the last step or a rank failed. Every
+        rank calls it.
+
         Masters go into the optimizer's state, so that a checkpoint saved after training still has them, and what the
         rule keeps into its state dict.
         """
+        if not (self.is_torn or self._is_abandoned):
+            self.wait_idle()
+            self._publish_all(self._rule.catch_up())
+            self.transport.wait_all_published()
         self._rule.close()
         keep_rule_state(self.optimizer, self._rule.state_dict())
         for param in self.params():

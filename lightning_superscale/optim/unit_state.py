@@ -21,7 +21,7 @@ COMPENSATION_KEY = "compensation"
 
 @dataclass(frozen=True, slots=True)
 class StateBytes:
-    """One kind of buffer that a unit's state really has, with one element per element of the unit's rows.
+    """One kind of buffer that a unit's state really has.
 
     `MemoryModel` states the buffers that there should be.
 
@@ -29,12 +29,14 @@ class StateBytes:
         name: as `explain()` prints it.
         copies: number of such buffers.
         home: the memory that they are in.
+        numel: elements of each; None for one per element of the unit's rows.
     """
 
     name: str
     dtype: torch.dtype
     copies: int = 1
     home: Home = "device"
+    numel: int | None = None
 
 
 class UnitState(Protocol):
@@ -46,8 +48,11 @@ class UnitState(Protocol):
         master: master weights [shard_numel]; None when the parameters' own rows are the masters.
         exp_avg, exp_avg_sq: moments [shard_numel]; None for an optimizer that keeps states of its own.
         compensation: [shard_numel], the parts of updates that rounding to 16-bit masters lost (Kahan); None without.
+        masters_lead: whether masters may have updates that weights lack, so that weights do not stand for them.
     """
 
+    @property
+    def masters_lead(self) -> bool: ...
     @property
     def master(self) -> Tensor | None: ...
     @property
@@ -77,6 +82,9 @@ class UnitState(Protocol):
 
     def master_of(self, i: int) -> Tensor:
         """Master weights of slice i, 1D."""
+
+    def view_of(self, flat: Tensor, i: int) -> Tensor:
+        """Slice i of one of the state's flat buffers, in the shape of its rows; a view."""
 
     def rounding_of(self, i: int) -> Rounding | None:
         """The rounding of slice i's updates; None where all states are fp32."""
@@ -127,6 +135,8 @@ class ResidentState:
     Satisfies `UnitState`.
     """
 
+    masters_lead = False
+
     def __init__(self, unit: ShardUnit, *, has_moments: bool, dtypes: StateDtypes = FP32_STATES) -> None:
         def zeros(dtype: torch.dtype) -> Tensor:
             return torch.zeros(unit.shard.shard_numel, dtype=dtype, device=unit.device)
@@ -151,6 +161,9 @@ class ResidentState:
 
     def rounding_of(self, i: int) -> Rounding | None:
         return self._roundings[i]
+
+    def view_of(self, flat: Tensor, i: int) -> Tensor:
+        return view_by_rows(self.unit, flat, i)
 
     def weight_out_of(self, i: int) -> Tensor | None:
         return None if self.master is None else self.unit.local_rows(i)
@@ -188,6 +201,11 @@ class ResidentState:
         self._grads.clear()
 
 
+def view_by_rows(unit: ShardUnit, flat: Tensor, i: int) -> Tensor:
+    """Slice i of a flat buffer that has the order of the unit's weights, in the shape of its rows; a view."""
+    return shaped(slice_view(flat, unit.shard.slices[i]), unit.shard.slices[i])
+
+
 def roundings_of(unit: ShardUnit, dtypes: StateDtypes) -> tuple[Rounding | None, ...]:
     """The rounding of each slice's updates, by slice index; None where all states are fp32.
 
@@ -201,7 +219,7 @@ def roundings_of(unit: ShardUnit, dtypes: StateDtypes) -> tuple[Rounding | None,
 
 def master_slice(unit: ShardUnit, state: UnitState, i: int) -> Tensor:
     """Master weights of slice i in the shape of its rows."""
-    return shaped(state.master_of(i), unit.shard.slices[i])
+    return shaped(state.master_of(i), unit.shard.slices[i]) if state.master is None else state.view_of(state.master, i)
 
 
 def load_master(unit: ShardUnit, state: UnitState, i: int, saved: Tensor | None, rest: dict[str, Tensor]) -> None:

@@ -10,7 +10,11 @@ from pytorch_lightning.strategies import DDPStrategy
 from lightning_superscale.plugins.binder import CheckpointBinderMixin
 from lightning_superscale.plugins.checkpoint.io import UniversalCheckpointIOMixin
 from lightning_superscale.plugins.trainer.precision import SuperScalePrecisionMixin
-from lightning_superscale.plugins.trainer.presets import SuperOffloadStrategyMixin, ZeroStrategyMixin
+from lightning_superscale.plugins.trainer.presets import (
+    SuperOffloadStrategyMixin,
+    ZenFlowStrategyMixin,
+    ZeroStrategyMixin,
+)
 from lightning_superscale.plugins.trainer.scale_monitor import ScaleMonitorMixin
 from lightning_superscale.plugins.trainer.sharded_ema import ShardedEMAMixin
 from lightning_superscale.plugins.trainer.strategy import SuperScaleStrategyMixin
@@ -32,6 +36,10 @@ class SuperScaleStrategy(SuperScaleStrategyMixin, DDPStrategy):
 
 class SuperOffloadStrategy(SuperOffloadStrategyMixin, SuperScaleStrategy):
     __doc__ = SuperOffloadStrategyMixin.__doc__
+
+
+class ZenFlowStrategy(ZenFlowStrategyMixin, SuperScaleStrategy):
+    __doc__ = ZenFlowStrategyMixin.__doc__
 
 
 class ZeroStrategy(ZeroStrategyMixin, SuperScaleStrategy):

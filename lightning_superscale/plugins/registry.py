@@ -23,6 +23,7 @@ STRATEGY_NAMES: dict[str, tuple[str, dict[str, Any], str]] = {
         "One strategy for sharding, offload and precision; defaults to plain training",
     ),
     "superoffload": ("SuperOffloadStrategy", {}, "Optimizer states and step in host memory"),
+    "zenflow": ("ZenFlowStrategy", {}, "Important columns stepped at once, the others on the host every few steps"),
     "zero1": ("ZeroStrategy", {"zero": 1}, "Optimizer states sharded over ranks"),
     "zero2": ("ZeroStrategy", {"zero": 2}, "Optimizer states and gradients sharded over ranks"),
     "zero3": ("ZeroStrategy", {"zero": 3}, "Optimizer states, gradients and weights sharded over ranks"),

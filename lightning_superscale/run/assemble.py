@@ -275,9 +275,9 @@ def assemble(module: nn.Module, optimizers: Sequence[Optimizer], settings: RunSe
     link = None if offload is None else link_for(settings.device, settings.timeline)
     where = settings.device if offload is None else torch.device("cpu")
     update = update_path(where, host.pool, is_low_precision=precision.states.is_low_precision)
-    context = None if link is None else _offload_context(settings, host, update, link)
-    block_of = {} if settings.flow is None else settings.flow.block_of
     ranks = ranks_of(mesh, fqn_of, num_buffers=len(list(module.buffers())))
+    context = None if link is None else _offload_context(settings, host, update, link, ranks)
+    block_of = {} if settings.flow is None else settings.flow.block_of
     is_each_averaged = not (settings.visibility.is_automatic or mesh.is_single or sharded)
     averages = ManualAverages(ranks) if is_each_averaged else None
     engines = {
@@ -316,15 +316,20 @@ def assemble(module: nn.Module, optimizers: Sequence[Optimizer], settings: RunSe
     return Assembly(module, settings, engines, gates, link, host, update, ranks, sharded, averages, reasons)
 
 
-def _offload_context(settings: RunSettings, host: HostPlan, update: UpdatePath, link: Link) -> OffloadContext | None:
+def _offload_context(
+    settings: RunSettings, host: HostPlan, update: UpdatePath, link: Link, ranks: Communicator
+) -> OffloadContext | None:
     if settings.offload is None:
         return None
+    is_low = settings.precision.states.is_low_precision
     return OffloadContext(
         config=settings.offload,
         link=link,
         arena=HostArena(host.pool, settings.device.index or 0),
         pool=host.pool,
         update=update,
+        device_update=update_path(settings.device, host.pool, is_low_precision=is_low),
+        ranks=ranks,
         dtypes=settings.precision.states,
         link_dtype=host.link_dtype,
         streams=settings.streams,
@@ -438,8 +443,7 @@ def _native_maker(
         return lambda optimizer, guard: on_device(optimizer, guard, update)
 
     def split(optimizer: Optimizer, guard: StepGuard) -> StepRule:
-        is_low = settings.precision.states.is_low_precision
-        device = on_device(optimizer, guard, update_path(settings.device, is_low_precision=is_low))
+        device = on_device(optimizer, guard, context.device_update)
         return MixedStep(optimizer, guard, host=engine.make_step(optimizer, guard, context), device=device)
 
     return split

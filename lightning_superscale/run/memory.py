@@ -37,7 +37,7 @@ def states_memory(
         flows: whether the weights stream from host memory, so that the host keeps a copy of them.
     """
     dtypes, engine = settings.precision.states, settings.engine
-    if engine is None or not is_on_host:
+    if engine is None or settings.offload is None or not is_on_host:
         return dtypes.memory(weights, has_moments=has_moments, home="device")
     kind = ParamKind(
         weights=weights,
@@ -46,6 +46,7 @@ def states_memory(
         num_shares=settings.mesh.shard.size,
         dtypes=dtypes,
         link_dtype=link_dtype,
+        config=settings.offload,
     )
     return (engine if has_moments else engine_of("cpu")).memory(kind)
 
@@ -74,7 +75,7 @@ def host_bytes_needed(
     stepped = {p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     trained = {param for param in stepped if param.requires_grad}
     host: Home = "host"
-    divided = whole = 0
+    divided = whole = 0.0
     for param in trained:
         model = states_of(param.dtype, is_copied(param))
         divided += tensor_numel(param) * model.per_param(host, "shard")
@@ -84,4 +85,4 @@ def host_bytes_needed(
             whole += param.numel() * frozen_memory(param.dtype, flows=True).per_param(host, None)
     offload = settings.offload
     stays = 0.0 if offload is None or offload.gpu_fraction == "auto" else offload.gpu_fraction
-    return round(divided * (1 - stays) / settings.mesh.shard.size) + whole
+    return round(divided * (1 - stays) / settings.mesh.shard.size + whole)

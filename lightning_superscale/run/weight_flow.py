@@ -12,6 +12,7 @@ from lightning_superscale.comm.collectives import control_max
 from lightning_superscale.comm.mesh import DataMesh
 from lightning_superscale.config import OffloadConfig, ZeroConfig
 from lightning_superscale.errors import SuperScaleError
+from lightning_superscale.offload.engine import engine_of
 from lightning_superscale.offload.link.arena import HostArena, free_device_bytes
 from lightning_superscale.offload.link.link import Link, link_for
 from lightning_superscale.offload.weight_flow.schedule import BlockParams, WeightFlow
@@ -83,6 +84,9 @@ def least_free_bytes(mesh: DataMesh, module: nn.Module, device: torch.device) ->
 
 
 def _why_not_flow(offload: OffloadConfig, zero: ZeroConfig, module: nn.Module, *, is_compiled: bool) -> str | None:
+    why_no_flow = engine_of(offload.engine).why_no_flow
+    if why_no_flow is not None:
+        return why_no_flow
     if zero.stage == 3:
         return "zero=3 shards them over ranks"
     if is_compiled:
@@ -102,6 +106,12 @@ def check_flow(zero: ZeroConfig, offload: OffloadConfig | None) -> None:
     """
     if offload is None or offload.weights != "flow":
         return
+    why_no_flow = engine_of(offload.engine).why_no_flow
+    if why_no_flow is not None:
+        raise SuperScaleError(
+            f"OffloadConfig.weights='flow' keeps weights in host memory, and {why_no_flow}; found both. Use "
+            "weights='stationary', or engine='superoffload'."
+        )
     if zero.stage == 3:
         raise SuperScaleError(
             "weights='flow' keeps whole weights in host memory, and zero=3 shards them over the ranks' devices; found "

@@ -25,6 +25,9 @@ STRATEGIES = {
     "cpu": lambda: lss.SuperScaleStrategy(offload="cpu"),
     "superoffload": lambda: "superoffload",
     "flow": lambda: lss.SuperScaleStrategy(offload={"engine": "superoffload", "weights": "flow", "wrap": ["Linear"]}),
+    "zenflow": lambda: lss.SuperScaleStrategy(
+        offload={"engine": "zenflow", "zenflow": {"topk": 0.3, "update_interval": 2}}
+    ),
 }
 EACH = pytest.mark.parametrize("name", STRATEGIES)
 NUM_STEPS = 6

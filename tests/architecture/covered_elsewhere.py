@@ -47,6 +47,7 @@ BY_TEST: dict[str, list[str]] = {
     "config/test_config.py": [
         "config/checkpoint.py",
         "config/offload.py",
+        "config/zenflow.py",
         "config/zero.py",
         "errors.py",
     ],
@@ -62,7 +63,16 @@ BY_TEST: dict[str, list[str]] = {
     "run/test_memory.py": ["offload/memory.py", "run/report/memory.py", "zero/memory.py"],
     "offload/cpu/test_state.py": ["offload/host_state.py"],
     "offload/planner/test_profile.py": ["offload/planner/profile_cache.py"],
-    "offload/superoffload/test_step.py": ["offload/superoffload/engine.py", "offload/superoffload/state.py"],
+    "offload/superoffload/test_step.py": [
+        "offload/late_moments.py",
+        "offload/superoffload/engine.py",
+        "offload/superoffload/state.py",
+    ],
+    "offload/zenflow/test_step.py": [
+        "offload/zenflow/engine.py",
+        "offload/zenflow/state.py",
+        "offload/zenflow/windows.py",
+    ],
     "run/test_host_plan.py": ["offload/link/arena.py"],
     "ops/cpu/test_adamw.py": ["ops/reference.py", "ops/types.py"],
     "ops/test_low_precision.py": ["ops/state_dtypes.py"],

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import lightning_superscale as lss
-from lightning_superscale.config import OffloadConfig, ZeroConfig, resolve_offload, resolve_zero
+from lightning_superscale.config import OffloadConfig, ZenFlowConfig, ZeroConfig, resolve_offload, resolve_zero
 from lightning_superscale.errors import SuperScaleError
 
 
@@ -34,6 +34,16 @@ def test_option_surface_is_what_the_docs_say():
         "wrap",
         "gpu_fraction",
         "link_dtype",
+        "zenflow",
+    ]
+    assert [f.name for f in dataclasses.fields(ZenFlowConfig)] == [
+        "topk",
+        "update_interval",
+        "select_interval",
+        "overlap",
+        "deferred_lr",
+        "warmup_steps",
+        "exclude",
     ]
 
 
@@ -42,7 +52,12 @@ def test_option_surface_is_what_the_docs_say():
     [
         ("superofload", "unknown offload engine 'superofload'.*did you mean 'superoffload'"),
         ("gpu", "unknown offload engine 'gpu': expected one of 'cpu', 'superoffload'"),
-        ("zenflow", "'zenflow' is not in this version"),
+        ({"engine": "zenflow", "zenflow": {"top": 0.1}}, "offload.zenflow has no key 'top'.*did you mean 'topk'"),
+        ({"engine": "cpu", "zenflow": {}}, "OffloadConfig.zenflow holds the options of engine='zenflow'.*engine='cpu'"),
+        (
+            {"engine": "zenflow", "zenflow": {"deferred_lr": "none"}},
+            "deferred_lr='none' counts a window as one step of Adam.*found topk=0.1.*Use 'linear'",
+        ),
         ({"engin": "cpu"}, "offload has no key 'engin'.*did you mean 'engine'"),
         ({"bucket_mb": 0}, "OffloadConfig.bucket_mb must be a whole number of at least 1, found 0"),
         ({"cpu_threads": "many"}, "OffloadConfig.cpu_threads must be a whole number"),
@@ -54,7 +69,7 @@ def test_option_surface_is_what_the_docs_say():
             "weights='flow' streams weights.*found link_dtype='fp32'",
         ),
         ({"wrap": ["Block"]}, "OffloadConfig.wrap chooses what weights='flow' streams together.*weights='auto'"),
-        (3, "offload takes None, 'cpu', 'superoffload', an OffloadConfig or a mapping, found 3"),
+        (3, "offload takes None, 'cpu', 'superoffload', 'zenflow', an OffloadConfig or a mapping, found 3"),
     ],
 )
 def test_bad_offload_is_refused_with_the_remedy(value, message):

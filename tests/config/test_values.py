@@ -42,6 +42,14 @@ FIELDS = [
     (lss.OffloadConfig, "wrap", NOT_NAMES, {"weights": "flow"}),
     (lss.OffloadConfig, "gpu_fraction", NOT_SHARE, {}),
     (lss.OffloadConfig, "link_dtype", NOT_WORD, {}),
+    (lss.OffloadConfig, "zenflow", [0, True, "", "none", [], 0.1], {"engine": "zenflow"}),
+    (lss.ZenFlowConfig, "topk", NOT_SHARE, {}),
+    (lss.ZenFlowConfig, "update_interval", NOT_INT, {}),
+    (lss.ZenFlowConfig, "select_interval", NOT_INT, {}),
+    (lss.ZenFlowConfig, "overlap", [*NOT_BOOL, None], {}),
+    (lss.ZenFlowConfig, "deferred_lr", [v for v in NOT_WORD if v not in (0, "none")] + [-1, INF], {"topk": 0}),
+    (lss.ZenFlowConfig, "warmup_steps", [v for v in NOT_INT if v != 0 or v is True], {}),
+    (lss.ZenFlowConfig, "exclude", NOT_NAMES, {}),
     (lss.CheckpointConfig, "asynchronous", [*NOT_BOOL, None], {}),
     (lss.CheckpointConfig, "allow", [*NOT_NAMES, None], {}),
     (lss.SuperScaleStrategy, "error_if_nonfinite", [*NOT_BOOL, None], {}),
@@ -87,7 +95,7 @@ def test_a_wrong_value_is_refused_by_key_with_what_was_expected_and_found(public
 
 def test_every_field_of_every_config_is_tried():
     tried = {(public, key) for public, key, _, _ in FIELDS}
-    for config in (lss.ZeroConfig, lss.OffloadConfig, lss.CheckpointConfig):
+    for config in (lss.ZeroConfig, lss.OffloadConfig, lss.ZenFlowConfig, lss.CheckpointConfig):
         missing = {field.name for field in dataclasses.fields(config) if (config, field.name) not in tried}
         assert missing <= {"engine"}
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import nn
 
 from lightning_superscale.comm.communicator import Communicator, single_rank
-from lightning_superscale.config import OffloadConfig
+from lightning_superscale.config import OffloadConfig, ZenFlowConfig
 from lightning_superscale.offload.engine import OffloadContext, engine_of
 from lightning_superscale.offload.link.arena import HostArena
 from lightning_superscale.offload.link.dtype import LinkDtype
@@ -41,6 +43,8 @@ def offload_context(
         arena=arena or HostArena(),
         pool=pool,
         update=update_path(torch.device("cpu"), pool),
+        device_update=update_path(torch.device("cpu"), pool),
+        ranks=single_rank(),
         link_dtype=link_dtype,
         streams=streams,
     )
@@ -65,6 +69,7 @@ def host_bytes(
         num_shares=num_shares,
         dtypes=dtypes,
         link_dtype=link_dtype,
+        config=OffloadConfig(engine=engine),
     )
     return engine_of(engine).memory(kind).bytes("host", numel, num_shares)
 
@@ -86,14 +91,24 @@ def build_engine(
     flow: WeightFlow | None = None,
     link_dtype: LinkDtype = "weights",
     device_path: UpdatePath | None = None,
+    zenflow: ZenFlowConfig | None = None,
 ) -> OptimizerEngine:
-    context = offload_context(link=link, pool=Pool(num_threads or 2), link_dtype=link_dtype, streams=is_streamed)
-    chosen = engine_of("superoffload" if is_deferred else "cpu")
+    path = device_path or update_path(torch.device("cpu"), Pool(num_threads) if num_threads else None)
+    name = "zenflow" if zenflow is not None else "superoffload" if is_deferred else "cpu"
+    context = offload_context(
+        link=link,
+        pool=Pool(num_threads or 2),
+        link_dtype=link_dtype,
+        streams=is_streamed,
+        engine=name,
+        zenflow=zenflow,
+    )
+    context = dataclasses.replace(context, device_update=path, ranks=ranks or single_rank())
+    chosen = engine_of(name)
 
     def make_native(own, guard):
-        path = device_path or update_path(torch.device("cpu"), Pool(num_threads) if num_threads else None)
         native = AdamWStep(own, guard, path.submit, scales_on_device=path.scales_on_device)
-        host = chosen.make_step(own, guard, context) if is_deferred else native
+        host = native if name == "cpu" else chosen.make_step(own, guard, context)
         return MixedStep(own, guard, host=host, device=native)
 
     def make_state(unit, *, has_moments, is_on_device):

@@ -133,6 +133,8 @@ def test_public_names_are_what_the_docs_say():
         "SuperScalePrecision",
         "SuperScaleStrategy",
         "UniversalCheckpointIO",
+        "ZenFlowConfig",
+        "ZenFlowStrategy",
         "ZeroConfig",
         "ZeroStrategy",
         "load_from_checkpoint",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_superscale.comm.communicator import ranks_of
 from lightning_superscale.comm.mesh import DataMesh, single_mesh
+from lightning_superscale.config import ZenFlowConfig
 from lightning_superscale.offload.link.dtype import LinkDtype
 from lightning_superscale.offload.link.link import CudaLink
 from lightning_superscale.offload.weight_flow.schedule import WeightFlow
@@ -34,6 +35,14 @@ WAYS = {
     "cpu": {"is_streamed": True},
     "superoffload, held": {"is_deferred": True},
     "superoffload": {"is_streamed": True, "is_deferred": True},
+}
+OFTEN = ZenFlowConfig(topk=0.3, update_interval=2, select_interval=2)
+# These keep weights on the device.
+ZENFLOW_WAYS = {
+    "zenflow, held": {"zenflow": OFTEN},
+    "zenflow": {"is_streamed": True, "zenflow": OFTEN},
+    "zenflow, one step late": {"is_streamed": True, "zenflow": ZenFlowConfig(topk=0.5, update_interval=1)},
+    "zenflow, at once": {"is_streamed": True, "zenflow": replace(OFTEN, overlap=False)},
 }
 
 
@@ -115,7 +124,7 @@ def run(case: Case, *, plant: Callable[[pytest.MonkeyPatch], None] = nothing) ->
     world = World(case.queries)
     with playing(world), pytest.MonkeyPatch.context() as patch:
         plant(patch)
-        build_and_train(case, single_mesh(), batches(3, case.dtype))
+        build_and_train(case, single_mesh(), batches(6 if case.way in ZENFLOW_WAYS else 3, case.dtype))
         gc.collect()  # host buffers are unmapped while the checker looks
     return world
 
@@ -136,7 +145,7 @@ def build_and_train(case: Case, mesh: DataMesh, inputs: Sequence[Tensor]) -> Non
         no_sync=case.no_sync,
         unit_bytes=case.unit_bytes,
         device_path=ON_DEVICE,
-        **WAYS[case.way],
+        **{**WAYS, **ZENFLOW_WAYS}[case.way],
     )
     train(case, model, engine, inputs, flow)
 
@@ -171,6 +180,7 @@ def train(
     if flow is not None:
         close(engine, flow)
         return
+    engine.is_torn = False
     engine.transport.wait_all_published()
     if gates is not None:
         gates.close()

@@ -12,6 +12,7 @@ from lightning_superscale.offload.link import dtype as link_dtype
 from lightning_superscale.offload.link import link
 from lightning_superscale.offload.superoffload import state, step
 from lightning_superscale.offload.weight_flow import weights
+from lightning_superscale.offload.zenflow import step as zenflow_step
 from lightning_superscale.ops.cpu import memory
 from lightning_superscale.ops.events import StreamEvent
 from lightning_superscale.zero.buckets import all_gather
@@ -30,6 +31,7 @@ PLANTS_OVER_RANKS: dict[str, tuple[Plant, Run, Case]] = {}
 STAYS = Case("superoffload", queries="no")
 FLOWS = Case("superoffload", flows=True, queries="no")
 LATE_GRADIENTS = Case("superoffload", extra_backward_of_a_part, dtype=torch.bfloat16, link_dtype="fp32")
+ZENFLOW = Case("zenflow, one step late", queries="no")
 LOOKS = Case("superoffload, held", looks=True, queries="no")
 
 
@@ -47,6 +49,22 @@ def plant_over_ranks(run: Run, shown_by: Case) -> Callable[[Plant], Plant]:
         return function
 
     return add
+
+
+@plant(ZENFLOW)
+def deferred_weights_are_placed_before_the_host_made_them(patch):
+    patch.setattr(zenflow_step.ZenFlowStep, "_wait_updated", lambda self: None)
+
+
+@plant(ZENFLOW)
+def a_window_is_applied_before_its_gradients_are_added_up(patch):
+    real = zenflow_step.ZenFlowStep._update
+    patch.setattr(zenflow_step.ZenFlowStep, "_update", lambda self, window, adding: real(self, window, None))
+
+
+@plant(Case("zenflow, one step late", looks=True, queries="no"))
+def moments_are_read_while_the_host_steps_them(patch):
+    patch.setattr(zenflow_step.LateMoments, "expect", lambda self, index, params: None)
 
 
 @plant(STAYS)
@@ -122,7 +140,7 @@ def gradients_are_zeroed_in_place_while_they_are_copied(patch):
 
 @plant(LOOKS)
 def moments_are_read_while_the_worker_writes_them(patch):
-    patch.setattr(step.DeferredStep, "_let_states_wait", lambda self, index, items: None)
+    patch.setattr(step.LateMoments, "expect", lambda self, index, params: None)
 
 
 @plant(FLOWS)

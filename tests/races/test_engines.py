@@ -18,7 +18,7 @@ from tests.helpers.programs import (
     plain_backward,
 )
 from tests.helpers.ranks import run_ranks
-from tests.races.cases import WAYS, Case, all_cases, run, train_stack
+from tests.races.cases import WAYS, ZENFLOW_WAYS, Case, all_cases, run, train_stack
 from tests.races.plants import PLANTS, PLANTS_OVER_RANKS
 from tests.races.ranks import run_buckets, run_sharded
 
@@ -37,6 +37,14 @@ FEW = [
     *(Case(way, regroups=True, queries="no") for way in WAYS),
     *(Case(way, plain_backward, dtype=torch.bfloat16, link_dtype="fp32", clip=None, queries="no") for way in WAYS),
     *(Case(way, block_applied_three_times_reentrant_checkpoint, flows=True, dtype=torch.bfloat16) for way in WAYS),
+    *(
+        Case(way, program, dtype=dtype, queries=queries)
+        for (way, program, dtype), queries in zip(
+            itertools.product(ZENFLOW_WAYS, (train_stack, extra_backward_of_a_part), (torch.float32, torch.bfloat16)),
+            itertools.cycle(("no", "random", "yes")),
+        )
+    ),
+    *(Case(way, regroups=True, looks=True, queries="no") for way in ZENFLOW_WAYS),
 ]  # fmt: skip
 
 
@@ -72,6 +80,7 @@ FEW_OVER_RANKS = [
     (run_buckets, Case("superoffload", queries="no", regroups=True)),
     (run_sharded, Case("superoffload", queries="no")),
     (run_sharded, Case("cpu", queries="no")),
+    (run_buckets, Case("zenflow", queries="no")),
 ]
 
 

@@ -22,6 +22,7 @@ class CpuEngine:
     """The engine that steps on the host after backward, one unit after the other. Satisfies `OffloadEngine`."""
 
     weights_arrive: Literal["at step"] = "at step"
+    why_no_flow = None
 
     def refuse(self, facts: RunFacts) -> None:
         """Refuse nothing: this engine works with every other setting."""

@@ -28,7 +28,7 @@ from lightning_superscale.offload.weight_flow.weights import FlowingWeights, Str
 from lightning_superscale.ops.state_dtypes import follow_weights
 from lightning_superscale.ops.types import Rounding
 from lightning_superscale.optim.unit import PublishEvent, ShardUnit
-from lightning_superscale.optim.unit_state import StateBytes, roundings_of
+from lightning_superscale.optim.unit_state import StateBytes, roundings_of, view_by_rows
 
 
 class HostState:
@@ -42,6 +42,8 @@ class HostState:
         transfer_dtype: dtype of the gradient buffer, and of the weights that are uploaded.
         flowing: the store of its weights, if they flow.
     """
+
+    masters_lead = False
 
     def __init__(
         self,
@@ -92,6 +94,9 @@ class HostState:
 
     def master_of(self, i: int) -> Tensor:
         return self._slice(self.master, i)
+
+    def view_of(self, flat: Tensor, i: int) -> Tensor:
+        return view_by_rows(self.unit, flat, i)
 
     def rounding_of(self, i: int) -> Rounding | None:
         return self._roundings[i]

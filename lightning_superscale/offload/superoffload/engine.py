@@ -24,6 +24,7 @@ class SuperOffloadEngine:
     """
 
     weights_arrive: Literal["next forward"] = "next forward"
+    why_no_flow = None
 
     def refuse(self, facts: RunFacts) -> None:
         """Refuse nothing: this engine works with every other setting."""

@@ -43,7 +43,7 @@ from lightning_superscale.ops.cpu.adamw import adamw_commit, adamw_commit_peek, 
 from lightning_superscale.ops.state_dtypes import follow_weights
 from lightning_superscale.ops.types import AdamWHyper, AdamWSegment, GradStats, Rounding
 from lightning_superscale.optim.unit import PublishEvent, ShardUnit
-from lightning_superscale.optim.unit_state import StateBytes, roundings_of
+from lightning_superscale.optim.unit_state import StateBytes, roundings_of, view_by_rows
 
 _Kernel = Callable[..., list[GradStats] | None]
 
@@ -81,6 +81,8 @@ class DeferredState:
         transfer_dtype: dtype of the transfer buffers.
         flowing: the store of its weights, if they flow.
     """
+
+    masters_lead = False
 
     def __init__(
         self,
@@ -272,6 +274,9 @@ class DeferredState:
     def master_of(self, i: int) -> Tensor:
         """Master weights of slice i, 1D, as of the last commit; `flush()` brings them to the last step."""
         return self._span(self.master, i)
+
+    def view_of(self, flat: Tensor, i: int) -> Tensor:
+        return view_by_rows(self.unit, flat, i)
 
     def rounding_of(self, i: int) -> Rounding | None:
         return self._roundings[i]

@@ -1,10 +1,10 @@
 """The columns of parameters: how rows in memory are a matrix, and which of its columns matter most.
 
-[Note: Columns] Column j of a weight [out, in] holds what it does with input channel j. Any parameter is such a matrix: a
-row for each of its rows, and a column for each element of a row, in the order of its memory. Every rank has some rows of
-every column, so that ranks need to sum up one number per column to choose the same ones.
+[Note: Columns] Column j of a weight [out, in] holds what it does with input channel j. Any parameter is such a matrix:
+a row for each of its rows, and a column for each element of a row, in the order of its memory. Every rank has some rows
+of every column, so that ranks need to sum up one number per column to choose the same ones.
 
-States that are stepped by columns lie in memory column by column, so that any of them can be stepped without the others.
+States that are stepped by columns lie in memory column by column, so that any can be stepped without the others.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ class ColumnLayout:
 def column_layout(piece: ParamSlice, topk: float, *, is_split: bool = True) -> ColumnLayout:
     """The columns of some rows of a parameter.
 
-    A parameter of one dim has one column, which is selected. One whose rows do not lie one after the other in memory has
-    one column too, which is not.
+    A parameter of one dim has one column, which is selected. One whose rows do not lie one after the other in memory
+    has one column too, which is not.
 
     Args:
         topk: the share of columns that are selected, from 0 to 1, rounded to the nearest number of them.
@@ -86,11 +86,10 @@ def rows_of_columns(flat: Tensor, piece: ParamSlice, layout: ColumnLayout) -> Te
     if layout.num_columns == 1:
         return shaped(flat, piece)
     shape = piece.local_shape
-    rows = flat.view(layout.num_columns, layout.column_numel).t()
     inner = [dim for dim in piece.spec.dims_in_memory if dim != 0]
-    split = rows.unflatten(1, [shape[dim] for dim in inner])
-    places = {dim: 1 + at for at, dim in enumerate(inner)}
-    return split.permute([0, *(places[dim] for dim in range(1, len(shape)))])
+    cells = flat.view(*(shape[dim] for dim in inner), layout.column_numel)
+    places = {0: len(inner), **{dim: at for at, dim in enumerate(inner)}}
+    return cells.permute([places[dim] for dim in range(len(shape))])
 
 
 def most_important(importance: Tensor, num_selected: int) -> Tensor:

@@ -67,6 +67,17 @@ class SuperOffloadStrategyMixin(SuperScaleStrategyMixin):
     """
 
 
+@with_defaults(zero=2, offload="zenflow")
+class ZenFlowStrategyMixin(SuperScaleStrategyMixin):
+    """The most important columns step on the device at every step, the others on the host every few steps (ZenFlow).
+
+    Its result is another than AdamW's: steps of the host's columns are few, and late. On several ranks, masters, states
+    and gradients are sharded (zero=2).
+
+    Its arguments are those of SuperScaleStrategy; only defaults differ.
+    """
+
+
 @with_defaults(zero=3)
 class ZeroStrategyMixin(SuperScaleStrategyMixin):
     """Optimizer states, gradients and weights sharded over ranks (ZeRO), everything on the device.

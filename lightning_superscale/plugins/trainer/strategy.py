@@ -70,8 +70,8 @@ class SuperScaleStrategyMixin(_Base):
     Args:
         zero: what is sharded over ranks: 0 (nothing), 1 (optimizer states), 2 (gradients too), 3 (weights
             too), a ZeroConfig or a mapping with its keys.
-        offload: where the optimizer lives: None (on the device), "cpu" or "superoffload" (in host
-            memory), an OffloadConfig or a mapping with its keys.
+        offload: where the optimizer lives: None (on the device), "cpu", "superoffload" or "zenflow" (in
+            host memory), an OffloadConfig or a mapping with its keys.
         error_if_nonfinite: raise before weights or states change when a gradient is NaN or infinite,
             naming the parameters.
         checkpoint: write universal checkpoints, as plugins=[UniversalCheckpointIO(...)] does: a CheckpointConfig or a
@@ -92,7 +92,7 @@ class SuperScaleStrategyMixin(_Base):
     def __init__(
         self,
         zero: Union[int, ZeroConfig] = 0,
-        offload: Union[Literal["cpu", "superoffload"], OffloadConfig, None] = None,
+        offload: Union[Literal["cpu", "superoffload", "zenflow"], OffloadConfig, None] = None,
         error_if_nonfinite: bool = False,
         checkpoint: Union[CheckpointConfig, None] = None,
         accelerator: Union[Accelerator, None] = None,

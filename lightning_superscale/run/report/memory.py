@@ -36,12 +36,12 @@ class _Row:
     device_bytes: int = 0
     host_bytes: int = 0
     numel: int = 0
-    bytes_each: int = 0
+    bytes_each: float = 0
     num_shares: int = 1
 
     def arithmetic(self) -> str:
         shared = f" / {self.num_shares} ranks" if self.num_shares > 1 else ""
-        return f"{self.bytes_each} B x {self.numel:,}{shared}" if self.bytes_each else ""
+        return f"{self.bytes_each:g} B x {self.numel:,}{shared}" if self.bytes_each else ""
 
 
 class _Rows:
@@ -115,7 +115,7 @@ def _count_unit(rows: _Rows, unit: ShardUnit, state: UnitState, settings: RunSet
     whole = sum(map(tensor_numel, unit.params))
     rows.count("gradients", grad_dtype_of(unit.params[0]), whole if settings.zero.reduces_once else share)
     for kept in state.bytes():
-        rows.count(kept.name, kept.dtype, kept.copies * share, kept.home)
+        rows.count(kept.name, kept.dtype, kept.copies * (share if kept.numel is None else kept.numel), kept.home)
 
 
 def _model_of(

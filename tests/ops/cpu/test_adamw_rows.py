@@ -113,7 +113,10 @@ def test_selected_rows_are_stepped_as_by_themselves_and_no_other_element_changes
 )
 def test_any_hyperparameters(path, mode, changed):
     seg = segment(*SHAPES[1], grad=BF16, out=F16)
-    seg.hyper, seg.next_hyper = dataclasses.replace(seg.hyper, **changed), dataclasses.replace(seg.next_hyper, **changed)
+    seg.hyper, seg.next_hyper = (
+        dataclasses.replace(seg.hyper, **changed),
+        dataclasses.replace(seg.next_hyper, **changed),
+    )
     with running(path):
         check(RUNS[mode], seg)
 

@@ -1,0 +1,54 @@
+"""The options of ZenFlow: which columns are stepped at once, and when and how the others are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal, Optional, Union
+
+from lightning_superscale.config.values import Between, PositiveInt, Share, check_fields
+from lightning_superscale.errors import SettingError
+
+Steps = Annotated[int, Between(0, 2**30)]
+Factor = Annotated[float, Between(0, 2**20)]
+
+
+@dataclass(frozen=True)
+class ZenFlowConfig:
+    """Options for ZenFlow (Lan et al. 2025, arXiv:2505.12242).
+
+    The most important columns of every matrix are stepped on the device at every step. The gradients of the others add
+    up, and the host applies them in windows of several steps.
+
+    Args:
+        topk: share of the columns of every matrix that are stepped at every step, from 0 to 1. What has one dim is
+            stepped at every step whatever the share is.
+        update_interval: steps of the optimizer, not of accumulation, in a window.
+        select_interval: steps after which the columns are chosen anew, by the norms of their gradients in the step that
+            ends a window.
+        overlap: whether the host applies a window while the device works on the next one, at whose end its new weights
+            arrive. False waits for the host at the end of each window.
+        deferred_lr: learning rate of a window's update. "linear" is the sum of its steps' rates, "sqrt" their mean
+            times the square root of their number, "none" the rate of the last one; a number multiplies the rate of the
+            last one. With "none" a window counts as one step of Adam on its mean gradient, as if gradients had been
+            accumulated, which works where no columns change owners (topk 0 or 1); otherwise it counts as as many steps
+            as it has.
+        warmup_steps: first steps, at least one, in which every column is stepped at every step.
+        exclude: patterns of names of parameters ("*.embed.weight") that are not split: the host has them whole.
+    """
+
+    topk: Share = 0.1
+    update_interval: PositiveInt = 4
+    select_interval: PositiveInt = 16
+    overlap: bool = True
+    deferred_lr: Union[Literal["linear", "sqrt", "none"], Factor] = "linear"
+    warmup_steps: Steps = 1
+    exclude: Optional[list[str]] = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.deferred_lr == "none" and 0 < self.topk < 1:
+            raise SettingError(
+                "ZenFlowConfig.deferred_lr='none' counts a window as one step of Adam, and a selected column's steps "
+                f"one by one; found topk={self.topk}, with which columns change from one to the other. Use 'linear', "
+                "'sqrt' or a number, or topk=0."
+            )

@@ -1,0 +1,101 @@
+"""`OffloadConfig(engine="zenflow")`: the device steps important columns at once, the host the others in windows."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from typing import Literal
+
+import torch
+from torch.optim import Optimizer
+
+from lightning_superscale.config import OffloadConfig, ZenFlowConfig
+from lightning_superscale.errors import SuperScaleError
+from lightning_superscale.layout.memory import MemoryModel
+from lightning_superscale.offload.engine import OffloadContext, RunFacts
+from lightning_superscale.offload.link.dtype import dtype_on_link
+from lightning_superscale.offload.memory import ParamKind
+from lightning_superscale.offload.weight_flow.weights import StreamedUnit
+from lightning_superscale.offload.zenflow.columns import column_layout
+from lightning_superscale.offload.zenflow.state import SplitState
+from lightning_superscale.offload.zenflow.step import ZenFlowStep
+from lightning_superscale.ops.state_dtypes import bytes_of
+from lightning_superscale.optim.param_update import why_not_native
+from lightning_superscale.optim.step_rule import StepGuard
+from lightning_superscale.optim.unit import ShardUnit
+
+
+class ZenFlowEngine:
+    """The engine that trades bounded staleness of some columns for a device that waits for no host.
+
+    Satisfies `OffloadEngine`; see [Note: Owners] in state.py and [Note: Windows] in windows.py.
+    """
+
+    weights_arrive: Literal["at step"] = "at step"
+    why_no_flow = "zenflow steps columns of weights that are on the device"
+
+    def refuse(self, facts: RunFacts) -> None:
+        for optimizer in facts.optimizers:
+            reason = why_not_native(optimizer)
+            if reason is not None:
+                raise SuperScaleError(
+                    f"zenflow steps Adam and AdamW by columns; {reason}. Use offload='cpu', which steps any optimizer."
+                )
+        if facts.dtypes.is_low_precision:
+            raise SuperScaleError(
+                "zenflow keeps fp32 masters and moments on both sides of the link; found 16-bit ones in "
+                "SuperScalePrecision. Remove master_weights and optimizer_states, or use offload='superoffload'."
+            )
+
+    def memory(self, kind: ParamKind) -> MemoryModel:
+        """Bytes per parameter of a matrix that is split. What has one dim is on the device whole, in 12 bytes more."""
+        config = _options(kind.config)
+        deferred, fp32 = 1 - config.topk, torch.float32
+        on_link = dtype_on_link(kind.link_dtype, kind.weights)
+        return MemoryModel(
+            (
+                bytes_of("master weights", fp32, "host"),
+                bytes_of("optimizer states", fp32, "host", copies=2),
+                bytes_of("deferred gradients", fp32, "host", copies=_num_windows(config) * deferred),
+                bytes_of("transfer buffers", on_link, "host", copies=3 * deferred),
+                bytes_of("master weights (selected)", fp32, "device", copies=config.topk),
+                bytes_of("optimizer states (selected)", fp32, "device", copies=2 * config.topk),
+            )
+        )
+
+    def make_state(
+        self, unit: ShardUnit, context: OffloadContext, *, has_moments: bool, streamed: StreamedUnit | None
+    ) -> SplitState:
+        if not has_moments or streamed is not None:
+            raise AssertionError("zenflow steps Adam, on weights that stay")
+        config = _options(context.config)
+        layouts = [
+            column_layout(piece, config.topk, is_split=not _is_excluded(piece.fqn, config))
+            for piece in unit.shard.slices
+        ]
+        return SplitState(unit, context, layouts, num_windows=_num_windows(config))
+
+    def make_step(self, optimizer: Optimizer, guard: StepGuard, context: OffloadContext) -> ZenFlowStep:
+        return ZenFlowStep(optimizer, guard, _options(context.config), context)
+
+    def how_it_steps(self, config: OffloadConfig, *, streams: bool) -> str:
+        options = _options(config)
+        meanwhile = "during the next window" if options.overlap else "while the device waits"
+        return (
+            f"{options.topk:.0%} of the columns step on the device at every step, the others on the host in windows of "
+            f"{options.update_interval} steps, {meanwhile} (ZenFlow: another result than AdamW's)"
+        )
+
+    def why_no_forecast(self, config: OffloadConfig) -> str | None:
+        return "zenflow's host steps windows"
+
+
+def _options(config: OffloadConfig) -> ZenFlowConfig:
+    return config.zenflow or ZenFlowConfig()
+
+
+def _num_windows(config: ZenFlowConfig) -> int:
+    return 2 if config.overlap else 1
+
+
+def _is_excluded(fqn: str, config: ZenFlowConfig) -> bool:
+    return any(fnmatchcase(fqn, pattern) for pattern in config.exclude or ())

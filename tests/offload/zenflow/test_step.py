@@ -1,0 +1,279 @@
+"""ZenFlow's rule against plain AdamW where it must equal it, and against ZenFlow by hand everywhere else."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_superscale.comm.communicator import single_rank
+from lightning_superscale.config import OffloadConfig, ZenFlowConfig
+from lightning_superscale.offload.link.link import CpuLink
+from lightning_superscale.offload.memory import ParamKind
+from lightning_superscale.offload.zenflow.engine import ZenFlowEngine
+from lightning_superscale.ops.state_dtypes import FP32_STATES
+from lightning_superscale.optim.bucketing import Grouping
+from lightning_superscale.optim.clipping import ClipByNorm, ClipByValue
+from lightning_superscale.optim.engine import OptimizerEngine
+from lightning_superscale.optim.param_update import adamw_hyper
+from lightning_superscale.zero.buckets.transport import BucketTransport
+from tests.helpers.engines import offload_context
+from tests.helpers.plain import PlainMasterAdamW
+from tests.helpers.zenflow_by_hand import ZenFlowByHand
+
+ADAMW = {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.9, 0.95)}
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+NUM_STEPS = 25
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inp = nn.Linear(12, 20)
+        self.conv = nn.Conv1d(1, 3, 3, padding=1)
+        self.out = nn.Linear(60, 7)
+        self.norm = nn.LayerNorm(7)
+
+    def forward(self, x):
+        h = self.conv(nn.functional.gelu(self.inp(x)).unsqueeze(1)).flatten(1)
+        return self.norm(self.out(h))
+
+
+def batch(step, dtype):
+    return torch.randn(8, 12, generator=torch.Generator().manual_seed(step)).to(dtype)
+
+
+def backward(model, step):
+    model(batch(step, model.inp.weight.dtype)).float().square().mean().backward()
+
+
+def engine_of(model, config, *, streams=True, link=None):
+    optimizer = torch.optim.AdamW(model.parameters(), **ADAMW)
+    context = offload_context(link=link, streams=streams, engine="zenflow", zenflow=config)
+    zenflow = ZenFlowEngine()
+    engine = OptimizerEngine(
+        optimizer,
+        fqn_of={param: name for name, param in model.named_parameters()},
+        ranks=single_rank(),
+        make_transport=lambda sink: BucketTransport(
+            [],
+            grouping=Grouping(2048),
+            sink=sink,
+            ranks=single_rank(),
+            no_sync=True,
+            streams_to=torch.device("cpu"),
+        ),
+        make_state=lambda unit, has_moments, is_on_device: zenflow.make_state(
+            unit, context, has_moments=has_moments, streamed=None
+        ),
+        make_native=lambda optimizer, guard: zenflow.make_step(optimizer, guard, context),
+    )
+    if streams:
+        engine.transport.stream()
+    return optimizer, engine
+
+
+CLIPS = {"plain": None, "norm": ClipByNorm(0.1), "value": ClipByValue(0.01)}
+LIKE_ADAMW = {
+    "all columns": ZenFlowConfig(topk=1.0),
+    "no column, at once": ZenFlowConfig(topk=0.0, update_interval=1, overlap=False),
+    "owners change at each step": ZenFlowConfig(topk=0.3, update_interval=1, select_interval=1, overlap=False),
+    "warm-up only": ZenFlowConfig(topk=0.3, warmup_steps=NUM_STEPS),
+}
+
+
+@DTYPES
+@pytest.mark.parametrize("config", LIKE_ADAMW.values(), ids=LIKE_ADAMW.keys())
+@pytest.mark.parametrize("clip", CLIPS.values(), ids=CLIPS.keys())
+def test_it_is_adamw_bit_for_bit_where_nothing_is_late(dtype, config, clip):
+    model, plain = Net().to(dtype), Net().to(dtype)
+    optimizer, engine = engine_of(model, config, streams=clip is not CLIPS["value"])
+    limits = {"max_norm": getattr(clip, "max_norm", None), "clip_value": getattr(clip, "clip_value", None)}
+    adamw = PlainMasterAdamW(plain.parameters(), **limits, **ADAMW)
+    for step in range(NUM_STEPS):
+        backward(model, step)
+        if clip is not None:
+            engine.request_clip(clip)
+        engine.step()
+        optimizer.zero_grad()
+        backward(plain, step)
+        adamw.step()
+        adamw.zero_grad()
+        assert all(map(torch.equal, model.parameters(), plain.parameters())), step
+    engine.flush()
+    for param, master in zip(model.parameters(), adamw.masters, strict=True):
+        assert torch.equal(engine.master_of(param), master)
+        own, its = optimizer.state[param], adamw.optimizer.state[master]
+        assert all(torch.equal(own[key], its[key]) for key in ("exp_avg", "exp_avg_sq", "step"))
+    engine.close()
+
+
+BY_HAND = {
+    "overlap": ZenFlowConfig(topk=0.3),
+    "sync": ZenFlowConfig(topk=0.3, overlap=False),
+    "one step late": ZenFlowConfig(topk=0.0, update_interval=1),
+    "no column": ZenFlowConfig(topk=0.0, update_interval=3, deferred_lr="sqrt"),
+    "chosen often": ZenFlowConfig(topk=0.5, update_interval=2, select_interval=1, deferred_lr=1.5),
+    "warm": ZenFlowConfig(topk=0.2, update_interval=5, select_interval=7, warmup_steps=4),
+    "excluded": ZenFlowConfig(topk=0.3, exclude=["out.*"]),
+}
+
+
+@DTYPES
+@pytest.mark.parametrize("config", BY_HAND.values(), ids=BY_HAND.keys())
+def test_it_is_zenflow_by_hand_bit_for_bit(dtype, config):
+    model, plain = Net().to(dtype), Net().to(dtype)
+    optimizer, engine = engine_of(model, config)
+    excluded = ("out.weight",) if config.exclude else ()
+    by_hand = ZenFlowByHand(plain, config, excluded)
+    its = torch.optim.AdamW(plain.parameters(), **ADAMW)
+    for step in range(NUM_STEPS):
+        for groups in (optimizer.param_groups, its.param_groups):
+            groups[0]["lr"] = 1e-2 * (1 - 0.03 * step)
+        backward(model, step)
+        engine.step()
+        optimizer.zero_grad()
+        backward(plain, step)
+        hyper = adamw_hyper(its, its.param_groups[0], step + 1, 1.0, None, device=torch.device("cpu"))
+        by_hand.step([hyper] * len(by_hand.of))
+        plain.zero_grad()
+        assert all(map(torch.equal, model.parameters(), plain.parameters())), step
+    engine.is_torn = False  # the run says so when a step is counted
+    engine.close()
+    by_hand.finish()
+    for param, one in zip(model.parameters(), by_hand.of, strict=True):
+        assert torch.equal(param, one.weight)
+        assert torch.equal(optimizer.state[param]["master_param"], one.master)
+        assert torch.equal(optimizer.state[param]["exp_avg_sq"], one.exp_avg_sq)
+
+
+def test_without_columns_a_window_that_counts_once_is_accumulation():
+    """Matrices alone, since what has one dim is stepped at every step."""
+
+    def net():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(12, 20, bias=False), nn.GELU(), nn.Linear(20, 7, bias=False))
+
+    model, plain = net(), net()
+    config = ZenFlowConfig(topk=0.0, update_interval=4, overlap=False, deferred_lr="none")
+    optimizer, engine = engine_of(model, config)
+    adamw = torch.optim.AdamW(plain.parameters(), **ADAMW)
+
+    def run(net, step):
+        net(batch(step, torch.float32)).square().mean().backward()
+
+    for step in range(1 + 4 * 5):  # the first is warm-up
+        run(model, step)
+        engine.step()
+        optimizer.zero_grad()
+        run(plain, step)
+        if step % 4 == 0:
+            num = 4 if step else 1
+            for param in plain.parameters():
+                param.grad.mul_(1 / num)
+            adamw.step()
+            adamw.zero_grad()
+            assert all(map(torch.equal, model.parameters(), plain.parameters())), step
+    engine.close()
+
+
+def test_bytes_are_those_that_are_stated():
+    model = nn.Linear(128, 64, bias=False).bfloat16()
+    config = ZenFlowConfig(topk=0.25)
+    _, engine = engine_of(model, config)
+    kind = ParamKind(
+        weights=torch.bfloat16,
+        has_moments=True,
+        flows=False,
+        num_shares=1,
+        dtypes=FP32_STATES,
+        link_dtype="weights",
+        config=OffloadConfig(engine="zenflow", zenflow=config),
+    )
+    stated, numel = ZenFlowEngine().memory(kind), 128 * 64
+    assert stated.bytes("host", numel) == (12 + 0.75 * (2 * 4 + 3 * 2)) * numel
+    assert stated.bytes("device", numel) == 0.25 * 12 * numel
+    for home in ("host", "device"):
+        kept = [one for one in engine.states[0].bytes() if one.home == home]
+        there = sum(one.copies * one.dtype.itemsize * (numel if one.numel is None else one.numel) for one in kept)
+        assert there == stated.bytes(home, numel)
+    engine.close()
+
+
+@DTYPES
+def test_deferred_columns_cross_the_link_once_a_step_and_once_a_window(dtype):
+    """(1 - k)(1 + 1 / S) of the weights' bytes; DeepSpeed 0.19.6 moves 2 (1 + 1 / S) of them, whatever k is."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 20, bias=False), nn.Linear(20, 10, bias=False)).to(dtype)
+    link = CpuLink()
+    config = ZenFlowConfig(topk=0.25, update_interval=4, select_interval=1000)
+    optimizer, engine = engine_of(model, config, link=link)
+    for step in range(1 + 4 * 5):
+        if step == 1 + 4 * 2:
+            before = (link.bytes.d2h, link.bytes.h2d)
+        model(torch.randn(3, 40).to(dtype)).float().square().mean().backward()
+        engine.step()
+        optimizer.zero_grad()
+    deferred = 0.75 * (40 * 20 + 20 * 10) * dtype.itemsize
+    assert link.bytes.d2h - before[0] == 12 * deferred
+    assert link.bytes.h2d - before[1] == 3 * deferred
+    engine.close()
+
+
+def test_an_edit_between_steps_takes_the_place_of_an_update_that_is_on_its_way():
+    model = Net()
+    optimizer, engine = engine_of(model, ZenFlowConfig(topk=0.3, update_interval=2))
+    for step in range(9):  # the window that ends with it is on its way
+        backward(model, step)
+        engine.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        model.inp.weight[3].fill_(0.25)
+    engine.wait_idle()
+    engine.flush()
+    assert torch.equal(engine.master_of(model.inp.weight)[3], torch.full((12,), 0.25))
+    before = model.inp.weight.detach().clone()
+    for one in optimizer.param_groups:
+        one["lr"] = 0.0
+    for step in range(4):  # what was on its way arrives
+        backward(model, step)
+        engine.step()
+        optimizer.zero_grad()
+    assert torch.equal(model.inp.weight[3], before[3])
+    engine.close()
+
+
+def test_moments_that_user_code_changes_are_stepped_from():
+    """The learning rate finder empties states; others edit them. Both owners of columns follow."""
+    first, second = Net(), Net()
+    runs = [engine_of(model, ZenFlowConfig(topk=0.3, update_interval=1, overlap=False)) for model in (first, second)]
+    for step in range(6):
+        for model, (optimizer, engine) in zip((first, second), runs, strict=True):
+            backward(model, step)
+            engine.step()
+            optimizer.zero_grad()
+            if step == 3:
+                state = optimizer.state[model.inp.weight]
+                if model is first:
+                    state["exp_avg"].mul_(0.5)
+                else:
+                    state["exp_avg"] = state["exp_avg"] * 0.5
+    assert all(map(torch.equal, first.parameters(), second.parameters()))
+    for _, engine in runs:
+        engine.close()
+
+
+def test_an_error_of_the_host_is_raised_where_its_weights_are_awaited():
+    model = Net()
+    optimizer, engine = engine_of(model, ZenFlowConfig(topk=0.3, update_interval=2))
+    backward(model, 0)
+    engine.step()
+    engine._rule._update = lambda *_: 1 / 0
+    backward(model, 1)
+    engine.step()
+    backward(model, 2)
+    engine.step()  # it fails meanwhile
+    with pytest.raises(ZeroDivisionError):
+        engine.flush()
+    engine.close()  # says it once
