@@ -84,6 +84,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=400, help="of each run")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--variants", nargs="*", choices=list(VARIANTS), default=list(VARIANTS), help="beside AdamW")
     parser.add_argument("--json", type=Path, default=None)
     options = parser.parse_args()
 
@@ -93,21 +94,22 @@ def main() -> int:
 
     torch.set_num_threads(options.threads)
     os.environ.setdefault("LSS_PROFILE", "off")
-    losses: dict[str, dict[str, list[float]]] = {task: {name: [] for name in VARIANTS} for task in TASKS}
+    variants = {name: VARIANTS[name] for name in ("adamw", *options.variants)}
+    losses: dict[str, dict[str, list[float]]] = {task: {name: [] for name in variants} for task in TASKS}
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(options.seeds):
             start = Path(folder, f"{seed}.pt")
             _, pretrained = train("scratch", None, 100 + seed, options.steps, None)
             torch.save(pretrained.state_dict(), start)
             for task in TASKS:
-                for name, zenflow in VARIANTS.items():
+                for name, zenflow in variants.items():
                     loss, _ = train(task, zenflow, seed, options.steps, start if task == "fine-tune" else None)
                     losses[task][name].append(loss)
                     print(f"{task}, {name}, seed {seed}: {loss:.4f} nats per byte", file=sys.stderr, flush=True)
     rows, checks = [], []
     print(f"{'task':<11}{'variant':<26}{'loss':>8}{'minus AdamW, by seed':>34}")
     for task in TASKS:
-        for name in VARIANTS:
+        for name in variants:
             deltas = [a - b for a, b in zip(losses[task][name], losses[task]["adamw"], strict=True)]
             mean = statistics.mean(losses[task][name])
             rows.append(

@@ -57,8 +57,8 @@ class ZenFlowEngine:
                 bytes_of("optimizer states", fp32, "host", copies=2),
                 bytes_of("deferred gradients", fp32, "host", copies=_num_windows(config) * deferred),
                 bytes_of("transfer buffers", on_link, "host", copies=3 * deferred),
-                bytes_of("master weights (selected)", fp32, "device", copies=config.topk),
-                bytes_of("optimizer states (selected)", fp32, "device", copies=2 * config.topk),
+                bytes_of("selected masters", fp32, "device", copies=config.topk),
+                bytes_of("selected states", fp32, "device", copies=2 * config.topk),
             )
         )
 

@@ -149,8 +149,8 @@ class SplitState:
             StateBytes("optimizer states", fp32, copies=2, home="host"),
             StateBytes("deferred gradients", fp32, len(self._windows), "host", deferred),
             StateBytes("transfer buffers", link, 3, "host", deferred),
-            StateBytes("master weights (selected)", fp32, 1, "device", selected),
-            StateBytes("optimizer states (selected)", fp32, 2, "device", selected),
+            StateBytes("selected masters", fp32, 1, "device", selected),
+            StateBytes("selected states", fp32, 2, "device", selected),
         ]
 
     def master_of(self, i: int) -> Tensor:
