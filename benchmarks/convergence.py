@@ -24,6 +24,7 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
+from benchmarks.language_model import quiet_trainer  # noqa: E402
 from benchmarks.step_cost import conclude, hardware  # noqa: E402
 
 LOW = {"master_weights": "bf16", "optimizer_states": "bf16"}
@@ -66,20 +67,11 @@ def train(variant: str, seed: int, steps: int, every: int, rounding_seed: int) -
     curve = Curve()
     module = LanguageModel(GPTConfig(num_layers=4, dim=192, num_heads=3, num_kv_heads=1))
     module.on_fit_start = lambda: None  # type: ignore[method-assign]  # prints the plan
-    trainer = L.Trainer(
+    trainer = quiet_trainer(
+        steps,
+        every,
         strategy="superscale",
         plugins=[lss.SuperScalePrecision("bf16-true", seed=rounding_seed + seed, **VARIANTS[variant])],
-        accelerator="cpu",
-        devices=1,
-        max_steps=steps,
-        gradient_clip_val=1.0,
-        val_check_interval=every,
-        check_val_every_n_epoch=None,
-        num_sanity_val_steps=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         callbacks=[curve],
     )
     start = time.perf_counter()

@@ -23,6 +23,7 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
+from benchmarks.language_model import quiet_trainer  # noqa: E402
 from benchmarks.step_cost import conclude, hardware  # noqa: E402
 
 # None is plain AdamW.
@@ -58,19 +59,10 @@ def train(task: str, options: dict[str, Any] | None, seed: int, steps: int, star
     if start is not None:
         module.load_state_dict(torch.load(start, weights_only=True))
     offload = None if options is None else {"engine": "zenflow", "gpu_fraction": 0, "zenflow": options}
-    trainer = L.Trainer(
+    trainer = quiet_trainer(
+        steps,
+        steps,
         strategy=lss.SuperScaleStrategy(zero=0, offload=offload),
-        accelerator="cpu",
-        devices=1,
-        max_steps=steps,
-        gradient_clip_val=1.0,
-        val_check_interval=steps,
-        check_val_every_n_epoch=None,
-        num_sanity_val_steps=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
     )
     data = TextData(
         REPOSITORY / "docs" if task == "fine-tune" else None, seq_len=128, batch_size=8, num_val_windows=128, seed=seed
