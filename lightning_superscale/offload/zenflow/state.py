@@ -130,6 +130,8 @@ class SplitState:
             arena.zeros(numel, torch.float32, is_pinned=False) for _ in range(3)
         )
         self._device_states = tuple(torch.zeros(selected_numel, device=unit.device) for _ in range(3))
+        # Masters and moments: the device's buffer of selected columns, and the host's that has room for all.
+        self._both = tuple(zip(self._device_states, (self.master, self.exp_avg, self.exp_avg_sq), strict=True))
         self._arrived = arena.zeros(deferred_numel, self.transfer_dtype, is_pinned=context.is_pinned)
         self._windows = tuple(arena.zeros(deferred_numel, torch.float32, is_pinned=False) for _ in range(num_windows))
         # The weights that are on the device, and the buffer for the next ones; both, so that edits of the former can be
@@ -334,7 +336,7 @@ class SplitState:
         before = one.selected
         leaves, enters = before[~torch.isin(before, selected)], selected[~torch.isin(selected, before)]
         stays = selected[torch.isin(selected, before)]
-        for flat, here in zip(self._device_states, (self.master, self.exp_avg, self.exp_avg_sq), strict=True):
+        for flat, here in self._both:
             columns, there = one.selected_of(flat), one.columns_of(here)
             there[leaves] = self._to_host(columns[torch.searchsorted(before, leaves).to(columns.device)])
             kept = columns[torch.searchsorted(before, stays).to(columns.device)]
@@ -360,12 +362,12 @@ class SplitState:
         """Copy the device's masters and moments of slice i to the host's buffers, which then have all its columns."""
         one = self.slices[i]
         if one.layout.selected_numel:
-            for flat, here in zip(self._device_states, (self.master, self.exp_avg, self.exp_avg_sq), strict=True):
+            for flat, here in self._both:
                 one.columns_of(here)[one.selected] = self._to_host(one.selected_of(flat))
 
     def spread_moments(self, i: int) -> None:
         """Copy moments of slice i's selected columns from the host's buffers to the device."""
-        self._spread(i, zip(self._device_states[1:], (self.exp_avg, self.exp_avg_sq), strict=True))
+        self._spread(i, self._both[1:])
 
     def _spread(self, i: int, buffers: Iterable[tuple[Tensor, Tensor]]) -> None:
         one = self.slices[i]
@@ -395,7 +397,7 @@ class SplitState:
         one = self.slices[i]
         if selected is not None:
             one.choose(selected, self.unit.device)
-        self._spread(i, zip(self._device_states, (self.master, self.exp_avg, self.exp_avg_sq), strict=True))
+        self._spread(i, self._both)
         if total is not None and one.layout.deferred_numel:
             columns = torch.empty(one.layout.num_columns, one.layout.column_numel)
             rows_of_columns(columns.view(-1), one.piece, one.layout).copy_(total)

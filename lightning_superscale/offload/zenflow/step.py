@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any, cast
@@ -17,7 +17,7 @@ from lightning_superscale.offload.engine import OffloadContext
 from lightning_superscale.offload.late_moments import LateMoments
 from lightning_superscale.offload.zenflow.columns import ColumnLayout
 from lightning_superscale.offload.zenflow.state import SplitState
-from lightning_superscale.offload.zenflow.windows import Absorbed, Phase, Place, Window, deferred_lr
+from lightning_superscale.offload.zenflow.windows import Absorbed, Phase, Place, Window, by_index, deferred_lr
 from lightning_superscale.ops.threads import one_thread
 from lightning_superscale.ops.types import AdamWHyper
 from lightning_superscale.optim.adamw_step import AdamWRule
@@ -101,7 +101,7 @@ class ZenFlowStep(AdamWRule):
         numbers = self.numbers(1.0 if on_device is not None else float(grad_scale), clip_value)
         hypers = {index: {item.i: numbers.hyper_of(item) for item in items} for index, items in by_unit(due).items()}
         self._take_edits()
-        stepped = {index: set(by_slice) for index, by_slice in hypers.items()}
+        stepped = {(index, i) for index, by_slice in hypers.items() for i in by_slice}
         for index, by_slice in hypers.items():
             state = self._states[index]
             self._device.submit(state.segments_on_device(by_slice, on_device)).wait()
@@ -110,8 +110,7 @@ class ZenFlowStep(AdamWRule):
         self._phase.num_steps += 1
         self._phase.window.num_steps += 1
         if plan.ends_window:
-            for index, i in self._end_window(waits=plan.waits):
-                stepped.setdefault(index, set()).add(i)
+            stepped.update(self._end_window(waits=plan.waits))
         if plan.chooses:
             self._choose(due)
         for index in hypers:
@@ -121,9 +120,9 @@ class ZenFlowStep(AdamWRule):
             self._moments.expect(index, [item.param for item in items])
         yield from self._stepped(stepped)
 
-    def _stepped(self, stepped: Mapping[int, set[int]]) -> Iterator[SteppedUnit]:
-        for index in sorted(stepped, reverse=True):
-            yield SteppedUnit(self._states[index].unit, sorted(stepped[index]), None)
+    def _stepped(self, stepped: Iterable[Place]) -> Iterator[SteppedUnit]:
+        for index, slices in reversed(by_index(stepped).items()):
+            yield SteppedUnit(self._states[index].unit, slices, None)
 
     def _begin_to_add(
         self, hypers: Mapping[int, Mapping[int, AdamWHyper]], grad_scale: GradScale, clip_value: float | None
@@ -192,8 +191,8 @@ class ZenFlowStep(AdamWRule):
         """Apply a window's gradients to deferred columns' masters and moments; on a thread of its own."""
         if adding is not None:
             adding.result()
-        for index in sorted({index for index, _ in window.hypers}):
-            hypers = {i: hyper for (at, i), hyper in window.hypers.items() if at == index}
+        for index, slices in by_index(window.hypers).items():
+            hypers = {i: window.hypers[index, i] for i in slices}
             self._host.submit(self._states[index].segments_on_host(window.buffer, hypers)).wait()
 
     def _apply_in_flight(self) -> list[Place]:
@@ -206,8 +205,8 @@ class ZenFlowStep(AdamWRule):
         if window is None:
             return []
         self._wait_updated()
-        for index in sorted({index for index, _ in window.absorbed}):
-            self._states[index].place_deferred(sorted(i for at, i in window.absorbed if at == index))
+        for index, slices in by_index(window.absorbed).items():
+            self._states[index].place_deferred(slices)
         return list(window.absorbed)
 
     def _choose(self, due: Sequence[ParamUpdate]) -> None:
@@ -273,9 +272,7 @@ class ZenFlowStep(AdamWRule):
 
     def catch_up(self) -> Iterator[SteppedUnit]:
         self._settle()
-        stepped: dict[int, set[int]] = {}
-        for index, i in self._end_window(waits=True):
-            stepped.setdefault(index, set()).add(i)
+        stepped = set(self._end_window(waits=True))
         self._wait_added()
         yield from self._stepped(stepped)
 
@@ -361,7 +358,8 @@ class ZenFlowStep(AdamWRule):
             packed = self._saved.get(f"zenflow.window.{fqn}")
             is_late = f"zenflow.in_flight.{fqn}" in self._saved
             if isinstance(selected, Tensor) and (not one.layout.is_split or len(selected) != one.layout.num_selected):
-                _check_movable(fqn, len(selected), one.layout, is_open=packed is not None or is_late)
+                if packed is not None or is_late:
+                    raise _other_selection(fqn, len(selected), one.layout)
                 selected = None
             last = self._hyper_now(state.unit.params[i], state.unit)
             if isinstance(packed, Tensor) and total is not None:
@@ -381,10 +379,9 @@ class ZenFlowStep(AdamWRule):
         return adamw_hyper(self._optimizer, group, step, 1.0, None, device=unit.device)
 
 
-def _check_movable(fqn: str, found: int, layout: ColumnLayout, *, is_open: bool) -> None:
-    if is_open:
-        raise SuperScaleError(
-            f"the checkpoint was saved within a window of ZenFlow in which {found} of {layout.num_columns} columns of "
-            f"{fqn!r} were stepped on the device; this run would have {layout.num_selected}. Resume with the "
-            "ZenFlowConfig.topk and exclude that it was saved with, or from a checkpoint of the end of a run."
-        )
+def _other_selection(fqn: str, found: int, layout: ColumnLayout) -> SuperScaleError:
+    return SuperScaleError(
+        f"the checkpoint was saved within a window of ZenFlow in which {found} of {layout.num_columns} columns of "
+        f"{fqn!r} were stepped on the device; this run would have {layout.num_selected}. Resume with the "
+        "ZenFlowConfig.topk and exclude that it was saved with, or from a checkpoint of the end of a run."
+    )

@@ -9,6 +9,7 @@ a step that depends on no clock. Without overlap the host applies a window at it
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import cast
 
@@ -108,6 +109,14 @@ class Phase:
         is_due = step == warmup or (not is_warm and step - self.chosen_at >= config.select_interval)
         chooses = ends and is_due and 0 < config.topk < 1
         return StepPlan(ends, ends and (is_warm or chooses or not config.overlap), chooses)
+
+
+def by_index(places: Iterable[Place]) -> dict[int, list[int]]:
+    """Slices by unit index, both ascending."""
+    slices: dict[int, list[int]] = {}
+    for index, i in sorted(places):
+        slices.setdefault(index, []).append(i)
+    return slices
 
 
 def deferred_lr(rule: str | float, absorbed: Absorbed) -> float:
