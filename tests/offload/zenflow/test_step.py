@@ -201,6 +201,31 @@ def test_bytes_are_those_that_are_stated():
     engine.close()
 
 
+@pytest.mark.parametrize("overflows_at", range(3, 9))
+def test_a_step_that_overflows_changes_nothing_and_counts_in_no_window(overflows_at):
+    config = ZenFlowConfig(topk=0.3, update_interval=3, select_interval=4)
+    first, second = Net(), Net()
+    (optimizer, engine), (other, expected) = engine_of(first, config), engine_of(second, config)
+    for step in range(14):
+        for one in (engine, expected):
+            one.scale_losses(1.0)
+        if step == overflows_at:
+            (first(batch(99, torch.float32)).square().mean() * float("inf")).backward()
+            assert not engine.step()
+            optimizer.zero_grad()
+        for model, (its_optimizer, one) in ((first, (optimizer, engine)), (second, (other, expected))):
+            backward(model, step)
+            assert one.step()
+            its_optimizer.zero_grad()
+        assert all(map(torch.equal, first.parameters(), second.parameters())), step
+    for one in (engine, expected):
+        one.flush()
+    for param, its in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(engine.master_of(param), expected.master_of(its))
+    for one in (engine, expected):
+        one.close()
+
+
 @DTYPES
 def test_deferred_columns_cross_the_link_once_a_step_and_once_a_window(dtype):
     """(1 - k)(1 + 1 / S) of the weights' bytes; DeepSpeed 0.19.6 moves 2 (1 + 1 / S) of them, whatever k is."""
