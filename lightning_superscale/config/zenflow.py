@@ -23,25 +23,34 @@ class ZenFlowConfig:
         topk: share of the columns of every matrix that are stepped at every step, from 0 to 1. What has one dim is
             stepped at every step whatever the share is.
         update_interval: steps of the optimizer, not of accumulation, in a window.
-        select_interval: steps after which the columns are chosen anew, by the norms of their gradients in the step that
-            ends a window.
-        overlap: whether the host applies a window while the device works on the next one, at whose end its new weights
-            arrive. False waits for the host at the end of each window.
+        select_interval: least number of steps after which the columns are chosen anew, in the first step of a window,
+            by the norms of its gradients.
+        overlap: whether the host applies a window during the step after it, at whose end the new weights are in place;
+            windows of different parameters then end at different steps. False waits for the host at the end of each
+            window.
+        delay_correction: with overlap, the weights of deferred columns are put ahead of what the host has by this share
+            of their last update, in the manner of error feedback (arXiv:2606.30634, section 3), until the next one.
+            0 leaves it out.
         deferred_lr: learning rate of a window's update. "linear" is the sum of its steps' rates, "sqrt" their mean
             times the square root of their number, "none" the rate of the last one; a number multiplies the rate of the
             last one. With "none" a window counts as one step of Adam on its mean gradient, as if gradients had been
             accumulated, which works where no columns change owners (topk 0 or 1); otherwise it counts as as many steps
             as it has.
         warmup_steps: first steps, at least one, in which every column is stepped at every step.
+        accumulate_on: memory in which gradients of a window add up. "device" takes 4 bytes per deferred parameter of
+            the device's memory, and sends one sum per window to the host, rounded to the weights' dtype, where "host"
+            sends each gradient.
         exclude: patterns of names of parameters ("*.embed.weight") that are not split: the host has them whole.
     """
 
     topk: Share = 0.1
     update_interval: PositiveInt = 4
-    select_interval: PositiveInt = 16
+    select_interval: PositiveInt = 64
     overlap: bool = True
+    delay_correction: Annotated[float, Between(0, 2)] = 0.75
     deferred_lr: Union[Literal["linear", "sqrt", "none"], Factor] = "linear"
     warmup_steps: Steps = 1
+    accumulate_on: Literal["host", "device"] = "host"
     exclude: Optional[list[str]] = None
 
     def __post_init__(self) -> None:

@@ -70,8 +70,9 @@ BY_TEST: dict[str, list[str]] = {
     ],
     "offload/zenflow/test_step.py": [
         "offload/zenflow/engine.py",
+        "offload/zenflow/split_slice.py",
         "offload/zenflow/state.py",
-        "offload/zenflow/windows.py",
+        "offload/zenflow/sums.py",
     ],
     "run/test_host_plan.py": ["offload/link/arena.py"],
     "ops/cpu/test_adamw.py": ["ops/reference.py", "ops/types.py"],

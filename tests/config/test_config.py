@@ -41,8 +41,10 @@ def test_option_surface_is_what_the_docs_say():
         "update_interval",
         "select_interval",
         "overlap",
+        "delay_correction",
         "deferred_lr",
         "warmup_steps",
+        "accumulate_on",
         "exclude",
     ]
 

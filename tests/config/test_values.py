@@ -49,6 +49,8 @@ FIELDS = [
     (lss.ZenFlowConfig, "overlap", [*NOT_BOOL, None], {}),
     (lss.ZenFlowConfig, "deferred_lr", [v for v in NOT_WORD if v not in (0, "none")] + [-1, INF], {"topk": 0}),
     (lss.ZenFlowConfig, "warmup_steps", [v for v in NOT_INT if v != 0 or v is True], {}),
+    (lss.ZenFlowConfig, "delay_correction", [-0.1, 2.1, True, None, "linear", NAN], {}),
+    (lss.ZenFlowConfig, "accumulate_on", [*NOT_WORD, "cpu", "gpu"], {}),
     (lss.ZenFlowConfig, "exclude", NOT_NAMES, {}),
     (lss.CheckpointConfig, "asynchronous", [*NOT_BOOL, None], {}),
     (lss.CheckpointConfig, "allow", [*NOT_NAMES, None], {}),

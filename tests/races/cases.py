@@ -43,6 +43,7 @@ ZENFLOW_WAYS = {
     "zenflow": {"is_streamed": True, "zenflow": OFTEN},
     "zenflow, one step late": {"is_streamed": True, "zenflow": ZenFlowConfig(topk=0.5, update_interval=1)},
     "zenflow, at once": {"is_streamed": True, "zenflow": replace(OFTEN, overlap=False)},
+    "zenflow, sums on the device": {"is_streamed": True, "zenflow": replace(OFTEN, accumulate_on="device")},
 }
 
 

@@ -15,6 +15,7 @@ from lightning_superscale.offload.weight_flow import weights
 from lightning_superscale.offload.zenflow import step as zenflow_step
 from lightning_superscale.ops.cpu import memory
 from lightning_superscale.ops.events import StreamEvent
+from lightning_superscale.ops.threads import one_thread
 from lightning_superscale.zero.buckets import all_gather
 from lightning_superscale.zero.buckets import unit as buckets_unit
 from lightning_superscale.zero.fsdp2 import unit as fsdp2_unit
@@ -52,14 +53,25 @@ def plant_over_ranks(run: Run, shown_by: Case) -> Callable[[Plant], Plant]:
 
 
 @plant(ZENFLOW)
-def deferred_weights_are_placed_before_the_host_made_them(patch):
-    patch.setattr(zenflow_step.ZenFlowStep, "_wait_updated", lambda self: None)
+def deferred_weights_are_placed_before_they_arrived(patch):
+    patch.setattr(StreamEvent, "wait", lambda self, stream=None: None)
+
+
+@plant(Case("zenflow, at once", queries="no"))
+def gradients_arrive_where_the_host_still_adds_up_the_last_ones(patch):
+    patch.setattr(zenflow_step.ZenFlowStep, "_wait_added", lambda self: None)
 
 
 @plant(ZENFLOW)
 def a_window_is_applied_before_its_gradients_are_added_up(patch):
-    real = zenflow_step.ZenFlowStep._update
-    patch.setattr(zenflow_step.ZenFlowStep, "_update", lambda self, window, adding: real(self, window, None))
+    real = zenflow_step.ZenFlowStep._end_windows
+
+    def end(self, *args, **options):
+        self._host_thread, own = one_thread("another thread"), self._host_thread
+        real(self, *args, **options)
+        self._host_thread = own
+
+    patch.setattr(zenflow_step.ZenFlowStep, "_end_windows", end)
 
 
 @plant(Case("zenflow, one step late", looks=True, queries="no"))

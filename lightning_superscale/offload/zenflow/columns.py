@@ -51,6 +51,11 @@ class ColumnLayout:
         return self.numel - self.selected_numel
 
     @property
+    def has_deferred(self) -> bool:
+        """Whether some columns are not selected, be they of no element on this rank."""
+        return self.num_selected < self.num_columns
+
+    @property
     def is_split(self) -> bool:
         """Whether some columns are selected and some are not."""
         return 0 < self.num_selected < self.num_columns

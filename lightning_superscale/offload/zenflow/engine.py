@@ -55,7 +55,7 @@ class ZenFlowEngine:
             (
                 bytes_of("master weights", fp32, "host"),
                 bytes_of("optimizer states", fp32, "host", copies=2),
-                bytes_of("deferred gradients", fp32, "host", copies=_num_windows(config) * deferred),
+                bytes_of("deferred gradients", fp32, config.accumulate_on, copies=deferred),
                 bytes_of("transfer buffers", on_link, "host", copies=3 * deferred),
                 bytes_of("selected masters", fp32, "device", copies=config.topk),
                 bytes_of("selected states", fp32, "device", copies=2 * config.topk),
@@ -72,14 +72,14 @@ class ZenFlowEngine:
             column_layout(piece, config.topk, is_split=not _is_excluded(piece.fqn, config))
             for piece in unit.shard.slices
         ]
-        return SplitState(unit, context, layouts, num_windows=_num_windows(config))
+        return SplitState(unit, context, layouts, sums_home=config.accumulate_on)
 
     def make_step(self, optimizer: Optimizer, guard: StepGuard, context: OffloadContext) -> ZenFlowStep:
         return ZenFlowStep(optimizer, guard, _options(context.config), context)
 
     def how_it_steps(self, config: OffloadConfig, *, streams: bool) -> str:
         options = _options(config)
-        meanwhile = "during the next window" if options.overlap else "while the device waits"
+        meanwhile = "during the step after it" if options.overlap else "while the device waits"
         return (
             f"{options.topk:.0%} of the columns step on the device at every step, the others on the host in windows of "
             f"{options.update_interval} steps, {meanwhile} (ZenFlow: another result than AdamW's)"
@@ -91,10 +91,6 @@ class ZenFlowEngine:
 
 def _options(config: OffloadConfig) -> ZenFlowConfig:
     return config.zenflow or ZenFlowConfig()
-
-
-def _num_windows(config: ZenFlowConfig) -> int:
-    return 2 if config.overlap else 1
 
 
 def _is_excluded(fqn: str, config: ZenFlowConfig) -> bool:

@@ -11,85 +11,30 @@ alone, and the device's of selected ones, have the columns one after the other, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from lightning_superscale.layout.memory import Home
-from lightning_superscale.layout.rows import SLICE_ALIGN_NUMEL, ParamSlice, align_up
+from lightning_superscale.layout.rows import SLICE_ALIGN_NUMEL, align_up
 from lightning_superscale.offload.engine import OffloadContext
-from lightning_superscale.offload.link.dtype import add_late_gradient, dtype_on_link, send_gradient
-from lightning_superscale.offload.link.link import LinkEvent
+from lightning_superscale.offload.link.dtype import dtype_on_link
+from lightning_superscale.offload.link.link import LinkFence
 from lightning_superscale.offload.zenflow.columns import (
     ColumnLayout,
     columns_in_rows,
     most_important,
-    others,
     rows_of_columns,
 )
-from lightning_superscale.ops.cpu.flat import accumulate, cast_scale
+from lightning_superscale.offload.zenflow.split_slice import SplitSlice
+from lightning_superscale.offload.zenflow.sums import GradientSums
+from lightning_superscale.ops.cpu.adamw import adamw_commit, adamw_commit_peek, adamw_peek
 from lightning_superscale.ops.events import note_use
 from lightning_superscale.ops.state_dtypes import follow_weights
-from lightning_superscale.ops.types import AdamWHyper, AdamWSegment, RowSelection
+from lightning_superscale.ops.types import AdamWHyper, AdamWSegment
 from lightning_superscale.optim.unit import ShardUnit, slice_view
 from lightning_superscale.optim.unit_state import StateBytes
-
-
-class _Slice:
-    """One slice's columns: who owns which, and where they are in the buffers of one owner's columns alone.
-
-    Attributes:
-        selected, deferred: numbers of the columns of each owner, ascending, int64 on the CPU.
-        on_device: the same two on the unit's device.
-        selected_at, deferred_at: first element in the device's buffers, and in those of deferred columns.
-        has_grad: whether this step has a gradient, be it of no element on this rank.
-        arrival: the copy of this step's gradient of deferred columns; None without one.
-        grad: this step's gradient of selected columns, [num_selected, column_numel]; None without one.
-        energy: this step's squared norm of each column before any scaling, fp64 [num_columns], on the unit's device;
-            None where it was not asked for.
-    """
-
-    selected: Tensor
-    deferred: Tensor
-    rows: RowSelection
-    on_device: tuple[Tensor, Tensor]
-
-    def __init__(self, piece: ParamSlice, layout: ColumnLayout, selected_at: int, deferred_at: int) -> None:
-        self.piece = piece
-        self.layout = layout
-        self.selected_at = selected_at
-        self.deferred_at = deferred_at
-        self.has_grad = False
-        self.arrival: LinkEvent | None = None
-        self.grad: Tensor | None = None
-        self.energy: Tensor | None = None
-
-    def choose(self, selected: Tensor, device: torch.device) -> None:
-        """Set which columns the device owns."""
-        self.selected = selected
-        self.deferred = others(selected, self.layout.num_columns)
-        self.rows = RowSelection(self.deferred, max(self.layout.column_numel, 1), max(self.layout.num_rows, 1))
-        self.on_device = (self.selected.to(device), self.deferred.to(device))
-
-    def forget(self) -> None:
-        """Forget this step's gradient."""
-        self.has_grad = False
-        self.arrival = self.grad = self.energy = None
-
-    def selected_of(self, flat: Tensor) -> Tensor:
-        """This slice's columns [num_selected, column_numel] in a buffer of the device's columns."""
-        layout = self.layout
-        here = flat[self.selected_at : self.selected_at + layout.selected_numel]
-        return here.view(layout.num_selected, layout.column_numel)
-
-    def deferred_of(self, flat: Tensor) -> Tensor:
-        """This slice's elements, 1D, in a buffer of deferred columns."""
-        return flat[self.deferred_at : self.deferred_at + self.layout.deferred_numel]
-
-    def columns_of(self, flat: Tensor) -> Tensor:
-        """All columns [num_columns, column_numel] in a buffer of the host's that has room for all."""
-        return slice_view(flat, self.piece).view(self.layout.num_columns, self.layout.column_numel)
 
 
 class SplitState:
@@ -97,7 +42,7 @@ class SplitState:
 
     Args:
         layouts: of the unit's slices.
-        num_windows: buffers of deferred gradients; two where the host applies one window during the next.
+        sums_home: where the gradients of a window add up.
 
     Attributes:
         slices: by slice index.
@@ -109,7 +54,7 @@ class SplitState:
     masters_lead = True
 
     def __init__(
-        self, unit: ShardUnit, context: OffloadContext, layouts: Sequence[ColumnLayout], *, num_windows: int
+        self, unit: ShardUnit, context: OffloadContext, layouts: Sequence[ColumnLayout], *, sums_home: Home
     ) -> None:
         arena, numel = context.arena, unit.shard.shard_numel
         self.unit = unit
@@ -117,11 +62,10 @@ class SplitState:
         self.transfer_dtype = dtype_on_link(context.link_dtype, unit.dtype)
         self._link = context.link
         self._pool = context.pool
-        self._landing: list[LinkEvent] = []
-        self.slices: list[_Slice] = []
+        self.slices: list[SplitSlice] = []
         selected_numel = deferred_numel = 0
         for piece, layout in zip(unit.shard.slices, layouts, strict=True):
-            one = _Slice(piece, layout, selected_numel, deferred_numel)
+            one = SplitSlice(piece, layout, selected_numel, deferred_numel)
             one.choose(torch.arange(layout.num_selected), unit.device)
             self.slices.append(one)
             selected_numel = align_up(selected_numel + layout.selected_numel, SLICE_ALIGN_NUMEL)
@@ -132,10 +76,9 @@ class SplitState:
         self._device_states = tuple(torch.zeros(selected_numel, device=unit.device) for _ in range(3))
         # Masters and moments: the device's buffer of selected columns, and the host's that has room for all.
         self._both = tuple(zip(self._device_states, (self.master, self.exp_avg, self.exp_avg_sq), strict=True))
-        self._arrived = arena.zeros(deferred_numel, self.transfer_dtype, is_pinned=context.is_pinned)
-        self._windows = tuple(arena.zeros(deferred_numel, torch.float32, is_pinned=False) for _ in range(num_windows))
-        # The weights that are on the device, and the buffer for the next ones; both, so that edits of the former can be
-        # told from updates that have not been applied.
+        self.sums = GradientSums(unit, context, deferred_numel, sums_home)
+        # The weights that are in place, and the next ones; both, so that edits of the former can be told from updates
+        # that are on their way.
         self._weights = [
             arena.zeros(deferred_numel, self.transfer_dtype, is_pinned=context.is_pinned) for _ in range(2)
         ]
@@ -145,11 +88,11 @@ class SplitState:
 
     def bytes(self) -> Sequence[StateBytes]:
         fp32, link = torch.float32, self.transfer_dtype
-        selected, deferred = self._device_states[0].numel(), self._arrived.numel()
+        selected, deferred = self._device_states[0].numel(), self.sums.total.numel()
         return [
             StateBytes("master weights", fp32, home="host"),
             StateBytes("optimizer states", fp32, copies=2, home="host"),
-            StateBytes("deferred gradients", fp32, len(self._windows), "host", deferred),
+            StateBytes("deferred gradients", fp32, 1, self.sums.home, deferred),
             StateBytes("transfer buffers", link, 3, "host", deferred),
             StateBytes("selected masters", fp32, 1, "device", selected),
             StateBytes("selected states", fp32, 2, "device", selected),
@@ -175,11 +118,16 @@ class SplitState:
         if not one.has_grad:
             return None
         columns = torch.empty(one.layout.num_columns, one.layout.column_numel, dtype=self.transfer_dtype)
+        if one.whole is not None:
+            columns.copy_(self._to_host(one.whole))
         if one.grad is not None:
             columns[one.selected] = self._to_host(one.grad).to(self.transfer_dtype)
+        if one.deferred_grad is not None:
+            theirs = self._to_host(one.deferred_grad).to(self.transfer_dtype)
+            columns[one.deferred] = theirs.view(-1, one.layout.column_numel)
         if one.arrival is not None:
             one.arrival.synchronize()
-            columns[one.deferred] = one.deferred_of(self._arrived).view(-1, one.layout.column_numel)
+            columns[one.deferred] = one.deferred_of(self.sums.arrived).view(-1, one.layout.column_numel)
         return columns.t().reshape(-1)
 
     def clear_grads(self) -> None:
@@ -194,29 +142,42 @@ class SplitState:
 
     # Gradients
 
-    def add_grads(self, slices: Sequence[tuple[int, Tensor]], *, measures: bool = False) -> None:
+    def add_grads(self, slices: Sequence[tuple[int, Tensor]], *, undivided: Collection[int] = ()) -> None:
         """Take gradient deltas. The caller first waits for the host to have added up the last step's.
 
         Args:
-            measures: whether this step chooses columns, by the energy of its gradients.
+            undivided: slices whose gradient stays on the device, whole, until `divide`.
         """
         for i, grad in slices:
             one = self.slices[i]
             one.has_grad = True
             columns = columns_in_rows(grad.to(self.unit.dtype), one.layout)
-            if measures and one.layout.is_split:
-                energy = columns.double().square().sum(1)
-                one.energy = energy if one.energy is None else one.energy + energy
-            selected, deferred = one.on_device
-            if one.layout.num_selected:
-                mine = columns.index_select(0, selected)
-                one.grad = mine if one.grad is None else one.grad + mine
-            if one.layout.deferred_numel:
-                theirs, here = columns.index_select(0, deferred).view(-1), one.deferred_of(self._arrived)
-                if one.arrival is None:
-                    one.arrival = send_gradient(self._link, here, theirs, self.unit.dtype)
-                else:
-                    add_late_gradient(self._link, here, theirs, self.unit.dtype, one.arrival)
+            if i in undivided:
+                one.whole = columns.clone() if one.whole is None else one.whole + columns
+            else:
+                self._take(one, columns)
+
+    def divide(self, i: int) -> None:
+        """Give each owner its columns of a gradient that is whole."""
+        one = self.slices[i]
+        whole, one.whole = one.whole, None
+        if whole is not None:
+            self._take(one, whole)
+
+    def energy(self, i: int) -> Tensor:
+        """Squared norm of each column of a gradient that is whole, before any scaling, fp64 [num_columns]."""
+        whole = self.slices[i].whole
+        if whole is None:
+            return torch.zeros(self.slices[i].layout.num_columns, dtype=torch.float64, device=self.unit.device)
+        return whole.double().square().sum(1)
+
+    def _take(self, one: SplitSlice, columns: Tensor) -> None:
+        selected, deferred = one.on_device
+        if one.layout.num_selected:
+            mine = columns.index_select(0, selected)
+            one.grad = mine if one.grad is None else one.grad + mine
+        if one.layout.deferred_numel:
+            self.sums.take(one, columns.index_select(0, deferred).view(-1))
 
     # The device's columns
 
@@ -256,70 +217,91 @@ class SplitState:
 
     # The host's columns
 
-    def take_deferred(self, i: int) -> LinkEvent | None:
-        """The copy of this step's gradient of deferred columns, whose sum a thread of the host makes."""
-        arrival, self.slices[i].arrival = self.slices[i].arrival, None
-        return arrival
+    def update_host(self, hypers: Mapping[int, AdamWHyper], ahead: Mapping[int, AdamWHyper]) -> None:
+        """Step deferred columns' masters and moments by a window's gradients, and make their next weights.
 
-    def absorb(self, i: int, window: int, scale: float, clip_value: float | None, *, is_first: bool) -> None:
-        """Add the gradient that arrived to a window's sum, scaled and then clipped.
+        Any thread may call it; it blocks until the weights that these take the place of have left the host.
 
         Args:
-            is_first: the window has no gradient of this slice yet; its buffer holds an older one.
+            ahead: the update, by slice, that the next weights are ahead by, with the same gradients once more.
         """
-        one = self.slices[i]
-        arrived, total = one.deferred_of(self._arrived), one.deferred_of(self._windows[window])
-        if clip_value is not None:
-            arrived, scale = (arrived.float() * scale).clamp_(-clip_value, clip_value), 1.0
-        if is_first:
-            cast_scale(total, arrived, scale, pool=self._pool)
-        else:
-            accumulate(total, arrived, scale, pool=self._pool)
+        self._step_host(adamw_commit, {i: hyper for i, hyper in hypers.items() if i not in ahead}, {})
+        self._step_host(adamw_commit_peek, {i: hypers[i] for i in ahead}, ahead)
 
-    def segments_on_host(self, window: int, hypers: Mapping[int, AdamWHyper]) -> list[AdamWSegment]:
-        """The updates of deferred columns by a window's gradients, whose weights are in place after `place_deferred`.
+    def look_ahead(self, ahead: Mapping[int, AdamWHyper]) -> None:
+        """Make next weights that are ahead of the masters by an update."""
+        self._step_host(adamw_peek, ahead, {})
 
-        Blocks the calling thread until the weights of the last such updates are on the device.
-        """
+    def _step_host(
+        self, op: Callable[..., object], hypers: Mapping[int, AdamWHyper], ahead: Mapping[int, AdamWHyper]
+    ) -> None:
         segments = []
-        landing, self._landing = self._landing, []
-        for event in landing:
-            event.synchronize()
         for i, hyper in hypers.items():
             one, layout = self.slices[i], self.slices[i].layout
             if not layout.deferred_numel:
                 continue
+            if one.uploaded is not None:
+                one.uploaded.synchronize()
+            grad = one.deferred_of(self.sums.of_ended)
             segments.append(
                 AdamWSegment(
                     param=slice_view(self.master, one.piece),
                     exp_avg=slice_view(self.exp_avg, one.piece),
                     exp_avg_sq=slice_view(self.exp_avg_sq, one.piece),
-                    grad=one.deferred_of(self._windows[window]),
+                    grad=grad,
                     hyper=hyper,
-                    weight_out=one.deferred_of(self._weights[1]),
+                    next_grad=grad if i in ahead else None,
+                    next_hyper=ahead.get(i),
+                    weight_out=self._next_of(one),
                     selection=one.rows if layout.is_split else None,
                 )
             )
-        return segments
+        if segments:
+            op(segments, pool=self._pool)
 
-    def place_deferred(self, slices: Iterable[int]) -> None:
-        """Write the weights that the last `segments_on_host` gave to where forward reads them."""
-        landings = []
+    def _placed_of(self, one: SplitSlice) -> Tensor:
+        return one.deferred_of(self._weights[one.front])
+
+    def _next_of(self, one: SplitSlice) -> Tensor:
+        return one.deferred_of(self._weights[1 - one.front])
+
+    def show_masters(self, i: int) -> None:
+        """Make the masters of deferred columns, rounded, their next weights."""
+        one = self.slices[i]
+        if one.uploaded is not None:
+            one.uploaded.synchronize()
+        masters = one.columns_of(self.master)[one.deferred]
+        self._next_of(one).copy_(masters.to(self.unit.dtype).view(-1))
+
+    def fence(self) -> LinkFence | None:
+        """A point of the device's work for `send_weights`, from the thread that runs the model."""
+        return self._link.fence()
+
+    def send_weights(self, slices: Iterable[int], after: LinkFence | None) -> None:
+        """Start to move deferred columns' next weights to the device. Any thread may call it."""
         for i in slices:
             one = self.slices[i]
             if not one.layout.deferred_numel:
                 continue
-            source = one.deferred_of(self._weights[1])
+            source = self._next_of(one)
             with self._link.allocating():
                 landing = torch.empty(source.numel(), dtype=self.unit.dtype, device=self.unit.device)
-            landings.append((i, landing, self._link.h2d(landing, source)))
-        for i, landing, event in landings:
+            one.landing = (landing, self._link.h2d(landing, source, after))
+
+    def place_deferred(self, slices: Iterable[int]) -> None:
+        """Write the weights that were sent to where forward reads them."""
+        for i in slices:
             one = self.slices[i]
-            event.wait()
+            sent, one.landing = one.landing, None
+            if not one.layout.deferred_numel:
+                continue
+            if sent is None:
+                raise AssertionError(f"the weights of {one.piece.fqn} were not sent")
+            landing, one.uploaded = sent
+            one.uploaded.wait()
             self._place(i, one.on_device[1], landing.view(-1, one.layout.column_numel))
             note_use(landing)
-            one.deferred_of(self._weights[0]).copy_(one.deferred_of(self._weights[1]))
-            self._landing.append(event)
+            one.front = 1 - one.front
 
     # Owners
 
@@ -343,8 +325,11 @@ class SplitState:
             entering = self._to_device(there[enters])
             columns[torch.searchsorted(selected, stays).to(columns.device)] = kept
             columns[torch.searchsorted(selected, enters).to(columns.device)] = entering
+        placed = torch.empty(one.layout.num_columns, one.layout.column_numel, dtype=self.transfer_dtype)
+        placed[one.deferred] = self._placed_of(one).view(-1, one.layout.column_numel)
+        placed[leaves] = one.columns_of(self.master)[leaves].to(self.unit.dtype).to(self.transfer_dtype)
         one.choose(selected, self.unit.device)
-        one.deferred_of(self._weights[0]).copy_(one.columns_of(self.master)[one.deferred].view(-1))
+        self._placed_of(one).copy_(placed[one.deferred].view(-1))
 
     def _to_host(self, columns: Tensor) -> Tensor:
         there = torch.empty(columns.shape, dtype=columns.dtype)
@@ -375,24 +360,30 @@ class SplitState:
             for flat, here in buffers:
                 one.selected_of(flat).copy_(self._to_device(one.columns_of(here)[one.selected]))
 
-    def window_of(self, i: int, window: int) -> Tensor:
-        """A window's sum of slice i's gradients in the shape of its rows, fp32 on the host; 0 in selected columns."""
+    def window_of(self, i: int, *, has_ended: bool) -> Tensor:
+        """A window's sum of slice i's gradients in the shape of its rows, fp32 on the host; 0 in selected columns.
+
+        Args:
+            has_ended: the window's gradients are with the host.
+        """
         one = self.slices[i]
+        total = one.deferred_of(self.sums.of(has_ended=has_ended))
         columns = torch.zeros(one.layout.num_columns, one.layout.column_numel)
-        columns[one.deferred] = one.deferred_of(self._windows[window]).view(-1, one.layout.column_numel)
+        here = total if total.device.type == "cpu" else self._to_host(total)
+        columns[one.deferred] = here.float().view(-1, one.layout.column_numel)
         return rows_of_columns(columns.view(-1), one.piece, one.layout)
 
     def take_over(
-        self, i: int, selected: Tensor | None, window: int, total: Tensor | None, *, is_applied: bool
+        self, i: int, selected: Tensor | None, total: Tensor | None, *, has_ended: bool, masters_lead: bool
     ) -> None:
         """Begin with the masters and moments that were loaded into the host's buffers.
 
         Args:
             selected: the columns that the device owns; None for those that it owns now.
-            window: the buffer for `total`.
             total: what `window_of` gave.
-            is_applied: whether the weights are the rounded masters; otherwise deferred masters have an update that is
-                not on the device yet, and `place_deferred` brings it there.
+            has_ended: of the same.
+            masters_lead: whether deferred columns' weights may be others than the rounded masters; otherwise a weight
+                that is not was edited.
         """
         one = self.slices[i]
         if selected is not None:
@@ -401,15 +392,14 @@ class SplitState:
         if total is not None and one.layout.deferred_numel:
             columns = torch.empty(one.layout.num_columns, one.layout.column_numel)
             rows_of_columns(columns.view(-1), one.piece, one.layout).copy_(total)
-            one.deferred_of(self._windows[window]).copy_(columns[one.deferred].view(-1))
+            one.deferred_of(self.sums.of(has_ended=has_ended)).copy_(columns[one.deferred].view(-1))
         masters, columns = one.columns_of(self.master), self._weight_columns(i)
-        weights = self._to_host(columns.index_select(0, one.on_device[1])).to(self.transfer_dtype)
-        if is_applied:
+        weights = self._to_host(columns.index_select(0, one.on_device[1]))
+        if not masters_lead:
             own = masters[one.deferred]
-            follow_weights(own, weights.to(self.unit.dtype))
+            follow_weights(own, weights)
             masters[one.deferred] = own
-        one.deferred_of(self._weights[0]).copy_(weights.reshape(-1))
-        one.deferred_of(self._weights[1]).copy_(masters[one.deferred].to(self.unit.dtype).view(-1))
+        self._placed_of(one).copy_(weights.reshape(-1))
         follow_weights(one.selected_of(self._device_states[0]), columns.index_select(0, one.on_device[0]))
 
     def reload(self, slices: Sequence[int]) -> None:
@@ -421,9 +411,14 @@ class SplitState:
             one, columns = self.slices[i], self._weight_columns(i)
             selected, deferred = one.on_device
             follow_weights(one.selected_of(self._device_states[0]), columns.index_select(0, selected))
-            weights = self._to_host(columns.index_select(0, deferred)).to(self.transfer_dtype)
-            placed, new = (one.deferred_of(flat).view(weights.shape) for flat in self._weights)
+            weights = self._to_host(columns.index_select(0, deferred))
+            placed, new = (flat.view(weights.shape) for flat in (self._placed_of(one), self._next_of(one)))
+            is_own = placed.to(self.unit.dtype) == weights
+            if one.landing is not None:
+                one.landing[1].synchronize()
             masters = one.columns_of(self.master)
-            masters[one.deferred] = torch.where(placed == weights, masters[one.deferred], weights.float())
-            new.copy_(torch.where(placed == weights, new, weights))
+            masters[one.deferred] = torch.where(is_own, masters[one.deferred], weights.float())
+            new.copy_(torch.where(is_own, new, weights.to(self.transfer_dtype)))
             placed.copy_(weights)
+            if one.landing is not None:
+                self.send_weights([i], self.fence())

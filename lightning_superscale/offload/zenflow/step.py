@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any, cast
@@ -15,9 +15,20 @@ from lightning_superscale.config.zenflow import ZenFlowConfig
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.offload.engine import OffloadContext
 from lightning_superscale.offload.late_moments import LateMoments
+from lightning_superscale.offload.link.link import LinkFence
 from lightning_superscale.offload.zenflow.columns import ColumnLayout
 from lightning_superscale.offload.zenflow.state import SplitState
-from lightning_superscale.offload.zenflow.windows import Absorbed, Phase, Place, Window, by_index, deferred_lr
+from lightning_superscale.offload.zenflow.windows import (
+    Absorbed,
+    Phase,
+    Place,
+    Schedule,
+    by_index,
+    deferred_lr,
+    packed,
+    staggered,
+    unpacked,
+)
 from lightning_superscale.ops.threads import one_thread
 from lightning_superscale.ops.types import AdamWHyper
 from lightning_superscale.optim.adamw_step import AdamWRule
@@ -27,14 +38,14 @@ from lightning_superscale.optim.unit import GradientDelta, ShardUnit
 from lightning_superscale.optim.unit_state import UnitState
 
 WINDOW_KEY = "zenflow_window"
-"""The sum of the open window's gradients in the optimizer's own state of a parameter, for checkpoints."""
+"""A window's sum of gradients in the optimizer's own state of a parameter, for checkpoints."""
 
 
 class ZenFlowStep(AdamWRule):
     """Steps Adam and AdamW by columns ([Note: Windows] in windows.py).
 
     Args:
-        context: the parts of the run: the kernels that step deferred and selected columns, the link, the other ranks.
+        context: the parts of the run: the kernel that steps selected columns, the link, the other ranks.
     """
 
     def __init__(
@@ -46,17 +57,17 @@ class ZenFlowStep(AdamWRule):
     ) -> None:
         super().__init__(optimizer, guard)
         self._config = config
-        self._host = context.update
         self._device = context.device_update
         self._ranks = context.ranks
         self._link = context.link
         self._scale = context.arena.zeros(1, torch.float32, is_pinned=context.is_pinned)
         self._states: dict[int, SplitState] = {}
-        self._adder = one_thread("lightning-superscale sums")
-        self._updater = one_thread("lightning-superscale windows")
+        # In order: a step's sums, then the updates of windows that end with it.
+        self._host_thread = one_thread("lightning-superscale windows")
         self._adding: Future[None] | None = None
         self._updating: Future[None] | None = None
         self._phase = Phase()
+        self._schedule = Schedule(config, {})
         self._loaded: dict[Place, Tensor | None] = {}
         self._saved: dict[str, Tensor | int | float] = {}
         self._edited: set[Place] = set()
@@ -66,11 +77,28 @@ class ZenFlowStep(AdamWRule):
 
     def attach(self, unit: ShardUnit, state: UnitState) -> None:
         self._states[unit.index] = cast(SplitState, state)
+        if not self._config.overlap:
+            return
+        sizes = {
+            (index, i): (one.piece.spec.numel, one.piece.fqn)
+            for index, state in self._states.items()
+            for i, one in enumerate(state.slices)
+            if one.layout.has_deferred
+        }
+        self._schedule = Schedule(self._config, staggered(sizes, self._config.update_interval))
 
     def add_grads(self, delta: GradientDelta, state: UnitState) -> None:
         self._settle()
         self._wait_added()  # the buffer for this gradient holds the last step's until then
-        cast(SplitState, state).add_grads(delta.slices, measures=self._phase.next_step(self._config).chooses)
+        index, number = delta.unit.index, self._phase.num_steps + 1
+        undivided = [i for i, _ in delta.slices if self._chooses((index, i), number)]
+        cast(SplitState, state).add_grads(delta.slices, undivided=undivided)
+
+    def _chooses(self, place: Place, number: int) -> bool:
+        index, i = place
+        return self._states[index].slices[i].layout.is_split and self._schedule.chooses(
+            place, number, self._phase.chosen_at.get(place)
+        )
 
     def _wait_added(self) -> None:
         self._wait(self._adding)
@@ -96,23 +124,25 @@ class ZenFlowStep(AdamWRule):
         self._settle()
         self._wait_added()
         self._hide_windows()
-        plan = self._phase.next_step(self._config)
+        number = self._phase.num_steps + 1
         on_device = grad_scale if isinstance(grad_scale, Tensor) and self._device.scales_on_device else None
         numbers = self.numbers(1.0 if on_device is not None else float(grad_scale), clip_value)
         hypers = {index: {item.i: numbers.hyper_of(item) for item in items} for index, items in by_unit(due).items()}
         self._take_edits()
         stepped = {(index, i) for index, by_slice in hypers.items() for i in by_slice}
+        stepped.update(self._place_late())
+        self._choose(due, number)
         for index, by_slice in hypers.items():
             state = self._states[index]
             self._device.submit(state.segments_on_device(by_slice, on_device)).wait()
             state.place_selected(list(by_slice))
-        self._begin_to_add(hypers, grad_scale, clip_value)
-        self._phase.num_steps += 1
-        self._phase.window.num_steps += 1
-        if plan.ends_window:
-            stepped.update(self._end_window(waits=plan.waits))
-        if plan.chooses:
-            self._choose(due)
+        unscaled = self._begin_to_add(hypers, grad_scale, clip_value, number)
+        self._phase.num_steps = number
+        ended = [place for place in self._phase.open if self._schedule.ends(place, number)]
+        scale_of = self._scale_on_host(grad_scale) if unscaled else None
+        self._end_windows(ended, unscaled, scale_of, looks_ahead=not self._schedule.waits(number))
+        if self._schedule.waits(number):
+            stepped.update(self._place_late())
         for index in hypers:
             self._states[index].clear_grads()
         numbers.advance()
@@ -125,30 +155,47 @@ class ZenFlowStep(AdamWRule):
             yield SteppedUnit(self._states[index].unit, slices, None)
 
     def _begin_to_add(
-        self, hypers: Mapping[int, Mapping[int, AdamWHyper]], grad_scale: GradScale, clip_value: float | None
-    ) -> None:
-        """Let a thread add this step's deferred gradients to the window."""
-        window, tasks = self._phase.window, []
+        self,
+        hypers: Mapping[int, Mapping[int, AdamWHyper]],
+        grad_scale: GradScale,
+        clip_value: float | None,
+        number: int,
+    ) -> set[Place]:
+        """Add this step's deferred gradients to their windows, on the device, or on a thread of the host.
+
+        Returns:
+            the slices whose gradient is all of a window and is on its way, neither scaled nor clipped.
+        """
+        tasks, unscaled = [], set()
         for index, by_slice in hypers.items():
             for i, hyper in by_slice.items():
-                state = self._states[index]
-                if state.slices[i].layout.num_selected == state.slices[i].layout.num_columns:
+                state, place = self._states[index], (index, i)
+                if not state.slices[i].layout.has_deferred:
                     continue
-                before = window.absorbed.get((index, i), Absorbed(0, 0.0, hyper))
-                window.absorbed[index, i] = Absorbed(before.num_steps + 1, before.lr_sum + hyper.lr, hyper)
-                arrival = state.take_deferred(i)
-                if arrival is not None:
-                    tasks.append((state, i, arrival, before.num_steps == 0))
+                before = self._phase.open.get(place, Absorbed(0, 0.0, hyper))
+                self._phase.open[place] = Absorbed(before.num_steps + 1, before.lr_sum + hyper.lr, hyper)
+                is_first = before.num_steps == 0
+                sums, one = state.sums, state.slices[i]
+                if sums.home == "host":
+                    arrival = sums.take_arrival(one)
+                    if arrival is not None:
+                        tasks.append((sums, one, arrival, is_first))
+                elif is_first and self._schedule.ends(place, number):
+                    sums.send_unscaled(one)
+                    unscaled.add(place)
+                else:
+                    sums.absorb_on_device(one, grad_scale, clip_value, is_first=is_first)
+        if tasks:
+            scale_of = self._scale_on_host(grad_scale)
 
-        scale_of = self._scale_on_host(grad_scale)
+            def add() -> None:
+                scale = scale_of()
+                for sums, one, arrival, is_first in tasks:
+                    arrival.synchronize()
+                    sums.absorb(one, scale, clip_value, is_first=is_first)
 
-        def add() -> None:
-            scale = scale_of()
-            for state, i, arrival, is_first in tasks:
-                arrival.synchronize()
-                state.absorb(i, window.buffer, scale, clip_value, is_first=is_first)
-
-        self._adding = self._adder.submit(add)
+            self._adding = self._host_thread.submit(add)
+        return unscaled
 
     def _scale_on_host(self, grad_scale: GradScale) -> Callable[[], float]:
         """A function that a thread of the host calls for a step's factor, which may be on the device yet."""
@@ -164,74 +211,113 @@ class ZenFlowStep(AdamWRule):
 
     # Windows
 
-    def _end_window(self, *, waits: bool) -> list[Place]:
-        """Bring the weights of the window before to the device, and let the host apply this one.
+    def _end_windows(
+        self,
+        ended: Sequence[Place],
+        unscaled: Collection[Place],
+        scale_of: Callable[[], float] | None,
+        *,
+        looks_ahead: bool,
+    ) -> None:
+        """Let the host apply windows that end.
 
-        Returns:
-            the slices whose deferred columns have new weights on the device.
+        Args:
+            unscaled: what `_begin_to_add` gave.
+            scale_of: gives the factor of these gradients; None without any.
+            looks_ahead: whether the next weights are ahead of the masters.
         """
-        placed = self._apply_in_flight()
-        phase, adding = self._phase, self._adding
-        window = phase.window
-        for place, absorbed in window.absorbed.items():
-            window.hypers[place] = self._hyper_of(place, absorbed)
-        phase.in_flight, phase.window = window, Window((window.buffer + 1) % (2 if self._config.overlap else 1))
-        self._updating = self._updater.submit(self._update, window, adding)
-        return placed + self._apply_in_flight() if waits else placed
+        phase, factor = self._phase, self._config.delay_correction if looks_ahead else 0.0
+        arrivals = []
+        for place in ended:
+            (index, i), absorbed = place, phase.open.pop(place)
+            state = self._states[index]
+            phase.late[place] = self._hyper_of(place, absorbed, is_unscaled=place in unscaled)
+            if factor:
+                phase.ahead.add(place)
+            else:
+                phase.ahead.discard(place)
+            sums, one = state.sums, state.slices[i]
+            if sums.home == "device":
+                if place not in unscaled:
+                    sums.send(one)
+                arrivals.append(sums.take_arrival(one))
+        fences = {index: self._states[index].fence() for index in by_index(ended)}
 
-    def _hyper_of(self, place: Place, absorbed: Absorbed) -> AdamWHyper:
+        def update() -> None:
+            for arrival in arrivals:
+                if arrival is not None:
+                    arrival.synchronize()
+            if scale_of is not None:
+                scale = scale_of()
+                for place in unscaled:
+                    phase.late[place] = replace(phase.late[place], grad_scale=scale)
+            self._update(ended, fences)
+
+        if ended:
+            self._updating = self._host_thread.submit(update)
+
+    def _hyper_of(self, place: Place, absorbed: Absorbed, *, is_unscaled: bool) -> AdamWHyper:
+        """The update by a window's gradients.
+
+        Args:
+            is_unscaled: the window is one step, whose gradient is neither scaled nor clipped yet.
+        """
         rule, num_steps = self._config.deferred_lr, absorbed.num_steps
-        scale, lr = 1.0 if num_steps == 1 else 1.0 / num_steps, deferred_lr(rule, absorbed)
+        hyper = replace(absorbed.last, lr=deferred_lr(rule, absorbed))
+        if not is_unscaled:
+            hyper = replace(hyper, grad_scale=1.0 if num_steps == 1 else 1.0 / num_steps, clip_value=None)
         if rule != "none":
-            return replace(absorbed.last, lr=lr, absorbed=num_steps, grad_scale=scale, clip_value=None)
+            return replace(hyper, absorbed=num_steps)
         updates = self._phase.num_updates[place] = self._phase.num_updates.get(place, 0) + 1
-        return replace(absorbed.last, lr=lr, step=updates, grad_scale=scale, clip_value=None)
+        return replace(hyper, step=updates)
 
-    def _update(self, window: Window, adding: Future[None] | None) -> None:
-        """Apply a window's gradients to deferred columns' masters and moments; on a thread of its own."""
-        if adding is not None:
-            adding.result()
-        for index, slices in by_index(window.hypers).items():
-            hypers = {i: window.hypers[index, i] for i in slices}
-            self._host.submit(self._states[index].segments_on_host(window.buffer, hypers)).wait()
+    def _update(self, ended: Sequence[Place], fences: Mapping[int, LinkFence | None]) -> None:
+        """Step deferred columns by windows' gradients, and send their weights; on the host's thread."""
+        for index, slices in by_index(ended).items():
+            state = self._states[index]
+            hypers = {i: self._phase.late[index, i] for i in slices}
+            state.update_host(hypers, self._ahead_of(index, slices))
+            state.send_weights(slices, fences[index])
 
-    def _apply_in_flight(self) -> list[Place]:
-        """Wait for the window that the host updates, and bring its new weights to the device.
+    def _ahead_of(self, index: int, slices: Iterable[int]) -> dict[int, AdamWHyper]:
+        """The updates that weights are put ahead by: their slices' last ones, once more."""
+        late = {i: self._phase.late[index, i] for i in slices if (index, i) in self._phase.ahead}
+        factor = self._config.delay_correction
+        return {i: replace(one, step=one.step + one.absorbed, lr=one.lr * factor) for i, one in late.items()}
+
+    def _place_late(self) -> list[Place]:
+        """Wait for the host, and put the weights that it made in place.
 
         Returns:
             the slices that have new weights.
         """
-        window, self._phase.in_flight = self._phase.in_flight, None
-        if window is None:
+        late = list(self._phase.late)
+        if not late:
             return []
         self._wait_updated()
-        for index, slices in by_index(window.absorbed).items():
+        for index, slices in by_index(late).items():
             self._states[index].place_deferred(slices)
-        return list(window.absorbed)
+        self._phase.late = {}
+        return late
 
-    def _choose(self, due: Sequence[ParamUpdate]) -> None:
+    def _choose(self, due: Sequence[ParamUpdate], number: int) -> None:
         """Choose the columns that the device owns, by the gradients of all ranks' rows. Every rank calls it."""
-        self._phase.chosen_at = self._phase.num_steps
         chosen = [
-            (self._states[index], item.i)
+            (index, item.i)
             for index, items in by_unit(due).items()
             for item in items
-            if self._states[index].slices[item.i].layout.is_split
+            if self._chooses((index, item.i), number)
         ]
-        energies = [state.slices[i].energy for state, i in chosen]
-        sizes = [state.slices[i].layout.num_columns for state, i in chosen]
         if not chosen:
             return
-        device = chosen[0][0].unit.device
-        packed = torch.cat(
-            [
-                torch.zeros(size, dtype=torch.float64, device=device) if energy is None else energy
-                for energy, size in zip(energies, sizes, strict=True)
-            ]
-        )
-        self._ranks.shard.all_reduce(packed).wait()
-        for (state, i), importance in zip(chosen, torch.split(packed.cpu(), sizes), strict=True):
-            state.select(i, importance)
+        energies = [self._states[index].energy(i) for index, i in chosen]
+        packed_energies = torch.cat(energies)
+        self._ranks.shard.all_reduce(packed_energies).wait()
+        sizes = [len(energy) for energy in energies]
+        for place, importance in zip(chosen, torch.split(packed_energies.cpu(), sizes), strict=True):
+            (index, i), self._phase.chosen_at[place] = place, number
+            self._states[index].select(i, importance)
+            self._states[index].divide(i)
 
     # Between steps
 
@@ -243,13 +329,13 @@ class ZenFlowStep(AdamWRule):
         self._settle()
         self.quiesce()
         self._hide_windows()
-        window = self._phase.window
         for index, state in self._states.items():
             self._merge(index)
             for i, param in enumerate(state.unit.params):
-                own = self._optimizer.state.get(param)
-                if own is not None and (index, i) in window.absorbed:
-                    own[WINDOW_KEY] = state.window_of(i, window.buffer)
+                own, place = self._optimizer.state.get(param), (index, i)
+                has_ended = place in self._phase.late and place in self._phase.ahead
+                if own is not None and (has_ended or place in self._phase.open):
+                    own[WINDOW_KEY] = state.window_of(i, has_ended=has_ended)
                     self._shown.append(own)
         self._moments.arrived()
 
@@ -272,8 +358,18 @@ class ZenFlowStep(AdamWRule):
 
     def catch_up(self) -> Iterator[SteppedUnit]:
         self._settle()
-        stepped = set(self._end_window(waits=True))
         self._wait_added()
+        stepped = set(self._place_late())
+        self._end_windows(list(self._phase.open), (), None, looks_ahead=False)
+        stepped.update(self._place_late())
+        for index, slices in by_index(self._phase.ahead).items():
+            state = self._states[index]
+            for i in slices:
+                state.show_masters(i)
+            state.send_weights(slices, state.fence())
+            state.place_deferred(slices)
+            stepped.update((index, i) for i in slices)
+        self._phase.ahead = set()
         yield from self._stepped(stepped)
 
     def discard(self) -> None:
@@ -284,8 +380,7 @@ class ZenFlowStep(AdamWRule):
         if not self._has_failed:  # that was raised before
             self.flush()
         self._moments.close()
-        self._adder.shutdown()
-        self._updater.shutdown()
+        self._host_thread.shutdown()
 
     def _bind(self, item: ParamUpdate, key: str, view: Tensor, held: Tensor | None) -> None:
         super()._bind(item, key, view, held)
@@ -315,21 +410,20 @@ class ZenFlowStep(AdamWRule):
     def state_dict(self) -> RuleState:
         """The phase, and by parameter: its selected columns, and what its gradients in the open window need."""
         phase = self._phase
-        saved: dict[str, Tensor | int | float] = {
-            "zenflow.num_steps": phase.num_steps,
-            "zenflow.chosen_at": phase.chosen_at,
-            "zenflow.window_steps": phase.window.num_steps,
-        }
-        in_flight = {} if phase.in_flight is None else phase.in_flight.absorbed
+        saved: dict[str, Tensor | int | float] = {"zenflow.num_steps": phase.num_steps}
         for index, state in self._states.items():
             for i, one in enumerate(state.slices):
                 place, fqn = (index, i), one.piece.fqn
                 if one.layout.is_split:
                     saved[f"zenflow.selected.{fqn}"] = one.selected
-                if place in phase.window.absorbed:
-                    saved[f"zenflow.window.{fqn}"] = phase.window.absorbed[place].packed()
-                if place in in_flight:
-                    saved[f"zenflow.in_flight.{fqn}"] = 1
+                if place in phase.chosen_at:
+                    saved[f"zenflow.chosen_at.{fqn}"] = phase.chosen_at[place]
+                if place in phase.open:
+                    saved[f"zenflow.open.{fqn}"] = phase.open[place].packed()
+                if place in phase.late:
+                    saved[f"zenflow.late.{fqn}"] = packed(phase.late[place])
+                if place in phase.ahead:
+                    saved[f"zenflow.ahead.{fqn}"] = 1
                 if place in phase.num_updates:
                     saved[f"zenflow.updates.{fqn}"] = phase.num_updates[place]
         return saved
@@ -337,41 +431,50 @@ class ZenFlowStep(AdamWRule):
     def load_state_dict(self, saved: RuleState) -> None:
         self.quiesce()
         self._saved = dict(saved)
-        self._phase = Phase(
-            num_steps=int(saved.get("zenflow.num_steps", 0)), chosen_at=int(saved.get("zenflow.chosen_at", 0))
-        )
-        self._phase.window.num_steps = int(saved.get("zenflow.window_steps", 0))
+        self._phase = Phase(num_steps=int(saved.get("zenflow.num_steps", 0)))
 
     def _settle(self) -> None:
         """Take over what was loaded, now that the states of parameters and the rule's own are both there."""
         if not self._loaded:
             return
         self.quiesce()
-        phase, loaded = self._phase, self._loaded
-        self._loaded = {}
-        in_flight = Window(1)
-        for (index, i), total in loaded.items():
-            state, place = self._states[index], (index, i)
-            one = state.slices[i]
-            fqn = one.piece.fqn
-            selected = self._saved.get(f"zenflow.selected.{fqn}")
-            packed = self._saved.get(f"zenflow.window.{fqn}")
-            is_late = f"zenflow.in_flight.{fqn}" in self._saved
-            if isinstance(selected, Tensor) and (not one.layout.is_split or len(selected) != one.layout.num_selected):
-                if packed is not None or is_late:
-                    raise _other_selection(fqn, len(selected), one.layout)
-                selected = None
-            last = self._hyper_now(state.unit.params[i], state.unit)
-            if isinstance(packed, Tensor) and total is not None:
-                phase.window.absorbed[place] = Absorbed.unpacked(packed, last)
-            if is_late:
-                in_flight.absorbed[place] = Absorbed(1, 0.0, last)
-            if f"zenflow.updates.{fqn}" in self._saved:
-                phase.num_updates[place] = int(self._saved[f"zenflow.updates.{fqn}"])
-            state.take_over(i, cast("Tensor | None", selected), phase.window.buffer, total, is_applied=not is_late)
-        if in_flight.absorbed:
-            phase.in_flight = in_flight
+        loaded, self._loaded = self._loaded, {}
+        for place, total in loaded.items():
+            self._settle_one(place, total)
+        for index, slices in by_index(self._phase.late).items():
+            state = self._states[index]
+            for i in slices:
+                state.show_masters(i)
+            state.look_ahead(self._ahead_of(index, slices))
+            state.send_weights(slices, state.fence())
         self._saved = {}
+
+    def _settle_one(self, place: Place, total: Tensor | None) -> None:
+        phase, (index, i) = self._phase, place
+        state = self._states[index]
+        one, fqn = state.slices[i], state.slices[i].piece.fqn
+        entries = {
+            key: self._saved.get(f"zenflow.{key}.{fqn}")
+            for key in ("selected", "chosen_at", "open", "late", "ahead", "updates")
+        }
+        selected, is_open, late = entries["selected"], entries["open"], entries["late"]
+        if isinstance(selected, Tensor) and (not one.layout.is_split or len(selected) != one.layout.num_selected):
+            if is_open is not None or late is not None:
+                raise _other_selection(fqn, len(selected), one.layout)
+            selected = None
+        last = self._hyper_now(state.unit.params[i], state.unit)
+        if isinstance(is_open, Tensor) and total is not None:
+            phase.open[place] = Absorbed.unpacked(is_open, last)
+        if isinstance(late, Tensor):
+            phase.late[place] = unpacked(late, last)
+        if entries["ahead"] is not None and (late is None or total is not None):
+            phase.ahead.add(place)
+        if entries["chosen_at"] is not None:
+            phase.chosen_at[place] = int(entries["chosen_at"])
+        if entries["updates"] is not None:
+            phase.num_updates[place] = int(entries["updates"])
+        leads = late is not None or entries["ahead"] is not None
+        state.take_over(i, cast("Tensor | None", selected), total, has_ended=late is not None, masters_lead=leads)
 
     def _hyper_now(self, param: nn.Parameter, unit: ShardUnit) -> AdamWHyper:
         group = next(g for g in self._optimizer.param_groups if any(p is param for p in g["params"]))

@@ -1,15 +1,23 @@
-"""Windows of steps whose deferred gradients add up, and when they end, arrive and choose columns anew.
+"""Windows of steps whose deferred gradients add up, when they end, and when columns are chosen anew.
 
-[Note: Windows] A window is `update_interval` steps whose deferred gradients add up in one buffer. At its end, with
-overlap, the update of the window before it must be done (the host had a whole window's time for it): its new weights go
-to the device, and the host begins with this window's. So a gradient is applied at most 2 S - 1 steps after its step, at
-a step that depends on no clock. Without overlap the host applies a window at its end, while the device waits.
+[Note: Windows] A window of a parameter is `update_interval` steps whose deferred gradients add up. At its end the host
+begins with its update, for which it has one step's time: in the next step, before that step's own update, the new
+weights are put in place. So a gradient is applied at most S steps after its own step, at a step that depends on no
+clock. Windows of different parameters end at different steps, so that the host has as much to do in each; with
+`overlap=False` they end together, and the device waits.
+
+ZenFlow's paper ends all windows at once and gives the host the whole next window, which makes gradients up to 2 S - 1
+steps late. The host's work, the bytes on the link and the time in which they must be done per step are the same here,
+and one buffer of sums is enough.
+
+Columns are chosen in the first step of a window, by the gradients of that very step, when no gradient is on its way: it
+stays on the device, whole, until its owners are known.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import cast
 
@@ -38,49 +46,51 @@ class Absorbed:
     last: AdamWHyper
 
     def packed(self) -> Tensor:
-        """These numbers for a checkpoint, fp64 [8]."""
-        last = self.last
-        numbers = [last.step, last.lr, last.beta1, last.beta2, last.eps, last.weight_decay]
-        return torch.tensor([self.num_steps, self.lr_sum, *numbers], dtype=torch.float64)
+        """These numbers for a checkpoint, fp64 1D."""
+        return torch.cat([torch.tensor([self.num_steps, self.lr_sum], dtype=torch.float64), packed(self.last)])
 
     @classmethod
     def unpacked(cls, saved: Tensor, like: AdamWHyper) -> Absorbed:
         """What was packed, with everything else as in `like`."""
-        num_steps, lr_sum, step, lr, beta1, beta2, eps, weight_decay = saved.tolist()
-        numbers = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay}
-        return cls(int(num_steps), lr_sum, replace(like, step=int(step), **numbers))
+        return cls(int(saved[0]), float(saved[1]), unpacked(saved[2:], like))
 
 
-@dataclass(slots=True)
-class Window:
-    """Steps whose deferred gradients add up in one buffer.
+_PACKED = ("lr", "beta1", "beta2", "eps", "weight_decay", "grad_scale")
 
-    Attributes:
-        buffer: number of the buffer.
-        num_steps: number of its steps so far.
-        absorbed: by place.
-        hypers: the update of each place, once the window has ended.
+
+def packed(hyper: AdamWHyper) -> Tensor:
+    """An update's numbers for a checkpoint, fp64 1D."""
+    clip_value = math.nan if hyper.clip_value is None else hyper.clip_value
+    numbers = [hyper.step, hyper.absorbed, clip_value, *(getattr(hyper, name) for name in _PACKED)]
+    return torch.tensor(numbers, dtype=torch.float64)
+
+
+def unpacked(saved: Tensor, like: AdamWHyper) -> AdamWHyper:
+    """The update that was packed, with everything else as in `like`."""
+    step, absorbed, clip_value, *numbers = saved.tolist()
+    return replace(
+        like,
+        step=int(step),
+        absorbed=int(absorbed),
+        clip_value=None if math.isnan(clip_value) else clip_value,
+        **dict(zip(_PACKED, numbers, strict=True)),
+    )
+
+
+def staggered(sizes: Mapping[Place, tuple[int, str]], update_interval: int) -> dict[Place, int]:
+    """By how many steps each parameter's windows end earlier than those of offset 0, so that steps have equal loads.
+
+    Largest first, each to the step that has least so far (Graham 1969's LPT rule).
+
+    Args:
+        sizes: elements of the whole parameter, and its name, which decides between equals: the same on all ranks.
     """
-
-    buffer: int
-    num_steps: int = 0
-    absorbed: dict[Place, Absorbed] = field(default_factory=dict)
-    hypers: dict[Place, AdamWHyper] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class StepPlan:
-    """What one step does besides, known before its gradients are.
-
-    Attributes:
-        ends_window: it is the last of its window.
-        waits: the window is applied at once.
-        chooses: columns are chosen anew.
-    """
-
-    ends_window: bool
-    waits: bool
-    chooses: bool
+    loads, offsets = [0] * update_interval, {}
+    for place, (numel, _) in sorted(sizes.items(), key=lambda item: (-item[1][0], item[1][1])):
+        offset = loads.index(min(loads))
+        loads[offset] += numel
+        offsets[place] = offset
+    return offsets
 
 
 @dataclass(slots=True)
@@ -89,26 +99,58 @@ class Phase:
 
     Attributes:
         num_steps: steps of the optimizer so far.
-        chosen_at: the step after which columns were last chosen.
-        window: the open window.
-        in_flight: the one before, while its new weights are not on the device.
+        open: the gradients of windows under way, by place.
+        late: the host's updates by windows that have ended and whose new weights are not in place.
+        ahead: those whose deferred columns' weights are ahead of their masters.
+        chosen_at: by place, the step in which its columns were last chosen.
         num_updates: by place, updates of deferred columns, where these count (`deferred_lr="none"`).
     """
 
     num_steps: int = 0
-    chosen_at: int = 0
-    window: Window = field(default_factory=lambda: Window(0))
-    in_flight: Window | None = None
+    open: dict[Place, Absorbed] = field(default_factory=dict)
+    late: dict[Place, AdamWHyper] = field(default_factory=dict)
+    ahead: set[Place] = field(default_factory=set)
+    chosen_at: dict[Place, int] = field(default_factory=dict)
     num_updates: dict[Place, int] = field(default_factory=dict)
 
-    def next_step(self, config: ZenFlowConfig) -> StepPlan:
-        """The plan of the step after `num_steps`."""
-        step, warmup = self.num_steps + 1, max(1, config.warmup_steps)
-        is_warm = step <= warmup
-        ends = is_warm or self.window.num_steps + 1 >= config.update_interval
-        is_due = step == warmup or (not is_warm and step - self.chosen_at >= config.select_interval)
-        chooses = ends and is_due and 0 < config.topk < 1
-        return StepPlan(ends, ends and (is_warm or chooses or not config.overlap), chooses)
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """When windows of parameters begin and end, and when their columns are chosen.
+
+    Attributes:
+        offsets: what `staggered` gave; none where windows end together.
+    """
+
+    config: ZenFlowConfig
+    offsets: Mapping[Place, int]
+
+    @property
+    def num_warm(self) -> int:
+        """Number of first steps in which every column is stepped."""
+        return max(1, self.config.warmup_steps)
+
+    def is_warm(self, step: int) -> bool:
+        """Whether every column is stepped in this step, counted from 1."""
+        return step <= self.num_warm
+
+    def ends(self, place: Place, step: int) -> bool:
+        """Whether a window ends with this step."""
+        return self.is_warm(step) or self._phase(place, step) == 0
+
+    def waits(self, step: int) -> bool:
+        """Whether windows that end with this step are applied at once."""
+        return self.is_warm(step) or not self.config.overlap
+
+    def chooses(self, place: Place, step: int, chosen_at: int | None) -> bool:
+        """Whether columns are chosen anew in this step, which then is a window's first."""
+        if self.is_warm(step):
+            return False
+        begins = step == self.num_warm + 1 or self._phase(place, step - 1) == 0
+        return begins and (chosen_at is None or step - chosen_at >= self.config.select_interval)
+
+    def _phase(self, place: Place, step: int) -> int:
+        return (step - self.num_warm + self.offsets.get(place, 0)) % self.config.update_interval
 
 
 def by_index(places: Iterable[Place]) -> dict[int, list[int]]:

@@ -15,6 +15,7 @@ NUM_STEPS = 14
 OPTIONS = {
     "overlap": {"topk": 0.3, "update_interval": 3, "select_interval": 5, "warmup_steps": 2},
     "sync": {"topk": 0.3, "update_interval": 3, "select_interval": 6, "overlap": False},
+    "sums on the device": {"topk": 0.3, "update_interval": 3, "select_interval": 5, "accumulate_on": "device"},
     "no column": {"topk": 0.0, "update_interval": 4, "deferred_lr": "sqrt"},
     "no column, counted once": {"topk": 0.0, "update_interval": 3, "deferred_lr": "none"},
 }
