@@ -21,8 +21,10 @@ class ZenFlowConfig:
 
     Args:
         topk: share of the columns of every matrix that are stepped at every step, from 0 to 1. What has one dim is
-            stepped at every step whatever the share is.
-        update_interval: steps of the optimizer, not of accumulation, in a window.
+            stepped at every step whatever the share is. "auto" takes the smallest of 0.05 to 0.25 with which these
+            columns hold half of the gradient's energy after warm-up, and until then the memory that 0.25 takes.
+        update_interval: steps of the optimizer, not of accumulation, in a window. "auto" measures device and host
+            during warm-up, and takes the shortest window with which the device waits for no host.
         select_interval: least number of steps after which the columns are chosen anew, in the first step of a window,
             by the norms of its gradients.
         overlap: whether the host applies a window during the step after it, at whose end the new weights are in place;
@@ -36,15 +38,15 @@ class ZenFlowConfig:
             last one. With "none" a window counts as one step of Adam on its mean gradient, as if gradients had been
             accumulated, which works where no columns change owners (topk 0 or 1); otherwise it counts as as many steps
             as it has.
-        warmup_steps: first steps, at least one, in which every column is stepped at every step.
+        warmup_steps: first steps, at least one, or 8 with an "auto", in which every column is stepped at every step.
         accumulate_on: memory in which gradients of a window add up. "device" takes 4 bytes per deferred parameter of
             the device's memory, and sends one sum per window to the host, rounded to the weights' dtype, where "host"
             sends each gradient.
         exclude: patterns of names of parameters ("*.embed.weight") that are not split: the host has them whole.
     """
 
-    topk: Share = 0.1
-    update_interval: PositiveInt = 4
+    topk: Union[Literal["auto"], Share] = 0.1
+    update_interval: Union[Literal["auto"], PositiveInt] = 4
     select_interval: PositiveInt = 64
     overlap: bool = True
     delay_correction: Annotated[float, Between(0, 2)] = 0.75
@@ -55,7 +57,7 @@ class ZenFlowConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.deferred_lr == "none" and 0 < self.topk < 1:
+        if self.deferred_lr == "none" and self.topk not in (0, 1):
             raise SettingError(
                 "ZenFlowConfig.deferred_lr='none' counts a window as one step of Adam, and a selected column's steps "
                 f"one by one; found topk={self.topk}, with which columns change from one to the other. Use 'linear', "

@@ -13,6 +13,7 @@ from lightning_superscale.offload.link import link
 from lightning_superscale.offload.superoffload import state, step
 from lightning_superscale.offload.weight_flow import weights
 from lightning_superscale.offload.zenflow import step as zenflow_step
+from lightning_superscale.offload.zenflow.host_work import HostWork
 from lightning_superscale.ops.cpu import memory
 from lightning_superscale.ops.events import StreamEvent
 from lightning_superscale.ops.threads import one_thread
@@ -59,19 +60,15 @@ def deferred_weights_are_placed_before_they_arrived(patch):
 
 @plant(Case("zenflow, at once", queries="no"))
 def gradients_arrive_where_the_host_still_adds_up_the_last_ones(patch):
-    patch.setattr(zenflow_step.ZenFlowStep, "_wait_added", lambda self: None)
+    patch.setattr(HostWork, "wait_added", lambda self: None)
 
 
 @plant(ZENFLOW)
 def a_window_is_applied_before_its_gradients_are_added_up(patch):
-    real = zenflow_step.ZenFlowStep._end_windows
+    def update(self, arrivals, work):
+        self._updating = one_thread("another thread").submit(work)
 
-    def end(self, *args, **options):
-        self._host_thread, own = one_thread("another thread"), self._host_thread
-        real(self, *args, **options)
-        self._host_thread = own
-
-    patch.setattr(zenflow_step.ZenFlowStep, "_end_windows", end)
+    patch.setattr(HostWork, "update", update)
 
 
 @plant(Case("zenflow, one step late", looks=True, queries="no"))

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor
 
+from lightning_superscale.config.zenflow import ZenFlowConfig
 from lightning_superscale.layout.rows import ParamSlice
-from lightning_superscale.optim.unit import shaped
+from lightning_superscale.optim.unit import ShardUnit, shaped
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +81,15 @@ def column_layout(piece: ParamSlice, topk: float, *, is_split: bool = True) -> C
         return ColumnLayout(1, piece.numel, spec.numel, 0)
     num_selected = math.floor(topk * spec.row_numel + 0.5)
     return ColumnLayout(spec.row_numel, piece.rows[1] - piece.rows[0], spec.num_rows, num_selected)
+
+
+def layouts_of(unit: ShardUnit, config: ZenFlowConfig, topk: float) -> list[ColumnLayout]:
+    """The columns of a unit's slices, of which those that `config` excludes are not split."""
+
+    def is_split(piece: ParamSlice) -> bool:
+        return not any(fnmatchcase(piece.fqn, pattern) for pattern in config.exclude or ())
+
+    return [column_layout(piece, topk, is_split=is_split(piece)) for piece in unit.shard.slices]
 
 
 def columns_in_rows(flat: Tensor, layout: ColumnLayout) -> Tensor:

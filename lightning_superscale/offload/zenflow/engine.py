@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from fnmatch import fnmatchcase
 from typing import Literal
 
 import torch
@@ -15,7 +14,8 @@ from lightning_superscale.offload.engine import OffloadContext, RunFacts
 from lightning_superscale.offload.link.dtype import dtype_on_link
 from lightning_superscale.offload.memory import ParamKind
 from lightning_superscale.offload.weight_flow.weights import StreamedUnit
-from lightning_superscale.offload.zenflow.columns import column_layout
+from lightning_superscale.offload.zenflow.auto import most_selected
+from lightning_superscale.offload.zenflow.columns import layouts_of
 from lightning_superscale.offload.zenflow.state import SplitState
 from lightning_superscale.offload.zenflow.step import ZenFlowStep
 from lightning_superscale.ops.state_dtypes import bytes_of
@@ -49,7 +49,8 @@ class ZenFlowEngine:
     def memory(self, kind: ParamKind) -> MemoryModel:
         """Bytes per parameter of a matrix that is split. What has one dim is on the device whole, in 12 bytes more."""
         config = _options(kind.config)
-        deferred, fp32 = 1 - config.topk, torch.float32
+        selected, fp32 = most_selected(config), torch.float32
+        deferred = 1 - selected
         on_link = dtype_on_link(kind.link_dtype, kind.weights)
         return MemoryModel(
             (
@@ -57,8 +58,8 @@ class ZenFlowEngine:
                 bytes_of("optimizer states", fp32, "host", copies=2),
                 bytes_of("deferred gradients", fp32, config.accumulate_on, copies=deferred),
                 bytes_of("transfer buffers", on_link, "host", copies=3 * deferred),
-                bytes_of("selected masters", fp32, "device", copies=config.topk),
-                bytes_of("selected states", fp32, "device", copies=2 * config.topk),
+                bytes_of("selected masters", fp32, "device", copies=selected),
+                bytes_of("selected states", fp32, "device", copies=2 * selected),
             )
         )
 
@@ -68,10 +69,7 @@ class ZenFlowEngine:
         if not has_moments or streamed is not None:
             raise AssertionError("zenflow steps Adam, on weights that stay")
         config = _options(context.config)
-        layouts = [
-            column_layout(piece, config.topk, is_split=not _is_excluded(piece.fqn, config))
-            for piece in unit.shard.slices
-        ]
+        layouts = layouts_of(unit, config, most_selected(config))
         return SplitState(unit, context, layouts, sums_home=config.accumulate_on)
 
     def make_step(self, optimizer: Optimizer, guard: StepGuard, context: OffloadContext) -> ZenFlowStep:
@@ -80,9 +78,19 @@ class ZenFlowEngine:
     def how_it_steps(self, config: OffloadConfig, *, streams: bool) -> str:
         options = _options(config)
         meanwhile = "during the step after it" if options.overlap else "while the device waits"
+        share = (
+            "the share of the columns that warm-up shows"
+            if options.topk == "auto"
+            else f"{options.topk:.0%} of the columns"
+        )
+        steps = (
+            "as many steps as warm-up shows"
+            if options.update_interval == "auto"
+            else f"{options.update_interval} steps"
+        )
         return (
-            f"{options.topk:.0%} of the columns step on the device at every step, the others on the host in windows of "
-            f"{options.update_interval} steps, {meanwhile} (ZenFlow: another result than AdamW's)"
+            f"{share} step on the device at every step, the others on the host in windows of {steps}, {meanwhile} "
+            "(ZenFlow: another result than AdamW's)"
         )
 
     def why_no_forecast(self, config: OffloadConfig) -> str | None:
@@ -91,7 +99,3 @@ class ZenFlowEngine:
 
 def _options(config: OffloadConfig) -> ZenFlowConfig:
     return config.zenflow or ZenFlowConfig()
-
-
-def _is_excluded(fqn: str, config: ZenFlowConfig) -> bool:
-    return any(fnmatchcase(fqn, pattern) for pattern in config.exclude or ())

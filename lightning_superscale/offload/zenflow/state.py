@@ -56,12 +56,23 @@ class SplitState:
     def __init__(
         self, unit: ShardUnit, context: OffloadContext, layouts: Sequence[ColumnLayout], *, sums_home: Home
     ) -> None:
-        arena, numel = context.arena, unit.shard.shard_numel
+        numel = unit.shard.shard_numel
         self.unit = unit
         self.homes: frozenset[Home] = frozenset({"host", "device"})
         self.transfer_dtype = dtype_on_link(context.link_dtype, unit.dtype)
+        self._context = context
         self._link = context.link
         self._pool = context.pool
+        self._sums_home = sums_home
+        self.master, self.exp_avg, self.exp_avg_sq = (
+            context.arena.zeros(numel, torch.float32, is_pinned=False) for _ in range(3)
+        )
+        self._lay_out(layouts)
+        self.reload(range(len(self.slices)))
+
+    def _lay_out(self, layouts: Sequence[ColumnLayout]) -> None:
+        """Make the buffers of columns of one owner; the device owns the first ones of each slice."""
+        unit, context = self.unit, self._context
         self.slices: list[SplitSlice] = []
         selected_numel = deferred_numel = 0
         for piece, layout in zip(unit.shard.slices, layouts, strict=True):
@@ -70,19 +81,28 @@ class SplitState:
             self.slices.append(one)
             selected_numel = align_up(selected_numel + layout.selected_numel, SLICE_ALIGN_NUMEL)
             deferred_numel = align_up(deferred_numel + layout.deferred_numel, SLICE_ALIGN_NUMEL)
-        self.master, self.exp_avg, self.exp_avg_sq = (
-            arena.zeros(numel, torch.float32, is_pinned=False) for _ in range(3)
-        )
         self._device_states = tuple(torch.zeros(selected_numel, device=unit.device) for _ in range(3))
         # Masters and moments: the device's buffer of selected columns, and the host's that has room for all.
         self._both = tuple(zip(self._device_states, (self.master, self.exp_avg, self.exp_avg_sq), strict=True))
-        self.sums = GradientSums(unit, context, deferred_numel, sums_home)
+        self.sums = GradientSums(unit, context, deferred_numel, self._sums_home)
         # The weights that are in place, and the next ones; both, so that edits of the former can be told from updates
         # that are on their way.
         self._weights = [
-            arena.zeros(deferred_numel, self.transfer_dtype, is_pinned=context.is_pinned) for _ in range(2)
+            context.arena.zeros(deferred_numel, self.transfer_dtype, is_pinned=context.is_pinned) for _ in range(2)
         ]
-        self.reload(range(len(self.slices)))
+
+    def resize(self, layouts: Sequence[ColumnLayout]) -> None:
+        """Change how many columns the device owns, between windows, with all weights in place.
+
+        The host's buffers have all masters and moments (`merge`). Gradients that are whole stay.
+        """
+        grads = [(one.has_grad, one.whole) for one in self.slices]
+        self._lay_out(layouts)
+        for i, (one, (has_grad, whole)) in enumerate(zip(self.slices, grads, strict=True)):
+            one.has_grad, one.whole = has_grad, whole
+            self._spread(i, self._both)
+            weights = self._to_host(self._weight_columns(i).index_select(0, one.on_device[1]))
+            self._placed_of(one).copy_(weights.reshape(-1))
 
     # What every state has
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any, cast
 
@@ -12,11 +11,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_superscale.config.zenflow import ZenFlowConfig
-from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.offload.engine import OffloadContext
 from lightning_superscale.offload.late_moments import LateMoments
 from lightning_superscale.offload.link.link import LinkFence
-from lightning_superscale.offload.zenflow.columns import ColumnLayout
+from lightning_superscale.offload.zenflow.auto import AutoNumbers
+from lightning_superscale.offload.zenflow.columns import layouts_of
+from lightning_superscale.offload.zenflow.host_work import HostWork
+from lightning_superscale.offload.zenflow.saved import SavedPhase, saved_phase
 from lightning_superscale.offload.zenflow.state import SplitState
 from lightning_superscale.offload.zenflow.windows import (
     Absorbed,
@@ -25,11 +26,8 @@ from lightning_superscale.offload.zenflow.windows import (
     Schedule,
     by_index,
     deferred_lr,
-    packed,
     staggered,
-    unpacked,
 )
-from lightning_superscale.ops.threads import one_thread
 from lightning_superscale.ops.types import AdamWHyper
 from lightning_superscale.optim.adamw_step import AdamWRule
 from lightning_superscale.optim.param_update import GradScale, ParamUpdate, adamw_hyper, by_unit
@@ -62,36 +60,36 @@ class ZenFlowStep(AdamWRule):
         self._link = context.link
         self._scale = context.arena.zeros(1, torch.float32, is_pinned=context.is_pinned)
         self._states: dict[int, SplitState] = {}
-        # In order: a step's sums, then the updates of windows that end with it.
-        self._host_thread = one_thread("lightning-superscale windows")
-        self._adding: Future[None] | None = None
-        self._updating: Future[None] | None = None
+        self._host = HostWork()
         self._phase = Phase()
-        self._schedule = Schedule(config, {})
+        self._numbers = AutoNumbers(config)
+        self._schedule = Schedule(config, self._numbers.interval, {})
         self._loaded: dict[Place, Tensor | None] = {}
-        self._saved: dict[str, Tensor | int | float] = {}
+        self._saved = SavedPhase({})
         self._edited: set[Place] = set()
         self._shown: list[dict[str, Any]] = []
         self._moments = LateMoments(optimizer, self._bring_up)
-        self._is_loading = self._has_failed = False
+        self._is_loading = False
 
     def attach(self, unit: ShardUnit, state: UnitState) -> None:
         self._states[unit.index] = cast(SplitState, state)
-        if not self._config.overlap:
-            return
+        self._stagger()
+
+    def _stagger(self) -> None:
         sizes = {
             (index, i): (one.piece.spec.numel, one.piece.fqn)
             for index, state in self._states.items()
             for i, one in enumerate(state.slices)
             if one.layout.has_deferred
         }
-        self._schedule = Schedule(self._config, staggered(sizes, self._config.update_interval))
+        offsets = staggered(sizes, self._numbers.interval) if self._config.overlap else {}
+        self._schedule = Schedule(self._config, self._numbers.interval, offsets)
 
     def add_grads(self, delta: GradientDelta, state: UnitState) -> None:
         self._settle()
-        self._wait_added()  # the buffer for this gradient holds the last step's until then
+        self._host.wait_added()  # the buffer for this gradient holds the last step's until then
         index, number = delta.unit.index, self._phase.num_steps + 1
-        undivided = [i for i, _ in delta.slices if self._chooses((index, i), number)]
+        undivided = [i for i, _ in delta.slices if self._is_due(number) or self._chooses((index, i), number)]
         cast(SplitState, state).add_grads(delta.slices, undivided=undivided)
 
     def _chooses(self, place: Place, number: int) -> bool:
@@ -100,21 +98,9 @@ class ZenFlowStep(AdamWRule):
             place, number, self._phase.chosen_at.get(place)
         )
 
-    def _wait_added(self) -> None:
-        self._wait(self._adding)
-        self._adding = None  # not before: after an interrupt it still has to be waited for
-
-    def _wait_updated(self) -> None:
-        self._wait(self._updating)
-        self._updating = None
-
-    def _wait(self, work: Future[None] | None) -> None:
-        try:
-            if work is not None:
-                work.result()
-        except Exception:
-            self._has_failed = True
-            raise
+    def _is_due(self, number: int) -> bool:
+        """Whether what is "auto" is chosen in this step."""
+        return not self._numbers.are_chosen and number > self._schedule.num_warm
 
     # The step
 
@@ -122,7 +108,7 @@ class ZenFlowStep(AdamWRule):
         self, due: Sequence[ParamUpdate], grad_scale: GradScale, clip_value: float | None
     ) -> Iterator[SteppedUnit]:
         self._settle()
-        self._wait_added()
+        self._host.wait_added()
         self._hide_windows()
         number = self._phase.num_steps + 1
         on_device = grad_scale if isinstance(grad_scale, Tensor) and self._device.scales_on_device else None
@@ -146,6 +132,7 @@ class ZenFlowStep(AdamWRule):
         for index in hypers:
             self._states[index].clear_grads()
         numbers.advance()
+        self._numbers.measure(self._host)
         for index, items in by_unit(due).items():
             self._moments.expect(index, [item.param for item in items])
         yield from self._stepped(stepped)
@@ -190,11 +177,10 @@ class ZenFlowStep(AdamWRule):
 
             def add() -> None:
                 scale = scale_of()
-                for sums, one, arrival, is_first in tasks:
-                    arrival.synchronize()
+                for sums, one, _, is_first in tasks:
                     sums.absorb(one, scale, clip_value, is_first=is_first)
 
-            self._adding = self._host_thread.submit(add)
+            self._host.add([arrival for _, _, arrival, _ in tasks], add)
         return unscaled
 
     def _scale_on_host(self, grad_scale: GradScale) -> Callable[[], float]:
@@ -240,13 +226,12 @@ class ZenFlowStep(AdamWRule):
             if sums.home == "device":
                 if place not in unscaled:
                     sums.send(one)
-                arrivals.append(sums.take_arrival(one))
+                arrival = sums.take_arrival(one)
+                if arrival is not None:
+                    arrivals.append(arrival)
         fences = {index: self._states[index].fence() for index in by_index(ended)}
 
         def update() -> None:
-            for arrival in arrivals:
-                if arrival is not None:
-                    arrival.synchronize()
             if scale_of is not None:
                 scale = scale_of()
                 for place in unscaled:
@@ -254,7 +239,7 @@ class ZenFlowStep(AdamWRule):
             self._update(ended, fences)
 
         if ended:
-            self._updating = self._host_thread.submit(update)
+            self._host.update(arrivals, update)
 
     def _hyper_of(self, place: Place, absorbed: Absorbed, *, is_unscaled: bool) -> AdamWHyper:
         """The update by a window's gradients.
@@ -294,7 +279,7 @@ class ZenFlowStep(AdamWRule):
         late = list(self._phase.late)
         if not late:
             return []
-        self._wait_updated()
+        self._host.wait_updated()
         for index, slices in by_index(late).items():
             self._states[index].place_deferred(slices)
         self._phase.late = {}
@@ -302,28 +287,48 @@ class ZenFlowStep(AdamWRule):
 
     def _choose(self, due: Sequence[ParamUpdate], number: int) -> None:
         """Choose the columns that the device owns, by the gradients of all ranks' rows. Every rank calls it."""
-        chosen = [
-            (index, item.i)
-            for index, items in by_unit(due).items()
-            for item in items
-            if self._chooses((index, item.i), number)
-        ]
-        if not chosen:
-            return
-        energies = [self._states[index].energy(i) for index, i in chosen]
-        packed_energies = torch.cat(energies)
-        self._ranks.shard.all_reduce(packed_energies).wait()
-        sizes = [len(energy) for energy in energies]
-        for place, importance in zip(chosen, torch.split(packed_energies.cpu(), sizes), strict=True):
+        energies = self._energies([place for place in _places(due) if self._chooses(place, number)])
+        if self._is_due(number):
+            self._choose_numbers(list(energies.values()))
+        for place, importance in energies.items():
             (index, i), self._phase.chosen_at[place] = place, number
             self._states[index].select(i, importance)
+        for index, i in _places(due):
             self._states[index].divide(i)
+
+    def _energies(self, places: Sequence[Place]) -> dict[Place, Tensor]:
+        """The squared norms of columns over all ranks' rows, fp64 [num_columns] on the CPU."""
+        if not places:
+            return {}
+        energies = [self._states[index].energy(i) for index, i in places]
+        summed = torch.cat(energies)
+        self._ranks.shard.all_reduce(summed).wait()
+        split = torch.split(summed.cpu(), [len(energy) for energy in energies])
+        return dict(zip(places, split, strict=True))
+
+    # What is "auto"
+
+    def _choose_numbers(self, energies: Sequence[Tensor]) -> None:
+        """Choose the share of columns and the length of windows. Every rank calls it.
+
+        Args:
+            energies: of all columns, one tensor per matrix.
+        """
+        self._numbers.choose(energies, self._ranks.mesh)
+        for index in self._states:
+            self._merge(index)
+        self._resize()
+        self._stagger()
+
+    def _resize(self) -> None:
+        if self._config.topk == "auto":
+            for state in self._states.values():
+                state.resize(layouts_of(state.unit, self._config, self._numbers.topk))
 
     # Between steps
 
     def quiesce(self) -> None:
-        self._wait_added()
-        self._wait_updated()
+        self._host.wait()
 
     def flush(self) -> None:
         self._settle()
@@ -358,7 +363,7 @@ class ZenFlowStep(AdamWRule):
 
     def catch_up(self) -> Iterator[SteppedUnit]:
         self._settle()
-        self._wait_added()
+        self._host.wait_added()
         stepped = set(self._place_late())
         self._end_windows(list(self._phase.open), (), None, looks_ahead=False)
         stepped.update(self._place_late())
@@ -377,10 +382,10 @@ class ZenFlowStep(AdamWRule):
             state.clear_grads()
 
     def close(self) -> None:
-        if not self._has_failed:  # that was raised before
+        if not self._host.has_failed:  # that was raised before
             self.flush()
         self._moments.close()
-        self._host_thread.shutdown()
+        self._host.close()
 
     def _bind(self, item: ParamUpdate, key: str, view: Tensor, held: Tensor | None) -> None:
         super()._bind(item, key, view, held)
@@ -409,29 +414,12 @@ class ZenFlowStep(AdamWRule):
 
     def state_dict(self) -> RuleState:
         """The phase, and by parameter: its selected columns, and what its gradients in the open window need."""
-        phase = self._phase
-        saved: dict[str, Tensor | int | float] = {"zenflow.num_steps": phase.num_steps}
-        for index, state in self._states.items():
-            for i, one in enumerate(state.slices):
-                place, fqn = (index, i), one.piece.fqn
-                if one.layout.is_split:
-                    saved[f"zenflow.selected.{fqn}"] = one.selected
-                if place in phase.chosen_at:
-                    saved[f"zenflow.chosen_at.{fqn}"] = phase.chosen_at[place]
-                if place in phase.open:
-                    saved[f"zenflow.open.{fqn}"] = phase.open[place].packed()
-                if place in phase.late:
-                    saved[f"zenflow.late.{fqn}"] = packed(phase.late[place])
-                if place in phase.ahead:
-                    saved[f"zenflow.ahead.{fqn}"] = 1
-                if place in phase.num_updates:
-                    saved[f"zenflow.updates.{fqn}"] = phase.num_updates[place]
-        return saved
+        return {**self._numbers.saved(), **saved_phase(self._phase, self._states)}
 
     def load_state_dict(self, saved: RuleState) -> None:
         self.quiesce()
-        self._saved = dict(saved)
-        self._phase = Phase(num_steps=int(saved.get("zenflow.num_steps", 0)))
+        self._saved = SavedPhase(saved)
+        self._phase = Phase(num_steps=self._saved.num_steps)
 
     def _settle(self) -> None:
         """Take over what was loaded, now that the states of parameters and the rule's own are both there."""
@@ -439,6 +427,7 @@ class ZenFlowStep(AdamWRule):
             return
         self.quiesce()
         loaded, self._loaded = self._loaded, {}
+        self._take_over_numbers(loaded)
         for place, total in loaded.items():
             self._settle_one(place, total)
         for index, slices in by_index(self._phase.late).items():
@@ -447,34 +436,33 @@ class ZenFlowStep(AdamWRule):
                 state.show_masters(i)
             state.look_ahead(self._ahead_of(index, slices))
             state.send_weights(slices, state.fence())
-        self._saved = {}
+        self._saved = SavedPhase({})
+
+    def _take_over_numbers(self, loaded: Collection[Place]) -> None:
+        """Take over what was chosen for "auto"."""
+        if not self._numbers.load(self._saved.entries):
+            return
+        for index, state in self._states.items():
+            for i in range(len(state.slices)):
+                if (index, i) not in loaded:
+                    state.merge(i)
+        self._resize()
+        self._stagger()
 
     def _settle_one(self, place: Place, total: Tensor | None) -> None:
-        phase, (index, i) = self._phase, place
+        index, i = place
         state = self._states[index]
-        one, fqn = state.slices[i], state.slices[i].piece.fqn
-        entries = {
-            key: self._saved.get(f"zenflow.{key}.{fqn}")
-            for key in ("selected", "chosen_at", "open", "late", "ahead", "updates")
-        }
-        selected, is_open, late = entries["selected"], entries["open"], entries["late"]
-        if isinstance(selected, Tensor) and (not one.layout.is_split or len(selected) != one.layout.num_selected):
-            if is_open is not None or late is not None:
-                raise _other_selection(fqn, len(selected), one.layout)
-            selected = None
+        one, saved = state.slices[i], self._saved
+        saved.check_selection(one)
         last = self._hyper_now(state.unit.params[i], state.unit)
-        if isinstance(is_open, Tensor) and total is not None:
-            phase.open[place] = Absorbed.unpacked(is_open, last)
-        if isinstance(late, Tensor):
-            phase.late[place] = unpacked(late, last)
-        if entries["ahead"] is not None and (late is None or total is not None):
-            phase.ahead.add(place)
-        if entries["chosen_at"] is not None:
-            phase.chosen_at[place] = int(entries["chosen_at"])
-        if entries["updates"] is not None:
-            phase.num_updates[place] = int(entries["updates"])
-        leads = late is not None or entries["ahead"] is not None
-        state.take_over(i, cast("Tensor | None", selected), total, has_ended=late is not None, masters_lead=leads)
+        saved.fill(self._phase, place, one.piece.fqn, last, has_total=total is not None)
+        state.take_over(
+            i,
+            saved.selection_of(one),
+            total,
+            has_ended=saved.is_late(one.piece.fqn),
+            masters_lead=saved.masters_lead(one.piece.fqn),
+        )
 
     def _hyper_now(self, param: nn.Parameter, unit: ShardUnit) -> AdamWHyper:
         group = next(g for g in self._optimizer.param_groups if any(p is param for p in g["params"]))
@@ -482,9 +470,5 @@ class ZenFlowStep(AdamWRule):
         return adamw_hyper(self._optimizer, group, step, 1.0, None, device=unit.device)
 
 
-def _other_selection(fqn: str, found: int, layout: ColumnLayout) -> SuperScaleError:
-    return SuperScaleError(
-        f"the checkpoint was saved within a window of ZenFlow in which {found} of {layout.num_columns} columns of "
-        f"{fqn!r} were stepped on the device; this run would have {layout.num_selected}. Resume with the "
-        "ZenFlowConfig.topk and exclude that it was saved with, or from a checkpoint of the end of a run."
-    )
+def _places(due: Sequence[ParamUpdate]) -> list[Place]:
+    return [(index, item.i) for index, items in by_unit(due).items() for item in items]

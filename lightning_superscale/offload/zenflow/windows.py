@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from lightning_superscale.config.zenflow import ZenFlowConfig
+from lightning_superscale.offload.zenflow.auto import NUM_MEASURED
 from lightning_superscale.ops.types import AdamWHyper
 
 Place = tuple[int, int]
@@ -119,16 +120,19 @@ class Schedule:
     """When windows of parameters begin and end, and when their columns are chosen.
 
     Attributes:
+        interval: number of steps in a window.
         offsets: what `staggered` gave; none where windows end together.
     """
 
     config: ZenFlowConfig
+    interval: int
     offsets: Mapping[Place, int]
 
     @property
     def num_warm(self) -> int:
         """Number of first steps in which every column is stepped."""
-        return max(1, self.config.warmup_steps)
+        least = NUM_MEASURED if "auto" in (self.config.topk, self.config.update_interval) else 1
+        return max(least, self.config.warmup_steps)
 
     def is_warm(self, step: int) -> bool:
         """Whether every column is stepped in this step, counted from 1."""
@@ -150,7 +154,7 @@ class Schedule:
         return begins and (chosen_at is None or step - chosen_at >= self.config.select_interval)
 
     def _phase(self, place: Place, step: int) -> int:
-        return (step - self.num_warm + self.offsets.get(place, 0)) % self.config.update_interval
+        return (step - self.num_warm + self.offsets.get(place, 0)) % self.interval
 
 
 def by_index(places: Iterable[Place]) -> dict[int, list[int]]:

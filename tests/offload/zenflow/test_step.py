@@ -248,10 +248,12 @@ def test_deferred_columns_cross_the_link_once_a_step_and_once_a_window(dtype, ho
     optimizer, engine = engine_of(model, config, link=link)
     for step in range(1 + 4 * 5):
         if step == 1 + 4 * 2:
+            engine._rule.quiesce()
             before = (link.bytes.d2h, link.bytes.h2d)
         model(torch.randn(3, 40).to(dtype)).float().square().mean().backward()
         engine.step()
         optimizer.zero_grad()
+    engine._rule.quiesce()
     deferred = 0.75 * (40 * 20 + 20 * 10) * dtype.itemsize
     assert link.bytes.d2h - before[0] == times_sent * deferred
     assert link.bytes.h2d - before[1] == 3 * deferred

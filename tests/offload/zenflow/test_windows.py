@@ -25,7 +25,7 @@ def test_each_step_has_as_much_to_do_where_windows_end_at_different_steps():
 @pytest.mark.parametrize("offset", range(4))
 def test_windows_have_their_length_from_the_first_whole_one_on(warmup, offset):
     place = (0, 0)
-    schedule = Schedule(ZenFlowConfig(update_interval=4, warmup_steps=warmup), {place: offset})
+    schedule = Schedule(ZenFlowConfig(update_interval=4, warmup_steps=warmup), 4, {place: offset})
     ends = [step for step in range(1, 30) if schedule.ends(place, step)]
     num_warm = max(1, warmup)
     assert ends[:num_warm] == list(range(1, num_warm + 1))
@@ -36,7 +36,7 @@ def test_windows_have_their_length_from_the_first_whole_one_on(warmup, offset):
 @pytest.mark.parametrize("offset", range(4))
 def test_columns_are_chosen_after_warm_up_and_then_in_first_steps_of_windows(offset):
     place, chosen_at, chosen = (0, 0), None, []
-    schedule = Schedule(ZenFlowConfig(update_interval=4, select_interval=6, warmup_steps=2), {place: offset})
+    schedule = Schedule(ZenFlowConfig(update_interval=4, select_interval=6, warmup_steps=2), 4, {place: offset})
     for step in range(1, 40):
         if schedule.chooses(place, step, chosen_at):
             chosen_at = step

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import lightning_superscale as lss
+from lightning_superscale.offload.zenflow import auto
 from tests.helpers.extent import IS_ALL
 from tests.helpers.ranks import run_ranks
 from tests.helpers.trainers import Regressor, assert_same_weights, fit, loader, trainer
@@ -107,6 +108,32 @@ def test_a_checkpoint_within_a_window_names_the_topk_that_it_needs(tmp_path):
         run.fit(Regressor(), loader(8), ckpt_path=f"{tmp_path}/7.ckpt")
 
 
+AUTO = {"topk": "auto", "update_interval": "auto", "select_interval": 4}
+
+
+@pytest.mark.parametrize("accumulate_on", ["host", "device"])
+def test_what_warm_up_chose_is_kept_by_a_checkpoint(tmp_path, monkeypatch, accumulate_on):
+    monkeypatch.setattr(auto, "choose_interval", lambda ranks: auto.Chosen(3, "update_interval=3"))
+    notes, options = Notes(), {**AUTO, "accumulate_on": accumulate_on}
+    run = fit(Regressor(), strategy(**options), num=8, callbacks=[notes, SavesEachStep(tmp_path)], **EPOCHS)
+    assert "the share of the columns that warm-up shows" in run.strategy.explain()
+    monkeypatch.setattr(auto, "choose_interval", lambda ranks: auto.Chosen(5, "update_interval=5"))
+    for step in (9, 10, 11, 13):
+        resumed, seen = Regressor(), Notes()
+        run = trainer(strategy(**options), callbacks=[seen], **EPOCHS)
+        run.fit(resumed, loader(8), ckpt_path=f"{tmp_path}/{step}.ckpt")
+        for at, weights in seen.weights.items():
+            assert all(map(torch.equal, weights, notes.weights[at])), (step, at)
+
+
+def test_warm_up_before_a_choice_is_adamw():
+    module, plain = Regressor(), Regressor()
+    flags = {**FLAGS, "max_steps": 8}
+    fit(module, strategy(**AUTO), **flags)
+    fit(plain, **flags)
+    assert_same_weights(module, plain)
+
+
 def _over_ranks(rank, world_size, folder):
     results = {}
     for zero in (0, 1, 2, 3):
@@ -117,12 +144,17 @@ def _over_ranks(rank, world_size, folder):
             )
             run.fit(Regressor(), loader(16))
             results[zero, name] = notes.weights
+    run = trainer(strategy(2, **AUTO), devices=world_size, **EPOCHS)
+    run.fit(Regressor(), loader(16))
+    results["auto"] = [param.detach().clone() for param in run.lightning_module.parameters()]
     return results
 
 
 def test_ranks_choose_the_same_columns_whatever_is_sharded(tmp_path):
     """And one rank goes on from what two saved: selection, open window and what is on its way are of whole tensors."""
-    for results in run_ranks(2, _over_ranks, str(tmp_path)):
+    over_ranks = run_ranks(2, _over_ranks, str(tmp_path))
+    assert all(map(torch.equal, *(results["auto"] for results in over_ranks)))
+    for results in over_ranks:
         for name in ("overlap", "no column"):
             for zero in (1, 2, 3):
                 for step, weights in results[zero, name].items():
