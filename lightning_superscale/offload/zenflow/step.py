@@ -50,6 +50,7 @@ class ZenFlowStep(AdamWRule):
         self._device = context.device_update
         self._ranks = context.ranks
         self._link = context.link
+        self._timeline = context.timeline
         self._scale = context.arena.zeros(1, torch.float32, is_pinned=context.is_pinned)
         self._states: dict[int, SplitState] = {}
         self._adder = one_thread("lightning-superscale sums")
@@ -73,17 +74,18 @@ class ZenFlowStep(AdamWRule):
         cast(SplitState, state).add_grads(delta.slices, measures=self._phase.next_step(self._config).chooses)
 
     def _wait_added(self) -> None:
-        self._wait(self._adding)
+        self._wait(self._adding, "sums")
         self._adding = None  # not before: after an interrupt it still has to be waited for
 
     def _wait_updated(self) -> None:
-        self._wait(self._updating)
+        self._wait(self._updating, "window's update")
         self._updating = None
 
-    def _wait(self, work: Future[None] | None) -> None:
+    def _wait(self, work: Future[None] | None, name: str) -> None:
         try:
             if work is not None:
-                work.result()
+                with self._timeline.stalled(name):
+                    work.result()
         except Exception:
             self._has_failed = True
             raise

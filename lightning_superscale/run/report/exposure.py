@@ -1,4 +1,4 @@
-"""How much of a step the host optimizer leaves exposed: by the hardware profile, and as it was measured."""
+"""What offloading costs: the exposed part of a step, forecast and measured, and its stalls."""
 
 from __future__ import annotations
 
@@ -11,10 +11,23 @@ from lightning_superscale.run.report.reasons import device_share
 
 def exposure_of(assembly: Assembly, phases: PhaseSeconds) -> list[str]:
     """Sentences for `explain()`: none without offload. Any rank may ask by itself; the times are its own."""
-    settings = assembly.settings
-    if settings.offload is None:
+    if assembly.settings.offload is None:
         return []
-    said = []
+    return [*_stalls(phases), *_exposed(assembly, phases)]
+
+
+def _stalls(phases: PhaseSeconds) -> list[str]:
+    steady = phases.steady()
+    if steady is None:
+        return []
+    return [
+        f"the host kept the model waiting {_ms(steady.stalled)} a step, {steady.stall_share:.1%} of it, measured over "
+        f"{steady.num_steps} steps (host clock)"
+    ]
+
+
+def _exposed(assembly: Assembly, phases: PhaseSeconds) -> list[str]:
+    settings, said = assembly.settings, []
     work = host_work(assembly)
     profile = assembly.host.profile
     if profile is not None and work.num_params:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lightning_superscale.errors import SuperScaleError
+from lightning_superscale.run.report.phases import PhaseSeconds
 from lightning_superscale.timeline import Lane, Timeline, chrome_trace
 
 FOLDER_VARIABLE, STEP_VARIABLE = "LSS_TRACE", "LSS_TRACE_STEP"
@@ -52,10 +54,12 @@ class StepRecorder:
         if not self._is_done and not self.timeline.is_open and num_steps == self._step:
             self.timeline.open()
 
-    def phase(self, lane: Lane, num_steps: int) -> AbstractContextManager[None]:
-        """A context in which the device's work is recorded on a lane."""
-        name = f"step {self._step + 1}" if num_steps == self._step else "next step"
-        return self.timeline.device(lane, name)
+    @contextmanager
+    def phase(self, lane: Lane, phases: PhaseSeconds) -> Iterator[None]:
+        """A context in which stalls are counted, and the device's work is recorded on a lane."""
+        name = f"step {self._step + 1}" if phases.num_steps == self._step else "next step"
+        with phases.stalls(self.timeline, in_backward=lane == "backward"), self.timeline.device(lane, name):
+            yield
 
     def after_forward(self, num_steps: int, facts: dict[str, Any]) -> None:
         """Write the trace if the recorded step and this forward are over."""
