@@ -16,13 +16,14 @@ from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.offload.engine import OffloadContext
 from lightning_superscale.offload.late_moments import LateMoments
 from lightning_superscale.offload.zenflow.columns import ColumnLayout
+from lightning_superscale.offload.zenflow.report import LowEnergyWarning, Shares, ZenFlowReport, shares_of
 from lightning_superscale.offload.zenflow.state import SplitState
 from lightning_superscale.offload.zenflow.windows import Absorbed, Phase, Place, Window, by_index, deferred_lr
 from lightning_superscale.ops.threads import one_thread
 from lightning_superscale.ops.types import AdamWHyper
 from lightning_superscale.optim.adamw_step import AdamWRule
 from lightning_superscale.optim.param_update import GradScale, ParamUpdate, adamw_hyper, by_unit
-from lightning_superscale.optim.step_rule import RuleState, StepGuard, SteppedUnit
+from lightning_superscale.optim.step_rule import Figure, RuleState, StepGuard, SteppedUnit
 from lightning_superscale.optim.unit import GradientDelta, ShardUnit
 from lightning_superscale.optim.unit_state import UnitState
 
@@ -35,6 +36,7 @@ class ZenFlowStep(AdamWRule):
 
     Args:
         context: the parts of the run: the kernels that step deferred and selected columns, the link, the other ranks.
+        warning: shared by the rules of a run.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class ZenFlowStep(AdamWRule):
         guard: StepGuard,
         config: ZenFlowConfig,
         context: OffloadContext,
+        warning: LowEnergyWarning,
     ) -> None:
         super().__init__(optimizer, guard)
         self._config = config
@@ -53,6 +56,13 @@ class ZenFlowStep(AdamWRule):
         self._timeline = context.timeline
         self._scale = context.arena.zeros(1, torch.float32, is_pinned=context.is_pinned)
         self._states: dict[int, SplitState] = {}
+        self._report = ZenFlowReport(
+            config,
+            context.link,
+            self._states,
+            warning=warning,
+            is_first_rank=context.ranks.mesh.world.rank == 0,
+        )
         self._adder = one_thread("lightning-superscale sums")
         self._updater = one_thread("lightning-superscale windows")
         self._adding: Future[None] | None = None
@@ -71,7 +81,8 @@ class ZenFlowStep(AdamWRule):
     def add_grads(self, delta: GradientDelta, state: UnitState) -> None:
         self._settle()
         self._wait_added()  # the buffer for this gradient holds the last step's until then
-        cast(SplitState, state).add_grads(delta.slices, measures=self._phase.next_step(self._config).chooses)
+        with self._report.gradients():
+            cast(SplitState, state).add_grads(delta.slices, measures=self._phase.next_step(self._config).chooses)
 
     def _wait_added(self) -> None:
         self._wait(self._adding, "sums")
@@ -111,6 +122,7 @@ class ZenFlowStep(AdamWRule):
         self._begin_to_add(hypers, grad_scale, clip_value)
         self._phase.num_steps += 1
         self._phase.window.num_steps += 1
+        self._report.stepped(stepped, self._phase.num_steps)
         if plan.ends_window:
             stepped.update(self._end_window(waits=plan.waits))
         if plan.chooses:
@@ -207,13 +219,13 @@ class ZenFlowStep(AdamWRule):
         if window is None:
             return []
         self._wait_updated()
-        for index, slices in by_index(window.absorbed).items():
-            self._states[index].place_deferred(slices)
+        with self._report.arriving(window.num_steps, self._phase):
+            for index, slices in by_index(window.absorbed).items():
+                self._states[index].place_deferred(slices)
         return list(window.absorbed)
 
     def _choose(self, due: Sequence[ParamUpdate]) -> None:
         """Choose the columns that the device owns, by the gradients of all ranks' rows. Every rank calls it."""
-        self._phase.chosen_at = self._phase.num_steps
         chosen = [
             (self._states[index], item.i)
             for index, items in by_unit(due).items()
@@ -223,6 +235,7 @@ class ZenFlowStep(AdamWRule):
         energies = [state.slices[i].energy for state, i in chosen]
         sizes = [state.slices[i].layout.num_columns for state, i in chosen]
         if not chosen:
+            self._phase.chosen_at = self._phase.num_steps
             return
         device = chosen[0][0].unit.device
         packed = torch.cat(
@@ -232,8 +245,13 @@ class ZenFlowStep(AdamWRule):
             ]
         )
         self._ranks.shard.all_reduce(packed).wait()
-        for (state, i), importance in zip(chosen, torch.split(packed.cpu(), sizes), strict=True):
-            state.select(i, importance)
+        importances, shares = torch.split(packed.cpu(), sizes), list[Shares]()
+        with self._timeline.stalled("selection"), self._report.selecting(self._phase, shares):
+            for (state, i), importance in zip(chosen, importances, strict=True):
+                one, before = state.slices[i], state.slices[i].selected
+                state.select(i, importance)
+                shares.append(shares_of(one.piece.fqn, importance, before, one.selected))
+        self._phase.chosen_at = self._phase.num_steps
 
     # Between steps
 
@@ -279,8 +297,12 @@ class ZenFlowStep(AdamWRule):
         yield from self._stepped(stepped)
 
     def discard(self) -> None:
+        self._report.discard()
         for state in self._states.values():
             state.clear_grads()
+
+    def figures(self) -> Sequence[Figure]:
+        return self._report.figures()
 
     def close(self) -> None:
         if not self._has_failed:  # that was raised before

@@ -1,10 +1,11 @@
-"""What offloading costs: the exposed part of a step, forecast and measured, and its stalls."""
+"""What offloading costs: the exposed part of a step, forecast and measured, its stalls, and what the rules know."""
 
 from __future__ import annotations
 
 from lightning_superscale.offload.planner.choices import HostWork, step_times
 from lightning_superscale.offload.planner.forecast import exposed_seconds
 from lightning_superscale.run.assemble import Assembly
+from lightning_superscale.run.report.figures import figures_of, sentence_of
 from lightning_superscale.run.report.phases import PhaseSeconds
 from lightning_superscale.run.report.reasons import device_share
 
@@ -13,7 +14,7 @@ def exposure_of(assembly: Assembly, phases: PhaseSeconds) -> list[str]:
     """Sentences for `explain()`: none without offload. Any rank may ask by itself; the times are its own."""
     if assembly.settings.offload is None:
         return []
-    return [*_stalls(phases), *_exposed(assembly, phases)]
+    return [*map(sentence_of, figures_of(assembly)), *_stalls(phases), *_exposed(assembly, phases)]
 
 
 def _stalls(phases: PhaseSeconds) -> list[str]:
