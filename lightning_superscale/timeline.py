@@ -19,10 +19,12 @@ Lane = Literal[
     "forward",
     "backward",
     "device to host",
+    "host sums",
     "host optimizer",
     "verdict",
     "host to device",
     "device optimizer",
+    "selection",
     "wait for host",
 ]
 LANES: tuple[Lane, ...] = get_args(Lane)

@@ -39,6 +39,22 @@ class Figure:
     measured: float | None = None
 
 
+class Cycle(NamedTuple):
+    """The steps in which a rule does everything that it does, for a recording that shows it.
+
+    Attributes:
+        num_steps: number of steps to record.
+        starts_in: steps from now after which a recording best begins; 0 to begin with the next one.
+    """
+
+    num_steps: int
+    starts_in: int
+
+
+EACH_STEP = Cycle(1, 0)
+"""The cycle of a rule whose steps are all alike."""
+
+
 class SteppedUnit(NamedTuple):
     """One unit that a rule has stepped, for the engine to publish.
 
@@ -62,12 +78,15 @@ class StepRule(Protocol):
         has_moments: whether unit states keep exp_avg and exp_avg_sq.
         evaluates_stale: whether the rule keeps gradients back, so that weights may lack them between steps; evaluation
             then begins with `catch_up`.
+        cycle: the steps that a recording has to show.
     """
 
     @property
     def has_moments(self) -> bool: ...
     @property
     def evaluates_stale(self) -> bool: ...
+    @property
+    def cycle(self) -> Cycle: ...
 
     def attach(self, unit: ShardUnit, state: UnitState) -> None:
         """Prepare to step a unit that was just made."""
@@ -162,6 +181,10 @@ class SynchronousRule:
 
     def load_state_dict(self, saved: RuleState) -> None:
         return
+
+    @property
+    def cycle(self) -> Cycle:
+        return EACH_STEP
 
     def figures(self) -> Sequence[Figure]:
         return ()

@@ -194,7 +194,7 @@ class Run:
         with ExitStack() as stack:
             if self._recorder is not None:
                 stack.enter_context(self.phases.stalls(self._recorder.timeline))
-                self._recorder.before_forward(num_steps)
+                self._recorder.before_forward(num_steps, lambda: [engine.cycle for engine in self._engines()])
             if self.assembly is not None and num_steps:
                 self.assembly.adapt_after_first_step()
             for technique in self._techniques.values():
@@ -210,8 +210,8 @@ class Run:
                 self.phases.forward += perf_counter() - start
                 if self.assembly is not None:
                     self.phases.gates = self.assembly.waited_seconds
-                if self._recorder is not None and self._recorder.timeline.is_open:
-                    self._recorder.after_forward(num_steps, self._facts())
+                if self._recorder is not None:
+                    self._recorder.after_forward(num_steps, self._facts)
 
     def batch(self, batch: Any, *, trains: bool) -> Any:
         """The part of the data loader's batch, on the device, that this rank's step gets."""
@@ -480,7 +480,7 @@ class Run:
         if self.assembly is not None:
             self._report = RunReport(self.assembly, self.phases)
         if self._recorder is not None:
-            self._recorder.end(self.phases.num_steps, self._facts() if self._recorder.timeline.is_open else {})
+            self._recorder.end(self.phases.num_steps, self._facts)
             self._recorder = None
         assembly, self.assembly = self.assembly, None
         techniques, self._techniques = self._techniques, {}

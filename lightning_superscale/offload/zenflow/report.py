@@ -21,7 +21,7 @@ from lightning_superscale.config.zenflow import ZenFlowConfig
 from lightning_superscale.offload.link.link import Link
 from lightning_superscale.offload.zenflow.state import SplitState
 from lightning_superscale.offload.zenflow.windows import Phase, Place
-from lightning_superscale.optim.step_rule import Figure
+from lightning_superscale.optim.step_rule import EACH_STEP, Cycle, Figure
 
 # Below half, most of what a gradient says of the matrices comes late. The authors of ZenFlow report 85 to 90 % in the
 # top columns of large models that are fine-tuned, where lateness costs nothing that can be seen; a small language model
@@ -29,6 +29,8 @@ from lightning_superscale.optim.step_rule import Figure
 LOW_ENERGY_SHARE = 0.5
 # The first selection sees the gradients of the first step, and any other those of one step.
 LEAST_SELECTIONS = 3
+# Steps that a recording waits for a selection to show.
+MOST_STEPS_TO_SELECTION = 64
 
 BYTES_PER_MOVED = 2 * 3 * 4
 """Master and moments of an element that changes its owner cross the link; another element's cross it the other way."""
@@ -311,3 +313,24 @@ def expected_age(config: ZenFlowConfig) -> float:
     num_windows = _steps_between_selections(config) // steps
     share_late = 1 - 1 / num_windows if 0 < config.topk < 1 else 1.0
     return in_window + share_late * steps
+
+
+def cycle_of(phase: Phase, config: ZenFlowConfig, states: Iterable[SplitState]) -> Cycle:
+    """The steps that show a whole window: from the step that ends one to the step that ends the next.
+
+    The latter is one that selects columns, if that is not far.
+    """
+    if not any(one.layout.deferred_numel for state in states for one in state.slices):
+        return EACH_STEP
+    steps, warmup = config.update_interval, max(1, config.warmup_steps)
+    taken = phase.window.num_steps if phase.num_steps > warmup else 0
+    to_end = max(0, warmup - phase.num_steps) + max(0, steps - 1 - taken)
+    if 0 < config.topk < 1:
+        chosen_at = phase.chosen_at if phase.num_steps >= warmup else warmup
+        end = phase.num_steps + to_end + 1
+        num_windows = max(0, math.ceil((chosen_at + config.select_interval - end) / steps))
+        if num_windows == 0:  # the next window ends with a selection, so one after it is shown
+            num_windows = _steps_between_selections(config) // steps
+        if num_windows * steps <= MOST_STEPS_TO_SELECTION:
+            to_end += (num_windows - 1) * steps
+    return Cycle(steps + 1, to_end)

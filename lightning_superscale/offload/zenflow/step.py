@@ -16,14 +16,14 @@ from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.offload.engine import OffloadContext
 from lightning_superscale.offload.late_moments import LateMoments
 from lightning_superscale.offload.zenflow.columns import ColumnLayout
-from lightning_superscale.offload.zenflow.report import LowEnergyWarning, Shares, ZenFlowReport, shares_of
+from lightning_superscale.offload.zenflow.report import LowEnergyWarning, Shares, ZenFlowReport, cycle_of, shares_of
 from lightning_superscale.offload.zenflow.state import SplitState
 from lightning_superscale.offload.zenflow.windows import Absorbed, Phase, Place, Window, by_index, deferred_lr
 from lightning_superscale.ops.threads import one_thread
 from lightning_superscale.ops.types import AdamWHyper
 from lightning_superscale.optim.adamw_step import AdamWRule
 from lightning_superscale.optim.param_update import GradScale, ParamUpdate, adamw_hyper, by_unit
-from lightning_superscale.optim.step_rule import Figure, RuleState, StepGuard, SteppedUnit
+from lightning_superscale.optim.step_rule import Cycle, Figure, RuleState, StepGuard, SteppedUnit
 from lightning_superscale.optim.unit import GradientDelta, ShardUnit
 from lightning_superscale.optim.unit_state import UnitState
 
@@ -117,8 +117,9 @@ class ZenFlowStep(AdamWRule):
         stepped = {(index, i) for index, by_slice in hypers.items() for i in by_slice}
         for index, by_slice in hypers.items():
             state = self._states[index]
-            self._device.submit(state.segments_on_device(by_slice, on_device)).wait()
-            state.place_selected(list(by_slice))
+            with self._timeline.device("device optimizer", f"unit {index}"):
+                self._device.submit(state.segments_on_device(by_slice, on_device)).wait()
+                state.place_selected(list(by_slice))
         self._begin_to_add(hypers, grad_scale, clip_value)
         self._phase.num_steps += 1
         self._phase.window.num_steps += 1
@@ -126,7 +127,8 @@ class ZenFlowStep(AdamWRule):
         if plan.ends_window:
             stepped.update(self._end_window(waits=plan.waits))
         if plan.chooses:
-            self._choose(due)
+            with self._timeline.host("selection", "columns"):
+                self._choose(due)
         for index in hypers:
             self._states[index].clear_grads()
         numbers.advance()
@@ -160,7 +162,8 @@ class ZenFlowStep(AdamWRule):
             scale = scale_of()
             for state, i, arrival, is_first in tasks:
                 arrival.synchronize()
-                state.absorb(i, window.buffer, scale, clip_value, is_first=is_first)
+                with self._timeline.host("host sums", f"unit {state.unit.index}"):
+                    state.absorb(i, window.buffer, scale, clip_value, is_first=is_first)
 
         self._adding = self._adder.submit(add)
 
@@ -207,7 +210,8 @@ class ZenFlowStep(AdamWRule):
             adding.result()
         for index, slices in by_index(window.hypers).items():
             hypers = {i: window.hypers[index, i] for i in slices}
-            self._host.submit(self._states[index].segments_on_host(window.buffer, hypers)).wait()
+            with self._timeline.host("host optimizer", f"unit {index}"):
+                self._host.submit(self._states[index].segments_on_host(window.buffer, hypers)).wait()
 
     def _apply_in_flight(self) -> list[Place]:
         """Wait for the window that the host updates, and bring its new weights to the device.
@@ -300,6 +304,10 @@ class ZenFlowStep(AdamWRule):
         self._report.discard()
         for state in self._states.values():
             state.clear_grads()
+
+    @property
+    def cycle(self) -> Cycle:
+        return cycle_of(self._phase, self._config, self._states.values())
 
     def figures(self) -> Sequence[Figure]:
         return self._report.figures()

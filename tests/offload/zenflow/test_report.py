@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import time
 import warnings
@@ -16,13 +17,15 @@ from lightning_superscale.offload.link.link import CpuLink
 from lightning_superscale.offload.zenflow.engine import ZenFlowEngine
 from lightning_superscale.offload.zenflow.report import (
     LEAST_SELECTIONS,
+    MOST_STEPS_TO_SELECTION,
     Shares,
+    cycle_of,
     expected_age,
     shares_of,
 )
 from lightning_superscale.offload.zenflow.state import SplitState
 from lightning_superscale.offload.zenflow.windows import Phase, Window
-from lightning_superscale.optim.step_rule import StepGuard
+from lightning_superscale.optim.step_rule import EACH_STEP, StepGuard
 from lightning_superscale.timeline import Timeline
 from tests.helpers.engines import build_engine, offload_context
 from tests.offload.zenflow.test_step import ADAMW, engine_of
@@ -383,6 +386,46 @@ def test_waiting_for_sums_is_a_stall(monkeypatch):
     ended(engine)
 
 
+def starts(config: ZenFlowConfig, num_steps: int) -> list[int]:
+    """Of each step, when a recording that begins at the next one would best begin, by the phase alone."""
+    engine = trained(config, 1, model=nn.Linear(20, 3, bias=False))
+    states, phase, found = engine.states, Phase(), []
+    for step in range(num_steps):
+        cycle = cycle_of(copy.deepcopy(phase), config, states)
+        assert cycle.num_steps == config.update_interval + 1
+        found.append(step + cycle.starts_in)
+        plan = phase.next_step(config)
+        phase.num_steps += 1
+        phase.window.num_steps += 1
+        if plan.ends_window:
+            phase.window = Window(0)
+        if plan.chooses:
+            phase.chosen_at = phase.num_steps
+    ended(engine)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        # Windows end with steps 5, 9, 13, ..., counted from 1; columns are chosen at 1, 9, 17: shown from 5 to 9, ...
+        ({"select_interval": 8}, [4] * 5 + [12] * 8 + [20] * 3),
+        ({"select_interval": 1}, [4] * 5 + [8] * 4 + [12] * 4 + [16] * 3),
+        ({"select_interval": 8, "warmup_steps": 3}, [6] * 7 + [14] * 8 + [22]),
+        ({"select_interval": MOST_STEPS_TO_SELECTION * 2}, [4] * 5 + [8] * 4 + [12] * 4 + [16] * 3),
+        ({"topk": 0.0}, [4] * 5 + [8] * 4 + [12] * 4 + [16] * 3),
+    ],
+)
+def test_a_recording_begins_with_the_end_of_a_window_and_ends_with_a_selection(options, expected):
+    assert starts(ZenFlowConfig(**options), 16) == expected
+
+
+def test_steps_are_alike_without_deferred_columns():
+    engine = trained(ZenFlowConfig(topk=1.0), 1)
+    assert engine.cycle == EACH_STEP
+    ended(engine)
+
+
 def test_a_part_of_the_parameters_on_the_device_says_nothing_of_its_own():
     model = net(torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), **ADAMW)
@@ -394,4 +437,5 @@ def test_a_part_of_the_parameters_on_the_device_says_nothing_of_its_own():
         engine.step()
         optimizer.zero_grad()
     assert told(engine)["gradient_bytes_per_step"].measured == 0.75 * 200 * 100 * 4
+    assert engine.cycle.num_steps == 5
     ended(engine)
