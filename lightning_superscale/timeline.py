@@ -1,7 +1,7 @@
 """Records the times of a step's work, in lanes: a timeline is open for a step and the forward after it, for instance.
 
 A closed timeline costs its users one look at a flag. Host work is timed by the host's clock. Work on a CUDA device is
-bracketed by events on its stream, which the host waits for only when the recording ends.
+bracketed by events on its stream, which the host waits for only when the recording ends. Stalls are always counted.
 """
 
 from __future__ import annotations
@@ -11,22 +11,23 @@ import threading
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
 Lane = Literal[
-    "forward", "backward", "device to host", "host optimizer", "verdict", "host to device", "device optimizer"
-]
-LANES: tuple[Lane, ...] = (
     "forward",
     "backward",
     "device to host",
+    "host sums",
     "host optimizer",
     "verdict",
     "host to device",
     "device optimizer",
-)
+    "selection",
+    "wait for host",
+]
+LANES: tuple[Lane, ...] = get_args(Lane)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +55,13 @@ class Timeline:
     Attributes:
         is_open: whether it records now.
         is_cuda: whether device work is timed by events on a stream.
+        stalled_seconds: seconds of all `stalled` contexts so far.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.is_open = False
         self.is_cuda = device.type == "cuda"
+        self.stalled_seconds = 0.0
         self._device = device
         self._lock = threading.Lock()
         self._start = 0.0
@@ -102,6 +105,20 @@ class Timeline:
             yield
         finally:
             self.add(lane, name, start, perf_counter(), nbytes)
+
+    @contextlib.contextmanager
+    def stalled(self, name: str) -> Iterator[None]:
+        """Count the time in the context as a stall: the calling thread runs the model, and it waits for the host.
+
+        Stalls are not nested. On a CUDA device, work that was queued before may still run meanwhile.
+        """
+        start = perf_counter()
+        try:
+            with self.host("wait for host", name):
+                yield
+        finally:
+            with self._lock:
+                self.stalled_seconds += perf_counter() - start
 
     def add(self, lane: Lane, name: str, start: float, end: float, nbytes: int = 0) -> None:
         """Record host work that is over; `start` and `end` are times of `time.perf_counter()`."""

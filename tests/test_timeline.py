@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 
@@ -53,6 +54,21 @@ def test_what_raises_is_recorded_too():
     except ValueError:
         pass
     assert [span.name for span in timeline.close()] == ["fails"]
+
+
+def test_a_stall_is_counted_always_and_recorded_while_it_is_open():
+    timeline = Timeline(CPU)
+    with timeline.stalled("before"):
+        time.sleep(0.002)
+    before = timeline.stalled_seconds
+    assert before >= 0.002
+    timeline.open()
+    with contextlib.suppress(ValueError), timeline.stalled("fails"):
+        time.sleep(0.002)
+        raise ValueError("no")
+    (span,) = timeline.close()
+    assert (span.lane, span.name) == ("wait for host", "fails")
+    assert timeline.stalled_seconds - before >= span.end - span.start >= 0.002
 
 
 def test_a_chrome_trace_has_a_named_row_per_lane():

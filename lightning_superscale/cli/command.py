@@ -27,12 +27,14 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("doctor", help="what this environment has, what is missing, and how to get it")
     tracing = commands.add_parser(
         "trace",
-        help="run a training command and draw one of its steps, lane by lane",
+        help="run a training command and draw one of its steps, or a window of them, lane by lane",
         usage="superscale trace [--out FOLDER] [--step N] -- COMMAND [ARGUMENT ...]\n"
         "       superscale trace --draw TRACE.json",
     )
     tracing.add_argument("--out", type=Path, default=Path("runs/trace"), help="where trace and picture go")
-    tracing.add_argument("--step", type=int, default=DEFAULT_STEP, help="optimizer steps before the recorded one")
+    tracing.add_argument(
+        "--step", type=int, default=DEFAULT_STEP, help="least number of steps before the recorded ones"
+    )
     tracing.add_argument("--draw", type=Path, metavar="TRACE", help="draw an earlier trace again")
     tracing.add_argument("training", nargs=argparse.REMAINDER, metavar="COMMAND")
     _add_checkpoint_commands(commands)

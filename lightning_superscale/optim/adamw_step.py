@@ -175,16 +175,17 @@ class AdamWStep(AdamWRule):
         handles = []
         for items in by_unit(due).values():
             hypers = [numbers.hyper_of(item) for item in items]
-            # A rank may hold no row of a small parameter.
-            segments = [
-                _segment(item, hyper, device_scale)
-                for item, hyper in zip(items, hypers, strict=True)
-                if item.piece.numel
-            ]
-            with self._recorded(items, is_queued=True):
-                handles.append((items, self._submit_update(segments)))
+            with self._stalled(items):
+                # A rank may hold no row of a small parameter.
+                segments = [
+                    _segment(item, hyper, device_scale)
+                    for item, hyper in zip(items, hypers, strict=True)
+                    if item.piece.numel
+                ]
+                with self._recorded(items, is_queued=True):
+                    handles.append((items, self._submit_update(segments)))
         for items, handle in handles:
-            with self._recorded(items, is_queued=False):
+            with self._stalled(items), self._recorded(items, is_queued=False):
                 stats = handle.wait()
             yield SteppedUnit(items[0].unit, [item.i for item in items], stats)
         numbers.advance()
@@ -196,6 +197,12 @@ class AdamWStep(AdamWRule):
         if is_queued != (self._lane == "device optimizer" and self._timeline.is_cuda):
             return nullcontext()
         return self._timeline.device(self._lane, f"unit {items[0].unit.index}")
+
+    def _stalled(self, items: Sequence[ParamUpdate]) -> AbstractContextManager[None]:
+        """A context in which the host has the gradients of a unit brought, or steps it, and the device waits."""
+        if self._lane == "device optimizer":
+            return nullcontext()
+        return self._timeline.stalled(f"unit {items[0].unit.index}")
 
 
 def _rows_of(held: Tensor, item: ParamUpdate, key: str) -> Tensor:

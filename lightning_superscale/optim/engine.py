@@ -29,7 +29,7 @@ from lightning_superscale.optim.state_dict import (
     pack_state,
     unpack_state,
 )
-from lightning_superscale.optim.step_rule import RuleState, StepGuard, SteppedUnit, StepRule
+from lightning_superscale.optim.step_rule import Cycle, Figure, RuleState, StepGuard, SteppedUnit, StepRule
 from lightning_superscale.optim.torch_step import TorchStep
 from lightning_superscale.optim.transport import Transport
 from lightning_superscale.optim.unit import DeltaSink, GradientDelta, ShardUnit
@@ -453,6 +453,17 @@ class OptimizerEngine:
     def last_norm(self) -> LastNorm:
         """The last step's norm as far as this rank knows it without asking another; see `GradVerdict.last_norm`."""
         return self._judge.last_norm()
+
+    # What the rule says of itself
+
+    @property
+    def cycle(self) -> Cycle:
+        """The steps in which the rule does everything that it does."""
+        return self._rule.cycle
+
+    def figures(self) -> Sequence[Figure]:
+        """Numbers of the rule's work on this rank so far; none of most rules. This rank calls it alone."""
+        return self._rule.figures()
 
     def close(self) -> None:
         """Hand everything back: parameters own their storage again, and no hook is left on the optimizer.

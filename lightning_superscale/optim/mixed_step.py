@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from lightning_superscale.optim.adamw_step import AdamWRule
 from lightning_superscale.optim.param_update import GradScale, ParamUpdate
-from lightning_superscale.optim.step_rule import RuleState, StepGuard, SteppedUnit
+from lightning_superscale.optim.step_rule import Cycle, Figure, RuleState, StepGuard, SteppedUnit
 from lightning_superscale.optim.unit import GradientDelta, ShardUnit
 from lightning_superscale.optim.unit_state import UnitState
 
@@ -77,6 +77,13 @@ class MixedStep(AdamWRule):
     def load_state_dict(self, saved: RuleState) -> None:
         self._device.load_state_dict(saved)
         self._host.load_state_dict(saved)
+
+    @property
+    def cycle(self) -> Cycle:
+        return max(self._host.cycle, self._device.cycle)
+
+    def figures(self) -> Sequence[Figure]:
+        return (*self._host.figures(), *self._device.figures())
 
     def discard(self) -> None:
         self._host.discard()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Protocol
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -17,6 +18,41 @@ from lightning_superscale.optim.unit_state import UnitState
 
 RuleState = Mapping[str, Tensor | int | float]
 """The state that a rule keeps for itself beside states of parameters, by name; small, and equal on every rank."""
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One number that a rule knows of its work on this rank, for loggers and for `explain()`.
+
+    Attributes:
+        name: of the metric in a log, such as "selected_energy_share".
+        text: what the number is of, in words.
+        unit: "bytes", "share" (from 0 to 1) or "steps".
+        expected: by arithmetic, from settings and sizes alone; None where these do not tell.
+        measured: None before steps were taken that tell it.
+    """
+
+    name: str
+    text: str
+    unit: Literal["bytes", "share", "steps"]
+    expected: float | None = None
+    measured: float | None = None
+
+
+class Cycle(NamedTuple):
+    """The steps in which a rule does everything that it does, for a recording that shows it.
+
+    Attributes:
+        num_steps: number of steps to record.
+        starts_in: steps from now after which a recording best begins; 0 to begin with the next one.
+    """
+
+    num_steps: int
+    starts_in: int
+
+
+EACH_STEP = Cycle(1, 0)
+"""The cycle of a rule whose steps are all alike."""
 
 
 class SteppedUnit(NamedTuple):
@@ -42,12 +78,15 @@ class StepRule(Protocol):
         has_moments: whether unit states keep exp_avg and exp_avg_sq.
         evaluates_stale: whether the rule keeps gradients back, so that weights may lack them between steps; evaluation
             then begins with `catch_up`.
+        cycle: the steps that a recording has to show.
     """
 
     @property
     def has_moments(self) -> bool: ...
     @property
     def evaluates_stale(self) -> bool: ...
+    @property
+    def cycle(self) -> Cycle: ...
 
     def attach(self, unit: ShardUnit, state: UnitState) -> None:
         """Prepare to step a unit that was just made."""
@@ -99,6 +138,12 @@ class StepRule(Protocol):
         before or afterwards.
         """
 
+    def figures(self) -> Sequence[Figure]:
+        """Numbers of this rule's work so far; in one run always of the same names.
+
+        This rank calls it alone, at any time.
+        """
+
     def discard(self) -> None:
         """Forget the gradients and the work of an interrupted step."""
 
@@ -136,6 +181,13 @@ class SynchronousRule:
 
     def load_state_dict(self, saved: RuleState) -> None:
         return
+
+    @property
+    def cycle(self) -> Cycle:
+        return EACH_STEP
+
+    def figures(self) -> Sequence[Figure]:
+        return ()
 
     def discard(self) -> None:
         return

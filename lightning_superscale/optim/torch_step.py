@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -66,8 +66,10 @@ class TorchStep(SynchronousRule):
     ) -> Iterator[SteppedUnit]:
         self._set_grads(due, grad_scale, clip_value)
         try:
-            lane: Lane = "host optimizer" if any("host" in item.state.homes for item in due) else "device optimizer"
-            with self._guard.opened(), self._masters_in_place(), self._timeline.device(lane, "its own step"):
+            is_on_host = any("host" in item.state.homes for item in due)
+            lane: Lane = "host optimizer" if is_on_host else "device optimizer"
+            stalled = self._timeline.stalled("its own step") if is_on_host else nullcontext()
+            with self._guard.opened(), self._masters_in_place(), self._timeline.device(lane, "its own step"), stalled:
                 self._optimizer.step()
         finally:
             self._drop_grads(due)

@@ -191,11 +191,12 @@ class Run:
         """
         self._origin.check("a training step")
         num_steps, entered = self.phases.num_steps, perf_counter()
-        if self._recorder is not None:
-            self._recorder.before_forward(num_steps)
-        if self.assembly is not None and num_steps:
-            self.assembly.adapt_after_first_step()
         with ExitStack() as stack:
+            if self._recorder is not None:
+                stack.enter_context(self.phases.stalls(self._recorder.timeline))
+                self._recorder.before_forward(num_steps, lambda: [engine.cycle for engine in self._engines()])
+            if self.assembly is not None and num_steps:
+                self.assembly.adapt_after_first_step()
             for technique in self._techniques.values():
                 stack.enter_context(technique.around_forward(trains=True))
             if self.assembly is not None:
@@ -209,8 +210,8 @@ class Run:
                 self.phases.forward += perf_counter() - start
                 if self.assembly is not None:
                     self.phases.gates = self.assembly.waited_seconds
-                if self._recorder is not None and self._recorder.timeline.is_open:
-                    self._recorder.after_forward(num_steps, self._facts())
+                if self._recorder is not None:
+                    self._recorder.after_forward(num_steps, self._facts)
 
     def batch(self, batch: Any, *, trains: bool) -> Any:
         """The part of the data loader's batch, on the device, that this rank's step gets."""
@@ -299,9 +300,10 @@ class Run:
                 f"optimizer.step() takes only a closure under this strategy, found {', '.join(map(repr, options))}."
             )
         else:
-            result = self._step(assembly, engine, closure)
-        if assembly is not None and assembly.settings.why_weights_awaited is not None:
-            self._wait_for_weights()
+            with self.phases.stalls(assembly.settings.timeline):
+                result = self._step(assembly, engine, closure)
+                if assembly.settings.why_weights_awaited is not None:
+                    self._wait_for_weights()
         self.phases.step += perf_counter() - start - (self.phases.inside - inside)
         self.phases.end_step()
         return result
@@ -478,8 +480,7 @@ class Run:
         if self.assembly is not None:
             self._report = RunReport(self.assembly, self.phases)
         if self._recorder is not None:
-            facts = self._facts() if self._recorder.timeline.is_open else {}  # only a trace needs them
-            self._recorder.end(self.phases.num_steps, facts)
+            self._recorder.end(self.phases.num_steps, self._facts)
             self._recorder = None
         assembly, self.assembly = self.assembly, None
         techniques, self._techniques = self._techniques, {}
@@ -495,7 +496,7 @@ class Run:
         return () if self.assembly is None else tuple(self.assembly.engines.values())
 
     def _recorded(self, lane: Lane) -> AbstractContextManager[None]:
-        return nullcontext() if self._recorder is None else self._recorder.phase(lane, self.phases.num_steps)
+        return nullcontext() if self._recorder is None else self._recorder.phase(lane, self.phases)
 
     def _facts(self) -> dict[str, Any]:
         return {} if self.assembly is None else facts_of_trace(self.assembly)

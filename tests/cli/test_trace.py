@@ -24,7 +24,13 @@ import lightning_superscale as lss
 from tests.helpers.trainers import Regressor, fit
 
 name, epochs, precision = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-kinds = {"split": lss.OffloadConfig(gpu_fraction=0.4), "cpu": "cpu", "superoffload": "superoffload"}
+window = {"topk": 0.3, "update_interval": 3, "select_interval": 6}
+kinds = {
+    "split": lss.OffloadConfig(gpu_fraction=0.4),
+    "cpu": "cpu",
+    "superoffload": "superoffload",
+    "zenflow": lss.OffloadConfig(engine="zenflow", gpu_fraction=0, zenflow=window),
+}
 strategy = lss.SuperScaleStrategy(offload=kinds[name]) if name in kinds else name
 fit(Regressor(), strategy, max_epochs=epochs, precision=precision, gradient_clip_val=1.0)
 """
@@ -43,10 +49,11 @@ def trace(out: Path, script: Path, *arguments: str, step: str = "3") -> subproce
     )
 
 
+OF_WINDOWS = {"host sums", "selection"}
 RUNS = [
-    ("superoffload", set(LANES) - {"device optimizer"}),
-    ("split", set(LANES)),
-    ("cpu", set(LANES) - {"device optimizer"}),
+    ("superoffload", set(LANES) - OF_WINDOWS - {"device optimizer"}),
+    ("split", set(LANES) - OF_WINDOWS),
+    ("cpu", set(LANES) - OF_WINDOWS - {"device optimizer"}),
     ("superscale", {"forward", "backward", "verdict", "device optimizer"}),
 ]
 
@@ -65,6 +72,41 @@ def test_a_step_of_any_engine_is_drawn(tmp_path, name, lanes):
     assert ("lanes as busy as these should expose" in done.stdout) == (name in ("superoffload", "split"))
     for lane in lanes:
         assert lane in done.stdout
+
+
+def test_a_whole_window_is_drawn_from_the_end_of_one_to_the_selection_after_the_next(tmp_path):
+    done = trace(tmp_path, tmp_path / "train.py", "zenflow", "3", "bf16-true", step="5")
+    assert done.returncode == 0, done.stderr
+    found = Trace.read(tmp_path / "trace-rank0.json")
+    assert {span.lane for span in found.spans} == set(LANES)
+    # Windows of 3 end with steps 1, 4, 7, 10 and 13, and columns are chosen with 1, 7 and 13.
+    steps = [f"step {number}" for number in range(10, 14)]
+    assert [span.name for span in found.spans if span.lane == "forward"] == [*steps, "next step"]
+    assert found.num_steps == len(found.step_starts) == 4
+    assert found.step_seconds == found.seconds / 4
+
+    def lane(name):
+        return [span for span in found.spans if span.lane == name]
+
+    def step_of(span):
+        return sum(start <= span.start for start in found.step_starts)
+
+    (selection,) = lane("selection")
+    assert step_of(selection) == 4
+    assert {step_of(span) for span in lane("device optimizer")} == {1, 2, 3, 4}
+    assert {step_of(span) for span in lane("device to host")} >= {1, 2, 3, 4}
+    # The window that ends first is applied during the next, at whose end its weights arrive; that one is, at once.
+    weights = [span for span in lane("host to device") if span.end <= selection.start]
+    assert {step_of(span) for span in weights} == {4}
+    updates = lane("host optimizer")
+    assert len(updates) == 2
+    assert updates[0].start >= min(span.end for span in lane("host sums"))
+    waits = lane("wait for host")
+    assert any(span.name == "window's update" and step_of(span) == 4 for span in waits)
+    assert any(span.name == "sums" for span in waits)
+    assert "4 steps, zenflow on cpu" in done.stdout
+    assert "(mean of 4 steps), of which" in done.stdout
+    assert "the host kept the model waiting" in done.stdout
 
 
 def test_gradients_leave_before_the_verdict_and_weights_come_after_it(tmp_path):
@@ -119,6 +161,26 @@ def test_a_file_that_is_no_trace_is_refused(tmp_path, capsys):
 def test_a_call_without_sense_is_refused(arguments):
     with pytest.raises(SystemExit):
         main(["trace", *arguments])
+
+
+def test_a_recording_of_several_steps_is_told_by_its_mean_step():
+    spans = (
+        Span("forward", "step 2", 0.0, 1.0),
+        Span("backward", "step 2", 1.0, 2.0),
+        Span("wait for host", "sums", 1.5, 1.75),
+        Span("forward", "step 3", 3.0, 4.0),
+        Span("forward", "step 3", 4.0, 4.5),
+        Span("backward", "step 3", 4.5, 5.0),
+        Span("wait for host", "window's update", 5.0, 5.75),
+        Span("forward", "next step", 6.0, 9.0),
+    )
+    found = Trace(Path("x"), {"num_steps": 2}, spans)
+    assert (found.seconds, found.step_seconds, found.exposed_seconds) == (6.0, 3.0, 1.0)
+    assert found.step_starts == [0.0, 3.0]
+    assert found.summary() == (
+        "step 3000.0 ms (mean of 2 steps), of which 1000.0 ms (33%) are neither forward nor backward; the host kept "
+        "the model waiting 500.0 ms (17%)"
+    )
 
 
 def test_busy_time_counts_overlapping_spans_once():

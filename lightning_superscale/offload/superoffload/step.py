@@ -109,10 +109,14 @@ class SettledWeights:
     """The upload of a unit that another thread settles: waitable once that thread has started it and it is waitable.
 
     `wait` raises the error of a failed settlement.
+
+    Args:
+        timeline: counts waits.
     """
 
-    def __init__(self, settled: Future[_Settled]) -> None:
+    def __init__(self, settled: Future[_Settled], timeline: Timeline = UNTIMED) -> None:
         self._settled = settled
+        self._timeline = timeline
 
     def is_waitable(self) -> bool:
         if not self._settled.done():
@@ -121,9 +125,10 @@ class SettledWeights:
         return upload is None or upload.is_waitable()
 
     def wait(self) -> None:
-        upload = self._settled.result().upload
-        if upload is not None:
-            upload.wait()
+        with self._timeline.stalled("new weights"):
+            upload = self._settled.result().upload
+            if upload is not None:
+                upload.wait()
 
 
 class DeferredStep(AdamWRule):
@@ -176,10 +181,10 @@ class DeferredStep(AdamWRule):
         unit = delta.unit
         settling, looking = self._settling.get(unit.index), self._looking.get(unit.index)
         if settling is not None:
-            settling.result()  # until then the buffer for this gradient holds the last step's new weights
+            self._await(settling)  # until then the buffer for this gradient holds the last step's new weights
         is_begun = looking is not None and not looking.cancel()
         if looking is not None and is_begun:
-            looking.result()  # a late gradient may not meet a running look ahead
+            self._await(looking)  # a late gradient may not meet a running look ahead
         state.add_grads(delta.slices)
         if not self._looks_ahead or self._pause or is_begun:
             return
@@ -194,6 +199,10 @@ class DeferredStep(AdamWRule):
         deferring = self._states[unit.index]
         ahead = functools.partial(self._look_ahead, unit.index, dict(hypers))
         self._looking[unit.index] = self._worker.look_ahead(ahead, deferring.has_arrived)
+
+    def _await(self, work: Future[Any]) -> None:
+        with self._timeline.stalled("last step's work"):
+            work.result()
 
     def _look_ahead(self, index: int, hypers: Mapping[int, AdamWHyper]) -> None:
         with self._timeline.host("host optimizer", f"unit {index}, ahead"):
@@ -217,7 +226,7 @@ class DeferredStep(AdamWRule):
         """
         begun = [looking for looking in self._looking.values() if not looking.cancel()]
         for looking in begun:
-            looking.result()
+            self._await(looking)
 
     # The step
 
@@ -246,7 +255,7 @@ class DeferredStep(AdamWRule):
             settlements.append(_Settlement(state, unit.index, hypers, state.fence(), self._timeline))
         for (unit, slices), settled in zip(stepped, self._worker.settle(settlements), strict=True):
             self._settling[unit.index] = settled
-            yield SteppedUnit(unit, slices, _stats_of(settled), SettledWeights(settled))
+            yield SteppedUnit(unit, slices, _stats_of(settled), SettledWeights(settled, self._timeline))
         numbers.advance()
 
     def _remember_last(self) -> None:

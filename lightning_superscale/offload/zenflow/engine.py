@@ -16,6 +16,7 @@ from lightning_superscale.offload.memory import ParamKind
 from lightning_superscale.offload.weight_flow.weights import StreamedUnit
 from lightning_superscale.offload.zenflow.auto import most_selected
 from lightning_superscale.offload.zenflow.columns import layouts_of
+from lightning_superscale.offload.zenflow.report import LowEnergyWarning
 from lightning_superscale.offload.zenflow.state import SplitState
 from lightning_superscale.offload.zenflow.step import ZenFlowStep
 from lightning_superscale.ops.state_dtypes import bytes_of
@@ -32,6 +33,9 @@ class ZenFlowEngine:
 
     weights_arrive: Literal["at step"] = "at step"
     why_no_flow = "zenflow steps columns of weights that are on the device"
+
+    def __init__(self) -> None:
+        self._warning = LowEnergyWarning()
 
     def refuse(self, facts: RunFacts) -> None:
         for optimizer in facts.optimizers:
@@ -73,7 +77,7 @@ class ZenFlowEngine:
         return SplitState(unit, context, layouts, sums_home=config.accumulate_on)
 
     def make_step(self, optimizer: Optimizer, guard: StepGuard, context: OffloadContext) -> ZenFlowStep:
-        return ZenFlowStep(optimizer, guard, _options(context.config), context)
+        return ZenFlowStep(optimizer, guard, _options(context.config), context, self._warning)
 
     def how_it_steps(self, config: OffloadConfig, *, streams: bool) -> str:
         options = _options(config)

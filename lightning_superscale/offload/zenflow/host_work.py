@@ -8,10 +8,14 @@ from concurrent.futures import Future
 
 from lightning_superscale.offload.link.link import LinkEvent
 from lightning_superscale.ops.threads import one_thread
+from lightning_superscale.timeline import Timeline
 
 
 class HostWork:
     """Work of one thread, in order: a step's sums, then the updates of windows that end with it.
+
+    Args:
+        timeline: the record of steps, in which a wait is a stall.
 
     Attributes:
         has_failed: whether an error was raised where work was waited for.
@@ -19,7 +23,8 @@ class HostWork:
         adding_s, updating_s: seconds of the last sums, and of the last updates.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, timeline: Timeline) -> None:
+        self.timeline = timeline
         self._thread = one_thread("lightning-superscale windows")
         self._adding: Future[None] | None = None
         self._updating: Future[None] | None = None
@@ -57,12 +62,12 @@ class HostWork:
 
     def wait_added(self) -> None:
         """Wait until gradients are added up."""
-        self._wait(self._adding)
+        self._wait(self._adding, "sums")
         self._adding = None  # not before: after an interrupt it still has to be waited for
 
     def wait_updated(self) -> None:
         """Wait until windows are stepped, and their weights sent."""
-        self._wait(self._updating)
+        self._wait(self._updating, "update of windows")
         self._updating = None
 
     def wait(self) -> None:
@@ -70,10 +75,11 @@ class HostWork:
         self.wait_added()
         self.wait_updated()
 
-    def _wait(self, work: Future[None] | None) -> None:
+    def _wait(self, work: Future[None] | None, name: str) -> None:
         try:
             if work is not None:
-                work.result()
+                with self.timeline.stalled(name):
+                    work.result()
         except Exception:
             self.has_failed = True
             raise

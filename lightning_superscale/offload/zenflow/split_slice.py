@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,23 @@ from lightning_superscale.offload.link.link import LinkEvent
 from lightning_superscale.offload.zenflow.columns import ColumnLayout, others
 from lightning_superscale.ops.types import RowSelection
 from lightning_superscale.optim.unit import slice_view
+
+
+@dataclass(slots=True)
+class SentBytes:
+    """Bytes of one unit that crossed the link.
+
+    Attributes:
+        gradients: of deferred columns, to the host, in steps that were taken.
+        pending: the same of a step that may still be dropped.
+        weights: of deferred columns, to the device.
+        moved: masters and moments of columns that changed their owner, either way.
+    """
+
+    gradients: int = 0
+    pending: int = 0
+    weights: int = 0
+    moved: int = 0
 
 
 class SplitSlice:

@@ -27,7 +27,7 @@ from lightning_superscale.offload.zenflow.columns import (
     most_important,
     rows_of_columns,
 )
-from lightning_superscale.offload.zenflow.split_slice import SplitSlice
+from lightning_superscale.offload.zenflow.split_slice import SentBytes, SplitSlice
 from lightning_superscale.offload.zenflow.sums import GradientSums
 from lightning_superscale.ops.cpu.adamw import adamw_commit, adamw_commit_peek, adamw_peek
 from lightning_superscale.ops.events import note_use
@@ -35,6 +35,9 @@ from lightning_superscale.ops.state_dtypes import follow_weights
 from lightning_superscale.ops.types import AdamWHyper, AdamWSegment
 from lightning_superscale.optim.unit import ShardUnit, slice_view
 from lightning_superscale.optim.unit_state import StateBytes
+
+BYTES_PER_STATE = 3 * 4
+"""Of one element's master and moments."""
 
 
 class SplitState:
@@ -46,6 +49,7 @@ class SplitState:
 
     Attributes:
         slices: by slice index.
+        sent: bytes that crossed the link.
     """
 
     flowing = None
@@ -64,6 +68,7 @@ class SplitState:
         self._link = context.link
         self._pool = context.pool
         self._sums_home = sums_home
+        self.sent = SentBytes()
         self.master, self.exp_avg, self.exp_avg_sq = (
             context.arena.zeros(numel, torch.float32, is_pinned=False) for _ in range(3)
         )
@@ -84,7 +89,7 @@ class SplitState:
         self._device_states = tuple(torch.zeros(selected_numel, device=unit.device) for _ in range(3))
         # Masters and moments: the device's buffer of selected columns, and the host's that has room for all.
         self._both = tuple(zip(self._device_states, (self.master, self.exp_avg, self.exp_avg_sq), strict=True))
-        self.sums = GradientSums(unit, context, deferred_numel, self._sums_home)
+        self.sums = GradientSums(unit, context, deferred_numel, self._sums_home, self.sent)
         # The weights that are in place, and the next ones; both, so that edits of the former can be told from updates
         # that are on their way.
         self._weights = [
@@ -304,6 +309,7 @@ class SplitState:
             if not one.layout.deferred_numel:
                 continue
             source = self._next_of(one)
+            self.sent.weights += source.nbytes
             with self._link.allocating():
                 landing = torch.empty(source.numel(), dtype=self.unit.dtype, device=self.unit.device)
             one.landing = (landing, self._link.h2d(landing, source, after))
@@ -338,6 +344,7 @@ class SplitState:
         before = one.selected
         leaves, enters = before[~torch.isin(before, selected)], selected[~torch.isin(selected, before)]
         stays = selected[torch.isin(selected, before)]
+        self.sent.moved += (len(leaves) + len(enters)) * one.layout.column_numel * BYTES_PER_STATE
         for flat, here in self._both:
             columns, there = one.selected_of(flat), one.columns_of(here)
             there[leaves] = self._to_host(columns[torch.searchsorted(before, leaves).to(columns.device)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, cast
 
@@ -17,6 +18,7 @@ from lightning_superscale.offload.link.link import LinkFence
 from lightning_superscale.offload.zenflow.auto import AutoNumbers
 from lightning_superscale.offload.zenflow.columns import layouts_of
 from lightning_superscale.offload.zenflow.host_work import HostWork
+from lightning_superscale.offload.zenflow.report import LowEnergyWarning, ZenFlowReport, cycle_of, shares_of
 from lightning_superscale.offload.zenflow.saved import SavedPhase, saved_phase
 from lightning_superscale.offload.zenflow.state import SplitState
 from lightning_superscale.offload.zenflow.windows import (
@@ -31,7 +33,7 @@ from lightning_superscale.offload.zenflow.windows import (
 from lightning_superscale.ops.types import AdamWHyper
 from lightning_superscale.optim.adamw_step import AdamWRule
 from lightning_superscale.optim.param_update import GradScale, ParamUpdate, adamw_hyper, by_unit
-from lightning_superscale.optim.step_rule import RuleState, StepGuard, SteppedUnit
+from lightning_superscale.optim.step_rule import Cycle, Figure, RuleState, StepGuard, SteppedUnit
 from lightning_superscale.optim.unit import GradientDelta, ShardUnit
 from lightning_superscale.optim.unit_state import UnitState
 
@@ -44,6 +46,7 @@ class ZenFlowStep(AdamWRule):
 
     Args:
         context: the parts of the run: the kernel that steps selected columns, the link, the other ranks.
+        warning: shared by the rules of a run.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class ZenFlowStep(AdamWRule):
         guard: StepGuard,
         config: ZenFlowConfig,
         context: OffloadContext,
+        warning: LowEnergyWarning,
     ) -> None:
         super().__init__(optimizer, guard)
         self._config = config
@@ -60,10 +64,18 @@ class ZenFlowStep(AdamWRule):
         self._link = context.link
         self._scale = context.arena.zeros(1, torch.float32, is_pinned=context.is_pinned)
         self._states: dict[int, SplitState] = {}
-        self._host = HostWork()
+        self._timeline = context.timeline
+        self._host = HostWork(context.timeline)
         self._phase = Phase()
         self._numbers = AutoNumbers(config)
         self._schedule = Schedule(config, self._numbers.interval, {})
+        self._report = ZenFlowReport(
+            config,
+            self._numbers,
+            self._states,
+            warning=warning,
+            is_first_rank=context.ranks.mesh.world.rank == 0,
+        )
         self._loaded: dict[Place, Tensor | None] = {}
         self._saved = SavedPhase({})
         self._edited: set[Place] = set()
@@ -116,12 +128,15 @@ class ZenFlowStep(AdamWRule):
         hypers = {index: {item.i: numbers.hyper_of(item) for item in items} for index, items in by_unit(due).items()}
         self._take_edits()
         stepped = {(index, i) for index, by_slice in hypers.items() for i in by_slice}
-        stepped.update(self._place_late())
+        late = self._place_late()
+        self._report.stepped(stepped, number, self._schedule.num_warm)
+        stepped.update(late)
         self._choose(due, number)
         for index, by_slice in hypers.items():
             state = self._states[index]
-            self._device.submit(state.segments_on_device(by_slice, on_device)).wait()
-            state.place_selected(list(by_slice))
+            with self._timeline.device("device optimizer", f"unit {index}"):
+                self._device.submit(state.segments_on_device(by_slice, on_device)).wait()
+                state.place_selected(list(by_slice))
         unscaled = self._begin_to_add(hypers, grad_scale, clip_value, number)
         self._phase.num_steps = number
         ended = [place for place in self._phase.open if self._schedule.ends(place, number)]
@@ -166,7 +181,7 @@ class ZenFlowStep(AdamWRule):
                 if sums.home == "host":
                     arrival = sums.take_arrival(one)
                     if arrival is not None:
-                        tasks.append((sums, one, arrival, is_first))
+                        tasks.append((index, one, arrival, is_first))
                 elif is_first and self._schedule.ends(place, number):
                     sums.send_unscaled(one)
                     unscaled.add(place)
@@ -177,8 +192,9 @@ class ZenFlowStep(AdamWRule):
 
             def add() -> None:
                 scale = scale_of()
-                for sums, one, _, is_first in tasks:
-                    sums.absorb(one, scale, clip_value, is_first=is_first)
+                for index, one, _, is_first in tasks:
+                    with self._timeline.host("host sums", one.piece.fqn):
+                        self._states[index].sums.absorb(one, scale, clip_value, is_first=is_first)
 
             self._host.add([arrival for _, _, arrival, _ in tasks], add)
         return unscaled
@@ -218,6 +234,9 @@ class ZenFlowStep(AdamWRule):
             (index, i), absorbed = place, phase.open.pop(place)
             state = self._states[index]
             phase.late[place] = self._hyper_of(place, absorbed, is_unscaled=place in unscaled)
+            if not self._schedule.is_warm(phase.num_steps):
+                numel = state.slices[i].layout.deferred_numel
+                self._report.applied(absorbed.num_steps, numel, is_late=self._config.overlap)
             if factor:
                 phase.ahead.add(place)
             else:
@@ -261,7 +280,8 @@ class ZenFlowStep(AdamWRule):
         for index, slices in by_index(ended).items():
             state = self._states[index]
             hypers = {i: self._phase.late[index, i] for i in slices}
-            state.update_host(hypers, self._ahead_of(index, slices))
+            with self._timeline.host("host optimizer", f"unit {index}"):
+                state.update_host(hypers, self._ahead_of(index, slices))
             state.send_weights(slices, fences[index])
 
     def _ahead_of(self, index: int, slices: Iterable[int]) -> dict[int, AdamWHyper]:
@@ -290,9 +310,14 @@ class ZenFlowStep(AdamWRule):
         energies = self._energies([place for place in _places(due) if self._chooses(place, number)])
         if self._is_due(number):
             self._choose_numbers(list(energies.values()))
-        for place, importance in energies.items():
-            (index, i), self._phase.chosen_at[place] = place, number
-            self._states[index].select(i, importance)
+        shares = []
+        with self._timeline.stalled("selection") if energies else nullcontext():
+            for place, importance in energies.items():
+                (index, i), self._phase.chosen_at[place] = place, number
+                one, before = self._states[index].slices[i], self._states[index].slices[i].selected
+                self._states[index].select(i, importance)
+                shares.append(shares_of(one.piece.fqn, importance, before, one.selected))
+        self._report.selected(shares)
         for index, i in _places(due):
             self._states[index].divide(i)
 
@@ -378,8 +403,16 @@ class ZenFlowStep(AdamWRule):
         yield from self._stepped(stepped)
 
     def discard(self) -> None:
+        self._report.discard()
         for state in self._states.values():
             state.clear_grads()
+
+    @property
+    def cycle(self) -> Cycle:
+        return cycle_of(self._phase, self._schedule, self._states)
+
+    def figures(self) -> Sequence[Figure]:
+        return self._report.figures()
 
     def close(self) -> None:
         if not self._host.has_failed:  # that was raised before

@@ -13,7 +13,7 @@ from lightning_superscale.layout.memory import Home
 from lightning_superscale.offload.engine import OffloadContext
 from lightning_superscale.offload.link.dtype import add_late_gradient, dtype_on_link, send_gradient
 from lightning_superscale.offload.link.link import LinkEvent
-from lightning_superscale.offload.zenflow.split_slice import SplitSlice
+from lightning_superscale.offload.zenflow.split_slice import SentBytes, SplitSlice
 from lightning_superscale.ops.cpu.flat import accumulate, cast_scale
 from lightning_superscale.optim.param_update import GradScale
 from lightning_superscale.optim.unit import ShardUnit
@@ -25,6 +25,7 @@ class GradientSums:
     Args:
         numel: elements of deferred columns, with the gaps between slices.
         home: where gradients add up.
+        sent: counts the bytes that go to the host.
 
     Attributes:
         total: fp32 [numel], at home.
@@ -32,8 +33,9 @@ class GradientSums:
             windows that ended.
     """
 
-    def __init__(self, unit: ShardUnit, context: OffloadContext, numel: int, home: Home) -> None:
+    def __init__(self, unit: ShardUnit, context: OffloadContext, numel: int, home: Home, sent: SentBytes) -> None:
         self.home = home
+        self._sent = sent
         self._dtype = unit.dtype
         self._link = context.link
         self._pool = context.pool
@@ -60,8 +62,9 @@ class GradientSums:
         if self.home == "device":
             one.deferred_grad = grad if one.deferred_grad is None else one.deferred_grad + grad
         elif one.arrival is None:
-            one.arrival = send_gradient(self._link, here, grad, self._dtype)
+            self._send(one, grad)
         else:
+            self._sent.pending += here.nbytes
             add_late_gradient(self._link, here, grad, self._dtype, one.arrival)
 
     def take_arrival(self, one: SplitSlice) -> LinkEvent | None:
@@ -109,4 +112,6 @@ class GradientSums:
             self._send(one, grad)
 
     def _send(self, one: SplitSlice, grad: Tensor) -> None:
-        one.arrival = send_gradient(self._link, one.deferred_of(self.arrived), grad, self._dtype)
+        here = one.deferred_of(self.arrived)
+        self._sent.pending += here.nbytes
+        one.arrival = send_gradient(self._link, here, grad, self._dtype)

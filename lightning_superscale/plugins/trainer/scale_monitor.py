@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_only
@@ -13,6 +13,7 @@ from rich.table import Table
 
 from lightning_superscale.config.values import PositiveInt, check_arguments
 from lightning_superscale.plugins.trainer.strategy import SuperScaleStrategyMixin
+from lightning_superscale.run.report.figures import figures_of
 from lightning_superscale.run.report.plan import format_bytes
 
 if TYPE_CHECKING:
@@ -26,10 +27,12 @@ class ScaleMonitorMixin(_Base):
     """Counts tokens and divides the time of every training step; prints both, and the bytes, at the end of `fit()`.
 
     It reads the host's clock only and synchronises nothing, so on a GPU a phase's seconds are those that it kept the
-    host busy.
+    host busy. It logs `tokens_per_s`, which the progress bar shows too. Where optimizer states are on the host, it logs
+    `stall_share`, the share of the time since the last logging in which the host kept the model waiting,
+    `link_bytes_per_step`, both ways, and the figures that the engine knows besides.
 
     Args:
-        every_n_steps: training batches from one logging of tokens/s (which the progress bar shows too) to the next.
+        every_n_steps: training batches from one logging to the next.
 
     Raises:
         SettingError: every_n_steps is no whole number of at least 1.
@@ -43,6 +46,8 @@ class ScaleMonitorMixin(_Base):
         self._batch_seconds = 0.0
         self._window_start = 0.0
         self._window_tokens = 0
+        # At the start of the window between two loggings.
+        self._window_before = _Counts()
         self._num_tokens = 0
         self._num_batches = 0
         self._validation_start = 0.0
@@ -54,6 +59,7 @@ class ScaleMonitorMixin(_Base):
         self._num_tokens = self._num_batches = self._window_tokens = 0
         self._batch_seconds = 0.0
         self._link_start = _link_bytes(trainer)
+        self._window_before = _counts(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._validation_start = perf_counter()
@@ -75,9 +81,12 @@ class ScaleMonitorMixin(_Base):
         self._num_tokens += tokens
         self._window_tokens += tokens
         if self._num_batches % self.every_n_steps == 0:
-            rate = self._window_tokens / max(now - self._window_start, 1e-9)
-            pl_module.log("tokens_per_s", rate, prog_bar=True, rank_zero_only=True)
-            self._window_start, self._window_tokens = now, 0
+            seconds = max(now - self._window_start, 1e-9)
+            pl_module.log("tokens_per_s", self._window_tokens / seconds, prog_bar=True, rank_zero_only=True)
+            counts = _counts(trainer)
+            for name, value in _offload_metrics(trainer, self._window_before, counts, seconds).items():
+                pl_module.log(name, value, rank_zero_only=True)
+            self._window_start, self._window_tokens, self._window_before = now, 0, counts
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._report(trainer)
@@ -149,6 +158,45 @@ def _link_bytes(trainer: Trainer) -> tuple[int, int]:
     if not isinstance(strategy, SuperScaleStrategyMixin) or strategy.assembly is None or strategy.assembly.link is None:
         return 0, 0
     return strategy.assembly.link.bytes.d2h, strategy.assembly.link.bytes.h2d
+
+
+class _Counts(NamedTuple):
+    """What has added up on this rank so far.
+
+    Attributes:
+        num_steps: optimizer steps.
+        stalled: seconds in which the host kept the model waiting.
+        link_bytes: bytes that crossed the link, both ways.
+    """
+
+    num_steps: int = 0
+    stalled: float = 0.0
+    link_bytes: int = 0
+
+
+def _counts(trainer: Trainer) -> _Counts:
+    strategy = trainer.strategy
+    if not isinstance(strategy, SuperScaleStrategyMixin):
+        return _Counts()
+    phases = strategy.phase_seconds
+    return _Counts(phases.num_steps, phases.stalled, sum(_link_bytes(trainer)))
+
+
+def _offload_metrics(trainer: Trainer, before: _Counts, now: _Counts, seconds: float) -> dict[str, float]:
+    """What is logged besides, by name: nothing where no optimizer states are on the host.
+
+    Args:
+        before: the counts `seconds` ago.
+    """
+    strategy = trainer.strategy
+    if not isinstance(strategy, SuperScaleStrategyMixin) or strategy.assembly is None or strategy.assembly.link is None:
+        return {}
+    metrics = {"stall_share": min(1.0, (now.stalled - before.stalled) / seconds)}
+    if now.num_steps > before.num_steps:
+        num_steps = now.num_steps - before.num_steps
+        metrics["link_bytes_per_step"] = (now.link_bytes - before.link_bytes) / num_steps
+    figures = figures_of(strategy.assembly)
+    return metrics | {figure.name: figure.measured for figure in figures if figure.measured is not None}
 
 
 def bytes_table(strategy: SuperScaleStrategyMixin, link_start: tuple[int, int]) -> Table:

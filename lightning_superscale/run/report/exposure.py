@@ -1,20 +1,34 @@
-"""How much of a step the host optimizer leaves exposed: by the hardware profile, and as it was measured."""
+"""What offloading costs: the exposed part of a step, forecast and measured, its stalls, and what the rules know."""
 
 from __future__ import annotations
 
 from lightning_superscale.offload.planner.choices import HostWork, step_times
 from lightning_superscale.offload.planner.forecast import exposed_seconds
 from lightning_superscale.run.assemble import Assembly
+from lightning_superscale.run.report.figures import figures_of, sentence_of
 from lightning_superscale.run.report.phases import PhaseSeconds
 from lightning_superscale.run.report.reasons import device_share
 
 
 def exposure_of(assembly: Assembly, phases: PhaseSeconds) -> list[str]:
     """Sentences for `explain()`: none without offload. Any rank may ask by itself; the times are its own."""
-    settings = assembly.settings
-    if settings.offload is None:
+    if assembly.settings.offload is None:
         return []
-    said = []
+    return [*map(sentence_of, figures_of(assembly)), *_stalls(phases), *_exposed(assembly, phases)]
+
+
+def _stalls(phases: PhaseSeconds) -> list[str]:
+    steady = phases.steady()
+    if steady is None:
+        return []
+    return [
+        f"the host kept the model waiting {_ms(steady.stalled)} a step, {steady.stall_share:.1%} of it, measured over "
+        f"{steady.num_steps} steps (host clock)"
+    ]
+
+
+def _exposed(assembly: Assembly, phases: PhaseSeconds) -> list[str]:
+    settings, said = assembly.settings, []
     work = host_work(assembly)
     profile = assembly.host.profile
     if profile is not None and work.num_params:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import NamedTuple
+
+from lightning_superscale.timeline import Timeline
 
 # The first steps warm caches up, and states may move after the first.
 WARM_UP_STEPS, LEAST_STEPS = 2, 3
@@ -13,14 +17,21 @@ class StepSeconds(NamedTuple):
     """Host seconds of one optimizer step, the mean over `num_steps`.
 
     Attributes:
-        forward, backward: seconds of the model's passes, without waits at gates.
+        forward, backward: seconds of the model's passes, without waits at gates and stalls of backward.
         exposed: seconds that the step took beyond both.
+        stalled: seconds in which the host kept the thread that runs the model waiting.
     """
 
     forward: float
     backward: float
     exposed: float
+    stalled: float
     num_steps: int
+
+    @property
+    def stall_share(self) -> float:
+        """The share of a step in which the host kept the thread that runs the model waiting, from 0 to 1."""
+        return min(1.0, self.stalled / max(self.forward + self.backward + self.exposed, 1e-12))
 
 
 @dataclass(slots=True)
@@ -33,6 +44,8 @@ class PhaseSeconds:
         gates: seconds of forward that waited for weights.
         before: seconds before forward began, in which techniques get ready and weights are awaited.
         step: seconds in optimizer steps, beyond the forward and backward that run inside.
+        stalled: seconds of all three in which the host kept the thread that runs the model waiting.
+        stalled_backward: those of backward.
         warm: the sums as they were after WARM_UP_STEPS steps; None until then.
     """
 
@@ -41,6 +54,8 @@ class PhaseSeconds:
     gates: float = 0.0
     before: float = 0.0
     step: float = 0.0
+    stalled: float = 0.0
+    stalled_backward: float = 0.0
     num_steps: int = 0
     warm: PhaseSeconds | None = None
 
@@ -48,6 +63,18 @@ class PhaseSeconds:
     def inside(self) -> float:
         """Seconds of the phases that may run inside an optimizer step's closure, and are counted there."""
         return self.forward + self.backward + self.before
+
+    @contextmanager
+    def stalls(self, timeline: Timeline, *, in_backward: bool = False) -> Iterator[None]:
+        """Count the stalls in the context, once where such contexts are nested."""
+        start, before = timeline.stalled_seconds, self.stalled
+        try:
+            yield
+        finally:
+            stalled = timeline.stalled_seconds - start
+            self.stalled = before + stalled
+            if in_backward:
+                self.stalled_backward += stalled
 
     def end_step(self) -> None:
         """Count an optimizer step, which is over."""
@@ -63,7 +90,13 @@ class PhaseSeconds:
         num_steps = self.num_steps - warm.num_steps
         gates = self.gates - warm.gates
         forward = self.forward - warm.forward - gates
-        exposed = gates + self.before - warm.before + self.step - warm.step
+        stalled_backward = self.stalled_backward - warm.stalled_backward
+        backward = self.backward - warm.backward - stalled_backward
+        exposed = gates + stalled_backward + self.before - warm.before + self.step - warm.step
         return StepSeconds(
-            forward / num_steps, (self.backward - warm.backward) / num_steps, exposed / num_steps, num_steps
+            forward / num_steps,
+            backward / num_steps,
+            exposed / num_steps,
+            (self.stalled - warm.stalled) / num_steps,
+            num_steps,
         )

@@ -1,17 +1,24 @@
-"""Records one training step and the forward after it, when `superscale trace` asks for it."""
+"""Records a training step and the forward after it, when `superscale trace` asks for it.
+
+Where steps differ, as they do in an engine that works in windows, it records as many as show everything (`Cycle` in
+optim/step_rule.py), and begins where these do.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import warnings
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lightning_superscale.errors import SuperScaleError
+from lightning_superscale.optim.step_rule import EACH_STEP, Cycle
+from lightning_superscale.run.report.phases import PhaseSeconds
 from lightning_superscale.timeline import Lane, Timeline, chrome_trace
 
 FOLDER_VARIABLE, STEP_VARIABLE = "LSS_TRACE", "LSS_TRACE_STEP"
@@ -19,13 +26,16 @@ DEFAULT_STEP = 5
 
 
 class StepRecorder:
-    """Opens a timeline at one step of a run and writes a Chrome trace when the next step's forward is over.
+    """Opens a timeline at one step of a run, and writes a Chrome trace when the forward after the last one is over.
 
-    The next step's forward is recorded too, since uploads of new weights hide behind it.
+    That forward is recorded too, since uploads of new weights hide behind it.
 
     Args:
         folder: where `trace-rank<r>.json` goes; None records nothing.
-        step: optimizer steps before the recorded one.
+        step: least number of optimizer steps before the recorded ones.
+
+    Attributes:
+        timeline: counts stalls of all steps.
     """
 
     def __init__(self, device: torch.device, folder: Path | None, step: int, rank: int) -> None:
@@ -34,6 +44,8 @@ class StepRecorder:
         self._step = step
         self._rank = rank
         self._is_done = folder is None
+        # Of the recording: steps before it, and the number of its own.
+        self._first, self._num_steps = step, 1
 
     @classmethod
     def from_environment(cls, device: torch.device, rank: int) -> StepRecorder:
@@ -47,25 +59,41 @@ class StepRecorder:
             raise SuperScaleError(f"{STEP_VARIABLE} must be a whole number of at least 1, found {step!r}.")
         return cls(device, Path(folder) if folder else None, int(step) if folder else 0, rank)
 
-    def before_forward(self, num_steps: int) -> None:
-        """Open the timeline if the step to record begins now, after `num_steps` optimizer steps."""
-        if not self._is_done and not self.timeline.is_open and num_steps == self._step:
+    def before_forward(self, num_steps: int, cycles: Callable[[], Sequence[Cycle]]) -> None:
+        """Open the timeline if the steps to record begin now, after `num_steps` optimizer steps.
+
+        Args:
+            cycles: returns those of all optimizers, which take turns.
+        """
+        if self._is_done or self.timeline.is_open or num_steps < self._step:
+            return
+        found = cycles()
+        cycle = max(found, default=EACH_STEP)
+        if cycle.starts_in == 0:
+            self._first, self._num_steps = num_steps, cycle.num_steps * max(1, len(found))
             self.timeline.open()
 
-    def phase(self, lane: Lane, num_steps: int) -> AbstractContextManager[None]:
-        """A context in which the device's work is recorded on a lane."""
-        name = f"step {self._step + 1}" if num_steps == self._step else "next step"
-        return self.timeline.device(lane, name)
+    @contextmanager
+    def phase(self, lane: Lane, phases: PhaseSeconds) -> Iterator[None]:
+        """A context in which stalls are counted, and the device's work is recorded on a lane."""
+        is_own = self._first <= phases.num_steps < self._first + self._num_steps
+        name = f"step {phases.num_steps + 1}" if is_own else "next step"
+        with phases.stalls(self.timeline, in_backward=lane == "backward"), self.timeline.device(lane, name):
+            yield
 
-    def after_forward(self, num_steps: int, facts: dict[str, Any]) -> None:
-        """Write the trace if the recorded step and this forward are over."""
-        if self.timeline.is_open and num_steps > self._step:
-            self._write(facts)
+    def after_forward(self, num_steps: int, facts: Callable[[], dict[str, Any]]) -> None:
+        """Write the trace if the recorded steps and this forward are over.
 
-    def end(self, num_steps: int, facts: dict[str, Any]) -> None:
-        """Write what was recorded, or warn that nothing was: training is over."""
+        Args:
+            facts: what the trace says of its run.
+        """
+        if self.timeline.is_open and num_steps >= self._first + self._num_steps:
+            self._write(self._num_steps, facts)
+
+    def end(self, num_steps: int, facts: Callable[[], dict[str, Any]]) -> None:
+        """Write what was recorded, or warn that nothing was: training is over after `num_steps` optimizer steps."""
         if self.timeline.is_open:
-            self._write(facts)
+            self._write(max(1, min(self._num_steps, num_steps - self._first)), facts)
         elif not self._is_done:
             self._is_done = True
             warnings.warn(
@@ -74,11 +102,12 @@ class StepRecorder:
                 stacklevel=2,
             )
 
-    def _write(self, facts: dict[str, Any]) -> None:
+    def _write(self, num_steps: int, facts: Callable[[], dict[str, Any]]) -> None:
         self._is_done = True
         spans = self.timeline.close()
         if self._folder is None:
             raise AssertionError("a recording without a folder")
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / f"trace-rank{self._rank}.json"
-        path.write_text(json.dumps(chrome_trace(spans, rank=self._rank, facts=facts)))
+        said = {**facts(), "num_steps": num_steps}
+        path.write_text(json.dumps(chrome_trace(spans, rank=self._rank, facts=said)))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 
 import lightning_superscale as lss
+from lightning_superscale.offload.zenflow.state import SplitState
 from lightning_superscale.plugins.trainer.scale_monitor import count_tokens
 from tests.helpers.trainers import Regressor, fit
 
@@ -31,6 +34,85 @@ def test_tables_say_where_bytes_live_and_time_went(capsys):
     # 2 bytes per trained parameter: gradients of 17 * 33 + 33 + 33 + 33 + 33 * 5 + 5 elements. Weights go back
     # in the same dtype; whole units are sent slice by slice here, because `unused` has no gradient.
     assert "1.6 KiB of gradients to the host and 1.6 KiB of weights back per step" in " ".join(out.split())
+
+
+class Metrics(lss.ScaleMonitor):
+    """What was logged, by number of batches."""
+
+    def on_train_start(self, trainer, pl_module):
+        super().on_train_start(trainer, pl_module)
+        self.logged = {}
+        log = pl_module.log
+
+        def noted(name, value, **options):
+            self.logged.setdefault(name, []).append(float(torch.as_tensor(value).detach()))
+            log(name, value, **options)
+
+        pl_module.log = noted
+
+
+def logged(strategy, module=None, **flags) -> dict[str, list[float]]:
+    monitor = Metrics(every_n_steps=4)
+    fit(module or Regressor(), strategy, callbacks=[monitor], **flags)
+    return {name: values for name, values in monitor.logged.items() if name != "loss"}
+
+
+OFFLOADED = {"tokens_per_s", "stall_share", "link_bytes_per_step"}
+
+
+def test_what_is_logged_follows_from_where_states_are():
+    assert logged("superscale").keys() == {"tokens_per_s"}
+    found = logged("superoffload", precision="bf16-true")
+    assert found.keys() == OFFLOADED
+    assert len(found["stall_share"]) == 3
+    assert all(0 <= share <= 1 for share in found["stall_share"])
+    # In steps 1 to 4 the last step's weights may not have left yet.
+    assert all(
+        3 / 4 <= nbytes / (4 * (17 * 33 + 33 * 3 + 33 * 5 + 5)) <= 5 / 4 for nbytes in found["link_bytes_per_step"]
+    )
+
+
+ZENFLOW = {"topk": 0.3, "update_interval": 2, "select_interval": 4}
+
+
+def test_zenflow_logs_and_explains_its_figures():
+    strategy = lss.SuperScaleStrategy(offload={"engine": "zenflow", "gpu_fraction": 0, "zenflow": ZENFLOW})
+    found = logged(strategy, max_steps=12)
+    own = {"gradient_bytes_per_step", "weight_bytes_per_step", "host_bytes", "deferred_age_steps"}
+    of_selections = {"selection_bytes_per_step", "selected_energy_share", "kept_energy_share"}
+    assert found.keys() == OFFLOADED | own | of_selections
+    deferred = 4 * ((17 - 5) * 33 + (33 - 10) * 5)  # of the columns that are not selected, in fp32
+    assert found["gradient_bytes_per_step"] == [deferred] * 3
+    assert found["weight_bytes_per_step"] == [deferred / 2] * 2  # no window had arrived at the first logging
+    # One of two windows is followed by a selection, and applied at once.
+    assert found["deferred_age_steps"][-1] == 0.5 + 1
+    assert 0.3 < found["selected_energy_share"][-1] < 1
+    assert found["kept_energy_share"][-1] <= found["selected_energy_share"][-1]
+    told = strategy.explain()
+    kib = f"{deferred / 1024:.1f} KiB"
+    assert f"- gradients of deferred columns over the link per step: {kib} expected, {kib} measured" in told
+    assert "are applied late: 1.50 steps expected, 1.50 steps measured" in told
+    assert "- the host kept the model waiting" in told
+
+
+def test_a_slow_host_of_zenflow_is_seen_in_the_stall_share(monkeypatch):
+    """Its sums are awaited in backward, its windows in the optimizer's step; neither counts as forward or backward."""
+    real = SplitState.absorb
+
+    def slow(self, *args, **kwargs):
+        time.sleep(0.02)
+        real(self, *args, **kwargs)
+
+    strategy = lss.SuperScaleStrategy(offload={"engine": "zenflow", "gpu_fraction": 0, "zenflow": ZENFLOW})
+    with monkeypatch.context() as patch:
+        patch.setattr(SplitState, "absorb", slow)
+        found = logged(strategy, max_steps=12)
+    assert all(share > 0.5 for share in found["stall_share"])
+    steady = strategy.phase_seconds.steady()
+    assert steady.stall_share > 0.5
+    assert steady.stalled > 0.03  # two matrices at each step
+    assert steady.backward < steady.stalled
+    assert steady.exposed > 0.9 * steady.stalled
 
 
 def test_phases_add_up_to_the_wall_time():

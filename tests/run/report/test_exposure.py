@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -11,9 +12,13 @@ import torch
 import lightning_superscale as lss
 from lightning_superscale.offload.planner.choices import step_times
 from lightning_superscale.offload.planner.forecast import exposed_seconds
+from lightning_superscale.offload.superoffload.state import DeferredState
+from lightning_superscale.offload.superoffload.step import DeferredStep
+from lightning_superscale.ops.update import HostUpdate
 from lightning_superscale.run import host_plan
 from lightning_superscale.run.report import exposure
 from lightning_superscale.run.report.phases import LEAST_STEPS, WARM_UP_STEPS, PhaseSeconds
+from lightning_superscale.timeline import Timeline
 from lightning_superscale.zero.buckets.transport import BucketTransport
 from tests.helpers.trainers import Regressor, fit
 from tests.offload.planner.test_choices import H100
@@ -35,7 +40,7 @@ def wait(monkeypatch):
         nonlocal now
         now += seconds
 
-    for module in ("run.run", "zero.forward_gates"):
+    for module in ("run.run", "zero.forward_gates", "timeline"):
         monkeypatch.setattr(f"lightning_superscale.{module}.perf_counter", lambda: now)
     return passed
 
@@ -154,5 +159,85 @@ def test_phases_of_the_warm_up_do_not_count():
         phases.backward += 4 * seconds
         phases.before += 5 * seconds
         phases.step += 6 * seconds
+        phases.stalled += 8 * seconds
+        phases.stalled_backward += 3 * seconds
         phases.end_step()
-    assert phases.steady() == (2 * 2.0, 4 * 2.0, 2.0 + 5 * 2.0 + 6 * 2.0, 3)
+    assert phases.steady() == (2 * 2.0, (4 - 3) * 2.0, (1 + 3 + 5 + 6) * 2.0, 8 * 2.0, 3)
+    assert phases.steady().stall_share == pytest.approx(8 / (2 + 1 + 15))
+
+
+def test_nested_stalls_count_once_and_those_outside_of_a_step_do_not(wait):
+    timeline, phases = Timeline(torch.device("cpu")), PhaseSeconds()
+
+    def stall():
+        with timeline.stalled("host"):
+            wait(1.0)
+
+    stall()
+    with phases.stalls(timeline):
+        stall()
+        with phases.stalls(timeline, in_backward=True):
+            wait(5.0)
+            stall()
+        with phases.stalls(timeline):
+            stall()
+        stall()
+    stall()
+    assert (phases.stalled, phases.stalled_backward, timeline.stalled_seconds) == (4.0, 1.0, 6.0)
+
+
+@pytest.mark.parametrize("offload", ["cpu", None])
+def test_what_the_host_steps_while_the_model_waits_is_a_stall(monkeypatch, wait, offload):
+    """The device's own step is none, also where the device is the host."""
+    real = HostUpdate.wait
+
+    def slow(self):
+        wait(DELAY)
+        return real(self)
+
+    monkeypatch.setattr(HostUpdate, "wait", slow)
+    seen = kept(strategy=lss.SuperScaleStrategy(offload=offload))
+    assert seen.steady.exposed == pytest.approx(DELAY)  # one unit, and nothing else takes time here
+    assert seen.steady.stalled == pytest.approx(0 if offload is None else DELAY)
+    said = f"the host kept the model waiting {DELAY * 1e3:.2f} ms a step, 100.0% of it"
+    assert any(said in line for line in seen.lines) == (offload is not None)
+
+
+def test_an_optimizer_of_its_own_on_the_host_stalls(wait):
+    class Own(Regressor):
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD(self.net.parameters(), lr=1e-2)
+            optimizer.register_step_post_hook(lambda *_: wait(DELAY))
+            return optimizer
+
+    assert kept(Own()).steady.stalled == pytest.approx(DELAY)
+
+
+def test_a_slow_host_of_superoffload_stalls_where_its_weights_are_awaited(monkeypatch):
+    real = DeferredState.settle
+
+    def slow(self, hypers):
+        time.sleep(DELAY)
+        return real(self, hypers)
+
+    monkeypatch.setattr(DeferredState, "settle", slow)
+    steady = kept().steady
+    assert steady.stalled > 0.5 * DELAY
+    assert steady.exposed > 0.5 * DELAY
+    assert steady.stall_share > 0.3
+
+
+def test_what_keeps_backward_waiting_is_exposed(monkeypatch, wait):
+    """Late gradients wait for the step before; with two micro-batches, also outside of the optimizer's step."""
+    real = DeferredStep.add_grads
+
+    def late(self, delta, state):
+        with self._timeline.stalled("host"):
+            wait(DELAY)
+        real(self, delta, state)
+
+    monkeypatch.setattr(DeferredStep, "add_grads", late)
+    steady = kept(accumulate_grad_batches=2).steady
+    assert steady.stalled == pytest.approx(steady.exposed)
+    assert steady.stalled >= DELAY
+    assert steady.backward == pytest.approx(0)
