@@ -9,10 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from lightning_superscale.cli import main
 from lightning_superscale.cli.trace import Trace
 from lightning_superscale.errors import SuperScaleError
+from lightning_superscale.optim.step_rule import EACH_STEP, Cycle
+from lightning_superscale.run.report.phases import PhaseSeconds
+from lightning_superscale.run.report.recorder import StepRecorder
 from lightning_superscale.timeline import LANES, Span
 from tests.helpers.extent import IS_ALL
 
@@ -122,6 +126,33 @@ def test_gradients_leave_before_the_verdict_and_weights_come_after_it(tmp_path):
     assert all(span.start >= verdict.end for span in own)
     # 2 + 2 bytes per parameter of bf16; the 12 parameters of `unused` have no gradient.
     assert sum(span.nbytes for span in sent) == sum(span.nbytes for span in own)
+
+
+def test_a_step_between_two_forwards_is_recorded_by_the_next(tmp_path):
+    """Two optimizers step in each training step: of steps 0, 2, 4, ... none is the fifth."""
+    recorder, phases = StepRecorder(torch.device("cpu"), tmp_path, 5, rank=0), PhaseSeconds()
+    for _ in range(5):
+        recorder.before_forward(phases.num_steps, lambda: [EACH_STEP, EACH_STEP])
+        with recorder.phase("forward", phases):
+            pass
+        recorder.after_forward(phases.num_steps, dict)
+        phases.num_steps += 2
+    found = Trace.read(tmp_path / "trace-rank0.json")
+    assert [span.name for span in found.spans] == ["step 7", "next step"]
+
+
+def test_a_run_that_ends_within_a_window_has_what_was_recorded(tmp_path):
+    recorder, phases = StepRecorder(torch.device("cpu"), tmp_path, 1, rank=0), PhaseSeconds()
+    for num_steps in range(6):
+        phases.num_steps = num_steps
+        recorder.before_forward(num_steps, lambda num_steps=num_steps: [Cycle(9, 3 - num_steps)])
+        with recorder.phase("forward", phases):
+            pass
+        recorder.after_forward(num_steps, dict)
+    recorder.end(6, dict)
+    found = Trace.read(tmp_path / "trace-rank0.json")
+    assert [span.name for span in found.spans] == ["step 4", "step 5", "step 6"]
+    assert found.num_steps == 3
 
 
 def test_a_run_that_ends_too_early_says_so(tmp_path):
