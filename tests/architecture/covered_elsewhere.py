@@ -70,6 +70,7 @@ BY_TEST: dict[str, list[str]] = {
     ],
     "offload/zenflow/test_step.py": [
         "offload/zenflow/engine.py",
+        "offload/zenflow/deferred.py",
         "offload/zenflow/host_work.py",
         "offload/zenflow/saved.py",
         "offload/zenflow/split_slice.py",

@@ -78,13 +78,13 @@ def test_a_step_of_any_engine_is_drawn(tmp_path, name, lanes):
         assert lane in done.stdout
 
 
-def test_a_whole_window_is_drawn_from_the_end_of_one_to_the_selection_after_the_next(tmp_path):
+def test_a_whole_window_is_drawn_with_the_selections_of_its_columns(tmp_path):
     done = trace(tmp_path, tmp_path / "train.py", "zenflow", "3", "bf16-true", step="5")
     assert done.returncode == 0, done.stderr
     found = Trace.read(tmp_path / "trace-rank0.json")
     assert {span.lane for span in found.spans} == set(LANES)
-    # Windows of 3 end with steps 1, 4, 7, 10 and 13, and columns are chosen with 1, 7 and 13.
-    steps = [f"step {number}" for number in range(10, 14)]
+    # One matrix' windows of 3 end with steps 7 and 10, another's with 9; they choose columns in the steps after 7 and 9.
+    steps = [f"step {number}" for number in range(7, 11)]
     assert [span.name for span in found.spans if span.lane == "forward"] == [*steps, "next step"]
     assert found.num_steps == len(found.step_starts) == 4
     assert found.step_seconds == found.seconds / 4
@@ -95,18 +95,14 @@ def test_a_whole_window_is_drawn_from_the_end_of_one_to_the_selection_after_the_
     def step_of(span):
         return sum(start <= span.start for start in found.step_starts)
 
-    (selection,) = lane("selection")
-    assert step_of(selection) == 4
+    assert [step_of(span) for span in lane("selection")] == [2, 4]
     assert {step_of(span) for span in lane("device optimizer")} == {1, 2, 3, 4}
     assert {step_of(span) for span in lane("device to host")} >= {1, 2, 3, 4}
-    # The window that ends first is applied during the next, at whose end its weights arrive; that one is, at once.
-    weights = [span for span in lane("host to device") if span.end <= selection.start]
-    assert {step_of(span) for span in weights} == {4}
     updates = lane("host optimizer")
-    assert len(updates) == 2
+    assert len(updates) >= 2
     assert updates[0].start >= min(span.end for span in lane("host sums"))
     waits = lane("wait for host")
-    assert any(span.name == "window's update" and step_of(span) == 4 for span in waits)
+    assert {step_of(span) for span in waits if span.name == "update of windows"} >= {2, 4}
     assert any(span.name == "sums" for span in waits)
     assert "4 steps, zenflow on cpu" in done.stdout
     assert "(mean of 4 steps), of which" in done.stdout

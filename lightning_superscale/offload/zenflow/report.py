@@ -310,7 +310,9 @@ def cycle_of(phase: Phase, schedule: Schedule, states: Mapping[int, SplitState])
     ]
     if not places:
         return EACH_STEP
-    split = [place for place in places if states[place[0]].slices[place[1]].layout.is_split]
+    # One that was not chosen with the first ones has no gradients.
+    chosen = phase.chosen_at if phase.num_steps > schedule.num_warm else places
+    split = [place for place in chosen if states[place[0]].slices[place[1]].layout.is_split]
     begins = max(phase.num_steps + 1, schedule.num_warm + 1)
     for step in range(begins, phase.num_steps + MOST_STEPS_TO_SELECTION):
         if any(schedule.chooses(place, step, phase.chosen_at.get(place)) for place in split):

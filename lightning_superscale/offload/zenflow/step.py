@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import replace
+import functools
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any, cast
 
 import torch
@@ -14,20 +14,18 @@ from torch.optim import Optimizer
 from lightning_superscale.config.zenflow import ZenFlowConfig
 from lightning_superscale.offload.engine import OffloadContext
 from lightning_superscale.offload.late_moments import LateMoments
-from lightning_superscale.offload.link.link import LinkFence
 from lightning_superscale.offload.zenflow.auto import AutoNumbers
 from lightning_superscale.offload.zenflow.columns import layouts_of
+from lightning_superscale.offload.zenflow.deferred import DeferredColumns
 from lightning_superscale.offload.zenflow.host_work import HostWork
 from lightning_superscale.offload.zenflow.report import LowEnergyWarning, ZenFlowReport, cycle_of, shares_of
 from lightning_superscale.offload.zenflow.saved import SavedPhase, saved_phase
 from lightning_superscale.offload.zenflow.state import SplitState
 from lightning_superscale.offload.zenflow.windows import (
-    Absorbed,
     Phase,
     Place,
     Schedule,
     by_index,
-    deferred_lr,
     staggered,
 )
 from lightning_superscale.ops.types import AdamWHyper
@@ -61,12 +59,9 @@ class ZenFlowStep(AdamWRule):
         self._config = config
         self._device = context.device_update
         self._ranks = context.ranks
-        self._link = context.link
-        self._scale = context.arena.zeros(1, torch.float32, is_pinned=context.is_pinned)
         self._states: dict[int, SplitState] = {}
         self._timeline = context.timeline
         self._host = HostWork(context.timeline)
-        self._phase = Phase()
         self._numbers = AutoNumbers(config)
         self._schedule = Schedule(config, self._numbers.interval, {})
         self._report = ZenFlowReport(
@@ -76,12 +71,17 @@ class ZenFlowStep(AdamWRule):
             warning=warning,
             is_first_rank=context.ranks.mesh.world.rank == 0,
         )
+        self._deferred = DeferredColumns(config, context, self._states, self._host, self._report)
         self._loaded: dict[Place, Tensor | None] = {}
         self._saved = SavedPhase({})
         self._edited: set[Place] = set()
         self._shown: list[dict[str, Any]] = []
         self._moments = LateMoments(optimizer, self._bring_up)
         self._is_loading = False
+
+    @property
+    def _phase(self) -> Phase:
+        return self._deferred.phase
 
     def attach(self, unit: ShardUnit, state: UnitState) -> None:
         self._states[unit.index] = cast(SplitState, state)
@@ -128,7 +128,7 @@ class ZenFlowStep(AdamWRule):
         hypers = {index: {item.i: numbers.hyper_of(item) for item in items} for index, items in by_unit(due).items()}
         self._take_edits()
         stepped = {(index, i) for index, by_slice in hypers.items() for i in by_slice}
-        late = self._place_late()
+        late = self._deferred.place_late()
         self._report.stepped(stepped, number, self._schedule.num_warm)
         stepped.update(late)
         self._choose(due, number)
@@ -137,13 +137,15 @@ class ZenFlowStep(AdamWRule):
             with self._timeline.device("device optimizer", f"unit {index}"):
                 self._device.submit(state.segments_on_device(by_slice, on_device)).wait()
                 state.place_selected(list(by_slice))
-        unscaled = self._begin_to_add(hypers, grad_scale, clip_value, number)
+        ends = functools.partial(self._schedule.ends, step=number)
+        unscaled = self._deferred.begin_to_add(hypers, grad_scale, clip_value, ends)
         self._phase.num_steps = number
-        ended = [place for place in self._phase.open if self._schedule.ends(place, number)]
-        scale_of = self._scale_on_host(grad_scale) if unscaled else None
-        self._end_windows(ended, unscaled, scale_of, looks_ahead=not self._schedule.waits(number))
-        if self._schedule.waits(number):
-            stepped.update(self._place_late())
+        ended, waits = [place for place in self._phase.open if ends(place)], self._schedule.waits(number)
+        scale_of = self._deferred.scale_on_host(grad_scale) if unscaled else None
+        is_warm = self._schedule.is_warm(number)
+        self._deferred.end_windows(ended, unscaled, scale_of, looks_ahead=not waits, is_warm=is_warm)
+        if waits:
+            stepped.update(self._deferred.place_late())
         for index in hypers:
             self._states[index].clear_grads()
         numbers.advance()
@@ -156,162 +158,16 @@ class ZenFlowStep(AdamWRule):
         for index, slices in reversed(by_index(stepped).items()):
             yield SteppedUnit(self._states[index].unit, slices, None)
 
-    def _begin_to_add(
-        self,
-        hypers: Mapping[int, Mapping[int, AdamWHyper]],
-        grad_scale: GradScale,
-        clip_value: float | None,
-        number: int,
-    ) -> set[Place]:
-        """Add this step's deferred gradients to their windows, on the device, or on a thread of the host.
-
-        Returns:
-            the slices whose gradient is all of a window and is on its way, neither scaled nor clipped.
-        """
-        tasks, unscaled = [], set()
-        for index, by_slice in hypers.items():
-            for i, hyper in by_slice.items():
-                state, place = self._states[index], (index, i)
-                if not state.slices[i].layout.has_deferred:
-                    continue
-                before = self._phase.open.get(place, Absorbed(0, 0.0, hyper))
-                self._phase.open[place] = Absorbed(before.num_steps + 1, before.lr_sum + hyper.lr, hyper)
-                is_first = before.num_steps == 0
-                sums, one = state.sums, state.slices[i]
-                if sums.home == "host":
-                    arrival = sums.take_arrival(one)
-                    if arrival is not None:
-                        tasks.append((index, one, arrival, is_first))
-                elif is_first and self._schedule.ends(place, number):
-                    sums.send_unscaled(one)
-                    unscaled.add(place)
-                else:
-                    sums.absorb_on_device(one, grad_scale, clip_value, is_first=is_first)
-        if tasks:
-            scale_of = self._scale_on_host(grad_scale)
-
-            def add() -> None:
-                scale = scale_of()
-                for index, one, _, is_first in tasks:
-                    with self._timeline.host("host sums", one.piece.fqn):
-                        self._states[index].sums.absorb(one, scale, clip_value, is_first=is_first)
-
-            self._host.add([arrival for _, _, arrival, _ in tasks], add)
-        return unscaled
-
-    def _scale_on_host(self, grad_scale: GradScale) -> Callable[[], float]:
-        """A function that a thread of the host calls for a step's factor, which may be on the device yet."""
-        if not isinstance(grad_scale, Tensor):
-            return lambda: grad_scale
-        arrival = self._link.d2h(self._scale, grad_scale.detach().reshape(1))
-
-        def read() -> float:
-            arrival.synchronize()
-            return float(self._scale)
-
-        return read
-
-    # Windows
-
-    def _end_windows(
-        self,
-        ended: Sequence[Place],
-        unscaled: Collection[Place],
-        scale_of: Callable[[], float] | None,
-        *,
-        looks_ahead: bool,
-    ) -> None:
-        """Let the host apply windows that end.
-
-        Args:
-            unscaled: what `_begin_to_add` gave.
-            scale_of: gives the factor of these gradients; None without any.
-            looks_ahead: whether the next weights are ahead of the masters.
-        """
-        phase, factor = self._phase, self._config.delay_correction if looks_ahead else 0.0
-        arrivals = []
-        for place in ended:
-            (index, i), absorbed = place, phase.open.pop(place)
-            state = self._states[index]
-            phase.late[place] = self._hyper_of(place, absorbed, is_unscaled=place in unscaled)
-            if not self._schedule.is_warm(phase.num_steps):
-                numel = state.slices[i].layout.deferred_numel
-                self._report.applied(absorbed.num_steps, numel, is_late=self._config.overlap)
-            if factor:
-                phase.ahead.add(place)
-            else:
-                phase.ahead.discard(place)
-            sums, one = state.sums, state.slices[i]
-            if sums.home == "device":
-                if place not in unscaled:
-                    sums.send(one)
-                arrival = sums.take_arrival(one)
-                if arrival is not None:
-                    arrivals.append(arrival)
-        fences = {index: self._states[index].fence() for index in by_index(ended)}
-
-        def update() -> None:
-            if scale_of is not None:
-                scale = scale_of()
-                for place in unscaled:
-                    phase.late[place] = replace(phase.late[place], grad_scale=scale)
-            self._update(ended, fences)
-
-        if ended:
-            self._host.update(arrivals, update)
-
-    def _hyper_of(self, place: Place, absorbed: Absorbed, *, is_unscaled: bool) -> AdamWHyper:
-        """The update by a window's gradients.
-
-        Args:
-            is_unscaled: the window is one step, whose gradient is neither scaled nor clipped yet.
-        """
-        rule, num_steps = self._config.deferred_lr, absorbed.num_steps
-        hyper = replace(absorbed.last, lr=deferred_lr(rule, absorbed))
-        if not is_unscaled:
-            hyper = replace(hyper, grad_scale=1.0 if num_steps == 1 else 1.0 / num_steps, clip_value=None)
-        if rule != "none":
-            return replace(hyper, absorbed=num_steps)
-        updates = self._phase.num_updates[place] = self._phase.num_updates.get(place, 0) + 1
-        return replace(hyper, step=updates)
-
-    def _update(self, ended: Sequence[Place], fences: Mapping[int, LinkFence | None]) -> None:
-        """Step deferred columns by windows' gradients, and send their weights; on the host's thread."""
-        for index, slices in by_index(ended).items():
-            state = self._states[index]
-            hypers = {i: self._phase.late[index, i] for i in slices}
-            with self._timeline.host("host optimizer", f"unit {index}"):
-                state.update_host(hypers, self._ahead_of(index, slices))
-            state.send_weights(slices, fences[index])
-
-    def _ahead_of(self, index: int, slices: Iterable[int]) -> dict[int, AdamWHyper]:
-        """The updates that weights are put ahead by: their slices' last ones, once more."""
-        late = {i: self._phase.late[index, i] for i in slices if (index, i) in self._phase.ahead}
-        factor = self._config.delay_correction
-        return {i: replace(one, step=one.step + one.absorbed, lr=one.lr * factor) for i, one in late.items()}
-
-    def _place_late(self) -> list[Place]:
-        """Wait for the host, and put the weights that it made in place.
-
-        Returns:
-            the slices that have new weights.
-        """
-        late = list(self._phase.late)
-        if not late:
-            return []
-        self._host.wait_updated()
-        for index, slices in by_index(late).items():
-            self._states[index].place_deferred(slices)
-        self._phase.late = {}
-        return late
-
     def _choose(self, due: Sequence[ParamUpdate], number: int) -> None:
         """Choose the columns that the device owns, by the gradients of all ranks' rows. Every rank calls it."""
         energies = self._energies([place for place in _places(due) if self._chooses(place, number)])
         if self._is_due(number):
             self._choose_numbers(list(energies.values()))
         shares = []
-        with self._timeline.stalled("selection") if energies else nullcontext():
+        with ExitStack() as spans:
+            if energies:
+                spans.enter_context(self._timeline.host("selection", "columns"))
+                spans.enter_context(self._timeline.stalled("selection"))
             for place, importance in energies.items():
                 (index, i), self._phase.chosen_at[place] = place, number
                 one, before = self._states[index].slices[i], self._states[index].slices[i].selected
@@ -389,9 +245,9 @@ class ZenFlowStep(AdamWRule):
     def catch_up(self) -> Iterator[SteppedUnit]:
         self._settle()
         self._host.wait_added()
-        stepped = set(self._place_late())
-        self._end_windows(list(self._phase.open), (), None, looks_ahead=False)
-        stepped.update(self._place_late())
+        stepped = set(self._deferred.place_late())
+        self._deferred.end_windows(list(self._phase.open), (), None, looks_ahead=False)
+        stepped.update(self._deferred.place_late())
         for index, slices in by_index(self._phase.ahead).items():
             state = self._states[index]
             for i in slices:
@@ -452,7 +308,7 @@ class ZenFlowStep(AdamWRule):
     def load_state_dict(self, saved: RuleState) -> None:
         self.quiesce()
         self._saved = SavedPhase(saved)
-        self._phase = Phase(num_steps=self._saved.num_steps)
+        self._deferred.phase = Phase(num_steps=self._saved.num_steps)
 
     def _settle(self) -> None:
         """Take over what was loaded, now that the states of parameters and the rule's own are both there."""
@@ -467,7 +323,7 @@ class ZenFlowStep(AdamWRule):
             state = self._states[index]
             for i in slices:
                 state.show_masters(i)
-            state.look_ahead(self._ahead_of(index, slices))
+            state.look_ahead(self._deferred.ahead_of(index, slices))
             state.send_weights(slices, state.fence())
         self._saved = SavedPhase({})
 

@@ -345,13 +345,13 @@ def test_waiting_for_a_slow_host_is_a_stall_in_the_step_after_a_window(monkeypat
         model = nn.Linear(200, 100, bias=False)
         optimizer, engine = engine_of(model, ZenFlowConfig(topk=0.0, update_interval=2, overlap=overlap))
         timeline = engine._rule._host.timeline = Timeline(torch.device("cpu"))
-        real = engine._rule._update
+        real = engine._rule._deferred._update
 
         def slow(*args, real=real):
             time.sleep(0.05)
             real(*args)
 
-        engine._rule._update = slow
+        engine._rule._deferred._update = slow
         stalls = []
         for step in range(7):  # windows end with steps 0, 2, 4 and 6
             before = timeline.stalled_seconds

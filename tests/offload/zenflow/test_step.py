@@ -308,7 +308,7 @@ def test_an_error_of_the_host_is_raised_where_its_weights_are_awaited():
     optimizer, engine = engine_of(model, ZenFlowConfig(topk=0.3, update_interval=2))
     backward(model, 0)
     engine.step()
-    engine._rule._update = lambda *_: 1 / 0
+    engine._rule._deferred._update = lambda *_: 1 / 0
     backward(model, 1)
     engine.step()
     backward(model, 2)

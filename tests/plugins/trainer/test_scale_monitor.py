@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import lightning_superscale as lss
-from lightning_superscale.offload.zenflow.state import SplitState
+from lightning_superscale.offload.zenflow.sums import GradientSums
 from lightning_superscale.plugins.trainer.scale_monitor import count_tokens
 from tests.helpers.trainers import Regressor, fit
 
@@ -82,22 +82,21 @@ def test_zenflow_logs_and_explains_its_figures():
     of_selections = {"selection_bytes_per_step", "selected_energy_share", "kept_energy_share"}
     assert found.keys() == OFFLOADED | own | of_selections
     deferred = 4 * ((17 - 5) * 33 + (33 - 10) * 5)  # of the columns that are not selected, in fp32
-    assert found["gradient_bytes_per_step"] == [deferred] * 3
-    assert found["weight_bytes_per_step"] == [deferred / 2] * 2  # no window had arrived at the first logging
-    # One of two windows is followed by a selection, and applied at once.
-    assert found["deferred_age_steps"][-1] == 0.5 + 1
+    assert found["gradient_bytes_per_step"] == [deferred] * 2  # no window had passed at the first logging
+    assert found["weight_bytes_per_step"] == [deferred / 2] * 2
+    assert found["deferred_age_steps"][-1] == pytest.approx(0.5 + 1, rel=0.02)  # one first window is shorter
     assert 0.3 < found["selected_energy_share"][-1] < 1
     assert found["kept_energy_share"][-1] <= found["selected_energy_share"][-1]
     told = strategy.explain()
     kib = f"{deferred / 1024:.1f} KiB"
     assert f"- gradients of deferred columns over the link per step: {kib} expected, {kib} measured" in told
-    assert "are applied late: 1.50 steps expected, 1.50 steps measured" in told
+    assert "are applied late: 1.50 steps expected, 1.49 steps measured" in told
     assert "- the host kept the model waiting" in told
 
 
 def test_a_slow_host_of_zenflow_is_seen_in_the_stall_share(monkeypatch):
     """Its sums are awaited in backward, its windows in the optimizer's step; neither counts as forward or backward."""
-    real = SplitState.absorb
+    real = GradientSums.absorb
 
     def slow(self, *args, **kwargs):
         time.sleep(0.02)
@@ -105,7 +104,7 @@ def test_a_slow_host_of_zenflow_is_seen_in_the_stall_share(monkeypatch):
 
     strategy = lss.SuperScaleStrategy(offload={"engine": "zenflow", "gpu_fraction": 0, "zenflow": ZENFLOW})
     with monkeypatch.context() as patch:
-        patch.setattr(SplitState, "absorb", slow)
+        patch.setattr(GradientSums, "absorb", slow)
         found = logged(strategy, max_steps=12)
     assert all(share > 0.5 for share in found["stall_share"])
     steady = strategy.phase_seconds.steady()
