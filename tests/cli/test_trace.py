@@ -83,7 +83,7 @@ def test_a_whole_window_is_drawn_with_the_selections_of_its_columns(tmp_path):
     assert done.returncode == 0, done.stderr
     found = Trace.read(tmp_path / "trace-rank0.json")
     assert {span.lane for span in found.spans} == set(LANES)
-    # One matrix' windows of 3 end with steps 7 and 10, another's with 9; they choose columns in the steps after 7 and 9.
+    # One matrix' windows of 3 end with steps 7 and 10, another's with 9; they choose in the steps after 7 and 9.
     steps = [f"step {number}" for number in range(7, 11)]
     assert [span.name for span in found.spans if span.lane == "forward"] == [*steps, "next step"]
     assert found.num_steps == len(found.step_starts) == 4
