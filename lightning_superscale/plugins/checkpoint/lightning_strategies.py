@@ -23,7 +23,7 @@ from lightning_superscale.plugins.checkpoint.io import (
 )
 from lightning_superscale.plugins.lightning_private import fsdp_state_context, plain_optimizer
 from lightning_superscale.run.state.optimizer_states import by_name, has_names, load_placed_states, names_of, renumbered
-from lightning_superscale.run.state.restore import fill, fitted, is_lazy, read_whole
+from lightning_superscale.run.state.restore import fill_weights, fitted, is_lazy, read_weights, read_whole
 
 
 def io_of(strategy: Any) -> UniversalCheckpointIOMixin:
@@ -71,9 +71,10 @@ def replicated(base: Any) -> Any:
     class Replicated(_on_every_rank(base)):  # type: ignore[misc]
         def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
             module, allow = self.lightning_module, io_of(self).config.allow
-            weights = fitted(module, checkpoint["state_dict"], module.state_dict(), strict=strict, allow=allow)
+            own = module.state_dict()
+            weights = fitted(module, checkpoint["state_dict"], own, strict=strict, allow=allow)
             if is_lazy(weights):
-                weights = read_whole(weights)
+                weights = read_weights(weights, own)
             super().load_model_state_dict({**checkpoint, "state_dict": weights}, strict=strict and not allow)
 
         def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
@@ -143,7 +144,7 @@ def _fill_own(strategy: Any, checkpoint: Mapping[str, Any], *, strict: bool) -> 
     """Overwrite this rank's shards of a strategy's state dict with a checkpoint's values, and return them."""
     own: dict[str, Any] = strategy.lightning_module_state_dict()
     module, allow = strategy.lightning_module, io_of(strategy).config.allow
-    fill(own, fitted(module, checkpoint["state_dict"], own, strict=strict, allow=allow))
+    fill_weights(own, fitted(module, checkpoint["state_dict"], own, strict=strict, allow=allow))
     return own
 
 
