@@ -23,7 +23,8 @@ from lightning_superscale.offload.link.dtype import add_late_gradient, dtype_on_
 from lightning_superscale.offload.link.link import LinkEvent
 from lightning_superscale.offload.zenflow.columns import (
     ColumnLayout,
-    columns_in_rows,
+    columns_in_memory,
+    memory_of_columns,
     most_important,
     others,
     rows_of_columns,
@@ -180,7 +181,7 @@ class SplitState:
         if one.arrival is not None:
             one.arrival.synchronize()
             columns[one.deferred] = one.deferred_of(self._arrived).view(-1, one.layout.column_numel)
-        return columns.t().reshape(-1)
+        return memory_of_columns(columns, one.layout)
 
     def clear_grads(self) -> None:
         for one in self.slices:
@@ -203,7 +204,7 @@ class SplitState:
         for i, grad in slices:
             one = self.slices[i]
             one.has_grad = True
-            columns = columns_in_rows(grad.to(self.unit.dtype), one.layout)
+            columns = columns_in_memory(grad.to(self.unit.dtype), one.layout)
             if measures and one.layout.is_split:
                 energy = columns.double().square().sum(1)
                 one.energy = energy if one.energy is None else one.energy + energy
@@ -252,7 +253,7 @@ class SplitState:
         weights.index_copy_(0, columns, new.to(weights.dtype))
 
     def _weight_columns(self, i: int) -> Tensor:
-        return columns_in_rows(self.unit.local_rows(i), self.slices[i].layout)
+        return columns_in_memory(self.unit.local_rows(i), self.slices[i].layout)
 
     # The host's columns
 
