@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable, Sequence
+from typing import Literal
 
 import torch
 from torch import nn
@@ -17,27 +19,44 @@ from lightning_superscale.ops import reference
 from lightning_superscale.ops.types import AdamWHyper, AdamWSegment
 
 
-def columns_of(tensor: torch.Tensor) -> torch.Tensor:
-    """[rows, columns]; what has one dim is one column."""
-    return tensor.reshape(tensor.shape[0], -1) if tensor.ndim > 1 else tensor.reshape(-1, 1)
+def columns_of(tensor: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """[rows, columns], which have the order of the weight's memory; what has one dim is one column."""
+    if weight.ndim < 2:
+        return tensor.reshape(-1, 1)
+    in_memory = tensor.permute(order_in_memory(weight))
+    return in_memory.reshape(tensor.shape[0], math.prod(tensor.shape[1:]))
+
+
+def order_in_memory(weight: torch.Tensor) -> list[int]:
+    """The dims of a weight, rows first, the others from the outermost in memory to the innermost."""
+    return [0, *sorted(range(1, weight.ndim), key=lambda dim: -weight.stride(dim))]
+
+
+Share = Literal["split", "whole", "resident"]
+"""What the device has of a parameter of several dims: the selected columns, nothing, or all."""
 
 
 class MatrixByHand:
     """One parameter."""
 
-    def __init__(self, weight: nn.Parameter, config: ZenFlowConfig, *, is_split: bool) -> None:
+    def __init__(self, weight: nn.Parameter, config: ZenFlowConfig, share: Share) -> None:
         self.weight, self.config = weight, config
-        shape = columns_of(weight).shape
+        shape = columns_of(weight, weight).shape
         self.master = weight.detach().float().clone()
         self.exp_avg, self.exp_avg_sq = torch.zeros_like(self.master), torch.zeros_like(self.master)
-        num = shape[1] if weight.ndim < 2 else math.floor(config.topk * shape[1] + 0.5) if is_split else 0
+        topk = 1.0 if weight.ndim < 2 else {"resident": 1.0, "whole": 0.0, "split": config.topk}[share]
+        num = math.floor(topk * shape[1] + 0.5)
         self.num_selected = num
         self.selected = torch.arange(shape[1]) < num
         self.total, self.rates, self.hyper = torch.zeros_like(self.master), [], None
         self.is_late = None
 
     def mask(self, selected: torch.Tensor) -> torch.Tensor:
-        return selected.expand(columns_of(self.weight).shape).reshape(self.weight.shape)
+        if self.weight.ndim < 2:
+            return selected.expand(self.weight.numel()).reshape(self.weight.shape)
+        order = order_in_memory(self.weight)
+        in_memory = selected.expand(len(self.weight), -1).reshape([self.weight.shape[dim] for dim in order])
+        return in_memory.permute([order.index(dim) for dim in range(len(order))])
 
     def update(self, grad: torch.Tensor, hyper: AdamWHyper, mask: torch.Tensor) -> None:
         """Step the columns of the mask, with all the others beside them for nothing."""
@@ -84,7 +103,7 @@ class MatrixByHand:
     def choose(self, grad: torch.Tensor) -> None:
         if not 0 < self.num_selected < len(self.selected) or self.weight.ndim < 2:
             return
-        norms = columns_of(grad).double().square().sum(0)
+        norms = columns_of(grad, self.weight).double().square().sum(0)
         chosen = sorted(range(len(norms)), key=lambda j: (-norms[j].item(), j))[: self.num_selected]
         self.selected = torch.isin(torch.arange(len(norms)), torch.tensor(chosen))
 
@@ -94,15 +113,26 @@ class ZenFlowByHand:
 
     def __init__(self, model: nn.Module, config: ZenFlowConfig, excluded: tuple[str, ...] = ()) -> None:
         self.config = config
-        self.of = [MatrixByHand(p, config, is_split=name not in excluded) for name, p in model.named_parameters()]
+        self.of: list[MatrixByHand] = []
         self.num_steps = self.chosen_at = self.window_steps = 0
+        self.take(("whole" if name in excluded else "split", p) for name, p in model.named_parameters())
 
-    def step(self, hypers: list[AdamWHyper]) -> None:
+    def take(self, params: Iterable[tuple[Share, nn.Parameter]]) -> None:
+        """Step these parameters too."""
+        self.of += [MatrixByHand(param, self.config, share) for share, param in params]
+
+    def step(self, hypers: Sequence[AdamWHyper | None]) -> None:
+        """Step with each weight's gradient.
+
+        Args:
+            hypers: of each weight; None for one that has no gradient in this step.
+        """
         config, warmup = self.config, max(1, self.config.warmup_steps)
         self.num_steps += 1
         self.window_steps += 1
         for one, hyper in zip(self.of, hypers, strict=True):
-            one.step(one.weight.grad, hyper)
+            if hyper is not None:
+                one.step(one.weight.grad, hyper)
         is_warm = self.num_steps <= warmup
         if is_warm or self.window_steps == config.update_interval:
             self.window_steps = 0
@@ -110,11 +140,11 @@ class ZenFlowByHand:
                 not is_warm and self.num_steps - self.chosen_at >= config.select_interval
             )
             chooses = is_due and 0 < config.topk < 1
-            for one in self.of:
+            for one, hyper in zip(self.of, hypers, strict=True):
                 one.end_window()
                 if is_warm or chooses or not config.overlap:
                     one.apply_late()
-                if chooses:
+                if chooses and hyper is not None:
                     one.choose(one.weight.grad)
             if chooses:
                 self.chosen_at = self.num_steps

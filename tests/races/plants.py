@@ -59,7 +59,9 @@ def deferred_weights_are_placed_before_the_host_made_them(patch):
 @plant(ZENFLOW)
 def a_window_is_applied_before_its_gradients_are_added_up(patch):
     real = zenflow_step.ZenFlowStep._update
-    patch.setattr(zenflow_step.ZenFlowStep, "_update", lambda self, window, adding: real(self, window, None))
+    patch.setattr(
+        zenflow_step.ZenFlowStep, "_update", lambda self, window, adding, edits: real(self, window, None, edits)
+    )
 
 
 @plant(Case("zenflow, one step late", looks=True, queries="no"))

@@ -36,6 +36,9 @@ from lightning_superscale.ops.types import AdamWHyper, AdamWSegment, RowSelectio
 from lightning_superscale.optim.unit import ShardUnit, slice_view
 from lightning_superscale.optim.unit_state import StateBytes
 
+Edits = Sequence[tuple[int, Tensor, Tensor]]
+"""By slice index: which elements of its deferred columns were edited, and their weights, fp32 1D."""
+
 
 class _Slice:
     """One slice's columns: who owns which, and where they are in the buffers of one owner's columns alone.
@@ -49,6 +52,8 @@ class _Slice:
         grad: this step's gradient of selected columns, [num_selected, column_numel]; None without one.
         energy: this step's squared norm of each column before any scaling, fp64 [num_columns], on the unit's device;
             None where it was not asked for.
+        edited: which elements [num_deferred, column_numel] of the deferred columns' weights other code has changed
+            after the last gradient; None where it changed none.
     """
 
     selected: Tensor
@@ -65,6 +70,7 @@ class _Slice:
         self.arrival: LinkEvent | None = None
         self.grad: Tensor | None = None
         self.energy: Tensor | None = None
+        self.edited: Tensor | None = None
 
     def choose(self, selected: Tensor, device: torch.device) -> None:
         """Set which columns the device owns."""
@@ -204,6 +210,7 @@ class SplitState:
         for i, grad in slices:
             one = self.slices[i]
             one.has_grad = True
+            one.edited = None
             columns = columns_in_memory(grad.to(self.unit.dtype), one.layout)
             if measures and one.layout.is_split:
                 energy = columns.double().square().sum(1)
@@ -303,6 +310,23 @@ class SplitState:
             )
         return segments
 
+    def edits_of(self, slices: Iterable[int]) -> Edits:
+        """The weights of deferred columns that other code changed after the last gradient; masters have them."""
+        return [
+            (i, edited, self.slices[i].columns_of(self.master)[self.slices[i].deferred][edited])
+            for i in slices
+            if (edited := self.slices[i].edited) is not None
+        ]
+
+    def keep_edits(self, edits: Edits) -> None:
+        """Let edits stand that an update on the host has overwritten, which came after all of its gradients."""
+        for i, edited, values in edits:
+            one = self.slices[i]
+            masters = one.columns_of(self.master)
+            masters[one.deferred] = masters[one.deferred].masked_scatter(edited, values)
+            new = one.deferred_of(self._weights[1]).view(edited.shape)
+            new.masked_scatter_(edited, values.to(new.dtype))
+
     def place_deferred(self, slices: Iterable[int]) -> None:
         """Write the weights that the last `segments_on_host` gave to where forward reads them."""
         landings = []
@@ -396,6 +420,7 @@ class SplitState:
                 not on the device yet, and `place_deferred` brings it there.
         """
         one = self.slices[i]
+        one.edited = None
         if selected is not None:
             one.choose(selected, self.unit.device)
         self._spread(i, self._both)
@@ -416,7 +441,8 @@ class SplitState:
     def reload(self, slices: Sequence[int]) -> None:
         """Follow weights that other code changed, element by element: those that are not what was placed there.
 
-        An edit takes the place of an update that is on its way.
+        An edit takes the place of an update that is on its way, and of a later one that has no gradient of a step after
+        the edit. Nothing is updated meanwhile.
         """
         for i in slices:
             one, columns = self.slices[i], self._weight_columns(i)
@@ -424,7 +450,9 @@ class SplitState:
             follow_weights(one.selected_of(self._device_states[0]), columns.index_select(0, selected))
             weights = self._to_host(columns.index_select(0, deferred)).to(self.transfer_dtype)
             placed, new = (one.deferred_of(flat).view(weights.shape) for flat in self._weights)
-            masters = one.columns_of(self.master)
-            masters[one.deferred] = torch.where(placed == weights, masters[one.deferred], weights.float())
-            new.copy_(torch.where(placed == weights, new, weights))
+            masters, is_edited = one.columns_of(self.master), placed != weights
+            masters[one.deferred] = torch.where(is_edited, weights.float(), masters[one.deferred])
+            new.copy_(torch.where(is_edited, weights, new))
             placed.copy_(weights)
+            if not one.has_grad and is_edited.any():
+                one.edited = is_edited if one.edited is None else one.edited | is_edited

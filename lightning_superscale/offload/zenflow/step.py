@@ -16,7 +16,7 @@ from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.offload.engine import OffloadContext
 from lightning_superscale.offload.late_moments import LateMoments
 from lightning_superscale.offload.zenflow.columns import ColumnLayout
-from lightning_superscale.offload.zenflow.state import SplitState
+from lightning_superscale.offload.zenflow.state import Edits, SplitState
 from lightning_superscale.offload.zenflow.windows import Absorbed, Phase, Place, Window, by_index, deferred_lr
 from lightning_superscale.ops.threads import one_thread
 from lightning_superscale.ops.types import AdamWHyper
@@ -176,7 +176,8 @@ class ZenFlowStep(AdamWRule):
         for place, absorbed in window.absorbed.items():
             window.hypers[place] = self._hyper_of(place, absorbed)
         phase.in_flight, phase.window = window, Window((window.buffer + 1) % (2 if self._config.overlap else 1))
-        self._updating = self._updater.submit(self._update, window, adding)
+        edits = {index: self._states[index].edits_of(slices) for index, slices in by_index(window.absorbed).items()}
+        self._updating = self._updater.submit(self._update, window, adding, edits)
         return placed + self._apply_in_flight() if waits else placed
 
     def _hyper_of(self, place: Place, absorbed: Absorbed) -> AdamWHyper:
@@ -187,13 +188,18 @@ class ZenFlowStep(AdamWRule):
         updates = self._phase.num_updates[place] = self._phase.num_updates.get(place, 0) + 1
         return replace(absorbed.last, lr=lr, step=updates, grad_scale=scale, clip_value=None)
 
-    def _update(self, window: Window, adding: Future[None] | None) -> None:
-        """Apply a window's gradients to deferred columns' masters and moments; on a thread of its own."""
+    def _update(self, window: Window, adding: Future[None] | None, edits: Mapping[int, Edits]) -> None:
+        """Apply a window's gradients to deferred columns' masters and moments; on a thread of its own.
+
+        Args:
+            edits: by unit index, weights that stay as they are.
+        """
         if adding is not None:
             adding.result()
         for index, slices in by_index(window.hypers).items():
             hypers = {i: window.hypers[index, i] for i in slices}
             self._host.submit(self._states[index].segments_on_host(window.buffer, hypers)).wait()
+            self._states[index].keep_edits(edits[index])
 
     def _apply_in_flight(self) -> list[Place]:
         """Wait for the window that the host updates, and bring its new weights to the device.
