@@ -452,6 +452,17 @@ class OptimizerEngine:
         for unit, state in zip(self.transport.units, self.states, strict=True):
             state.reload(range(len(unit.params)))
 
+    def follow_masters(self) -> None:
+        """Let weights follow masters that were loaded with updates which they lack. Every rank calls it."""
+        self.transport.wait_all_published()
+        for unit, state in zip(self.transport.units, self.states, strict=True):
+            slices = range(len(unit.params))
+            if state.master is not None:
+                for i in slices:
+                    unit.local_rows(i).copy_(state.master_of(i))
+            self.transport.publish(unit, None, slices)
+            self._seen_versions.update((param, version_of(param)) for param in unit.params)
+
     def grad_norm(self) -> Tensor:
         """Global 2-norm of the last step's gradients before clipping, fp32 scalar on the CPU.
 

@@ -413,7 +413,8 @@ class Run:
         Raises:
             SuperScaleError: another number of optimizers, or other parameter groups.
         """
-        load_optimizer_states(self._engine_of, optimizers, states, names_of(module))
+        engine = None if self.offload is None else self.offload.engine
+        load_optimizer_states(self._engine_of, optimizers, states, names_of(module), engine)
 
     def technique_states(self) -> dict[str, dict[str, Any]]:
         """States of the techniques that have any, by name; after training as they were at its end."""

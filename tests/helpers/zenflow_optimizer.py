@@ -44,11 +44,8 @@ class ByHandAdamW(torch.optim.AdamW):
     def step(self, closure=None):
         with torch.enable_grad():
             loss = None if closure is None else closure()
-        params = [param for group in self.param_groups for param in group["params"]]
-        new = [param for param in params if param not in self.counts]
-        self.by_hand.take((self._kind(param), param) for param in new)
-        self.counts.update(dict.fromkeys(new, 0))
-        scale = 1.0
+        self.meet()
+        params, scale = [param for group in self.param_groups for param in group["params"]], 1.0
         if self.max_norm is not None:
             norm = nn.utils.get_total_norm([param.grad.float() for param in params if param.grad is not None])
             scale = float((self.max_norm / (norm + 1e-6)).clamp(max=1.0))
@@ -62,6 +59,13 @@ class ByHandAdamW(torch.optim.AdamW):
                     )
         self.by_hand.step([hypers.get(one.weight) for one in self.by_hand.of])
         return loss
+
+    def meet(self) -> None:
+        """Begin with the parameters of groups that are new."""
+        params = [param for group in self.param_groups for param in group["params"]]
+        new = [param for param in params if param not in self.counts]
+        self.by_hand.take((self._kind(param), param) for param in new)
+        self.counts.update(dict.fromkeys(new, 0))
 
     def _kind(self, param: nn.Parameter) -> Share:
         return "resident" if param in self.resident else "whole" if param in self.whole else "split"

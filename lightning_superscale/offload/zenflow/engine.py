@@ -11,16 +11,16 @@ from torch.optim import Optimizer
 from lightning_superscale.config import OffloadConfig, ZenFlowConfig
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.layout.memory import MemoryModel
-from lightning_superscale.offload.engine import OffloadContext, RunFacts
+from lightning_superscale.offload.engine import LeftBehind, OffloadContext, RunFacts
 from lightning_superscale.offload.link.dtype import dtype_on_link
 from lightning_superscale.offload.memory import ParamKind
 from lightning_superscale.offload.weight_flow.weights import StreamedUnit
 from lightning_superscale.offload.zenflow.columns import column_layout
 from lightning_superscale.offload.zenflow.state import SplitState
-from lightning_superscale.offload.zenflow.step import ZenFlowStep
+from lightning_superscale.offload.zenflow.step import WINDOW_KEY, ZenFlowStep
 from lightning_superscale.ops.state_dtypes import bytes_of
 from lightning_superscale.optim.param_update import why_not_native
-from lightning_superscale.optim.step_rule import StepGuard
+from lightning_superscale.optim.step_rule import RuleState, StepGuard
 from lightning_superscale.optim.unit import ShardUnit
 
 
@@ -84,6 +84,19 @@ class ZenFlowEngine:
             f"{options.topk:.0%} of the columns step on the device at every step, the others on the host in windows of "
             f"{options.update_interval} steps, {meanwhile} (ZenFlow: another result than AdamW's)"
         )
+
+    def left_behind(self, saved: RuleState) -> LeftBehind:
+        is_open = any(name.startswith("zenflow.window.") for name in saved)
+        dropped = None
+        if is_open:
+            num = int(saved["zenflow.window_steps"])
+            dropped = (
+                f"the checkpoint was saved by engine='zenflow' within a window: gradients of the last {num} "
+                f"{'step' if num == 1 else 'steps'} in columns that the host steps have been added up and not applied, "
+                "and this run drops them. Resume with engine='zenflow' to lose nothing."
+            )
+        is_late = any(name.startswith("zenflow.in_flight.") for name in saved)
+        return LeftBehind(frozenset({WINDOW_KEY}), is_late, dropped)
 
     def why_no_forecast(self, config: OffloadConfig) -> str | None:
         return "zenflow's host steps windows"
