@@ -94,6 +94,10 @@ class _Slice:
         """This slice's elements, 1D, in a buffer of deferred columns."""
         return flat[self.deferred_at : self.deferred_at + self.layout.deferred_numel]
 
+    def deferred_columns_of(self, flat: Tensor) -> Tensor:
+        """The same elements as columns [num_deferred, column_numel], which are empty on a rank that has no row."""
+        return self.deferred_of(flat).view(len(self.deferred), self.layout.column_numel)
+
     def columns_of(self, flat: Tensor) -> Tensor:
         """All columns [num_columns, column_numel] in a buffer of the host's that has room for all."""
         return slice_view(flat, self.piece).view(self.layout.num_columns, self.layout.column_numel)
@@ -186,7 +190,7 @@ class SplitState:
             columns[one.selected] = self._to_host(one.grad).to(self.transfer_dtype)
         if one.arrival is not None:
             one.arrival.synchronize()
-            columns[one.deferred] = one.deferred_of(self._arrived).view(-1, one.layout.column_numel)
+            columns[one.deferred] = one.deferred_columns_of(self._arrived)
         return memory_of_columns(columns, one.layout)
 
     def clear_grads(self) -> None:
@@ -404,7 +408,7 @@ class SplitState:
         """A window's sum of slice i's gradients in the shape of its rows, fp32 on the host; 0 in selected columns."""
         one = self.slices[i]
         columns = torch.zeros(one.layout.num_columns, one.layout.column_numel)
-        columns[one.deferred] = one.deferred_of(self._windows[window]).view(-1, one.layout.column_numel)
+        columns[one.deferred] = one.deferred_columns_of(self._windows[window])
         return rows_of_columns(columns.view(-1), one.piece, one.layout)
 
     def take_over(
