@@ -28,7 +28,7 @@ from lightning_superscale.ops.cpu.pool import Pool
 from lightning_superscale.ops.state_dtypes import FP32_STATES, StateDtypes
 from lightning_superscale.ops.update import UpdatePath
 from lightning_superscale.optim.adamw_step import AdamWRule
-from lightning_superscale.optim.step_rule import StepGuard
+from lightning_superscale.optim.step_rule import RuleState, StepGuard
 from lightning_superscale.optim.unit import ShardUnit
 from lightning_superscale.optim.unit_state import UnitState
 from lightning_superscale.timeline import UNTIMED, Timeline
@@ -86,6 +86,21 @@ class RunFacts:
     world_size: int
 
 
+@dataclass(frozen=True, slots=True)
+class LeftBehind:
+    """The part of a checkpoint that only the engine which wrote it can go on from, where a run has another.
+
+    Attributes:
+        keys: the states of parameters that only that engine's rule reads.
+        weights_lag: whether masters have updates that weights lack, so that weights have to follow them.
+        dropped: what is lost without it, and what to do; None where nothing is.
+    """
+
+    keys: frozenset[str]
+    weights_lag: bool
+    dropped: str | None
+
+
 class HostUnitState(UnitState, Protocol):
     """States of one unit in host memory.
 
@@ -137,6 +152,13 @@ class OffloadEngine(Protocol):
     def how_it_steps(self, config: OffloadConfig, *, streams: bool) -> str:
         """A sentence for `explain()`: when the host steps, and which work of the device hides that."""
 
+    def left_behind(self, saved: RuleState) -> LeftBehind | None:
+        """The part of a checkpoint of this engine that another one leaves behind; None where there is none.
+
+        Args:
+            saved: the state that this engine's rule kept for itself, with the engine's name before each entry's own.
+        """
+
     def why_no_forecast(self, config: OffloadConfig) -> str | None:
         """The reason why `forecast.exposed_seconds`, of steps during backward and forward, does not hold; or None."""
 
@@ -145,3 +167,15 @@ def engine_of(name: str) -> OffloadEngine:
     """The engine of this name in `ENGINES`, which a config has checked."""
     module, _, class_name = ENGINES[name].partition(":")
     return cast(OffloadEngine, getattr(importlib.import_module(module), class_name)())
+
+
+def left_behind_by(saved: RuleState, own: str | None) -> dict[str, LeftBehind]:
+    """By engine, the part of a checkpoint that a run without that engine leaves behind.
+
+    Args:
+        saved: the state that a rule kept for itself, as "engine.entry".
+        own: the engine that steps now; None where no state is on the host.
+    """
+    writers = {name.partition(".")[0] for name in saved} & ENGINES.keys() - {own}
+    found = {writer: engine_of(writer).left_behind(saved) for writer in sorted(writers)}
+    return {writer: left for writer, left in found.items() if left is not None}

@@ -115,7 +115,7 @@ class OptimizerEngine:
         self._rule: StepRule = make_native(optimizer, self._guard) if self.why_not_native is None else self._own
         self._seen_versions: dict[nn.Parameter, int] = {}
         self.states: list[UnitState] = []
-        self.is_torn = self._is_abandoned = False
+        self.is_torn = self._is_abandoned = self._is_closed = False
         self.transport = make_transport(self._add_grads)
         own = set(self.params())
         self.adopt([p for p in fqn_of if p in own and p.requires_grad])
@@ -295,8 +295,12 @@ class OptimizerEngine:
     def before_evaluation(self) -> None:
         """Apply the gradients that the rule has kept back, if any. Every rank calls it, between steps."""
         if self._rule.evaluates_stale:
-            self.wait_idle()
-            self._publish_all(self._rule.catch_up())
+            self.catch_up()
+
+    def catch_up(self) -> None:
+        """Apply the gradients that the rule has kept back. Every rank calls it, between steps."""
+        self.wait_idle()
+        self._publish_all(self._rule.catch_up())
 
     def _publish_all(self, stepped: Iterable[SteppedUnit]) -> dict[int, StatsSource]:
         """Bring new weights to where forward reads them, each unit's as soon as it is stepped.
@@ -363,7 +367,12 @@ class OptimizerEngine:
     # State
 
     def flush(self) -> None:
-        """Bring masters and moments up to date: some rules leave them one step behind the weights."""
+        """Bring masters and moments up to date: some rules leave them one step behind the weights.
+
+        Masters follow weights that user code changed since the last step, so that what is saved belongs together.
+        """
+        if not (self._is_closed or self._is_abandoned):
+            self.wait_idle()
         self._rule.flush()
 
     def state_dict(self) -> dict[str, Any]:
@@ -371,12 +380,12 @@ class OptimizerEngine:
 
         Every rank calls it.
         """
-        self._rule.flush()
+        self.flush()
         return pack_state(self)
 
     def local_state_dict(self, name_of: Mapping[nn.Parameter, str]) -> dict[str, Any]:
         """This rank's rows of the optimizer's state, parameters by name (see `pack_local_state`). No rank waits."""
-        self._rule.flush()
+        self.flush()
         return pack_local_state(self, name_of)
 
     def load_state_dict(self, packed: Mapping[str, Any]) -> None:
@@ -443,6 +452,17 @@ class OptimizerEngine:
         for unit, state in zip(self.transport.units, self.states, strict=True):
             state.reload(range(len(unit.params)))
 
+    def follow_masters(self) -> None:
+        """Let weights follow masters that were loaded with updates which they lack. Every rank calls it."""
+        self.transport.wait_all_published()
+        for unit, state in zip(self.transport.units, self.states, strict=True):
+            slices = range(len(unit.params))
+            if state.master is not None:
+                for i in slices:
+                    unit.local_rows(i).copy_(state.master_of(i))
+            self.transport.publish(unit, None, slices)
+            self._seen_versions.update((param, version_of(param)) for param in unit.params)
+
     def grad_norm(self) -> Tensor:
         """Global 2-norm of the last step's gradients before clipping, fp32 scalar on the CPU.
 
@@ -475,8 +495,7 @@ class OptimizerEngine:
         rule keeps into its state dict.
         """
         if not (self.is_torn or self._is_abandoned):
-            self.wait_idle()
-            self._publish_all(self._rule.catch_up())
+            self.catch_up()
             self.transport.wait_all_published()
         self._rule.close()
         keep_rule_state(self.optimizer, self._rule.state_dict())
@@ -488,3 +507,4 @@ class OptimizerEngine:
         self.transport.close()
         for state in self.states:
             state.release()
+        self._is_closed = True

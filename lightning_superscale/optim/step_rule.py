@@ -127,7 +127,8 @@ class StepRule(Protocol):
     def state_dict(self) -> RuleState:
         """Accumulators, phases and counters that belong to no parameter, for a checkpoint.
 
-        The engine calls it after `flush`, and after `close` too. Tensors of the shape of a parameter belong into the
+        Names of entries begin with that of the offload engine and a dot. The engine calls it after `flush`, and after
+        `close` too. Tensors of the shape of a parameter belong into the
         optimizer's own state of that parameter.
         """
 

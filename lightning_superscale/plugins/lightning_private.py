@@ -97,7 +97,7 @@ def defer_sigterm(trainer: Any, want: Callable[[], None]) -> None:
     """Let SIGTERM only be noted: `want` is called, and by the first one the launcher's children get it too.
 
     Lightning's own handler broadcasts at once, between any two collectives of this rank, which the other ranks' do not
-    match. Called before Lightning sets its handler; `restore_sigterm` undoes it.
+    match. Called before Lightning sets its handler; `restore_trainer` undoes it.
     """
     connector = trainer._signal_connector
     has_told: list[bool] = []
@@ -112,9 +112,25 @@ def defer_sigterm(trainer: Any, want: Callable[[], None]) -> None:
     connector._sigterm_notifier_fn = note
 
 
-def restore_sigterm(trainer: Any) -> None:
-    """Give a Trainer Lightning's own handler of SIGTERM back."""
+def restore_trainer(trainer: Any) -> None:
+    """Undo `defer_sigterm` and `call_before_train_end`, as far as they were called."""
     trainer._signal_connector.__dict__.pop("_sigterm_notifier_fn", None)
+    trainer.fit_loop.__dict__.pop("on_run_end", None)
+
+
+def call_before_train_end(trainer: Any, function: Callable[[], None]) -> None:
+    """Let a Trainer call a function after its last step, before any hook `on_train_end`; `restore_trainer` undoes it.
+
+    The strategy's own hook comes last: after callbacks that put other weights in place, such as averages.
+    """
+    loop = trainer.fit_loop
+    call_hooks = type(loop).on_run_end
+
+    def on_run_end() -> None:
+        function()
+        call_hooks(loop)
+
+    loop.on_run_end = on_run_end
 
 
 def end_by_sigterm(trainer: Any) -> None:

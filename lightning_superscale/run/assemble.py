@@ -169,6 +169,13 @@ class Assembly:
         for engine in self.engines.values():
             engine.before_evaluation()
 
+    def catch_up(self) -> None:
+        """Apply gradients that engines have kept back, after the last step. Every rank calls it."""
+        with self.interrupts.step():
+            for engine in self.engines.values():
+                engine.catch_up()
+        self.interrupts.counted()
+
     def after_backward(self) -> None:
         """Average gradients that stay in `param.grad` over ranks.
 

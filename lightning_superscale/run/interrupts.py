@@ -15,13 +15,27 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 # The seconds that the framework is given to count a step: many times what it needs, and too short to be noticed.
 _TAIL_S = 0.1
+
+
+class Tearable(Protocol):
+    """What knows whether a step has begun to change it whose end its caller has not seen."""
+
+    is_torn: bool
+
+
+def mark_whole(engines: Sequence[Tearable]) -> None:
+    """Note that a step of these has ended. The last line that runs is the one after which none is torn."""
+    for engine in engines[1:]:
+        engine.is_torn = False
+    if engines:
+        engines[0].is_torn = False
 
 
 class StepInterrupts:

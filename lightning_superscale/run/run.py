@@ -29,6 +29,7 @@ from lightning_superscale.optim.engine import OptimizerEngine
 from lightning_superscale.run.assemble import Assembly, assemble
 from lightning_superscale.run.environment import RankEnvironment
 from lightning_superscale.run.full_params import full_params
+from lightning_superscale.run.interrupts import mark_whole
 from lightning_superscale.run.loss_scaler import LossScaler
 from lightning_superscale.run.precision import PrecisionChoices
 from lightning_superscale.run.report.exposure import exposure_of
@@ -310,8 +311,7 @@ class Run:
 
     def end_step(self) -> None:
         """Note that the caller counts the step: no code is left that could fail before. Else nothing may be saved."""
-        for engine in self._engines():
-            engine.is_torn = False
+        mark_whole(self._engines())
 
     def _step(self, assembly: Assembly, engine: OptimizerEngine, closure: Callable[[], Any]) -> Any:
         if engine.is_passthrough or engine.needs_closure:
@@ -415,7 +415,8 @@ class Run:
         Raises:
             SuperScaleError: another number of optimizers, or other parameter groups.
         """
-        load_optimizer_states(self._engine_of, optimizers, states, names_of(module))
+        engine = None if self.offload is None else self.offload.engine
+        load_optimizer_states(self._engine_of, optimizers, states, names_of(module), engine)
 
     def technique_states(self) -> dict[str, dict[str, Any]]:
         """States of the techniques that have any, by name; after training as they were at its end."""

@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import lightning as L
@@ -102,7 +103,7 @@ def is_whole(found, steps) -> bool:
 
 def in_finalizer(frame) -> bool:
     """Whether the garbage collector called it: Python ignores what is raised there."""
-    while frame is not None and frame.f_code.co_name != "__del__":
+    while frame is not None and not (frame.f_code.co_name == "__del__" or frame.f_code.co_filename == weakref.__file__):
         frame = frame.f_back
     return frame is not None
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable, Sequence
+from typing import Literal
 
 import torch
 from torch import nn
@@ -17,20 +19,33 @@ from lightning_superscale.ops import reference
 from lightning_superscale.ops.types import AdamWHyper, AdamWSegment
 
 
-def columns_of(tensor: torch.Tensor) -> torch.Tensor:
-    """[rows, columns]; what has one dim is one column."""
-    return tensor.reshape(tensor.shape[0], -1) if tensor.ndim > 1 else tensor.reshape(-1, 1)
+def columns_of(tensor: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """[rows, columns], which have the order of the weight's memory; what has one dim is one column."""
+    if weight.ndim < 2:
+        return tensor.reshape(-1, 1)
+    in_memory = tensor.permute(order_in_memory(weight))
+    return in_memory.reshape(tensor.shape[0], math.prod(tensor.shape[1:]))
+
+
+def order_in_memory(weight: torch.Tensor) -> list[int]:
+    """The dims of a weight, rows first, the others from the outermost in memory to the innermost."""
+    return [0, *sorted(range(1, weight.ndim), key=lambda dim: -weight.stride(dim))]
+
+
+Share = Literal["split", "whole", "resident"]
+"""What the device has of a parameter of several dims: the selected columns, nothing, or all."""
 
 
 class MatrixByHand:
     """One parameter."""
 
-    def __init__(self, weight: nn.Parameter, config: ZenFlowConfig, *, is_split: bool) -> None:
+    def __init__(self, weight: nn.Parameter, config: ZenFlowConfig, share: Share) -> None:
         self.weight, self.config = weight, config
-        shape = columns_of(weight).shape
+        shape = columns_of(weight, weight).shape
         self.master = weight.detach().float().clone()
         self.exp_avg, self.exp_avg_sq = torch.zeros_like(self.master), torch.zeros_like(self.master)
-        num = shape[1] if weight.ndim < 2 else math.floor(config.topk * shape[1] + 0.5) if is_split else 0
+        topk = 1.0 if weight.ndim < 2 else {"resident": 1.0, "whole": 0.0, "split": config.topk}[share]
+        num = math.floor(topk * shape[1] + 0.5)
         self.num_selected = num
         self.selected = torch.arange(shape[1]) < num
         self.total, self.rates, self.hyper = torch.zeros_like(self.master), [], None
@@ -38,7 +53,11 @@ class MatrixByHand:
         self.offset = 0
 
     def mask(self, selected: torch.Tensor) -> torch.Tensor:
-        return selected.expand(columns_of(self.weight).shape).reshape(self.weight.shape)
+        if self.weight.ndim < 2:
+            return selected.expand(self.weight.numel()).reshape(self.weight.shape)
+        order = order_in_memory(self.weight)
+        in_memory = selected.expand(len(self.weight), -1).reshape([self.weight.shape[dim] for dim in order])
+        return in_memory.permute([order.index(dim) for dim in range(len(order))])
 
     def update(self, grad: torch.Tensor, hyper: AdamWHyper, mask: torch.Tensor) -> None:
         """Step the columns of the mask, with all the others beside them for nothing."""
@@ -54,23 +73,26 @@ class MatrixByHand:
         with torch.no_grad():
             self.weight.copy_(torch.where(mask, new.to(self.weight.dtype), self.weight))
 
-    def step(self, grad: torch.Tensor, hyper: AdamWHyper, number: int) -> None:
+    def step(self, grad: torch.Tensor, hyper: AdamWHyper | None, number: int) -> None:
         """Apply one step's gradient.
 
         Args:
+            hyper: None without a gradient.
             number: of the step, from 1.
         """
         self.apply_late()
         warmup, interval = max(1, self.config.warmup_steps), self.config.update_interval
         is_warm, at = number <= warmup, (number - warmup + self.offset) % interval
-        begins = number == warmup + 1 or (number > warmup and (at - 1) % interval == 0)
-        if begins and (self.chosen_at is None or number - self.chosen_at >= self.config.select_interval):
-            self.choose(grad, number)
-        mine = self.mask(self.selected)
-        self.update(grad, hyper, mine)
-        self.place(mine, self.master)
-        self.add(grad, hyper, is_all_of_a_window=not self.rates and (is_warm or at == 0))
-        if is_warm or at == 0:
+        ends = is_warm or at == 0
+        if hyper is not None:
+            begins = number == warmup + 1 or (number > warmup and (at - 1) % interval == 0)
+            if begins and (self.chosen_at is None or number - self.chosen_at >= self.config.select_interval):
+                self.choose(grad, number)
+            mine = self.mask(self.selected)
+            self.update(grad, hyper, mine)
+            self.place(mine, self.master)
+            self.add(grad, hyper, is_all_of_a_window=not self.rates and ends)
+        if ends:
             self.end_window(looks_ahead=self.config.overlap and not is_warm)
             if is_warm or not self.config.overlap:
                 self.apply_late()
@@ -112,7 +134,7 @@ class MatrixByHand:
         if not 0 < self.num_selected < len(self.selected) or self.weight.ndim < 2:
             return
         self.chosen_at = number
-        norms = columns_of(grad).double().square().sum(0)
+        norms = columns_of(grad, self.weight).double().square().sum(0)
         chosen = sorted(range(len(norms)), key=lambda j: (-norms[j].item(), j))[: self.num_selected]
         self.selected = torch.isin(torch.arange(len(norms)), torch.tensor(chosen))
 
@@ -121,17 +143,34 @@ class ZenFlowByHand:
     """All parameters of a model."""
 
     def __init__(self, model: nn.Module, config: ZenFlowConfig, excluded: tuple[str, ...] = ()) -> None:
+        self.config = config
+        self.of: list[MatrixByHand] = []
+        self.names: list[str] = []
         self.num_steps = 0
-        self.of = [MatrixByHand(p, config, is_split=name not in excluded) for name, p in model.named_parameters()]
-        loads = [0] * config.update_interval
-        by_size = sorted(zip(self.of, model.named_parameters(), strict=True), key=lambda x: (-x[1][1].numel(), x[1][0]))
-        for one, (_, weight) in by_size:
-            if config.overlap and one.num_selected < len(one.selected):
-                one.offset = min(range(len(loads)), key=lambda at: loads[at])
-                loads[one.offset] += weight.numel()
+        self.take((name, "whole" if name in excluded else "split", p) for name, p in model.named_parameters())
 
-    def step(self, hypers: list[AdamWHyper]) -> None:
+    def take(self, params: Iterable[tuple[str, Share, nn.Parameter]]) -> None:
+        """Step these parameters too."""
+        for name, share, param in params:
+            self.names.append(name)
+            self.of.append(MatrixByHand(param, self.config, share))
+
+    def stagger(self) -> None:
+        """Let windows end in turn: the largest parameters first, each where the least ends so far."""
+        loads = [0] * self.config.update_interval
+        for _, one in sorted(zip(self.names, self.of, strict=True), key=lambda x: (-x[1].weight.numel(), x[0])):
+            if self.config.overlap and one.weight.requires_grad and one.num_selected < len(one.selected):
+                one.offset = min(range(len(loads)), key=lambda at: loads[at])
+                loads[one.offset] += one.weight.numel()
+
+    def step(self, hypers: Sequence[AdamWHyper | None]) -> None:
+        """Step with each weight's gradient.
+
+        Args:
+            hypers: of each weight; None for one that has no gradient in this step.
+        """
         self.num_steps += 1
+        self.stagger()
         for one, hyper in zip(self.of, hypers, strict=True):
             one.step(one.weight.grad, hyper, self.num_steps)
 

@@ -119,6 +119,22 @@ def test_a_strategy_gives_up_its_launcher(package, tmp_path):
     assert type(lightning_private.layer_sync_of(trainer.strategy)).__name__ == "TorchSyncBatchNorm"
 
 
+def test_a_function_is_called_before_the_hooks_of_the_end_of_training(package, module, trainer):
+    told = []
+    module.on_train_end = lambda: told.append("module")
+    trainer.fit_loop.trainer.callbacks = [
+        type("Told", (lightning(package, "Callback"),), {"on_train_end": lambda *_: told.append("callback")})()
+    ]
+    trainer.strategy.connect(module)
+    lightning_private.call_before_train_end(trainer, lambda: told.append("ours"))
+    trainer.fit_loop.on_run_end()
+    assert told == ["ours", "callback", "module"]
+    lightning_private.restore_trainer(trainer)
+    lightning_private.restore_trainer(trainer)
+    trainer.fit_loop.on_run_end()
+    assert told[3:] == ["callback", "module"]
+
+
 def test_the_checkpoint_io_is_the_given_one(trainer, package):
     assert lightning_private.checkpoint_io_of(trainer.strategy) is None
     io = lightning(package, "plugins.io.TorchCheckpointIO")()

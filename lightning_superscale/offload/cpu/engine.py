@@ -14,7 +14,7 @@ from lightning_superscale.offload.link.dtype import dtype_on_link
 from lightning_superscale.offload.memory import ParamKind, host_memory
 from lightning_superscale.offload.weight_flow.weights import StreamedUnit
 from lightning_superscale.optim.adamw_step import AdamWStep
-from lightning_superscale.optim.step_rule import StepGuard
+from lightning_superscale.optim.step_rule import RuleState, StepGuard
 from lightning_superscale.optim.unit import ShardUnit
 
 
@@ -43,6 +43,9 @@ class CpuEngine:
 
     def how_it_steps(self, config: OffloadConfig, *, streams: bool) -> str:
         return "the 'cpu' engine steps on the host, after backward"
+
+    def left_behind(self, saved: RuleState) -> None:
+        """Leave nothing: masters and moments are all that this engine saves."""
 
     def why_no_forecast(self, config: OffloadConfig) -> str:
         return "the host steps after backward"

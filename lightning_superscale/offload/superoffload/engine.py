@@ -13,7 +13,7 @@ from lightning_superscale.offload.memory import ParamKind, host_memory
 from lightning_superscale.offload.superoffload.state import DeferredState
 from lightning_superscale.offload.superoffload.step import DeferredStep
 from lightning_superscale.offload.weight_flow.weights import StreamedUnit
-from lightning_superscale.optim.step_rule import StepGuard
+from lightning_superscale.optim.step_rule import RuleState, StepGuard
 from lightning_superscale.optim.unit import ShardUnit
 
 
@@ -48,6 +48,9 @@ class SuperOffloadEngine:
             return "the host steps each bucket during backward, and again what the gradient norm then changes"
         why = "gradients stay in param.grad" if not streams else "speculate is off"
         return f"the host steps after backward, and the next forward hides it: {why}"
+
+    def left_behind(self, saved: RuleState) -> None:
+        """Leave nothing: masters and moments are all that this engine saves."""
 
     def why_no_forecast(self, config: OffloadConfig) -> str | None:
         return None if config.speculate else "the host steps after backward"

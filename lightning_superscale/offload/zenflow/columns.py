@@ -30,12 +30,14 @@ class ColumnLayout:
         column_numel: elements of a column on this rank.
         num_rows: elements of a column on all ranks.
         num_selected: number of columns that are stepped at every step.
+        is_by_columns: whether the parameter lies column by column in memory, as a transposed one does.
     """
 
     num_columns: int
     column_numel: int
     num_rows: int
     num_selected: int
+    is_by_columns: bool = False
 
     @property
     def numel(self) -> int:
@@ -66,8 +68,8 @@ class ColumnLayout:
 def column_layout(piece: ParamSlice, topk: float, *, is_split: bool = True) -> ColumnLayout:
     """The columns of some rows of a parameter.
 
-    A parameter of one dim has one column, which is selected. One whose rows do not lie one after the other in memory
-    has one column too, which is not.
+    A parameter of one dim has one column, which is selected. One in whose memory the dim of rows is neither the first
+    nor the last has one column too, which is not, unless all are.
 
     Args:
         topk: the share of columns that are selected, from 0 to 1, rounded to the nearest number of them.
@@ -76,11 +78,14 @@ def column_layout(piece: ParamSlice, topk: float, *, is_split: bool = True) -> C
     spec = piece.spec
     if len(spec.shape) < 2:
         return ColumnLayout(1, piece.numel, spec.numel, 1)
-    is_by_rows = spec.dims_in_memory[0] == 0 or spec.shape[0] == 1
-    if not is_split or not is_by_rows or not spec.row_numel:
+    if not is_split or not spec.row_numel:
         return ColumnLayout(1, piece.numel, spec.numel, 0)
+    is_by_rows = spec.dims_in_memory[0] == 0 or spec.shape[0] == 1
+    if not is_by_rows and spec.dims_in_memory[-1] != 0:
+        return ColumnLayout(1, piece.numel, spec.numel, int(topk == 1))
     num_selected = math.floor(topk * spec.row_numel + 0.5)
-    return ColumnLayout(spec.row_numel, piece.rows[1] - piece.rows[0], spec.num_rows, num_selected)
+    num_rows_here = piece.rows[1] - piece.rows[0]
+    return ColumnLayout(spec.row_numel, num_rows_here, spec.num_rows, num_selected, is_by_columns=not is_by_rows)
 
 
 def layouts_of(unit: ShardUnit, config: ZenFlowConfig, topk: float) -> list[ColumnLayout]:
@@ -92,9 +97,16 @@ def layouts_of(unit: ShardUnit, config: ZenFlowConfig, topk: float) -> list[Colu
     return [column_layout(piece, topk, is_split=is_split(piece)) for piece in unit.shard.slices]
 
 
-def columns_in_rows(flat: Tensor, layout: ColumnLayout) -> Tensor:
-    """The columns [num_columns, column_numel] of 1D elements that lie in memory row by row; a view."""
+def columns_in_memory(flat: Tensor, layout: ColumnLayout) -> Tensor:
+    """The columns [num_columns, column_numel] of 1D elements that lie as the parameter's memory has them; a view."""
+    if layout.is_by_columns:
+        return flat.view(layout.num_columns, layout.column_numel)
     return flat.view(layout.column_numel, layout.num_columns).t()
+
+
+def memory_of_columns(columns: Tensor, layout: ColumnLayout) -> Tensor:
+    """The inverse of `columns_in_memory`: 1D elements as the parameter's memory has them."""
+    return (columns if layout.is_by_columns else columns.t()).reshape(-1)
 
 
 def rows_of_columns(flat: Tensor, piece: ParamSlice, layout: ColumnLayout) -> Tensor:

@@ -13,7 +13,7 @@ from lightning_superscale.offload.engine import OffloadContext
 from lightning_superscale.offload.link.link import LinkFence
 from lightning_superscale.offload.zenflow.host_work import HostWork
 from lightning_superscale.offload.zenflow.report import ZenFlowReport
-from lightning_superscale.offload.zenflow.state import SplitState
+from lightning_superscale.offload.zenflow.state import Edits, SplitState
 from lightning_superscale.offload.zenflow.windows import Absorbed, Phase, Place, by_index, deferred_lr
 from lightning_superscale.ops.types import AdamWHyper
 from lightning_superscale.optim.param_update import GradScale
@@ -141,14 +141,16 @@ class DeferredColumns:
                 arrival = sums.take_arrival(one)
                 if arrival is not None:
                     arrivals.append(arrival)
-        fences = {index: self._states[index].fence() for index in by_index(ended)}
+        by_unit = by_index(ended)
+        edits = {index: self._states[index].edits_of(slices) for index, slices in by_unit.items()}
+        fences = {index: self._states[index].fence() for index in by_unit}
 
         def update() -> None:
             if scale_of is not None:
                 scale = scale_of()
                 for place in unscaled:
                     phase.late[place] = replace(phase.late[place], grad_scale=scale)
-            self._update(ended, fences)
+            self._update(ended, edits, fences)
 
         if ended:
             self._host.update(arrivals, update)
@@ -168,16 +170,23 @@ class DeferredColumns:
         updates = self.phase.num_updates[place] = self.phase.num_updates.get(place, 0) + 1
         return replace(hyper, step=updates)
 
-    def _update(self, ended: Sequence[Place], fences: Mapping[int, LinkFence | None]) -> None:
-        """Step deferred columns by windows' gradients, and send their weights; on the host's thread."""
+    def _update(
+        self, ended: Sequence[Place], edits: Mapping[int, Edits], fences: Mapping[int, LinkFence | None]
+    ) -> None:
+        """Step deferred columns by windows' gradients, and send their weights; on the host's thread.
+
+        Args:
+            edits: by unit index, weights that stay as they are.
+        """
         for index, slices in by_index(ended).items():
             state = self._states[index]
             hypers = {i: self.phase.late[index, i] for i in slices}
             with self._timeline.host("host optimizer", f"unit {index}"):
-                state.update_host(hypers, self.ahead_of(index, slices))
+                state.update_host(hypers, self._ahead_of(index, slices))
+            state.keep_edits(edits[index])
             state.send_weights(slices, fences[index])
 
-    def ahead_of(self, index: int, slices: Iterable[int]) -> dict[int, AdamWHyper]:
+    def _ahead_of(self, index: int, slices: Iterable[int]) -> dict[int, AdamWHyper]:
         """The updates that weights are put ahead by: their slices' last ones, once more."""
         late = {i: self.phase.late[index, i] for i in slices if (index, i) in self.phase.ahead}
         factor = self._config.delay_correction

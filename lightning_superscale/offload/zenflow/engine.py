@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from lightning_superscale.config import OffloadConfig, ZenFlowConfig
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.layout.memory import MemoryModel
-from lightning_superscale.offload.engine import OffloadContext, RunFacts
+from lightning_superscale.offload.engine import LeftBehind, OffloadContext, RunFacts
 from lightning_superscale.offload.link.dtype import dtype_on_link
 from lightning_superscale.offload.memory import ParamKind
 from lightning_superscale.offload.weight_flow.weights import StreamedUnit
@@ -18,10 +18,11 @@ from lightning_superscale.offload.zenflow.auto import most_selected
 from lightning_superscale.offload.zenflow.columns import layouts_of
 from lightning_superscale.offload.zenflow.report import LowEnergyWarning
 from lightning_superscale.offload.zenflow.state import SplitState
-from lightning_superscale.offload.zenflow.step import ZenFlowStep
+from lightning_superscale.offload.zenflow.step import WINDOW_KEY, ZenFlowStep
+from lightning_superscale.offload.zenflow.windows import Absorbed
 from lightning_superscale.ops.state_dtypes import bytes_of
 from lightning_superscale.optim.param_update import why_not_native
-from lightning_superscale.optim.step_rule import StepGuard
+from lightning_superscale.optim.step_rule import RuleState, StepGuard
 from lightning_superscale.optim.unit import ShardUnit
 
 
@@ -96,6 +97,19 @@ class ZenFlowEngine:
             f"{share} step on the device at every step, the others on the host in windows of {steps}, {meanwhile} "
             "(ZenFlow: another result than AdamW's)"
         )
+
+    def left_behind(self, saved: RuleState) -> LeftBehind:
+        windows = [Absorbed.num_steps_of(entry) for name, entry in saved.items() if name.startswith("zenflow.open.")]
+        dropped = None
+        if windows:
+            num = max(windows)
+            dropped = (
+                "the checkpoint was saved by engine='zenflow' within windows: gradients of up to "
+                f"{num} {'step' if num == 1 else 'steps'} in columns that the host steps have been added up and not "
+                "applied, and this run drops them. Resume with engine='zenflow' to lose nothing."
+            )
+        weights_lag = any(name.startswith(("zenflow.late.", "zenflow.ahead.")) for name in saved)
+        return LeftBehind(frozenset({WINDOW_KEY}), weights_lag, dropped)
 
     def why_no_forecast(self, config: OffloadConfig) -> str | None:
         return "zenflow's host steps windows"

@@ -87,20 +87,20 @@ class SavedPhase:
                 "run."
             )
 
-    def fill(self, phase: Phase, place: Place, fqn: str, like: AdamWHyper, *, has_total: bool) -> None:
+    def fill(self, phase: Phase, place: Place, fqn: str, like: AdamWHyper, *, has_kept: bool) -> None:
         """Take over one parameter's entries.
 
         Args:
             like: an update of it now, for what is not saved.
-            has_total: whether the sum of a window's gradients was saved.
+            has_kept: whether a window's gradients or weights were saved beside them.
         """
         entries = self.entries
         is_open, late = entries.get(f"zenflow.open.{fqn}"), entries.get(f"zenflow.late.{fqn}")
-        if isinstance(is_open, Tensor) and has_total:
+        if isinstance(is_open, Tensor) and has_kept:
             phase.open[place] = Absorbed.unpacked(is_open, like)
         if isinstance(late, Tensor):
             phase.late[place] = unpacked(late, like)
-        if f"zenflow.ahead.{fqn}" in entries and (late is None or has_total):
+        if f"zenflow.ahead.{fqn}" in entries and (late is None or has_kept):
             phase.ahead.add(place)
         if f"zenflow.chosen_at.{fqn}" in entries:
             phase.chosen_at[place] = int(entries[f"zenflow.chosen_at.{fqn}"])

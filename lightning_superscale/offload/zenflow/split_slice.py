@@ -46,6 +46,8 @@ class SplitSlice:
         landing: new weights of deferred columns that are on their way to the device, and their copy.
         front: which of the two weight buffers has the weights that are in place.
         uploaded: the last copy from these buffers.
+        edited: which elements [num_deferred, column_numel] of the deferred columns' weights other code has changed
+            after the last gradient; None where it changed none.
     """
 
     selected: Tensor
@@ -66,6 +68,7 @@ class SplitSlice:
         self.landing: tuple[Tensor, LinkEvent] | None = None
         self.front = 0
         self.uploaded: LinkEvent | None = None
+        self.edited: Tensor | None = None
 
     def choose(self, selected: Tensor, device: torch.device) -> None:
         """Set which columns the device owns."""
@@ -88,6 +91,10 @@ class SplitSlice:
     def deferred_of(self, flat: Tensor) -> Tensor:
         """This slice's elements, 1D, in a buffer of deferred columns."""
         return flat[self.deferred_at : self.deferred_at + self.layout.deferred_numel]
+
+    def deferred_columns_of(self, flat: Tensor) -> Tensor:
+        """The same elements as columns [num_deferred, column_numel], which are empty on a rank that has no row."""
+        return self.deferred_of(flat).view(len(self.deferred), self.layout.column_numel)
 
     def columns_of(self, flat: Tensor) -> Tensor:
         """All columns [num_columns, column_numel] in a buffer of the host's that has room for all."""

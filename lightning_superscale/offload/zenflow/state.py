@@ -23,18 +23,22 @@ from lightning_superscale.offload.link.dtype import dtype_on_link
 from lightning_superscale.offload.link.link import LinkFence
 from lightning_superscale.offload.zenflow.columns import (
     ColumnLayout,
-    columns_in_rows,
+    columns_in_memory,
+    memory_of_columns,
     most_important,
     rows_of_columns,
 )
 from lightning_superscale.offload.zenflow.split_slice import SentBytes, SplitSlice
 from lightning_superscale.offload.zenflow.sums import GradientSums
-from lightning_superscale.ops.cpu.adamw import adamw_commit, adamw_commit_peek, adamw_peek
+from lightning_superscale.ops.cpu.adamw import adamw_commit, adamw_commit_peek
 from lightning_superscale.ops.events import note_use
 from lightning_superscale.ops.state_dtypes import follow_weights
 from lightning_superscale.ops.types import AdamWHyper, AdamWSegment
 from lightning_superscale.optim.unit import ShardUnit, slice_view
 from lightning_superscale.optim.unit_state import StateBytes
+
+Edits = Sequence[tuple[int, Tensor, Tensor]]
+"""By slice index: which elements of its deferred columns were edited, and their weights, fp32 1D."""
 
 BYTES_PER_STATE = 3 * 4
 """Of one element's master and moments."""
@@ -149,11 +153,11 @@ class SplitState:
             columns[one.selected] = self._to_host(one.grad).to(self.transfer_dtype)
         if one.deferred_grad is not None:
             theirs = self._to_host(one.deferred_grad).to(self.transfer_dtype)
-            columns[one.deferred] = theirs.view(-1, one.layout.column_numel)
+            columns[one.deferred] = theirs.view(len(one.deferred), one.layout.column_numel)
         if one.arrival is not None:
             one.arrival.synchronize()
-            columns[one.deferred] = one.deferred_of(self.sums.arrived).view(-1, one.layout.column_numel)
-        return columns.t().reshape(-1)
+            columns[one.deferred] = one.deferred_columns_of(self.sums.arrived)
+        return memory_of_columns(columns, one.layout)
 
     def clear_grads(self) -> None:
         for one in self.slices:
@@ -176,7 +180,8 @@ class SplitState:
         for i, grad in slices:
             one = self.slices[i]
             one.has_grad = True
-            columns = columns_in_rows(grad.to(self.unit.dtype), one.layout)
+            one.edited = None
+            columns = columns_in_memory(grad.to(self.unit.dtype), one.layout)
             if i in undivided:
                 one.whole = columns.clone() if one.whole is None else one.whole + columns
             else:
@@ -238,7 +243,7 @@ class SplitState:
         weights.index_copy_(0, columns, new.to(weights.dtype))
 
     def _weight_columns(self, i: int) -> Tensor:
-        return columns_in_rows(self.unit.local_rows(i), self.slices[i].layout)
+        return columns_in_memory(self.unit.local_rows(i), self.slices[i].layout)
 
     # The host's columns
 
@@ -252,10 +257,6 @@ class SplitState:
         """
         self._step_host(adamw_commit, {i: hyper for i, hyper in hypers.items() if i not in ahead}, {})
         self._step_host(adamw_commit_peek, {i: hypers[i] for i in ahead}, ahead)
-
-    def look_ahead(self, ahead: Mapping[int, AdamWHyper]) -> None:
-        """Make next weights that are ahead of the masters by an update."""
-        self._step_host(adamw_peek, ahead, {})
 
     def _step_host(
         self, op: Callable[..., object], hypers: Mapping[int, AdamWHyper], ahead: Mapping[int, AdamWHyper]
@@ -283,6 +284,23 @@ class SplitState:
             )
         if segments:
             op(segments, pool=self._pool)
+
+    def edits_of(self, slices: Iterable[int]) -> Edits:
+        """The weights of deferred columns that other code changed after the last gradient; masters have them."""
+        return [
+            (i, edited, self.slices[i].columns_of(self.master)[self.slices[i].deferred][edited])
+            for i in slices
+            if (edited := self.slices[i].edited) is not None
+        ]
+
+    def keep_edits(self, edits: Edits) -> None:
+        """Let edits stand that an update on the host has overwritten, which came after all of its gradients."""
+        for i, edited, values in edits:
+            one = self.slices[i]
+            masters = one.columns_of(self.master)
+            masters[one.deferred] = masters[one.deferred].masked_scatter(edited, values)
+            new = self._next_of(one).view(edited.shape)
+            new.masked_scatter_(edited, values.to(self.unit.dtype).to(new.dtype))
 
     def _placed_of(self, one: SplitSlice) -> Tensor:
         return one.deferred_of(self._weights[one.front])
@@ -325,7 +343,7 @@ class SplitState:
                 raise AssertionError(f"the weights of {one.piece.fqn} were not sent")
             landing, one.uploaded = sent
             one.uploaded.wait()
-            self._place(i, one.on_device[1], landing.view(-1, one.layout.column_numel))
+            self._place(i, one.on_device[1], landing.view(len(one.deferred), one.layout.column_numel))
             note_use(landing)
             one.front = 1 - one.front
 
@@ -353,7 +371,7 @@ class SplitState:
             columns[torch.searchsorted(selected, stays).to(columns.device)] = kept
             columns[torch.searchsorted(selected, enters).to(columns.device)] = entering
         placed = torch.empty(one.layout.num_columns, one.layout.column_numel, dtype=self.transfer_dtype)
-        placed[one.deferred] = self._placed_of(one).view(-1, one.layout.column_numel)
+        placed[one.deferred] = self._placed_of(one).view(len(one.deferred), one.layout.column_numel)
         placed[leaves] = one.columns_of(self.master)[leaves].to(self.unit.dtype).to(self.transfer_dtype)
         one.choose(selected, self.unit.device)
         self._placed_of(one).copy_(placed[one.deferred].view(-1))
@@ -387,39 +405,51 @@ class SplitState:
             for flat, here in buffers:
                 one.selected_of(flat).copy_(self._to_device(one.columns_of(here)[one.selected]))
 
-    def window_of(self, i: int, *, has_ended: bool) -> Tensor:
-        """A window's sum of slice i's gradients in the shape of its rows, fp32 on the host; 0 in selected columns.
+    def window_of(self, i: int) -> Tensor:
+        """The open window's sum of slice i's gradients in the shape of its rows, fp32 on the host.
 
-        Args:
-            has_ended: the window's gradients are with the host.
+        0 in selected columns.
         """
+        total = self.slices[i].deferred_of(self.sums.total)
+        return self._rows_of_deferred(i, total if total.device.type == "cpu" else self._to_host(total))
+
+    def next_weights_of(self, i: int) -> Tensor:
+        """Deferred columns' weights that are not in place yet, in the shape of slice i's rows, fp32 on the host.
+
+        0 in selected columns.
+        """
+        return self._rows_of_deferred(i, self._next_of(self.slices[i]))
+
+    def _rows_of_deferred(self, i: int, flat: Tensor) -> Tensor:
         one = self.slices[i]
-        total = one.deferred_of(self.sums.of(has_ended=has_ended))
         columns = torch.zeros(one.layout.num_columns, one.layout.column_numel)
-        here = total if total.device.type == "cpu" else self._to_host(total)
-        columns[one.deferred] = here.float().view(-1, one.layout.column_numel)
+        columns[one.deferred] = flat.float().view(len(one.deferred), one.layout.column_numel)
         return rows_of_columns(columns.view(-1), one.piece, one.layout)
 
     def take_over(
-        self, i: int, selected: Tensor | None, total: Tensor | None, *, has_ended: bool, masters_lead: bool
+        self, i: int, selected: Tensor | None, kept: Tensor | None, *, is_late: bool, masters_lead: bool
     ) -> None:
         """Begin with the masters and moments that were loaded into the host's buffers.
 
         Args:
             selected: the columns that the device owns; None for those that it owns now.
-            total: what `window_of` gave.
-            has_ended: of the same.
+            kept: what `window_of` gave, or if `is_late`, what `next_weights_of` gave.
+            is_late: whether weights are not in place yet; those of the masters where `kept` is None.
             masters_lead: whether deferred columns' weights may be others than the rounded masters; otherwise a weight
                 that is not was edited.
         """
         one = self.slices[i]
+        one.edited = None
         if selected is not None:
             one.choose(selected, self.unit.device)
         self._spread(i, self._both)
-        if total is not None and one.layout.deferred_numel:
+        if is_late and kept is None:
+            self.show_masters(i)
+        elif kept is not None and one.layout.deferred_numel:
             columns = torch.empty(one.layout.num_columns, one.layout.column_numel)
-            rows_of_columns(columns.view(-1), one.piece, one.layout).copy_(total)
-            one.deferred_of(self.sums.of(has_ended=has_ended)).copy_(columns[one.deferred].view(-1))
+            rows_of_columns(columns.view(-1), one.piece, one.layout).copy_(kept)
+            there = self._next_of(one) if is_late else one.deferred_of(self.sums.total)
+            there.copy_(columns[one.deferred].view(-1))
         masters, columns = one.columns_of(self.master), self._weight_columns(i)
         weights = self._to_host(columns.index_select(0, one.on_device[1]))
         if not masters_lead:
@@ -432,7 +462,8 @@ class SplitState:
     def reload(self, slices: Sequence[int]) -> None:
         """Follow weights that other code changed, element by element: those that are not what was placed there.
 
-        An edit takes the place of an update that is on its way.
+        An edit takes the place of an update that is on its way, and of a later one that has no gradient of a step after
+        the edit. Nothing is updated meanwhile.
         """
         for i in slices:
             one, columns = self.slices[i], self._weight_columns(i)
@@ -447,5 +478,7 @@ class SplitState:
             masters[one.deferred] = torch.where(is_own, masters[one.deferred], weights.float())
             new.copy_(torch.where(is_own, new, weights.to(self.transfer_dtype)))
             placed.copy_(weights)
+            if not one.has_grad and not is_own.all():
+                one.edited = ~is_own if one.edited is None else one.edited | ~is_own
             if one.landing is not None:
                 self.send_weights([i], self.fence())

@@ -36,7 +36,8 @@ from lightning_superscale.optim.unit import GradientDelta, ShardUnit
 from lightning_superscale.optim.unit_state import UnitState
 
 WINDOW_KEY = "zenflow_window"
-"""A window's sum of gradients in the optimizer's own state of a parameter, for checkpoints."""
+"""An entry of a parameter's own state in checkpoints: an open window's sum of gradients, or once it has
+ended, weights that are ahead of their masters and not in place yet."""
 
 
 class ZenFlowStep(AdamWRule):
@@ -219,9 +220,9 @@ class ZenFlowStep(AdamWRule):
             self._merge(index)
             for i, param in enumerate(state.unit.params):
                 own, place = self._optimizer.state.get(param), (index, i)
-                has_ended = place in self._phase.late and place in self._phase.ahead
-                if own is not None and (has_ended or place in self._phase.open):
-                    own[WINDOW_KEY] = state.window_of(i, has_ended=has_ended)
+                is_ahead = place in self._phase.late and place in self._phase.ahead
+                if own is not None and (is_ahead or place in self._phase.open):
+                    own[WINDOW_KEY] = state.next_weights_of(i) if is_ahead else state.window_of(i)
                     self._shown.append(own)
         self._moments.arrived()
 
@@ -317,13 +318,10 @@ class ZenFlowStep(AdamWRule):
         self.quiesce()
         loaded, self._loaded = self._loaded, {}
         self._take_over_numbers(loaded)
-        for place, total in loaded.items():
-            self._settle_one(place, total)
+        for place, kept in loaded.items():
+            self._settle_one(place, kept)
         for index, slices in by_index(self._phase.late).items():
             state = self._states[index]
-            for i in slices:
-                state.show_masters(i)
-            state.look_ahead(self._deferred.ahead_of(index, slices))
             state.send_weights(slices, state.fence())
         self._saved = SavedPhase({})
 
@@ -338,18 +336,18 @@ class ZenFlowStep(AdamWRule):
         self._resize()
         self._stagger()
 
-    def _settle_one(self, place: Place, total: Tensor | None) -> None:
+    def _settle_one(self, place: Place, kept: Tensor | None) -> None:
         index, i = place
         state = self._states[index]
         one, saved = state.slices[i], self._saved
         saved.check_selection(one)
         last = self._hyper_now(state.unit.params[i], state.unit)
-        saved.fill(self._phase, place, one.piece.fqn, last, has_total=total is not None)
+        saved.fill(self._phase, place, one.piece.fqn, last, has_kept=kept is not None)
         state.take_over(
             i,
             saved.selection_of(one),
-            total,
-            has_ended=saved.is_late(one.piece.fqn),
+            kept,
+            is_late=saved.is_late(one.piece.fqn),
             masters_lead=saved.masters_lead(one.piece.fqn),
         )
 

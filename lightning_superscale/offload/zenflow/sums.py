@@ -52,10 +52,6 @@ class GradientSums:
         """The host's buffer of the gradients of windows that have ended."""
         return self.total if self.home == "host" else self.arrived
 
-    def of(self, *, has_ended: bool) -> Tensor:
-        """The buffer of the gradients of windows that have ended, or of those that have not."""
-        return self.of_ended if has_ended else self.total
-
     def take(self, one: SplitSlice, grad: Tensor) -> None:
         """Take one more gradient of a step, 1D, of a slice's deferred columns."""
         here = one.deferred_of(self.arrived)

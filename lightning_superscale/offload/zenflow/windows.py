@@ -50,6 +50,11 @@ class Absorbed:
         """These numbers for a checkpoint, fp64 1D."""
         return torch.cat([torch.tensor([self.num_steps, self.lr_sum], dtype=torch.float64), packed(self.last)])
 
+    @staticmethod
+    def num_steps_of(saved: Tensor | int | float) -> int:
+        """The number of steps in what `packed` gave."""
+        return int(cast(Tensor, saved)[0])
+
     @classmethod
     def unpacked(cls, saved: Tensor, like: AdamWHyper) -> Absorbed:
         """What was packed, with everything else as in `like`."""

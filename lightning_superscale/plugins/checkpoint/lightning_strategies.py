@@ -6,6 +6,7 @@ other base.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
@@ -22,8 +23,15 @@ from lightning_superscale.plugins.checkpoint.io import (
     save_through,
 )
 from lightning_superscale.plugins.lightning_private import fsdp_state_context, plain_optimizer
-from lightning_superscale.run.state.optimizer_states import by_name, has_names, load_placed_states, names_of, renumbered
-from lightning_superscale.run.state.restore import fill, fitted, is_lazy, read_whole
+from lightning_superscale.run.state.optimizer_states import (
+    by_name,
+    has_names,
+    load_placed_states,
+    names_of,
+    renumbered,
+    without_left_behind,
+)
+from lightning_superscale.run.state.restore import fill_weights, fitted, is_lazy, read_weights, read_whole
 
 
 def io_of(strategy: Any) -> UniversalCheckpointIOMixin:
@@ -71,13 +79,14 @@ def replicated(base: Any) -> Any:
     class Replicated(_on_every_rank(base)):  # type: ignore[misc]
         def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
             module, allow = self.lightning_module, io_of(self).config.allow
-            weights = fitted(module, checkpoint["state_dict"], module.state_dict(), strict=strict, allow=allow)
+            own = module.state_dict()
+            weights = fitted(module, checkpoint["state_dict"], own, strict=strict, allow=allow)
             if is_lazy(weights):
-                weights = read_whole(weights)
+                weights = read_weights(weights, own)
             super().load_model_state_dict({**checkpoint, "state_dict": weights}, strict=strict and not allow)
 
         def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-            packed = checkpoint["optimizer_states"]
+            packed = _own_states(self, checkpoint)
             if all(has_names(state) for state in packed):
                 names = parameter_names(self.lightning_module, self.optimizers)
                 owned = zip(packed, names, self.optimizers, strict=True)
@@ -103,7 +112,7 @@ def model_parallel(base: Any) -> Any:
 
         def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
             names = names_of(self.lightning_module)
-            for optimizer, packed in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            for optimizer, packed in zip(self.optimizers, _own_states(self, checkpoint), strict=True):
                 load_placed_states(plain_optimizer(optimizer), packed, names)
 
     return ModelParallel
@@ -129,7 +138,7 @@ def fully_sharded(base: Any) -> Any:
 
         def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
             with fsdp_state_context(self, whole=True):
-                for optimizer, packed in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+                for optimizer, packed in zip(self.optimizers, _own_states(self, checkpoint), strict=True):
                     whole = read_whole(by_name(packed))
                     flat = FullyShardedDataParallel.optim_state_dict_to_load(
                         self.model, plain_optimizer(optimizer), whole
@@ -139,11 +148,29 @@ def fully_sharded(base: Any) -> Any:
     return FullySharded
 
 
+def _own_states(strategy: Any, checkpoint: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """A checkpoint's optimizer states without what only an offload engine can go on from.
+
+    Warns:
+        UserWarning: something is dropped; says what, and what to do.
+    """
+    tells = strategy.global_rank == 0
+    found = [without_left_behind(packed, None, tells=tells) for packed in checkpoint["optimizer_states"]]
+    if tells and any(weights_lag for _, weights_lag in found):
+        warnings.warn(
+            "the checkpoint was saved while an update was on its way from the host to the weights, which "
+            f"{type(strategy).__name__} drops: moments have it and weights lack it. Resume under a strategy of "
+            "lightning_superscale, which takes its masters, or from a checkpoint of the end of a run.",
+            stacklevel=2,
+        )
+    return [states for states, _ in found]
+
+
 def _fill_own(strategy: Any, checkpoint: Mapping[str, Any], *, strict: bool) -> dict[str, Any]:
     """Overwrite this rank's shards of a strategy's state dict with a checkpoint's values, and return them."""
     own: dict[str, Any] = strategy.lightning_module_state_dict()
     module, allow = strategy.lightning_module, io_of(strategy).config.allow
-    fill(own, fitted(module, checkpoint["state_dict"], own, strict=strict, allow=allow))
+    fill_weights(own, fitted(module, checkpoint["state_dict"], own, strict=strict, allow=allow))
     return own
 
 

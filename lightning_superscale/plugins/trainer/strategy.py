@@ -25,6 +25,7 @@ from lightning_superscale.plugins.checkpoint.io import (
 from lightning_superscale.plugins.lightning_private import (
     SyncDistAdvice,
     ask_strategy_whether_distributed,
+    call_before_train_end,
     defer_sigterm,
     drop_launcher,
     end_by_sigterm,
@@ -32,7 +33,7 @@ from lightning_superscale.plugins.lightning_private import (
     keep_sampler,
     layer_sync_of,
     plain_optimizer,
-    restore_sigterm,
+    restore_trainer,
     set_device_mesh,
 )
 from lightning_superscale.plugins.trainer.precision import SuperScalePrecisionMixin
@@ -282,6 +283,8 @@ class SuperScaleStrategyMixin(_Base):
             error_if_nonfinite=self.error_if_nonfinite,
         )
         self._precision.attach(self.run)
+        if self.run.assembly is not None:
+            call_before_train_end(trainer, self.run.assembly.catch_up)
 
     def model_to_device(self) -> None:
         if self.model is None:
@@ -331,8 +334,10 @@ class SuperScaleStrategyMixin(_Base):
             closure = before_step(io, closure)
         result = self._precision.optimizer_step(optimizer, model=module, closure=closure, **kwargs)
         self._heed_sigterm(alone_after_s=_ALONE_AFTER_S)
-        self.run.end_step()
-        return result
+        try:
+            return result
+        finally:  # no line is left after it that could fail before Lightning counts the step
+            self.run.end_step()
 
     def _heed_sigterm(self, *, alone_after_s: float) -> None:
         """Let the Trainer end, once ranks have agreed to, or this one has wanted it for `alone_after_s`."""
@@ -370,8 +375,8 @@ class SuperScaleStrategyMixin(_Base):
     def teardown(self) -> None:
         self.run.close()
         self._precision.detach()
-        if self.lightning_module is not None and self._num_ranks > 1:
-            restore_sigterm(self.lightning_module.trainer)
+        if self.lightning_module is not None:
+            restore_trainer(self.lightning_module.trainer)
         self.run.environment.close()
         self._advice.show()
         has_failed, self._has_failed = self._has_failed, False

@@ -10,7 +10,7 @@ from torch import nn
 from lightning_superscale.comm.dtensor import placed_state, whole_state
 from lightning_superscale.comm.mesh import DataMesh
 from lightning_superscale.run.assemble import Assembly
-from lightning_superscale.run.state.restore import fill, fitted, is_lazy, read_whole
+from lightning_superscale.run.state.restore import fill_weights, fitted, is_lazy, read_weights
 
 
 def module_state(module: nn.Module, assembly: Assembly | None, mesh: DataMesh, *, is_local: bool) -> dict[str, Any]:
@@ -61,10 +61,10 @@ def load_module_state(
         weights = fitted(module, weights, own, strict=strict, allow=allow)
         strict = strict and not allow
     if sharded is None:
-        whole = read_whole(weights) if is_lazy(weights) else weights
+        whole = read_weights(weights, own) if is_lazy(weights) else weights
         module.load_state_dict(placed_state(module, whole), strict=strict)
     elif is_lazy(weights):
-        fill(own, weights)
+        fill_weights(own, weights)
     else:
         sharded.load_state_dict(weights, strict=strict)
     for engine in () if assembly is None else assembly.engines.values():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from lightning_superscale.comm.dtensor import local_rows
 from lightning_superscale.errors import CheckpointError, SuperScaleError
 from lightning_superscale.layout.box import Box, whole_box
 from lightning_superscale.layout.rows import ParamSlice
+from lightning_superscale.offload.engine import left_behind_by
 from lightning_superscale.optim.engine import OptimizerEngine
 from lightning_superscale.run.state.collect import canonical
 from lightning_superscale.run.state.lazy_tensor import LazyTensor
@@ -149,13 +151,18 @@ def load_optimizer_states(
     optimizers: Sequence[Optimizer],
     states: Sequence[Mapping[str, Any]],
     fqn_of: Mapping[nn.Parameter, str],
+    offload: str | None = None,
 ) -> None:
     """Load a checkpoint's state of each optimizer, in the order of `configure_optimizers`. Every rank calls it.
 
     Args:
+        offload: the offload engine that steps them; None for none.
         engine_of: finds the engine that steps an optimizer; gives None for an optimizer without one.
         states: torch's packed states, whole or lazy; none where they were taken out of the checkpoint so that
             optimizers start over.
+
+    Warns:
+        UserWarning: another offload engine wrote the checkpoint, and something of it is dropped.
 
     Raises:
         SuperScaleError: another number of optimizers, or other parameter groups.
@@ -166,14 +173,48 @@ def load_optimizer_states(
         raise SuperScaleError(
             f"the checkpoint has states of {len(states)} optimizers, configure_optimizers returned {len(optimizers)}."
         )
-    for optimizer, state in zip(optimizers, states, strict=True):
+    for optimizer, saved in zip(optimizers, states, strict=True):
         engine = engine_of(optimizer)
+        state, weights_lag = without_left_behind(
+            saved, offload, tells=engine is None or engine.ranks.mesh.world.rank == 0
+        )
         if engine is None:
             optimizer.load_state_dict(dict(read_whole(state)))
         elif has_names(state):
             load_engine_state(engine, state, fqn_of)
         else:
             engine.load_state_dict(state)
+        if engine is not None and weights_lag:
+            engine.follow_masters()
+
+
+def without_left_behind(packed: Mapping[str, Any], own: str | None, *, tells: bool) -> tuple[Mapping[str, Any], bool]:
+    """Take out of torch's packed state what only an offload engine that the run does not have can go on from.
+
+    Args:
+        own: the run's offload engine; None for none.
+        tells: whether this rank warns.
+
+    Returns:
+        the state, and whether masters have updates that weights lack.
+
+    Warns:
+        UserWarning: something is dropped; says what, and what to do.
+    """
+    rule = packed.get(RULE_STATE, {})
+    left = left_behind_by(rule, own)
+    if not left:
+        return packed, False
+    for one in left.values():
+        if tells and one.dropped is not None:
+            warnings.warn(one.dropped, stacklevel=2)
+    keys = frozenset(key for one in left.values() for key in one.keys)
+    states = {
+        param: {key: value for key, value in state.items() if key not in keys}
+        for param, state in packed["state"].items()
+    }
+    rest = {name: value for name, value in rule.items() if name.partition(".")[0] not in left}
+    return {**packed, "state": states, RULE_STATE: rest}, any(one.weights_lag for one in left.values())
 
 
 def load_engine_state(engine: OptimizerEngine, packed: Mapping[str, Any], fqn_of: Mapping[nn.Parameter, str]) -> None:

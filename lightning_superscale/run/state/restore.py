@@ -22,6 +22,7 @@ from lightning_superscale.checkpoint.storage.files import is_remote
 from lightning_superscale.comm.mesh import DataMesh, single_mesh
 from lightning_superscale.errors import CheckpointError
 from lightning_superscale.layout.box import Box, whole_box
+from lightning_superscale.ops.state_dtypes import follow_weights
 from lightning_superscale.run.state.collect import canonical
 from lightning_superscale.run.state.lazy_tensor import LazyTensor
 from lightning_superscale.torch_private import loaders_of
@@ -172,22 +173,51 @@ def aligned(values: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]
     return {name if name in own else renamed.get(canonical(name), name): value for name, value in values.items()}
 
 
-def with_masters(values: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """Weights with fp32 masters in place of 16-bit copies, where the module's own are fp32: no bit is lost."""
-    chosen = dict(values)
+def _masters_for(values: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, LazyTensor]:
+    """The masters of 16-bit weights that a module takes in fp32, by the weights' names."""
+    found = {}
     for name, lazy in values.items():
         dtype = getattr(own.get(name), "dtype", None)
         if isinstance(lazy, LazyTensor) and dtype == torch.float32 and lazy.dtype != torch.float32:
             master = lazy.opened.masters.get(lazy.key.name)
             if master is not None:
-                chosen[name] = lazy.opened.lazy(master)
-    return chosen
+                found[name] = lazy.opened.lazy(master)
+    return found
+
+
+def read_weights(values: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Weights, whole, on the host, for a module whose own are given; no bit is lost where these are fp32.
+
+    Every rank calls it. A 16-bit weight whose master rounds to it is read as that master. Another one is as it is: an
+    average of weights has been saved in its place, or an update of the master was on its way to it.
+    """
+    masters = _masters_for(values, own)
+    weights, wide = read_whole(dict(values)), read_whole(masters)
+    for name, master in wide.items():
+        follow_weights(master, weights[name])
+        weights[name] = master
+    found: dict[str, Any] = weights
+    return found
+
+
+def fill_weights(own: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+    """Overwrite a module's weights in place, whole or sharded, as `read_weights` gives them. Every rank calls it."""
+    masters = _masters_for(values, own)
+    fill(own, values)
+    wide = {name: torch.empty_like(own[name]) for name in masters}
+    fill(wide, masters)
+    with torch.no_grad():
+        for name, master in wide.items():
+            narrow = values[name].dtype
+            for held, mine in zip(local_shards(master)[2], local_shards(own[name])[2], strict=True):
+                follow_weights(held.tensor, mine.tensor.to(narrow))
+                mine.tensor.copy_(held.tensor)
 
 
 def fitted(
     module: nn.Module, values: Mapping[str, Any], own: Mapping[str, Any], *, strict: bool, allow: Sequence[str]
 ) -> dict[str, Any]:
-    """A checkpoint's state dict as a module takes it: under its own names, and with masters for fp32 weights.
+    """A checkpoint's state dict under the names that a module has for it.
 
     Args:
         own: the module's state dict, whole or sharded.
@@ -197,7 +227,7 @@ def fitted(
     """
     weights = aligned(values, own)
     check_fits(module, weights, own, strict=strict, allow=allow)
-    return with_masters(weights, own)
+    return weights
 
 
 def check_fits(

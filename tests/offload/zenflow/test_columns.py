@@ -9,7 +9,8 @@ from lightning_superscale.layout.rows import ParamSpec, dims_in_memory, shard_ro
 from lightning_superscale.offload.zenflow.columns import (
     ColumnLayout,
     column_layout,
-    columns_in_rows,
+    columns_in_memory,
+    memory_of_columns,
     most_important,
     others,
     rows_of_columns,
@@ -21,7 +22,9 @@ TENSORS = {
     **{str(shape): torch.arange(torch.Size(shape).numel()).float().view(shape) for shape in SHAPES},
     "channels_last": torch.arange(120).float().view(5, 4, 3, 2).contiguous(memory_format=torch.channels_last),
     "transposed": torch.arange(24).float().view(4, 6).t(),
+    "rows inside": torch.arange(24).float().view(2, 4, 3).permute(1, 0, 2),
 }
+BY_ROWS_ONLY = ("transposed", "rows inside")
 
 
 def spec_of(tensor: torch.Tensor) -> ParamSpec:
@@ -33,7 +36,7 @@ def spec_of(tensor: torch.Tensor) -> ParamSpec:
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
 def test_columns_of_all_ranks_are_the_parameter(name, num_ranks):
     whole = TENSORS[name]
-    if name == "transposed" and num_ranks > 1:
+    if name in BY_ROWS_ONLY and num_ranks > 1:
         pytest.skip("a parameter that is cut into rows has them one after the other")
     spec = spec_of(whole)
     for rank in range(num_ranks):
@@ -42,9 +45,10 @@ def test_columns_of_all_ranks_are_the_parameter(name, num_ranks):
         start, stop = shard_rows(spec.num_rows, rank, num_ranks)
         rows = whole[start:stop] if whole.dim() else whole.reshape(-1)[start:stop].reshape(piece.local_shape)
         in_memory = flattened(rows, spec)
-        by_columns = columns_in_rows(in_memory, layout).contiguous().view(-1)
+        by_columns = columns_in_memory(in_memory, layout).contiguous().view(-1)
         assert layout.numel == piece.numel == by_columns.numel()
         assert torch.equal(rows_of_columns(by_columns, piece, layout), rows)
+        assert torch.equal(memory_of_columns(columns_in_memory(in_memory, layout), layout), in_memory)
         # A view, so that what is written to it reaches the states.
         rows_of_columns(by_columns, piece, layout).zero_()
         assert not by_columns.any()
@@ -53,7 +57,7 @@ def test_columns_of_all_ranks_are_the_parameter(name, num_ranks):
 def test_a_column_has_the_weights_of_one_input_channel():
     weight = TENSORS["(6, 5)"]
     (piece,) = unit_layout(0, [spec_of(weight)], 0, 1).slices
-    columns = columns_in_rows(weight.reshape(-1), column_layout(piece, 0.4))
+    columns = columns_in_memory(weight.reshape(-1), column_layout(piece, 0.4))
     assert torch.equal(columns[3], weight[:, 3])
 
 
@@ -69,10 +73,22 @@ def test_the_share_of_selected_columns_is_rounded(shape, topk, selected):
 def test_a_parameter_that_is_not_split_has_one_column_that_is_deferred():
     (piece,) = unit_layout(0, [ParamSpec("p", (4, 10))], 0, 1).slices
     assert column_layout(piece, 1.0, is_split=False) == ColumnLayout(1, 40, 40, 0)
-    strides = TENSORS["transposed"].stride()
-    assert dims_in_memory((6, 4), strides) == (1, 0)
-    (piece,) = unit_layout(0, [ParamSpec("p", (6, 4), strides)], 0, 1).slices
-    assert column_layout(piece, 1.0) == ColumnLayout(1, 24, 24, 0)
+
+
+def test_a_transposed_parameter_is_split_as_another():
+    transposed = TENSORS["transposed"]
+    assert dims_in_memory((6, 4), transposed.stride()) == (1, 0)
+    (piece,) = unit_layout(0, [spec_of(transposed)], 0, 1).slices
+    layout = column_layout(piece, 0.5)
+    assert layout == ColumnLayout(4, 6, 6, 2, is_by_columns=True)
+    in_memory = flattened(transposed, piece.spec)
+    assert torch.equal(columns_in_memory(in_memory, layout)[3], transposed[:, 3])
+
+
+@pytest.mark.parametrize(("topk", "num_selected"), [(0.0, 0), (0.9, 0), (1.0, 1)])
+def test_one_whose_rows_are_inside_is_whole(topk, num_selected):
+    (piece,) = unit_layout(0, [spec_of(TENSORS["rows inside"])], 0, 1).slices
+    assert column_layout(piece, topk) == ColumnLayout(1, 24, 24, num_selected)
 
 
 def test_ties_go_to_lower_numbers_and_nan_comes_first():
