@@ -1,4 +1,4 @@
-"""One contestant of `step_cost.py`, `zero.py` or `superoffload.py`, or one rank of it, in a process of its own.
+"""One contestant of `step_cost.py`, `zero.py`, `superoffload.py` or `zenflow.py`, or one rank, in a process of its own.
 
 Those that need a GPU are in `gpu/contestants.py`.
 
@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -33,6 +34,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.models import SHAPES, Decoder, Shape, batches, num_params
 
 CPU = torch.device("cpu")
+# ZenFlow's example settings, of ours and of DeepSpeed's.
+ZENFLOW: dict[str, Any] = {"topk": 0.1, "update_interval": 4, "select_interval": 64}
 ADAMW = {"lr": 3e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
 
@@ -45,6 +48,7 @@ class Turns:
         device: where the model trains.
         on_warm, on_end: called between warm-up and the first step that counts, and after the last.
         settle: returns when the last step's work is done; None where the next step may go on with it.
+        facts: what else is known of the run; "memory_bytes" is what model, states and buffers take of the host.
     """
 
     def __init__(self, shape: Shape, warmup: int, out: IO[str], device: str = "cpu") -> None:
@@ -58,6 +62,11 @@ class Turns:
         self._out = out
         self._losses: list[Tensor] = []
         self.facts: dict[str, Any] = {}
+        self._memory_before = 0
+
+    def begin(self) -> None:
+        """Note what memory is in use when libraries are loaded and nothing is made yet."""
+        self._memory_before = memory_bytes()
 
     def __len__(self) -> int:
         return 10**9
@@ -84,6 +93,7 @@ class Turns:
         self.say(ready=self.facts)
         for line in sys.stdin:
             if line.strip() == "end":
+                self.facts["memory_bytes"] = memory_bytes() - self._memory_before
                 self.on_end()
                 return
             cpus, walls = [], []
@@ -103,6 +113,38 @@ class Turns:
 
     def _next(self, step: int) -> Tensor:
         return self._batch(step * self._num_ranks + self._rank).to(self.device)
+
+
+def memory_bytes() -> int:
+    """Bytes that this process and its children take of the host by themselves, what they share counted once.
+
+    What is mapped from files, such as libraries, is left out.
+    """
+    total = 0
+    for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
+        rollup = Path("/proc", str(process.pid), "smaps_rollup")
+        if rollup.exists():
+            fields = dict(line.split(":") for line in rollup.read_text().splitlines()[1:])
+            total += sum(int(fields[key].split()[0]) * 1024 for key in ("Pss_Anon", "Pss_Shmem"))
+        else:
+            total += process.memory_info().rss
+    return total
+
+
+def wait_for_children() -> None:
+    """Return when no thread of a child process has run for 5 ms."""
+
+    def seconds() -> list[str]:
+        tasks = (Path("/proc", str(child.pid), "task") for child in psutil.Process().children(recursive=True))
+        return [stat.read_text().split()[0] for task in tasks for stat in sorted(task.glob("*/schedstat"))]
+
+    before = seconds()
+    while True:
+        time.sleep(0.005)
+        now = seconds()
+        if now == before:
+            return
+        before = now
 
 
 def build_model(shape: Shape, precision: str, device: torch.device = CPU) -> Decoder:
@@ -142,6 +184,7 @@ def run_loop(turns: Turns, shape: Shape, precision: str, clip: float, *, fused: 
 
 def run_passes(turns: Turns, shape: Shape, precision: str, clip: float) -> nn.Module:
     """Forward and backward without any optimizer: what every step costs at least."""
+    turns.begin()
     model = build_model(shape, precision, turns.device)
     for ids in turns:
         loss = model.loss(ids)
@@ -167,7 +210,8 @@ def watch_offload(turns: Turns, assembly: Any) -> None:
         turns.facts["reasons"] = list(plan.reasons)
 
     def settle() -> None:
-        assembly.wait_all_published()
+        for engine in assembly.engines.values():
+            engine.quiesce()
         synchronize()
 
     turns.on_warm = start_counting
@@ -180,6 +224,9 @@ def run_trainer(
     turns: Turns, shape: Shape, precision: str, clip: float, *, fused: bool, strategy: Callable[[], Any]
 ) -> nn.Module:
     import lightning as L
+
+    chosen = strategy()
+    turns.begin()
 
     class Module(L.LightningModule):
         def __init__(self) -> None:
@@ -207,7 +254,7 @@ def run_trainer(
 
     module = Module()
     trainer = L.Trainer(
-        strategy=strategy(),
+        strategy=chosen,
         accelerator="cpu" if turns.device.type == "cpu" else "gpu",
         devices=int(os.environ.get("WORLD_SIZE", "1")),
         precision=precision,  # type: ignore[arg-type]
@@ -229,6 +276,11 @@ def ours(**settings: Any) -> Callable[[], Any]:
         return SuperScaleStrategy(**settings)
 
     return build
+
+
+def zenflow(**more: Any) -> dict[str, Any]:
+    """Our `OffloadConfig` of ZenFlow."""
+    return {"engine": "zenflow", "zenflow": {**ZENFLOW, **more}}
 
 
 class WithLoss(nn.Module):
@@ -273,6 +325,7 @@ def run_deepspeed(turns: Turns, shape: Shape, precision: str, clip: float, *, ze
     """DeepSpeed with `zero_optimization` as given; with offload it steps by its own CPUAdam."""
     import deepspeed
 
+    turns.begin()
     model = WithLoss(build_model(shape, precision, turns.device))
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": shape.batch,
@@ -292,6 +345,8 @@ def run_deepspeed(turns: Turns, shape: Shape, precision: str, clip: float, *, ze
     )
     turns.facts["optimizer"] = type(getattr(inner, "optimizer", inner)).__name__
     turns.facts["deepspeed"] = deepspeed.__version__
+    if turns.settle is not None and zero.get("zenflow", {}).get("overlap_step"):
+        turns.settle = wait_for_children  # the optimizer is in a process of its own
     # Where forward and backward have one thread, its step may have more: nothing else runs beside it.
     passes = torch.get_num_threads()
     threads = int(os.environ.get("BENCH_OPTIMIZER_THREADS", passes))
@@ -305,9 +360,25 @@ def run_deepspeed(turns: Turns, shape: Shape, precision: str, clip: float, *, ze
     return model
 
 
+def deepspeed_zenflow(*, overlap: bool) -> dict[str, Any]:
+    """DeepSpeed's settings that mean what `ZENFLOW` does. Its own defaults give NaN."""
+    return {
+        "topk_ratio": ZENFLOW["topk"],
+        "update_interval": ZENFLOW["update_interval"],
+        "select_strategy": "step",
+        "select_interval": ZENFLOW["select_interval"],
+        "full_warm_up_rounds": 0,
+        "overlap_step": overlap,
+    }
+
+
 def _zero(stage: int, **more: Any) -> dict[str, Any]:
     """DeepSpeed's settings on a CPU, where nothing overlaps."""
     return {"stage": stage, "overlap_comm": False, "reduce_bucket_size": 5_000_000, **more}
+
+
+def _on_host(**more: Any) -> dict[str, Any]:
+    return _zero(2, offload_optimizer={"device": "cpu", "pin_memory": False}, **more)
 
 
 Runner = Callable[[Turns, Shape, str, float], nn.Module]
@@ -322,8 +393,13 @@ CONTESTANTS: dict[str, Runner] = {
     "superoffload": lambda *a: run_trainer(*a, fused=True, strategy=ours(offload="superoffload")),
     "cpu": lambda *a: run_trainer(*a, fused=True, strategy=ours(offload="cpu")),
     "deepspeed-z1": lambda *a: run_deepspeed(*a, zero=_zero(1)),
-    "deepspeed-z2-offload": lambda *a: run_deepspeed(
-        *a, zero=_zero(2, offload_optimizer={"device": "cpu", "pin_memory": False})
+    "zenflow": lambda *a: run_trainer(*a, fused=True, strategy=ours(offload=zenflow())),
+    "zenflow-on-device": lambda *a: run_trainer(*a, fused=True, strategy=ours(offload=zenflow(accumulate_on="device"))),
+    "zenflow-synchronous": lambda *a: run_trainer(*a, fused=True, strategy=ours(offload=zenflow(overlap=False))),
+    "deepspeed-z2-offload": lambda *a: run_deepspeed(*a, zero=_on_host()),
+    "deepspeed-zenflow": lambda *a: run_deepspeed(*a, zero=_on_host(zenflow=deepspeed_zenflow(overlap=True))),
+    "deepspeed-zenflow-synchronous": lambda *a: run_deepspeed(
+        *a, zero=_on_host(zenflow=deepspeed_zenflow(overlap=False))
     ),
     "ddp": lambda *a: run_trainer(*a, fused=True, strategy=lambda: "ddp"),
     "zero1": lambda *a: run_trainer(*a, fused=True, strategy=ours(zero=1)),
@@ -375,7 +451,7 @@ def main(contestants: Mapping[str, Runner] = CONTESTANTS) -> int:
             raise
         turns.say(absent=str(error))
         return 0
-    if options.name.startswith(("resident", "superoffload", "cpu", "flow", "zero")):
+    if options.name.startswith(("resident", "superoffload", "cpu", "flow", "zero", "zenflow")):
         from lightning_superscale.ops.cpu import adamw
 
         turns.facts["kernel"] = adamw.kernel_name()

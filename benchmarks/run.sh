@@ -20,6 +20,14 @@ status=0
 # shellcheck disable=SC2086  # several options
 "$venv/bin/python" benchmarks/zero.py --peers "$peers" --json "$out/zero.json" ${BENCH_OPTIONS:-} || status=1
 "$venv/bin/python" benchmarks/superoffload.py --peers "$peers" --json "$out/superoffload.json" || status=1
+# DeepSpeed's ZenFlow works in another version: 0.19.8 scrambles weights when it starts.
+zenflow_peers=none
+if [ -e "$venv-peers-0.19.6/.installed" ]; then
+  zenflow_peers=$venv-peers-0.19.6
+else
+  echo "no DeepSpeed ZenFlow in this run; to have it compared: bash benchmarks/peers.sh $venv-peers-0.19.6 0.19.6"
+fi
+"$venv/bin/python" benchmarks/zenflow.py --peers "$zenflow_peers" --json "$out/zenflow.json" || status=1
 "$venv/bin/python" benchmarks/precision.py --ranks 2 --peers "$peers" --json "$out/precision.json" || status=1
 "$venv/bin/python" benchmarks/convergence.py --json "$out/convergence.json" --picture "$out/convergence.png" || status=1
 "$venv/bin/python" benchmarks/checkpoint.py --peers "$peers" --json "$out/checkpoint.json" || status=1

@@ -28,8 +28,12 @@ LABELS = {
     "superoffload-auto": "ours superoffload, gpu_fraction=auto",
     "superoffload-third": "ours superoffload, gpu_fraction=0.35",
     "cpu-host": "ours cpu, gpu_fraction=0",
+    "zenflow-host": "ours zenflow, gpu_fraction=0",
+    "zenflow-sums-on-device": "ours zenflow, gpu_fraction=0, accumulate_on=device",
     "flow": "ours superoffload, weights=flow",
     "deepspeed-z2-offload": "DeepSpeed ZeRO-2 offload",
+    # Time only: 0.19.8 scrambles weights when it starts, so that its losses mean nothing.
+    "deepspeed-zenflow": "DeepSpeed ZenFlow",
     "deepspeed-superoffload": "DeepSpeed SuperOffload, ratio 1.0",
     "deepspeed-superoffload-90": "DeepSpeed SuperOffload, ratio 0.9",
     "fsdp2-offload": "FSDP2 CPUOffloadPolicy",
@@ -42,6 +46,9 @@ ORDER = (
     "deepspeed-z2-offload",
     "superoffload-auto",
     "deepspeed-superoffload",
+    "zenflow-host",
+    "deepspeed-zenflow",
+    "zenflow-sums-on-device",
     "fsdp2-offload",
     "cpu-host",
     "torchao-offload",
@@ -60,7 +67,15 @@ LONG = (
     ("3.1B-16k", "superoffload-auto"),
     ("3.1B-16k", "fsdp2-offload"),
 )
-ON_CPU = ("passes", "superoffload-host", "superoffload-auto", "cpu-host", "flow")
+ON_CPU = (
+    "passes",
+    "superoffload-host",
+    "superoffload-auto",
+    "zenflow-host",
+    "zenflow-sums-on-device",
+    "cpu-host",
+    "flow",
+)
 # DeepSpeed asks for a process group; one rank needs no launcher.
 ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
 

@@ -18,12 +18,14 @@ from benchmarks.contestants import (
     Turns,
     WithLoss,
     build_model,
+    deepspeed_zenflow,
     main,
     ours,
     run_deepspeed,
     run_passes,
     run_trainer,
     train_module,
+    zenflow,
 )
 from benchmarks.models import Shape
 from lightning_superscale import OffloadConfig
@@ -90,8 +92,11 @@ CONTESTANTS: dict[str, Runner] = {
     "superoffload-auto": _ours(engine="superoffload"),
     "superoffload-third": _ours(engine="superoffload", gpu_fraction=0.35, weights="stationary"),
     "cpu-host": _ours(engine="cpu", gpu_fraction=0, weights="stationary"),
+    "zenflow-host": _ours(**zenflow(), gpu_fraction=0, weights="stationary"),
+    "zenflow-sums-on-device": _ours(**zenflow(accumulate_on="device"), gpu_fraction=0, weights="stationary"),
     "flow": _ours(engine="superoffload", weights="flow"),
     "deepspeed-z2-offload": lambda *a: run_deepspeed(*a, zero=_ZERO2),
+    "deepspeed-zenflow": lambda *a: run_deepspeed(*a, zero={**_ZERO2, "zenflow": deepspeed_zenflow(overlap=True)}),
     "deepspeed-superoffload": lambda *a: run_deepspeed(*a, zero=_super_offload(1.0)),
     "deepspeed-superoffload-90": lambda *a: run_deepspeed(*a, zero=_super_offload(0.9)),
     "fsdp2-offload": run_fsdp2_offload,

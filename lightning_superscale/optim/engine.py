@@ -292,6 +292,11 @@ class OptimizerEngine:
         self.transport.wait_all_published()
         self._follow_edits()
 
+    def quiesce(self) -> None:
+        """Wait until nothing of the steps so far runs in the background."""
+        self._rule.quiesce()
+        self.transport.wait_all_published()
+
     def before_evaluation(self) -> None:
         """Apply the gradients that the rule has kept back, if any. Every rank calls it, between steps."""
         if self._rule.evaluates_stale:

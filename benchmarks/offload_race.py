@@ -1,0 +1,170 @@
+"""A race of contestants that step on the host: what `superoffload.py` and `zenflow.py` share.
+
+Forward and backward use one thread; the optimizer has all cores that are left, or all of them where nothing runs beside
+it. Contestants take turns of a few steps, as in `step_cost.py`; a turn ends when nothing of it is under way any more,
+weights on their way included, so that nobody works in another's time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import functools
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.models import SHAPES
+from benchmarks.step_cost import WARMUP_STEPS, Contestant, conclude, find_peers, hardware, run_heat
+
+PASSES = "passes"
+"""The contestant that runs forward and backward only, from whose steps exposed time is counted."""
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Race:
+    """What sets one race apart.
+
+    Attributes:
+        labels: of contestants, by name; `PASSES` first. Those whose name begins with "deepspeed" need `--peers`.
+        figures_of: more figures of one contestant, beside `PASSES`.
+        checks_of: limits of one size, from its contestants and their rows.
+        show: prints the table of one size.
+        warmup: first steps, which are not counted.
+    """
+
+    labels: Mapping[str, str]
+    figures_of: Callable[[Contestant, Contestant], Row]
+    checks_of: Callable[[str, Sequence[Contestant], Sequence[Row]], list[Row]]
+    show: Callable[[Row], None]
+    warmup: int = WARMUP_STEPS
+
+
+def exposed(a: Contestant, passes: Contestant) -> float:
+    """Seconds of a step beyond forward and backward: the median over rounds of the difference of a round's means."""
+    pairs = zip(a.wall, passes.wall, strict=True)
+    return statistics.median(statistics.mean(x) - statistics.mean(y) for x, y in pairs)
+
+
+def wall_ratio(a: Contestant, b: Contestant) -> float:
+    """Wall seconds of a over those of b: the median over rounds of the ratio of a round's means."""
+    pairs = zip(a.wall, b.wall, strict=True)
+    return statistics.median(statistics.mean(x) / statistics.mean(y) for x, y in pairs)
+
+
+def limit(size: str, check: str, at_most: float, measured: float) -> Row:
+    """One check: what was measured, and the most that it may be."""
+    row = {"check": f"{size}: {check}", "limit": at_most, "measured": round(measured, 4)}
+    return row | {"met": measured <= at_most}
+
+
+def rows_of(race: Race, runs: Sequence[Contestant], tokens: int) -> list[Row]:
+    """One row per contestant."""
+    passes = runs[0]
+    rows = []
+    for run in runs:
+        row: Row = {"name": run.name, "label": race.labels[run.name]}
+        if run.absent is not None:
+            rows.append(row | {"absent": run.absent})
+            continue
+        wall = statistics.median(statistics.mean(turn) for turn in run.wall)
+        facts, num_params, num_steps = run.end["facts"], run.end["num_params"], sum(map(len, run.wall))
+        row |= {
+            "wall_s": round(wall, 4),
+            "cpu_s": round(statistics.median(statistics.mean(turn) for turn in run.cpu), 4),
+            "tokens_per_s": round(tokens / wall, 1),
+            "exposed_s": round(exposed(run, passes), 4),
+            "exposed_share": round(exposed(run, passes) / wall, 4),
+            "peak_mib": run.end["peak_mib"],
+            "final_loss": run.losses[-1],
+            "facts": facts,
+        }
+        if "d2h" in facts:
+            row["link_bytes_per_param"] = round((facts["d2h"] + facts["h2d"]) / num_params / num_steps, 4)
+            row["host_bytes_per_param"] = round(facts["host_bytes"] / num_params, 4)
+        rows.append(row | race.figures_of(run, passes))
+    return rows
+
+
+def parser(doc: str | None, *, steps: int) -> argparse.ArgumentParser:
+    """The options that races have in common.
+
+    Args:
+        steps: default number of steps per turn.
+    """
+    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--sizes", default=None, help=f"of {', '.join(SHAPES)}; default 25M,120M (25M with --quick)")
+    made.add_argument("--rounds", type=int, default=None, help="default 9, of the slow 120M 7; 5 with --quick")
+    made.add_argument("--steps", type=int, default=steps, help=f"steps per turn, default {steps}")
+    made.add_argument("--peers", default="none", help="environment of benchmarks/peers.sh, or none")
+    made.add_argument("--quick", action="store_true", help="about two minutes")
+    made.add_argument("--json", type=Path, help="also write the JSON here")
+    made.set_defaults(device="cpu")
+    return made
+
+
+def parse(made: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parse and check the command line."""
+    options = made.parse_args()
+    options.sizes = (options.sizes or ("25M" if options.quick else "25M,120M")).split(",")
+    unknown = [name for name in options.sizes if name not in SHAPES]
+    if unknown:
+        made.error(f"unknown: {', '.join(unknown)}")
+    options.peers = find_peers(made, options.peers)
+    return options
+
+
+def _settings(device: str, cores: int) -> tuple[dict[str, str], list[str]]:
+    """Variables and options of every contestant."""
+    if device == "cuda":
+        threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "LSS_CPU_THREADS"), str(cores))
+        return threads | {"DS_ACCELERATOR": "cuda"}, ["--settle", "--device", "cuda", "--threads", "0"]
+    # Our workers run beside forward and backward; DeepSpeed's optimizer has the machine to itself.
+    return {"LSS_CPU_THREADS": str(max(1, cores - 1))}, ["--settle"]
+
+
+def run_race(race: Race, options: argparse.Namespace) -> int:
+    """Run it, and print the tables, the checks and the JSON; the exit status."""
+    start = time.perf_counter()
+    machine = hardware()
+    os.environ["BENCH_OPTIMIZER_THREADS"] = str(machine["cores"])
+    variables, more = _settings(options.device, machine["cores"])
+    names = [name for name in race.labels if options.peers or not name.startswith("deepspeed")]
+    tables, checks = [], []
+    versions: dict[str, str] = {}
+    for size in options.sizes:
+        print(f"[{size}] {', '.join(names)}", file=sys.stderr, flush=True)
+        start_one = functools.partial(Contestant, rank=variables, more=[*more, "--warmup", str(race.warmup)])
+        runs = run_heat(names, size, "offload", options, start_one)
+        tokens = SHAPES[size].tokens
+        table: Row = {
+            "size": size,
+            "num_params": runs[0].end["num_params"],
+            "tokens": tokens,
+            "rounds": len(runs[0].wall),
+            "rows": rows_of(race, runs, tokens),
+        }
+        race.show(table)
+        checks += race.checks_of(size, runs, table["rows"])
+        tables.append(table)
+        for facts in (row["facts"] for row in table["rows"] if "facts" in row):
+            versions |= {key: facts[key] for key in ("torch", "python", "deepspeed") if key in facts}
+    report = {
+        "hardware": machine,
+        "device": options.device,
+        "versions": versions,
+        "date": datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat(),
+        "steps_per_turn": options.steps,
+        "seconds": round(time.perf_counter() - start, 1),
+        "tables": tables,
+        "checks": checks,
+    }
+    print(f"{machine}\n{versions}\n{report['seconds']} s in all")
+    return conclude(report, options.json)
