@@ -24,7 +24,7 @@ from tests.helpers.extent import only_in_test_all
 from tests.helpers.virtual_time import ThrottledLink, TimedLayers, TimedSplitState, VirtualThread, VirtualTime
 
 WIDTH = 10
-NUM_LAYERS = 40
+NUM_LAYERS = 32
 # Per 1B parameters (superoffload, section 5): seconds of the host's Adam, of the link each way; and the device's FLOPS.
 # Adding a gradient to its sum moves 10 bytes per parameter where Adam moves 30.
 PROFILES = {"PCIe H100": (0.21, 0.04, 400e12), "GH200": (0.08, 0.004, 600e12), "laptop": (0.53, 0.17, 20e12)}
@@ -50,7 +50,7 @@ def times_of(profile: str, tokens: int, config: ZenFlowConfig, num_layers: int =
     )
 
 
-def simulate(times: WindowTimes, config: ZenFlowConfig, *, num_cycles: int = 4) -> float:
+def simulate(times: WindowTimes, config: ZenFlowConfig, *, num_cycles: int = 3) -> float:
     """Exposed seconds per step of a real engine in virtual time: of its last two cycles."""
     time = VirtualTime()
     model = TimedLayers(time, times.num_matrices, WIDTH, times.forward, times.backward)
@@ -152,7 +152,7 @@ def check(profile: str, tokens: int, way: str) -> None:
 
 
 @pytest.mark.parametrize("profile", PROFILES)
-@pytest.mark.parametrize("way", [way for way in WAYS if way != "windows of 16"])
+@pytest.mark.parametrize("way", ["windows of 4", "sums on the device", "at once"])
 def test_exposed_time_is_the_forecast(profile, way):
     check(profile, 1500 if profile == "PCIe H100" else 500, way)
 
