@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future
+from concurrent.futures import Executor, Future
 
 import torch
 from torch import nn
@@ -10,6 +10,7 @@ from torch import nn
 from lightning_superscale.offload.link.link import CpuLink
 from lightning_superscale.offload.superoffload.state import DeferredState
 from lightning_superscale.offload.superoffload.worker import Settling, next_to_settle
+from lightning_superscale.offload.zenflow.state import SplitState
 
 
 class VirtualTime:
@@ -218,3 +219,59 @@ class TimedLayers(nn.Module):
         for layer in self.layers:
             x = Tick.apply(layer(x).tanh(), self._time, *self._seconds)
         return x
+
+
+class VirtualThread(Executor):
+    """One thread of the host, in order: its work is done when it is given, at the virtual time when it would be."""
+
+    def __init__(self, time: VirtualTime) -> None:
+        self._time = time
+
+    def submit(self, task, /, *args, **kwargs):
+        time, done = self._time, _DoneAt(self._time)
+        time.worker, time.is_worker = max(time.worker, time.model), True
+        try:
+            done.set_result(task(*args, **kwargs))
+        finally:
+            time.is_worker = False
+        done.at = time.worker
+        return done
+
+
+class _DoneAt(Future):
+    """Whoever asks for it waits until it is done."""
+
+    def __init__(self, time: VirtualTime) -> None:
+        super().__init__()
+        self._time = time
+        self.at = 0.0
+
+    def done(self) -> bool:
+        return self._time.now >= self.at
+
+    def result(self, timeout=None):
+        self._time.advance_to(self.at)
+        return super().result(0)
+
+
+class TimedSplitState(SplitState):
+    """Adding a gradient up and stepping deferred columns take a time per element each."""
+
+    def __init__(self, *args, time: VirtualTime, adding: float, updating: float, **kwargs) -> None:
+        self._time, self._adding, self._updating = time, adding, updating
+        super().__init__(*args, **kwargs)
+
+    def _lay_out(self, layouts) -> None:
+        super()._lay_out(layouts)
+        absorb = self.sums.absorb
+
+        def timed(one, *args, **kwargs) -> None:
+            absorb(one, *args, **kwargs)
+            self._time.advance_to(self._time.now + self._adding * one.layout.deferred_numel)
+
+        self.sums.absorb = timed
+
+    def _step_host(self, op, hypers, ahead) -> None:
+        super()._step_host(op, hypers, ahead)
+        numel = sum(self.slices[i].layout.deferred_numel for i in hypers)
+        self._time.advance_to(self._time.now + self._updating * numel)

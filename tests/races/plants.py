@@ -60,7 +60,7 @@ def deferred_weights_are_placed_before_they_arrived(patch):
 
 @plant(Case("zenflow, at once", queries="no"))
 def gradients_arrive_where_the_host_still_adds_up_the_last_ones(patch):
-    patch.setattr(HostWork, "wait_added", lambda self: None)
+    patch.setattr(HostWork, "wait_added_of", lambda self, unit: None)
 
 
 @plant(ZENFLOW)

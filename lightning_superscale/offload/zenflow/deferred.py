@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
@@ -10,9 +11,10 @@ from torch import Tensor
 
 from lightning_superscale.config.zenflow import ZenFlowConfig
 from lightning_superscale.offload.engine import OffloadContext
-from lightning_superscale.offload.link.link import LinkFence
+from lightning_superscale.offload.link.link import LinkEvent, LinkFence
 from lightning_superscale.offload.zenflow.host_work import HostWork
 from lightning_superscale.offload.zenflow.report import ZenFlowReport
+from lightning_superscale.offload.zenflow.split_slice import SplitSlice
 from lightning_superscale.offload.zenflow.state import Edits, SplitState
 from lightning_superscale.offload.zenflow.windows import Absorbed, Phase, Place, by_index, deferred_lr
 from lightning_superscale.ops.types import AdamWHyper
@@ -61,7 +63,8 @@ class DeferredColumns:
         Returns:
             the slices whose gradient is all of a window and is on its way, neither scaled nor clipped.
         """
-        tasks, unscaled = [], set()
+        arrived: dict[int, list[tuple[SplitSlice, LinkEvent, bool]]] = {}
+        unscaled = set()
         for index, by_slice in hypers.items():
             for i, hyper in by_slice.items():
                 state, place = self._states[index], (index, i)
@@ -74,23 +77,36 @@ class DeferredColumns:
                 if sums.home == "host":
                     arrival = sums.take_arrival(one)
                     if arrival is not None:
-                        tasks.append((index, one, arrival, is_first))
+                        arrived.setdefault(index, []).append((one, arrival, is_first))
                 elif is_first and ends(place):
                     sums.send_unscaled(one)
                     unscaled.add(place)
                 else:
                     sums.absorb_on_device(one, grad_scale, clip_value, is_first=is_first)
-        if tasks:
-            scale_of = self.scale_on_host(grad_scale)
-
-            def add() -> None:
-                scale = scale_of()
-                for index, one, _, is_first in tasks:
-                    with self._timeline.host("host sums", one.piece.fqn):
-                        self._states[index].sums.absorb(one, scale, clip_value, is_first=is_first)
-
-            self._host.add([arrival for _, _, arrival, _ in tasks], add)
+        if arrived:
+            self._add_on_host(arrived, self.scale_on_host(grad_scale), clip_value)
         return unscaled
+
+    def _add_on_host(
+        self,
+        arrived: Mapping[int, Sequence[tuple[SplitSlice, LinkEvent, bool]]],
+        scale_of: Callable[[], float],
+        clip_value: float | None,
+    ) -> None:
+        """Let the host add up what arrives, in the order of backward ([Note: Sums in turn] in host_work.py).
+
+        Args:
+            arrived: by unit index, of each slice its gradient's copy, and whether it is the first one of its window.
+        """
+
+        def add(index: int) -> None:
+            scale = scale_of()
+            for one, _, is_first in arrived[index]:
+                with self._timeline.host("host sums", one.piece.fqn):
+                    self._states[index].sums.absorb(one, scale, clip_value, is_first=is_first)
+
+        for index in sorted(arrived):
+            self._host.add(index, [arrival for _, arrival, _ in arrived[index]], functools.partial(add, index))
 
     def scale_on_host(self, grad_scale: GradScale) -> Callable[[], float]:
         """A function that a thread of the host calls for a step's factor, which may be on the device yet."""

@@ -46,6 +46,7 @@ class ZenFlowStep(AdamWRule):
     Args:
         context: the parts of the run: the kernel that steps selected columns, the link, the other ranks.
         warning: shared by the rules of a run.
+        host: the host's thread; one of its own if None.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class ZenFlowStep(AdamWRule):
         config: ZenFlowConfig,
         context: OffloadContext,
         warning: LowEnergyWarning,
+        host: HostWork | None = None,
     ) -> None:
         super().__init__(optimizer, guard)
         self._config = config
@@ -62,7 +64,7 @@ class ZenFlowStep(AdamWRule):
         self._ranks = context.ranks
         self._states: dict[int, SplitState] = {}
         self._timeline = context.timeline
-        self._host = HostWork(context.timeline)
+        self._host = host or HostWork(context.timeline)
         self._numbers = AutoNumbers(config)
         self._schedule = Schedule(config, self._numbers.interval, {})
         self._report = ZenFlowReport(
@@ -100,7 +102,7 @@ class ZenFlowStep(AdamWRule):
 
     def add_grads(self, delta: GradientDelta, state: UnitState) -> None:
         self._settle()
-        self._host.wait_added()  # the buffer for this gradient holds the last step's until then
+        self._host.wait_added_of(delta.unit.index)  # the buffer for this gradient holds the last step's until then
         index, number = delta.unit.index, self._phase.num_steps + 1
         undivided = [i for i, _ in delta.slices if self._is_due(number) or self._chooses((index, i), number)]
         cast(SplitState, state).add_grads(delta.slices, undivided=undivided)

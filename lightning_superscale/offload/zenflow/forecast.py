@@ -1,0 +1,114 @@
+"""Forecasts the time that ZenFlow's host adds to a step, from the seconds of the step's parts.
+
+[Note: Exposed windows] After each step the host adds up the gradients of all deferred columns, then steps those whose
+windows end with it, and sends their weights. It has until the end of the next backward: there the weights are put in
+place, and the host's next work begins. What takes longer is waited for there. With sums on the device, a step sends the
+sums of windows that end instead, after its backward, and the host has nothing to add.
+
+Assumptions: matrices of equal rank in backward, which makes their gradients at an even pace; one copy at a time each
+way; gradients that are scaled by a factor from the device (such as clipping's), which crosses the link after them; a
+step of selected columns that takes the device no time; no selection of columns, which sends gradients after backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from lightning_superscale.offload.zenflow.windows import Place, staggered
+
+_NUM_CYCLES = 8
+"""After which what one step leaves to the next repeats itself."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WindowTimes:
+    """Seconds of the parts of ZenFlow's steps by themselves, and which windows end when.
+
+    Attributes:
+        forward, backward: the model's, of one step.
+        d2h: gradients of all deferred columns to the host.
+        adding: the host's, to add these to their windows' sums.
+        updating: the host's, to step all deferred columns.
+        h2d: weights of all deferred columns to the device.
+        num_matrices: number of matrices, whose gradients come one after the other.
+        ends: by step of a cycle, the shares of all deferred elements in each matrix whose window ends with it, in the
+            order in which the host steps them.
+        sums_home: where gradients add up.
+        overlap: whether new weights are awaited one step later, and not at once.
+    """
+
+    forward: float
+    backward: float
+    d2h: float
+    adding: float
+    updating: float
+    h2d: float
+    num_matrices: int
+    ends: Sequence[Sequence[float]]
+    sums_home: Literal["host", "device"] = "host"
+    overlap: bool = True
+
+    @property
+    def model(self) -> float:
+        """Seconds of a step without a host."""
+        return self.forward + self.backward
+
+    @property
+    def is_long_enough(self) -> bool:
+        """Whether windows are long enough for what host and link have to do in them, with a fifth to spare."""
+        steps = len(self.ends)
+        adding, sending = (self.adding, self.d2h) if self.sums_home == "host" else (0.0, self.d2h / steps)
+        return steps * self.model >= 1.2 * (steps * (adding + sending) + self.updating + self.h2d)
+
+
+def shares_ended(sizes: Mapping[Place, tuple[int, str]], interval: int, *, overlap: bool) -> list[list[float]]:
+    """`WindowTimes.ends` of a run.
+
+    Args:
+        sizes: what `staggered` is given, whose numbers of elements are taken as those of deferred columns.
+        interval: number of steps in a window.
+    """
+    offsets = staggered(sizes, interval) if overlap else dict.fromkeys(sizes, 0)
+    total = sum(numel for numel, _ in sizes.values())
+    ended: list[list[float]] = [[] for _ in range(interval)]
+    for place in sorted(sizes):
+        ended[-offsets[place] % interval].append(sizes[place][0] / total)
+    return ended
+
+
+def exposed_seconds(times: WindowTimes) -> float:
+    """Seconds by which a step is longer than forward and backward, the mean over a cycle in the steady state."""
+    waited: list[float] = []
+    left = 0.0
+    for _ in range(_NUM_CYCLES):
+        waited = []
+        for ended in times.ends:
+            arrives = left  # at the end of the backward that makes this step's gradients, what is still to be done
+            at_end = max(0.0, arrives)
+            work = _seconds_of_work(times, ended, at_end)
+            at_once = work if ended and not times.overlap else 0.0
+            left = work - at_once - times.model
+            waited.append(at_end + at_once)
+    return sum(waited) / len(waited)
+
+
+def _seconds_of_work(times: WindowTimes, ended: Sequence[float], waited: float) -> float:
+    """Seconds from the beginning of a step's work on the host until its weights are there.
+
+    Args:
+        waited: seconds since backward, in which gradients went on to arrive.
+    """
+    one = 1 / times.num_matrices
+    if times.sums_home == "device":
+        begins = times.d2h * sum(ended)
+    else:
+        # For its own copy, or for a link that was busy all through backward.
+        last_grad = max(times.d2h * one, times.d2h - times.backward * (1 - one)) - waited
+        begins = max(0.0, last_grad) + times.adding
+    stepped = sent = begins
+    for share in ended:
+        stepped += times.updating * share
+        sent = max(sent, stepped) + times.h2d * share
+    return max(stepped, sent)
