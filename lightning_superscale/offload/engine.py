@@ -75,6 +75,7 @@ class RunFacts:
     """The facts of a run that an engine may have to refuse, known before any work starts.
 
     Attributes:
+        fqns: names of all parameters.
         dtypes: of masters and moments.
         world_size: number of all ranks.
     """
@@ -82,6 +83,7 @@ class RunFacts:
     config: OffloadConfig
     zero: ZeroConfig
     optimizers: Sequence[Optimizer]
+    fqns: Sequence[str]
     dtypes: StateDtypes
     world_size: int
 

@@ -422,6 +422,7 @@ def _check_on_all_ranks(module: nn.Module, optimizers: Sequence[Optimizer], sett
                     config=offload,
                     zero=zero,
                     optimizers=optimizers,
+                    fqns=list(fqn_of.values()),
                     dtypes=settings.precision.states,
                     world_size=mesh.world.size,
                 )

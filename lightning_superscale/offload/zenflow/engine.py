@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import fnmatch
 from typing import Literal
 
 import torch
@@ -50,6 +52,14 @@ class ZenFlowEngine:
                 "zenflow keeps fp32 masters and moments on both sides of the link; found 16-bit ones in "
                 "SuperScalePrecision. Remove master_weights and optimizer_states, or use offload='superoffload'."
             )
+
+        for pattern in _options(facts.config).exclude or ():
+            if not fnmatch.filter(facts.fqns, pattern):
+                close = difflib.get_close_matches(pattern, facts.fqns, n=3, cutoff=0.3)
+                raise SuperScaleError(
+                    f"ZenFlowConfig.exclude takes patterns of names of parameters; {pattern!r} matches none of "
+                    f"{len(facts.fqns)}. Names like it: {', '.join(map(repr, close or facts.fqns[:3]))}."
+                )
 
     def memory(self, kind: ParamKind) -> MemoryModel:
         """Bytes per parameter of a matrix that is split. What has one dim is on the device whole, in 12 bytes more."""

@@ -190,3 +190,10 @@ def test_16_bit_states_are_refused_by_name():
     low = lss.SuperScalePrecision("bf16-true", optimizer_states="bf16")
     with pytest.raises(lss.SuperScaleError, match="zenflow keeps fp32 masters and moments"):
         fit(Regressor(), strategy(), precision=None, plugins=[low])
+
+
+def test_a_pattern_that_matches_no_parameter_is_refused_with_names_like_it():
+    with pytest.raises(
+        lss.SuperScaleError, match=r"'net.O.weight' matches none of \d+. Names like it: .*'net.0.weight'"
+    ):
+        fit(Regressor(), strategy(exclude=["net.3.*", "net.O.weight"]))
