@@ -74,7 +74,7 @@ def test_a_constant_gradient_moves_each_weight_by_the_rate_at_each_step_and_is_n
 def test_second_moments_follow_gradients_that_shrink(topk):
     """With weights in bf16: in bf16 a second moment of beta 0.999 would stay where it is.
 
-    The window in which they shrink has the square of a mean where AdamW has the mean of squares: at most 4 steps' worth.
+    The window in which they shrink has the square of a mean where AdamW has the mean of squares: 4 steps' at most.
     """
     model = nn.Linear(8, 4, bias=False).bfloat16()
     optimizer, engine = engine_of(model, ZenFlowConfig(topk=topk))
