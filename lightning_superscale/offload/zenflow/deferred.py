@@ -127,7 +127,7 @@ class DeferredColumns:
         scale_of: Callable[[], float] | None,
         *,
         looks_ahead: bool,
-        is_warm: bool = False,
+        counts: bool = False,
     ) -> None:
         """Let the host apply windows that end.
 
@@ -135,7 +135,7 @@ class DeferredColumns:
             unscaled: what `begin_to_add` gave.
             scale_of: gives the factor of these gradients; None without any.
             looks_ahead: whether the next weights are ahead of the masters.
-            is_warm: whether this is a step of warm-up.
+            counts: whether the report counts these windows: neither warm-up's, nor those that are cut short.
         """
         phase, factor = self.phase, self._config.delay_correction if looks_ahead else 0.0
         arrivals = []
@@ -143,7 +143,7 @@ class DeferredColumns:
             (index, i), absorbed = place, phase.open.pop(place)
             state = self._states[index]
             phase.late[place] = self._hyper_of(place, absorbed, is_unscaled=place in unscaled)
-            if not is_warm:
+            if counts:
                 numel = state.slices[i].layout.deferred_numel
                 self._report.applied(absorbed.num_steps, numel, is_late=self._config.overlap)
             if factor:

@@ -145,8 +145,8 @@ class ZenFlowStep(AdamWRule):
         self._phase.num_steps = number
         ended, waits = [place for place in self._phase.open if ends(place)], self._schedule.waits(number)
         scale_of = self._deferred.scale_on_host(grad_scale) if unscaled else None
-        is_warm = self._schedule.is_warm(number)
-        self._deferred.end_windows(ended, unscaled, scale_of, looks_ahead=not waits, is_warm=is_warm)
+        counts = not self._schedule.is_warm(number)
+        self._deferred.end_windows(ended, unscaled, scale_of, looks_ahead=not waits, counts=counts)
         if waits:
             stepped.update(self._deferred.place_late())
         for index in hypers:

@@ -99,17 +99,18 @@ def test_a_slow_host_of_zenflow_is_seen_in_the_stall_share(monkeypatch):
     real = GradientSums.absorb
 
     def slow(self, *args, **kwargs):
-        time.sleep(0.02)
+        time.sleep(0.05)
         real(self, *args, **kwargs)
 
     strategy = lss.SuperScaleStrategy(offload={"engine": "zenflow", "gpu_fraction": 0, "zenflow": ZENFLOW})
     with monkeypatch.context() as patch:
         patch.setattr(GradientSums, "absorb", slow)
         found = logged(strategy, max_steps=12)
-    assert all(share > 0.5 for share in found["stall_share"])
+    # Two matrices wait at each step; the rest of a step takes a few ms, or more on a machine that is busy.
+    assert all(share > 0.25 for share in found["stall_share"])
     steady = strategy.phase_seconds.steady()
-    assert steady.stall_share > 0.5
-    assert steady.stalled > 0.03  # two matrices at each step
+    assert steady.stall_share > 0.25
+    assert steady.stalled > 0.07
     assert steady.backward < steady.stalled
     assert steady.exposed > 0.9 * steady.stalled
 
