@@ -348,7 +348,7 @@ def test_waiting_for_a_slow_host_is_a_stall_in_the_step_after_a_window(monkeypat
         real = engine._rule._deferred._update
 
         def slow(*args, real=real):
-            time.sleep(0.05)
+            time.sleep(0.2)
             real(*args)
 
         engine._rule._deferred._update = slow
@@ -360,7 +360,7 @@ def test_waiting_for_a_slow_host_is_a_stall_in_the_step_after_a_window(monkeypat
             optimizer.zero_grad()
             stalls.append(timeline.stalled_seconds - before)
         waits = {0, 3, 5} if overlap else {0, 2, 4, 6}
-        assert {step for step, stall in enumerate(stalls) if stall > 0.025} == waits, stalls
+        assert {step for step, stall in enumerate(stalls) if stall > 0.15} == waits, stalls
         ended(engine)
 
 
