@@ -69,6 +69,34 @@ def test_a_run_resumes_from_edited_weights(strategy, precision, is_universal, ma
         assert_same_weights(resumed, straight)
 
 
+@pytest.mark.parametrize(
+    "make", [lambda: EMAWeightAveraging(decay=0.5), lambda: lss.ShardedEMA(0.5)], ids=["EMA", "ours"]
+)
+@pytest.mark.parametrize("is_universal", [False, True])
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        STRATEGIES["zenflow"],
+        *(pytest.param(STRATEGIES[name], marks=only_in_test_all) for name in ("superscale", "superoffload")),
+    ],
+)
+def test_a_run_with_averages_resumes(strategy, is_universal, make, tmp_path):
+    """And gives no state to what is frozen, of which the averages have an fp32 copy."""
+
+    def run(callbacks):
+        plugins = [lss.UniversalCheckpointIO()] if is_universal else []
+        return trainer(strategy(), precision="bf16-true", plugins=plugins, callbacks=[make(), *callbacks], **EPOCHS)
+
+    straight = Regressor()
+    run([SavesEachStep(tmp_path)]).fit(straight, loader(8))
+    for step in (1, 3):
+        resumed = Regressor()
+        again = run([])
+        again.fit(resumed, loader(8), ckpt_path=f"{tmp_path}/{step}.ckpt")
+        assert_same_weights(resumed, straight)
+        assert not again.optimizers[0].state[resumed.frozen.weight]
+
+
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks")
 def test_averages_that_were_saved_in_place_of_weights_are_loaded_in_fp32_too(tmp_path):
     """And not the masters of the weights that they average."""

@@ -12,10 +12,11 @@ from torch import Tensor
 from lightning_superscale.config.zenflow import ZenFlowConfig
 from lightning_superscale.offload.engine import OffloadContext
 from lightning_superscale.offload.link.link import LinkEvent, LinkFence
+from lightning_superscale.offload.zenflow.edits import Edits, edits_of, keep_edits
 from lightning_superscale.offload.zenflow.host_work import HostWork
 from lightning_superscale.offload.zenflow.report import ZenFlowReport
 from lightning_superscale.offload.zenflow.split_slice import SplitSlice
-from lightning_superscale.offload.zenflow.state import Edits, SplitState
+from lightning_superscale.offload.zenflow.state import SplitState
 from lightning_superscale.offload.zenflow.windows import Absorbed, Phase, Place, by_index, deferred_lr
 from lightning_superscale.ops.types import AdamWHyper
 from lightning_superscale.optim.param_update import GradScale
@@ -158,7 +159,7 @@ class DeferredColumns:
                 if arrival is not None:
                     arrivals.append(arrival)
         by_unit = by_index(ended)
-        edits = {index: self._states[index].edits_of(slices) for index, slices in by_unit.items()}
+        edits = {index: edits_of(self._states[index], slices) for index, slices in by_unit.items()}
         fences = {index: self._states[index].fence() for index in by_unit}
 
         def update() -> None:
@@ -199,7 +200,7 @@ class DeferredColumns:
             hypers = {i: self.phase.late[index, i] for i in slices}
             with self._timeline.host("host optimizer", f"unit {index}"):
                 state.update_host(hypers, self._ahead_of(index, slices))
-            state.keep_edits(edits[index])
+            keep_edits(state, edits[index])
             state.send_weights(slices, fences[index])
 
     def _ahead_of(self, index: int, slices: Iterable[int]) -> dict[int, AdamWHyper]:

@@ -20,7 +20,7 @@ from lightning_superscale.offload.zenflow.auto import most_selected
 from lightning_superscale.offload.zenflow.columns import layouts_of
 from lightning_superscale.offload.zenflow.report import LowEnergyWarning
 from lightning_superscale.offload.zenflow.state import SplitState
-from lightning_superscale.offload.zenflow.step import WINDOW_KEY, ZenFlowStep
+from lightning_superscale.offload.zenflow.step import STATE_KEYS, ZenFlowStep
 from lightning_superscale.offload.zenflow.windows import Absorbed
 from lightning_superscale.ops.state_dtypes import bytes_of
 from lightning_superscale.optim.param_update import why_not_native
@@ -119,7 +119,7 @@ class ZenFlowEngine:
                 "applied, and this run drops them. Resume with engine='zenflow' to lose nothing."
             )
         weights_lag = any(name.startswith(("zenflow.late.", "zenflow.ahead.")) for name in saved)
-        return LeftBehind(frozenset({WINDOW_KEY}), weights_lag, dropped)
+        return LeftBehind(STATE_KEYS, weights_lag, dropped)
 
     def why_no_forecast(self, config: OffloadConfig) -> str | None:
         return "zenflow's host steps windows"

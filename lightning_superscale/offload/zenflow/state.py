@@ -37,9 +37,6 @@ from lightning_superscale.ops.types import AdamWHyper, AdamWSegment
 from lightning_superscale.optim.unit import ShardUnit, slice_view
 from lightning_superscale.optim.unit_state import StateBytes
 
-Edits = Sequence[tuple[int, Tensor, Tensor]]
-"""By slice index: which elements of its deferred columns were edited, and their weights, fp32 1D."""
-
 BYTES_PER_STATE = 3 * 4
 """Of one element's master and moments."""
 
@@ -278,34 +275,18 @@ class SplitState:
                     hyper=hyper,
                     next_grad=grad if i in ahead else None,
                     next_hyper=ahead.get(i),
-                    weight_out=self._next_of(one),
+                    weight_out=self.next_of(one),
                     selection=one.rows if layout.is_split else None,
                 )
             )
         if segments:
             op(segments, pool=self._pool)
 
-    def edits_of(self, slices: Iterable[int]) -> Edits:
-        """The weights of deferred columns that other code changed after the last gradient; masters have them."""
-        return [
-            (i, edited, self.slices[i].columns_of(self.master)[self.slices[i].deferred][edited])
-            for i in slices
-            if (edited := self.slices[i].edited) is not None
-        ]
-
-    def keep_edits(self, edits: Edits) -> None:
-        """Let edits stand that an update on the host has overwritten, which came after all of its gradients."""
-        for i, edited, values in edits:
-            one = self.slices[i]
-            masters = one.columns_of(self.master)
-            masters[one.deferred] = masters[one.deferred].masked_scatter(edited, values)
-            new = self._next_of(one).view(edited.shape)
-            new.masked_scatter_(edited, values.to(self.unit.dtype).to(new.dtype))
-
     def _placed_of(self, one: SplitSlice) -> Tensor:
         return one.deferred_of(self._weights[one.front])
 
-    def _next_of(self, one: SplitSlice) -> Tensor:
+    def next_of(self, one: SplitSlice) -> Tensor:
+        """The weights of a slice's deferred columns that take the place of those that are in place, 1D."""
         return one.deferred_of(self._weights[1 - one.front])
 
     def show_masters(self, i: int) -> None:
@@ -314,7 +295,7 @@ class SplitState:
         if one.uploaded is not None:
             one.uploaded.synchronize()
         masters = one.columns_of(self.master)[one.deferred]
-        self._next_of(one).copy_(masters.to(self.unit.dtype).view(-1))
+        self.next_of(one).copy_(masters.to(self.unit.dtype).view(-1))
 
     def fence(self) -> LinkFence | None:
         """A point of the device's work for `send_weights`, from the thread that runs the model."""
@@ -326,7 +307,7 @@ class SplitState:
             one = self.slices[i]
             if not one.layout.deferred_numel:
                 continue
-            source = self._next_of(one)
+            source = self.next_of(one)
             self.sent.weights += source.nbytes
             with self._link.allocating():
                 landing = torch.empty(source.numel(), dtype=self.unit.dtype, device=self.unit.device)
@@ -418,7 +399,7 @@ class SplitState:
 
         0 in selected columns.
         """
-        return self._rows_of_deferred(i, self._next_of(self.slices[i]))
+        return self._rows_of_deferred(i, self.next_of(self.slices[i]))
 
     def _rows_of_deferred(self, i: int, flat: Tensor) -> Tensor:
         one = self.slices[i]
@@ -448,7 +429,7 @@ class SplitState:
         elif kept is not None and one.layout.deferred_numel:
             columns = torch.empty(one.layout.num_columns, one.layout.column_numel)
             rows_of_columns(columns.view(-1), one.piece, one.layout).copy_(kept)
-            there = self._next_of(one) if is_late else one.deferred_of(self.sums.total)
+            there = self.next_of(one) if is_late else one.deferred_of(self.sums.total)
             there.copy_(columns[one.deferred].view(-1))
         masters, columns = one.columns_of(self.master), self._weight_columns(i)
         weights = self._to_host(columns.index_select(0, one.on_device[1]))
@@ -462,15 +443,14 @@ class SplitState:
     def reload(self, slices: Sequence[int]) -> None:
         """Follow weights that other code changed, element by element: those that are not what was placed there.
 
-        An edit takes the place of an update that is on its way, and of a later one that has no gradient of a step after
-        the edit. Nothing is updated meanwhile.
+        Nothing is updated meanwhile ([Note: Edits] in edits.py).
         """
         for i in slices:
             one, columns = self.slices[i], self._weight_columns(i)
             selected, deferred = one.on_device
             follow_weights(one.selected_of(self._device_states[0]), columns.index_select(0, selected))
             weights = self._to_host(columns.index_select(0, deferred))
-            placed, new = (flat.view(weights.shape) for flat in (self._placed_of(one), self._next_of(one)))
+            placed, new = (flat.view(weights.shape) for flat in (self._placed_of(one), self.next_of(one)))
             is_own = placed.to(self.unit.dtype) == weights
             if one.landing is not None:
                 one.landing[1].synchronize()

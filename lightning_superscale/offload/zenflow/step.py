@@ -17,6 +17,7 @@ from lightning_superscale.offload.late_moments import LateMoments
 from lightning_superscale.offload.zenflow.auto import AutoNumbers
 from lightning_superscale.offload.zenflow.columns import layouts_of
 from lightning_superscale.offload.zenflow.deferred import DeferredColumns
+from lightning_superscale.offload.zenflow.edits import load_edits, saved_edits
 from lightning_superscale.offload.zenflow.host_work import HostWork
 from lightning_superscale.offload.zenflow.report import LowEnergyWarning, ZenFlowReport, cycle_of, shares_of
 from lightning_superscale.offload.zenflow.saved import SavedPhase, saved_phase
@@ -38,6 +39,9 @@ from lightning_superscale.optim.unit_state import UnitState
 WINDOW_KEY = "zenflow_window"
 """An entry of a parameter's own state in checkpoints: an open window's sum of gradients, or once it has
 ended, weights that are ahead of their masters and not in place yet."""
+EDITS_KEY = "zenflow_edits"
+"""Beside the sum of an open window, if there are any: which weights an edit has that its update may not overwrite."""
+STATE_KEYS = frozenset({WINDOW_KEY, EDITS_KEY})
 
 
 class ZenFlowStep(AdamWRule):
@@ -76,6 +80,7 @@ class ZenFlowStep(AdamWRule):
         )
         self._deferred = DeferredColumns(config, context, self._states, self._host, self._report)
         self._loaded: dict[Place, Tensor | None] = {}
+        self._loaded_edits: dict[Place, Tensor] = {}
         self._saved = SavedPhase({})
         self._edited: set[Place] = set()
         self._shown: list[dict[str, Any]] = []
@@ -226,6 +231,9 @@ class ZenFlowStep(AdamWRule):
                 if own is not None and (is_ahead or place in self._phase.open):
                     own[WINDOW_KEY] = state.next_weights_of(i) if is_ahead else state.window_of(i)
                     self._shown.append(own)
+                    edits = saved_edits(state.slices[i])
+                    if edits is not None:
+                        own[EDITS_KEY] = edits
         self._moments.arrived()
 
     def _bring_up(self, index: int) -> None:
@@ -242,7 +250,8 @@ class ZenFlowStep(AdamWRule):
     def _hide_windows(self) -> None:
         """Take sums of the open window out of the optimizer's own state, where `flush` puts them for checkpoints."""
         for own in self._shown:
-            own.pop(WINDOW_KEY, None)
+            for key in STATE_KEYS:
+                own.pop(key, None)
         self._shown = []
 
     def catch_up(self) -> Iterator[SteppedUnit]:
@@ -299,10 +308,12 @@ class ZenFlowStep(AdamWRule):
         self.quiesce()
         self._is_loading = True
         try:
-            super().load(param, unit, state, i, {key: value for key, value in saved.items() if key != WINDOW_KEY})
+            super().load(param, unit, state, i, {k: v for k, v in saved.items() if k not in STATE_KEYS})
         finally:
             self._is_loading = False
         self._loaded[unit.index, i] = saved.get(WINDOW_KEY)
+        if EDITS_KEY in saved:
+            self._loaded_edits[unit.index, i] = saved[EDITS_KEY]
 
     def state_dict(self) -> RuleState:
         """The phase, and by parameter: its selected columns, and what its gradients in the open window need."""
@@ -322,6 +333,9 @@ class ZenFlowStep(AdamWRule):
         self._take_over_numbers(loaded)
         for place, kept in loaded.items():
             self._settle_one(place, kept)
+        for (index, i), edits in self._loaded_edits.items():
+            load_edits(self._states[index].slices[i], edits)
+        self._loaded_edits = {}
         for index, slices in by_index(self._phase.late).items():
             state = self._states[index]
             state.send_weights(slices, state.fence())

@@ -231,7 +231,8 @@ def load_engine_state(engine: OptimizerEngine, packed: Mapping[str, Any], fqn_of
     states = {}
     for param in engine.params():
         state = dict(saved["state"].get(fqn_of[param], {}))
-        if MASTER not in state and opened is not None and param.dtype != torch.float32:
+        is_stepped = bool(state) or param.requires_grad  # what is frozen gets no states of its fp32 weight
+        if is_stepped and MASTER not in state and opened is not None and param.dtype != torch.float32:
             weight = TensorKey(MODEL, fqn_of[param])
             if weight in opened.source.tensors and opened.source.tensors[weight].dtype == torch.float32:
                 state[MASTER] = opened.lazy(weight)
