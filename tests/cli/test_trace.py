@@ -24,7 +24,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 SCRIPT = """
 import sys
+import time
 import lightning_superscale as lss
+from lightning_superscale.offload.zenflow.state import SplitState
+from lightning_superscale.offload.zenflow.sums import GradientSums
 from tests.helpers.trainers import Regressor, fit
 
 name, epochs, precision = sys.argv[1], int(sys.argv[2]), sys.argv[3]
@@ -36,6 +39,19 @@ kinds = {
     "zenflow": lss.OffloadConfig(engine="zenflow", gpu_fraction=0, zenflow=window),
 }
 strategy = lss.SuperScaleStrategy(offload=kinds[name]) if name in kinds else name
+
+def slow(kind, method, seconds):
+    real = getattr(kind, method)
+
+    def run(*args, **kwargs):
+        time.sleep(seconds)
+        return real(*args, **kwargs)
+
+    setattr(kind, method, run)
+
+if name == "zenflow":  # a host that is slower than steps of this model, on any machine
+    slow(SplitState, "update_host", 0.3)
+    slow(GradientSums, "absorb", 0.03)
 fit(Regressor(), strategy, max_epochs=epochs, precision=precision, gradient_clip_val=1.0)
 """
 
