@@ -26,6 +26,7 @@ from lightning_superscale.offload.zenflow.columns import (
     columns_in_memory,
     memory_of_columns,
     most_important,
+    put_columns,
     rows_of_columns,
 )
 from lightning_superscale.offload.zenflow.split_slice import SentBytes, SplitSlice
@@ -37,6 +38,8 @@ from lightning_superscale.ops.types import AdamWHyper, AdamWSegment
 from lightning_superscale.optim.unit import ShardUnit, slice_view
 from lightning_superscale.optim.unit_state import StateBytes
 
+_ENERGY_NUMEL = 2**20
+"""Elements of a gradient whose squares are summed up at a time."""
 BYTES_PER_STATE = 3 * 4
 """Of one element's master and moments."""
 
@@ -178,9 +181,12 @@ class SplitState:
             one = self.slices[i]
             one.has_grad = True
             one.edited = None
-            columns = columns_in_memory(grad.to(self.unit.dtype), one.layout)
+            # Transposed as a whole: then columns can be taken by rows of memory, which is much faster.
+            in_memory = columns_in_memory(grad.to(self.unit.dtype), one.layout)
+            columns = in_memory.contiguous()
             if i in undivided:
-                one.whole = columns.clone() if one.whole is None else one.whole + columns
+                own = columns.clone() if columns is in_memory else columns
+                one.whole = own if one.whole is None else one.whole + columns
             else:
                 self._take(one, columns)
 
@@ -196,7 +202,9 @@ class SplitState:
         whole = self.slices[i].whole
         if whole is None:
             return torch.zeros(self.slices[i].layout.num_columns, dtype=torch.float64, device=self.unit.device)
-        return whole.double().square().sum(1)
+        # Some columns at a time: whole, in fp64, a gradient would be the largest tensor of a step.
+        num_at_once = max(1, _ENERGY_NUMEL // max(1, whole.shape[1]))
+        return torch.cat([some.double().square().sum(1) for some in torch.split(whole, num_at_once)])
 
     def _take(self, one: SplitSlice, columns: Tensor) -> None:
         selected, deferred = one.on_device
@@ -236,8 +244,7 @@ class SplitState:
                 self._place(i, one.on_device[0], one.selected_of(self._device_states[0]))
 
     def _place(self, i: int, columns: Tensor, new: Tensor) -> None:
-        weights = self._weight_columns(i)
-        weights.index_copy_(0, columns, new.to(weights.dtype))
+        put_columns(self.unit.local_rows(i), self.slices[i].layout, columns, new.to(self.unit.dtype))
 
     def _weight_columns(self, i: int) -> Tensor:
         return columns_in_memory(self.unit.local_rows(i), self.slices[i].layout)
