@@ -104,8 +104,11 @@ def test_a_checkpoint_within_a_window_names_the_topk_that_it_needs(tmp_path):
     options = OPTIONS["overlap"]
     fit(Regressor(), strategy(**options), num=8, callbacks=[SavesEachStep(tmp_path)], **EPOCHS)
     run = trainer(strategy(**{**options, "topk": 0.5}), **EPOCHS)
+    module, begun = Regressor(), []
+    module.on_train_start = lambda: begun.append(True)
     with pytest.raises(lss.SuperScaleError, match=r"5 of 17 columns of 'net.0.weight'.*would have 9.*topk"):
-        run.fit(Regressor(), loader(8), ckpt_path=f"{tmp_path}/7.ckpt")
+        run.fit(module, loader(8), ckpt_path=f"{tmp_path}/7.ckpt")
+    assert not begun
 
 
 AUTO = {"topk": "auto", "update_interval": "auto", "select_interval": 4}
