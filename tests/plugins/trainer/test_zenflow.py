@@ -94,6 +94,12 @@ def test_a_run_resumes_at_each_step_of_a_window(tmp_path, options, precision):
     assert_resumes_at_each_step(tmp_path, options, precision)
 
 
+@pytest.mark.parametrize("low", [{"optimizer_states": "bf16"}, {"kahan": True}], ids=["stochastic", "compensated"])
+def test_a_run_with_16_bit_states_resumes_at_each_step_of_a_window(tmp_path, low):
+    precision = lss.SuperScalePrecision("bf16-true", master_weights="bf16", seed=3, **low)
+    assert_resumes_at_each_step(tmp_path, OPTIONS["overlap"], None, plugins=[precision])
+
+
 def test_a_universal_checkpoint_resumes_at_each_step_too(tmp_path):
     assert_resumes_at_each_step(
         tmp_path, OPTIONS["overlap"], "32-true", plugins=[lss.UniversalCheckpointIO()], gradient_clip_val=0.05
@@ -187,12 +193,6 @@ def test_weights_that_flow_are_refused_by_name():
     offload = {"engine": "zenflow", "weights": "flow", "wrap": ["Linear"]}
     with pytest.raises(lss.SuperScaleError, match="weights='flow' keeps weights in host memory, and zenflow"):
         fit(Regressor(), lss.SuperScaleStrategy(offload=offload))
-
-
-def test_16_bit_states_are_refused_by_name():
-    low = lss.SuperScalePrecision("bf16-true", optimizer_states="bf16")
-    with pytest.raises(lss.SuperScaleError, match="zenflow keeps fp32 masters and moments"):
-        fit(Regressor(), strategy(), precision=None, plugins=[low])
 
 
 def test_a_pattern_that_matches_no_parameter_is_refused_with_names_like_it():
