@@ -157,6 +157,31 @@ def loaders_of(module: nn.Module) -> list[object]:
     return [type(module)._load_from_state_dict, *(getattr(hook, "hook", hook) for hook in hooks)]
 
 
+def all_to_all_in_graph(x: Tensor, group_name: str, size: int) -> Tensor:
+    """Send equal parts of dim 0 to the ranks of a group, and get theirs; a collective that compilers see and keep.
+
+    torch's partitioner never computes a collective of this namespace anew in backward.
+    """
+    splits = [len(x) // size] * size
+    ops = torch.ops._c10d_functional
+    moved: Tensor = ops.wait_tensor(ops.all_to_all_single(x, splits, splits, group_name))
+    return moved
+
+
+def all_gather_in_graph(x: Tensor, group_name: str, size: int) -> Tensor:
+    """The tensors of a group's ranks one after the other along dim 0; a collective that compilers see and keep."""
+    ops = torch.ops._c10d_functional
+    gathered: Tensor = ops.wait_tensor(ops.all_gather_into_tensor(x, size, group_name))
+    return gathered
+
+
+def all_reduce_in_graph(x: Tensor, group_name: str) -> Tensor:
+    """The sum of a tensor over a group's ranks; a collective that compilers see and keep."""
+    ops = torch.ops._c10d_functional
+    summed: Tensor = ops.wait_tensor(ops.all_reduce(x, "sum", group_name))
+    return summed
+
+
 def composable_states() -> MutableMapping[nn.Module, Any]:
     """The table in which `fully_shard` keeps a module's state."""
     from torch.distributed._composable_state import _module_state_mapping

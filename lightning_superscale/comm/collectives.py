@@ -1,4 +1,4 @@
-"""The only file that issues collectives. Every call is counted; every reduction has a fixed order.
+"""Issues collectives, as no other file does but in_graph.py. All are counted; every reduction has a fixed order.
 
 [Note: Reductions on gloo] gloo's reduce-scatter is an all-reduce that throws most of its result away, and
 its order of summation depends on the place of an element. Here ranks exchange their shares directly and each

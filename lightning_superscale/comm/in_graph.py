@@ -1,0 +1,136 @@
+"""Collectives inside a model's forward, which autograd follows and torch.compile sees.
+
+Every rank of the axis calls them in the same order, in forward and in backward. They are issued and awaited at once, in
+the order in which the model needs them, and counted where Python issues them: those of a compiled graph are not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_superscale.comm.mesh import CollectiveCount, MeshAxis
+from lightning_superscale.torch_private import all_gather_in_graph, all_reduce_in_graph, all_to_all_in_graph
+
+
+@dataclass(frozen=True, slots=True)
+class AxisLink:
+    """What a model's forward needs to exchange tensors along one axis of the mesh.
+
+    Attributes:
+        axis: the ranks.
+        counts: counts the collectives of this rank, in bytes of its inputs.
+    """
+
+    axis: MeshAxis
+    counts: CollectiveCount = field(default_factory=CollectiveCount)
+
+    @property
+    def rank(self) -> int:
+        """This rank's place on the axis."""
+        return self.axis.rank
+
+    @property
+    def size(self) -> int:
+        """The number of ranks on the axis."""
+        return self.axis.size
+
+    @property
+    def group_name(self) -> str:
+        """The name of the axis' process group."""
+        if self.axis.group is None:
+            raise AssertionError("an axis of one rank exchanges nothing")
+        return self.axis.group.group_name
+
+    def note(self, kind: str, x: Tensor) -> None:
+        """Count a collective of x that is about to be issued."""
+        if not torch.compiler.is_compiling():  # tracing may change nothing
+            self.counts.add(kind, x.nbytes)
+
+
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, link: AxisLink) -> Tensor:
+        ctx.link = link
+        link.note("all_to_all", x)
+        return all_to_all_in_graph(x.contiguous(), link.group_name, link.size)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return all_to_all(grads[0], ctx.link), None
+
+
+class _AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, link: AxisLink) -> Tensor:
+        ctx.link = link
+        link.note("all_gather", x)
+        return all_gather_in_graph(x.contiguous(), link.group_name, link.size)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return reduce_scatter(grads[0], ctx.link), None
+
+
+class _ReduceScatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, link: AxisLink) -> Tensor:
+        ctx.link = link
+        # Each rank sums the shares that it gets in the order of ranks: bits that depend on the values alone, on gloo
+        # too, and what crosses the wire is what a reduce-scatter sends.
+        link.note("reduce_scatter", x)
+        shares = all_to_all_in_graph(x.contiguous(), link.group_name, link.size)
+        parts = shares.view(link.size, len(x) // link.size, *x.shape[1:])
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return parts.sum(0, dtype=wide).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return all_gather(grads[0], ctx.link), None
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, link: AxisLink) -> Tensor:
+        ctx.size = link.size
+        link.note("all_reduce", x)
+        return all_reduce_in_graph(x.contiguous(), link.group_name)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0] * ctx.size, None
+
+
+def all_to_all(x: Tensor, link: AxisLink) -> Tensor:
+    """Exchange equal parts of dim 0: part r of the result is what rank r had for this one.
+
+    Args:
+        x: [size * n, ...] with the part for rank r from r * n on.
+    """
+    moved: Tensor = _AllToAll.apply(x, link)  # type: ignore[no-untyped-call]
+    return moved
+
+
+def all_gather(x: Tensor, link: AxisLink) -> Tensor:
+    """All ranks' tensors, one after the other along dim 0. Backward gives each rank the sum of its gradients."""
+    gathered: Tensor = _AllGather.apply(x, link)  # type: ignore[no-untyped-call]
+    return gathered
+
+
+def reduce_scatter(x: Tensor, link: AxisLink) -> Tensor:
+    """This rank's part of the sum over ranks, of equal parts of dim 0; 16-bit values are summed in fp32."""
+    part: Tensor = _ReduceScatter.apply(x, link)  # type: ignore[no-untyped-call]
+    return part
+
+
+def sum_over_ranks(x: Tensor, link: AxisLink) -> Tensor:
+    """The sum over ranks, on every rank, of a loss whose gradients are averaged over the axis' ranks afterwards.
+
+    Backward multiplies by the number of ranks, and asks no other rank: each has the same loss, so the same gradient of
+    it, and the mean over ranks that follows divides by that number.
+    """
+    summed: Tensor = _SumOverRanks.apply(x, link)  # type: ignore[no-untyped-call]
+    return summed
