@@ -18,6 +18,10 @@ class CheckpointError(SuperScaleError):
     """A checkpoint that can't be written, or whose content can't be trusted or does not fit; names file and tensor."""
 
 
+class SequenceParallelError(SuperScaleError):
+    """A model or a batch whose sequences can't be shared among ranks; names the operation, its shapes and its line."""
+
+
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """A hint such as `; did you mean 'cpu'?`, or an empty string when no choice is close."""
     close = difflib.get_close_matches(word, list(choices), n=1)

@@ -31,6 +31,11 @@ BY_TEST: dict[str, list[str]] = {
         "checkpoint/foreign/torch_optimizer.py",
     ],
     "checkpoint/foreign/test_lightning_dirs.py": ["checkpoint/foreign/dcp.py"],
+    "sequence/attention/test_over_ranks.py": [
+        "sequence/attention/all_gather.py",
+        "sequence/attention/sdpa.py",
+        "sequence/attention/ulysses.py",
+    ],
     "cli/test_checkpoint.py": [
         "checkpoint/tools/convert.py",
         "checkpoint/tools/diff.py",

@@ -1,0 +1,1 @@
+"""Exact attention over sequences of which each rank has a part."""

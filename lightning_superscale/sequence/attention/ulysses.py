@@ -1,0 +1,114 @@
+"""Attention for which ranks trade their parts of the sequence for heads, and back (Ulysses, arXiv 2309.14509).
+
+Each rank has some tokens of all heads. An all-to-all gives it all tokens of some heads, any attention computes these,
+and another all-to-all brings the outputs back: four in forward, four in backward. `heads.py` says who gets which heads.
+
+In chunks, heads follow one another, each chunk with exchanges of its own that backward repeats: what is whole along the
+sequence at a time is one chunk's heads (untied Ulysses, arXiv 2602.21196).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from lightning_superscale.comm.in_graph import AxisLink, all_to_all
+from lightning_superscale.sequence.attention.heads import Exchange, plan_heads
+from lightning_superscale.sequence.attention.visibility import Visibility
+
+
+class Attend(Protocol):
+    """An attention on one device."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, is_causal: bool) -> Tensor:
+        """The output [batch, heads, queries, head dim of v] of attention.
+
+        Args:
+            q: [batch, heads, queries, head dim].
+            k, v: [batch, key-value heads, keys, head dim]; equally many neighbouring query heads read each head.
+            mask: broadcast to [batch, heads, queries, keys]; bool, or a float that is added to scores. None without.
+            is_causal: every query sees the keys up to its own, of as many as there are queries; `mask` is None then.
+        """
+        ...
+
+
+def ulysses_attention(
+    q: Tensor, k: Tensor, v: Tensor, sees: Visibility, attend: Attend, link: AxisLink, *, num_chunks: int = 1
+) -> Tensor:
+    """Attention over the tokens of all ranks. Every rank of the axis calls it, in forward and in backward.
+
+    Args:
+        q: [batch, heads, tokens, head dim], of this rank's tokens; ranks have consecutive parts of equal length.
+        k, v: [batch, key-value heads, tokens, head dim], of the same tokens.
+        sees: over the whole sequence.
+        num_chunks: chunks of heads; with more than one, backward computes each chunk's attention once more.
+
+    Returns:
+        [batch, heads, tokens, head dim of v], of this rank's tokens.
+
+    Raises:
+        SequenceParallelError: numbers of heads that don't fit.
+    """
+    plan = plan_heads(q.shape[1], k.shape[1], link.size, num_chunks)
+    outputs = []
+    for exchange in plan.exchanges:
+        run = functools.partial(_attend_some, exchange=exchange, sees=sees, attend=attend, link=link)
+        if len(plan.exchanges) > 1 and torch.is_grad_enabled():
+            outputs.append(checkpoint(run, q, k, v, use_reentrant=False))
+        else:
+            outputs.append(run(q, k, v))
+    every = torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0]
+    return every if plan.order == tuple(range(every.shape[1])) else every.index_select(1, _index(plan.order, q))
+
+
+def _attend_some(
+    q: Tensor, k: Tensor, v: Tensor, *, exchange: Exchange, sees: Visibility, attend: Attend, link: AxisLink
+) -> Tensor:
+    """The outputs [batch, size x heads of a rank, tokens, head dim] of one exchange, rank by rank."""
+    wanted = [head for of_rank in exchange.queries for head in of_rank]
+    if None in wanted:
+        q = functional.pad(q, (0, 0, 0, 0, 0, 1))  # a head of zeros, at the end
+    num_queries = q.shape[1] - (None in wanted)
+    own = [num_queries if head is None else head for head in exchange.queries[link.rank]]
+    queries = _to_heads(_chosen(q, [num_queries if head is None else head for head in wanted]), link)
+    needed = [head for of_rank in exchange.keys for head in of_rank]
+    keys, values = (_to_heads(_chosen(x, needed), link) for x in (k, v))
+    if not exchange.is_grouped:
+        reads = _index(exchange.readers[link.rank], q)
+        keys, values = keys.index_select(1, reads), values.index_select(1, reads)
+    if sees.is_plain:
+        output = attend(queries, keys, values, None, is_causal=sees.is_causal)
+    else:
+        whole = slice(0, queries.shape[2])
+        mine = sees.of_heads(_index([min(head, num_queries - 1) for head in own], q))
+        output = attend(queries, keys, values, mine.mask(whole, whole, q.device), is_causal=False)
+    return _to_tokens(output, link)
+
+
+def _index(numbers: list[int] | tuple[int, ...], like: Tensor) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int64, device=like.device)
+
+
+def _chosen(x: Tensor, heads: list[int]) -> Tensor:
+    return x if heads == list(range(x.shape[1])) else x.index_select(1, _index(heads, x))
+
+
+def _to_heads(x: Tensor, link: AxisLink) -> Tensor:
+    """[batch, size x n, tokens, dim] of this rank's tokens to [batch, n, size x tokens, dim] of its heads."""
+    batch, heads, tokens, dim = x.shape
+    by_rank = x.view(batch, link.size, heads // link.size, tokens, dim).transpose(0, 1)
+    moved = all_to_all(by_rank.flatten(0, 1), link).view(link.size, batch, heads // link.size, tokens, dim)
+    return moved.permute(1, 2, 0, 3, 4).reshape(batch, heads // link.size, link.size * tokens, dim)
+
+
+def _to_tokens(x: Tensor, link: AxisLink) -> Tensor:
+    """The inverse of `_to_heads`."""
+    batch, heads, tokens, dim = x.shape
+    by_rank = x.reshape(batch, heads, link.size, tokens // link.size, dim).permute(2, 0, 1, 3, 4)
+    moved = all_to_all(by_rank.flatten(0, 1), link).view(link.size, batch, heads, tokens // link.size, dim)
+    return moved.transpose(0, 1).reshape(batch, link.size * heads, tokens // link.size, dim)

@@ -1,0 +1,142 @@
+"""Attention over sequences that ranks share equals attention on one process, with every gradient, in fp64.
+
+Both sum up the same products, in another order where a rank has other blocks: 64 keys and head dims of 8 give sums of
+at most 64 terms of about 1, so 64 x 2^-53 of them, below 1e-13; 1e-12 leaves a digit.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from lightning_superscale.comm.in_graph import AxisLink
+from lightning_superscale.comm.mesh import MeshAxis
+from lightning_superscale.sequence.attention.all_gather import all_gather_attention
+from lightning_superscale.sequence.attention.heads import plan_heads
+from lightning_superscale.sequence.attention.sdpa import Sdpa
+from lightning_superscale.sequence.attention.ulysses import ulysses_attention
+from lightning_superscale.sequence.attention.visibility import Visibility
+from tests.helpers.ranks import run_ranks
+
+BATCH, TOKENS, DIM = 2, 64, 8
+HEADS = {"multi-head": (4, 4), "grouped": (8, 2), "multi-query": (4, 1), "uneven": (3, 3), "uneven grouped": (6, 2)}
+
+
+def documents() -> torch.Tensor:
+    """Three documents in one sample, two in the other, whose ends are at no rank's end."""
+    return torch.stack([torch.arange(TOKENS) // 23, torch.arange(TOKENS) // 41])
+
+
+def dense(num_heads: int) -> torch.Tensor:
+    seen = torch.rand(BATCH, num_heads, TOKENS, TOKENS, generator=torch.Generator().manual_seed(5)) < 0.5
+    return seen | torch.eye(TOKENS, dtype=torch.bool)
+
+
+def biases(num_heads: int) -> torch.Tensor:
+    return torch.randn(1, num_heads, TOKENS, TOKENS, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+
+
+SEES = {
+    "all": lambda heads: Visibility(),
+    "causal": lambda heads: Visibility(is_causal=True),
+    "window": lambda heads: Visibility(is_causal=True, window=9),
+    "documents": lambda heads: Visibility(is_causal=True, documents=documents()),
+    "dense": lambda heads: Visibility(dense=dense(1)),
+    "dense per head": lambda heads: Visibility(dense=dense(heads)),
+    "biases, causal": lambda heads: Visibility(is_causal=True, dense=biases(heads)),
+    "keys of padding": lambda heads: Visibility(dense=dense(1)[:, :, -1:].expand(-1, -1, 1, -1)),
+}
+MODES = {
+    "ulysses": ulysses_attention,
+    "ulysses in chunks": functools.partial(ulysses_attention, num_chunks=2),
+    "all-gather": all_gather_attention,
+}
+CASES = list(itertools.product(MODES, HEADS, SEES))
+
+
+def tensors(num_q: int, num_kv: int) -> list[torch.Tensor]:
+    """Queries, keys, values and the gradient of the output; values have another head dim."""
+    made = torch.Generator().manual_seed(num_q + num_kv)
+    sizes = [(num_q, DIM), (num_kv, DIM), (num_kv, DIM + 2), (num_q, DIM + 2)]
+    return [torch.randn(BATCH, n, TOKENS, dim, generator=made, dtype=torch.float64) for n, dim in sizes]
+
+
+def whole(heads: str, sees: str) -> list[torch.Tensor]:
+    """Output and gradients by the plain formula."""
+    num_q, num_kv = HEADS[heads]
+    *inputs, grad = tensors(num_q, num_kv)
+    q, k, v = (x.requires_grad_() for x in inputs)
+    every = slice(0, TOKENS)
+    mask = SEES[sees](num_q).mask(every, every, q.device)
+    scores = q @ k.repeat_interleave(num_q // num_kv, 1).transpose(2, 3) / DIM**0.5
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    output = scores.softmax(-1) @ v.repeat_interleave(num_q // num_kv, 1)
+    output.backward(grad)
+    return [output.detach(), q.grad, k.grad, v.grad]
+
+
+def link_of(rank: int, world_size: int) -> AxisLink:
+    return AxisLink(MeshAxis("sequence", rank, world_size, dist.group.WORLD))
+
+
+def _attend(rank: int, world_size: int):
+    link, found = link_of(rank, world_size), {}
+    mine = slice(rank * TOKENS // world_size, (rank + 1) * TOKENS // world_size)
+    for mode, heads, sees in CASES:
+        num_q, num_kv = HEADS[heads]
+        *inputs, grad = (x[:, :, mine] for x in tensors(num_q, num_kv))
+        q, k, v = (x.clone().requires_grad_() for x in inputs)
+        link.counts.clear()
+        output = MODES[mode](q, k, v, SEES[sees](num_q), Sdpa(), link)
+        forward = dict(link.counts.nbytes)
+        output.backward(grad)
+        found[mode, heads, sees] = [output.detach(), q.grad, k.grad, v.grad], forward, dict(link.counts.calls)
+    return found
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def ranks(request):
+    return run_ranks(request.param, _attend, limit_s=200)
+
+
+def test_it_equals_one_process(ranks):
+    expected = {(heads, sees): whole(heads, sees) for heads, sees in itertools.product(HEADS, SEES)}
+    for mode, heads, sees in CASES:
+        parts = zip(*(found[mode, heads, sees][0] for found in ranks), strict=True)
+        for name, ours, theirs in zip("oqkv", parts, expected[heads, sees], strict=True):
+            error = (torch.cat(ours, dim=2) - theirs).abs().max() / theirs.abs().max()
+            assert error < 1e-12, (mode, heads, sees, name)
+
+
+def test_ulysses_moves_the_bytes_of_its_heads_in_eight_all_to_alls(ranks):
+    for heads, (num_q, num_kv) in HEADS.items():
+        _, forward, calls = ranks[-1]["ulysses", heads, "causal"]
+        assert calls == {"all_to_all": 8}
+        tokens = BATCH * TOKENS // len(ranks)
+        plan = plan_heads(num_q, num_kv, len(ranks))
+        # Values and outputs are wider than queries and keys, by a quarter.
+        of_heads = plan.numel_sent(8) * tokens
+        assert forward["all_to_all"] == of_heads * (DIM + DIM + 2) / 2
+    # Without padding or repetition: queries and outputs of all heads, keys and values of all theirs.
+    _, forward, _ = ranks[-1]["ulysses", "multi-head", "causal"]
+    assert forward["all_to_all"] == 8 * BATCH * TOKENS // len(ranks) * 4 * 2 * (2 * DIM + 2)
+
+
+def test_in_chunks_what_was_moved_is_moved_again_for_backward(ranks):
+    _, forward, calls = ranks[-1]["ulysses in chunks", "grouped", "causal"]
+    num_chunks = len(plan_heads(8, 2, len(ranks), 2).exchanges)
+    # Three or four of a chunk's exchanges are repeated: autograd needs no output again.
+    assert num_chunks * (8 + 3) <= calls["all_to_all"] <= num_chunks * (8 + 4)
+    assert forward["all_to_all"] == plan_heads(8, 2, len(ranks), 2).numel_sent(8) * BATCH * TOKENS // len(ranks) * 9
+
+
+def test_all_gather_gathers_once_and_sums_up_once(ranks):
+    for heads, sees in itertools.product(HEADS, SEES):
+        _, forward, calls = ranks[-1]["all-gather", heads, sees]
+        assert calls == {"all_gather": 1, "reduce_scatter": 1}
+        assert forward["all_gather"] == 8 * BATCH * HEADS[heads][1] * TOKENS // len(ranks) * (2 * DIM + 2)
