@@ -168,6 +168,55 @@ def all_to_all_in_graph(x: Tensor, group_name: str, size: int) -> Tensor:
     return moved
 
 
+def start_shift_in_graph(x: Tensor, group_name: str, size: int, rank: int) -> Tensor:
+    """Begin to send a tensor to the next rank of a group, and to get the one before's, a 1D tensor of as many elements.
+
+    `wait_in_graph` returns it when it is there; until then the caller keeps `x`.
+    """
+    to, source = [0] * size, [0] * size
+    to[(rank + 1) % size] = source[(rank - 1) % size] = x.numel()
+    moved: Tensor = torch.ops._c10d_functional.all_to_all_single(x.reshape(-1), source, to, group_name)
+    return moved
+
+
+def wait_in_graph(x: Tensor) -> Tensor:
+    """The result of a collective that was begun; later work on the device comes after it."""
+    done: Tensor = torch.ops._c10d_functional.wait_tensor(x)
+    return done
+
+
+def cpu_flash_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, is_causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attention on a CPU: the output, and the logarithm of the sum of exponentials of each query's scores.
+
+    Args:
+        q, k, v: [batch, heads, tokens, dim], of equal dims.
+        mask: of the dtype of q, added to scores.
+    """
+    op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    found: tuple[Tensor, Tensor] = op(q, k, v, 0.0, is_causal, attn_mask=mask, scale=scale)
+    return found
+
+
+def cpu_flash_attention_grads(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    mask: Tensor | None,
+    *,
+    is_causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v, where `output` and `lse` may be those of more keys than these."""
+    op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    found: tuple[Tensor, Tensor, Tensor] = op(grad, q, k, v, output, lse, 0.0, is_causal, attn_mask=mask, scale=scale)
+    return found
+
+
 def all_gather_in_graph(x: Tensor, group_name: str, size: int) -> Tensor:
     """The tensors of a group's ranks one after the other along dim 0; a collective that compilers see and keep."""
     ops = torch.ops._c10d_functional

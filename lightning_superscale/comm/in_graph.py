@@ -13,7 +13,13 @@ import torch
 from torch import Tensor
 
 from lightning_superscale.comm.mesh import CollectiveCount, MeshAxis
-from lightning_superscale.torch_private import all_gather_in_graph, all_reduce_in_graph, all_to_all_in_graph
+from lightning_superscale.torch_private import (
+    all_gather_in_graph,
+    all_reduce_in_graph,
+    all_to_all_in_graph,
+    start_shift_in_graph,
+    wait_in_graph,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +55,25 @@ class AxisLink:
         """Count a collective of x that is about to be issued."""
         if not torch.compiler.is_compiling():  # tracing may change nothing
             self.counts.add(kind, x.nbytes)
+
+
+@dataclass(frozen=True, slots=True)
+class RingShift:
+    """Tensors that are on their way to the next rank of an axis, while this rank gets those of the one before."""
+
+    sent: Tensor
+    _arriving: Tensor
+
+    @classmethod
+    def start(cls, x: Tensor, link: AxisLink) -> RingShift:
+        """Begin to send x. Every rank of the axis calls it, with a tensor of the same shape."""
+        link.note("ring_shift", x)
+        sent = x.contiguous()
+        return cls(sent, start_shift_in_graph(sent, link.group_name, link.size, link.rank))
+
+    def wait(self) -> Tensor:
+        """The tensor of the rank before."""
+        return wait_in_graph(self._arriving).view(self.sent.shape)
 
 
 class _AllToAll(torch.autograd.Function):

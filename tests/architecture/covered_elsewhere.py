@@ -33,6 +33,8 @@ BY_TEST: dict[str, list[str]] = {
     "checkpoint/foreign/test_lightning_dirs.py": ["checkpoint/foreign/dcp.py"],
     "sequence/attention/test_over_ranks.py": [
         "sequence/attention/all_gather.py",
+        "sequence/attention/block.py",
+        "sequence/attention/ring.py",
         "sequence/attention/sdpa.py",
         "sequence/attention/ulysses.py",
     ],

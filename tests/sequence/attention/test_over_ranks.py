@@ -15,11 +15,15 @@ import torch.distributed as dist
 
 from lightning_superscale.comm.in_graph import AxisLink
 from lightning_superscale.comm.mesh import MeshAxis
+from lightning_superscale.errors import SequenceParallelError
+from lightning_superscale.sequence.attention import ring as ring_module
 from lightning_superscale.sequence.attention.all_gather import all_gather_attention
 from lightning_superscale.sequence.attention.heads import plan_heads
+from lightning_superscale.sequence.attention.ring import ring_attention
 from lightning_superscale.sequence.attention.sdpa import Sdpa
 from lightning_superscale.sequence.attention.ulysses import ulysses_attention
 from lightning_superscale.sequence.attention.visibility import Visibility
+from lightning_superscale.sequence.spans import TokenSpans
 from tests.helpers.ranks import run_ranks
 
 BATCH, TOKENS, DIM = 2, 64, 8
@@ -50,10 +54,19 @@ SEES = {
     "biases, causal": lambda heads: Visibility(is_causal=True, dense=biases(heads)),
     "keys of padding": lambda heads: Visibility(dense=dense(1)[:, :, -1:].expand(-1, -1, 1, -1)),
 }
+
+
+def ring(q, k, v, sees, attend, link, *, order="consecutive", fused=True):
+    return ring_attention(q, k, v, sees, TokenSpans(TOKENS, link.size, order), link, fused=fused)
+
+
 MODES = {
     "ulysses": ulysses_attention,
     "ulysses in chunks": functools.partial(ulysses_attention, num_chunks=2),
     "all-gather": all_gather_attention,
+    "ring": ring,
+    "ring, zigzag": functools.partial(ring, order="zigzag"),
+    "ring, zigzag, by products": functools.partial(ring, order="zigzag", fused=False),
 }
 CASES = list(itertools.product(MODES, HEADS, SEES))
 
@@ -84,12 +97,15 @@ def link_of(rank: int, world_size: int) -> AxisLink:
     return AxisLink(MeshAxis("sequence", rank, world_size, dist.group.WORLD))
 
 
+def spans_of(mode: str, world_size: int) -> TokenSpans:
+    return TokenSpans(TOKENS, world_size, "zigzag" if "zigzag" in mode else "consecutive")
+
+
 def _attend(rank: int, world_size: int):
     link, found = link_of(rank, world_size), {}
-    mine = slice(rank * TOKENS // world_size, (rank + 1) * TOKENS // world_size)
     for mode, heads, sees in CASES:
         num_q, num_kv = HEADS[heads]
-        *inputs, grad = (x[:, :, mine] for x in tensors(num_q, num_kv))
+        *inputs, grad = (spans_of(mode, world_size).take(x, 2, rank) for x in tensors(num_q, num_kv))
         q, k, v = (x.clone().requires_grad_() for x in inputs)
         link.counts.clear()
         output = MODES[mode](q, k, v, SEES[sees](num_q), Sdpa(), link)
@@ -109,7 +125,8 @@ def test_it_equals_one_process(ranks):
     for mode, heads, sees in CASES:
         parts = zip(*(found[mode, heads, sees][0] for found in ranks), strict=True)
         for name, ours, theirs in zip("oqkv", parts, expected[heads, sees], strict=True):
-            error = (torch.cat(ours, dim=2) - theirs).abs().max() / theirs.abs().max()
+            joined = spans_of(mode, len(ranks)).join(list(ours), 2)
+            error = (joined - theirs).abs().max() / theirs.abs().max()
             assert error < 1e-12, (mode, heads, sees, name)
 
 
@@ -140,3 +157,49 @@ def test_all_gather_gathers_once_and_sums_up_once(ranks):
         _, forward, calls = ranks[-1]["all-gather", heads, sees]
         assert calls == {"all_gather": 1, "reduce_scatter": 1}
         assert forward["all_gather"] == 8 * BATCH * HEADS[heads][1] * TOKENS // len(ranks) * (2 * DIM + 2)
+
+
+def test_keys_and_values_go_round_and_their_gradients_come_home(ranks):
+    size = len(ranks)
+    for mode, heads in itertools.product([mode for mode in MODES if "ring" in mode], HEADS):
+        _, forward, calls = ranks[-1][mode, heads, "causal"]
+        assert calls == {"ring_shift": (size - 1) + (size - 1) + size}
+        assert forward["ring_shift"] == (size - 1) * 8 * BATCH * HEADS[heads][1] * TOKENS // size * (2 * DIM + 2)
+
+
+def _balance(rank: int, world_size: int):
+    """Pairs of a query and a key that this rank computes, in both orders."""
+    link, pairs = link_of(rank, world_size), {}
+    for order in ("consecutive", "zigzag"):
+        spans = TokenSpans(TOKENS, world_size, order)
+        one = ring_module._Ring(Visibility(is_causal=True), spans, link, 1.0, True)
+        blocks = [block for owner in range(world_size) for block in one.blocks(owner, torch.device("cpu"))]
+        sizes = [(mine.stop - mine.start) * (theirs.stop - theirs.start) for mine, theirs, *_ in blocks]
+        pairs[order] = sum(size // (2 if is_causal else 1) for size, (*_, is_causal) in zip(sizes, blocks, strict=True))
+    return pairs
+
+
+def test_zigzag_gives_all_ranks_equal_work():
+    found = run_ranks(4, _balance)
+    assert len({pairs["zigzag"] for pairs in found}) == 1
+    assert found[3]["consecutive"] == 7 * found[0]["consecutive"]
+
+
+def test_a_mask_that_learns_is_refused_in_a_ring():
+    x = torch.zeros(1, 1, 4, 2)
+    sees = Visibility(dense=torch.zeros(1, 1, 4, 4, requires_grad=True))
+    with pytest.raises(SequenceParallelError, match="this mask needs one; use mode='allgather'"):
+        ring_attention(x, x, x, sees, TokenSpans(4, 1), AxisLink(MeshAxis("sequence", 0, 1)))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_query_that_sees_no_key_gives_zeros_and_no_gradient(fused):
+    q, k, v = (torch.randn(1, 2, 6, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    seen = torch.ones(1, 1, 6, 6, dtype=torch.bool).tril(-1)  # the first query sees nothing
+    link = AxisLink(MeshAxis("sequence", 0, 1))
+    output = ring_attention(q, k, v, Visibility(dense=seen), TokenSpans(6, 1), link, fused=fused)
+    output.sum().backward()
+    assert not output[:, :, 0].any()
+    assert not q.grad[:, :, 0].any()
+    for x in (output, q.grad, k.grad, v.grad):
+        assert x.isfinite().all()
