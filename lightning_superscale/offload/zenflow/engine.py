@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch.optim import Optimizer
@@ -12,12 +12,13 @@ from torch.optim import Optimizer
 from lightning_superscale.config import OffloadConfig, ZenFlowConfig
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.layout.memory import MemoryModel
-from lightning_superscale.offload.engine import LeftBehind, OffloadContext, RunFacts
+from lightning_superscale.offload.engine import Forecast, LeftBehind, OffloadContext, RunFacts, StepParts
 from lightning_superscale.offload.link.dtype import dtype_on_link
 from lightning_superscale.offload.memory import ParamKind
 from lightning_superscale.offload.weight_flow.weights import StreamedUnit
 from lightning_superscale.offload.zenflow.auto import most_selected
 from lightning_superscale.offload.zenflow.columns import layouts_of
+from lightning_superscale.offload.zenflow.forecast import forecast_of
 from lightning_superscale.offload.zenflow.report import LowEnergyWarning
 from lightning_superscale.offload.zenflow.state import SplitState
 from lightning_superscale.offload.zenflow.step import STATE_KEYS, ZenFlowStep
@@ -121,8 +122,9 @@ class ZenFlowEngine:
         weights_lag = any(name.startswith(("zenflow.late.", "zenflow.ahead.")) for name in saved)
         return LeftBehind(STATE_KEYS, weights_lag, dropped)
 
-    def why_no_forecast(self, config: OffloadConfig) -> str | None:
-        return "zenflow's host steps windows"
+    def forecast(self, parts: StepParts) -> Forecast:
+        rule = cast(ZenFlowStep, parts.rule)
+        return forecast_of(parts, rule.schedule, is_warm=rule.is_warm)
 
 
 def _options(config: OffloadConfig) -> ZenFlowConfig:
