@@ -12,12 +12,13 @@ from torch.optim import Optimizer
 from lightning_superscale.config import OffloadConfig, ZenFlowConfig
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.layout.memory import MemoryModel
+from lightning_superscale.layout.rows import ParamSlice
 from lightning_superscale.offload.engine import Forecast, LeftBehind, OffloadContext, RunFacts, StepParts
 from lightning_superscale.offload.link.dtype import dtype_on_link
 from lightning_superscale.offload.memory import ParamKind
 from lightning_superscale.offload.weight_flow.weights import StreamedUnit
 from lightning_superscale.offload.zenflow.auto import most_selected
-from lightning_superscale.offload.zenflow.columns import layouts_of
+from lightning_superscale.offload.zenflow.columns import layout_of, layouts_of
 from lightning_superscale.offload.zenflow.forecast import forecast_of
 from lightning_superscale.offload.zenflow.report import LowEnergyWarning
 from lightning_superscale.offload.zenflow.state import SplitState
@@ -63,9 +64,12 @@ class ZenFlowEngine:
                 )
 
     def memory(self, kind: ParamKind) -> MemoryModel:
-        """Bytes per parameter of a matrix that is split. What has one dim is on the device whole, in 12 bytes more."""
-        config = _options(kind.config)
-        selected, fp32 = most_selected(config), torch.float32
+        """Bytes per element, by the share of the parameter's columns that the device steps: all of what has one dim,
+        and none of what `exclude` names.
+        """
+        config, fp32 = _options(kind.config), torch.float32
+        layout = layout_of(ParamSlice(kind.spec, (0, kind.spec.num_rows), 0), config, most_selected(config))
+        selected = layout.selected_numel / max(1, layout.numel)
         deferred = 1 - selected
         on_link = dtype_on_link(kind.link_dtype, kind.weights)
         return MemoryModel(
