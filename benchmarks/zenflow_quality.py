@@ -73,8 +73,6 @@ PEER_VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
             "full_warm_up_rounds": 200,
             "overlap_step": False,
         },
-        f"DeepSpeed {DEEPSPEED}": {},
-        f"DeepSpeed {DEEPSPEED}, overlap_step=False": {"overlap_step": False},
     },
 }
 LIMITS = {"fine-tune": 0.01, "scratch": 0.05}  # nats, of the mean distance from AdamW
