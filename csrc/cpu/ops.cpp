@@ -186,7 +186,7 @@ struct AdamW : lss_ticket {
             while (last + 1 < num_rows && (last + 1) * seg.row_numel < end && seg.rows[last + 1] == seg.rows[last] + 1) {
                 ++last;
             }
-            const int64_t shift = (seg.rows[row] - row) * seg.row_numel;
+            const int64_t shift = seg.is_compact ? 0 : (seg.rows[row] - row) * seg.row_numel;
             const int64_t numbered = seg.rows[row] * seg.row_stride - row * seg.row_numel;
             // Random numbers of one row only are numbered one after the other, unless rows have no gap between them.
             if (seg.row_stride != seg.row_numel) last = row;

@@ -21,7 +21,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define LSS_ABI_VERSION 3
+#define LSS_ABI_VERSION 4
 
 #if defined(__GNUC__)
 #define LSS_API __attribute__((visibility("default")))
@@ -95,7 +95,7 @@ typedef struct {
     uint64_t key;             /* of stochastic rounding's random numbers */
     int64_t first_element;    /* number of the first element among them */
     int32_t rounding;         /* LSS_AS_TORCH: an update of fp32 masters in torch's order of operations */
-    int32_t reserved;
+    int32_t is_compact;       /* with `rows`: param, exp_avg, exp_avg_sq and compensation too have these rows alone */
     /* NULL, or which rows of param, exp_avg, exp_avg_sq and compensation the gradient's rows belong to, ascending;
      * grad, next_grad and weight_out have these rows one after the other, and numel counts their elements. */
     const int64_t *rows;

@@ -81,7 +81,7 @@ class _Updated(NamedTuple):
         for state, new in zip(states, self, strict=True):
             if state is None or new is None:
                 continue
-            if chosen is None:
+            if chosen is None or chosen.is_compact:
                 state.copy_(new)
             else:
                 state.view(-1, chosen.row_numel)[chosen.rows] = new.view(-1, chosen.row_numel).to(state.dtype)
@@ -90,7 +90,7 @@ class _Updated(NamedTuple):
 def _of_selection(seg: AdamWSegment) -> AdamWSegment:
     """A segment of copies of the selected rows alone, which it updates whole."""
     chosen = seg.selection
-    if chosen is None:
+    if chosen is None or chosen.is_compact:
         return seg
 
     def rows_of(state: Tensor) -> Tensor:

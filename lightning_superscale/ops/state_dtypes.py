@@ -75,6 +75,8 @@ class StateDtypes:
 
 
 FP32_STATES = StateDtypes()
+_BF16_DIGITS = 8  # binary digits of a mantissa, the one before the point among them
+_LEAST_EXPONENT = -124  # of smaller numbers the last place is no smaller
 
 
 def bytes_of(
@@ -87,6 +89,23 @@ def bytes_of(
 def dtype_name(dtype: torch.dtype) -> str:
     """A dtype as `explain()` prints it."""
     return str(dtype).removeprefix("torch.")
+
+
+def forget_lost(compensation: Tensor, weights: Tensor, master: Tensor | None) -> None:
+    """Zero the compensation of weights that are others than their masters were rounded to: it belongs to older ones.
+
+    Weights that are their own masters tell no edit: there a compensation goes that is more than half a unit in the last
+    place of its weight, which no update leaves.
+
+    Args:
+        master: bf16, before it follows the weights; None for weights that are their own masters.
+    """
+    if master is not None:
+        compensation.masked_fill_(master.to(weights.dtype) != weights, 0)
+        return
+    exponent = torch.frexp(weights.float()).exponent.clamp(min=_LEAST_EXPONENT)
+    half_a_place = torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent - _BF16_DIGITS - 1)
+    compensation.masked_fill_((compensation.float().abs() > half_a_place) | (weights == 0), 0)
 
 
 def follow_weights(master: Tensor, weights: Tensor) -> None:

@@ -102,9 +102,11 @@ class RowSelection:
     """Some rows of a segment's states, seen as a matrix of as many rows as fit.
 
     Attributes:
-        rows: [num_rows] int64 on the CPU, contiguous, ascending.
+        rows: [num_rows] int64, contiguous, ascending; on the CPU, or where a compact selection's tensors are.
         row_numel: elements of a row, at least 1.
         row_stride: by how much the numbers of random numbers grow from one row to the next, at least `row_numel`.
+        is_compact: whether the states have these rows alone, one after the other, so that only random numbers follow
+            the numbers of rows.
 
     Raises:
         ValueError: rows that are not ascending from 0 on, or sizes out of range.
@@ -114,10 +116,12 @@ class RowSelection:
     rows: torch.Tensor
     row_numel: int
     row_stride: int
+    is_compact: bool = False
 
     def __post_init__(self) -> None:
         rows = self.rows
-        if rows.dtype != torch.int64 or rows.dim() != 1 or rows.device.type != "cpu" or not rows.is_contiguous():
+        is_elsewhere = rows.device.type != "cpu" and not self.is_compact
+        if rows.dtype != torch.int64 or rows.dim() != 1 or is_elsewhere or not rows.is_contiguous():
             raise TypeError(
                 f"rows: expected a contiguous 1D int64 tensor on the CPU, found {tuple(rows.shape)} {rows.dtype} on "
                 f"{rows.device}"
@@ -137,6 +141,8 @@ class RowSelection:
     @property
     def end(self) -> int:
         """Elements that a state has at least."""
+        if self.is_compact:
+            return self.numel
         return (int(self.rows[-1]) + 1) * self.row_numel if len(self.rows) else 0
 
 
@@ -165,8 +171,9 @@ class AdamWSegment:
             `hyper.grad_scale`, which is 1 then: a clip coefficient that the host need not know.
         compensation: with `rounding` and a bf16 `param`: the bf16 rounding error of `param` (Kahan's), which
             the next update adds; written by commit and commit_peek.
-        selection: the rows of `param`, `exp_avg`, `exp_avg_sq` and `compensation` that are updated, on the CPU only;
-            `grad`, `next_grad` and `weight_out` have these rows one after the other. None for all elements.
+        selection: the rows of `param`, `exp_avg`, `exp_avg_sq` and `compensation` that are updated, on the CPU only
+            unless it is compact; `grad`, `next_grad` and `weight_out` have these rows one after the other. None for all
+            elements.
     """
 
     param: torch.Tensor

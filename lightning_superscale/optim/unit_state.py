@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_superscale.comm.dtensor import tensor_part_name
 from lightning_superscale.layout.memory import Home
-from lightning_superscale.ops.state_dtypes import FP32_STATES, StateDtypes, follow_weights
+from lightning_superscale.ops.state_dtypes import FP32_STATES, StateDtypes, follow_weights, forget_lost
 from lightning_superscale.ops.types import Rounding
 from lightning_superscale.optim.unit import PublishEvent, ShardUnit, shaped, slice_view
 
@@ -192,10 +192,11 @@ class ResidentState:
 
     def reload(self, slices: Sequence[int]) -> None:
         for i in slices:
+            weights, master = self.unit.local_rows(i), None if self.master is None else self.master_of(i)
             if self.compensation is not None:
-                slice_view(self.compensation, self.unit.shard.slices[i]).zero_()
-            if self.master is not None:
-                follow_weights(self.master_of(i), self.unit.local_rows(i))
+                forget_lost(slice_view(self.compensation, self.unit.shard.slices[i]), weights, master)
+            if master is not None:
+                follow_weights(master, weights)
 
     def release(self) -> None:
         self._grads.clear()

@@ -16,6 +16,7 @@ from torch import nn
 
 from lightning_superscale.config import ZenFlowConfig
 from lightning_superscale.ops import reference
+from lightning_superscale.ops.state_dtypes import FP32_STATES, StateDtypes
 from lightning_superscale.ops.types import AdamWHyper, AdamWSegment
 
 
@@ -33,18 +34,28 @@ def order_in_memory(weight: torch.Tensor) -> list[int]:
 
 
 Share = Literal["split", "whole", "resident"]
-"""What the device has of a parameter of several dims: the selected columns, nothing, or all."""
+"""What the device has of a parameter of several dims: the selected columns, nothing unless all are selected, or all."""
 
 
 class MatrixByHand:
     """One parameter."""
 
-    def __init__(self, weight: nn.Parameter, config: ZenFlowConfig, share: Share) -> None:
-        self.weight, self.config = weight, config
+    def __init__(
+        self,
+        weight: nn.Parameter,
+        config: ZenFlowConfig,
+        share: Share,
+        name: str = "",
+        dtypes: StateDtypes = FP32_STATES,
+    ) -> None:
+        self.weight, self.config, self.share = weight, config, share
         shape = columns_of(weight, weight).shape
-        self.master = weight.detach().float().clone()
-        self.exp_avg, self.exp_avg_sq = torch.zeros_like(self.master), torch.zeros_like(self.master)
-        topk = 1.0 if weight.ndim < 2 else {"resident": 1.0, "whole": 0.0, "split": config.topk}[share]
+        self.master = weight.detach().to(dtypes.master_of(weight.dtype)).clone()
+        self.exp_avg, self.exp_avg_sq = (torch.zeros_like(self.master, dtype=dtypes.moments) for _ in range(2))
+        self.lost = torch.zeros_like(self.master) if dtypes.compensates(weight.dtype) else None
+        self.rounding = dtypes.rounding(weight.dtype, name, 0)
+        all_if_all = float(config.topk == 1 and name not in (config.exclude or ()))
+        topk = 1.0 if weight.ndim < 2 else {"resident": 1.0, "whole": all_if_all, "split": config.topk}[share]
         num = math.floor(topk * shape[1] + 0.5)
         self.num_selected = num
         self.selected = torch.arange(shape[1]) < num
@@ -60,14 +71,32 @@ class MatrixByHand:
         return in_memory.permute([order.index(dim) for dim in range(len(order))])
 
     def update(self, grad: torch.Tensor, hyper: AdamWHyper, mask: torch.Tensor) -> None:
-        """Step the columns of the mask, with all the others beside them for nothing."""
-        new = [tensor.clone() for tensor in (self.master, self.exp_avg, self.exp_avg_sq)]
-        flat = [tensor.reshape(-1) for tensor in new]
-        reference.adamw_commit(
-            [AdamWSegment(param=flat[0], exp_avg=flat[1], exp_avg_sq=flat[2], grad=grad.reshape(-1), hyper=hyper)]
+        """Step the columns of the mask, with all the others beside them for nothing.
+
+        Column by column, which matters to the random numbers of stochastic rounding.
+        """
+        states = [self.master, self.exp_avg, self.exp_avg_sq, *([] if self.lost is None else [self.lost])]
+        order = self.order()
+        flat = [tensor.permute(order).reshape(-1).clone() for tensor in states]
+        segment = AdamWSegment(
+            param=flat[0],
+            exp_avg=flat[1],
+            exp_avg_sq=flat[2],
+            grad=grad.permute(order).reshape(-1),
+            hyper=hyper,
+            rounding=self.rounding,
+            compensation=flat[3] if self.lost is not None else None,
         )
-        for mine, its in zip((self.master, self.exp_avg, self.exp_avg_sq), flat, strict=True):
-            mine.copy_(torch.where(mask, its.view(mine.shape), mine))
+        reference.adamw_commit([segment])
+        for mine, its in zip(states, flat, strict=True):
+            new = its.view([mine.shape[dim] for dim in order]).permute([order.index(dim) for dim in range(mine.ndim)])
+            mine.copy_(torch.where(mask, new, mine))
+
+    def order(self) -> list[int]:
+        """The dims of the weight as its states have them in memory: rows last, where it is split into columns."""
+        by_stride = sorted(range(self.weight.ndim), key=lambda dim: -self.weight.stride(dim))
+        is_one_column = self.weight.ndim < 2 or self.share == "whole"
+        return by_stride if is_one_column else [*order_in_memory(self.weight)[1:], 0]
 
     def place(self, mask: torch.Tensor, new: torch.Tensor) -> None:
         with torch.no_grad():
@@ -124,10 +153,11 @@ class MatrixByHand:
         shown, factor = self.master.clone(), self.config.delay_correction
         if looks_ahead and factor:
             again = dataclasses.replace(hyper, step=hyper.step + num, lr=lr * factor)
-            kept = self.exp_avg.clone(), self.exp_avg_sq.clone(), self.master.clone()
+            lost = None if self.lost is None else self.lost.clone()
+            kept = self.exp_avg.clone(), self.exp_avg_sq.clone(), self.master.clone(), lost
             self.update(total, again, theirs)
             shown = self.master
-            self.exp_avg, self.exp_avg_sq, self.master = kept
+            self.exp_avg, self.exp_avg_sq, self.master, self.lost = kept
         self.late, self.rates = (theirs, shown), []
 
     def choose(self, grad: torch.Tensor, number: int) -> None:
@@ -142,8 +172,14 @@ class MatrixByHand:
 class ZenFlowByHand:
     """All parameters of a model."""
 
-    def __init__(self, model: nn.Module, config: ZenFlowConfig, excluded: tuple[str, ...] = ()) -> None:
-        self.config = config
+    def __init__(
+        self,
+        model: nn.Module,
+        config: ZenFlowConfig,
+        excluded: tuple[str, ...] = (),
+        dtypes: StateDtypes = FP32_STATES,
+    ) -> None:
+        self.config, self.dtypes = config, dtypes
         self.of: list[MatrixByHand] = []
         self.names: list[str] = []
         self.num_steps = 0
@@ -153,7 +189,7 @@ class ZenFlowByHand:
         """Step these parameters too."""
         for name, share, param in params:
             self.names.append(name)
-            self.of.append(MatrixByHand(param, self.config, share))
+            self.of.append(MatrixByHand(param, self.config, share, name, self.dtypes))
 
     def stagger(self) -> None:
         """Let windows end in turn: the largest parameters first, each where the least ends so far."""

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_superscale.config import ZenFlowConfig
+from lightning_superscale.ops.state_dtypes import FP32_STATES, StateDtypes
 from lightning_superscale.optim.param_update import adamw_hyper
 from tests.helpers.zenflow_by_hand import Share, ZenFlowByHand
 
@@ -22,6 +23,7 @@ class ByHandAdamW(torch.optim.AdamW):
         whole: parameters that the host has whole.
         resident: those that the device has whole, which are stepped as by AdamW.
         max_norm, clip_value: clip gradients in fp32, where Lightning's own clipping would round to 16 bits.
+        dtypes: of masters and moments.
     """
 
     def __init__(
@@ -34,13 +36,14 @@ class ByHandAdamW(torch.optim.AdamW):
         resident: Collection[nn.Parameter] = (),
         max_norm: float | None = None,
         clip_value: float | None = None,
+        dtypes: StateDtypes = FP32_STATES,
         **adamw,
     ) -> None:
         super().__init__(params, **adamw)
         self.names = names
         self.whole, self.resident = set(whole), set(resident)
         self.max_norm, self.clip_value = max_norm, clip_value
-        self.by_hand = ZenFlowByHand(nn.Module(), config)
+        self.by_hand = ZenFlowByHand(nn.Module(), config, dtypes=dtypes)
         self.counts: dict[nn.Parameter, int] = {}
 
     @torch.no_grad()

@@ -11,6 +11,7 @@ import torch
 from lightning_superscale.ops import reference
 from lightning_superscale.ops.cpu import adamw
 from lightning_superscale.ops.cpu.pool import Pool
+from lightning_superscale.ops.state_dtypes import forget_lost
 from lightning_superscale.ops.types import STATE_DTYPES, AdamWHyper, AdamWSegment, Rounding
 from tests.ops.paths import BF16, F32, FLOATS, LARGE, NATIVE, PATHS, THREADS, running, same, values
 
@@ -237,3 +238,23 @@ def test_a_stochastic_second_moment_decays() -> None:
             seg.hyper = dataclasses.replace(seg.hyper, step=step)
             adamw.adamw_commit([seg])
         assert low < float(seg.exp_avg_sq.float().mean()) < high
+
+
+def test_a_compensation_belongs_to_the_weight_that_its_update_gave():
+    exact = torch.randn(4000, generator=torch.Generator().manual_seed(1)) * torch.logspace(-30, 30, 4000)
+    weights = exact.bfloat16()
+    lost = (exact - weights.float()).bfloat16()
+    assert lost.count_nonzero() > 3900
+    for master in (weights.clone(), None):
+        kept = lost.clone()
+        forget_lost(kept, weights, master)
+        assert torch.equal(kept, lost)
+    edited = weights.clone()
+    edited[:1000] = 0
+    edited[1000:2000] *= 2**-12
+    for master in (weights, None):
+        kept = lost.clone()
+        forget_lost(kept, edited, master)
+        assert torch.equal(kept[2000:], lost[2000:])
+        assert not kept[:1000].any()
+        assert kept[1000:2000].float().abs().le(edited[1000:2000].float().abs() * 2**-8).all()

@@ -25,7 +25,7 @@ from lightning_superscale.offload.host_state import (
 from lightning_superscale.offload.link.dtype import add_late_gradient, dtype_on_link, send_gradient
 from lightning_superscale.offload.link.link import LinkEvent
 from lightning_superscale.offload.weight_flow.weights import FlowingWeights, StreamedUnit
-from lightning_superscale.ops.state_dtypes import follow_weights
+from lightning_superscale.ops.state_dtypes import follow_weights, forget_lost
 from lightning_superscale.ops.types import Rounding
 from lightning_superscale.optim.unit import PublishEvent, ShardUnit
 from lightning_superscale.optim.unit_state import StateBytes, roundings_of, view_by_rows
@@ -143,9 +143,10 @@ class HostState:
 
     def reload(self, slices: Sequence[int]) -> None:
         for i in slices:
+            weights = weights_on_host(self.unit, i, self.flowing, self._link)
             if self.compensation is not None:
-                self._slice(self.compensation, i).zero_()
-            follow_weights(self.master_of(i), weights_on_host(self.unit, i, self.flowing, self._link))
+                forget_lost(self._slice(self.compensation, i), weights, self.master_of(i))
+            follow_weights(self.master_of(i), weights)
 
     def release(self) -> None:
         self._arrivals.clear()

@@ -40,7 +40,7 @@ from lightning_superscale.offload.link.dtype import add_late_gradient, dtype_on_
 from lightning_superscale.offload.link.link import LinkEvent, LinkFence
 from lightning_superscale.offload.weight_flow.weights import FlowingWeights, StreamedUnit
 from lightning_superscale.ops.cpu.adamw import adamw_commit, adamw_commit_peek, adamw_peek
-from lightning_superscale.ops.state_dtypes import follow_weights
+from lightning_superscale.ops.state_dtypes import follow_weights, forget_lost
 from lightning_superscale.ops.types import AdamWHyper, AdamWSegment, GradStats, Rounding
 from lightning_superscale.optim.unit import PublishEvent, ShardUnit
 from lightning_superscale.optim.unit_state import StateBytes, roundings_of, view_by_rows
@@ -314,9 +314,10 @@ class DeferredState:
         self._flush(slices)
         for i in slices:
             self._slices[i].looked_at = None
+            weights = weights_on_host(self.unit, i, self.flowing, self._link)
             if self.compensation is not None:
-                self._span(self.compensation, i).zero_()
-            follow_weights(self.master_of(i), weights_on_host(self.unit, i, self.flowing, self._link))
+                forget_lost(self._span(self.compensation, i), weights, self.master_of(i))
+            follow_weights(self.master_of(i), weights)
 
     def release(self) -> None:
         self.clear_grads()

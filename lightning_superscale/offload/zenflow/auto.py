@@ -164,6 +164,11 @@ class AutoNumbers:
         """The chosen numbers, for a checkpoint."""
         return {"zenflow.interval": self.interval, "zenflow.topk": self.topk} if self.are_chosen else {}
 
+    def topk_of(self, saved: Mapping[str, Any]) -> float:
+        """The share of selected columns once `load` has taken `saved` over."""
+        takes = not self.are_chosen and self._config.topk == "auto"
+        return float(saved["zenflow.topk"]) if takes and "zenflow.topk" in saved else self.topk
+
     def load(self, saved: Mapping[str, Any]) -> bool:
         """Take over what `saved` gave, as far as it is "auto"; returns whether there is something to choose no more."""
         if self.are_chosen or "zenflow.interval" not in saved:

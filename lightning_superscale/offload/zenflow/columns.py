@@ -20,6 +20,10 @@ from lightning_superscale.config.zenflow import ZenFlowConfig
 from lightning_superscale.layout.rows import ParamSlice
 from lightning_superscale.optim.unit import ShardUnit, shaped
 
+# The share of columns from which transposing all of them is faster than writing these one by one (about 0.9 ns per
+# element of all columns against 1.3 to 5 ns per element of these, bf16, one thread of a CPU).
+_MANY = 0.5
+
 
 @dataclass(frozen=True, slots=True)
 class ColumnLayout:
@@ -104,6 +108,27 @@ def columns_in_memory(flat: Tensor, layout: ColumnLayout) -> Tensor:
     if layout.is_by_columns:
         return flat.view(layout.num_columns, layout.column_numel)
     return flat.view(layout.column_numel, layout.num_columns).t()
+
+
+def put_columns(flat: Tensor, layout: ColumnLayout, columns: Tensor, new: Tensor) -> None:
+    """Write some columns of 1D elements that lie as the parameter's memory has them.
+
+    Scattered columns of a matrix that lies row by row are slow to write one by one: many of them are put among all
+    columns, which are transposed as a whole there and back.
+
+    Args:
+        columns: their numbers, int64 on the device of `flat`.
+        new: [len(columns), column_numel], of the dtype of `flat`.
+    """
+    here = columns_in_memory(flat, layout)
+    if layout.is_by_columns or len(columns) < _MANY * layout.num_columns:
+        here.index_copy_(0, columns, new)
+    elif len(columns) == layout.num_columns:  # all of them, and they are ascending
+        flat.view(layout.column_numel, layout.num_columns).copy_(new.t())
+    else:
+        every = here.contiguous()
+        every.index_copy_(0, columns, new)
+        flat.view(layout.column_numel, layout.num_columns).copy_(every.t())
 
 
 def memory_of_columns(columns: Tensor, layout: ColumnLayout) -> Tensor:

@@ -49,12 +49,6 @@ class ZenFlowEngine:
                 raise SuperScaleError(
                     f"zenflow steps Adam and AdamW by columns; {reason}. Use offload='cpu', which steps any optimizer."
                 )
-        if facts.dtypes.is_low_precision:
-            raise SuperScaleError(
-                "zenflow keeps fp32 masters and moments on both sides of the link; found 16-bit ones in "
-                "SuperScalePrecision. Remove master_weights and optimizer_states, or use offload='superoffload'."
-            )
-
         for pattern in _options(facts.config).exclude or ():
             if not fnmatch.filter(facts.fqns, pattern):
                 close = difflib.get_close_matches(pattern, facts.fqns, n=3, cutoff=0.3)
@@ -67,21 +61,20 @@ class ZenFlowEngine:
         """Bytes per element, by the share of the parameter's columns that the device steps: all of what has one dim,
         and none of what `exclude` names.
         """
-        config, fp32 = _options(kind.config), torch.float32
+        config, master, moments = _options(kind.config), kind.dtypes.master_of(kind.weights), kind.dtypes.moments
         layout = layout_of(ParamSlice(kind.spec, (0, kind.spec.num_rows), 0), config, most_selected(config))
         selected = layout.selected_numel / max(1, layout.numel)
         deferred = 1 - selected
         on_link = dtype_on_link(kind.link_dtype, kind.weights)
-        return MemoryModel(
-            (
-                bytes_of("master weights", fp32, "host"),
-                bytes_of("optimizer states", fp32, "host", copies=2),
-                bytes_of("deferred gradients", fp32, config.accumulate_on, copies=deferred),
-                bytes_of("transfer buffers", on_link, "host", copies=3 * deferred),
-                bytes_of("selected masters", fp32, "device", copies=selected),
-                bytes_of("selected states", fp32, "device", copies=2 * selected),
-            )
-        )
+        kept = [
+            bytes_of("deferred gradients", torch.float32, config.accumulate_on, copies=deferred),
+            bytes_of("transfer buffers", on_link, "host", copies=3 * deferred),
+            bytes_of("selected masters", master, "device", copies=selected),
+            bytes_of("selected states", moments, "device", copies=2 * selected),
+        ]
+        if kind.dtypes.compensates(kind.weights):
+            kept.append(bytes_of("selected compensation", torch.bfloat16, "device", copies=selected))
+        return kind.dtypes.memory(kind.weights, has_moments=True, home="host") + MemoryModel(tuple(kept))
 
     def make_state(
         self, unit: ShardUnit, context: OffloadContext, *, has_moments: bool, streamed: StreamedUnit | None

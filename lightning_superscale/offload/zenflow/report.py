@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lightning_superscale.config.zenflow import ZenFlowConfig
 from lightning_superscale.offload.zenflow.auto import AutoNumbers
-from lightning_superscale.offload.zenflow.state import BYTES_PER_STATE, SplitState
+from lightning_superscale.offload.zenflow.state import SplitState
 from lightning_superscale.offload.zenflow.windows import Phase, Place, Schedule
 from lightning_superscale.optim.step_rule import EACH_STEP, Cycle, Figure
 
@@ -30,9 +30,6 @@ LOW_ENERGY_SHARE = 0.5
 LEAST_SELECTIONS = 3
 # Steps that a recording waits for a selection to show.
 MOST_STEPS_TO_SELECTION = 64
-
-BYTES_PER_MOVED = 2 * BYTES_PER_STATE
-"""What crosses the link for an element that changes its owner, and for another that takes its place."""
 
 
 class Shares(NamedTuple):
@@ -227,12 +224,13 @@ class ZenFlowReport:
         for index, state in self._states.items():
             for i, one in enumerate(state.slices):
                 layout, link = one.layout, state.transfer_dtype.itemsize
-                host += 12 * layout.numel + (sums_on_host + 3 * link) * layout.deferred_numel
+                host += state.bytes_per_element * layout.numel + (sums_on_host + 3 * link) * layout.deferred_numel
                 if self._stepped and (index, i) not in self._stepped:
                     continue  # it has no gradients
                 per_step += link * layout.deferred_numel
                 deferred += layout.deferred_numel
-                movable += min(layout.selected_numel, layout.deferred_numel)
+                # An element that changes its owner, and another that takes its place.
+                movable += 2 * state.bytes_per_element * min(layout.selected_numel, layout.deferred_numel)
         figures = [
             Figure(
                 "gradient_bytes_per_step",
@@ -271,13 +269,14 @@ class ZenFlowReport:
         return [*figures, *self._figures_of_selections(movable)] if movable else figures
 
     def _figures_of_selections(self, movable: int) -> Sequence[Figure]:
+        """The figures of selections, where at most so many bytes move at one."""
         selections = self._selections
         return (
             Figure(
                 "selection_bytes_per_step",
                 "columns that change their owner at selections over the link per step, expected where all do",
                 "bytes",
-                BYTES_PER_MOVED * movable / self._steps_between_selections,
+                movable / self._steps_between_selections,
                 self._moved.value,
             ),
             Figure(

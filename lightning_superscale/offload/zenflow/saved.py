@@ -68,15 +68,17 @@ class SavedPhase:
         return selected if isinstance(selected, Tensor) and self._fits(selected, one.layout) else None
 
     def _fits(self, selected: Tensor, layout: ColumnLayout) -> bool:
-        return layout.is_split and len(selected) == layout.num_selected
+        return layout.is_split and len(selected) == layout.num_selected and int(selected[-1]) < layout.num_columns
 
-    def check_selection(self, one: SplitSlice) -> None:
+    def check_selection(self, fqn: str, layout: ColumnLayout) -> None:
         """Refuse a selection of another size where gradients of some of its columns are kept.
+
+        Args:
+            layout: the parameter's columns in this run.
 
         Raises:
             SuperScaleError: names the parameter.
         """
-        fqn, layout = one.piece.fqn, one.layout
         selected = self.entries.get(f"zenflow.selected.{fqn}")
         is_within = f"zenflow.open.{fqn}" in self.entries or self.is_late(fqn)
         if is_within and isinstance(selected, Tensor) and not self._fits(selected, layout):

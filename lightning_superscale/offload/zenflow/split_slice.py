@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_superscale.layout.rows import ParamSlice
 from lightning_superscale.offload.link.link import LinkEvent
 from lightning_superscale.offload.zenflow.columns import ColumnLayout, others
-from lightning_superscale.ops.types import RowSelection
+from lightning_superscale.ops.types import Rounding, RowSelection
 from lightning_superscale.optim.unit import slice_view
 
 
@@ -36,7 +36,10 @@ class SplitSlice:
 
     Attributes:
         selected, deferred: numbers of the columns of each owner, ascending, int64 on the CPU.
-        on_device: the same two on the unit's device.
+        rows: the deferred columns as rows of the host's buffers, which lie column by column.
+        device_rows: the selected columns as the rows that the device's buffers have.
+        on_device: `selected` and `deferred` on the unit's device.
+        rounding: of its updates; None where all states are fp32.
         selected_at, deferred_at: first element in the device's buffers, and in those of deferred columns.
         has_grad: whether this step has a gradient, be it of no element on this rank.
         whole: this step's gradient of all columns, [num_columns, column_numel], while its owners are not known.
@@ -53,10 +56,19 @@ class SplitSlice:
     selected: Tensor
     deferred: Tensor
     rows: RowSelection
+    device_rows: RowSelection
     on_device: tuple[Tensor, Tensor]
 
-    def __init__(self, piece: ParamSlice, layout: ColumnLayout, selected_at: int, deferred_at: int) -> None:
+    def __init__(
+        self,
+        piece: ParamSlice,
+        layout: ColumnLayout,
+        selected_at: int,
+        deferred_at: int,
+        rounding: Rounding | None = None,
+    ) -> None:
         self.piece = piece
+        self.rounding = rounding
         self.layout = layout
         self.selected_at = selected_at
         self.deferred_at = deferred_at
@@ -74,8 +86,15 @@ class SplitSlice:
         """Set which columns the device owns."""
         self.selected = selected
         self.deferred = others(selected, self.layout.num_columns)
-        self.rows = RowSelection(self.deferred, max(self.layout.column_numel, 1), max(self.layout.num_rows, 1))
         self.on_device = (self.selected.to(device), self.deferred.to(device))
+        column_numel, num_rows = max(self.layout.column_numel, 1), max(self.layout.num_rows, 1)
+        self.rows = RowSelection(self.deferred, column_numel, num_rows)
+        self.device_rows = RowSelection(self.on_device[0], column_numel, num_rows, is_compact=True)
+
+    @property
+    def is_numbered(self) -> bool:
+        """Whether updates take random numbers, which follow the elements of all ranks' columns."""
+        return self.rounding is not None and self.rounding.is_stochastic
 
     def forget(self) -> None:
         """Forget this step's gradient."""

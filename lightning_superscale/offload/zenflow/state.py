@@ -5,6 +5,9 @@ absorbed: the device of a selected column, the host of a deferred one. The host 
 buffers stay what the rest of the package expects of a unit's state; `merge` copies the device's columns there. A
 selection moves what changes its owner, and resets nothing.
 
+Masters and moments that are bf16 are rounded on either side as anywhere else. The random numbers of stochastic rounding
+follow a parameter's elements column by column, so that neither the number of ranks nor a column's owner changes them.
+
 In the host's buffers a parameter lies column by column ([Note: Columns] in columns.py). Buffers of deferred columns
 alone, and the device's of selected ones, have the columns one after the other, ascending.
 """
@@ -12,6 +15,7 @@ alone, and the device's of selected ones, have the columns one after the other, 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -19,6 +23,7 @@ from torch import Tensor
 from lightning_superscale.layout.memory import Home
 from lightning_superscale.layout.rows import SLICE_ALIGN_NUMEL, align_up
 from lightning_superscale.offload.engine import OffloadContext
+from lightning_superscale.offload.host_state import compensation_of
 from lightning_superscale.offload.link.dtype import dtype_on_link
 from lightning_superscale.offload.link.link import LinkFence
 from lightning_superscale.offload.zenflow.columns import (
@@ -26,19 +31,20 @@ from lightning_superscale.offload.zenflow.columns import (
     columns_in_memory,
     memory_of_columns,
     most_important,
+    put_columns,
     rows_of_columns,
 )
 from lightning_superscale.offload.zenflow.split_slice import SentBytes, SplitSlice
 from lightning_superscale.offload.zenflow.sums import GradientSums
 from lightning_superscale.ops.cpu.adamw import adamw_commit, adamw_commit_peek
 from lightning_superscale.ops.events import note_use
-from lightning_superscale.ops.state_dtypes import follow_weights
-from lightning_superscale.ops.types import AdamWHyper, AdamWSegment
+from lightning_superscale.ops.state_dtypes import follow_weights, forget_lost
+from lightning_superscale.ops.types import AdamWHyper, AdamWSegment, Rounding
 from lightning_superscale.optim.unit import ShardUnit, slice_view
-from lightning_superscale.optim.unit_state import StateBytes
+from lightning_superscale.optim.unit_state import StateBytes, adam_buffers, roundings_of
 
-BYTES_PER_STATE = 3 * 4
-"""Of one element's master and moments."""
+_ENERGY_NUMEL = 2**20
+"""Elements of a gradient whose squares are summed up at a time."""
 
 
 class SplitState:
@@ -54,7 +60,6 @@ class SplitState:
     """
 
     flowing = None
-    compensation = None
     host_copy_numel = 0
     masters_lead = True
 
@@ -70,9 +75,10 @@ class SplitState:
         self._pool = context.pool
         self._sums_home = sums_home
         self.sent = SentBytes()
-        self.master, self.exp_avg, self.exp_avg_sq = (
-            context.arena.zeros(numel, torch.float32, is_pinned=False) for _ in range(3)
-        )
+        dtypes = context.dtypes
+        self.master = context.arena.zeros(numel, dtypes.master_of(unit.dtype), is_pinned=False)
+        self.exp_avg, self.exp_avg_sq = (context.arena.zeros(numel, dtypes.moments, is_pinned=False) for _ in range(2))
+        self.compensation = compensation_of(context.arena, numel, unit.dtype, dtypes)
         self._lay_out(layouts)
         self.reload(range(len(self.slices)))
 
@@ -81,15 +87,21 @@ class SplitState:
         unit, context = self.unit, self._context
         self.slices: list[SplitSlice] = []
         selected_numel = deferred_numel = 0
-        for piece, layout in zip(unit.shard.slices, layouts, strict=True):
-            one = SplitSlice(piece, layout, selected_numel, deferred_numel)
+        roundings = roundings_of(unit, context.dtypes)
+        for piece, layout, rounding in zip(unit.shard.slices, layouts, roundings, strict=True):
+            if rounding is not None and layout.num_columns > 1:
+                rounding = replace(rounding, first_element=piece.rows[0])
+            one = SplitSlice(piece, layout, selected_numel, deferred_numel, rounding)
             one.choose(torch.arange(layout.num_selected), unit.device)
             self.slices.append(one)
             selected_numel = align_up(selected_numel + layout.selected_numel, SLICE_ALIGN_NUMEL)
             deferred_numel = align_up(deferred_numel + layout.deferred_numel, SLICE_ALIGN_NUMEL)
-        self._device_states = tuple(torch.zeros(selected_numel, device=unit.device) for _ in range(3))
-        # Masters and moments: the device's buffer of selected columns, and the host's that has room for all.
-        self._both = tuple(zip(self._device_states, (self.master, self.exp_avg, self.exp_avg_sq), strict=True))
+        on_host = [flat for flat in (self.master, self.exp_avg, self.exp_avg_sq, self.compensation) if flat is not None]
+        self._device_states = tuple(
+            torch.zeros(selected_numel, dtype=flat.dtype, device=unit.device) for flat in on_host
+        )
+        # Masters, moments and compensation: the device's buffer of selected columns, and the host's with room for all.
+        self._both = tuple(zip(self._device_states, on_host, strict=True))
         self.sums = GradientSums(unit, context, deferred_numel, self._sums_home, self.sent)
         # The weights that are in place, and the next ones; both, so that edits of the former can be told from updates
         # that are on their way.
@@ -113,16 +125,23 @@ class SplitState:
     # What every state has
 
     def bytes(self) -> Sequence[StateBytes]:
-        fp32, link = torch.float32, self.transfer_dtype
+        master, moments = self.master.dtype, self.exp_avg.dtype
         selected, deferred = self._device_states[0].numel(), self.sums.total.numel()
-        return [
-            StateBytes("master weights", fp32, home="host"),
-            StateBytes("optimizer states", fp32, copies=2, home="host"),
-            StateBytes("deferred gradients", fp32, 1, self.sums.home, deferred),
-            StateBytes("transfer buffers", link, 3, "host", deferred),
-            StateBytes("selected masters", fp32, 1, "device", selected),
-            StateBytes("selected states", fp32, 2, "device", selected),
+        kept = [
+            *adam_buffers(self, "host"),
+            StateBytes("deferred gradients", torch.float32, 1, self.sums.home, deferred),
+            StateBytes("transfer buffers", self.transfer_dtype, 3, "host", deferred),
+            StateBytes("selected masters", master, 1, "device", selected),
+            StateBytes("selected states", moments, 2, "device", selected),
         ]
+        if self.compensation is not None:
+            kept.append(StateBytes("selected compensation", self.compensation.dtype, 1, "device", selected))
+        return kept
+
+    @property
+    def bytes_per_element(self) -> int:
+        """Bytes of one element's master, moments and compensation."""
+        return sum(flat.element_size() for flat in self._device_states)
 
     def master_of(self, i: int) -> Tensor:
         return slice_view(self.master, self.slices[i].piece)
@@ -130,8 +149,8 @@ class SplitState:
     def view_of(self, flat: Tensor, i: int) -> Tensor:
         return rows_of_columns(slice_view(flat, self.slices[i].piece), self.slices[i].piece, self.slices[i].layout)
 
-    def rounding_of(self, i: int) -> None:
-        return None
+    def rounding_of(self, i: int) -> Rounding | None:
+        return self.slices[i].rounding
 
     def weight_out_of(self, i: int) -> Tensor | None:
         raise AssertionError("a split state is stepped by its own rule")
@@ -178,9 +197,12 @@ class SplitState:
             one = self.slices[i]
             one.has_grad = True
             one.edited = None
-            columns = columns_in_memory(grad.to(self.unit.dtype), one.layout)
+            # Transposed as a whole: then columns can be taken by rows of memory, which is much faster.
+            in_memory = columns_in_memory(grad.to(self.unit.dtype), one.layout)
+            columns = in_memory.contiguous()
             if i in undivided:
-                one.whole = columns.clone() if one.whole is None else one.whole + columns
+                own = columns.clone() if columns is in_memory else columns
+                one.whole = own if one.whole is None else one.whole + columns
             else:
                 self._take(one, columns)
 
@@ -196,7 +218,9 @@ class SplitState:
         whole = self.slices[i].whole
         if whole is None:
             return torch.zeros(self.slices[i].layout.num_columns, dtype=torch.float64, device=self.unit.device)
-        return whole.double().square().sum(1)
+        # Some columns at a time: whole, in fp64, a gradient would be the largest tensor of a step.
+        num_at_once = max(1, _ENERGY_NUMEL // max(1, whole.shape[1]))
+        return torch.cat([some.double().square().sum(1) for some in torch.split(whole, num_at_once)])
 
     def _take(self, one: SplitSlice, columns: Tensor) -> None:
         selected, deferred = one.on_device
@@ -215,7 +239,7 @@ class SplitState:
             one = self.slices[i]
             if one.grad is None or not one.grad.numel():
                 continue
-            param, exp_avg, exp_avg_sq = (one.selected_of(flat).view(-1) for flat in self._device_states)
+            param, exp_avg, exp_avg_sq, *lost = (one.selected_of(flat).view(-1) for flat in self._device_states)
             segments.append(
                 AdamWSegment(
                     param=param,
@@ -224,6 +248,9 @@ class SplitState:
                     grad=one.grad.reshape(-1),
                     hyper=hyper,
                     device_scale=scale,
+                    rounding=one.rounding,
+                    compensation=lost[0] if lost else None,
+                    selection=one.device_rows if one.is_numbered else None,
                 )
             )
         return segments
@@ -236,8 +263,7 @@ class SplitState:
                 self._place(i, one.on_device[0], one.selected_of(self._device_states[0]))
 
     def _place(self, i: int, columns: Tensor, new: Tensor) -> None:
-        weights = self._weight_columns(i)
-        weights.index_copy_(0, columns, new.to(weights.dtype))
+        put_columns(self.unit.local_rows(i), self.slices[i].layout, columns, new.to(self.unit.dtype))
 
     def _weight_columns(self, i: int) -> Tensor:
         return columns_in_memory(self.unit.local_rows(i), self.slices[i].layout)
@@ -276,7 +302,9 @@ class SplitState:
                     next_grad=grad if i in ahead else None,
                     next_hyper=ahead.get(i),
                     weight_out=self.next_of(one),
-                    selection=one.rows if layout.is_split else None,
+                    rounding=one.rounding,
+                    compensation=None if self.compensation is None else slice_view(self.compensation, one.piece),
+                    selection=one.rows if layout.is_split or one.is_numbered else None,
                 )
             )
         if segments:
@@ -343,7 +371,7 @@ class SplitState:
         before = one.selected
         leaves, enters = before[~torch.isin(before, selected)], selected[~torch.isin(selected, before)]
         stays = selected[torch.isin(selected, before)]
-        self.sent.moved += (len(leaves) + len(enters)) * one.layout.column_numel * BYTES_PER_STATE
+        self.sent.moved += (len(leaves) + len(enters)) * one.layout.column_numel * self.bytes_per_element
         for flat, here in self._both:
             columns, there = one.selected_of(flat), one.columns_of(here)
             there[leaves] = self._to_host(columns[torch.searchsorted(before, leaves).to(columns.device)])
@@ -377,7 +405,7 @@ class SplitState:
                 one.columns_of(here)[one.selected] = self._to_host(one.selected_of(flat))
 
     def spread_moments(self, i: int) -> None:
-        """Copy moments of slice i's selected columns from the host's buffers to the device."""
+        """Copy all but masters of slice i's selected columns from the host's buffers to the device."""
         self._spread(i, self._both[1:])
 
     def _spread(self, i: int, buffers: Iterable[tuple[Tensor, Tensor]]) -> None:
@@ -448,14 +476,20 @@ class SplitState:
         for i in slices:
             one, columns = self.slices[i], self._weight_columns(i)
             selected, deferred = one.on_device
-            follow_weights(one.selected_of(self._device_states[0]), columns.index_select(0, selected))
+            mine, there = one.selected_of(self._device_states[0]), columns.index_select(0, selected)
+            if self.compensation is not None:
+                forget_lost(one.selected_of(self._device_states[-1]), there, mine)
+            follow_weights(mine, there)
             weights = self._to_host(columns.index_select(0, deferred))
             placed, new = (flat.view(weights.shape) for flat in (self._placed_of(one), self.next_of(one)))
             is_own = placed.to(self.unit.dtype) == weights
             if one.landing is not None:
                 one.landing[1].synchronize()
             masters = one.columns_of(self.master)
-            masters[one.deferred] = torch.where(is_own, masters[one.deferred], weights.float())
+            if self.compensation is not None:
+                lost = one.columns_of(self.compensation)
+                lost[one.deferred] = torch.where(is_own, lost[one.deferred], 0)
+            masters[one.deferred] = torch.where(is_own, masters[one.deferred], weights.to(masters.dtype))
             new.copy_(torch.where(is_own, new, weights.to(self.transfer_dtype)))
             placed.copy_(weights)
             if not one.has_grad and not is_own.all():

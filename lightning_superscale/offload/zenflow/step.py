@@ -335,7 +335,15 @@ class ZenFlowStep(AdamWRule):
     def load_state_dict(self, saved: RuleState) -> None:
         self.quiesce()
         self._saved = SavedPhase(saved)
+        self._check_selections()
         self._deferred.phase = Phase(num_steps=self._saved.num_steps)
+
+    def _check_selections(self) -> None:
+        """Refuse a checkpoint of the middle of a window of other columns before anything trains with it."""
+        topk = self._numbers.topk_of(self._saved.entries)
+        layouts = {index: layouts_of(state.unit, self._config, topk) for index, state in self._states.items()}
+        for index, i in self._loaded:
+            self._saved.check_selection(self._states[index].slices[i].piece.fqn, layouts[index][i])
 
     def _settle(self) -> None:
         """Take over what was loaded, now that the states of parameters and the rule's own are both there."""
@@ -369,7 +377,6 @@ class ZenFlowStep(AdamWRule):
         index, i = place
         state = self._states[index]
         one, saved = state.slices[i], self._saved
-        saved.check_selection(one)
         last = self._hyper_now(state.unit.params[i], state.unit)
         saved.fill(self._phase, place, one.piece.fqn, last, has_kept=kept is not None)
         state.take_over(

@@ -249,6 +249,8 @@ def _check_selection(where: str, seg: AdamWSegment) -> None:
         if seg.numel != numel:
             raise ValueError(f"{where}: grad: expected {numel} elements like param, found {seg.numel}")
         return
+    if chosen.is_compact and numel != chosen.numel:
+        raise ValueError(f"{where}: param: expected the {chosen.numel} elements of a compact selection, found {numel}")
     if numel < chosen.end or numel % chosen.row_numel:
         raise ValueError(
             f"{where}: param: expected whole rows of {chosen.row_numel} elements, at least {chosen.end} elements for "
@@ -311,6 +313,7 @@ def _structs(mode: _Mode, segments: Sequence[AdamWSegment]) -> ctypes.Array[load
         if seg.selection is not None:
             struct.rows = seg.selection.rows.data_ptr()
             struct.row_numel, struct.row_stride = seg.selection.row_numel, seg.selection.row_stride
+            struct.is_compact = seg.selection.is_compact
         if seg.compensation is not None:
             struct.compensation = seg.compensation.data_ptr()
         if seg.weight_out is not None:

@@ -23,7 +23,7 @@ import torch
 from lightning_superscale.ops.native import build, seal, torch_root
 from lightning_superscale.ops.native.own_files import own_file
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 _PLACE = Path("lightning_superscale", "ops", "native", "_native")
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -77,7 +77,7 @@ class AdamWSegmentStruct(ctypes.Structure):
         ("key", c_uint64),
         ("first_element", c_int64),
         ("rounding", c_int32),
-        ("reserved", c_int32),
+        ("is_compact", c_int32),
         ("rows", c_void_p),
         ("row_numel", c_int64),
         ("row_stride", c_int64),

@@ -13,6 +13,7 @@ from lightning_superscale.offload.zenflow.columns import (
     memory_of_columns,
     most_important,
     others,
+    put_columns,
     rows_of_columns,
 )
 from lightning_superscale.optim.unit import flattened
@@ -59,6 +60,22 @@ def test_a_column_has_the_weights_of_one_input_channel():
     (piece,) = unit_layout(0, [spec_of(weight)], 0, 1).slices
     columns = columns_in_memory(weight.reshape(-1), column_layout(piece, 0.4))
     assert torch.equal(columns[3], weight[:, 3])
+
+
+@pytest.mark.parametrize("name", TENSORS)
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 1.0])
+def test_columns_are_put_where_they_were_taken(name, share):
+    spec = spec_of(TENSORS[name])
+    (piece,) = unit_layout(0, [spec], 0, 1).slices
+    layout = column_layout(piece, 0.5)
+    flat = flattened(TENSORS[name], spec).clone()
+    columns = torch.arange(layout.num_columns)[: round(share * layout.num_columns)]
+    columns = columns.flip(0) + layout.num_columns - len(columns) if share < 1 else columns
+    new = -1 - torch.rand(len(columns), layout.column_numel)
+    expected = columns_in_memory(flat, layout).clone()
+    expected[columns] = new
+    put_columns(flat, layout, columns, new)
+    assert torch.equal(columns_in_memory(flat, layout), expected)
 
 
 @pytest.mark.parametrize(

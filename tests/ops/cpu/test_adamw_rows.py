@@ -143,6 +143,29 @@ def test_random_numbers_follow_the_elements_of_the_whole_parameter(path, mode, r
 
 
 @pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("mode", RUNS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rows_without_the_others_between_them_keep_their_random_numbers(path, mode, shape):
+    num_rows, row_numel, rows = shape
+    seg = segment(*shape, grad=BF16, master=BF16, moments=BF16, rounding=Rounding(True, key=77, first_element=5))
+    chosen = seg.selection = RowSelection(seg.selection.rows, row_numel, row_numel + 3)
+
+    def of_rows(state):
+        return state.view(num_rows, row_numel)[chosen.rows].view(-1)
+
+    states = {name: of_rows(getattr(seg, name)) for name in STATES if getattr(seg, name) is not None}
+    compact = dataclasses.replace(
+        seg, **states, weight_out=seg.weight_out.clone(), selection=dataclasses.replace(chosen, is_compact=True)
+    )
+    with running(path):
+        RUNS[mode]([seg])
+        RUNS[mode]([compact])
+    assert same(compact.weight_out, seg.weight_out)
+    for name in states:
+        assert same(getattr(compact, name), of_rows(getattr(seg, name)))
+
+
+@pytest.mark.parametrize("path", PATHS)
 def test_new_weights_may_take_the_place_of_the_gradient(path):
     with running(path):
         apart, together = segment(*SHAPES[3], grad=BF16), segment(*SHAPES[3], grad=BF16)

@@ -52,12 +52,14 @@ def _cases() -> list[tuple[str, Any, dict[str, str], dict[str, int | bool]]]:
         tensors = ("param", "exp_avg", "exp_avg_sq")
         types = dict.fromkeys(tensors, POINTERS[state]) | {"grad": POINTERS[code]}
         types |= dict.fromkeys(("weight_out", "compensation"), "*i16") | {"numel": "i32"}
+        types |= {"rows": "*i64", "row_numel": "i64", "row_stride": "i64"}
         types |= {"key": "i64", "first_element": "i64", "step": "i32"} | dict.fromkeys(LOW_FLOATS, "fp32")
         constants = dict.fromkeys(("PARAM", "EXP_AVG", "EXP_AVG_SQ"), state) | {
             "GRAD": code,
             "WEIGHT_OUT": 2,
             "STOCHASTIC": True,
             "COMPENSATED": is_compensated,
+            "BY_ROWS": is_compensated,
             "HAS_DECAY": True,
             "HAS_L2": False,
             "SCALE_ON_DEVICE": False,

@@ -18,7 +18,7 @@ import torch
 from lightning_superscale.ops import reference
 from lightning_superscale.ops.triton import adamw_low as adamw_low_op
 from lightning_superscale.ops.triton import elementwise, index, reductions
-from lightning_superscale.ops.types import GRAD_DTYPES, STATE_DTYPES, AdamWHyper, AdamWSegment, Rounding
+from lightning_superscale.ops.types import GRAD_DTYPES, STATE_DTYPES, AdamWHyper, AdamWSegment, Rounding, RowSelection
 from tests.ops.gpu.adamw_cases import HYPERS
 from tests.ops.gpu.helpers import assert_same_bits
 
@@ -129,6 +129,8 @@ def _check_low(name: str, hyper: AdamWHyper, expected: AdamWSegment, device: str
     fields = ("param", "exp_avg", "exp_avg_sq", "grad", "weight_out", "compensation", "device_scale")
     moved = {key: getattr(expected, key).to(device, copy=True) for key in fields if getattr(expected, key) is not None}
     found = dataclasses.replace(expected, **moved)
+    if expected.selection is not None:
+        found.selection = dataclasses.replace(expected.selection, rows=expected.selection.rows.to(device))
     for step in (hyper.step, hyper.step + 1):
         found.hyper = expected.hyper = dataclasses.replace(hyper, step=step)
         adamw_low_op.adamw_low(found)
@@ -144,6 +146,9 @@ def check_adamw_low(device: str) -> None:
     scaled = _low_segment(bf16, (bf16, bf16), bf16, Rounding(True, 7, far), False)
     scaled.device_scale = torch.tensor(0.37)
     _check_low("device_scale", dataclasses.replace(HYPERS["adamw"], grad_scale=1.0), scaled, device)
+    by_rows = _low_segment(bf16, (bf16, bf16), bf16, Rounding(True, 7, far), False)
+    by_rows.selection = RowSelection(torch.arange(13) ** 2, 100, 2**31 + 7, is_compact=True)
+    _check_low("by rows", HYPERS["adamw"], by_rows, device)
     for master, m, v, is_stochastic in itertools.product(STATE_DTYPES, STATE_DTYPES, STATE_DTYPES, (False, True)):
         for kahan in (False, True) if master == bf16 else (False,):
             segment = _low_segment(master, (m, v), bf16, Rounding(is_stochastic, 7, far - 1), kahan)

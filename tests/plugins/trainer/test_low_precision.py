@@ -200,6 +200,23 @@ def test_resumed_run_equals_the_uninterrupted_one(home, choice, tmp_path):
     assert_same_weights(second, straight)
 
 
+class Saves(L.Callback):
+    def __init__(self, path) -> None:
+        self.path = path
+
+    def on_train_batch_end(self, trainer, *_):
+        trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize("home", HOMES)
+def test_a_save_within_training_takes_nothing_from_the_compensation(home, tmp_path):
+    """A save reads weights in ways that might be edits, and the compensation of an edited weight is forgotten."""
+    saved, undisturbed = Linear(), Linear()
+    train(saved, home, lss.SuperScalePrecision("bf16-true", **CHOICES["kahan"]), callbacks=[Saves(tmp_path / "x.ckpt")])
+    train(undisturbed, home, lss.SuperScalePrecision("bf16-true", **CHOICES["kahan"]))
+    assert_same_weights(saved, undisturbed)
+
+
 @pytest.mark.parametrize("universal", [False, True], ids=["lightning", "universal"])
 @pytest.mark.parametrize("source", ["all bf16", "kahan", "fp32"])
 @pytest.mark.parametrize("target", ["all bf16", "kahan", "fp32"])

@@ -96,6 +96,12 @@ def test_a_run_resumes_at_each_step_of_a_window(tmp_path, options, precision):
     assert_resumes_at_each_step(tmp_path, options, precision)
 
 
+@pytest.mark.parametrize("low", [{"optimizer_states": "bf16"}, {"kahan": True}], ids=["stochastic", "compensated"])
+def test_a_run_with_16_bit_states_resumes_at_each_step_of_a_window(tmp_path, low):
+    precision = lss.SuperScalePrecision("bf16-true", master_weights="bf16", seed=3, **low)
+    assert_resumes_at_each_step(tmp_path, OPTIONS["overlap"], None, plugins=[precision])
+
+
 def test_a_universal_checkpoint_resumes_at_each_step_too(tmp_path):
     assert_resumes_at_each_step(
         tmp_path, OPTIONS["overlap"], "32-true", plugins=[lss.UniversalCheckpointIO()], gradient_clip_val=0.05
@@ -106,8 +112,11 @@ def test_a_checkpoint_within_a_window_names_the_topk_that_it_needs(tmp_path):
     options = OPTIONS["overlap"]
     fit(Regressor(), strategy(**options), num=8, callbacks=[SavesEachStep(tmp_path)], **EPOCHS)
     run = trainer(strategy(**{**options, "topk": 0.5}), **EPOCHS)
+    module, begun = Regressor(), []
+    module.on_train_start = lambda: begun.append(True)
     with pytest.raises(lss.SuperScaleError, match=r"5 of 17 columns of 'net.0.weight'.*would have 9.*topk"):
-        run.fit(Regressor(), loader(8), ckpt_path=f"{tmp_path}/7.ckpt")
+        run.fit(module, loader(8), ckpt_path=f"{tmp_path}/7.ckpt")
+    assert not begun
 
 
 AUTO = {"topk": "auto", "update_interval": "auto", "select_interval": 4}
@@ -192,12 +201,6 @@ def test_weights_that_flow_are_refused_by_name():
     offload = {"engine": "zenflow", "weights": "flow", "wrap": ["Linear"]}
     with pytest.raises(lss.SuperScaleError, match="weights='flow' keeps weights in host memory, and zenflow"):
         fit(Regressor(), lss.SuperScaleStrategy(offload=offload))
-
-
-def test_16_bit_states_are_refused_by_name():
-    low = lss.SuperScalePrecision("bf16-true", optimizer_states="bf16")
-    with pytest.raises(lss.SuperScaleError, match="zenflow keeps fp32 masters and moments"):
-        fit(Regressor(), strategy(), precision=None, plugins=[low])
 
 
 def test_a_pattern_that_matches_no_parameter_is_refused_with_names_like_it():

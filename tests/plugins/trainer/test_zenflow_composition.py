@@ -241,11 +241,34 @@ def test_it_is_zenflow_by_hand(way, name, precision):
     spec, options = WAYS[way], SETTINGS[name]
     by_hand = None if name in LIKE_ADAMW and precision != "bf16-true" else ZenFlowConfig(**options)
     flags = {} if precision == "16-mixed" else {"precision": precision}
-    clips = spec.clips if precision == "bf16-true" or "clip_value" in spec.clips else {}
+    clips = spec.clips if by_hand and (precision == "bf16-true" or "clip_value" in spec.clips) else {}
     theirs = {key: value for key, value in spec.flags.items() if not clips or not key.startswith("gradient_clip")}
     found = trained(spec.wrap(spec.make()), strategy_of(options), **flags, **spec.flags, **spec.ours())
     expected = trained(spec.wrap(spec.make(by_hand, clips)), "auto", **flags, **theirs, **spec.theirs())
     assert_same(found, expected)
+
+
+LOW = {
+    "stochastic": {"master_weights": "bf16", "optimizer_states": "bf16"},
+    "compensated": {"master_weights": "bf16", "kahan": True, "stochastic_rounding": False},
+    "moments": {"optimizer_states": "bf16"},
+    "nearest": {"master_weights": "bf16", "optimizer_states": "bf16", "kahan": True},
+}
+
+
+def low_cases():
+    for at, how in enumerate(LOW):
+        for name in SETTINGS if IS_ALL else list(SETTINGS)[at % 3 :: 3]:
+            yield pytest.param(how, name, id=f"{how}-{name}")
+
+
+@pytest.mark.parametrize(("how", "name"), low_cases())
+def test_16_bit_states_are_zenflow_by_hand_with_them(how, name):
+    options = SETTINGS[name]
+    precision = lss.SuperScalePrecision("bf16-true", seed=7, **LOW[how])
+    found = trained(Zoo(), strategy_of(options), precision=None, plugins=[precision])
+    by_hand = Zoo(ZenFlowConfig(**options), {"dtypes": precision.choices.states})
+    assert_same(found, trained(by_hand, "auto", precision="bf16-true"))
 
 
 @pytest.mark.parametrize("share", [0.4, 1.0])

@@ -29,12 +29,27 @@ OPTIONS = {
         "all columns": {"topk": 1.0},
     }.items()
 }
-CLIPS = {"plain": {}, "clipped": {"gradient_clip_val": 0.05}}
+CLIPS = {"plain": {}, "clipped": {"gradient_clip_val": 0.05}, "16-bit states": {}}
 EPOCHS = {"max_epochs": 9, "precision": "bf16-true"}  # of one batch each: Lightning resumes at the start of an epoch
 SAVED_AT = 6  # within a window of "overlap", with an update on its way
 
 Case = tuple[int, str, str]
-"""Stage, options and clipping."""
+"""Stage, options, and clipping or the dtype of states."""
+
+
+def precision_of(clip: str) -> lss.SuperScalePrecision:
+    low = {"master_weights": "bf16", "optimizer_states": "bf16"} if clip == "16-bit states" else {}
+    return lss.SuperScalePrecision("bf16-true", seed=7, **low)
+
+
+def without_inside(precision: lss.SuperScalePrecision, module: Zoo) -> Zoo:
+    """The module without training what has other random numbers on one rank, where rows lie inside of its memory."""
+    module.inside.requires_grad_(not precision.choices.states.is_low_precision)
+    return module
+
+
+def flags_of(clip: str) -> dict:
+    return {**CLIPS[clip], "precision": None, "plugins": [precision_of(clip)]}
 
 
 class Notes(L.Callback):
@@ -63,6 +78,8 @@ def offload(name: str) -> dict:
 
 def trained(world_size: int, zero: int, offload, ckpt_path=None, callbacks=(), **flags):
     notes, module = Notes(), Zoo()
+    for plugin in flags.get("plugins", ()):
+        module = without_inside(plugin, module)
     module.num_batches = SAVED_AT if ckpt_path else 0
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*this run drops them")
@@ -78,7 +95,7 @@ def trained(world_size: int, zero: int, offload, ckpt_path=None, callbacks=(), *
 
 
 def _ladder(rank: int, world_size: int, cases: list[Case], path: str):
-    found = {case: trained(world_size, case[0], offload(case[1]), **CLIPS[case[2]]) for case in cases}
+    found = {case: trained(world_size, case[0], offload(case[1]), **flags_of(case[2])) for case in cases}
     for zero in sorted({zero for zero, *_ in cases}):
         found["resumed", zero] = trained(world_size, zero, offload("overlap"), path)
         found["as AdamW", zero] = trained(world_size, zero, None, path)
@@ -94,8 +111,9 @@ class PlainNotes(Notes):
 
 
 def by_hand(name: str, clip: str):
-    notes = PlainNotes()
-    module = Zoo(ZenFlowConfig(**OPTIONS[name]), {"max_norm": 0.05} if CLIPS[clip] else None)
+    notes, precision = PlainNotes(), precision_of(clip)
+    options = {"dtypes": precision.choices.states, **({"max_norm": 0.05} if CLIPS[clip] else {})}
+    module = without_inside(precision, Zoo(ZenFlowConfig(**OPTIONS[name]), options))
     trainer(callbacks=[notes], **EPOCHS).fit(module, loader(8))
     return [*notes.weights, {name: value.clone() for name, value in module.state_dict().items()}]
 
@@ -121,7 +139,9 @@ def one_thread():
 
 @pytest.mark.parametrize(
     ("world_size", "cases"),
-    [(size, cases) for size in (2, 4) for cases in WIDE.values()] if IS_ALL else [(4, [(2, "overlap", "clipped")])],
+    [(size, cases) for size in (2, 4) for cases in WIDE.values()]
+    if IS_ALL
+    else [(4, [(2, "overlap", "clipped"), (3, "half", "16-bit states")])],
 )
 def test_any_number_of_ranks_is_zenflow_by_hand(world_size, cases, tmp_path, one_thread):
     """And resumes what one rank saved within a window, as ZenFlow and as other engines, and the other way round."""

@@ -59,6 +59,53 @@ def random_words(key: tl.tensor, element: tl.tensor, step: tl.tensor, zero: tl.t
 
 
 @triton.jit
+def number_of(
+    index: tl.tensor,
+    rows: tl.tensor,
+    row_numel: tl.tensor,
+    row_stride: tl.tensor,
+    mask: tl.tensor,
+    BY_ROWS: tl.constexpr,
+) -> tl.tensor:
+    """The numbers of elements; rows of a compact selection have those that they have in the whole parameter."""
+    if BY_ROWS:
+        index = tl.load(rows + index // row_numel, mask=mask, other=0) * row_stride + index % row_numel
+    return index
+
+
+@triton.jit
+def decayed(
+    p: tl.tensor,
+    g: tl.tensor,
+    weight_decay_factor: tl.tensor,
+    l2: tl.tensor,
+    HAS_DECAY: tl.constexpr,
+    HAS_L2: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """Master and gradient with weight decay in one of them, or without any."""
+    if HAS_L2:
+        g = g + l2 * p
+    if HAS_DECAY:
+        p = p * weight_decay_factor
+    return p, g
+
+
+@triton.jit
+def updated_moments(
+    m: tl.tensor, v: tl.tensor, g: tl.tensor, lerp_weight: tl.tensor, beta2: tl.tensor, one_minus_beta2: tl.tensor
+) -> tuple[tl.tensor, tl.tensor]:
+    return m + lerp_weight * (g - m), v * beta2 + (one_minus_beta2 * g) * g
+
+
+@triton.jit
+def stepped(
+    p: tl.tensor, m: tl.tensor, v: tl.tensor, bias_correction2_sqrt: tl.tensor, eps: tl.tensor, neg_step_size: tl.tensor
+) -> tl.tensor:
+    denom = tl.div_rn(tl.sqrt_rn(v), bias_correction2_sqrt) + eps
+    return p + tl.div_rn(neg_step_size * m, denom)
+
+
+@triton.jit
 def store_master(
     param: tl.tensor,
     weight_out: tl.tensor,
@@ -86,7 +133,7 @@ def store_master(
 
 
 # Step, key and element change from call to call: they must not become compile-time constants.
-@triton.jit(do_not_specialize=["key", "first_element", "step"])
+@triton.jit(do_not_specialize=["key", "first_element", "row_numel", "row_stride", "step"])
 def adamw_low_kernel(  # noqa: PLR0913
     param: tl.tensor,
     exp_avg: tl.tensor,
@@ -97,6 +144,9 @@ def adamw_low_kernel(  # noqa: PLR0913
     numel: tl.tensor,
     key: tl.tensor,
     first_element: tl.tensor,
+    rows: tl.tensor,
+    row_numel: tl.tensor,
+    row_stride: tl.tensor,
     step: tl.tensor,
     weight_decay_factor: tl.tensor,
     l2: tl.tensor,
@@ -115,6 +165,7 @@ def adamw_low_kernel(  # noqa: PLR0913
     WEIGHT_OUT: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     COMPENSATED: tl.constexpr,
+    BY_ROWS: tl.constexpr,
     HAS_DECAY: tl.constexpr,
     HAS_L2: tl.constexpr,
     SCALE_ON_DEVICE: tl.constexpr,
@@ -131,18 +182,14 @@ def adamw_low_kernel(  # noqa: PLR0913
         p = p + load_f32(compensation + index, mask, BF16)
     scale = tl.load(grad_scale) if SCALE_ON_DEVICE else grad_scale
     g = clipped(load_f32(grad + index, mask, GRAD) * scale, clip_value, HAS_CLIP, MAXIMIZE)
-    if HAS_L2:
-        g = g + l2 * p
-    if HAS_DECAY:
-        p = p * weight_decay_factor
-    m = m + lerp_weight * (g - m)
-    v = v * beta2 + (one_minus_beta2 * g) * g
-    denom = tl.div_rn(tl.sqrt_rn(v), bias_correction2_sqrt) + eps
-    p = p + tl.div_rn(neg_step_size * m, denom)
+    p, g = decayed(p, g, weight_decay_factor, l2, HAS_DECAY, HAS_L2)
+    m, v = updated_moments(m, v, g, lerp_weight, beta2, one_minus_beta2)
+    p = stepped(p, m, v, bias_correction2_sqrt, eps, neg_step_size)
     zero = tl.zeros([BLOCK], dtype=tl.uint32)
     first, second = zero, zero
     if STOCHASTIC:
-        first, second = random_words(key, first_element + index, step, zero)
+        number = first_element + number_of(index, rows, row_numel, row_stride, mask, BY_ROWS)
+        first, second = random_words(key, number, step, zero)
     store_state(exp_avg + index, m, first >> 16, mask, EXP_AVG, STOCHASTIC)
     store_state(exp_avg_sq + index, v, second, mask, EXP_AVG_SQ, STOCHASTIC)
     to_param, to_weight, to_lost = param + index, weight_out + index, compensation + index
