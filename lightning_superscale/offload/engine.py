@@ -23,12 +23,15 @@ from lightning_superscale.offload.link.arena import HostArena
 from lightning_superscale.offload.link.dtype import LinkDtype
 from lightning_superscale.offload.link.link import Link
 from lightning_superscale.offload.memory import ParamKind
+from lightning_superscale.offload.planner.choices import HostWork, step_times
+from lightning_superscale.offload.planner.forecast import StepTimes
+from lightning_superscale.offload.planner.profile import HardwareProfile
 from lightning_superscale.offload.weight_flow.weights import FlowingWeights, StreamedUnit
 from lightning_superscale.ops.cpu.pool import Pool
 from lightning_superscale.ops.state_dtypes import FP32_STATES, StateDtypes
 from lightning_superscale.ops.update import UpdatePath
 from lightning_superscale.optim.adamw_step import AdamWRule
-from lightning_superscale.optim.step_rule import RuleState, StepGuard
+from lightning_superscale.optim.step_rule import RuleState, StepGuard, StepRule
 from lightning_superscale.optim.unit import ShardUnit
 from lightning_superscale.optim.unit_state import UnitState
 from lightning_superscale.timeline import UNTIMED, Timeline
@@ -103,6 +106,54 @@ class LeftBehind:
     dropped: str | None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepParts:
+    """The parts of one optimizer's steps on this rank, for its engine to forecast them.
+
+    Attributes:
+        config: the user's settings.
+        profile: the measured speeds of this rank's hardware.
+        work: the host's in a step that steps all of its parameters.
+        forward, backward: seconds of the model without offloading.
+        states: the units' that are on the host.
+        rule: the rule that steps these, which `make_step` made.
+        streams: whether gradients leave during backward rather than at the step.
+        weights_awaited: whether new weights are awaited right after the step.
+    """
+
+    config: OffloadConfig
+    profile: HardwareProfile
+    work: HostWork
+    forward: float
+    backward: float
+    states: Sequence[UnitState]
+    rule: StepRule
+    streams: bool
+    weights_awaited: bool
+
+    def times(self) -> StepTimes:
+        """Seconds of a step that steps all parameters of the host."""
+        return step_times(self.profile, self.work, forward=self.forward, backward=self.backward)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forecast:
+    """What steps should take by the hardware profile, in seconds per step.
+
+    Attributes:
+        host, d2h, h2d: of the host's work, of gradients on their way to it, and of weights on their way back, each by
+            itself.
+        exposed: by which a step is longer than forward and backward; None where nothing is forecast.
+        why_not: the reason why nothing is; None where it is.
+    """
+
+    host: float
+    d2h: float
+    h2d: float
+    exposed: float | None = None
+    why_not: str | None = None
+
+
 class HostUnitState(UnitState, Protocol):
     """States of one unit in host memory.
 
@@ -161,8 +212,8 @@ class OffloadEngine(Protocol):
             saved: the state that this engine's rule kept for itself, with the engine's name before each entry's own.
         """
 
-    def why_no_forecast(self, config: OffloadConfig) -> str | None:
-        """The reason why `forecast.exposed_seconds`, of steps during backward and forward, does not hold; or None."""
+    def forecast(self, parts: StepParts) -> Forecast:
+        """What the steps of an optimizer should take. Any rank may ask by itself; the parts are its own."""
 
 
 def engine_of(name: str) -> OffloadEngine:

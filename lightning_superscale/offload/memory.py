@@ -8,15 +8,17 @@ import torch
 
 from lightning_superscale.config import OffloadConfig
 from lightning_superscale.layout.memory import MemoryModel
+from lightning_superscale.layout.rows import ParamSpec
 from lightning_superscale.offload.link.dtype import LinkDtype, dtype_on_link
 from lightning_superscale.ops.state_dtypes import StateDtypes, bytes_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParamKind:
-    """Parameters whose states take equally many bytes each.
+    """A parameter, or several alike, whose states take equally many bytes per element.
 
     Attributes:
+        spec: its name, shape and memory format.
         weights: dtype of their weights.
         has_moments: False for an optimizer that keeps states of its own.
         flows: their weights stream from host memory.
@@ -26,6 +28,7 @@ class ParamKind:
         config: the user's settings.
     """
 
+    spec: ParamSpec
     weights: torch.dtype
     has_moments: bool
     flows: bool

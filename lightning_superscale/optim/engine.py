@@ -29,7 +29,7 @@ from lightning_superscale.optim.state_dict import (
     pack_state,
     unpack_state,
 )
-from lightning_superscale.optim.step_rule import Cycle, Figure, RuleState, StepGuard, SteppedUnit, StepRule
+from lightning_superscale.optim.step_rule import Figure, RuleState, StepGuard, SteppedUnit, StepRule
 from lightning_superscale.optim.torch_step import TorchStep
 from lightning_superscale.optim.transport import Transport
 from lightning_superscale.optim.unit import DeltaSink, GradientDelta, ShardUnit
@@ -482,9 +482,9 @@ class OptimizerEngine:
     # What the rule says of itself
 
     @property
-    def cycle(self) -> Cycle:
-        """The steps in which the rule does everything that it does."""
-        return self._rule.cycle
+    def rule(self) -> StepRule:
+        """The rule that steps now; another one once units were made anew."""
+        return self._rule
 
     def figures(self) -> Sequence[Figure]:
         """Numbers of the rule's work on this rank so far; none of most rules. This rank calls it alone."""

@@ -28,6 +28,11 @@ class MixedStep(AdamWRule):
         self._host = host
         self._device = device
 
+    @property
+    def host(self) -> AdamWRule:
+        """The rule that steps units that have any state on the host."""
+        return self._host
+
     def _of(self, state: UnitState) -> AdamWRule:
         return self._host if "host" in state.homes else self._device
 
@@ -84,6 +89,9 @@ class MixedStep(AdamWRule):
 
     def figures(self) -> Sequence[Figure]:
         return (*self._host.figures(), *self._device.figures())
+
+    def reasons(self) -> Sequence[str]:
+        return (*self._host.reasons(), *self._device.reasons())
 
     def discard(self) -> None:
         self._host.discard()

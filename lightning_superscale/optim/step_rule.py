@@ -145,6 +145,9 @@ class StepRule(Protocol):
         This rank calls it alone, at any time.
         """
 
+    def reasons(self) -> Sequence[str]:
+        """Sentences on what this rule has chosen for the user so far. This rank calls it alone, at any time."""
+
     def discard(self) -> None:
         """Forget the gradients and the work of an interrupted step."""
 
@@ -188,6 +191,9 @@ class SynchronousRule:
         return EACH_STEP
 
     def figures(self) -> Sequence[Figure]:
+        return ()
+
+    def reasons(self) -> Sequence[str]:
         return ()
 
     def discard(self) -> None:

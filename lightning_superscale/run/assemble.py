@@ -44,7 +44,7 @@ from lightning_superscale.run.placement import adapt_after_first_step, first_gro
 from lightning_superscale.run.precision import check_with_run
 from lightning_superscale.run.report.memory import byte_classes
 from lightning_superscale.run.report.plan import ParallelPlan
-from lightning_superscale.run.report.reasons import reasons_of, where_states_are
+from lightning_superscale.run.report.reasons import reasons_of, reasons_of_rules, where_states_are
 from lightning_superscale.run.settings import RunSettings
 from lightning_superscale.run.weight_flow import stream_the_rest
 from lightning_superscale.torch_private import is_compiled
@@ -257,6 +257,7 @@ class Assembly:
                 *(reason for technique in settings.techniques for reason in technique.reasons()),
                 *self.host.reasons,
                 *where_states_are(self.engines.values(), settings, has_adapted=self._has_adapted),
+                *reasons_of_rules(self.engines.values()),
                 *(f"the optimizer steps through its own code: {reason}" for reason in own),
             ],
         )

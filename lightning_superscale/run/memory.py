@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_superscale.comm.dtensor import tensor_numel
+from lightning_superscale.comm.dtensor import tensor_numel, tensor_shape
 from lightning_superscale.layout.memory import Home, MemoryModel
+from lightning_superscale.layout.rows import ParamSpec
 from lightning_superscale.offload.engine import engine_of
 from lightning_superscale.offload.link.dtype import LinkDtype
 from lightning_superscale.offload.memory import ParamKind
@@ -20,6 +20,7 @@ from lightning_superscale.zero.memory import frozen_memory
 
 def states_memory(
     settings: RunSettings,
+    spec: ParamSpec,
     weights: torch.dtype,
     *,
     is_on_host: bool,
@@ -27,10 +28,11 @@ def states_memory(
     has_moments: bool = True,
     flows: bool = False,
 ) -> MemoryModel:
-    """Bytes that masters, moments and buffers of parameters of this dtype take.
+    """Bytes that masters, moments and buffers of a parameter take.
 
     Args:
-        weights: dtype of the parameters.
+        spec: the parameter.
+        weights: its dtype.
         is_on_host: whether the offload engine keeps the states, if one runs; False where they stay on the device.
         link_dtype: dtype that crosses the link.
         has_moments: False for an optimizer that keeps states of its own.
@@ -40,6 +42,7 @@ def states_memory(
     if engine is None or settings.offload is None or not is_on_host:
         return dtypes.memory(weights, has_moments=has_moments, home="device")
     kind = ParamKind(
+        spec=spec,
         weights=weights,
         has_moments=has_moments,
         flows=flows,
@@ -68,16 +71,14 @@ def host_bytes_needed(
         # A copy takes the place of weights that are in host memory already.
         return param in flowing and param.device.type != "cpu"
 
-    @functools.cache
-    def states_of(weights: torch.dtype, flows: bool) -> MemoryModel:
-        return states_memory(settings, weights, is_on_host=True, link_dtype=link_dtype, flows=flows)
-
+    fqn_of = {param: fqn for fqn, param in module.named_parameters()}
     stepped = {p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     trained = {param for param in stepped if param.requires_grad}
     host: Home = "host"
     divided = whole = 0.0
     for param in trained:
-        model = states_of(param.dtype, is_copied(param))
+        spec, flows = ParamSpec(fqn_of[param], tensor_shape(param)), is_copied(param)
+        model = states_memory(settings, spec, param.dtype, is_on_host=True, link_dtype=link_dtype, flows=flows)
         divided += tensor_numel(param) * model.per_param(host, "shard")
         whole += param.numel() * model.per_param(host, None)
     for param in module.parameters():

@@ -195,7 +195,7 @@ class Run:
         with ExitStack() as stack:
             if self._recorder is not None:
                 stack.enter_context(self.phases.stalls(self._recorder.timeline))
-                self._recorder.before_forward(num_steps, lambda: [engine.cycle for engine in self._engines()])
+                self._recorder.before_forward(num_steps, lambda: [engine.rule.cycle for engine in self._engines()])
             if self.assembly is not None and num_steps:
                 self.assembly.adapt_after_first_step()
             for technique in self._techniques.values():

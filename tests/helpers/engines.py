@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_superscale.comm.communicator import Communicator, single_rank
 from lightning_superscale.config import OffloadConfig, ZenFlowConfig
+from lightning_superscale.layout.rows import ParamSpec
 from lightning_superscale.offload.engine import OffloadContext, engine_of
 from lightning_superscale.offload.link.arena import HostArena
 from lightning_superscale.offload.link.dtype import LinkDtype
@@ -63,6 +64,7 @@ def host_bytes(
 ) -> int:
     """What an engine says that so many parameters take of the host."""
     kind = ParamKind(
+        spec=ParamSpec("weight", (numel, 1)),
         weights=dtype,
         has_moments=has_moments,
         flows=flows,

@@ -121,6 +121,24 @@ def test_fp32_on_the_link_is_in_the_model(engine):
     check(measured(engine, "bf16", link_dtype="fp32"))
 
 
+@pytest.mark.parametrize("accumulate_on", ["host", "device"])
+@pytest.mark.parametrize("exclude", [None, ["blocks.1.weight", "blocks.2.*"]])
+def test_columns_of_both_homes_are_in_the_model(exclude, accumulate_on):
+    """A quarter of a matrix' columns, of which `exclude` leaves none, and all of the biases, is on the device."""
+    found = measured("zenflow", "bf16", zenflow={"topk": 0.25, "exclude": exclude, "accumulate_on": accumulate_on})
+    for name, row in found.rows.items():
+        each, numel = re.fullmatch(r"([\d.]+) B x ([\d,]+)", row.arithmetic).groups()
+        # `:g` prints six digits.
+        assert row.device_bytes + row.host_bytes == pytest.approx(
+            float(each) * int(numel.replace(",", "")), rel=1e-5
+        ), name
+    matrices, biases = WIDTH * WIDTH, WIDTH
+    deferred = (1 if exclude else 3) * 0.75 * matrices + (2 * matrices if exclude else 0)
+    sums = 4 if accumulate_on == "host" else 0
+    assert found.needed == 12 * 3 * (matrices + biases) + (sums + 3 * 2) * deferred
+    assert found.needed == sum(row.host_bytes for row in found.rows.values())
+
+
 def test_states_of_both_homes_are_in_the_model():
     found = measured("cpu", "bf16", gpu_fraction=0.5)
     for name, row in found.rows.items():

@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from lightning_superscale.config import OffloadConfig
 from lightning_superscale.layout.memory import MemoryModel
 from lightning_superscale.offload.cpu.state import HostState
-from lightning_superscale.offload.engine import OffloadContext, RunFacts
+from lightning_superscale.offload.engine import Forecast, OffloadContext, RunFacts, StepParts
 from lightning_superscale.offload.link.dtype import dtype_on_link
 from lightning_superscale.offload.memory import ParamKind, host_memory
 from lightning_superscale.offload.weight_flow.weights import StreamedUnit
@@ -47,5 +47,6 @@ class CpuEngine:
     def left_behind(self, saved: RuleState) -> None:
         """Leave nothing: masters and moments are all that this engine saves."""
 
-    def why_no_forecast(self, config: OffloadConfig) -> str:
-        return "the host steps after backward"
+    def forecast(self, parts: StepParts) -> Forecast:
+        times = parts.times()
+        return Forecast(host=times.host, d2h=times.d2h, h2d=times.h2d, why_not="the host steps after backward")

@@ -20,7 +20,7 @@ from torch import Tensor
 from lightning_superscale.offload.link.link import Link, link_for
 from lightning_superscale.offload.planner.numa import available_cpus
 from lightning_superscale.ops.cpu.adamw import kernel_name, submit_adamw_commit_peek
-from lightning_superscale.ops.cpu.flat import submit_copy
+from lightning_superscale.ops.cpu.flat import accumulate, submit_copy
 from lightning_superscale.ops.cpu.memory import HostBuffer
 from lightning_superscale.ops.cpu.pool import Pool
 from lightning_superscale.ops.native import loader
@@ -65,7 +65,9 @@ class HardwareProfile:
         adamw_ns_per_param: nanoseconds per parameter of the native AdamW's commit_peek, with 16-bit gradients and
             weights and `adamw_threads` threads.
         adamw_fp32_ns_per_param: nanoseconds per parameter with fp32 gradients and new weights, which the device casts.
-        adamw_threads: fewest threads that come near the kernel's best rate, with a CPU left for the launching thread.
+        accumulate_ns_per_param: nanoseconds per parameter in which gradients of 16 bits are added to sums in fp32.
+        adamw_threads: fewest threads that come near the kernel's best rate, with a CPU left for the launching thread;
+            what the three figures above were measured with.
     """
 
     key: HardwareKey
@@ -76,11 +78,12 @@ class HardwareProfile:
     memory: tuple[tuple[int, float], ...]
     adamw_ns_per_param: float
     adamw_fp32_ns_per_param: float
+    accumulate_ns_per_param: float
     adamw_threads: int
 
     def __post_init__(self) -> None:
         rates = [self.d2h, self.h2d, self.d2h_both, self.h2d_both, *(rate for _, rate in self.memory)]
-        rates += [self.adamw_ns_per_param, self.adamw_fp32_ns_per_param]
+        rates += [self.adamw_ns_per_param, self.adamw_fp32_ns_per_param, self.accumulate_ns_per_param]
         if not self.memory or not all(0 < rate < float("inf") for rate in rates) or self.adamw_threads < 1:
             raise ValueError(f"expected positive, finite rates, found {self}")
 
@@ -93,7 +96,8 @@ class HardwareProfile:
             f"({self.d2h_both / gb:.1f} and {self.h2d_both / gb:.1f} at once), host memory "
             f"{self.memory[0][1] / gb:.1f} GB/s with one thread and {best / gb:.1f} GB/s at best, AdamW "
             f"{self.adamw_ns_per_param:.2f} ns per parameter with 16-bit gradients and weights and "
-            f"{self.adamw_fp32_ns_per_param:.2f} ns with fp32 ones, with {self.adamw_threads} "
+            f"{self.adamw_fp32_ns_per_param:.2f} ns with fp32 ones, adding gradients up "
+            f"{self.accumulate_ns_per_param:.2f} ns, with {self.adamw_threads} "
             f"thread{'s' if self.adamw_threads > 1 else ''}"
         )
 
@@ -172,12 +176,15 @@ def measure(device: torch.device, cpus: Sequence[int] = ()) -> HardwareProfile:
         wide = min(wide, _step_seconds(segment, threads, cpus))
         segment = _segment(host, numel, torch.bfloat16, is_ieee=is_ieee)
         narrow = min(narrow, _step_seconds(segment, threads, cpus))
+    with contextlib.closing(Pool(threads, cpus=cpus)) as pool:
+        adding = _best(functools.partial(accumulate, segment.param, segment.grad, pool=pool))
     return HardwareProfile(
         key_of(device, cpus),
         *link,
         memory=tuple(copies),
         adamw_ns_per_param=1e9 * narrow / numel,
         adamw_fp32_ns_per_param=1e9 * wide / numel,
+        accumulate_ns_per_param=1e9 * adding / numel,
         adamw_threads=threads,
     )
 

@@ -21,8 +21,8 @@ from lightning_superscale.offload.planner.profile import HardwareKey, HardwarePr
 from lightning_superscale.ops.native.own_files import make_own_folder, own_folder, read_own_file, user_cache
 
 # The version of the format, in every file and its name: files of other versions are neither read nor overwritten.
-# Version 2 added the kernel's time with fp32 gradients and weights.
-_FORMAT = 2
+# Version 2 added the kernel's time with fp32 gradients and weights, version 3 that of adding gradients up.
+_FORMAT = 3
 # A file of ours has some hundred bytes; Python's parser of JSON ends a run that gives it some thousand brackets.
 _MOST_BYTES = 64 * 2**10
 _MOST_THREADS = 4096

@@ -8,8 +8,9 @@ from torch.optim import Optimizer
 
 from lightning_superscale.config import OffloadConfig
 from lightning_superscale.layout.memory import MemoryModel
-from lightning_superscale.offload.engine import OffloadContext, RunFacts
+from lightning_superscale.offload.engine import Forecast, OffloadContext, RunFacts, StepParts
 from lightning_superscale.offload.memory import ParamKind, host_memory
+from lightning_superscale.offload.planner.forecast import exposed_seconds
 from lightning_superscale.offload.superoffload.state import DeferredState
 from lightning_superscale.offload.superoffload.step import DeferredStep
 from lightning_superscale.offload.weight_flow.weights import StreamedUnit
@@ -52,5 +53,16 @@ class SuperOffloadEngine:
     def left_behind(self, saved: RuleState) -> None:
         """Leave nothing: masters and moments are all that this engine saves."""
 
-    def why_no_forecast(self, config: OffloadConfig) -> str | None:
-        return None if config.speculate else "the host steps after backward"
+    def forecast(self, parts: StepParts) -> Forecast:
+        times, why_not = parts.times(), _why_no_forecast(parts)
+        exposed = exposed_seconds(times) if why_not is None else None
+        return Forecast(host=times.host, d2h=times.d2h, h2d=times.h2d, exposed=exposed, why_not=why_not)
+
+
+def _why_no_forecast(parts: StepParts) -> str | None:
+    """Why steps don't run during backward, or weights don't arrive during the next forward; None where both do."""
+    if not parts.config.speculate:
+        return "the host steps after backward"
+    if not parts.streams:
+        return "gradients stay in param.grad until the step"
+    return "new weights are awaited right after the step" if parts.weights_awaited else None

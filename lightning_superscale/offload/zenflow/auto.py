@@ -123,7 +123,7 @@ class AutoNumbers:
         interval: number of steps in a window; 1 until it is chosen.
         topk: share of selected columns; the greatest until it is chosen.
         are_chosen: whether nothing is left to choose.
-        reasons: why these, in words.
+        reasons: a sentence on each number that was chosen: why it is this one, or that a checkpoint had it.
     """
 
     def __init__(self, config: ZenFlowConfig) -> None:
@@ -150,11 +150,11 @@ class AutoNumbers:
         if self._config.topk == "auto":
             share = choose_share(energies)
             self.topk = share.value
-            self.reasons.append(share.reason)
+            self.reasons.append(f"{share.reason} (topk='auto')")
         if self._config.update_interval == "auto":
             window = choose_interval(gather_objects(mesh, usual(self._steps)))
             self.interval = int(window.value)
-            self.reasons.append(window.reason)
+            self.reasons.append(f"{window.reason} (update_interval='auto')")
         self.are_chosen = True
         if mesh.world.rank == 0:
             for reason in self.reasons:
@@ -173,9 +173,14 @@ class AutoNumbers:
         """Take over what `saved` gave, as far as it is "auto"; returns whether there is something to choose no more."""
         if self.are_chosen or "zenflow.interval" not in saved:
             return False
-        if self._config.update_interval == "auto":
-            self.interval = int(saved["zenflow.interval"])
         if self._config.topk == "auto":
             self.topk = float(saved["zenflow.topk"])
+            self.reasons.append(f"topk={self.topk}: the checkpoint that this run resumed from has it (topk='auto')")
+        if self._config.update_interval == "auto":
+            self.interval = int(saved["zenflow.interval"])
+            self.reasons.append(
+                f"update_interval={self.interval}: the checkpoint that this run resumed from has it "
+                "(update_interval='auto')"
+            )
         self.are_chosen = True
         return True

@@ -92,13 +92,15 @@ def column_layout(piece: ParamSlice, topk: float, *, is_split: bool = True) -> C
     return ColumnLayout(spec.row_numel, num_rows_here, spec.num_rows, num_selected, is_by_columns=not is_by_rows)
 
 
+def layout_of(piece: ParamSlice, config: ZenFlowConfig, topk: float) -> ColumnLayout:
+    """The columns of some rows of a parameter, which is not split if `config` excludes it."""
+    is_excluded = any(fnmatchcase(piece.fqn, pattern) for pattern in config.exclude or ())
+    return column_layout(piece, topk, is_split=not is_excluded)
+
+
 def layouts_of(unit: ShardUnit, config: ZenFlowConfig, topk: float) -> list[ColumnLayout]:
-    """The columns of a unit's slices, of which those that `config` excludes are not split."""
-
-    def is_split(piece: ParamSlice) -> bool:
-        return not any(fnmatchcase(piece.fqn, pattern) for pattern in config.exclude or ())
-
-    return [column_layout(piece, topk, is_split=is_split(piece)) for piece in unit.shard.slices]
+    """The columns of a unit's slices."""
+    return [layout_of(piece, config, topk) for piece in unit.shard.slices]
 
 
 def columns_in_memory(flat: Tensor, layout: ColumnLayout) -> Tensor:

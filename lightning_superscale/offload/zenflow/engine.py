@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch.optim import Optimizer
@@ -12,12 +12,14 @@ from torch.optim import Optimizer
 from lightning_superscale.config import OffloadConfig, ZenFlowConfig
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.layout.memory import MemoryModel
-from lightning_superscale.offload.engine import LeftBehind, OffloadContext, RunFacts
+from lightning_superscale.layout.rows import ParamSlice
+from lightning_superscale.offload.engine import Forecast, LeftBehind, OffloadContext, RunFacts, StepParts
 from lightning_superscale.offload.link.dtype import dtype_on_link
 from lightning_superscale.offload.memory import ParamKind
 from lightning_superscale.offload.weight_flow.weights import StreamedUnit
 from lightning_superscale.offload.zenflow.auto import most_selected
-from lightning_superscale.offload.zenflow.columns import layouts_of
+from lightning_superscale.offload.zenflow.columns import layout_of, layouts_of
+from lightning_superscale.offload.zenflow.forecast import forecast_of
 from lightning_superscale.offload.zenflow.report import LowEnergyWarning
 from lightning_superscale.offload.zenflow.state import SplitState
 from lightning_superscale.offload.zenflow.step import STATE_KEYS, ZenFlowStep
@@ -56,9 +58,12 @@ class ZenFlowEngine:
                 )
 
     def memory(self, kind: ParamKind) -> MemoryModel:
-        """Bytes per parameter of a matrix that is split. What has one dim is on the device whole too."""
-        config = _options(kind.config)
-        selected, master, moments = most_selected(config), kind.dtypes.master_of(kind.weights), kind.dtypes.moments
+        """Bytes per element, by the share of the parameter's columns that the device steps: all of what has one dim,
+        and none of what `exclude` names.
+        """
+        config, master, moments = _options(kind.config), kind.dtypes.master_of(kind.weights), kind.dtypes.moments
+        layout = layout_of(ParamSlice(kind.spec, (0, kind.spec.num_rows), 0), config, most_selected(config))
+        selected = layout.selected_numel / max(1, layout.numel)
         deferred = 1 - selected
         on_link = dtype_on_link(kind.link_dtype, kind.weights)
         kept = [
@@ -114,8 +119,9 @@ class ZenFlowEngine:
         weights_lag = any(name.startswith(("zenflow.late.", "zenflow.ahead.")) for name in saved)
         return LeftBehind(STATE_KEYS, weights_lag, dropped)
 
-    def why_no_forecast(self, config: OffloadConfig) -> str | None:
-        return "zenflow's host steps windows"
+    def forecast(self, parts: StepParts) -> Forecast:
+        rule = cast(ZenFlowStep, parts.rule)
+        return forecast_of(parts, rule.schedule, is_warm=rule.is_warm)
 
 
 def _options(config: OffloadConfig) -> ZenFlowConfig:

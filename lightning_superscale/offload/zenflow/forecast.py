@@ -14,12 +14,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
-from lightning_superscale.offload.zenflow.windows import Place, staggered
+from lightning_superscale.offload.engine import Forecast, StepParts
+from lightning_superscale.offload.planner.choices import HostWork, step_times
+from lightning_superscale.offload.zenflow.state import SplitState
+from lightning_superscale.offload.zenflow.windows import Place, Schedule
 
 _NUM_CYCLES = 8
 """After which what one step leaves to the next repeats itself."""
+_SUM_BYTES, _PROFILED_BYTES = 4, 2
+"""Bytes of a sum, and of a gradient of which the profile has the seconds that adding it takes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,19 +68,80 @@ class WindowTimes:
         return steps * self.model >= 1.2 * (steps * (adding + sending) + self.updating + self.h2d)
 
 
-def shares_ended(sizes: Mapping[Place, tuple[int, str]], interval: int, *, overlap: bool) -> list[list[float]]:
+def shares_ended(deferred: Mapping[Place, int], offsets: Mapping[Place, int], interval: int) -> list[list[float]]:
     """`WindowTimes.ends` of a run.
 
     Args:
-        sizes: what `staggered` is given, whose numbers of elements are taken as those of deferred columns.
+        deferred: elements of each matrix' deferred columns on this rank.
+        offsets: what `staggered` gave; none where windows end together.
         interval: number of steps in a window.
     """
-    offsets = staggered(sizes, interval) if overlap else dict.fromkeys(sizes, 0)
-    total = sum(numel for numel, _ in sizes.values())
+    total = sum(deferred.values())
     ended: list[list[float]] = [[] for _ in range(interval)]
-    for place in sorted(sizes):
-        ended[-offsets[place] % interval].append(sizes[place][0] / total)
+    for place in sorted(deferred):
+        ended[-offsets.get(place, 0) % interval].append(deferred[place] / total)
     return ended
+
+
+def window_times(parts: StepParts, schedule: Schedule) -> WindowTimes | None:
+    """The seconds of a run's windows by its hardware profile; None where no column is deferred.
+
+    The update of a deferred parameter moves what the profiled step moves: its sum in fp32 is as long as that step's two
+    gradients of 16 bits. What adding up takes is measured with gradients of 16 bits, and counted for others by bytes:
+    sums are read and written. The first step of a window writes them only, which takes less.
+    """
+    deferred: dict[Place, int] = {}
+    link_bytes = 0
+    for state in cast(Sequence[SplitState], parts.states):
+        for i, one in enumerate(state.slices):
+            if one.layout.deferred_numel:
+                deferred[state.unit.index, i] = one.layout.deferred_numel
+                link_bytes += one.layout.deferred_numel * state.transfer_dtype.itemsize
+    if not deferred:
+        return None
+    numel = sum(deferred.values())
+    whole = step_times(
+        parts.profile,
+        HostWork(num_params=numel, link_bytes=link_bytes, num_buckets=len(deferred)),
+        forward=parts.forward,
+        backward=parts.backward,
+    )
+    moved = (2 * _SUM_BYTES * numel + link_bytes) / ((2 * _SUM_BYTES + _PROFILED_BYTES) * numel)
+    return WindowTimes(
+        forward=parts.forward,
+        backward=parts.backward,
+        d2h=whole.d2h,
+        adding=parts.profile.accumulate_ns_per_param * 1e-9 * numel * moved,
+        updating=whole.host,
+        h2d=whole.h2d,
+        num_matrices=len(deferred),
+        ends=shares_ended(deferred, schedule.offsets, schedule.interval),
+        sums_home=schedule.config.accumulate_on,
+        overlap=schedule.config.overlap,
+    )
+
+
+def forecast_of(parts: StepParts, schedule: Schedule, *, is_warm: bool) -> Forecast:
+    """What the steps of a run should take.
+
+    Args:
+        is_warm: whether every column still steps at every step.
+    """
+    times = window_times(parts, schedule)
+    if times is None:
+        return Forecast(host=0.0, d2h=0.0, h2d=0.0, why_not="the device steps all columns")
+    why_not = "gradients stay in param.grad until the step" if not parts.streams else None
+    if is_warm:
+        why_not = "in warm-up every column steps at every step"
+    steps = len(times.ends)
+    is_sum_on_host = times.sums_home == "host"
+    return Forecast(
+        host=times.updating / steps + (times.adding if is_sum_on_host else 0.0),
+        d2h=times.d2h if is_sum_on_host else times.d2h / steps,
+        h2d=times.h2d / steps,
+        exposed=exposed_seconds(times) if why_not is None else None,
+        why_not=why_not,
+    )
 
 
 def exposed_seconds(times: WindowTimes) -> float:

@@ -276,11 +276,24 @@ class ZenFlowStep(AdamWRule):
             state.clear_grads()
 
     @property
+    def schedule(self) -> Schedule:
+        """When windows end."""
+        return self._schedule
+
+    @property
+    def is_warm(self) -> bool:
+        """Whether the last step was one of warm-up, or none was taken yet."""
+        return self._schedule.is_warm(self._phase.num_steps)
+
+    @property
     def cycle(self) -> Cycle:
         return cycle_of(self._phase, self._schedule, self._states)
 
     def figures(self) -> Sequence[Figure]:
         return self._report.figures()
+
+    def reasons(self) -> Sequence[str]:
+        return self._numbers.reasons
 
     def close(self) -> None:
         if not self._host.has_failed:  # that was raised before

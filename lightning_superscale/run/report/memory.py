@@ -10,6 +10,7 @@ from torch import nn
 
 from lightning_superscale.comm.dtensor import tensor_numel
 from lightning_superscale.layout.memory import Home, MemoryModel
+from lightning_superscale.layout.rows import ParamSpec
 from lightning_superscale.offload.link.dtype import LinkDtype
 from lightning_superscale.ops.state_dtypes import bytes_of, dtype_name
 from lightning_superscale.optim.engine import OptimizerEngine
@@ -29,19 +30,20 @@ class _Row:
     Attributes:
         device_bytes, host_bytes: bytes of the tensors that exist, padding included.
         numel: elements of the unsharded parameters or buffers of the class; of tensor-parallel ones, this rank's part.
-        bytes_each: bytes per element by the memory model, summed over the ranks that share it; 0 where it has none.
+        expected_bytes: of these by the memory model, summed over the ranks that share them; 0 where it has none.
         num_shares: ranks that share the class.
     """
 
     device_bytes: int = 0
     host_bytes: int = 0
     numel: int = 0
-    bytes_each: float = 0
+    expected_bytes: float = 0
     num_shares: int = 1
 
     def arithmetic(self) -> str:
+        """Bytes per element, the mean where parameters differ, times their number."""
         shared = f" / {self.num_shares} ranks" if self.num_shares > 1 else ""
-        return f"{self.bytes_each:g} B x {self.numel:,}{shared}" if self.bytes_each else ""
+        return f"{self.expected_bytes / self.numel:g} B x {self.numel:,}{shared}" if self.expected_bytes else ""
 
 
 class _Rows:
@@ -68,7 +70,7 @@ class _Rows:
         for one in model.classes:
             row = self.rows.setdefault((one.name, one.dtype), _Row())
             row.numel += numel
-            row.bytes_each = one.bytes
+            row.expected_bytes += one.bytes * numel
             row.num_shares = self._shard_size if one.axis == "shard" else 1
 
     def done(self) -> list[ByteClass]:
@@ -93,7 +95,9 @@ def byte_classes(
     for unit, state in pairs:
         flows = unit.params[0] in flowing
         _count_unit(rows, unit, state, settings, flows=flows)
-        rows.expect(_model_of(unit, state, settings, link_dtype, flows=flows), sum(map(tensor_numel, unit.params)))
+        for piece, param in zip(unit.shard.slices, unit.params, strict=True):
+            model = _model_of(unit, piece.spec, state, settings, link_dtype, flows=flows)
+            rows.expect(model, tensor_numel(param))
     in_units = {param for unit, _ in pairs for param in unit.params}
     for param in (param for param in module.parameters() if param not in in_units):
         model, numel = frozen_memory(param.dtype, flows=param in flowing), tensor_numel(param)
@@ -119,7 +123,7 @@ def _count_unit(rows: _Rows, unit: ShardUnit, state: UnitState, settings: RunSet
 
 
 def _model_of(
-    unit: ShardUnit, state: UnitState, settings: RunSettings, link_dtype: LinkDtype, *, flows: bool
+    unit: ShardUnit, spec: ParamSpec, state: UnitState, settings: RunSettings, link_dtype: LinkDtype, *, flows: bool
 ) -> MemoryModel:
     return trained_memory(
         unit.dtype,
@@ -129,6 +133,7 @@ def _model_of(
         flows=flows,
     ) + states_memory(
         settings,
+        spec,
         unit.dtype,
         is_on_host="host" in state.homes,
         link_dtype=link_dtype,

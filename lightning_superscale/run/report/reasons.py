@@ -27,6 +27,16 @@ def reasons_of(settings: RunSettings, *, is_model_compiled: bool) -> list[str]:
     return reasons
 
 
+def reasons_of_rules(engines: Iterable[OptimizerEngine]) -> list[str]:
+    """Sentences on what optimizers' rules have chosen so far, with the optimizer's number where several say any."""
+    told = {number: reasons for number, engine in enumerate(engines) if (reasons := engine.rule.reasons())}
+    return [
+        reason if len(told) == 1 else f"optimizer {number}: {reason}"
+        for number, reasons in told.items()
+        for reason in reasons
+    ]
+
+
 def device_share(engines: Iterable[OptimizerEngine]) -> float:
     """Share of the trainable parameters that have all their states on the device, from 0 to 1."""
     numel_here = numel = 0

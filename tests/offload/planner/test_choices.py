@@ -28,6 +28,7 @@ H100 = HardwareProfile(
     memory=((1, 20e9), (2, 40e9), (4, 80e9), (8, 145e9), (15, 150e9), (16, 150e9)),
     adamw_ns_per_param=0.2,
     adamw_fp32_ns_per_param=0.24,
+    accumulate_ns_per_param=0.07,
     adamw_threads=8,
 )
 

@@ -27,7 +27,12 @@ CPU = torch.device("cpu")
 
 def profile_of(key=None, **changed) -> HardwareProfile:
     values = {"d2h": 1e10, "h2d": 2e10, "d2h_both": 0.9e10, "h2d_both": 1.8e10, "memory": ((1, 2e10), (2, 3e10))}
-    values |= {"adamw_ns_per_param": 0.5, "adamw_fp32_ns_per_param": 0.6, "adamw_threads": 1}
+    values |= {
+        "adamw_ns_per_param": 0.5,
+        "adamw_fp32_ns_per_param": 0.6,
+        "accumulate_ns_per_param": 0.2,
+        "adamw_threads": 1,
+    }
     return HardwareProfile(key=key or key_of(CPU, available_cpus()), **{**values, **changed})
 
 
@@ -82,6 +87,7 @@ def test_copies_that_take_twice_as_long_give_half_the_rate(monkeypatch):
     assert once.memory[0][1] == 2 * twice.memory[0][1]
     assert twice.adamw_ns_per_param == 2 * once.adamw_ns_per_param
     assert twice.adamw_fp32_ns_per_param == 2 * once.adamw_fp32_ns_per_param
+    assert twice.accumulate_ns_per_param == 2 * once.accumulate_ns_per_param
 
 
 def test_the_kernel_is_measured_with_16_bit_and_with_fp32_ends(monkeypatch):
@@ -107,11 +113,33 @@ def test_the_kernel_is_measured_with_16_bit_and_with_fp32_ends(monkeypatch):
     assert "1.00 ns per parameter with 16-bit gradients and weights and 3.00 ns with fp32 ones" in profile.summary()
 
 
+def test_adding_is_measured_with_16_bit_gradients_into_fp32_sums_and_the_threads_that_step(monkeypatch):
+    seen = []
+
+    def note(acc, delta, *, pool):
+        seen.append((acc.numel(), acc.dtype, delta.numel(), delta.dtype, pool.num_threads))
+
+    def best(run):
+        before = len(seen)
+        run()
+        return seen[-1][0] * 7e-9 if len(seen) > before else 1.0
+
+    monkeypatch.setattr(hardware, "accumulate", note)
+    monkeypatch.setattr(hardware, "_best", best)
+    profile = measure(CPU)
+    [(numel, acc, num_grads, grad, threads)] = seen
+    assert (acc, grad, threads) == (torch.float32, torch.bfloat16, profile.adamw_threads)
+    assert numel == num_grads >= hardware._NUMEL_UNFUSED
+    assert profile.accumulate_ns_per_param == pytest.approx(7.0)
+    assert "adding gradients up 7.00 ns" in profile.summary()
+
+
 def test_a_file_of_an_older_format_is_neither_read_nor_written_over(measured, monkeypatch):
-    monkeypatch.setattr(profile_cache, "_FORMAT", 1)
+    current = profile_cache._FORMAT
+    monkeypatch.setattr(profile_cache, "_FORMAT", current - 1)
     old = profile_path(cached_profile(CPU).key)
     before = old.read_text()
-    monkeypatch.setattr(profile_cache, "_FORMAT", 2)
+    monkeypatch.setattr(profile_cache, "_FORMAT", current)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert stored_profile(key_of(CPU, available_cpus())) is None
@@ -161,7 +189,7 @@ def test_another_key_is_measured_anew(measured, monkeypatch, field):
         lambda text: text[: len(text) // 2],
         lambda text: "",
         lambda text: "[]",
-        lambda text: text.replace('"format": 2', '"format": 0'),
+        lambda text: text.replace('"format": 3', '"format": 0'),
         lambda text: text.replace('"d2h": 1000000001.0', '"d2h": -1.0'),
         lambda text: text.replace('"d2h": 1000000001.0', '"d2h": "fast"'),
         lambda text: text.replace('"d2h"', '"speed"'),

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_superscale.offload.zenflow.auto import StepSeconds, choose_interval, choose_share, usual
+from lightning_superscale.comm.communicator import single_rank
+from lightning_superscale.config import ZenFlowConfig
+from lightning_superscale.offload.zenflow.auto import AutoNumbers, StepSeconds, choose_interval, choose_share, usual
 
 
 @pytest.mark.parametrize(
@@ -45,3 +47,30 @@ def test_the_smallest_share_is_chosen_that_holds_half_of_the_energy(steepness, s
     assert chosen.value == share
     assert "% of the gradient's energy" in chosen.reason
     assert choose_share([torch.zeros(10)]).value == 0.25
+
+
+ENERGY = torch.tensor([9.0] + 19 * [0.1], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("asked", [("auto", "auto"), ("auto", 6), (0.2, "auto"), (0.2, 6)])
+def test_each_number_that_is_auto_has_its_reason_and_after_a_resume_the_checkpoint(asked):
+    config = ZenFlowConfig(**dict(zip(("topk", "update_interval"), asked, strict=True)))
+    numbers = AutoNumbers(config)
+    assert numbers.reasons == []
+    numbers._steps = [StepSeconds(1.0, 0.0, 2.0)] * 8
+    if not numbers.are_chosen:
+        numbers.choose([ENERGY], single_rank().mesh)
+    whys = {
+        "topk": "topk=0.05: these columns hold 83 % of the gradient's energy (topk='auto')",
+        "update_interval": "update_interval=3: a step takes the device 1000.0 ms, and the host 2000.0 ms to step all "
+        "deferred columns and 0.0 ms to add up gradients (update_interval='auto')",
+    }
+    are_auto = [name for name, value in zip(whys, asked, strict=True) if value == "auto"]
+    assert numbers.reasons == [whys[name] for name in are_auto]
+
+    resumed = AutoNumbers(config)
+    assert resumed.load(numbers.saved()) == bool(are_auto)
+    values = {"topk": 0.05, "update_interval": 3}
+    assert resumed.reasons == [
+        f"{name}={values[name]}: the checkpoint that this run resumed from has it ({name}='auto')" for name in are_auto
+    ]

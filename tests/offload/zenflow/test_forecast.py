@@ -6,22 +6,26 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 from lightning_superscale.comm.communicator import single_rank
-from lightning_superscale.config import ZenFlowConfig
-from lightning_superscale.offload.engine import engine_of
+from lightning_superscale.config import OffloadConfig, ZenFlowConfig
+from lightning_superscale.offload.engine import StepParts, engine_of
+from lightning_superscale.offload.planner import choices
 from lightning_superscale.offload.zenflow.columns import layouts_of
-from lightning_superscale.offload.zenflow.forecast import WindowTimes, exposed_seconds, shares_ended
+from lightning_superscale.offload.zenflow.forecast import WindowTimes, exposed_seconds, shares_ended, window_times
 from lightning_superscale.offload.zenflow.host_work import HostWork
 from lightning_superscale.offload.zenflow.report import LowEnergyWarning
 from lightning_superscale.offload.zenflow.step import ZenFlowStep
+from lightning_superscale.offload.zenflow.windows import staggered
 from lightning_superscale.optim.bucketing import Grouping
 from lightning_superscale.optim.clipping import ClipByNorm
 from lightning_superscale.optim.engine import OptimizerEngine
 from lightning_superscale.zero.buckets.transport import BucketTransport
-from tests.helpers.engines import offload_context
+from tests.helpers.engines import build_engine, offload_context
 from tests.helpers.extent import only_in_test_all
 from tests.helpers.virtual_time import ThrottledLink, TimedLayers, TimedSplitState, VirtualThread, VirtualTime
+from tests.offload.planner.test_choices import H100
 
 WIDTH = 10
 NUM_LAYERS = 32
@@ -36,6 +40,7 @@ def times_of(profile: str, tokens: int, config: ZenFlowConfig, num_layers: int =
     forward = 2e9 * tokens / flops
     deferred = 1 - config.topk
     sizes = {(index, 0): (1, str(index)) for index in range(num_layers)}
+    offsets = staggered(sizes, config.update_interval) if config.overlap else {}
     return WindowTimes(
         forward=forward,
         backward=2 * forward,
@@ -44,7 +49,7 @@ def times_of(profile: str, tokens: int, config: ZenFlowConfig, num_layers: int =
         updating=host * deferred,
         h2d=link * deferred,
         num_matrices=num_layers,
-        ends=shares_ended(sizes, config.update_interval, overlap=config.overlap),
+        ends=shares_ended(dict.fromkeys(sizes, 1), offsets, config.update_interval),
         sums_home=config.accumulate_on,
         overlap=config.overlap,
     )
@@ -208,11 +213,46 @@ def test_a_choice_of_columns_stalls_its_step_only():
 
 def test_a_matrix_of_more_than_its_share_is_waited_for_in_the_step_that_ends_its_window():
     sizes = {(0, 0): (70, "big"), (1, 0): (10, "a"), (2, 0): (10, "b"), (3, 0): (10, "c")}
-    ends = shares_ended(sizes, 4, overlap=True)
+    deferred = {place: numel for place, (numel, _) in sizes.items()}
+    ends = shares_ended(deferred, staggered(sizes, 4), 4)
     assert sorted(sum(step) for step in ends) == pytest.approx([0.1, 0.1, 0.1, 0.7])
     parts = {"d2h": 0.0, "h2d": 0.0, "adding": 0.0, "updating": 2.0, "num_matrices": 4}
     times = WindowTimes(forward=0.4, backward=0.8, ends=ends, **parts)
     assert exposed_seconds(times) == pytest.approx((0.7 * 2.0 - 1.2) / 4)
-    together = shares_ended(sizes, 4, overlap=False)
+    together = shares_ended(deferred, {}, 4)
     assert [len(step) for step in together] == [4, 0, 0, 0]
     assert exposed_seconds(replace(times, ends=together, overlap=False)) == pytest.approx(2.0 / 4)
+
+
+@pytest.mark.parametrize(("dtype", "bytes_each", "kernel_ns"), [(torch.bfloat16, 2, 0.2), (torch.float32, 4, 0.24)])
+def test_the_profile_of_16_bit_gradients_is_taken_for_others_by_bytes(dtype, bytes_each, kernel_ns):
+    config = config_of(topk=0.25, exclude=["1.weight"], accumulate_on="device", overlap=False)
+    model = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 8)).to(dtype)
+    engine = build_engine(model, torch.optim.AdamW(model.parameters()), is_offloaded=True, zenflow=config)
+    parts = StepParts(
+        config=OffloadConfig(engine="zenflow", zenflow=config),
+        profile=H100,
+        work=choices.HostWork(num_params=1, link_bytes=2, num_buckets=1),
+        forward=1.0,
+        backward=2.0,
+        states=engine.states,
+        rule=engine.rule,
+        streams=True,
+        weights_awaited=False,
+    )
+    deferred, rule = [8 * 4, 6 * 4], engine.rule.host  # a unit has the last one first
+    times = window_times(parts, rule.schedule)
+    engine.close()
+    assert times == WindowTimes(
+        forward=1.0,
+        backward=2.0,
+        d2h=pytest.approx(bytes_each * sum(deferred) / 50e9),
+        # A sum is read and written, a gradient read.
+        adding=pytest.approx(0.07e-9 * sum(deferred) * (8 + bytes_each) / (8 + 2)),
+        updating=pytest.approx(kernel_ns * 1e-9 * sum(deferred)),
+        h2d=pytest.approx(bytes_each * sum(deferred) / 50e9),
+        num_matrices=2,
+        ends=[[numel / sum(deferred) for numel in deferred], [], [], []],
+        sums_home="device",
+        overlap=False,
+    )

@@ -390,8 +390,8 @@ def starts(config: ZenFlowConfig, num_steps: int) -> list[int]:
     model, found = nn.Linear(20, 3, bias=False), []
     optimizer, engine = engine_of(model, config)
     for step in range(num_steps):
-        assert engine.cycle.num_steps == config.update_interval + 1
-        found.append(step + engine.cycle.starts_in)
+        assert engine.rule.cycle.num_steps == config.update_interval + 1
+        found.append(step + engine.rule.cycle.starts_in)
         give_gradients(model, step)
         engine.step()
         optimizer.zero_grad()
@@ -416,7 +416,7 @@ def test_a_recording_begins_with_the_step_before_a_selection(options, expected):
 
 def test_steps_are_alike_without_deferred_columns():
     engine = trained(ZenFlowConfig(topk=1.0), 1)
-    assert engine.cycle == EACH_STEP
+    assert engine.rule.cycle == EACH_STEP
     ended(engine)
 
 
@@ -431,5 +431,5 @@ def test_a_part_of_the_parameters_on_the_device_says_nothing_of_its_own():
         engine.step()
         optimizer.zero_grad()
     assert told(engine)["gradient_bytes_per_step"].measured == 0.75 * 200 * 100 * 4
-    assert engine.cycle.num_steps == 5
+    assert engine.rule.cycle.num_steps == 5
     ended(engine)

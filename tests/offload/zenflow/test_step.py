@@ -8,6 +8,7 @@ from torch import nn
 
 from lightning_superscale.comm.communicator import single_rank
 from lightning_superscale.config import OffloadConfig, ZenFlowConfig
+from lightning_superscale.layout.rows import ParamSpec
 from lightning_superscale.offload.link.link import CpuLink
 from lightning_superscale.offload.memory import ParamKind
 from lightning_superscale.offload.zenflow.engine import ZenFlowEngine
@@ -186,26 +187,40 @@ def test_without_columns_a_window_that_counts_once_is_accumulation():
 
 
 @pytest.mark.parametrize(("home", "on_host", "on_device"), [("host", 4, 0), ("device", 0, 4)])
-def test_bytes_are_those_that_are_stated(home, on_host, on_device):
-    model = nn.Linear(128, 64, bias=False).bfloat16()
-    config = ZenFlowConfig(topk=0.25, accumulate_on=home)
+@pytest.mark.parametrize("exclude", [None, ["1.*"], ["*.weight"]])
+def test_bytes_are_those_that_are_stated(home, on_host, on_device, exclude):
+    """By parameter: selected are a quarter of a matrix' columns, what has one dim, and nothing that is excluded."""
+    model = nn.Sequential(nn.Linear(128, 64), nn.Linear(64, 128)).bfloat16()
+    config = ZenFlowConfig(topk=0.25, accumulate_on=home, exclude=exclude)
     _, engine = engine_of(model, config)
-    kind = ParamKind(
-        weights=torch.bfloat16,
-        has_moments=True,
-        flows=False,
-        num_shares=1,
-        dtypes=FP32_STATES,
-        link_dtype="weights",
-        config=OffloadConfig(engine="zenflow", zenflow=config),
-    )
-    stated, numel = ZenFlowEngine().memory(kind), 128 * 64
-    assert stated.bytes("host", numel) == (12 + 0.75 * (on_host + 3 * 2)) * numel
-    assert stated.bytes("device", numel) == (0.25 * 12 + 0.75 * on_device) * numel
-    for memory in ("host", "device"):
-        kept = [one for one in engine.states[0].bytes() if one.home == memory]
-        there = sum(one.copies * one.dtype.itemsize * (numel if one.numel is None else one.numel) for one in kept)
-        assert there == stated.bytes(memory, numel)
+    total = {"host": 0, "device": 0}
+    for fqn, param in model.named_parameters():
+        kind = ParamKind(
+            spec=ParamSpec(fqn, tuple(param.shape)),
+            weights=torch.bfloat16,
+            has_moments=True,
+            flows=False,
+            num_shares=1,
+            dtypes=FP32_STATES,
+            link_dtype="weights",
+            config=OffloadConfig(engine="zenflow", zenflow=config),
+        )
+        is_excluded = exclude is not None and (exclude == ["*.weight"] or fqn == "1.weight")
+        selected = 1.0 if param.ndim == 1 else 0.0 if is_excluded else 0.25
+        stated = ZenFlowEngine().memory(kind)
+        expected = {
+            "host": 12 + (1 - selected) * (on_host + 3 * 2),
+            "device": selected * 12 + (1 - selected) * on_device,
+        }
+        for memory, each in expected.items():
+            assert stated.bytes(memory, param.numel()) == each * param.numel()
+            total[memory] += stated.bytes(memory, param.numel())
+    there = {"host": 0, "device": 0}
+    for state in engine.states:
+        for one in state.bytes():
+            numel = state.unit.shard.shard_numel if one.numel is None else one.numel
+            there[one.home] += one.copies * one.dtype.itemsize * numel
+    assert there == total
     engine.close()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import lightning as L
 import pytest
 import torch
@@ -125,7 +127,10 @@ def test_what_warm_up_chose_is_kept_by_a_checkpoint(tmp_path, monkeypatch, accum
     monkeypatch.setattr(auto, "choose_interval", lambda ranks: auto.Chosen(3, "update_interval=3"))
     notes, options = Notes(), {**AUTO, "accumulate_on": accumulate_on}
     run = fit(Regressor(), strategy(**options), num=8, callbacks=[notes, SavesEachStep(tmp_path)], **EPOCHS)
-    assert "the share of the columns that warm-up shows" in run.strategy.explain()
+    told = run.strategy.explain()
+    assert "the share of the columns that warm-up shows" in told
+    assert "- update_interval=3 (update_interval='auto')" in told
+    assert re.search(r"- topk=0\.\d+: these columns hold \d+ % of the gradient's energy \(topk='auto'\)", told)
     monkeypatch.setattr(auto, "choose_interval", lambda ranks: auto.Chosen(5, "update_interval=5"))
     for step in (9, 10, 11, 13):
         resumed, seen = Regressor(), Notes()
@@ -133,6 +138,9 @@ def test_what_warm_up_chose_is_kept_by_a_checkpoint(tmp_path, monkeypatch, accum
         run.fit(resumed, loader(8), ckpt_path=f"{tmp_path}/{step}.ckpt")
         for at, weights in seen.weights.items():
             assert all(map(torch.equal, weights, notes.weights[at])), (step, at)
+        told = run.strategy.explain()
+        assert "- update_interval=3: the checkpoint that this run resumed from has it (update_interval='auto')" in told
+        assert "these columns hold" not in told
 
 
 def test_warm_up_before_a_choice_is_adamw():

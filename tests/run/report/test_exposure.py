@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import time
 from types import SimpleNamespace
@@ -14,10 +15,13 @@ from lightning_superscale.offload.planner.choices import step_times
 from lightning_superscale.offload.planner.forecast import exposed_seconds
 from lightning_superscale.offload.superoffload.state import DeferredState
 from lightning_superscale.offload.superoffload.step import DeferredStep
+from lightning_superscale.offload.zenflow.forecast import WindowTimes
+from lightning_superscale.offload.zenflow.forecast import exposed_seconds as zenflow_exposed_seconds
 from lightning_superscale.ops.update import HostUpdate
 from lightning_superscale.run import host_plan
 from lightning_superscale.run.report import exposure
 from lightning_superscale.run.report.phases import LEAST_STEPS, WARM_UP_STEPS, PhaseSeconds
+from lightning_superscale.run.report.reasons import reasons_of_rules
 from lightning_superscale.timeline import Timeline
 from lightning_superscale.zero.buckets.transport import BucketTransport
 from tests.helpers.trainers import Regressor, fit
@@ -72,6 +76,88 @@ def test_predicted_stands_beside_measured():
         f"step measured over {12 - WARM_UP_STEPS} steps (host clock, hooks included)"
     )
     assert all(f"- {line}" in seen.text for line in seen.lines)
+
+
+SLOW_HOST = dataclasses.replace(H100, adamw_ns_per_param=4e6, adamw_fp32_ns_per_param=6e6, accumulate_ns_per_param=2e6)
+
+
+def zenflow(**options) -> lss.SuperScaleStrategy:
+    """Windows of 2 steps after one step of warm-up, of which a fit has 12."""
+    options = {"topk": 0.25, "update_interval": 2, "exclude": ["net.3.*"], **options}
+    return lss.SuperScaleStrategy(offload={"engine": "zenflow", "gpu_fraction": 0, "zenflow": options})
+
+
+@pytest.mark.parametrize("accumulate_on", ["host", "device"])
+@pytest.mark.parametrize("overlap", [True, False])
+def test_zenflows_windows_are_forecast(monkeypatch, accumulate_on, overlap):
+    """Of a host so slow that what it leaves exposed shows beside a forward of milliseconds."""
+    monkeypatch.setattr(host_plan, "cached_profile", lambda device, cpus: SLOW_HOST)
+    seen = kept(strategy=zenflow(accumulate_on=accumulate_on, overlap=overlap), precision="bf16-true")
+    # net.0 has 4 of 17 columns selected, and `unused` 1 of 3; net.3 is excluded. The one unit of a model this small
+    # steps them in its own order, the last trained one first.
+    deferred = {"net.0": 33 * 13, "net.3": 5 * 33, "unused": 3 * 2}
+    numel = sum(deferred.values())
+    adding, updating, sent = 2e-3 * numel, 4e-3 * numel, 2 * numel / 50e9
+    # The largest matrix of all has its windows to itself.
+    alone, others = [deferred["net.0"] / numel], [deferred[name] / numel for name in ("net.3", "unused")]
+    times = WindowTimes(
+        forward=seen.steady.forward,
+        backward=seen.steady.backward,
+        d2h=sent,
+        adding=adding,
+        updating=updating,
+        h2d=sent,
+        num_matrices=3,
+        ends=[alone, others] if overlap else [[*alone, *others], []],
+        sums_home=accumulate_on,
+        overlap=overlap,
+    )
+    expected = zenflow_exposed_seconds(times)
+    assert expected > 0.1
+    assert f"exposed beyond forward and backward: {expected * 1e3:.2f} ms predicted, " in seen.lines[-1]
+    host = updating / 2 + (adding if accumulate_on == "host" else 0)
+    d2h = sent if accumulate_on == "host" else sent / 2
+    assert seen.lines[-2] == (
+        f"by the hardware profile a step's optimizer takes the host {host * 1e3:.2f} ms, gradients {d2h * 1e3:.2f} ms "
+        f"and weights {sent / 2 * 1e3:.2f} ms over the link"
+    )
+    assert all(f"- {line}" in seen.text for line in seen.lines)
+
+
+class ReadsGradients(Regressor):
+    def on_before_optimizer_step(self, optimizer):
+        assert all(p.grad is not None for p in self.net.parameters())
+
+
+@pytest.mark.parametrize(
+    ("module", "options", "why"),
+    [
+        (Regressor, {"warmup_steps": 12}, "in warm-up every column steps at every step"),
+        (Regressor, {"topk": 1.0, "exclude": None}, "the device steps all columns"),
+        (ReadsGradients, {}, "gradients stay in param.grad until the step"),
+    ],
+)
+def test_what_zenflow_cannot_forecast_is_measured_only(module, options, why):
+    lines = kept(module(), zenflow(**options)).lines
+    assert f"; no forecast: {why}" in lines[-1]
+    assert "predicted" not in lines[-1]
+
+
+def test_superoffload_does_not_forecast_gradients_that_stay():
+    assert "; no forecast: gradients stay in param.grad until the step" in kept(ReadsGradients()).lines[-1]
+
+
+def test_without_a_profile_nothing_is_forecast(monkeypatch):
+    monkeypatch.setattr(host_plan, "cached_profile", lambda device, cpus: None)
+    lines = kept().lines
+    assert "; no forecast: no profile" in lines[-1]
+    assert not any("by the hardware profile" in line for line in lines)
+
+
+def test_what_rules_choose_is_told_by_optimizer_where_several_tell():
+    says, quiet = (SimpleNamespace(rule=SimpleNamespace(reasons=lambda told=told: told)) for told in (["topk=0.1"], []))
+    assert reasons_of_rules([quiet, says]) == ["topk=0.1"]
+    assert reasons_of_rules([says, quiet, says]) == ["optimizer 0: topk=0.1", "optimizer 2: topk=0.1"]
 
 
 def test_scale_monitor_prints_it(capsys):
