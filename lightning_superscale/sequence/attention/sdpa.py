@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional
 
-# Taken when this module is loaded: later the name in torch may be a replacement that shares sequences among ranks.
-_attention = functional.scaled_dot_product_attention
+plain_attention = functional.scaled_dot_product_attention
+"""torch's own function, taken when this module is loaded: later its name may stand for a replacement."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class Sdpa:
     scale: float | None = None
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, is_causal: bool) -> Tensor:
-        return _attention(
+        return plain_attention(
             q,
             k,
             v,
