@@ -51,6 +51,8 @@ class SharedAttention:
         is_causal: bool = False,
         scale: float | None = None,
         enable_gqa: bool = False,
+        *,
+        window: int | None = None,
     ) -> Tensor:
         """Attend. Every rank calls it, with its own tokens, in forward and in backward.
 
@@ -58,6 +60,7 @@ class SharedAttention:
             query: [batch, heads, tokens, head dim], of this rank's tokens.
             key, value: the same tokens'; with `enable_gqa` of fewer heads.
             attn_mask: over the whole sequence, [..., tokens or 1, tokens of all ranks].
+            window: only the last `window` keys up to the query's own, which torch's function does not know.
 
         Raises:
             SequenceParallelError: tensors of other shapes, or dropout in a ring; says what was found.
@@ -66,7 +69,7 @@ class SharedAttention:
         self._check(query, key, value, enable_gqa=enable_gqa)
         num_tokens = query.shape[2] * self.link.size
         dense = self._whole_mask(attn_mask, num_tokens)
-        sees = Visibility(is_causal=is_causal, documents=self.documents, dense=dense)
+        sees = Visibility(is_causal=is_causal, window=window, documents=self.documents, dense=dense)
         if self.link.size == 1:
             every = slice(0, num_tokens)
             mask = None if sees.is_plain else sees.mask(every, every, query.device)
@@ -80,8 +83,11 @@ class SharedAttention:
                 f"a ring drops no weights of attention, and the model asks for dropout_p={dropout_p}; use "
                 "mode='ulysses' or 'allgather', or set the model's attention dropout to 0"
             )
-        spans = TokenSpans(num_tokens, self.link.size, self.order)
-        return ring_attention(query, key, value, sees, spans, self.link, scale=scale)
+        return ring_attention(query, key, value, sees, self.spans_of(query.shape[2]), self.link, scale=scale)
+
+    def spans_of(self, num_tokens: int) -> TokenSpans:
+        """The tokens of each rank, of which this one has so many."""
+        return TokenSpans(num_tokens * self.link.size, self.link.size, self.order)
 
     def _check(self, query: Tensor, key: Tensor, value: Tensor, *, enable_gqa: bool) -> None:
         shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)}"
