@@ -1,0 +1,1 @@
+"""Long sequences: what a rank holds of a sample's activations, and how ranks share a sample."""
