@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Iterable, MutableMapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves, tree_map
 
 __all__ = [
@@ -46,6 +47,12 @@ def saved_tensor_hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tenso
     """The innermost pair (pack, unpack) of saved-tensor hooks that autograd would call now; None without any."""
     found: Any = torch._C._autograd._top_saved_tensors_default_hooks(False)
     return None if found is None else (found[0], found[1])
+
+
+def without_dispatch_modes() -> AbstractContextManager[object]:
+    """A context whose operations are seen by none of the dispatch modes that are active around it."""
+    context: AbstractContextManager[object] = _disable_current_modes()
+    return context
 
 
 def has_own_torch_function(cls: type[Any]) -> bool:
