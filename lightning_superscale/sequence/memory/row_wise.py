@@ -124,6 +124,7 @@ def _as_it_is(saved: Tensor) -> Tensor:
 
 
 def _is_near(a: Tensor, b: Tensor) -> bool:
+    a, b = a.detach(), b.detach()
     largest = b.abs().nan_to_num(0.0, 0.0, 0.0).max()
     limit = math.sqrt(torch.finfo(a.dtype).eps) * float(largest)
     return torch.allclose(a, b, rtol=0.0, atol=limit, equal_nan=True)

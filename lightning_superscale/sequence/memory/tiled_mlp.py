@@ -108,9 +108,8 @@ class TiledForward:
         return None
 
     def _check(self, x: Tensor, params: Mapping[str, nn.Parameter]) -> None:
-        with _uncached_autocast(x):
-            num_rows = min(max(self._tile, 2), x.shape[-2])
-            reason = why_not_row_wise(self._function, x, params.values(), num_rows=num_rows)
+        num_rows = min(max(self._tile, 2), x.shape[-2])
+        reason = why_not_row_wise(self._function, x, params.values(), num_rows=num_rows)
         if self._agree([int(bool(reason))]) != [0]:
             reason = reason or "another rank found that it depends on more than its rows."
             raise SuperScaleError(f"{self._name} can't run in tiles: {reason}")
@@ -229,7 +228,7 @@ def _in_tiles(x: Tensor, call: _Call) -> tuple[Tensor, list[_RandomState]]:
     """The function's result, tile by tile, and the random state before each tile."""
     out, start, states = None, 0, []
     version = None if x.is_inference() else version_of(x)
-    with torch.no_grad(), _uncached_autocast(x):
+    with torch.no_grad():
         for rows in _split(x, call.sizes):
             states.append(_RandomState.now(x))
             part = call.function(rows)
@@ -255,18 +254,14 @@ def _split(tensor: Tensor | None, sizes: Sequence[int]) -> Sequence[Any]:
     return [None] * len(sizes) if tensor is None else torch.split(tensor, list(sizes), dim=-2)
 
 
-def _uncached_autocast(x: Tensor) -> AbstractContextManager[object]:
-    """Autocast as it is, without its cache of casts: casts made without gradients would be used where they count."""
-    return _autocast_of(x)()
-
-
 def _autocast_of(x: Tensor) -> Callable[[], AbstractContextManager[object]]:
-    """Makes the present autocast anew, without its cache."""
+    """Makes the present autocast anew, for the recompute."""
     device_type = x.device.type
     if not torch.amp.is_autocast_available(device_type):
         return nullcontext
     enabled, dtype = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
-    return lambda: torch.autocast(device_type, dtype=dtype, enabled=enabled, cache_enabled=False)
+    caches = torch.is_autocast_cache_enabled()
+    return lambda: torch.autocast(device_type, dtype=dtype, enabled=enabled, cache_enabled=caches)
 
 
 @contextmanager
