@@ -14,11 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
-from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _disable_current_modes,
+    is_traceable_wrapper_subclass,
+)
 from torch.utils._pytree import tree_leaves, tree_map
 
 __all__ = [
     "AsyncCollectiveTensor",
+    "TorchDispatchMode",
     "is_traceable_wrapper_subclass",
     "tree_leaves",
     "tree_map",
@@ -146,6 +151,19 @@ def behind_compile(module: nn.Module) -> nn.Module:
     """The module that `torch.compile` wrapped; a module that is not wrapped is returned itself."""
     inner: nn.Module = getattr(module, "_orig_mod", module)
     return inner
+
+
+def compile_with_memory_budget(budget: float, inner: str | Callable[..., Any]) -> Callable[..., Any]:
+    """A backend of `torch.compile` whose partitioner keeps at most this share of what it would keep for backward.
+
+    torch's setting is global; it holds while the backend compiles, and is as before afterwards.
+    """
+
+    def compile_graph(graph: Any, inputs: Any, **options: Any) -> Any:
+        with torch._functorch.config.patch(activation_memory_budget=budget):
+            return torch._dynamo.lookup_backend(inner)(graph, inputs, **options)
+
+    return compile_graph
 
 
 def own_params_of(module: nn.Module) -> Iterable[nn.Parameter | None]:

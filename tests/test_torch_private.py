@@ -50,6 +50,18 @@ def test_operations_hide_from_dispatch_modes():
     assert seen == [torch.ops.aten.exp.default, torch.ops.aten.sin.default]
 
 
+def test_a_memory_budget_holds_while_a_graph_is_compiled():
+    seen = []
+
+    def inner(graph, inputs):
+        seen.append(torch._functorch.config.activation_memory_budget)
+        return graph.forward
+
+    torch._dynamo.reset()
+    torch.compile(torch.exp, backend=torch_private.compile_with_memory_budget(0.25, inner))(torch.ones(2))
+    assert (seen, torch._functorch.config.activation_memory_budget) == ([0.25], 1.0)
+
+
 def test_storages_are_told_apart_also_when_they_are_empty():
     tensor, other = torch.zeros(3), torch.zeros(3)
     found = torch_private.storage_id_of(tensor.untyped_storage())

@@ -309,8 +309,10 @@ def test_a_result_that_does_not_depend_on_the_input():
 @pytest.mark.parametrize("tiled_by", [S, 4])
 def test_autocast_in_forward_is_that_of_the_recompute_and_loses_no_gradient(tiled_by):
     results = []
+    dtypes = set()
     for tile in (None, tiled_by):
         module, x = make("mlp")
+        module[1].register_forward_hook(lambda _module, _inputs, out: dtypes.add(out.dtype))
         function = module if tile is None else TiledForward(module, tile=tile)
         with torch.autocast("cpu", torch.bfloat16):
             loss = function(x).float().square().sum() + module[1](x).float().square().sum()  # its weight is used again
@@ -321,6 +323,7 @@ def test_autocast_in_forward_is_that_of_the_recompute_and_loses_no_gradient(tile
     # most of the sum, and of the larger part.
     assert_near(results[1], results[0], 2**-7)
     assert tiled_by == 4 or torch.equal(results[1][0], results[0][0])
+    assert dtypes == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
