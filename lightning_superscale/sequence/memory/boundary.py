@@ -15,6 +15,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from lightning_superscale.torch_private import saved_tensor_hooks
+
 
 class BoundaryStore(Protocol):
     """Keeps the boundary activations of checkpointed blocks between forward and backward."""
@@ -31,21 +33,28 @@ class BoundaryStore(Protocol):
 def boundary_hooks(
     inputs: Sequence[Tensor], pack: Callable[[Tensor], Any], unpack: Callable[[Any], Tensor]
 ) -> torch.autograd.graph.saved_tensors_hooks:
-    """Saved-tensor hooks that hand the boundary activations among `inputs` to `pack`, each once, and others to nobody.
+    """Saved-tensor hooks that hand the boundary activations among `inputs` to `pack`, each once.
+
+    Other tensors go to the hooks that are active now, if any, which these would hide.
 
     Args:
         pack: returns what is kept in place of a tensor.
         unpack: returns the tensor for what is kept; it is called once per backward.
     """
     boundary = {_place_of(tensor) for tensor in inputs if tensor.is_floating_point() and tensor.requires_grad}
+    pack_other, unpack_other = saved_tensor_hooks() or (_as_it_is, _as_it_is)
 
     def pack_one(saved: Tensor) -> Any:
-        return _Packed(pack(saved)) if _place_of(saved) in boundary else saved
+        return _Packed(pack(saved.detach())) if _place_of(saved) in boundary else pack_other(saved)
 
     def unpack_one(kept: Any) -> Tensor:
-        return unpack(kept.content) if isinstance(kept, _Packed) else kept
+        return unpack(kept.content) if isinstance(kept, _Packed) else unpack_other(kept)
 
     return torch.autograd.graph.saved_tensors_hooks(pack_one, unpack_one)
+
+
+def _as_it_is(saved: Any) -> Any:
+    return saved
 
 
 class _Packed:
