@@ -289,8 +289,9 @@ class _ResultBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for result in tree_leaves(results):
                 if isinstance(result, Tensor):
                     storage = result.untyped_storage()
-                    if self._counted.setdefault(storage_id_of(storage), storage) is storage:
-                        self.nbytes += storage.nbytes()
+                    key = storage_id_of(storage)
+                    self.nbytes += 0 if key in self._counted else storage.nbytes()
+                    self._counted[key] = storage
         return results
 
 

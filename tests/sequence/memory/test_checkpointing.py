@@ -129,6 +129,15 @@ def test_bytes_kept_are_those_of_the_note(dtype):
     assert isinstance(report, SavedReport)
 
 
+def test_results_that_share_memory_count_once():
+    layer, x = nn.Linear(H, 4 * H), torch.randn(B, S, H, requires_grad=True)
+    policy = RecomputePolicy(
+        save="nothing", also_save=(aten.addmm.default, aten.view.default, aten._unsafe_view.default)
+    )
+    # The input as rows, the product, and the product as a sequence.
+    assert measure_saved_bytes(layer, policy, x).result_bytes == B * S * (H + 4 * H) * 4
+
+
 def test_measuring_leaves_random_numbers_alone_and_no_graph():
     block, x = Block(0.5), torch.randn(B, S, H, requires_grad=True)
     state = torch.get_rng_state()
