@@ -185,6 +185,38 @@ def test_a_second_backward_copies_anew():
     checkpoints.close()
 
 
+def test_a_graph_that_is_kept_is_not_copied_back_for_another():
+    model, link = Model(), CpuLink()
+    _, checkpoints = offloaded(model, link)
+    first = model(batch(0)).square().mean()
+    first.backward(retain_graph=True)
+    before = link.bytes.h2d
+    model(batch(1)).square().mean().backward()
+    assert link.bytes.h2d - before == NUM * INPUT_BYTES
+    first.backward()
+    assert link.bytes.h2d - before == 2 * NUM * INPUT_BYTES
+    checkpoints.close()
+
+
+def test_inputs_come_back_with_their_strides():
+    seen = []
+
+    class Noting(nn.Module):
+        def forward(self, x):
+            seen.append((x.stride(), x.data_ptr()))
+            return x.exp().square()
+
+    block = Noting()
+    checkpoints = BlockCheckpoints({"block": block}, POLICIES["inputs"], ActivationOffload(CpuLink(), CPU))
+    for x in (torch.randn(4, 6).T, torch.randn(4, 6, 2)[..., 0], torch.randn(4, 1).expand(4, 3).contiguous()):
+        block(x.requires_grad_()).sum().backward()
+        forward, recompute = seen
+        assert forward[0] == recompute[0] == x.stride()
+        assert forward[1] != recompute[1], "the recompute has the copy"
+        seen.clear()
+    checkpoints.close()
+
+
 def test_an_evaluation_keeps_nothing():
     model, link = Model(), CpuLink()
     _, checkpoints = offloaded(model, link)
