@@ -26,7 +26,7 @@ from torch import Tensor
 
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.ops.cpu.memory import HostBuffer
-from lightning_superscale.ops.events import Event, has_streams, note_use
+from lightning_superscale.ops.events import Event, note_use
 from lightning_superscale.sequence.memory.boundary import boundary_hooks
 from lightning_superscale.sequence.memory.host_pool import HostPool
 
@@ -90,7 +90,7 @@ class ActivationOffload:
 
     Args:
         link: copies between the blocks' device and the host, and counts every byte.
-        device: the blocks' device.
+        device: the blocks' device, with its index.
         num_in_flight: number of blocks whose copies may be under way, in forward to the host, and in backward ahead of
             the block that is recomputed.
         codec: keeps activations in fewer bits; None keeps them as they are.
@@ -114,7 +114,7 @@ class ActivationOffload:
         self._link = link
         self._num_in_flight = num_in_flight
         self._codec = codec
-        self._pool = HostPool(pin=link.needs_pinned_host(), device=device.index or 0 if has_streams(device) else 0)
+        self._pool = HostPool(pin=link.needs_pinned_host(), device=device.index or 0)
         self._leaving: deque[tuple[int, Event[None]]] = deque()
         self._last: weakref.ref[_SavedBlock] | None = None
         self._num_calls = self._bytes_out = self._bytes_in = self._num_blocks_in = self._num_not_ahead = 0

@@ -101,9 +101,8 @@ def quantize(tensor: Tensor) -> tuple[Tensor, Tensor]:
     padded = torch.nn.functional.pad(tensor.float(), (0, missing))
     blocks = padded.view(*tensor.shape[:-1], (num_features + missing) // BLOCK, BLOCK)
     scales = blocks.abs().amax(-1) / 127
-    # A block of zeros has the scale 0, and codes of 0 whatever divides it. Other numbers than finite ones have no code.
-    divisors = scales.masked_fill(scales == 0, 1.0).unsqueeze(-1)
-    codes = (blocks / divisors).round_().nan_to_num_(0.0, 127.0, -127.0)
+    # Zeros over their scale 0 are NaN, and their code is 0. What is not finite is told by its block's scale.
+    codes = (blocks / scales.unsqueeze(-1)).round_().nan_to_num_(0.0, 127.0, -127.0)
     return codes.to(torch.int8).flatten(-2)[..., :num_features].contiguous(), scales
 
 

@@ -34,6 +34,9 @@ from lightning_superscale.comm.collectives import AxisCollectives
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.ops.events import has_streams
 
+# Rows of the weight's gradient whose wide product exists at one time.
+_ROWS_AT_A_TIME = 2**14
+
 
 class LossSum(NamedTuple):
     """The loss of some tokens in the form in which ranks can add it up.
@@ -308,7 +311,9 @@ def _add_product(total: Tensor, logits: Tensor, narrow: Tensor, inputs: Tensor) 
     if narrow.dtype == total.dtype:
         total.addmm_(narrow.t(), inputs)
     elif has_streams(total.device):  # tensor cores multiply 16 bits and add up in fp32
-        torch.addmm(total, narrow.t(), inputs, out_dtype=total.dtype, out=total)
+        for start in range(0, total.shape[0], _ROWS_AT_A_TIME):
+            rows = slice(start, start + _ROWS_AT_A_TIME)
+            total[rows].add_(torch.mm(narrow[:, rows].t(), inputs, out_dtype=total.dtype))
     else:
         total.addmm_(logits.t(), inputs.to(total.dtype))
 

@@ -19,6 +19,8 @@ from lightning_superscale.comm.collectives import AxisCollectives
 from lightning_superscale.comm.mesh import build_mesh
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.layout.mesh import MeshSpec
+from lightning_superscale.ops import events
+from lightning_superscale.sequence.memory import tiled_loss
 from lightning_superscale.sequence.memory.saved_bytes import SavedBytes
 from lightning_superscale.sequence.memory.tiled_loss import (
     cross_entropy_sum,
@@ -362,3 +364,26 @@ def test_a_vocabulary_over_ranks_gives_the_loss_of_one_process(world_size, dtype
         assert one[4] == {"all_gather": -(-B * S // 5), "all_reduce": 1}
     mine = [results[0][0], results[0][1], torch.cat([r[2] for r in results]), torch.cat([r[3] for r in results])]
     assert_near(mine, [expected * 1.0, hidden, weight, bias], tolerance(dtype))
+
+
+class Wide(TorchDispatchMode):
+    """Plays the product of 16-bit matrices with a wide result, which a CPU lacks."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.mm.dtype:
+            return torch.mm(args[0].to(args[2]), args[1].to(args[2]))
+        return func(*args, **(kwargs or {}))
+
+
+def test_on_a_device_with_streams_16_bit_products_are_added_up_in_fp32(monkeypatch):
+    expected = case(torch.bfloat16)
+    tiled_cross_entropy(**vars(expected), tile=5).backward()
+    monkeypatch.setattr(events, "STREAMED_DEVICE_TYPES", frozenset({"cpu"}))
+    monkeypatch.setattr(tiled_loss, "_ROWS_AT_A_TIME", 7)
+    c = case(torch.bfloat16)
+    with Wide():
+        tiled_cross_entropy(**vars(c), tile=5).backward()
+    # The logits' gradient is rounded to bf16 before the product: 2^-9 of each term. Terms cancel to no less than an
+    # eighth, and the sum is rounded once more.
+    assert_near([c.weight.grad], [expected.weight.grad], 2**-6 + 2**-9)
+    assert torch.equal(c.hidden.grad, expected.hidden.grad)
