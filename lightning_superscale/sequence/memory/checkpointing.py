@@ -266,7 +266,9 @@ def measure_saved_bytes(block: nn.Module, policy: RecomputePolicy, *args: Any, *
         args, kwargs: those of its forward, as its model calls it.
     """
     keep = [*block.parameters(), *block.buffers()]
-    with torch.random.fork_rng(), torch.enable_grad():
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    devices = sorted({tensor.get_device() for tensor in tensors if tensor.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices), torch.enable_grad():
         with SavedBytes(keep) as plain, _ResultBytes(policy) as results:
             block(*args, **kwargs)
         with SavedBytes(keep) as inputs:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -173,6 +174,24 @@ def test_every_byte_is_counted_and_none_stays_on_the_device(policy):
     assert report.host_bytes == NUM * INPUT_BYTES
     model(batch(1)).square().mean().backward()
     assert offload.report().host_bytes == NUM * INPUT_BYTES, "buffers are used again"
+    checkpoints.close()
+
+
+@pytest.mark.parametrize("is_offloaded", [True, False])
+def test_the_devices_memory_of_an_input_is_free_once_the_next_block_has_run(is_offloaded):
+    model, inputs = Model(), []
+    blocks = {str(i): block for i, block in enumerate(model.blocks)}
+    store = ActivationOffload(CpuLink(), CPU) if is_offloaded else None
+    checkpoints = BlockCheckpoints(blocks, POLICIES["inputs"], store)
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda _module, args: inputs.append(weakref.ref(args[0].untyped_storage())))
+    gc.disable()
+    try:
+        loss = model(batch()).square().mean()
+        assert [storage() is None for storage in inputs] == [is_offloaded] * NUM
+    finally:
+        gc.enable()
+    loss.backward()
     checkpoints.close()
 
 
