@@ -13,10 +13,9 @@ than about H tokens. A checkpoint around it computes the products twice and keep
 
 [Note: Why not torch's chunked loss] From 2.13 on torch has `F.linear_cross_entropy(..., options=...)`, which has the
 same idea, and in fp32 and fp64 the same values within rounding; the tests hold both against the plain loss. It is not
-used here, because for 16-bit hidden states it returns a 16-bit loss, which several ranks could not add up, and on CUDA
-by default rounds the weight's gradient to 16 bits after every tile; it does not follow autocast, has no label smoothing
-(asked for it, it warns and makes all logits), and keeps its gradients where a checkpoint does not reach them. One road
-on all versions also means that a new torch does not change the bits of a run.
+used here, because for 16-bit hidden states it adds up loss and weight's gradient over tiles in 16 bits; it does not
+follow autocast, has no label smoothing (asked for it, it warns and makes all logits), and keeps its gradients where a
+checkpoint does not reach them. docs/decisions/0008-a-tiled-loss-of-our-own.md has the figures.
 """
 
 from __future__ import annotations

@@ -117,6 +117,11 @@ def test_the_reasons_against_torchs_own_chunked_loss_hold():
         warnings.simplefilter("always")
         F.linear_cross_entropy(flat, c.weight, labels, label_smoothing=0.1, options=chunks)
     assert any("``options`` ignored" in str(warning.message) for warning in caught)
+    num, weight = 4096, torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
+    tokens = nn.LinearCrossEntropyOptions(batch_chunk_size=1, chunking_method=None)
+    ones, first = torch.ones(num, 1, dtype=torch.bfloat16), torch.zeros(num, dtype=torch.int64)
+    F.linear_cross_entropy(ones, weight, first, reduction="sum", options=tokens).backward()
+    assert weight.grad.abs().max() < num / 4, "its sum over tiles stops where bf16 can't count on"
 
 
 @pytest.mark.parametrize("tile", TILES)
