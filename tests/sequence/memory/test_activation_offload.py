@@ -402,3 +402,22 @@ def test_the_next_blocks_inputs_come_while_a_block_is_recomputed(num_in_flight):
 def test_a_number_of_blocks_in_flight_that_is_none_is_refused(number):
     with pytest.raises(SuperScaleError, match="num_in_flight is a number of blocks of at least 1"):
         ActivationOffload(CpuLink(), CPU, num_in_flight=number)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # that the store breaks the graph, which it may
+@pytest.mark.parametrize("is_whole", [True, False], ids=["model", "blocks"])
+def test_compiled_models_and_blocks_keep_their_inputs_on_the_host_too(is_whole):
+    torch._dynamo.reset()
+    model, plain, link = Model(), Model(), CpuLink()
+    offload, checkpoints = offloaded(model, link)
+    if not is_whole:
+        for block in model.blocks:
+            block.compile(backend="aot_eager")
+    for run, m in ((torch.compile(model, backend="aot_eager") if is_whole else model, model), (plain, plain)):
+        torch.manual_seed(1)
+        run(batch()).square().mean().backward()
+        assert all(p.grad is not None for p in m.parameters())
+    assert equal(grads(model), grads(plain))
+    assert link.bytes.d2h == link.bytes.h2d == NUM * INPUT_BYTES
+    assert offload.lent_bytes == 0
+    checkpoints.close()
