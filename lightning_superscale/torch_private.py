@@ -8,16 +8,22 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Iterable, MutableMapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _disable_current_modes,
+    is_traceable_wrapper_subclass,
+)
 from torch.utils._pytree import tree_leaves, tree_map
 
 __all__ = [
     "AsyncCollectiveTensor",
+    "TorchDispatchMode",
     "is_traceable_wrapper_subclass",
     "tree_leaves",
     "tree_map",
@@ -46,6 +52,12 @@ def saved_tensor_hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tenso
     """The innermost pair (pack, unpack) of saved-tensor hooks that autograd would call now; None without any."""
     found: Any = torch._C._autograd._top_saved_tensors_default_hooks(False)
     return None if found is None else (found[0], found[1])
+
+
+def without_dispatch_modes() -> AbstractContextManager[object]:
+    """A context whose operations are seen by none of the dispatch modes that are active around it."""
+    context: AbstractContextManager[object] = _disable_current_modes()
+    return context
 
 
 def has_own_torch_function(cls: type[Any]) -> bool:
@@ -139,6 +151,19 @@ def behind_compile(module: nn.Module) -> nn.Module:
     """The module that `torch.compile` wrapped; a module that is not wrapped is returned itself."""
     inner: nn.Module = getattr(module, "_orig_mod", module)
     return inner
+
+
+def compile_with_memory_budget(budget: float, inner: str | Callable[..., Any]) -> Callable[..., Any]:
+    """A backend of `torch.compile` whose partitioner keeps at most this share of what it would keep for backward.
+
+    torch's setting is global; it holds while the backend compiles, and is as before afterwards.
+    """
+
+    def compile_graph(graph: Any, inputs: Any, **options: Any) -> Any:
+        with torch._functorch.config.patch(activation_memory_budget=budget):
+            return torch._dynamo.lookup_backend(inner)(graph, inputs, **options)
+
+    return compile_graph
 
 
 def own_params_of(module: nn.Module) -> Iterable[nn.Parameter | None]:

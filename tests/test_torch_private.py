@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lightning_superscale
 from lightning_superscale import torch_private
@@ -30,6 +31,35 @@ def test_versions_count_changes_in_place_and_none_through_data():
     tensor.add_(1)
     tensor.data.add_(1)
     assert torch_private.version_of(tensor) == before + 1
+
+
+def test_operations_hide_from_dispatch_modes():
+    seen = []
+
+    class Seeing(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    x = torch.ones(3)
+    with Seeing():
+        x.exp()
+        with torch_private.without_dispatch_modes():
+            x.log()
+        x.sin()
+    assert seen == [torch.ops.aten.exp.default, torch.ops.aten.sin.default]
+
+
+def test_a_memory_budget_holds_while_a_graph_is_compiled():
+    seen = []
+
+    def inner(graph, inputs):
+        seen.append(torch._functorch.config.activation_memory_budget)
+        return graph.forward
+
+    torch._dynamo.reset()
+    torch.compile(torch.exp, backend=torch_private.compile_with_memory_budget(0.25, inner))(torch.ones(2))
+    assert (seen, torch._functorch.config.activation_memory_budget) == ([0.25], 1.0)
 
 
 def test_storages_are_told_apart_also_when_they_are_empty():

@@ -1,1 +1,1 @@
-"""Long sequences: each rank of a group has a part of every sample's tokens."""
+"""Long sequences: what a rank holds of a sample's activations, and how ranks share a sample."""

@@ -1,0 +1,68 @@
+"""The seam between checkpointed blocks and where their inputs are kept until backward.
+
+[Note: Boundary activations] A checkpointed block saves its inputs and nothing else. Those of them that come from the
+block before, that is, floating tensors that want a gradient, are the boundary activations: H numbers per token and
+block, which a store may keep elsewhere or in fewer bits. Other inputs, such as masks and positions, are shared by all
+blocks and stay where they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_superscale.torch_private import saved_tensor_hooks
+
+
+class BoundaryStore(Protocol):
+    """Keeps the boundary activations of checkpointed blocks between forward and backward."""
+
+    def saving(self, block: int, inputs: Sequence[Tensor]) -> AbstractContextManager[object]:
+        """A context in which a block saves its inputs.
+
+        Args:
+            block: number of the block, in the order of forward.
+            inputs: all tensors among the block's arguments.
+        """
+
+
+def boundary_hooks(
+    inputs: Sequence[Tensor], pack: Callable[[Tensor], Any], unpack: Callable[[Any], Tensor]
+) -> torch.autograd.graph.saved_tensors_hooks:
+    """Saved-tensor hooks that hand the boundary activations among `inputs` to `pack`, each once.
+
+    Other tensors go to the hooks that are active now, if any, which these would hide.
+
+    Args:
+        pack: returns what is kept in place of a tensor.
+        unpack: returns the tensor for what is kept; it is called once per backward.
+    """
+    boundary = {_place_of(tensor) for tensor in inputs if tensor.is_floating_point() and tensor.requires_grad}
+    pack_other, unpack_other = saved_tensor_hooks() or (_as_it_is, _as_it_is)
+
+    def pack_one(saved: Tensor) -> Any:
+        return _Packed(pack(saved.detach())) if _place_of(saved) in boundary else pack_other(saved)
+
+    def unpack_one(kept: Any) -> Tensor:
+        return unpack(kept.content) if isinstance(kept, _Packed) else unpack_other(kept)
+
+    return torch.autograd.graph.saved_tensors_hooks(pack_one, unpack_one)
+
+
+def _as_it_is(saved: Any) -> Any:
+    return saved
+
+
+class _Packed:
+    """What a store keeps in place of a tensor."""
+
+    def __init__(self, content: Any) -> None:
+        self.content = content
+
+
+def _place_of(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
