@@ -97,7 +97,8 @@ class _AllGather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return reduce_scatter(grads[0], ctx.link), None
+        # The gradient of a gather. Forward has no function for it: torch 2.11 compiles one without a gradient.
+        return _ReduceScatter.apply(grads[0], ctx.link), None  # type: ignore[no-untyped-call]
 
 
 class _ReduceScatter(torch.autograd.Function):
@@ -143,12 +144,6 @@ def all_gather(x: Tensor, link: AxisLink) -> Tensor:
     """All ranks' tensors, one after the other along dim 0. Backward gives each rank the sum of its gradients."""
     gathered: Tensor = _AllGather.apply(x, link)  # type: ignore[no-untyped-call]
     return gathered
-
-
-def reduce_scatter(x: Tensor, link: AxisLink) -> Tensor:
-    """This rank's part of the sum over ranks, of equal parts of dim 0; 16-bit values are summed in fp32."""
-    part: Tensor = _ReduceScatter.apply(x, link)  # type: ignore[no-untyped-call]
-    return part
 
 
 def sum_over_ranks(x: Tensor, link: AxisLink) -> Tensor:

@@ -18,7 +18,7 @@ from lightning_superscale.errors import SequenceParallelError
 Order = Literal["consecutive", "zigzag"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class TokenSpans:
     """The parts of a sequence by rank.
 

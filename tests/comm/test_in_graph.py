@@ -6,14 +6,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lightning_superscale.comm.in_graph import AxisLink, all_gather, all_to_all, reduce_scatter, sum_over_ranks
+from lightning_superscale.comm.in_graph import AxisLink, all_gather, all_to_all, sum_over_ranks
 from lightning_superscale.comm.mesh import MeshAxis
 from tests.helpers.ranks import run_ranks
 
 COLLECTIVES = {
     "all_to_all": all_to_all,
     "all_gather": all_gather,
-    "reduce_scatter": reduce_scatter,
     "all_reduce": sum_over_ranks,
 }
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
@@ -54,14 +53,12 @@ def test_values_and_gradients(world_size):
             expected = {
                 "all_to_all": torch.cat([part[rank] for part in parts]),
                 "all_gather": torch.cat(inputs),
-                "reduce_scatter": torch.stack([part[rank] for part in parts]).sum(0, dtype=wide).to(dtype),
                 "all_reduce": torch.stack(inputs).sum(0, dtype=wide).to(dtype),
             }
             by_rows = torch.tensor(grads, dtype=dtype).repeat_interleave(8 // world_size)[:, None].expand(8, 3)
             of_input = {
                 "all_to_all": by_rows,
                 "all_gather": torch.full((8, 3), sum(grads), dtype=dtype),
-                "reduce_scatter": by_rows,
                 "all_reduce": torch.full((8, 3), grads[rank] * world_size, dtype=dtype),
             }
             for name, value in expected.items():
@@ -85,7 +82,5 @@ def test_each_is_counted_in_bytes_of_its_input():
         assert (calls, nbytes) == ({"all_to_all": 2}, {"all_to_all": 2 * 96})
         _, _, calls, nbytes = found["all_gather", torch.float32][0]
         assert (calls, nbytes) == ({"all_gather": 1, "reduce_scatter": 1}, {"all_gather": 96, "reduce_scatter": 192})
-        _, _, calls, _ = found["reduce_scatter", torch.bfloat16][0]
-        assert calls == {"reduce_scatter": 1, "all_gather": 1}
         _, _, calls, _ = found["all_reduce", torch.float32][0]
         assert calls == {"all_reduce": 1}

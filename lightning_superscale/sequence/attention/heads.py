@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from lightning_superscale.errors import SequenceParallelError
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Exchange:
     """The heads that each rank gets in one exchange, by rank.
 
@@ -36,7 +36,7 @@ class Exchange:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class HeadPlan:
     """The exchanges of one attention, one per chunk of heads.
 

@@ -11,7 +11,8 @@ plain_attention = functional.scaled_dot_product_attention
 """torch's own function, taken when this module is loaded: later its name may stand for a replacement."""
 
 
-@dataclass(frozen=True, slots=True)
+# Without slots, as what else a compiled block makes: torch 2.11 can't trace a frozen class that has them.
+@dataclass(frozen=True)
 class Sdpa:
     """`torch.nn.functional.scaled_dot_product_attention`. Satisfies `Attend`.
 

@@ -19,7 +19,7 @@ from lightning_superscale.sequence.spans import Order, TokenSpans
 Mode = Literal["ulysses", "ring", "allgather"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class SharedAttention:
     """`torch.nn.functional.scaled_dot_product_attention` over the tokens of all ranks.
 

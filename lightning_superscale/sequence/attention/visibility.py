@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_superscale.errors import SequenceParallelError
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Visibility:
     """The keys that queries see; all conditions hold together. Positions are those in the whole sequence.
 
