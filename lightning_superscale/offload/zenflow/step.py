@@ -15,7 +15,7 @@ from lightning_superscale.config.zenflow import ZenFlowConfig
 from lightning_superscale.offload.engine import OffloadContext
 from lightning_superscale.offload.late_moments import LateMoments
 from lightning_superscale.offload.zenflow.auto import AutoNumbers
-from lightning_superscale.offload.zenflow.columns import layouts_of
+from lightning_superscale.offload.zenflow.columns import layout_of, layouts_of
 from lightning_superscale.offload.zenflow.deferred import DeferredColumns
 from lightning_superscale.offload.zenflow.edits import load_edits, saved_edits
 from lightning_superscale.offload.zenflow.host_work import HostWork
@@ -341,9 +341,9 @@ class ZenFlowStep(AdamWRule):
     def _check_selections(self) -> None:
         """Refuse a checkpoint of the middle of a window of other columns before anything trains with it."""
         topk = self._numbers.topk_of(self._saved.entries)
-        layouts = {index: layouts_of(state.unit, self._config, topk) for index, state in self._states.items()}
         for index, i in self._loaded:
-            self._saved.check_selection(self._states[index].slices[i].piece.fqn, layouts[index][i])
+            piece = self._states[index].slices[i].piece
+            self._saved.check_selection(piece.fqn, layout_of(piece, self._config, topk))
 
     def _settle(self) -> None:
         """Take over what was loaded, now that the states of parameters and the rule's own are both there."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_superscale.comm.in_graph import AxisLink, all_gather
-from lightning_superscale.sequence.attention.ulysses import Attend
+from lightning_superscale.sequence.attention.sdpa import Attend
 from lightning_superscale.sequence.attention.visibility import Visibility
 
 

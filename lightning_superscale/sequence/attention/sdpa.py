@@ -1,14 +1,30 @@
-"""torch's scaled_dot_product_attention as an attention on one device."""
+"""Attention on one device: what it is, and torch's scaled_dot_product_attention as one."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 from torch.nn import functional
 
 plain_attention = functional.scaled_dot_product_attention
 """torch's own function, taken when this module is loaded: later its name may stand for a replacement."""
+
+
+class Attend(Protocol):
+    """An attention on one device."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, is_causal: bool) -> Tensor:
+        """The output [batch, heads, queries, head dim of v] of attention.
+
+        Args:
+            q: [batch, heads, queries, head dim].
+            k, v: [batch, key-value heads, keys, head dim]; equally many neighbouring query heads read each head.
+            mask: broadcast to [batch, heads, queries, keys]; bool, or a float that is added to scores. None without.
+            is_causal: every query sees the keys up to its own, of as many as there are queries; `mask` is None then.
+        """
+        ...
 
 
 # Without slots, as what else a compiled block makes: torch 2.11 can't trace a frozen class that has them.

@@ -10,7 +10,6 @@ sequence at a time is one chunk's heads (untied Ulysses, arXiv 2602.21196).
 from __future__ import annotations
 
 import functools
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,22 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_superscale.comm.in_graph import AxisLink, all_to_all
 from lightning_superscale.sequence.attention.heads import Exchange, plan_heads
+from lightning_superscale.sequence.attention.sdpa import Attend
 from lightning_superscale.sequence.attention.visibility import Visibility
-
-
-class Attend(Protocol):
-    """An attention on one device."""
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, is_causal: bool) -> Tensor:
-        """The output [batch, heads, queries, head dim of v] of attention.
-
-        Args:
-            q: [batch, heads, queries, head dim].
-            k, v: [batch, key-value heads, keys, head dim]; equally many neighbouring query heads read each head.
-            mask: broadcast to [batch, heads, queries, keys]; bool, or a float that is added to scores. None without.
-            is_causal: every query sees the keys up to its own, of as many as there are queries; `mask` is None then.
-        """
-        ...
 
 
 def ulysses_attention(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -54,8 +54,7 @@ class Visibility:
         """
         if self.dense is None or self.dense.shape[1] == 1:
             return self
-        dense = self.dense.index_select(1, heads)
-        return Visibility(is_causal=self.is_causal, window=self.window, documents=self.documents, dense=dense)
+        return replace(self, dense=self.dense.index_select(1, heads))
 
     def mask(self, queries: slice, keys: slice, device: torch.device) -> Tensor | None:
         """The mask of some queries and keys, to be broadcast over batch and heads; None where all keys are seen.
