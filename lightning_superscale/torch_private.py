@@ -256,6 +256,12 @@ def all_reduce_in_graph(x: Tensor, group_name: str) -> Tensor:
     return summed
 
 
+def without_torch_function() -> AbstractContextManager[None]:
+    """A context in which functions compute with subclasses of Tensor as with plain tensors, and return plain ones."""
+    guard: AbstractContextManager[None] = torch._C.DisableTorchFunctionSubclass()
+    return guard
+
+
 def composable_states() -> MutableMapping[nn.Module, Any]:
     """The table in which `fully_shard` keeps a module's state."""
     from torch.distributed._composable_state import _module_state_mapping

@@ -7,6 +7,18 @@ that trains. A new source file gets a test file beside it, or a line here under 
 from __future__ import annotations
 
 BY_TEST: dict[str, list[str]] = {
+    # Rules only show in a program whose tokens are shared.
+    "sequence/tokens/test_tensor.py": [
+        "sequence/tokens/call.py",
+        "sequence/tokens/dispatch.py",
+        "sequence/tokens/layout.py",
+        *(
+            f"sequence/tokens/rules/{name}.py"
+            for name in (
+                "along_dims attention elementwise indexing losses metadata products reductions refused registry views"
+            ).split()
+        ),
+    ],
     # A checkpoint is saved, loaded, damaged and killed as a whole.
     "checkpoint/test_save_load.py": [
         "checkpoint/format/blocks.py",

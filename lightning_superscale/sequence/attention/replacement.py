@@ -41,6 +41,11 @@ def local_attention() -> Iterator[None]:
         _local.depth = before
 
 
+def is_local() -> bool:
+    """Whether this thread is within `local_attention()`."""
+    return getattr(_local, "depth", 0) > 0
+
+
 class Replacement:
     """torch's attention function is another one from `install` to `remove`.
 
@@ -86,6 +91,6 @@ def _named_like_torchs(local: Callable[..., Tensor], attend: Callable[..., Tenso
 
     @functools.wraps(local, assigned=("__name__", "__qualname__", "__doc__"))
     def scaled_dot_product_attention(*args: Any, **kwargs: Any) -> Tensor:
-        return (local if getattr(_local, "depth", 0) else attend)(*args, **kwargs)
+        return (local if is_local() else attend)(*args, **kwargs)
 
     return scaled_dot_product_attention

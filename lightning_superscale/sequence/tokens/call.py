@@ -1,0 +1,122 @@
+"""One call of a function of torch with tensors that have a layout: what a rule gets, and how it refuses."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from lightning_superscale.errors import SequenceParallelError
+from lightning_superscale.sequence.tokens.layout import Layout, Sharded
+from lightning_superscale.sequence.tokens.tensor import (
+    TokenTensor,
+    entering,
+    layout_of,
+    plain,
+    sharded_in,
+    with_layout,
+)
+from lightning_superscale.torch_private import tree_leaves, tree_map, without_torch_function
+
+# Code of these folders is not where a user looks for the line that called a function.
+_NOT_USERS = (str(Path(str(torch.__file__)).parent), str(Path(__file__).parents[2]))
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of one function.
+
+    Attributes:
+        func: the function of torch.
+        name: as rules are registered: "add" for `torch.add`, `Tensor.add`, `+` and `torch.ops.aten.add`.
+        args, kwargs: of the call.
+    """
+
+    func: Callable[..., Any]
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def sharded(self) -> list[TokenTensor]:
+        """The sharded tensors among the arguments, in order."""
+        return sharded_in((self.args, self.kwargs))
+
+    def bind(self, names: str, **defaults: Any) -> list[Any]:
+        """The arguments of these names, in this order.
+
+        Args:
+            names: of the function's parameters in order, with spaces between them.
+            defaults: of those that may be missing; None for others.
+        """
+        given = {**defaults, **dict(zip(names.split(), self.args, strict=False)), **self.kwargs}
+        return [given.get(name) for name in names.split()]
+
+    def sizes(self, names: str = "size") -> list[Any]:
+        """The arguments after the tensor, given one by one, as a sequence, or by name."""
+        rest = self.args[1:] or tuple(self.kwargs[name] for name in names.split() if name in self.kwargs)
+        one = rest[0] if len(rest) == 1 else rest
+        return list(one) if isinstance(one, (tuple, list)) else [one]
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """The result of the function with other arguments, or with those of the call if none is given: plain tensors.
+
+        Sharded tensors are computed with as this rank's part.
+        """
+        if not args and not kwargs:
+            args, kwargs = self.args, self.kwargs
+        args, kwargs = tree_map(lambda x: entering(x) if isinstance(x, Tensor) else x, (args, kwargs))
+        with without_torch_function():
+            return self.func(*args, **kwargs)
+
+    def wrap(self, result: Any, layout: Layout) -> Any:
+        """A result with this layout: of each tensor of it, where there are several."""
+        return tree_map(lambda x: with_layout(x, layout) if isinstance(x, Tensor) else x, result)
+
+    def refuse(self, why: str, instead: str) -> NoReturn:
+        """Refuse the call.
+
+        Args:
+            why: completes a sentence that begins with the function.
+            instead: what the user can do.
+
+        Raises:
+            SequenceParallelError: names function, shapes, module and line.
+        """
+        shown = ", ".join(_shown(x) for x in tree_leaves((self.args, self.kwargs)) if isinstance(x, Tensor))
+        raise SequenceParallelError(
+            f"{self.name}({shown}) {why}{_where()}. {instead} The strategy's sequence= shares the tokens of each "
+            "sample among ranks."
+        )
+
+
+def _shown(x: Tensor) -> str:
+    layout, shape = layout_of(x), list(x.shape)
+    return f"{shape} with tokens on dim {layout.tokens.dim}" if isinstance(layout, Sharded) else f"{shape}"
+
+
+def _where() -> str:
+    """The line of user code that made the call, and the module whose forward it is in."""
+    frame, line, module = sys._getframe(1), "", ""
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if not module and isinstance(owner, nn.Module):
+            module = f" in {type(owner).__name__}"
+        if not frame.f_code.co_filename.startswith(_NOT_USERS):
+            line = f" at {frame.f_code.co_filename}:{frame.f_lineno}"
+            break
+        frame = frame.f_back  # type: ignore[assignment]
+    return f"{module}{line}"
+
+
+def global_shape(x: Tensor) -> list[int]:
+    """The sizes of a tensor, with all tokens."""
+    layout, shape = layout_of(x), list(plain(x).shape)
+    if isinstance(layout, Sharded):
+        shape[layout.tokens.dim] = layout.tokens.size
+    return shape

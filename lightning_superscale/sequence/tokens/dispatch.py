@@ -1,0 +1,72 @@
+"""Finds the rule of a function, and computes with tensors of which every rank has all tokens without one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_superscale.sequence.attention.replacement import is_local
+from lightning_superscale.sequence.tokens.call import Call
+from lightning_superscale.sequence.tokens.layout import Reduced, Replicated
+from lightning_superscale.sequence.tokens.rules.registry import ENTRIES, rule_of
+from lightning_superscale.sequence.tokens.rules.views import followed
+from lightning_superscale.sequence.tokens.tensor import layout_of, plain, reduced, sharded_in
+from lightning_superscale.torch_private import tree_leaves, tree_map, without_torch_function
+
+# These run Python code of their own, in which tensors must keep their layouts: a checkpoint computes forward again.
+_RUN_BACKWARD = ("backward", "grad")
+
+
+def dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The result of a function of torch whose arguments have a layout.
+
+    Raises:
+        SequenceParallelError: no rule says how each rank computes its part.
+    """
+    call = Call(func, name_of(func), args, kwargs)
+    if call.name in _RUN_BACKWARD:
+        return _backward(call)
+    if sharded_in((args, kwargs)):
+        return rule_of(call)(call)
+    layouts = [layout for x in tree_leaves((args, kwargs)) if (layout := layout_of(x)) is not None]
+    replicated = next((layout for layout in layouts if isinstance(layout, Replicated)), None)
+    if replicated is not None and call.name in ENTRIES and not is_local():
+        return rule_of(call)(call)
+    from_reduced = next((layout for layout in layouts if isinstance(layout, Reduced)), None)
+    with without_torch_function():
+        result = func(*args, **kwargs)
+    if from_reduced is not None:
+        return tree_map(lambda x: reduced(x, from_reduced.sharing) if isinstance(x, Tensor) else x, result)
+    if replicated is not None and not is_local():
+        tokens = followed(call, result)
+        if tokens is not None:
+            return call.wrap(result, Replicated(tokens, replicated.sharing))
+    return result
+
+
+def _backward(call: Call) -> Any:
+    """Run a backward of losses; a checkpoint that is computed again finds layouts where forward did."""
+    inputs = call.kwargs.get("inputs", call.args[1] if call.name == "grad" and len(call.args) > 1 else None)
+    if any(layout_of(x) is not None for x in tree_leaves(inputs)):
+        call.refuse(
+            "asks for the gradient of a value of tokens",
+            "Ask for those of parameters, or register a hook on the value.",
+        )
+    # Inside a backward, where checkpoints run another one, autograd is off, and would lose what is made plain.
+    with torch.enable_grad():
+        args, kwargs = tree_map(lambda x: plain(x) if isinstance(x, Tensor) else x, (call.args, call.kwargs))
+    return call.func(*args, **kwargs)
+
+
+def name_of(func: Callable[..., Any]) -> str:
+    """The name under which rules are registered: of a property "get shape", of torch.ops.aten.add.Tensor "add"."""
+    name: str = getattr(func, "__name__", type(func).__name__)
+    if name in ("__get__", "__set__"):
+        return f"{name.strip('_')} {func.__self__.__name__}"  # type: ignore[attr-defined]
+    namespace = str(getattr(func, "_qualified_op_name", "") or getattr(func, "_schema", "")).partition("::")[0]
+    if namespace and namespace != "aten":
+        return f"{namespace}::{name.partition('.')[0]}"
+    return name.partition(".")[0]

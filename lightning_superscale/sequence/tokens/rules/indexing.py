@@ -1,0 +1,103 @@
+"""Indexing: any of the other dims, a window of the tokens, or one token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from lightning_superscale.sequence.tokens.call import Call, global_shape
+from lightning_superscale.sequence.tokens.layout import Sharded
+from lightning_superscale.sequence.tokens.rules.registry import rule
+from lightning_superscale.sequence.tokens.tensor import TokenTensor, is_sharded, plain, reduced, with_layout
+
+
+def cut(call: Call, x: TokenTensor, first: int, last: int) -> TokenTensor:
+    """The tokens from `first` to `last`, which moves no data."""
+    layout = x.placement
+    if not isinstance(layout, Sharded):
+        raise AssertionError("rules cut sharded tensors")
+    if layout.tokens.outer > 1:
+        call.refuse("cuts a dim of several sequences' tokens", "Cut the sequences before they are put on one dim.")
+    if last <= first:
+        call.refuse("leaves no token", "Keep some.")
+    return with_layout(plain(x), layout.window(first, last - first))
+
+
+def one_token(call: Call, x: TokenTensor, index: int) -> Tensor:
+    """One token of every sequence, on every rank."""
+    layout = x.placement
+    if not isinstance(layout, Sharded):
+        raise AssertionError("rules take tokens of sharded tensors")
+    if layout.tokens.outer > 1:
+        call.refuse("takes one token of several sequences", "Take it before sequences are put on one dim.")
+    at = index + layout.tokens.length if index < 0 else index
+    if not 0 <= at < layout.tokens.length:
+        raise IndexError(f"index {index} is out of bounds for {layout.tokens.length} tokens")
+    return reduced(layout.token(plain(x), at), layout.sharing)
+
+
+def _by_dim(call: Call, num_dims: int) -> list[Any]:
+    """The parts of an index, with as many full slices in place of an ellipsis as there are dims left."""
+    index = call.args[1]
+    parts = list(index) if isinstance(index, tuple) else [index]
+    places = [at for at, part in enumerate(parts) if part is Ellipsis]
+    at = places[0] if places else len(parts)
+    rest = num_dims - sum(part is not None and part is not Ellipsis for part in parts)
+    return [*parts[:at], *[slice(None)] * rest, *parts[at + len(places) :]]
+
+
+def _place_of(parts: Sequence[Any], dim: int) -> int:
+    """The place in an index of the part for a dim."""
+    dims = [at for at, part in enumerate(parts) if part is not None]
+    return dims[dim]
+
+
+@rule("__getitem__")
+def getitem(call: Call) -> Any:
+    x = call.args[0]
+    if not is_sharded(x):
+        call.refuse("looks up a whole tensor by tokens' values", "Use torch.nn.functional.embedding.")
+    num_dims, tokens = plain(x).dim(), x.placement.tokens
+    parts = _by_dim(call, num_dims)
+    at = _place_of(parts, tokens.dim)
+    if any(isinstance(part, (Tensor, list, bool)) for part in parts):
+        call.refuse(
+            "picks by a tensor: each rank would find other numbers of tokens",
+            "Keep the shape: labels of -100 leave tokens out of a loss, and torch.where() out of sums.",
+        )
+    mine, parts[at] = parts[at], slice(None)
+    new_dim = sum(part is None or isinstance(part, slice) for part in parts[:at])
+    if isinstance(mine, slice):
+        first, last, step = mine.indices(tokens.size)
+        if step != 1:
+            call.refuse("takes every n-th token", "Take all of them.")
+        if (first, last) != (0, tokens.size):
+            x = cut(call, x, first, last)
+        return with_layout(plain(x)[tuple(parts)], x.placement.at(new_dim))
+    with_tokens = with_layout(plain(x)[tuple(parts)], x.placement.at(new_dim))
+    return one_token(call, with_tokens, int(mine))
+
+
+@rule("__setitem__")
+def setitem(call: Call) -> Any:
+    call.refuse("writes to a part of a tensor", "Use torch.where() or torch.cat() along a dim of features.")
+
+
+@rule("narrow")
+def narrow(call: Call) -> Any:
+    x, dim, start, length = call.bind("input dim start length")
+    if dim % plain(x).dim() != x.placement.tokens.dim:
+        return with_layout(call.run(), x.placement)
+    start += global_shape(x)[x.placement.tokens.dim] if start < 0 else 0
+    return cut(call, x, start, start + length)
+
+
+@rule("select")
+def select(call: Call) -> Any:
+    x, dim, index = call.bind("input dim index")
+    dim, tokens = dim % plain(x).dim(), x.placement.tokens
+    if dim == tokens.dim:
+        return one_token(call, x, index)
+    return with_layout(call.run(), x.placement.at(tokens.dim - (dim < tokens.dim)))

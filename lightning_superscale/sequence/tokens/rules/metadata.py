@@ -1,0 +1,119 @@
+"""What user code asks about a tensor: it hears of all tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lightning_superscale.sequence.tokens.call import Call, global_shape
+from lightning_superscale.sequence.tokens.rules.registry import rule
+from lightning_superscale.sequence.tokens.tensor import plain
+
+
+@rule("get shape")
+def shape(call: Call) -> torch.Size:
+    return torch.Size(global_shape(call.args[0]))
+
+
+@rule("size")
+def size(call: Call) -> Any:
+    sizes = torch.Size(global_shape(call.args[0]))
+    (dim,) = call.bind("input dim")[1:]
+    return sizes if dim is None else sizes[dim]
+
+
+@rule("numel", "nelement")
+def numel(call: Call) -> int:
+    return torch.Size(global_shape(call.args[0])).numel()
+
+
+@rule("__len__")
+def length(call: Call) -> int:
+    return global_shape(call.args[0])[0]
+
+
+@rule("__repr__", "__str__", "__format__")
+def shown(call: Call) -> str:
+    x = call.args[0]
+    return f"TokenTensor({plain(x)}, {x.placement})"
+
+
+@rule(
+    "dim",
+    "ndimension",
+    "element_size",
+    "get_device",
+    "is_contiguous",
+    "is_complex",
+    "is_floating_point",
+    "is_same_size",
+    "is_signed",
+    "is_inference",
+    "is_pinned",
+    "register_hook",
+    "register_post_accumulate_grad_hook",
+    "retain_grad",
+    "stride",
+    "storage_offset",
+    "__hash__",
+    "get ndim",
+    "get dtype",
+    "get device",
+    "get layout",
+    "get requires_grad",
+    "set requires_grad",
+    "get grad",
+    "set grad",
+    "get grad_fn",
+    "get is_leaf",
+    "get is_cuda",
+    "get is_cpu",
+    "get is_meta",
+    "get is_sparse",
+    "get is_quantized",
+    "get is_nested",
+    "get is_mps",
+    "get is_xpu",
+    "get itemsize",
+    "get names",
+    "get output_nr",
+    "get retains_grad",
+    "get _version",
+    "get _base",
+    "get _backward_hooks",
+    "get _post_accumulate_grad_hooks",
+    "has_names",
+    "_is_view",
+    "is_neg",
+    "is_conj",
+    "is_shared",
+)
+def as_of_the_part(call: Call) -> Any:
+    """What does not depend on the number of tokens."""
+    return call.run()
+
+
+def elements_read(call: Call) -> Any:
+    call.refuse(
+        "reads elements, of which this rank has a part",
+        "Reduce them first, with .sum() or .mean(), or read them in validation_step's outputs.",
+    )
+
+
+rule("item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__", "__array__", "__contains__")(
+    elements_read
+)
+
+
+def memory_read(call: Call) -> Any:
+    call.refuse(
+        "takes the memory of a tensor, of which this rank has a part: a kernel would compute with that part alone",
+        "Use torch's own functions, or name the autograd function in `token_wise_functions` if it treats every token "
+        "by itself.",
+    )
+
+
+rule(
+    "data_ptr", "untyped_storage", "storage", "__cuda_array_interface__", "__dlpack__", "get __cuda_array_interface__"
+)(memory_read)

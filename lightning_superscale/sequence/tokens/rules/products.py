@@ -1,0 +1,154 @@
+"""Layers and products of matrices: every token with the same weights."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_superscale.sequence.tokens.call import Call
+from lightning_superscale.sequence.tokens.layout import Replicated, Sharded
+from lightning_superscale.sequence.tokens.rules.elementwise import beside
+from lightning_superscale.sequence.tokens.rules.registry import rule
+from lightning_superscale.sequence.tokens.tensor import TokenTensor, entering, is_sharded, layout_of, plain, with_layout
+from lightning_superscale.torch_private import tree_map
+
+_BY_HAND = (
+    "Use torch.nn.functional.scaled_dot_product_attention, which ranks share; in transformers, "
+    "attn_implementation='sdpa'."
+)
+
+
+def entered(x: Tensor) -> Any:
+    """A tensor at the first layer: this rank's part of one of which every rank has all tokens."""
+    layout = layout_of(x)
+    if not isinstance(layout, Replicated):
+        return x
+    frame = layout.sharing.frame(layout.tokens.length)
+    sharded = Sharded(layout.tokens, layout.sharing, frame)
+    return with_layout(sharded.take(plain(x)), sharded)
+
+
+def _entered(call: Call) -> Call:
+    args, kwargs = tree_map(lambda x: entered(x) if isinstance(x, Tensor) else x, (call.args, call.kwargs))
+    return Call(call.func, call.name, args, kwargs)
+
+
+@rule("embedding")
+def embedding(call: Call) -> Any:
+    call = _entered(call)
+    ids, weight = call.bind("input weight")
+    if is_sharded(weight) or not is_sharded(ids):
+        call.refuse("looks up tokens", "Look up whole tensors by ids.")
+    return with_layout(call.run(), ids.placement)
+
+
+@rule("linear")
+def linear(call: Call) -> Any:
+    call = _entered(call)
+    x, weight = call.bind("input weight")
+    if is_sharded(weight) or not is_sharded(x) or x.placement.tokens.dim == plain(x).dim() - 1:
+        call.refuse("mixes tokens with one another", "Apply layers to the dim of features.")
+    return with_layout(call.run(), x.placement)
+
+
+@rule("layer_norm", "rms_norm")
+def norm(call: Call) -> Any:
+    call = _entered(call)
+    x, shape = call.bind("input normalized_shape")
+    if not is_sharded(x) or x.placement.tokens.dim >= plain(x).dim() - len(shape):
+        call.refuse("takes mean and deviation over tokens", "Normalize features only.")
+    return with_layout(call.run(), x.placement)
+
+
+@rule("matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "mv", "dot", "inner", "outer")
+def matmul(call: Call) -> Any:
+    left, right = call.args[:2] if len(call.args) > 1 else call.bind("input other")
+    if call.name == "__rmatmul__":
+        left, right = right, left
+    if plain(left).dim() < 2 or plain(right).dim() < 2 or call.name in ("dot", "inner", "outer", "mv"):
+        call.refuse("multiplies vectors with tokens", "Give both a dim of features: x @ w[:, None].")
+    return _product(call, left, right)
+
+
+def _product(call: Call, left: Any, right: Any) -> Any:
+    """The product of matrices, or of batches of them: tokens are rows of the left, columns of the right, or apart."""
+    places = [x.placement.tokens.dim - plain(x).dim() if is_sharded(x) else None for x in (left, right)]
+    if places == [-2, -1]:
+        call.refuse("compares every token with every other: scores of attention by hand", _BY_HAND)
+    if places[0] == -1 or places[1] == -2:
+        call.refuse(
+            "sums over tokens: attention by hand, or linear attention, whose state is that of all tokens", _BY_HAND
+        )
+    layout = (left if is_sharded(left) else right).placement
+    if None not in places and (places[0] != places[1] or not layout.has_same_tokens(right.placement)):
+        call.refuse("multiplies a token with another one", _BY_HAND)
+    from_right = next(place for place in places if place is not None)
+    if from_right < -2:  # a dim of the batch
+        left, right = (beside(x, from_right, layout) for x in (left, right))
+    result = torch.matmul(plain(entering(left)), plain(entering(right)))
+    return with_layout(result, layout.at(result.dim() + from_right))
+
+
+@rule("addmm", "baddbmm", "addbmm")
+def addmm(call: Call) -> Any:
+    call = _entered(call)
+    bias, left, right = call.args[:3]
+    alpha, beta = call.kwargs.get("alpha", 1), call.kwargs.get("beta", 1)
+    if call.name == "addbmm" or is_sharded(right) or not is_sharded(left):
+        call.refuse("sums over tokens, or multiplies tokens with one another", _BY_HAND)
+    from_right, layout = left.placement.tokens.dim - plain(left).dim(), left.placement
+    if from_right == -1:
+        call.refuse("sums over tokens", _BY_HAND)
+    own = beside(bias, from_right, layout)
+    own, left, right = (plain(entering(x)) for x in (own, left, right))
+    function = torch.addmm if call.name == "addmm" else torch.baddbmm
+    return with_layout(function(own, left, right, beta=beta, alpha=alpha), layout)
+
+
+@rule("einsum")
+def einsum(call: Call) -> Any:
+    """Tokens have one letter, which is in the result."""
+    equation, *operands = call.args
+    operands = list(operands[0]) if len(operands) == 1 and isinstance(operands[0], (list, tuple)) else operands
+    inputs, arrow, output = equation.replace(" ", "").partition("->")
+    names = inputs.split(",")
+    if not arrow or "." in equation or len(names) != len(operands):
+        call.refuse(f"with {equation!r}", "Write out all letters, and those of the result.")
+    letters = {name[x.placement.tokens.dim] for name, x in zip(names, operands, strict=True) if is_sharded(x)}
+    if len(letters) > 1 or not letters <= set(output):
+        call.refuse(f"with {equation!r} compares tokens with one another, or sums over them", _BY_HAND)
+    (letter,) = letters
+    first = next(x for x in operands if is_sharded(x))
+    if not all(first.placement.has_same_tokens(x.placement) for x in operands if is_sharded(x)):
+        call.refuse("multiplies a token with another one", _BY_HAND)
+    own = [_own(x, name, letter, first.placement) for x, name in zip(operands, names, strict=True)]
+    return with_layout(torch.einsum(equation, *own), first.placement.at(output.index(letter)))
+
+
+def _own(x: Tensor, name: str, letter: str, layout: Sharded) -> Tensor:
+    """An operand of an einsum: of a whole one with the tokens' letter, this rank's part."""
+    if is_sharded(x) or letter not in name or plain(x).shape[name.index(letter)] != layout.tokens.size:
+        return plain(entering(x))
+    return layout.take(plain(entering(x)), name.index(letter))
+
+
+@rule("conv1d", "conv2d", "conv3d")
+def conv(call: Call) -> Any:
+    x, weight = call.bind("input weight")
+    steps = call.bind("input weight bias stride padding dilation groups", stride=1, padding=0, dilation=1)[3:5]
+    plain_steps = [one if isinstance(one, (int, str)) else max(one) for one in steps]
+    is_tokenwise = is_sharded(x) and prod(plain(weight).shape[2:]) == 1 and plain_steps in ([1, 0], [1, "valid"])
+    if not is_tokenwise or x.placement.tokens.dim < 2:
+        call.refuse(
+            "reads the neighbours of each token, which other ranks have",
+            "Only kernels of size 1 can be shared so far.",
+        )
+    return with_layout(call.run(), x.placement)
+
+
+def token_wise(x: TokenTensor, function: Any) -> Any:
+    """What a function that treats every token by itself makes of this rank's part."""
+    return tree_map(lambda y: with_layout(y, x.placement) if isinstance(y, Tensor) else y, function(plain(x)))

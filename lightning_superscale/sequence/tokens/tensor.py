@@ -1,0 +1,108 @@
+"""A tensor that knows where its tokens are, and hands every function of torch that it meets to that function's rule.
+
+The memory of a `TokenTensor` is this rank's part; its shape, as user code sees it, is that of all tokens. Functions of
+torch reach it through `__torch_function__`, in training and where activation checkpointing computes them again, so
+nothing has to be traced, replaced or wrapped, and autograd sees plain operations on the rank's part.
+
+[Note: Gradients of reduced values] Gradients of parameters are averaged over ranks in the end, so what comes of a
+rank's own tokens must be its part of the gradient times the number of ranks ([Note: One loss contract] in loss.py).
+What is computed of all tokens and is the same on every rank has the same, true gradient on every rank. `sum_over_ranks`
+leads from the one to the other. In the other direction, where such a value is combined with tokens again, each rank
+finds another gradient for it, from its own tokens: their mean over ranks is the true one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_superscale.comm.in_graph import AxisLink
+from lightning_superscale.sequence.tokens.layout import Layout, Reduced, Replicated, Sharded, Sharing
+from lightning_superscale.torch_private import all_reduce_in_graph, tree_leaves, without_torch_function
+
+
+class TokenTensor(Tensor):
+    """A tensor with a layout; made by `with_layout`.
+
+    Attributes:
+        placement: where its tokens are.
+    """
+
+    placement: Layout
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        # Rules import this module, for what they return.
+        from lightning_superscale.sequence.tokens.dispatch import dispatch
+
+        return dispatch(func, args, kwargs or {})
+
+
+def with_layout(x: Tensor, layout: Layout) -> TokenTensor:
+    """The tensor, whose memory is this rank's part, as a TokenTensor; autograd follows."""
+    with without_torch_function():
+        tensor = x.as_subclass(TokenTensor)
+    tensor.placement = layout
+    return tensor
+
+
+def reduced(x: Tensor, sharing: Sharing) -> Tensor:
+    """A value of all tokens that is the same on every rank; a plain tensor where no gradient leads back to tokens."""
+    return with_layout(x, Reduced(sharing)) if x.requires_grad else plain(x)
+
+
+def plain(x: Tensor) -> Tensor:
+    """The memory of a tensor as a plain one: of a sharded one, this rank's part. Autograd follows."""
+    if type(x) is not TokenTensor:
+        return x
+    with without_torch_function():
+        return x.as_subclass(Tensor)
+
+
+def layout_of(x: Any) -> Layout | None:
+    """The layout of a tensor; None for a plain one and for anything else."""
+    return x.placement if type(x) is TokenTensor else None
+
+
+def sharded_in(nested: Any) -> list[TokenTensor]:
+    """The sharded tensors in lists, tuples and mappings, in order."""
+    return [x for x in tree_leaves(nested) if is_sharded(x)]
+
+
+class _EnterTokens(torch.autograd.Function):
+    """The same value, whose gradient is the mean over ranks; see [Note: Gradients of reduced values]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, link: AxisLink) -> Tensor:
+        ctx.link = link
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        link = ctx.link
+        link.note("all_reduce", grads[0])
+        return all_reduce_in_graph(grads[0].contiguous(), link.group_name) / link.size, None
+
+
+def entering(x: Tensor) -> Tensor:
+    """A tensor as it is combined with tokens: a reduced value as a plain one whose gradient is averaged over ranks."""
+    layout = layout_of(x)
+    if not isinstance(layout, Reduced):
+        return x
+    mean: Tensor = _EnterTokens.apply(plain(x), layout.sharing.link)  # type: ignore[no-untyped-call]
+    return mean
+
+
+def is_sharded(x: Any) -> bool:
+    """Whether it is a tensor of which each rank has a part."""
+    return isinstance(layout_of(x), Sharded)
+
+
+def is_replicated(x: Any) -> bool:
+    """Whether it is a tensor of which every rank has all tokens, on a dim that is known."""
+    return isinstance(layout_of(x), Replicated)

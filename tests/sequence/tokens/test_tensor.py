@@ -1,0 +1,63 @@
+"""Programs that know nothing of ranks give the loss and the gradients of one process, their tokens shared among ranks.
+
+Tolerance: fp64 has roundings of 2^-53; the sums of a model of two layers have some thousand terms, so 1e-12 relative to
+the largest gradient is far above what order of summation changes, and far below any wrong term.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from lightning_superscale.comm.in_graph import AxisLink
+from lightning_superscale.comm.mesh import MeshAxis
+from lightning_superscale.sequence.tokens.layout import Replicated, Sharing, TokenDim
+from lightning_superscale.sequence.tokens.tensor import plain, with_layout
+from tests.helpers.ranks import run_ranks
+from tests.sequence.tokens.programs import PROGRAMS, batch, made
+
+
+def of_one_process(name: str):
+    program = PROGRAMS[name]
+    model = made(program)
+    loss = program.loss(model, *batch(program.tokens))
+    loss.backward()
+    return loss.detach(), {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+
+
+def _shared(rank: int, world_size: int, names: list[str]):
+    link, found = AxisLink(MeshAxis("sequence", rank, world_size, dist.group.WORLD)), {}
+    for name in names:
+        program = PROGRAMS[name]
+        for mode in program.modes:
+            sharing = Sharing(link=link, mode=mode)
+            ids, labels = batch(program.tokens)
+            model = made(program)
+            tokens = Replicated(TokenDim(1, program.tokens), sharing)
+            loss = program.loss(model, with_layout(ids, tokens), labels)
+            loss.backward()
+            grads = {}
+            for key, p in model.named_parameters():
+                if p.grad is not None:
+                    dist.all_reduce(p.grad)  # noqa: TID251 # as a strategy does in the end
+                    grads[key] = p.grad / world_size
+            found[name, mode] = plain(loss).detach(), grads
+    return found
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def shared(request):
+    return run_ranks(request.param, _shared, list(PROGRAMS), limit_s=110.0)
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_loss_and_gradients_are_those_of_one_process(shared, name):
+    loss, grads = of_one_process(name)
+    for mode in PROGRAMS[name].modes:
+        for found_loss, found in (one[name, mode] for one in shared):
+            assert abs(found_loss - loss) <= 1e-12 * abs(loss), mode
+            assert found.keys() == grads.keys()
+            largest = max(float(g.abs().max()) for g in grads.values())
+            for key, grad in grads.items():
+                torch.testing.assert_close(found[key], grad, rtol=0, atol=1e-12 * largest, msg=f"{mode} {key}")
