@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import _lightning_superscale_autoload
 
 if TYPE_CHECKING:
-    from lightning_superscale.config import CheckpointConfig, OffloadConfig, ZenFlowConfig, ZeroConfig
-    from lightning_superscale.errors import CheckpointError, SuperScaleError
+    from lightning_superscale.config import CheckpointConfig, OffloadConfig, SequenceConfig, ZenFlowConfig, ZeroConfig
+    from lightning_superscale.errors import CheckpointError, SequenceParallelError, SuperScaleError
     from lightning_superscale.plugins.checkpoint.load_from_checkpoint import load_from_checkpoint
     from lightning_superscale.plugins.pytorch import (
         CheckpointBinder,
@@ -33,6 +33,8 @@ __all__ = [
     "CheckpointError",
     "OffloadConfig",
     "ScaleMonitor",
+    "SequenceConfig",
+    "SequenceParallelError",
     "ShardedEMA",
     "SuperOffloadStrategy",
     "SuperScaleError",
@@ -55,6 +57,8 @@ _HOMES = {
     "CheckpointConfig": "lightning_superscale.config",
     "CheckpointError": "lightning_superscale.errors",
     "OffloadConfig": "lightning_superscale.config",
+    "SequenceConfig": "lightning_superscale.config",
+    "SequenceParallelError": "lightning_superscale.errors",
     "ZenFlowConfig": "lightning_superscale.config",
     "ZeroConfig": "lightning_superscale.config",
     "SuperScaleError": "lightning_superscale.errors",

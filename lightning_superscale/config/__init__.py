@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Optional, Union  # noqa: F401 # fiel
 
 from lightning_superscale.config.checkpoint import CheckpointConfig
 from lightning_superscale.config.offload import ENGINES, OffloadConfig
+from lightning_superscale.config.sequence import NumBatches, SequenceConfig  # noqa: F401 # likewise
 from lightning_superscale.config.values import (  # noqa: F401 # likewise
     Between,
     ModuleNames,
@@ -26,17 +27,19 @@ from lightning_superscale.errors import SettingError
 __all__ = [
     "CheckpointConfig",
     "OffloadConfig",
+    "SequenceConfig",
     "ZenFlowConfig",
     "ZeroConfig",
     "config_from_mapping",
     "resolve_checkpoint",
     "resolve_offload",
+    "resolve_sequence",
     "resolve_zero",
 ]
 
 # Pickles and torch's list of safe globals know a class by its module. A checkpoint that holds a config as a
 # hyperparameter names this module, so that the class's own file may change.
-for _config in (CheckpointConfig, OffloadConfig, ZenFlowConfig, ZeroConfig):
+for _config in (CheckpointConfig, OffloadConfig, SequenceConfig, ZenFlowConfig, ZeroConfig):
     _config.__module__ = __name__
 
 
@@ -70,6 +73,21 @@ def resolve_offload(value: Union[str, OffloadConfig, Mapping[str, Any], None]) -
     raise SettingError(
         f"offload takes None, {', '.join(map(repr, ENGINES))}, an OffloadConfig or a mapping, found {shown(value)}."
     )
+
+
+def resolve_sequence(value: Union[int, SequenceConfig, Mapping[str, Any], None]) -> SequenceConfig | None:
+    """The SequenceConfig of a number of ranks, a config object or a mapping; None, for no sharing, stays None.
+
+    Raises:
+        SuperScaleError: the value is of another kind, or is not allowed.
+    """
+    if value is None or isinstance(value, SequenceConfig):
+        return value
+    if isinstance(value, Mapping):
+        return config_from_mapping(SequenceConfig, value, "sequence")
+    if isinstance(value, int) and not isinstance(value, bool):
+        return SequenceConfig(size=value)
+    raise SettingError(f"sequence takes None, a number of ranks, a SequenceConfig or a mapping, found {shown(value)}.")
 
 
 def resolve_checkpoint(value: Union[CheckpointConfig, Mapping[str, Any], None]) -> CheckpointConfig:

@@ -1,7 +1,8 @@
 """Checks of given values against annotations, with the errors that every config and every plugin gives.
 
 An annotation says all: `bool` takes true and false only, `int` no fractions, `float` finite numbers, `Literal` its
-values, `list[str]` names but no text, and `Annotated[int, Between(1, 8)]` a range.
+values, `list[str]` names but no text, `dict[str, int]` whole numbers by name, and `Annotated[int, Between(1, 8)]` a
+range.
 """
 
 from __future__ import annotations
@@ -140,6 +141,16 @@ def _sequence_kinds(hint: Any, *, takes_classes: bool = False) -> list[_Kind]:
     return [_Kind(lambda value: ["a list of names"], is_type, given=given)]
 
 
+def _mapping_kinds(hint: Any) -> list[_Kind]:
+    if get_args(hint) != (str, int):
+        raise AssertionError(f"fields that map {get_args(hint)} are not known here")
+
+    def is_type(value: object) -> bool:
+        return isinstance(value, Mapping) and all(isinstance(k, str) and _is_int(v) for k, v in value.items())
+
+    return [_Kind(lambda value: ["a mapping of names to whole numbers"], is_type, given=lambda value: dict(value))]
+
+
 def _annotated_kinds(hint: Any) -> list[_Kind]:
     base, *marks = get_args(hint)
     if get_origin(base) is list:
@@ -158,6 +169,7 @@ _BY_ORIGIN: dict[object, Callable[[Any], list[_Kind]]] = {
     UnionType: _union_kinds,
     list: _sequence_kinds,
     tuple: _sequence_kinds,
+    dict: _mapping_kinds,
 }
 _BY_CLASS: dict[object, _Kind] = {
     bool: _Kind(lambda value: ["true", "false"], _is_bool),

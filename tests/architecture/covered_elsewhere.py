@@ -67,6 +67,7 @@ BY_TEST: dict[str, list[str]] = {
     "config/test_config.py": [
         "config/checkpoint.py",
         "config/offload.py",
+        "config/sequence.py",
         "config/zenflow.py",
         "config/zero.py",
         "errors.py",

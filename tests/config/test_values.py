@@ -14,7 +14,7 @@ import yaml
 from torch import nn
 
 import lightning_superscale as lss
-from lightning_superscale.config import resolve_checkpoint, resolve_offload, resolve_zero
+from lightning_superscale.config import resolve_checkpoint, resolve_offload, resolve_sequence, resolve_zero
 from lightning_superscale.config.values import Between, check_arguments, checked, duration, shown
 from lightning_superscale.errors import SettingError
 
@@ -52,6 +52,11 @@ FIELDS = [
     (lss.ZenFlowConfig, "delay_correction", [-0.1, 2.1, True, None, "linear", NAN], {}),
     (lss.ZenFlowConfig, "accumulate_on", [*NOT_WORD, "cpu", "gpu"], {}),
     (lss.ZenFlowConfig, "exclude", NOT_NAMES, {}),
+    (lss.SequenceConfig, "size", NOT_INT, {}),
+    (lss.SequenceConfig, "mode", [*NOT_WORD[:5], ["ring"], {}, NAN, "all-gather"], {}),
+    (lss.SequenceConfig, "head_chunks", NOT_INT, {}),
+    (lss.SequenceConfig, "dims", [0, 1, True, "", "input_ids", ["input_ids"], {1: 1}, {"a": 1.0}, {"a": True}], {}),
+    (lss.SequenceConfig, "check_batches", [v for v in NOT_INT if v != 0 or v is True], {}),
     (lss.CheckpointConfig, "asynchronous", [*NOT_BOOL, None], {}),
     (lss.CheckpointConfig, "allow", [*NOT_NAMES, None], {}),
     (lss.SuperScaleStrategy, "error_if_nonfinite", [*NOT_BOOL, None], {}),
@@ -97,7 +102,7 @@ def test_a_wrong_value_is_refused_by_key_with_what_was_expected_and_found(public
 
 def test_every_field_of_every_config_is_tried():
     tried = {(public, key) for public, key, _, _ in FIELDS}
-    for config in (lss.ZeroConfig, lss.OffloadConfig, lss.ZenFlowConfig, lss.CheckpointConfig):
+    for config in (lss.ZeroConfig, lss.OffloadConfig, lss.SequenceConfig, lss.ZenFlowConfig, lss.CheckpointConfig):
         missing = {field.name for field in dataclasses.fields(config) if (config, field.name) not in tried}
         assert missing <= {"engine"}
 
@@ -138,6 +143,11 @@ def test_mappings_of_both_yaml_parsers(parser):
     assert resolve_zero(right) == lss.ZeroConfig(stage=3, no_sync=True, wrap=["Block", "Head"], bucket_mb=8)
     assert resolve_checkpoint(loaded("allow: [a, b]", parser)).allow == ("a", "b")
     assert resolve_offload(loaded("gpu_fraction: 1.0e-3", parser)).gpu_fraction == 1e-3
+    sequence = resolve_sequence(loaded("{size: 2, dims: {input_ids: 1, '0': -2}}", parser))
+    assert sequence == lss.SequenceConfig(size=2, dims={"input_ids": 1, "0": -2})
+    assert type(sequence.dims) is dict
+    with pytest.raises(SettingError, match="dims must be a mapping of names to whole numbers, found .*"):
+        resolve_sequence(loaded("{size: 2, dims: {input_ids: one}}", parser))
     with pytest.raises(SettingError, match=r"ZeroConfig.wrap must be a list of names, found 'Block'"):
         resolve_zero(loaded("{stage: 3, wrap: Block}", parser))
     with pytest.raises(

@@ -127,6 +127,8 @@ def test_public_names_are_what_the_docs_say():
         "CheckpointError",
         "OffloadConfig",
         "ScaleMonitor",
+        "SequenceConfig",
+        "SequenceParallelError",
         "ShardedEMA",
         "SuperOffloadStrategy",
         "SuperScaleError",
