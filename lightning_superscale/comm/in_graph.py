@@ -1,18 +1,21 @@
 """Collectives inside a model's forward, which autograd follows and torch.compile sees.
 
 Every rank of the axis calls them in the same order, in forward and in backward. They are issued and awaited at once, in
-the order in which the model needs them, and counted where Python issues them: those of a compiled graph are not.
+the order in which the model needs them, and counted where Python issues them: those of a compiled graph are not. Their
+order among other collectives is in [Note: One order per device] in mesh.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_superscale.comm.mesh import CollectiveCount, MeshAxis
+from lightning_superscale.comm.collectives import AxisCollectives
+from lightning_superscale.comm.mesh import CollectiveCount, DataMesh, MeshAxis
 from lightning_superscale.torch_private import (
     all_gather_in_graph,
     all_reduce_in_graph,
@@ -29,10 +32,18 @@ class AxisLink:
     Attributes:
         axis: the ranks.
         counts: counts the collectives of this rank, in bytes of its inputs.
+        wait_queued: returns when collectives that go before the next one are issued; None where order does not matter.
     """
 
     axis: MeshAxis
     counts: CollectiveCount = field(default_factory=CollectiveCount)
+    wait_queued: Callable[[], None] | None = None
+
+    @classmethod
+    def along_sequence(cls, mesh: DataMesh) -> AxisLink:
+        """The link along the sequence axis of a run's mesh."""
+        is_ordered = mesh.sequence.size > 1 and not AxisCollectives(mesh.sequence, mesh).runs_on_host
+        return cls(mesh.sequence, mesh.counts, mesh.wait_queued if is_ordered else None)
 
     @property
     def rank(self) -> int:
@@ -52,9 +63,11 @@ class AxisLink:
         return self.axis.group.group_name
 
     def note(self, kind: str, x: Tensor) -> None:
-        """Count a collective of x that is about to be issued."""
+        """Count a collective of x that is about to be issued, and let those go first that have to."""
         if not torch.compiler.is_compiling():  # tracing may change nothing
             self.counts.add(kind, x.nbytes)
+            if self.wait_queued is not None:
+                self.wait_queued()
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,17 +6,23 @@ Ranks are numbered as in the spec, with the tensor axis innermost, as in Lightni
 agree on. How the two interleave depends on the modules and parameters that a rank's batch used, so on one process
 group a gather of one rank would meet a reduction of another. In stage 3 user code has a third one, under its DTensors:
 what one rank alone does with a sharded weight must not meet a gather, which would hand the weights of one to the other.
+What a model's forward and backward exchange along the sequence axis has a group of its own for the same reason: it
+follows the model, while reductions are issued by the gradients' hooks between its collectives.
 
 [Note: One order per device] NCCL runs a collective as a kernel that waits on the device for the other ranks' kernels.
 Two groups whose kernels start in different orders on two ranks can wait for one another, when the device has no room
 for both. So each rank issues its collectives in one order: a thread that gathers new weights registers in `queued`, and
-whoever issues any other collective of ours first waits until that thread has issued what it was given. gloo's
-collectives run on the host, and need no order.
+whoever issues any other collective of ours first waits until that thread has issued what it was given. Collectives of
+a model's forward and backward do so too (`AxisLink.note`); a graph that torch.compile made can't, and a step of a
+model with one waits for all new weights before its forward (`PublishGates`). They are issued by the thread that runs
+the model, and in a backward by autograd's thread of the device, which also runs the hooks that issue reductions: by one
+thread at a time, in the order of the model, which ranks that share samples run alike. gloo's collectives run on the
+host, and need no order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
@@ -25,11 +31,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from lightning_superscale.comm.watch import RankWatch
 from lightning_superscale.forks import Origin
-from lightning_superscale.layout.mesh import AXES, MeshSpec
+from lightning_superscale.layout.mesh import AXES, BATCH_AXES, DATA_AXES, MeshSpec
 from lightning_superscale.ops.cpu.memory import RecycledMemory
-
-# Ranks that differ along DATA_AXES see other tokens; ranks that differ along BATCH_AXES see other batches.
-DATA_AXES, BATCH_AXES = ("replicate", "shard", "sequence"), ("replicate", "shard")
 
 # Weights are gathered along this one, which has the ranks of `shard`.
 GATHER_AXIS = "gather"
@@ -103,17 +106,21 @@ class MeshAxis:
 
 @dataclass(frozen=True, slots=True)
 class DataMesh:
-    """The mesh of one run, with the axes of `MeshSpec`; `mesh["sequence"]` is the axis of that name.
+    """The mesh of one run: the axes of a `MeshSpec`, flattened as they are used.
 
     Attributes:
-        shard, replicate, tensor, sequence: the axes.
-        world: all axes, flattened.
+        shard: the ranks that divide one copy of the sharded states, those of `MeshSpec.shard_axes`.
+        replicate: the ranks that hold the same shard, those of `MeshSpec.replica_axes`.
+        world: all ranks.
         gather: the ranks of `shard`, with a process group of their own ([Note: Two groups]).
+        data: the ranks over which gradients are averaged, `shard` and `replicate` together: they see other tokens.
+        batch: the ranks with batches of their own, for samplers.
+        tensor: the ranks that compute each batch together.
+        sequence: the ranks that share the sequences of a batch, with a process group of their own.
         users: the process group of user code's operations on sharded weights, over the ranks of `shard`; None where
             weights are not sharded.
-        flattened: further combinations of axes that have a process group, by the names of axes with several ranks.
-        device_mesh: the DeviceMesh that users parallelize over, "data_parallel" by "tensor_parallel"; None without a
-            tensor axis.
+        device_mesh: the DeviceMesh that users parallelize over, "data_parallel" by "tensor_parallel", of which the
+            first has the ranks of `data`; None without a tensor axis.
         control: process group for small agreements, on the host whatever the devices are, so that agreeing never
             waits for a device; None on one rank.
         watch: reports ranks that failed; None on one rank.
@@ -128,9 +135,10 @@ class DataMesh:
     replicate: MeshAxis
     world: MeshAxis
     gather: MeshAxis
+    data: MeshAxis = field(default_factory=lambda: MeshAxis("data", 0, 1))
+    batch: MeshAxis = field(default_factory=lambda: MeshAxis("batch", 0, 1))
     tensor: MeshAxis = field(default_factory=lambda: MeshAxis("tensor", 0, 1))
     sequence: MeshAxis = field(default_factory=lambda: MeshAxis("sequence", 0, 1))
-    flattened: Mapping[frozenset[str], MeshAxis] = field(default_factory=dict)
     users: dist.ProcessGroup | None = None
     device_mesh: DeviceMesh | None = None
     control: dist.ProcessGroup | None = None
@@ -152,26 +160,10 @@ class DataMesh:
         axis: MeshAxis = getattr(self, name)
         return axis
 
-    def flat(self, *names: str) -> MeshAxis:
-        """The named axes, flattened to one axis: any one of them, all that have several ranks, DATA_AXES or BATCH_AXES.
-
-        Raises:
-            KeyError: a name is no axis, or the combination has no process group.
-        """
-        present = frozenset(name for name in names if self[name].size > 1)
-        if present == frozenset(name for name in AXES if self[name].size > 1):
-            return self.world
-        return self[next(iter(present or names))] if len(present) < 2 else self.flattened[present]
-
-    @property
-    def data(self) -> MeshAxis:
-        """The ranks over which gradients are averaged, as one axis."""
-        return self.flat(*DATA_AXES)
-
-    @property
-    def batch(self) -> MeshAxis:
-        """The ranks with batches of their own, for samplers, as one axis."""
-        return self.flat(*BATCH_AXES)
+    def wait_queued(self) -> None:
+        """Return when gathers that another thread was given are issued ([Note: One order per device])."""
+        for wait_issued in self.queued:
+            wait_issued()
 
     @property
     def num_shares(self) -> int:
@@ -210,29 +202,29 @@ def build_mesh(
     device_mesh = _device_mesh(spec, device_type)
     made: dict[tuple[tuple[int, ...], ...], dist.ProcessGroup | None] = {}
 
-    def axis(name: str, *axes: str) -> MeshAxis:
+    def axis(name: str, *axes: str, is_shared: bool = True) -> MeshAxis:
+        """The axis of these, flattened; `is_shared`: the same ranks under another name have the same group."""
         groups = spec.groups(*axes)
         key = tuple(map(tuple, groups))
-        if key not in made:
-            made[key] = dist.group.WORLD if len(groups) == 1 else _new_group(groups, rank)
-        return MeshAxis(name, spec.index_of(rank, *axes), spec.size_of(*axes), made[key])
+        if not is_shared:
+            group = _new_group(groups, rank)
+        elif key in made:
+            group = made[key]
+        else:
+            group = made[key] = dist.group.WORLD if len(groups) == 1 else _new_group(groups, rank)
+        return MeshAxis(name, spec.index_of(rank, *axes), spec.size_of(*axes), group)
 
     if device_mesh is not None:
         made[tuple(map(tuple, spec.groups("tensor")))] = device_mesh.get_group(TENSOR_AXIS)
-    single = {name: axis(name, name) for name in AXES}
-    flattened = {
-        present: axis(name, *present)
-        for name, axes in (("data", DATA_AXES), ("batch", BATCH_AXES))
-        if len(present := frozenset(a for a in axes if single[a].size > 1)) > 1
-    }
     return DataMesh(
-        single["shard"],
-        single["replicate"],
-        tensor=single["tensor"],
-        sequence=single["sequence"],
+        axis("shard", *spec.shard_axes),
+        axis("replicate", *spec.replica_axes),
+        data=axis("data", *DATA_AXES),
+        batch=axis("batch", *BATCH_AXES),
+        tensor=axis("tensor", "tensor"),
+        sequence=axis("sequence", "sequence", is_shared=False),
         world=MeshAxis("world", rank, world_size, dist.group.WORLD),
-        gather=MeshAxis(GATHER_AXIS, single["shard"].rank, spec.shard, _new_group(spec.groups("shard"), rank)),
-        flattened=flattened,
+        gather=axis(GATHER_AXIS, *spec.shard_axes, is_shared=False),
         users=_users_group(spec, rank, device_mesh) if shards_weights else None,
         device_mesh=device_mesh,
         control=dist.new_group(backend="gloo", timeout=timeout),
@@ -252,9 +244,9 @@ def _device_mesh(spec: MeshSpec, device_type: str) -> DeviceMesh | None:
 
 def _users_group(spec: MeshSpec, rank: int, device_mesh: DeviceMesh | None) -> dist.ProcessGroup | None:
     """A third process group over the shard axis, under the DTensors of user code: see [Note: Two groups]."""
-    if device_mesh is not None and spec.shard == spec.size_of(*DATA_AXES):
+    if device_mesh is not None and spec.size_of(*spec.shard_axes) == spec.size_of(*DATA_AXES):
         return device_mesh.get_group(DATA_AXIS)
-    return _new_group(spec.groups("shard"), rank)
+    return _new_group(spec.groups(*spec.shard_axes), rank)
 
 
 def with_own_control(mesh: DataMesh, timeout: timedelta | None = None) -> DataMesh:

@@ -8,22 +8,42 @@ from math import prod
 # The axes, outermost first. Neighbours on the last axis have neighbouring ranks, on one node where that fits.
 AXES = ("replicate", "shard", "sequence", "tensor")
 
+# Ranks that differ along DATA_AXES see other tokens; ranks that differ along BATCH_AXES see other batches.
+DATA_AXES, BATCH_AXES = ("replicate", "shard", "sequence"), ("replicate", "shard")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeshSpec:
     """The number of ranks on each axis of a mesh.
 
+    Ranks of the sequence axis see other tokens of the same samples, and their gradients are averaged as those of other
+    samples are. So they may divide states among themselves as data-parallel ranks do: a tensor is sharded over
+    `shard_axes`, and the ranks along `replica_axes` hold the same shard of it.
+
     Attributes:
-        replicate: ranks that hold the same shard (hybrid sharding, HSDP).
-        shard: ranks that divide one copy of the sharded states among themselves.
+        replicate: ranks with other batches that hold the same shard (hybrid sharding, HSDP).
+        shard: ranks with other batches that divide one copy of the sharded states among themselves.
         sequence: ranks that each compute a part of every sample's sequence.
         tensor: ranks that compute each batch together, each with its part of the parameters that a plan parallelizes.
+        shards_states: whether states are sharded at all; otherwise every rank but those of the tensor axis has them
+            whole, and `shard` is 1.
     """
 
     replicate: int = 1
     shard: int = 1
     sequence: int = 1
     tensor: int = 1
+    shards_states: bool = True
+
+    @property
+    def shard_axes(self) -> tuple[str, ...]:
+        """The axes along which ranks divide one copy of the sharded states."""
+        return ("shard", "sequence") if self.shards_states else ("shard",)
+
+    @property
+    def replica_axes(self) -> tuple[str, ...]:
+        """The axes along which ranks hold the same shard."""
+        return ("replicate",) if self.shards_states else ("replicate", "sequence")
 
     @property
     def world_size(self) -> int:

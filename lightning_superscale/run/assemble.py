@@ -239,6 +239,7 @@ class Assembly:
             world_size=self.mesh.world.size,
             shard_size=self.mesh.shard.size,
             tensor_size=self.mesh.tensor.size,
+            sequence_size=self.mesh.sequence.size,
             zero_stage=settings.zero.stage,
             engine="resident" if settings.offload is None else settings.offload.engine,
             precision=settings.precision.describe(),
@@ -431,7 +432,8 @@ def _check_on_all_ranks(module: nn.Module, optimizers: Sequence[Optimizer], sett
     except SuperScaleError as found:
         error = found  # the other ranks are on their way into the comparison
     raise_together(mesh, error)
-    check_equal_on_all_ranks(mesh, facts_of_run(module, optimizers, zero, offload, settings.precision.describe()))
+    precision, sequence = settings.precision.describe(), settings.sequence
+    check_equal_on_all_ranks(mesh, facts_of_run(module, optimizers, zero, offload, precision, sequence))
 
 
 def _native_maker(

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from lightning_superscale.config import OffloadConfig, ZeroConfig
+from lightning_superscale.config import OffloadConfig, SequenceConfig, ZeroConfig
 from lightning_superscale.errors import SettingError, SuperScaleError
 from lightning_superscale.ops.state_dtypes import WIDE_DTYPES
 from lightning_superscale.zero.fsdp2.wrap import wrap_plan
@@ -176,9 +176,11 @@ def facts_of_run(
     zero: ZeroConfig,
     offload: OffloadConfig | None,
     precision: str,
+    sequence: SequenceConfig | None = None,
 ) -> dict[str, str]:
     """Facts that must be the same on every rank, by the names that an error gives them."""
-    facts = {"zero": repr(zero), "offload": repr(offload), "precision": precision, "torch": torch.__version__}
+    facts = {"zero": repr(zero), "offload": repr(offload), "sequence": repr(sequence)}
+    facts |= {"precision": precision, "torch": torch.__version__}
     for number, optimizer in enumerate(optimizers):
         facts[f"optimizer {number}"] = f"{type(optimizer).__name__}({_group_facts(optimizer)})"
     for fqn, param in module.named_parameters():

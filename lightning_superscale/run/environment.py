@@ -18,7 +18,7 @@ from torch.distributed import HashStore, PrefixStore, Store, TCPStore  # type: i
 from lightning_superscale.comm.mesh import DataMesh, build_mesh, single_mesh
 from lightning_superscale.comm.places import WeightNames
 from lightning_superscale.comm.watch import RANK_0, SILENCE_S, RankWatch, open_store
-from lightning_superscale.config import ZeroConfig
+from lightning_superscale.config import SequenceConfig, ZeroConfig
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.forks import Origin
 from lightning_superscale.layout.mesh import MeshSpec
@@ -33,31 +33,48 @@ DEFAULT_PATIENCE = timedelta(seconds=SILENCE_S)
 _connections = itertools.count()
 
 
-def mesh_spec_of(zero: ZeroConfig, world_size: int) -> MeshSpec:
-    """The mesh axes that a config asks for, over `world_size` ranks.
+def mesh_spec_of(zero: ZeroConfig, sequence: SequenceConfig | None, world_size: int) -> MeshSpec:
+    """The mesh axes that the configs ask for, over `world_size` ranks.
 
     Raises:
         SuperScaleError: an axis that does not divide the ranks: names the option, both numbers and the sizes that work.
     """
     if world_size % zero.tensor_parallel:
         raise SuperScaleError(
-            f"ZeroConfig.tensor_parallel={zero.tensor_parallel} does not divide the {world_size} rank"
-            f"{'s' if world_size > 1 else ''} of the Trainer. Use one of {_fitting(world_size)}, or other devices and "
-            "num_nodes."
+            f"ZeroConfig.tensor_parallel={zero.tensor_parallel} does not divide the {_ranks(world_size)} of the "
+            f"Trainer. Use one of {_fitting(world_size)}, or other devices and num_nodes."
         )
-    num_data = world_size // zero.tensor_parallel
-    shard = 1 if zero.stage == 0 else zero.shard_size or num_data
+    num_data, size = world_size // zero.tensor_parallel, 1 if sequence is None else sequence.size
+    if num_data % size:
+        left = f"that tensor_parallel={zero.tensor_parallel} leaves of {world_size}" if zero.tensor_parallel > 1 else ""
+        raise SuperScaleError(
+            f"SequenceConfig.size={size} does not divide the {_ranks(num_data)} {left or 'of the Trainer'}. "
+            f"Use one of {_fitting(num_data)}, or other devices and num_nodes."
+        )
+    if zero.stage == 0:
+        return MeshSpec(replicate=num_data // size, sequence=size, shards_states=False)
+    shard = zero.shard_size or num_data
     if num_data % shard:
         raise SuperScaleError(
             f"ZeroConfig.shard_size={shard} does not divide the {num_data} data-parallel rank"
             f"{'s' if num_data > 1 else ''}. "
-            f"Use one of {_fitting(num_data)}, or None to shard over all ranks."
+            f"Use one of {_fitting(num_data, size)}, or None to shard over all ranks."
         )
-    return MeshSpec(replicate=num_data // shard, shard=shard, tensor=zero.tensor_parallel)
+    if shard % size:
+        raise SuperScaleError(
+            f"ZeroConfig.shard_size={shard} counts the ranks that share a sequence, and is no multiple of "
+            f"SequenceConfig.size={size}. Use one of {_fitting(num_data, size)}, or None to shard over all ranks."
+        )
+    return MeshSpec(replicate=num_data // shard, shard=shard // size, sequence=size, tensor=zero.tensor_parallel)
 
 
-def _fitting(num_ranks: int) -> str:
-    return ", ".join(str(size) for size in range(1, num_ranks + 1) if num_ranks % size == 0)
+def _ranks(number: int) -> str:
+    return f"{number} rank{'s' if number > 1 else ''}"
+
+
+def _fitting(num_ranks: int, unit: int = 1) -> str:
+    """The multiples of `unit` that divide a number of ranks."""
+    return ", ".join(str(size) for size in range(unit, num_ranks + 1, unit) if num_ranks % size == 0)
 
 
 class RankEnvironment:
@@ -138,6 +155,7 @@ class RankEnvironment:
     def open(
         self,
         zero: ZeroConfig,
+        sequence: SequenceConfig | None,
         host: str,
         broadcast: Callable[[Any], Any],
         timeout: timedelta,
@@ -159,7 +177,7 @@ class RankEnvironment:
         if self.mesh.watch is not None:
             return
         rank, world_size = dist.get_rank(), dist.get_world_size()
-        spec = mesh_spec_of(zero, world_size)
+        spec = mesh_spec_of(zero, sequence, world_size)
         own = open_store(0, world_size, host, 0, timeout) if rank == 0 else None
         port = broadcast(None if own is None else own.port)
         store = own if own is not None else open_store(rank, world_size, host, port, timeout)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_superscale.config import OffloadConfig, ZeroConfig
+from lightning_superscale.config import OffloadConfig, SequenceConfig, ZeroConfig
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.forks import Origin
 from lightning_superscale.offload.weight_flow.schedule import WeightFlow
@@ -59,6 +59,7 @@ class Run:
     Args:
         zero: what is sharded over ranks.
         offload: where the optimizer lives; None for the device.
+        sequence: how ranks share the sequences of a batch; None where each has samples of its own.
 
     Attributes:
         environment: the other ranks; kept between runs.
@@ -67,9 +68,8 @@ class Run:
         was_on_meta: whether any part of the module was on the meta device when the run was prepared.
     """
 
-    def __init__(self, zero: ZeroConfig, offload: OffloadConfig | None) -> None:
-        self.zero = zero
-        self.offload = offload
+    def __init__(self, zero: ZeroConfig, offload: OffloadConfig | None, sequence: SequenceConfig | None = None) -> None:
+        self.zero, self.offload, self.sequence = zero, offload, sequence
         self.environment = RankEnvironment()
         self.assembly: Assembly | None = None
         self.phases = PhaseSeconds()
@@ -82,10 +82,8 @@ class Run:
         self._visibility = Visibility()
         self._scaler: LossScaler | None = None
         self._precision_name = ""
-        self._is_compiled = False
         self._origin = Origin(is_bound=False)
-        self.was_on_meta = False
-        self._is_accumulating = self._is_in_backward = False
+        self.was_on_meta = self._is_compiled = self._is_accumulating = self._is_in_backward = False
 
     # Setting up
 
@@ -107,6 +105,7 @@ class Run:
         facts = TechniqueFacts(
             zero=self.zero,
             offload=self.offload,
+            sequence=self.sequence,
             mesh=self.environment.mesh,
             device=device,
             trains=trains,
@@ -160,6 +159,7 @@ class Run:
             error_if_nonfinite=error_if_nonfinite,
             visibility=visibility,
             order=self.environment.order,
+            sequence=self.sequence,
             techniques=tuple(self._techniques.values()),
             is_compiled=self._is_compiled,
             is_scaling=None if scaler is None else lambda: self._is_in_backward,

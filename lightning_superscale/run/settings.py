@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lightning_superscale.comm.mesh import DataMesh
-from lightning_superscale.config import OffloadConfig, ZeroConfig
+from lightning_superscale.config import OffloadConfig, SequenceConfig, ZeroConfig
 from lightning_superscale.offload.engine import OffloadEngine, engine_of
 from lightning_superscale.offload.weight_flow.schedule import WeightFlow
 from lightning_superscale.optim.transport import IsScaling
@@ -30,6 +30,7 @@ class RunSettings:
     """The resolved settings that a run is assembled from.
 
     Attributes:
+        sequence: how ranks share the sequences of a batch; None where each has samples of its own.
         visibility: what user code may look at between the run's passes.
         precision: dtypes of weights, states and gradients.
         timeline: where a step is recorded, when one is.
@@ -47,6 +48,7 @@ class RunSettings:
     error_if_nonfinite: bool
     visibility: Visibility
     order: GatherOrder | None
+    sequence: SequenceConfig | None = None
     techniques: tuple[ModuleTechnique, ...] = ()
     is_compiled: bool = False
     is_scaling: IsScaling | None = None

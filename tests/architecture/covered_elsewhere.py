@@ -63,7 +63,8 @@ BY_TEST: dict[str, list[str]] = {
     "plugins/trainer/test_faults.py": ["comm/agreement.py"],
     "zero/test_reducer.py": ["comm/collectives.py", "comm/communicator.py", "zero/replicated.py"],
     "zero/test_tensor_parallel.py": ["comm/dtensor.py"],
-    "plugins/trainer/test_strategy_over_ranks.py": ["run/environment.py", "zero/meta_init.py"],
+    "plugins/trainer/test_strategy_over_ranks.py": ["zero/meta_init.py"],
+    "plugins/trainer/test_sequence_axis.py": ["plugins/trainer/sample_ranks.py"],
     "config/test_config.py": [
         "config/checkpoint.py",
         "config/offload.py",

@@ -10,7 +10,15 @@ import pytest
 import torch
 
 import lightning_superscale as lss
-from lightning_superscale.config import OffloadConfig, ZenFlowConfig, ZeroConfig, resolve_offload, resolve_zero
+from lightning_superscale.config import (
+    OffloadConfig,
+    SequenceConfig,
+    ZenFlowConfig,
+    ZeroConfig,
+    resolve_offload,
+    resolve_sequence,
+    resolve_zero,
+)
 from lightning_superscale.errors import SuperScaleError
 
 
@@ -46,6 +54,13 @@ def test_option_surface_is_what_the_docs_say():
         "warmup_steps",
         "accumulate_on",
         "exclude",
+    ]
+    assert [f.name for f in dataclasses.fields(SequenceConfig)] == [
+        "size",
+        "mode",
+        "head_chunks",
+        "dims",
+        "check_batches",
     ]
 
 
@@ -110,8 +125,36 @@ def test_bad_zero_is_refused_with_the_remedy(value, message):
         resolve_zero(value)
 
 
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (0, "SequenceConfig.size must be a whole number of at least 1, found 0"),
+        (True, "sequence takes None, a number of ranks, a SequenceConfig or a mapping, found True"),
+        ("2", "sequence takes None, a number of ranks, a SequenceConfig or a mapping, found '2'"),
+        ({"sise": 2}, "sequence has no key 'sise'.*did you mean 'size'"),
+        ({"size": 2, "mode": "ulyses"}, "SequenceConfig.mode must be one of 'auto', .*did you mean 'ulysses'"),
+        (
+            {"dims": {"input_ids": "1"}},
+            "SequenceConfig.dims must be a mapping of names to whole numbers, found {'input_ids': '1'}",
+        ),
+    ],
+)
+def test_bad_sequence_is_refused_with_the_remedy(value, message):
+    with pytest.raises(SuperScaleError, match=message):
+        resolve_sequence(value)
+
+
+def test_a_sequence_is_shared_by_a_number_of_ranks_or_by_none():
+    assert resolve_sequence(None) is None
+    assert resolve_sequence(1) == SequenceConfig() == SequenceConfig(size=1)
+    assert resolve_sequence({"size": 4, "mode": "ring"}) == SequenceConfig(size=4, mode="ring")
+    assert lss.SuperScaleStrategy().sequence_config is None
+    assert lss.ZenFlowStrategy(sequence=2).sequence_config == SequenceConfig(size=2)
+
+
 def test_a_mapping_is_taken_wherever_a_config_is():
     strategy = lss.SuperScaleStrategy(zero={"stage": 0, "bucket_mb": 7}, offload={"engine": "cpu", "bucket_mb": 3})
+    assert lss.ZeroStrategy(sequence={"size": 3}).sequence_config == SequenceConfig(size=3)
     assert strategy.zero_config == ZeroConfig(bucket_mb=7)
     assert strategy.offload_config == OffloadConfig(engine="cpu", bucket_mb=3)
 
@@ -121,7 +164,15 @@ def test_configs_are_frozen():
         OffloadConfig().bucket_mb = 3  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("config", [lss.OffloadConfig(engine="cpu"), lss.ZeroConfig(stage=2), lss.CheckpointConfig()])
+@pytest.mark.parametrize(
+    "config",
+    [
+        lss.OffloadConfig(engine="cpu"),
+        lss.ZeroConfig(stage=2),
+        lss.CheckpointConfig(),
+        lss.SequenceConfig(size=2, dims={"input_ids": 1}),
+    ],
+)
 def test_checkpoints_know_configs_by_their_public_module(config, tmp_path):
     """As those do that hold one as a hyperparameter, of versions whose configs were one file."""
     name = type(config).__name__

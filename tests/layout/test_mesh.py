@@ -6,7 +6,7 @@ from itertools import combinations
 
 import pytest
 
-from lightning_superscale.layout.mesh import AXES, MeshSpec
+from lightning_superscale.layout.mesh import AXES, DATA_AXES, MeshSpec
 
 SPECS = [
     MeshSpec(),
@@ -29,6 +29,18 @@ def test_tensor_ranks_are_neighbours_and_sequence_ranks_come_next():
     assert spec.groups("sequence") == [[0, 2], [1, 3], [4, 6], [5, 7]]
     assert spec.groups("shard", "sequence") == [[0, 2, 4, 6], [1, 3, 5, 7]]
     assert spec.index_of(6, "shard", "sequence") == 3
+
+
+def test_ranks_that_share_sequences_divide_states_unless_nothing_does():
+    spec = MeshSpec(replicate=2, shard=2, sequence=2)
+    assert spec.groups(*spec.shard_axes) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert spec.groups(*spec.replica_axes) == [[0, 4], [1, 5], [2, 6], [3, 7]]
+    spec = MeshSpec(replicate=2, sequence=2, shards_states=False)
+    assert spec.groups(*spec.shard_axes) == [[0], [1], [2], [3]]
+    assert spec.groups(*spec.replica_axes) == [[0, 1, 2, 3]]
+    for spec in SPECS:
+        assert {*spec.shard_axes, *spec.replica_axes} == {*DATA_AXES}
+        assert spec.size_of(*spec.shard_axes) * spec.size_of(*spec.replica_axes) == spec.size_of(*DATA_AXES)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)

@@ -12,8 +12,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_superscale.comm.communicator import Communicator
-from lightning_superscale.comm.mesh import BATCH_AXES
-from lightning_superscale.config import CheckpointConfig, OffloadConfig, ZeroConfig, resolve_offload, resolve_zero
+from lightning_superscale.config import (
+    CheckpointConfig,
+    OffloadConfig,
+    SequenceConfig,
+    ZeroConfig,
+    resolve_offload,
+    resolve_sequence,
+    resolve_zero,
+)
 from lightning_superscale.config.values import check_arguments, duration
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.plugins.checkpoint.io import (
@@ -37,10 +44,11 @@ from lightning_superscale.plugins.lightning_private import (
     set_device_mesh,
 )
 from lightning_superscale.plugins.trainer.precision import SuperScalePrecisionMixin
+from lightning_superscale.plugins.trainer.sample_ranks import SampleRanksMixin
 from lightning_superscale.plugins.trainer.visibility import visibility_of
 from lightning_superscale.run.assemble import Assembly
 from lightning_superscale.run.checks import check_clip_value, refuse_averaging
-from lightning_superscale.run.environment import DEFAULT_PATIENCE, DEFAULT_TIMEOUT, mesh_spec_of
+from lightning_superscale.run.environment import DEFAULT_PATIENCE, DEFAULT_TIMEOUT
 from lightning_superscale.run.meetings import Meetings
 from lightning_superscale.run.precision import PRECISIONS, check_precision
 from lightning_superscale.run.report.phases import PhaseSeconds
@@ -55,9 +63,6 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
     from lightning.pytorch.accelerators import Accelerator
     from lightning.pytorch.plugins import CheckpointIO, Precision
-    from lightning.pytorch.strategies import DDPStrategy as _Base
-else:
-    _Base = object
 
 # Seconds after SIGTERM at which a rank ends without the others' consent: ranks agree at each optimizer step.
 _ALONE_AFTER_S = 10.0
@@ -65,7 +70,7 @@ _ALONE_AFTER_S = 10.0
 TECHNIQUES_KEY = "lightning_superscale_techniques"
 
 
-class SuperScaleStrategyMixin(_Base):
+class SuperScaleStrategyMixin(SampleRanksMixin):
     """Data-parallel training with sharded, offloaded or plain optimizer states, exactly as plain AdamW.
 
     Args:
@@ -80,6 +85,8 @@ class SuperScaleStrategyMixin(_Base):
         timeout: how long collectives wait, as a timedelta or in seconds; None for 30 minutes.
         patience: how long a rank may give no sign of life, because its process or its machine is stopped, before the
             other ranks end and name it, as a timedelta or in seconds; None for 30 seconds.
+        sequence: number of neighbouring ranks that share every sample's sequence, a SequenceConfig or a mapping with
+            its keys; None where each rank has samples of its own.
         accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin,
             process_group_backend, start_method: those of Lightning's DDPStrategy.
 
@@ -105,6 +112,7 @@ class SuperScaleStrategyMixin(_Base):
         timeout: Union[timedelta, float, None] = DEFAULT_TIMEOUT,
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
         patience: Union[timedelta, float, None] = DEFAULT_PATIENCE,
+        sequence: Union[int, SequenceConfig, None] = None,
     ) -> None:
         check_arguments(
             "SuperScaleStrategy",
@@ -115,8 +123,9 @@ class SuperScaleStrategyMixin(_Base):
         )
         self.zero_config = resolve_zero(zero)
         self.offload_config = resolve_offload(offload)
+        self.sequence_config = resolve_sequence(sequence)
         self.error_if_nonfinite = error_if_nonfinite
-        self.run = Run(self.zero_config, self.offload_config)
+        self.run = Run(self.zero_config, self.offload_config, self.sequence_config)
         self._meetings = Meetings()
         if checkpoint is not None:
             if checkpoint_io is not None:
@@ -164,21 +173,12 @@ class SuperScaleStrategyMixin(_Base):
 
     # Environment
 
-    @property
-    def _num_ranks(self) -> int:
-        return self.num_nodes * max(1, self.num_processes)
-
-    @property
-    def is_distributed(self) -> bool:
-        """Whether there are several ranks, which the Trainer asks."""
-        return self._num_ranks > 1
-
     def _configure_launcher(self) -> None:
         ask_strategy_whether_distributed(self)
         drop_launcher(self)  # one process needs no launcher, and without one notebooks work too
         check_flow(self.zero_config, self.offload_config)
-        mesh_spec_of(self.zero_config, self._num_ranks)
-        if self.zero_config.tensor_parallel > 1 and self._start_method != "popen":
+        spec = self._mesh_spec  # refuses axes that do not fit
+        if spec.tensor > 1 and self._start_method != "popen":
             raise SuperScaleError(
                 f"start_method={self._start_method!r} brings the module back to the main process, which has no other "
                 "ranks to hold its tensor-parallel parts. Use start_method='popen', or torchrun."
@@ -214,35 +214,14 @@ class SuperScaleStrategyMixin(_Base):
         with environment.connecting(meeting, self.global_rank, self._num_ranks, timeout, patience):
             super().setup_environment()
             environment.open(
-                self.zero_config, cluster.main_address, self.broadcast, timeout, self.root_device.type, patience
+                self.zero_config,
+                self.sequence_config,
+                cluster.main_address,
+                self.broadcast,
+                timeout,
+                self.root_device.type,
+                patience,
             )
-
-    @property
-    def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        """The sampler's replicas and rank; tensor-parallel ranks, which compute a batch together, share one replica."""
-        spec = mesh_spec_of(self.zero_config, self._num_ranks)
-        return {
-            "num_replicas": spec.size_of(*BATCH_AXES),
-            "rank": spec.index_of(self.global_rank, *BATCH_AXES),
-        }
-
-    # One rank has a process group for user code's sake; the Trainer's own collectives are as without.
-
-    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        return decision if self._num_ranks == 1 else super().reduce_boolean_decision(decision, all)
-
-    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        return tensor if self._num_ranks == 1 else super().reduce(tensor, group, reduce_op)
-
-    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
-        return tensor if self._num_ranks == 1 else super().all_gather(tensor, group, sync_grads)
-
-    def broadcast(self, obj: Any, src: int = 0) -> Any:
-        return obj if self._num_ranks == 1 else super().broadcast(obj, src)
-
-    def barrier(self, *args: Any, **kwargs: Any) -> None:
-        if self._num_ranks > 1:
-            super().barrier(*args, **kwargs)
 
     # Setup
 

@@ -35,6 +35,7 @@ class ParallelPlan:
         bytes: one row per class.
         reasons: one sentence per choice that was made for the user.
         tensor_size: ranks that compute each batch together (tensor parallelism).
+        sequence_size: ranks that share every sample's sequence (sequence parallelism).
     """
 
     device: str
@@ -52,6 +53,7 @@ class ParallelPlan:
     bytes: Sequence[ByteClass]
     reasons: Sequence[str]
     tensor_size: int = 1
+    sequence_size: int = 1
 
     @property
     def device_bytes(self) -> int:
@@ -78,6 +80,7 @@ class ParallelPlan:
         facts = [
             ("device", f"{self.device}, {self.world_size} rank{'s' if self.world_size > 1 else ''}"),
             ("zero stage", self._stage()),
+            *([("sequences", f"each over {self.sequence_size} ranks")] if self.sequence_size > 1 else []),
             ("optimizer engine", self.engine),
             ("optimizer kernel", self.kernel),
             ("precision", self.precision),

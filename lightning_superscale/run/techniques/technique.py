@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_superscale.comm.communicator import Communicator
 from lightning_superscale.comm.mesh import DataMesh
-from lightning_superscale.config import OffloadConfig, ZeroConfig
+from lightning_superscale.config import OffloadConfig, SequenceConfig, ZeroConfig
 from lightning_superscale.run.report.plan import ByteClass
 
 
@@ -21,6 +21,7 @@ class TechniqueFacts:
     """The facts of a run that a technique is made from.
 
     Attributes:
+        sequence: how ranks share the sequences of a batch; None where each has samples of its own.
         trains: whether the run trains; a run that only evaluates has no optimizer.
         is_compiled: whether any part of the module is a product of `torch.compile`.
         shards_weights: whether the run shards weights over ranks (stage 3), so that no rank ever has the whole model.
@@ -30,6 +31,7 @@ class TechniqueFacts:
 
     zero: ZeroConfig
     offload: OffloadConfig | None
+    sequence: SequenceConfig | None
     mesh: DataMesh
     device: torch.device
     trains: bool

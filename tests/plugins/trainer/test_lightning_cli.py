@@ -64,6 +64,25 @@ def test_strategy_by_class_path_with_a_nested_config_and_an_override(tmp_path, m
     assert cli.trainer.strategy.offload_config == lss.OffloadConfig(engine="cpu", bucket_mb=5)
 
 
+@pytest.mark.parametrize(
+    ("sequence", "override", "expected"),
+    [
+        (1, [], {"size": 1}),
+        ({"mode": "ring"}, ["check_batches=0"], {"mode": "ring", "check_batches": 0}),
+        (
+            {"dims": {"input_ids": 1, "a.b": 2}},
+            ["head_chunks=2"],
+            {"dims": {"input_ids": 1, "a.b": 2}, "head_chunks": 2},
+        ),
+    ],
+)
+def test_a_sequence_by_number_and_by_mapping_with_an_override(tmp_path, mode, sequence, override, expected):
+    strategy = {"class_path": "lightning_superscale.SuperScaleStrategy", "init_args": {"sequence": sequence}}
+    overrides = [f"--trainer.strategy.init_args.sequence.{text}" for text in override]
+    cli = run(tmp_path, {"strategy": strategy}, *overrides, mode=mode)
+    assert cli.trainer.strategy.sequence_config == lss.SequenceConfig(**expected)
+
+
 def test_short_override_of_a_preset(tmp_path):
     cli = run(
         tmp_path,
@@ -123,6 +142,8 @@ def test_low_precision_that_cannot_work_is_refused_with_the_reason(tmp_path, mod
         ({"offload": "superofload"}, "superofload"),
         ({"offload": {"bucket_mb": 0}}, "OffloadConfig.bucket_mb must be a whole number of at least 1, found 0"),
         ({"zero": {"stage": 2, "tensor_parallel": 2}}, "tensor_parallel=2 works in stage 3 only; found stage 2"),
+        ({"sequence": {"size": 0}}, "SequenceConfig.size must be a whole number of at least 1, found 0"),
+        ({"sequence": {"mode": "ulyses"}}, "ulyses"),
         ({"zero": 4}, "ZeroConfig.stage must be 0, 1, 2 or 3, found 4"),
         ({"zero": {"stage": 2, "bucket_mb": 2**40}}, "ZeroConfig.bucket_mb must be a whole number from 1 to 2**30"),
         ({"zero": {"stage": 3, "wrap": "Block"}}, "wrap"),

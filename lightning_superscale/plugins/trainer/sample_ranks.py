@@ -1,0 +1,85 @@
+"""Who has which samples, as the Trainer asks: its samplers, and its own collectives over ranks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ReduceOp
+
+from lightning_superscale.config import SequenceConfig, ZeroConfig
+from lightning_superscale.layout.mesh import BATCH_AXES, MeshSpec
+from lightning_superscale.run.environment import mesh_spec_of
+
+if TYPE_CHECKING:
+    from lightning.pytorch.strategies import DDPStrategy as _Base
+else:
+    _Base = object
+
+
+class SampleRanksMixin(_Base):
+    """The part of the strategy that knows which ranks have samples of their own.
+
+    One rank has a process group for user code's sake; its Trainer's own collectives are as without.
+
+    Attributes:
+        zero_config: what is sharded over ranks.
+        sequence_config: how ranks share the sequences of a batch; None where each has samples of its own.
+    """
+
+    zero_config: ZeroConfig
+    sequence_config: SequenceConfig | None
+
+    @property
+    def _num_ranks(self) -> int:
+        return self.num_nodes * max(1, self.num_processes)
+
+    @property
+    def _mesh_spec(self) -> MeshSpec:
+        return mesh_spec_of(self.zero_config, self.sequence_config, self._num_ranks)
+
+    @property
+    def is_distributed(self) -> bool:
+        """Whether there are several ranks, which the Trainer asks."""
+        return self._num_ranks > 1
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """The sampler's replicas and rank: ranks of the sequence and tensor axis share samples and are one replica."""
+        spec = self._mesh_spec
+        return {
+            "num_replicas": spec.size_of(*BATCH_AXES),
+            "rank": spec.index_of(self.global_rank, *BATCH_AXES),
+        }
+
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        if self._num_ranks == 1:
+            return decision
+        vote = torch.tensor(int(decision), device=self.root_device)
+        return bool(self.reduce(vote, reduce_op="min" if all else "max"))  # Lightning's counts votes in a sum
+
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        """The value that a tensor has over all ranks, on every rank; in a sum every sample counts once.
+
+        Ranks that share samples, along the sequence and the tensor axis, log the same values of them. So the mean and
+        the extremes over ranks are those over samples, and a sum is divided by the number of ranks that share a sample.
+        """
+        if self._num_ranks == 1:
+            return tensor
+        reduced = super().reduce(tensor, group, reduce_op)
+        num_sharing = self._num_ranks // self._mesh_spec.size_of(*BATCH_AXES)
+        is_sum = reduce_op.lower() == "sum" if isinstance(reduce_op, str) else reduce_op in (None, ReduceOp.SUM)
+        if is_sum and group is None and num_sharing > 1 and isinstance(reduced, Tensor):
+            reduced.copy_(reduced / num_sharing)  # in place, as reducing is
+        return reduced
+
+    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        return tensor if self._num_ranks == 1 else super().all_gather(tensor, group, sync_grads)
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        return obj if self._num_ranks == 1 else super().broadcast(obj, src)
+
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        if self._num_ranks > 1:
+            super().barrier(*args, **kwargs)
