@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed as dist
 
-from lightning_superscale.comm.in_graph import AxisLink, all_gather, all_to_all, sum_over_ranks
-from lightning_superscale.comm.mesh import MeshAxis
+from lightning_superscale.comm import collectives, in_graph
+from lightning_superscale.comm.in_graph import AxisLink, RingShift, all_gather, all_to_all, sum_over_ranks
+from lightning_superscale.comm.mesh import MeshAxis, single_mesh
 from tests.helpers.ranks import run_ranks
 
 COLLECTIVES = {
@@ -84,3 +88,38 @@ def test_each_is_counted_in_bytes_of_its_input():
         assert (calls, nbytes) == ({"all_gather": 1, "reduce_scatter": 1}, {"all_gather": 96, "reduce_scatter": 192})
         _, _, calls, _ = found["all_reduce", torch.float32][0]
         assert calls == {"all_reduce": 1}
+
+
+def two_ranks() -> MeshAxis:
+    return MeshAxis("sequence", 0, 2, SimpleNamespace(group_name="sequence"))
+
+
+def test_gathers_that_were_given_before_go_first_in_forward_and_in_backward(monkeypatch):
+    """Of another group on the device, two collectives in two orders may wait for one another."""
+    happened: list[str] = []
+
+    def issued(name):
+        return lambda x, *_: (happened.append(name), torch.cat([x, x]) if name == "all_gather" else x.clone())[1]
+
+    for name in COLLECTIVES:
+        monkeypatch.setattr(in_graph, f"{name}_in_graph", issued(name))
+    monkeypatch.setattr(in_graph, "start_shift_in_graph", issued("shift"))
+    link = AxisLink(two_ranks(), wait_queued=lambda: happened.append("wait"))
+    x = torch.ones(4, 3, requires_grad=True)
+    sum_over_ranks(all_gather(all_to_all(x, link), link), link).sum().backward()
+    RingShift.start(x.detach(), link)
+    in_order = ["all_to_all", "all_gather", "all_reduce", "all_to_all", "all_to_all", "shift"]
+    assert happened == [event for name in in_order for event in ("wait", name)]
+
+
+@pytest.mark.parametrize(("backend", "waits"), [("cpu:gloo", False), ("cpu:gloo,cuda:nccl", True)])
+def test_only_collectives_of_a_device_wait(monkeypatch, backend, waits):
+    monkeypatch.setattr(collectives.dist, "get_backend_config", lambda _group: backend)
+    alone, issued = single_mesh(), []
+    assert AxisLink.along_sequence(alone).wait_queued is None
+    device_type = "cuda" if waits else "cpu"
+    mesh = replace(alone, sequence=two_ranks(), device_type=device_type, queued=[lambda: issued.append("gather")])
+    link = AxisLink.along_sequence(mesh)
+    assert (link.size, link.counts) == (2, mesh.counts)
+    link.note("all_reduce", torch.ones(3))
+    assert issued == (["gather"] if waits else [])
