@@ -204,8 +204,7 @@ class Assembly:
     def abandon(self) -> None:
         """Drop a step that was interrupted, here or on another rank, without waiting for any rank."""
         self.is_abandoned = True
-        for technique in self.settings.techniques:
-            technique.rest(is_visible=False)
+        self.settings.techniques.rest(is_visible=False)
         for engine in self.engines.values():
             engine.abandon()
         if self.sharded is not None:
@@ -219,12 +218,10 @@ class Assembly:
         self.interrupts.close()
         for gates in self.gates:
             gates.close()
-        for technique in self.settings.techniques:
-            technique.rest(is_visible=False)
+        self.settings.techniques.rest(is_visible=False)
         for engine in self.engines.values():
             engine.close()
-        for technique in reversed(self.settings.techniques):
-            technique.close()
+        self.settings.techniques.close()
         if self.settings.precision.gradients.accumulation is not None:
             narrow_gradients(self.module.parameters())
 
@@ -251,11 +248,11 @@ class Assembly:
             kernel="its own code" if own else self.update.name,
             bytes=[
                 *byte_classes(self.module, self.engines.values(), settings, self.host.link_dtype),
-                *(row for technique in settings.techniques for row in technique.bytes()),
+                *(row for technique in settings.techniques.values() for row in technique.bytes()),
             ],
             reasons=[
                 *self.reasons,
-                *(reason for technique in settings.techniques for reason in technique.reasons()),
+                *(reason for technique in settings.techniques.values() for reason in technique.reasons()),
                 *self.host.reasons,
                 *where_states_are(self.engines.values(), settings, has_adapted=self._has_adapted),
                 *reasons_of_rules(self.engines.values()),
@@ -317,7 +314,7 @@ def assemble(module: nn.Module, optimizers: Sequence[Optimizer], settings: RunSe
             engine.transport.stream()
         elif not settings.visibility.is_automatic:
             engine.transport.watch_edits(settings.is_scaling)
-    for technique in settings.techniques:
+    for technique in settings.techniques.values():
         technique.connect(ranks)
     compiled = settings.is_compiled or is_compiled(module)
     gates = _gates(module, engines.values(), settings, is_model_compiled=compiled)

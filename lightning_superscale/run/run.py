@@ -40,8 +40,8 @@ from lightning_superscale.run.report.run_report import RunReport, facts_of_trace
 from lightning_superscale.run.settings import RunSettings, shards_weights
 from lightning_superscale.run.state.module_state import load_module_state, module_state
 from lightning_superscale.run.state.optimizer_states import load_optimizer_states, names_of
-from lightning_superscale.run.techniques.registry import flow_among, load_states, note_causes, states_of, techniques_of
-from lightning_superscale.run.techniques.technique import ModuleTechnique, TechniqueFacts
+from lightning_superscale.run.techniques.collection import Techniques
+from lightning_superscale.run.techniques.technique import TechniqueFacts
 from lightning_superscale.run.visibility import Visibility
 from lightning_superscale.run.weight_flow import flow_alone, least_free_bytes, place_resident
 from lightning_superscale.timeline import Lane
@@ -77,7 +77,7 @@ class Run:
         self._report: RunReport | None = None
         self._recorder: StepRecorder | None = None
         self._device = torch.device("cpu")
-        self._techniques: dict[str, ModuleTechnique] = {}
+        self._techniques = Techniques()
         self._technique_states: dict[str, dict[str, Any]] = {}
         self._visibility = Visibility()
         self._scaler: LossScaler | None = None
@@ -113,16 +113,15 @@ class Run:
             shards_weights=trains and shards_weights(self.zero, self.environment.mesh),
             free_bytes=least_free_bytes(self.environment.mesh, module, device),
         )
-        self._techniques, self._technique_states = techniques_of(facts), {}
-        for technique in self._techniques.values():
-            technique.prepare(module)
+        self._techniques, self._technique_states = Techniques.of(facts), {}
+        self._techniques.prepare(module)
         if not facts.shards_weights:  # otherwise the whole model is never on one device
             materialise_all(module, device)
             self.to_device(module)
 
     def to_device(self, module: nn.Module) -> None:
         """Move a module to the device, but for what techniques keep in host memory."""
-        place_resident(module, [p for one in self._techniques.values() for p in one.off_device()], self._device)
+        place_resident(module, self._techniques.off_device(), self._device)
 
     def start_training(
         self,
@@ -160,7 +159,7 @@ class Run:
             visibility=visibility,
             order=self.environment.order,
             sequence=self.sequence,
-            techniques=tuple(self._techniques.values()),
+            techniques=self._techniques,
             is_compiled=self._is_compiled,
             is_scaling=None if scaler is None else lambda: self._is_in_backward,
             timeline=self._recorder.timeline,
@@ -179,7 +178,7 @@ class Run:
     @property
     def flow(self) -> WeightFlow | None:
         """The schedule that brings weights from the host when they are used; None when they stay on the device."""
-        return flow_among(self._techniques.values())
+        return self._techniques.flow
 
     # A training step
 
@@ -198,8 +197,7 @@ class Run:
                 self._recorder.before_forward(num_steps, lambda: [engine.rule.cycle for engine in self._engines()])
             if self.assembly is not None and num_steps:
                 self.assembly.adapt_after_first_step()
-            for technique in self._techniques.values():
-                stack.enter_context(technique.around_forward(trains=True))
+            stack.enter_context(self._techniques.around_forward(trains=True))
             if self.assembly is not None:
                 self.assembly.enter_step()
             start = perf_counter()
@@ -216,9 +214,11 @@ class Run:
 
     def batch(self, batch: Any, *, trains: bool) -> Any:
         """The part of the data loader's batch, on the device, that this rank's step gets."""
-        for technique in self._techniques.values():
-            batch = technique.batch(batch, trains=trains)
-        return batch
+        return self._techniques.batch(batch, trains=trains)
+
+    def output(self, output: Any, *, trains: bool) -> Any:
+        """What the caller of the module's step gets for its output, asked for within `forward` or `evaluating`."""
+        return self._techniques.output(output, trains=trains)
 
     @contextmanager
     def backward(self, inputs: Tensor | Sequence[Tensor] | None = None) -> Iterator[None]:
@@ -336,17 +336,14 @@ class Run:
         """Get weights and techniques ready for an evaluation, perhaps between two training steps."""
         if self.assembly is not None:
             self.assembly.before_evaluation()
-            for technique in self._techniques.values():
-                technique.before_evaluation()
+            self._techniques.before_evaluation()
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """A context around a step of the module that trains nothing."""
         self._origin.check("an evaluation")
         self._wait_for_weights()
-        with ExitStack() as stack:
-            for technique in self._techniques.values():
-                stack.enter_context(technique.around_forward(trains=False))
+        with self._techniques.around_forward(trains=False):
             try:
                 yield
             finally:
@@ -377,8 +374,7 @@ class Run:
             self.assembly.wait_all_published()
 
     def _rest(self, *, is_visible: bool) -> None:
-        for technique in self._techniques.values():
-            technique.rest(is_visible=is_visible)
+        self._techniques.rest(is_visible=is_visible)
 
     # State
 
@@ -420,11 +416,11 @@ class Run:
 
     def technique_states(self) -> dict[str, dict[str, Any]]:
         """States of the techniques that have any, by name; after training as they were at its end."""
-        return states_of(self._techniques) or self._technique_states
+        return self._techniques.states() or self._technique_states
 
     def load_technique_states(self, states: Mapping[str, Mapping[str, Any]]) -> None:
-        """Load what `technique_states` gave; see `load_states` in techniques/registry.py."""
-        load_states(self._techniques, states)
+        """Load what `technique_states` gave; see `load_states` in techniques/collection.py."""
+        self._techniques.load_states(states)
 
     def _engine_of(self, optimizer: Optimizer) -> OptimizerEngine | None:
         return None if self.assembly is None else self.assembly.engines.get(optimizer)
@@ -468,7 +464,7 @@ class Run:
         """Tell the other ranks of this rank's exception, and wait for none. The rank that failed calls it alone."""
         if not self._origin.is_here:
             return
-        note_causes(self._techniques, exception)
+        self._techniques.note_causes(exception)
         self.environment.report(exception)
         if self.assembly is not None:
             self.assembly.abandon()
@@ -484,14 +480,13 @@ class Run:
             self._recorder.end(self.phases.num_steps, self._facts)
             self._recorder = None
         assembly, self.assembly = self.assembly, None
-        techniques, self._techniques = self._techniques, {}
-        self._technique_states = states_of(techniques) or self._technique_states
+        techniques, self._techniques = self._techniques, Techniques()
+        self._technique_states = techniques.states() or self._technique_states
         if assembly is not None:
             assembly.close()
             self._finished = assembly if assembly.mesh.num_shares > 1 else None
         else:
-            for technique in reversed(techniques.values()):
-                technique.close()
+            techniques.close()
 
     def _engines(self) -> Sequence[OptimizerEngine]:
         return () if self.assembly is None else tuple(self.assembly.engines.values())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -13,8 +13,7 @@ from lightning_superscale.offload.engine import OffloadEngine, engine_of
 from lightning_superscale.offload.weight_flow.schedule import WeightFlow
 from lightning_superscale.optim.transport import IsScaling
 from lightning_superscale.run.precision import PrecisionChoices
-from lightning_superscale.run.techniques.registry import flow_among
-from lightning_superscale.run.techniques.technique import ModuleTechnique
+from lightning_superscale.run.techniques.collection import Techniques
 from lightning_superscale.run.visibility import Visibility
 from lightning_superscale.timeline import UNTIMED, Timeline
 from lightning_superscale.zero.fsdp2.gather_order import GatherOrder
@@ -36,7 +35,7 @@ class RunSettings:
         timeline: where a step is recorded, when one is.
         order: compares gathers between ranks; needed by stage 3 over several ranks.
         is_scaling: returns whether the backward of a scaled loss runs now; None where no loss is ever scaled.
-        techniques: the techniques that act on the module around its forwards, in the registry's order.
+        techniques: the techniques that act on the module around its forwards.
         is_compiled: whether the framework says that the module is a product of `torch.compile`.
     """
 
@@ -49,7 +48,7 @@ class RunSettings:
     visibility: Visibility
     order: GatherOrder | None
     sequence: SequenceConfig | None = None
-    techniques: tuple[ModuleTechnique, ...] = ()
+    techniques: Techniques = field(default_factory=Techniques)
     is_compiled: bool = False
     is_scaling: IsScaling | None = None
     timeline: Timeline = UNTIMED
@@ -62,7 +61,7 @@ class RunSettings:
     @property
     def flow(self) -> WeightFlow | None:
         """The schedule that brings weights to the device when they are used; None when they stay there."""
-        return flow_among(self.techniques)
+        return self.techniques.flow
 
     @property
     def engine(self) -> OffloadEngine | None:

@@ -12,12 +12,13 @@ BY_TEST: dict[str, list[str]] = {
         "sequence/tokens/call.py",
         "sequence/tokens/dispatch.py",
         "sequence/tokens/layout.py",
-        *(
+        *[
             f"sequence/tokens/rules/{name}.py"
-            for name in (
-                "along_dims attention elementwise indexing losses metadata products reductions refused registry views"
-            ).split()
-        ),
+            for name in [
+                *["along_dims", "attention", "elementwise", "indexing", "losses", "metadata", "products"],
+                *["reductions", "refused", "registry", "views"],
+            ]
+        ],
     ],
     # A checkpoint is saved, loaded, damaged and killed as a whole.
     "checkpoint/test_save_load.py": [
@@ -162,7 +163,9 @@ BY_TEST: dict[str, list[str]] = {
         "run/settings.py",
     ],
     "plugins/trainer/test_traps.py": ["plugins/trainer/visibility.py", "run/visibility.py"],
-    "extending/test_module_technique.py": ["run/techniques/registry.py", "run/techniques/technique.py"],
+    "extending/test_module_technique.py": [
+        *(f"run/techniques/{name}.py" for name in ("collection", "registry", "technique")),
+    ],
     "run/test_weight_flow.py": ["run/techniques/weight_flow.py"],
     "cli/test_trace.py": ["run/report/phases.py", "run/report/recorder.py"],
 }

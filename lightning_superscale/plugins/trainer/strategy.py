@@ -196,6 +196,9 @@ class SuperScaleStrategyMixin(SampleRanksMixin):
             device_mesh = self.run.environment.mesh.device_mesh
             if self.lightning_module is not None and device_mesh is not None:
                 set_device_mesh(self.lightning_module, device_mesh)
+            mesh = self.run.environment.mesh
+            if mesh.sequence.size > 1 and mesh.batch.size == 1:
+                keep_sampler(self.lightning_module)  # all ranks have the same batches
             return
         self.accelerator.setup_device(self.root_device)
         self.set_world_ranks()
@@ -286,7 +289,7 @@ class SuperScaleStrategyMixin(SampleRanksMixin):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         with self.run.forward():
-            result = super().training_step(*args, **kwargs)
+            result = self.run.output(super().training_step(*args, **kwargs), trains=True)
         self._heed_sigterm(alone_after_s=_ALONE_AFTER_S)
         return result
 
@@ -329,19 +332,19 @@ class SuperScaleStrategyMixin(SampleRanksMixin):
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         with self.run.evaluating():
-            result = super().validation_step(*args, **kwargs)
+            result = self.run.output(super().validation_step(*args, **kwargs), trains=False)
         self._heed_sigterm(alone_after_s=0.0)
         return result
 
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
         with self.run.evaluating():
-            result = super().test_step(*args, **kwargs)
+            result = self.run.output(super().test_step(*args, **kwargs), trains=False)
         self._heed_sigterm(alone_after_s=0.0)
         return result
 
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
         with self.run.evaluating():
-            result = super().predict_step(*args, **kwargs)
+            result = self.run.output(super().predict_step(*args, **kwargs), trains=False)
         self._heed_sigterm(alone_after_s=0.0)
         return result
 

@@ -70,6 +70,14 @@ class ModuleTechnique:
         """
         return batch
 
+    def output(self, output: Any, *, trains: bool) -> Any:
+        """What user code and the framework get for the output of the module's step.
+
+        Args:
+            trains: whether it is a training step's, with the loss; it is asked for within `around_forward`.
+        """
+        return output
+
     def around_forward(self, *, trains: bool) -> AbstractContextManager[None]:
         """A context around every step of the module.
 

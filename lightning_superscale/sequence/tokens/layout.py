@@ -16,7 +16,7 @@ element: a rank's last token would need the next rank's first.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, Union
 
 import torch
@@ -28,6 +28,35 @@ from lightning_superscale.sequence.attention.shared import Mode
 from lightning_superscale.sequence.spans import Order, TokenSpans
 
 
+@dataclass(frozen=True)
+class AttentionSeen:
+    """One kind of attention that ranks shared.
+
+    Attributes:
+        mode: how they attended.
+        num_heads, num_kv_heads: of queries, and of keys and values.
+        shape: [batch, tokens of the frame, head dim].
+    """
+
+    mode: Mode
+    num_heads: int
+    num_kv_heads: int
+    shape: tuple[int, int, int]
+
+
+@dataclass
+class Seen:
+    """What a run's program shared so far, for reports and checks.
+
+    Attributes:
+        num_entries: tensors of which this rank took its part at a first layer.
+        attention: bytes that this rank sent in one forward of each kind of attention.
+    """
+
+    num_entries: int = 0
+    attention: dict[AttentionSeen, int] = field(default_factory=dict)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sharing:
     """How a run shares sequences among ranks.
@@ -36,11 +65,13 @@ class Sharing:
         link: the ranks.
         mode: how they attend; "auto" is Ulysses where attention has a query head for each rank, else all-gather.
         num_chunks: chunks of heads, with Ulysses.
+        seen: what was shared so far.
     """
 
     link: AxisLink
     mode: Union[Mode, Literal["auto"]] = "auto"
     num_chunks: int = 1
+    seen: Seen = field(default_factory=Seen, compare=False)
 
     @property
     def order(self) -> Order:

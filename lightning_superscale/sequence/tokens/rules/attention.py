@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from lightning_superscale.sequence.attention.shared import Mode, SharedAttention
 from lightning_superscale.sequence.tokens.call import Call
-from lightning_superscale.sequence.tokens.layout import Sharded, Sharing
+from lightning_superscale.sequence.tokens.layout import AttentionSeen, Sharded, Sharing
 from lightning_superscale.sequence.tokens.rules.registry import rule
 from lightning_superscale.sequence.tokens.tensor import entering, is_sharded, plain, with_layout
 
@@ -47,13 +47,18 @@ def attention(call: Call) -> Any:
         call.refuse("attends with more than four dims", "Put the first ones on one dim.")
     q, k, v = (x[(None,) * num_missing] for x in (q, k, v))
     dense = _whole_mask(call, mask, layout, is_causal=is_causal)
+    mode = mode_of(layout.sharing, q.shape[1])
+    sent = layout.sharing.link.counts.nbytes
+    before = sum(sent.values())
     attend = SharedAttention(
         link=layout.sharing.link,
-        mode=mode_of(layout.sharing, q.shape[1]),
+        mode=mode,
         order=layout.frame.order,
         num_chunks=layout.sharing.num_chunks,
     )
     output = attend(q, k, v, dense, dropout_p, is_causal, scale, enable_gqa)
+    met = AttentionSeen(mode, q.shape[1], k.shape[1], (q.shape[0], layout.frame.num_tokens, q.shape[3]))
+    layout.sharing.seen.attention[met] = sum(sent.values()) - before
     return with_layout(output[(0,) * num_missing], layout)
 
 

@@ -26,6 +26,7 @@ def entered(x: Tensor) -> Any:
     layout = layout_of(x)
     if not isinstance(layout, Replicated):
         return x
+    layout.sharing.seen.num_entries += 1
     frame = layout.sharing.frame(layout.tokens.length)
     sharded = Sharded(layout.tokens, layout.sharing, frame)
     return with_layout(sharded.take(plain(x)), sharded)

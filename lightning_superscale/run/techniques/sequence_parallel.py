@@ -1,0 +1,170 @@
+"""Sequences that are shared among ranks: every rank gets the whole batch, and computes its part of the tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_superscale.comm.collectives import gather_objects
+from lightning_superscale.comm.in_graph import AxisLink
+from lightning_superscale.config import SequenceConfig
+from lightning_superscale.errors import SequenceParallelError
+from lightning_superscale.run.techniques.technique import ModuleTechnique, TechniqueFacts
+from lightning_superscale.sequence.batches import find_tokens, fingerprints, shared
+from lightning_superscale.sequence.tokens.layout import AttentionSeen, Sharded, Sharing
+from lightning_superscale.sequence.tokens.tensor import layout_of, plain
+from lightning_superscale.torch_private import tree_map
+
+# After the first batches, one in so many is compared.
+_EVERY = 100
+
+_WHY = {"ulysses": "it has a query head for each rank", "allgather": "it has fewer query heads than there are ranks"}
+
+
+class SequenceParallel(ModuleTechnique):
+    """One run's sequences, shared along the mesh's sequence axis."""
+
+    def __init__(self, facts: TechniqueFacts, config: SequenceConfig) -> None:
+        self._facts = facts
+        self._config = config
+        self._num_batches = {True: 0, False: 0}
+        self._num_equalized = 0
+        self._sharing = Sharing(
+            link=AxisLink.along_sequence(facts.mesh), mode=config.mode, num_chunks=config.head_chunks
+        )
+
+    def prepare(self, module: nn.Module) -> None:
+        self._agree_on_random_numbers()
+
+    def batch(self, batch: Any, *, trains: bool) -> Any:
+        """The same batch on every rank, whose tensors know their tokens.
+
+        Raises:
+            SequenceParallelError: on every rank: ranks of a group got other batches, or no tensor has tokens.
+        """
+        num, self._num_batches[trains] = self._num_batches[trains], self._num_batches[trains] + 1
+        if self._config.check_batches and (num < self._config.check_batches or num % _EVERY == 0):
+            self._compare(batch, num, trains=trains)
+        return shared(batch, find_tokens(batch, self._config.dims), self._sharing)
+
+    def _compare(self, batch: Any, num: int, *, trains: bool) -> None:
+        everybody = gather_objects(self._facts.mesh, (self._facts.mesh.batch.rank, fingerprints(batch)))
+        for group in sorted({said[0] for said in everybody}):
+            ranks = [(rank, found) for rank, (other, found) in enumerate(everybody) if other == group]
+            for rank, found in ranks[1:]:
+                _check_equal(*ranks[0], rank, found, num, trains=trains)
+        if trains:
+            self._agree_on_random_numbers()
+
+    def _agree_on_random_numbers(self) -> None:
+        """Give the ranks of each group the random state of its first one, where they differ.
+
+        They draw whole tensors alike: what is dropped, and, where a user's sampler is kept, the order of samples.
+        """
+        mesh, device = self._facts.mesh, self._facts.device
+        own = random_state(device)
+        digests = gather_objects(mesh, (mesh.batch.rank, hashlib.blake2b(repr(own).encode()).hexdigest()))
+        if len({digest for group, digest in digests}) == len({group for group, _ in digests}):
+            return
+        self._num_equalized += 1
+        states = gather_objects(mesh, (mesh.batch.rank, own if mesh.sequence.rank == mesh.tensor.rank == 0 else None))
+        set_random_state(next(one for group, one in states if group == mesh.batch.rank and one is not None), device)
+
+    def around_forward(self, *, trains: bool) -> AbstractContextManager[None]:
+        return self._checked(trains=trains)
+
+    @contextmanager
+    def _checked(self, *, trains: bool) -> Iterator[None]:
+        before = self._sharing.seen.num_entries
+        yield
+        if trains and self._sharing.seen.num_entries == before:
+            raise SequenceParallelError(
+                f"sequence={self._config.size}: no layer of the training step met tokens of the batch, so nothing was "
+                "shared among ranks. Layers take them from an embedding, a linear layer or a norm of a tensor of the "
+                "batch; say which it is with SequenceConfig.dims, and do not copy it out of torch before."
+            )
+
+    def output(self, output: Any, *, trains: bool) -> Any:
+        """What the step returned: losses as plain tensors, and in evaluation whole tensors of all tokens."""
+        return tree_map(lambda x: _returned(x, gathers=not trains) if isinstance(x, Tensor) else x, output)
+
+    def reasons(self) -> list[str]:
+        return [*_how_ranks_attend(self._sharing), *self._how_random()]
+
+    def _how_random(self) -> list[str]:
+        if not self._num_equalized:
+            return []
+        return [
+            "random numbers: the ranks that share a batch drew other ones, and were given the first one's state "
+            f"{self._num_equalized} time{'s' if self._num_equalized > 1 else ''}; seed_everything() makes them equal"
+        ]
+
+
+def _how_ranks_attend(sharing: Sharing) -> list[str]:
+    """One sentence per kind of attention that ran, of the longest sequence that it had."""
+    longest: dict[tuple[str, int, int], tuple[AttentionSeen, int]] = {}
+    for met, nbytes in sharing.seen.attention.items():
+        kind = (met.mode, met.num_heads, met.num_kv_heads)
+        longest[kind] = max((met, nbytes), longest.get(kind, (met, nbytes)), key=lambda one: one[1])
+    lines = []
+    for met, nbytes in longest.values():
+        why = _WHY[met.mode] if sharing.mode == "auto" else "as asked for"
+        lines.append(
+            f"sequence={sharing.link.size}: {met.num_heads} heads, {met.num_kv_heads} of keys and values, attend by "
+            f"{met.mode} ({why}); a forward over {met.shape[1]} tokens sends {nbytes / 2**20:.3g} MiB from "
+            "each rank and layer"
+        )
+    return lines
+
+
+def _returned(x: Tensor, *, gathers: bool) -> Tensor:
+    layout = layout_of(x)
+    if isinstance(layout, Sharded):
+        return layout.gather(plain(x)) if gathers else x
+    return plain(x)
+
+
+def _check_equal(
+    first_rank: int, first: dict[str, str], rank: int, found: dict[str, str], num: int, *, trains: bool
+) -> None:
+    """Refuse batches of one group that differ. Every rank checks all, so that all refuse alike."""
+    for place in first | found:
+        if first.get(place) != found.get(place):
+            raise SequenceParallelError(
+                f"ranks {first_rank} and {rank} share the sequences of one batch, and got other ones: "
+                f"{'training' if trains else 'evaluation'} batch {num} has {place or 'one tensor'} "
+                f"{first.get(place, 'absent')} on rank {first_rank}, and {found.get(place, 'absent')} on rank {rank}. "
+                "Let the strategy's sampler choose samples (use_distributed_sampler=True), or one that depends on "
+                "trainer.strategy.distributed_sampler_kwargs alone, and seed what is random in data sets, workers and "
+                "collate functions with seed_everything(seed, workers=True)."
+            )
+
+
+def random_state(device: torch.device) -> tuple[object, bytes, bytes]:
+    """The states of Python's and torch's generators of random numbers, of the host and of the device."""
+    host, on_device = torch.get_rng_state().numpy().tobytes(), b""
+    if device.type != "cpu":
+        on_device = torch.get_device_module(device).get_rng_state(device).numpy().tobytes()
+    return random.getstate(), host, on_device
+
+
+def set_random_state(state: tuple[Any, bytes, bytes], device: torch.device) -> None:
+    """Set what `random_state` gave."""
+    of_python, host, on_device = state
+    random.setstate(of_python)
+    torch.set_rng_state(torch.frombuffer(bytearray(host), dtype=torch.uint8))
+    if on_device:
+        tensor = torch.frombuffer(bytearray(on_device), dtype=torch.uint8)
+        torch.get_device_module(device).set_rng_state(tensor, device)
+
+
+def sequence_parallel(facts: TechniqueFacts) -> ModuleTechnique | None:
+    """The sharing of one run's sequences; None where each rank has its own."""
+    config = facts.sequence
+    return SequenceParallel(facts, config) if config is not None and config.size > 1 else None

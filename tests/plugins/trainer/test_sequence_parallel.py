@@ -1,0 +1,71 @@
+"""Training with sequences shared among ranks is training on one process, with every stage and engine.
+
+Tolerance: losses near 20 in fp32 have roundings of 2^-24 * 20 = 1e-6, and differ by a few of them where sums over
+tokens are taken in another order. Adam divides a gradient by its own size, so the smallest ones, which are right to few
+digits, move weights by other steps of 1e-2; 1e-4 is a hundredth of one. A part that is missing or counted twice turns
+whole steps, of all eight.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from tests.helpers.ranks import run_ranks
+from tests.helpers.sequence import LanguageModel, Texts, fitted
+
+CASES = {
+    "ddp": {"zero": 0},
+    "zero1": {"zero": 1},
+    "zero2": {"zero": 2},
+    "zero3": {"zero": 3},
+    "cpu": {"zero": 2, "offload": "cpu"},
+    "superoffload": {"zero": 2, "offload": "superoffload"},
+    "zero3 superoffload": {"zero": 3, "offload": "superoffload"},
+    "ring": {"zero": 2, "sequence": {"size": 2, "mode": "ring"}},
+    "gather": {"zero": 2, "sequence": {"size": 2, "mode": "allgather"}},
+    "chunks": {"zero": 1, "sequence": {"size": 2, "head_chunks": 2}},
+}
+
+
+def trained(world_size, options):
+    module = LanguageModel()
+    run = fitted(world_size, options, Texts(), module=module, validation=Texts(4))
+    explained, metrics = run.strategy.explain(), {key: float(value) for key, value in run.callback_metrics.items()}
+    predicted = run.predict(module, DataLoader(Texts(4), 2))
+    with torch.no_grad():
+        weights = {name: param.detach().clone() for name, param in module.named_parameters()}
+    return module.losses, metrics, predicted, weights, explained
+
+
+def _all(rank, world_size):
+    found = {}
+    for name, options in CASES.items():
+        found[name] = trained(world_size, {"sequence": world_size, **options})
+    return found
+
+
+@pytest.fixture(scope="module")
+def shared():
+    return run_ranks(2, _all, limit_s=200.0)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return trained(1, {})
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_losses_metrics_predictions_and_weights_are_those_of_one_process(shared, alone, name):
+    for rank in range(2):
+        losses, metrics, predicted, weights, explained = shared[rank][name]
+        assert losses == pytest.approx(alone[0], abs=1e-5)
+        assert metrics == pytest.approx(alone[1], abs=1e-5)
+        for found, expected in zip(predicted, alone[2], strict=True):
+            assert type(found["logits"]) is torch.Tensor
+            torch.testing.assert_close(found["logits"], expected["logits"], rtol=0, atol=1e-4)
+            assert found["num"] == expected["num"]
+        for key, weight in alone[3].items():
+            torch.testing.assert_close(weights[key], weight, rtol=0, atol=1e-4)
+        assert "4 heads, 4 of keys and values, attend by" in explained
