@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import lightning_superscale as lss
-from lightning_superscale.run.checks import check_clip_value
+from lightning_superscale.run.checks import check_clip_value, facts_of_run
 from tests.helpers.trainers import Regressor, fit
 
 STRATEGIES = ["superscale", "superoffload", "zero3"]
@@ -52,3 +52,11 @@ def test_a_negative_or_nan_limit_of_the_users_own_call_is_refused(limit):
 @pytest.mark.parametrize("limit", [None, 0, 0.0, 1, 0.5, float("inf")])
 def test_limits_that_mean_something_pass(limit):
     check_clip_value("gradient_clip_val", limit)
+
+
+def test_ranks_compare_how_they_share_sequences():
+    def facts(sequence):
+        return facts_of_run(torch.nn.Linear(2, 2), [], lss.ZeroConfig(), None, "32-true", sequence)
+
+    differing = {key for key, value in facts(lss.SequenceConfig(mode="ring")).items() if facts(None)[key] != value}
+    assert differing == {"sequence"}
