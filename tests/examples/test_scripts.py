@@ -20,6 +20,7 @@ from tests.helpers.extent import only_in_test_all
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "examples" / "language_model" / "demo.py"
 TOWERS = ROOT / "examples" / "two_towers" / "train.py"
+LONG = ROOT / "examples" / "long_documents" / "train.py"
 FINETUNE = ROOT / "examples" / "finetune_hf" / "finetune.py"
 TINY = {
     "trainer.accelerator": "cpu",
@@ -168,3 +169,24 @@ def test_two_towers_refuse_too_little_text(tmp_path):
     result = python(TOWERS, "--data=words.txt", cwd=tmp_path)
     assert result.returncode == 2
     assert result.stderr.startswith("error: found 3 words to train on and 1 held out")
+
+
+def test_long_documents_have_the_losses_of_one_process_and_half_of_its_activations(tmp_path):
+    result = python(LONG, "--steps=3", "--tokens=256", "--layers=1", cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    found = dict(line.rsplit(": ", 1) for line in result.stdout.splitlines() if ": " in line)
+    # fp32 losses near 6 in nats have roundings of 2^-24 * 6 = 4e-7.
+    assert float(found["largest difference between the losses of 3 steps"]) < 1e-5
+    alone, shared = (
+        float(found[f"activations kept for backward by {name}"].split()[0]) for name in ("one process", "each of 2")
+    )
+    assert 0 < shared <= 1.1 / 2 * alone
+    assert (tmp_path / "runs/long_documents/loss.png").read_bytes().startswith(b"\x89PNG")
+    assert "attend by ulysses" in result.stdout
+
+
+def test_long_documents_refuse_too_long_ones_in_one_line(tmp_path):
+    (tmp_path / "text.txt").write_text("short")
+    result = python(LONG, "--data=text.txt", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "expected at least 2049 bytes" in result.stderr

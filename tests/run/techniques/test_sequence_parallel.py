@@ -68,7 +68,10 @@ def _unshared(rank, world_size, module, dims):
 
 @pytest.mark.parametrize(
     ("module", "dims", "told"),
-    [(Deaf, None, "no layer of the training step met tokens of the batch"), (LanguageModel, {"ids": 1}, "SequenceConfig.dims says")],
+    [
+        (Deaf, None, "no layer of the training step met tokens of the batch"),
+        (LanguageModel, {"ids": 1}, "SequenceConfig.dims says"),
+    ],
 )
 def test_a_step_that_shares_nothing_is_refused(module, dims, told):
     with pytest.raises(RankFailed) as error:
