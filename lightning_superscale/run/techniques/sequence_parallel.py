@@ -17,6 +17,7 @@ from lightning_superscale.config import SequenceConfig
 from lightning_superscale.errors import SequenceParallelError
 from lightning_superscale.run.techniques.technique import ModuleTechnique, TechniqueFacts
 from lightning_superscale.sequence.batches import find_tokens, fingerprints, shared
+from lightning_superscale.sequence.hugging_face import HuggingFaceAttention
 from lightning_superscale.sequence.tokens.layout import AttentionSeen, Sharded, Sharing
 from lightning_superscale.sequence.tokens.tensor import layout_of, plain
 from lightning_superscale.torch_private import tree_map
@@ -35,12 +36,14 @@ class SequenceParallel(ModuleTechnique):
         self._config = config
         self._num_batches = {True: 0, False: 0}
         self._num_equalized = 0
+        self._hugging_face = HuggingFaceAttention()
         self._sharing = Sharing(
             link=AxisLink.along_sequence(facts.mesh), mode=config.mode, num_chunks=config.head_chunks
         )
 
     def prepare(self, module: nn.Module) -> None:
         self._agree_on_random_numbers()
+        self._hugging_face.install(module)
 
     def batch(self, batch: Any, *, trains: bool) -> Any:
         """The same batch on every rank, whose tensors know their tokens.
@@ -93,6 +96,9 @@ class SequenceParallel(ModuleTechnique):
     def output(self, output: Any, *, trains: bool) -> Any:
         """What the step returned: losses as plain tensors, and in evaluation whole tensors of all tokens."""
         return tree_map(lambda x: _returned(x, gathers=not trains) if isinstance(x, Tensor) else x, output)
+
+    def close(self) -> None:
+        self._hugging_face.remove()
 
     def reasons(self) -> list[str]:
         return [*_how_ranks_attend(self._sharing), *self._how_random()]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_superscale.comm.in_graph import AxisLink, all_gather
+from lightning_superscale.sequence.attention.masked import attend_masked
 from lightning_superscale.sequence.attention.sdpa import Attend
 from lightning_superscale.sequence.attention.visibility import Visibility
 
@@ -28,13 +29,7 @@ def all_gather_attention(q: Tensor, k: Tensor, v: Tensor, sees: Visibility, atte
     """
     num_tokens, dim = q.shape[2], k.shape[3]
     both = _every_token(torch.cat([k, v], dim=3), link)
-    first = link.rank * num_tokens
-    queries = slice(first, first + num_tokens)
-    begin = 0 if sees.window is None else max(0, first + 1 - sees.window)
-    keys = slice(begin, queries.stop if sees.is_causal else both.shape[2])
-    both = both[:, :, keys]
-    mask = sees.mask(queries, keys, q.device)
-    return attend(q, both[..., :dim], both[..., dim:], mask, is_causal=False)
+    return attend_masked(q, both[..., :dim], both[..., dim:], sees, attend, link.rank * num_tokens)
 
 
 def _every_token(x: Tensor, link: AxisLink) -> Tensor:

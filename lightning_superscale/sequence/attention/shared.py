@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_superscale.comm.in_graph import AxisLink
 from lightning_superscale.errors import SequenceParallelError
 from lightning_superscale.sequence.attention.all_gather import all_gather_attention
+from lightning_superscale.sequence.attention.masked import attend_masked
 from lightning_superscale.sequence.attention.ring import ring_attention
 from lightning_superscale.sequence.attention.sdpa import Sdpa
 from lightning_superscale.sequence.attention.ulysses import ulysses_attention
@@ -71,9 +72,7 @@ class SharedAttention:
         dense = self._whole_mask(attn_mask, num_tokens)
         sees = Visibility(is_causal=is_causal, window=window, documents=self.documents, dense=dense)
         if self.link.size == 1:
-            every = slice(0, num_tokens)
-            mask = None if sees.is_plain else sees.mask(every, every, query.device)
-            return attend(query, key, value, mask, is_causal=is_causal and sees.is_plain)
+            return attend_masked(query, key, value, sees, attend)
         if self.mode == "ulysses":
             return ulysses_attention(query, key, value, sees, attend, self.link, num_chunks=self.num_chunks)
         if self.mode == "allgather":

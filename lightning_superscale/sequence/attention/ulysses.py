@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_superscale.comm.in_graph import AxisLink, all_to_all
 from lightning_superscale.sequence.attention.heads import Exchange, plan_heads
+from lightning_superscale.sequence.attention.masked import attend_masked
 from lightning_superscale.sequence.attention.sdpa import Attend
 from lightning_superscale.sequence.attention.visibility import Visibility
 
@@ -66,12 +67,8 @@ def _attend_some(
     if not exchange.is_grouped:
         reads = _index(exchange.readers[link.rank], q)
         keys, values = keys.index_select(1, reads), values.index_select(1, reads)
-    if sees.is_plain:
-        output = attend(queries, keys, values, None, is_causal=sees.is_causal)
-    else:
-        whole = slice(0, queries.shape[2])
-        mine = sees.of_heads(_index([min(head, num_queries - 1) for head in own], q))
-        output = attend(queries, keys, values, mine.mask(whole, whole, q.device), is_causal=False)
+    mine = sees.of_heads(_index([min(head, num_queries - 1) for head in own], q))
+    output = attend_masked(queries, keys, values, mine, attend)
     return _to_tokens(output, link)
 
 

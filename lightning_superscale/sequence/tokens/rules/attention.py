@@ -24,12 +24,34 @@ def mode_of(sharing: Sharing, num_heads: int) -> Mode:
 
 @rule("scaled_dot_product_attention")
 def attention(call: Call) -> Any:
-    query, key, value, mask, dropout_p, is_causal, scale, enable_gqa = call.bind(
+    query, key, value, *rest = call.bind(
         "query key value attn_mask dropout_p is_causal scale enable_gqa",
         dropout_p=0.0,
         is_causal=False,
         enable_gqa=False,
     )
+    return attend(Call(call.func, call.name, (query, key, value), {}), *rest)
+
+
+def attend(
+    call: Call,
+    mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    *,
+    window: int | None = None,
+    documents: Tensor | None = None,
+) -> Any:
+    """Attention over the tokens of all ranks, with what `scaled_dot_product_attention` takes.
+
+    Args:
+        call: of query, key and value.
+        window: only the last `window` keys up to the query's own.
+        documents: [batch or 1, tokens], whole on every rank: keys of other documents are not seen.
+    """
+    query, key, value = call.args
     if not (is_sharded(query) and is_sharded(key) and is_sharded(value)):
         call.refuse(
             "attends between tokens that are shared and tokens that are not, as cross-attention and caches do",
@@ -50,16 +72,23 @@ def attention(call: Call) -> Any:
     mode = mode_of(layout.sharing, q.shape[1])
     sent = layout.sharing.link.counts.nbytes
     before = sum(sent.values())
-    attend = SharedAttention(
+    shared = SharedAttention(
         link=layout.sharing.link,
         mode=mode,
         order=layout.frame.order,
         num_chunks=layout.sharing.num_chunks,
+        documents=None if documents is None else _whole_documents(documents, layout),
     )
-    output = attend(q, k, v, dense, dropout_p, is_causal, scale, enable_gqa)
+    output = shared(q, k, v, dense, dropout_p, is_causal, scale, enable_gqa, window=window)
     met = AttentionSeen(mode, q.shape[1], k.shape[1], (q.shape[0], layout.frame.num_tokens, q.shape[3]))
     layout.sharing.seen.attention[met] = sum(sent.values()) - before
     return with_layout(output[(0,) * num_missing], layout)
+
+
+def _whole_documents(documents: Tensor, layout: Sharded) -> Tensor:
+    """The documents over the frame; places outside of the window are one of their own."""
+    after = layout.frame.num_tokens - layout.start - layout.tokens.length
+    return functional.pad(plain(entering(documents)), [layout.start, after], value=-1)
 
 
 def _whole_mask(call: Call, mask: Tensor | None, layout: Sharded, *, is_causal: bool) -> Tensor | None:
