@@ -42,6 +42,11 @@ def most_selected(config: ZenFlowConfig) -> float:
     return SHARES[-1] if config.topk == "auto" else config.topk
 
 
+def least_selected(config: ZenFlowConfig) -> float:
+    """The smallest share of columns that may be selected."""
+    return SHARES[0] if config.topk == "auto" else config.topk
+
+
 @dataclass(frozen=True, slots=True)
 class Chosen:
     """A number, and the sentence that says why."""

@@ -17,7 +17,7 @@ from lightning_superscale.offload.engine import Forecast, LeftBehind, OffloadCon
 from lightning_superscale.offload.link.dtype import dtype_on_link
 from lightning_superscale.offload.memory import ParamKind
 from lightning_superscale.offload.weight_flow.weights import StreamedUnit
-from lightning_superscale.offload.zenflow.auto import most_selected
+from lightning_superscale.offload.zenflow.auto import least_selected, most_selected
 from lightning_superscale.offload.zenflow.columns import layout_of, layouts_of
 from lightning_superscale.offload.zenflow.forecast import forecast_of
 from lightning_superscale.offload.zenflow.report import LowEnergyWarning
@@ -60,15 +60,18 @@ class ZenFlowEngine:
     def memory(self, kind: ParamKind) -> MemoryModel:
         """Bytes per element, by the share of the parameter's columns that the device steps: all of what has one dim,
         and none of what `exclude` names.
+
+        Where the share is "auto", each memory is counted for the choice that fills it most: the host's for the
+        smallest share, and the device's for the largest, as a selected column takes more of it than a sum does.
         """
         config, master, moments = _options(kind.config), kind.dtypes.master_of(kind.weights), kind.dtypes.moments
-        layout = layout_of(ParamSlice(kind.spec, (0, kind.spec.num_rows), 0), config, most_selected(config))
-        selected = layout.selected_numel / max(1, layout.numel)
-        deferred = 1 - selected
+        selected = _selected_of(kind, most_selected(config))
+        on_host = 1 - _selected_of(kind, least_selected(config))
+        sums = on_host if config.accumulate_on == "host" else 1 - selected
         on_link = dtype_on_link(kind.link_dtype, kind.weights)
         kept = [
-            bytes_of("deferred gradients", torch.float32, config.accumulate_on, copies=deferred),
-            bytes_of("transfer buffers", on_link, "host", copies=3 * deferred),
+            bytes_of("deferred gradients", torch.float32, config.accumulate_on, copies=sums),
+            bytes_of("transfer buffers", on_link, "host", copies=3 * on_host),
             bytes_of("selected masters", master, "device", copies=selected),
             bytes_of("selected states", moments, "device", copies=2 * selected),
         ]
@@ -122,6 +125,12 @@ class ZenFlowEngine:
     def forecast(self, parts: StepParts) -> Forecast:
         rule = cast(ZenFlowStep, parts.rule)
         return forecast_of(parts, rule.schedule, is_warm=rule.is_warm)
+
+
+def _selected_of(kind: ParamKind, share: float) -> float:
+    """The share of a whole parameter's elements that are in selected columns."""
+    layout = layout_of(ParamSlice(kind.spec, (0, kind.spec.num_rows), 0), _options(kind.config), share)
+    return layout.selected_numel / max(1, layout.numel)
 
 
 def _options(config: OffloadConfig) -> ZenFlowConfig:

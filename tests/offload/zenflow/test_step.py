@@ -11,6 +11,8 @@ from lightning_superscale.config import OffloadConfig, ZenFlowConfig
 from lightning_superscale.layout.rows import ParamSpec
 from lightning_superscale.offload.link.link import CpuLink
 from lightning_superscale.offload.memory import ParamKind
+from lightning_superscale.offload.zenflow.auto import SHARES
+from lightning_superscale.offload.zenflow.columns import layouts_of
 from lightning_superscale.offload.zenflow.engine import ZenFlowEngine
 from lightning_superscale.ops.state_dtypes import FP32_STATES
 from lightning_superscale.optim.bucketing import Grouping
@@ -186,6 +188,28 @@ def test_without_columns_a_window_that_counts_once_is_accumulation():
     engine.close()
 
 
+def kind_of(fqn, param, config):
+    return ParamKind(
+        spec=ParamSpec(fqn, tuple(param.shape)),
+        weights=torch.bfloat16,
+        has_moments=True,
+        flows=False,
+        num_shares=1,
+        dtypes=FP32_STATES,
+        link_dtype="weights",
+        config=OffloadConfig(engine="zenflow", zenflow=config),
+    )
+
+
+def counted_bytes(engine):
+    there = {"host": 0, "device": 0}
+    for state in engine.states:
+        for one in state.bytes():
+            numel = state.unit.shard.shard_numel if one.numel is None else one.numel
+            there[one.home] += one.copies * one.dtype.itemsize * numel
+    return there
+
+
 @pytest.mark.parametrize(("home", "on_host", "on_device"), [("host", 4, 0), ("device", 0, 4)])
 @pytest.mark.parametrize("exclude", [None, ["1.*"], ["*.weight"]])
 def test_bytes_are_those_that_are_stated(home, on_host, on_device, exclude):
@@ -195,16 +219,7 @@ def test_bytes_are_those_that_are_stated(home, on_host, on_device, exclude):
     _, engine = engine_of(model, config)
     total = {"host": 0, "device": 0}
     for fqn, param in model.named_parameters():
-        kind = ParamKind(
-            spec=ParamSpec(fqn, tuple(param.shape)),
-            weights=torch.bfloat16,
-            has_moments=True,
-            flows=False,
-            num_shares=1,
-            dtypes=FP32_STATES,
-            link_dtype="weights",
-            config=OffloadConfig(engine="zenflow", zenflow=config),
-        )
+        kind = kind_of(fqn, param, config)
         is_excluded = exclude is not None and (exclude == ["*.weight"] or fqn == "1.weight")
         selected = 1.0 if param.ndim == 1 else 0.0 if is_excluded else 0.25
         stated = ZenFlowEngine().memory(kind)
@@ -215,12 +230,29 @@ def test_bytes_are_those_that_are_stated(home, on_host, on_device, exclude):
         for memory, each in expected.items():
             assert stated.bytes(memory, param.numel()) == each * param.numel()
             total[memory] += stated.bytes(memory, param.numel())
-    there = {"host": 0, "device": 0}
-    for state in engine.states:
-        for one in state.bytes():
-            numel = state.unit.shard.shard_numel if one.numel is None else one.numel
-            there[one.home] += one.copies * one.dtype.itemsize * numel
-    assert there == total
+    assert counted_bytes(engine) == total
+    engine.close()
+
+
+@pytest.mark.parametrize("home", ["host", "device"])
+def test_bytes_of_an_auto_share_are_the_most_that_any_choice_holds(home):
+    """The host holds most with the smallest share, the device with the largest."""
+    model = nn.Sequential(nn.Linear(128, 64), nn.Linear(64, 128)).bfloat16()
+    config = ZenFlowConfig(topk="auto", accumulate_on=home)
+    _, engine = engine_of(model, config)
+    stated = {"host": 0, "device": 0}
+    for fqn, param in model.named_parameters():
+        model_of = ZenFlowEngine().memory(kind_of(fqn, param, config))
+        for memory in stated:
+            stated[memory] += model_of.bytes(memory, param.numel())
+    held = []
+    for share in reversed(SHARES):  # the largest is what warm-up has
+        for state in engine.states:
+            state.resize(layouts_of(state.unit, config, share))
+        held.append(counted_bytes(engine))
+    assert {memory: max(one[memory] for one in held) for memory in stated} == stated
+    assert held[-1]["host"] == stated["host"]
+    assert held[0]["device"] == stated["device"]
     engine.close()
 
 
