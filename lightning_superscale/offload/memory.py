@@ -11,6 +11,7 @@ from lightning_superscale.layout.memory import MemoryModel
 from lightning_superscale.layout.rows import ParamSpec
 from lightning_superscale.offload.link.dtype import LinkDtype, dtype_on_link
 from lightning_superscale.ops.state_dtypes import StateDtypes, bytes_of
+from lightning_superscale.optim.step_rule import StepRule
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +27,7 @@ class ParamKind:
         dtypes: of masters and moments.
         link_dtype: what crosses the link.
         config: the user's settings.
+        rule: the engine's, which may have chosen what settings leave to it; None before there is one.
     """
 
     spec: ParamSpec
@@ -36,6 +38,7 @@ class ParamKind:
     dtypes: StateDtypes
     link_dtype: LinkDtype
     config: OffloadConfig
+    rule: StepRule | None = None
 
 
 def host_memory(kind: ParamKind, *, num_transfer_buffers: int, has_copy: bool) -> MemoryModel:

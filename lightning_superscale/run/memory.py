@@ -14,6 +14,7 @@ from lightning_superscale.layout.rows import ParamSpec
 from lightning_superscale.offload.engine import engine_of
 from lightning_superscale.offload.link.dtype import LinkDtype
 from lightning_superscale.offload.memory import ParamKind
+from lightning_superscale.optim.step_rule import StepRule
 from lightning_superscale.run.settings import RunSettings
 from lightning_superscale.zero.memory import frozen_memory
 
@@ -27,6 +28,7 @@ def states_memory(
     link_dtype: LinkDtype,
     has_moments: bool = True,
     flows: bool = False,
+    rule: StepRule | None = None,
 ) -> MemoryModel:
     """Bytes that masters, moments and buffers of a parameter take.
 
@@ -37,6 +39,7 @@ def states_memory(
         link_dtype: dtype that crosses the link.
         has_moments: False for an optimizer that keeps states of its own.
         flows: whether the weights stream from host memory, so that the host keeps a copy of them.
+        rule: the rule that steps the states on the host; None before there is one.
     """
     dtypes, engine = settings.precision.states, settings.engine
     if engine is None or settings.offload is None or not is_on_host:
@@ -50,6 +53,7 @@ def states_memory(
         dtypes=dtypes,
         link_dtype=link_dtype,
         config=settings.offload,
+        rule=rule,
     )
     return (engine if has_moments else engine_of("cpu")).memory(kind)
 

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 import lightning_superscale as lss
 from lightning_superscale.comm.dtensor import local_of
+from lightning_superscale.offload.zenflow import auto
 from lightning_superscale.run.memory import host_bytes_needed
 from tests.helpers.ranks import run_ranks
 from tests.helpers.trainers import trainer
@@ -82,12 +83,12 @@ def expected_bytes(arithmetic: str) -> int:
     return int(each) * int(numel.replace(",", "")) // int(shares or 1)
 
 
-def measured(engine, precision, *, stage=0, optimizer="AdamW", devices=1, **offload) -> Measure:
+def measured(engine, precision, *, stage=0, optimizer="AdamW", devices=1, num_epochs=1, **offload) -> Measure:
     measure = Measure()
     how = None if engine is None else lss.OffloadConfig(engine=engine, bucket_mb=1, **offload)
     strategy = lss.SuperScaleStrategy(zero=stage, offload=how)
     plugin = lss.SuperScalePrecision(**PRECISIONS[precision])
-    run = trainer(strategy, callbacks=[measure], plugins=[plugin], devices=devices, max_epochs=1)
+    run = trainer(strategy, callbacks=[measure], plugins=[plugin], devices=devices, max_epochs=num_epochs)
     run.fit(Blocks(optimizer), DataLoader(torch.randn(8, WIDTH, generator=torch.Generator().manual_seed(1)), 4))
     return measure
 
@@ -137,6 +138,25 @@ def test_columns_of_both_homes_are_in_the_model(exclude, accumulate_on):
     sums = 4 if accumulate_on == "host" else 0
     assert found.needed == 12 * 3 * (matrices + biases) + (sums + 3 * 2) * deferred
     assert found.needed == sum(row.host_bytes for row in found.rows.values())
+
+
+@pytest.mark.parametrize(("num_epochs", "selected"), [(1, 32), (5, 13)], ids=["warm-up", "chosen"])
+def test_columns_of_an_auto_share_are_those_that_are_there(num_epochs, selected, monkeypatch):
+    """Of 128 columns warm-up has a quarter. What is checked before is the most that the host may have, with 6 of them.
+
+    Epochs have two steps, and warm-up has eight.
+    """
+    monkeypatch.setattr(auto, "choose_share", lambda energies: auto.Chosen(0.1, "topk=0.1"))
+    found = measured("zenflow", "bf16", num_epochs=num_epochs, zenflow={"topk": "auto"})
+    for name, row in found.rows.items():
+        each, numel = re.fullmatch(r"([\d.]+) B x ([\d,]+)", row.arithmetic).groups()
+        # `:g` prints six digits.
+        assert row.device_bytes + row.host_bytes == pytest.approx(
+            float(each) * int(numel.replace(",", "")), rel=1e-5
+        ), name
+    assert found.rows["selected masters"].device_bytes == 4 * 3 * (selected * WIDTH + WIDTH)
+    held = sum(row.host_bytes for row in found.rows.values())
+    assert found.needed - held == (4 + 3 * 2) * 3 * (selected - 6) * WIDTH
 
 
 def test_states_of_both_homes_are_in_the_model():

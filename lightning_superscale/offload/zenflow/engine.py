@@ -61,12 +61,15 @@ class ZenFlowEngine:
         """Bytes per element, by the share of the parameter's columns that the device steps: all of what has one dim,
         and none of what `exclude` names.
 
-        Where the share is "auto", each memory is counted for the choice that fills it most: the host's for the
-        smallest share, and the device's for the largest, as a selected column takes more of it than a sum does.
+        A share that is "auto" is the one that the rule has now. Before there is a rule, each memory is counted for the
+        choice that fills it most: the host's for the smallest share, and the device's for the largest, as a selected
+        column takes more of it than a sum does.
         """
         config, master, moments = _options(kind.config), kind.dtypes.master_of(kind.weights), kind.dtypes.moments
-        selected = _selected_of(kind, most_selected(config))
-        on_host = 1 - _selected_of(kind, least_selected(config))
+        least, most = least_selected(config), most_selected(config)
+        if kind.rule is not None:
+            least = most = cast(ZenFlowStep, kind.rule).topk
+        selected, on_host = _selected_of(kind, most), 1 - _selected_of(kind, least)
         sums = on_host if config.accumulate_on == "host" else 1 - selected
         on_link = dtype_on_link(kind.link_dtype, kind.weights)
         kept = [

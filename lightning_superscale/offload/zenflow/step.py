@@ -276,6 +276,11 @@ class ZenFlowStep(AdamWRule):
             state.clear_grads()
 
     @property
+    def topk(self) -> float:
+        """The share of columns that the device has; until "auto" is chosen, that of warm-up."""
+        return self._numbers.topk
+
+    @property
     def schedule(self) -> Schedule:
         """When windows end."""
         return self._schedule

@@ -15,6 +15,8 @@ from lightning_superscale.offload.link.dtype import LinkDtype
 from lightning_superscale.ops.state_dtypes import bytes_of, dtype_name
 from lightning_superscale.optim.engine import OptimizerEngine
 from lightning_superscale.optim.grad_dtypes import grad_dtype_of
+from lightning_superscale.optim.mixed_step import MixedStep
+from lightning_superscale.optim.step_rule import StepRule
 from lightning_superscale.optim.unit import ShardUnit
 from lightning_superscale.optim.unit_state import UnitState
 from lightning_superscale.run.memory import states_memory
@@ -88,17 +90,21 @@ def byte_classes(
     Gradients are counted as they are between micro-batches: unsharded where ranks reduce once per step, this rank's
     shard otherwise.
     """
-    pairs = [pair for engine in engines for pair in zip(engine.transport.units, engine.states, strict=True)]
+    kept = [
+        (unit, state, engine.rule)
+        for engine in engines
+        for unit, state in zip(engine.transport.units, engine.states, strict=True)
+    ]
     rows = _Rows(settings.mesh.shard.size)
     flow = settings.flow
     flowing = {} if flow is None else flow.block_of
-    for unit, state in pairs:
+    for unit, state, rule in kept:
         flows = unit.params[0] in flowing
         _count_unit(rows, unit, state, settings, flows=flows)
         for piece, param in zip(unit.shard.slices, unit.params, strict=True):
-            model = _model_of(unit, piece.spec, state, settings, link_dtype, flows=flows)
+            model = _model_of(unit, piece.spec, state, rule, settings, link_dtype, flows=flows)
             rows.expect(model, tensor_numel(param))
-    in_units = {param for unit, _ in pairs for param in unit.params}
+    in_units = {param for unit, _, _ in kept for param in unit.params}
     for param in (param for param in module.parameters() if param not in in_units):
         model, numel = frozen_memory(param.dtype, flows=param in flowing), tensor_numel(param)
         for one in model.classes:
@@ -123,7 +129,14 @@ def _count_unit(rows: _Rows, unit: ShardUnit, state: UnitState, settings: RunSet
 
 
 def _model_of(
-    unit: ShardUnit, spec: ParamSpec, state: UnitState, settings: RunSettings, link_dtype: LinkDtype, *, flows: bool
+    unit: ShardUnit,
+    spec: ParamSpec,
+    state: UnitState,
+    rule: StepRule,
+    settings: RunSettings,
+    link_dtype: LinkDtype,
+    *,
+    flows: bool,
 ) -> MemoryModel:
     return trained_memory(
         unit.dtype,
@@ -139,4 +152,5 @@ def _model_of(
         link_dtype=link_dtype,
         has_moments=state.exp_avg is not None,
         flows=flows,
+        rule=rule.host if isinstance(rule, MixedStep) else rule,
     )

@@ -210,6 +210,25 @@ def counted_bytes(engine):
     return there
 
 
+def held_bytes(engine):
+    """The same without the elements that no column has, which fill slices up to multiples of 64."""
+    there = counted_bytes(engine)
+    for state in engine.states:
+        layouts = [one.layout for one in state.slices]
+        numels = {
+            "master weights": sum(layout.numel for layout in layouts),
+            "optimizer states": sum(layout.numel for layout in layouts),
+            "deferred gradients": sum(layout.deferred_numel for layout in layouts),
+            "transfer buffers": sum(layout.deferred_numel for layout in layouts),
+            "selected masters": sum(layout.selected_numel for layout in layouts),
+            "selected states": sum(layout.selected_numel for layout in layouts),
+        }
+        for one in state.bytes():
+            numel = state.unit.shard.shard_numel if one.numel is None else one.numel
+            there[one.home] -= one.copies * one.dtype.itemsize * (numel - numels[one.name])
+    return there
+
+
 @pytest.mark.parametrize(("home", "on_host", "on_device"), [("host", 4, 0), ("device", 0, 4)])
 @pytest.mark.parametrize("exclude", [None, ["1.*"], ["*.weight"]])
 def test_bytes_are_those_that_are_stated(home, on_host, on_device, exclude):
@@ -235,9 +254,10 @@ def test_bytes_are_those_that_are_stated(home, on_host, on_device, exclude):
 
 
 @pytest.mark.parametrize("home", ["host", "device"])
-def test_bytes_of_an_auto_share_are_the_most_that_any_choice_holds(home):
-    """The host holds most with the smallest share, the device with the largest."""
-    model = nn.Sequential(nn.Linear(128, 64), nn.Linear(64, 128)).bfloat16()
+@pytest.mark.parametrize("sizes", [(128, 64), (100, 60)], ids=["aligned", "padded"])
+def test_bytes_of_an_auto_share_are_the_most_that_any_choice_holds(home, sizes):
+    """The host holds most with the smallest share, the device with the largest; padding is not stated."""
+    model = nn.Sequential(nn.Linear(*sizes), nn.Linear(*reversed(sizes))).bfloat16()
     config = ZenFlowConfig(topk="auto", accumulate_on=home)
     _, engine = engine_of(model, config)
     stated = {"host": 0, "device": 0}
@@ -249,7 +269,10 @@ def test_bytes_of_an_auto_share_are_the_most_that_any_choice_holds(home):
     for share in reversed(SHARES):  # the largest is what warm-up has
         for state in engine.states:
             state.resize(layouts_of(state.unit, config, share))
-        held.append(counted_bytes(engine))
+        held.append(held_bytes(engine))
+        padded = counted_bytes(engine)
+        assert all(padded[memory] >= held[-1][memory] for memory in stated)
+        assert (padded == held[-1]) == (sizes == (128, 64))
     assert {memory: max(one[memory] for one in held) for memory in stated} == stated
     assert held[-1]["host"] == stated["host"]
     assert held[0]["device"] == stated["device"]
