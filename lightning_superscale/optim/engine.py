@@ -293,12 +293,16 @@ class OptimizerEngine:
         self._follow_edits()
 
     def quiesce(self) -> None:
-        """Wait until nothing of the steps so far runs in the background."""
+        """Wait until nothing of the steps so far runs in the background; raises the error of what failed there."""
         self._rule.quiesce()
         self.transport.wait_all_published()
 
     def before_evaluation(self) -> None:
-        """Apply the gradients that the rule has kept back, if any. Every rank calls it, between steps."""
+        """Apply the gradients that the rule has kept back, if any. Every rank calls it, between steps.
+
+        It first raises the error of background work that failed, which weights would lack.
+        """
+        self.quiesce()
         if self._rule.evaluates_stale:
             self.catch_up()
 

@@ -201,6 +201,11 @@ class Assembly:
         for engine in self.engines.values():
             engine.transport.wait_all_published()
 
+    def quiesce(self) -> None:
+        """Wait until nothing of the steps so far runs in the background, and raise its errors. Every rank calls it."""
+        for engine in self.engines.values():
+            engine.quiesce()
+
     def abandon(self) -> None:
         """Drop a step that was interrupted, here or on another rank, without waiting for any rank."""
         self.is_abandoned = True

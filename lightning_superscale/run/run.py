@@ -3,7 +3,8 @@
 [Note: Order of a run] Some things must happen in one order on every rank, and some before user code looks. The order
 is kept here, so that no adapter has to know it:
 
-- new weights arrive (`_wait_for_weights`), then techniques rest, then weights are read or written;
+- new weights arrive, or the error of what makes them (`_wait_for_weights`), then techniques rest, then weights are
+  read or written;
 - techniques get ready for a forward, then gates wait for the weights that no later gate waits for;
 - where user code may read weights right after a step, the step ends only when new weights are there;
 - a failure is told to the other ranks before this one stops waiting for them.
@@ -304,7 +305,7 @@ class Run:
             with self.phases.stalls(assembly.settings.timeline):
                 result = self._step(assembly, engine, closure)
                 if assembly.settings.why_weights_awaited is not None:
-                    self._wait_for_weights()
+                    assembly.wait_all_published()
         self.phases.step += perf_counter() - start - (self.phases.inside - inside)
         self.phases.end_step()
         return result
@@ -371,7 +372,7 @@ class Run:
 
     def _wait_for_weights(self) -> None:
         if self.assembly is not None:
-            self.assembly.wait_all_published()
+            self.assembly.quiesce()
 
     def _rest(self, *, is_visible: bool) -> None:
         self._techniques.rest(is_visible=is_visible)

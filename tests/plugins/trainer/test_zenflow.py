@@ -9,7 +9,10 @@ import pytest
 import torch
 
 import lightning_superscale as lss
+from lightning_superscale.offload.superoffload.state import DeferredState
 from lightning_superscale.offload.zenflow import auto
+from lightning_superscale.offload.zenflow.state import SplitState
+from lightning_superscale.offload.zenflow.sums import GradientSums
 from tests.helpers.extent import IS_ALL
 from tests.helpers.ranks import run_ranks
 from tests.helpers.trainers import Regressor, assert_same_weights, fit, loader, trainer
@@ -208,3 +211,54 @@ def test_a_pattern_that_matches_no_parameter_is_refused_with_names_like_it():
         lss.SuperScaleError, match=r"'net.O.weight' matches none of \d+. Names like it: .*'net.0.weight'"
     ):
         fit(Regressor(), strategy(exclude=["net.3.*", "net.O.weight"]))
+
+
+class LooksAtWeights(L.Callback):
+    """Lets work on the host fail from the third step on, and sees weights after each, by full_params or validation.
+
+    Attributes:
+        seen_after: the number of steps before the last look.
+    """
+
+    def __init__(self, how: str) -> None:
+        self.how = how
+        self.is_failing = False
+        self.seen_after = 0
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.is_failing = trainer.global_step >= 2
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if self.how == "full_params":
+            with trainer.strategy.full_params():
+                self.seen_after = trainer.global_step
+
+    def on_validation_batch_start(self, trainer, *args):
+        self.seen_after = trainer.global_step
+
+
+@pytest.mark.parametrize("how", ["validation", "full_params"])
+@pytest.mark.parametrize(
+    ("engine", "work"),
+    [
+        ("zenflow", (SplitState, "update_host")),
+        ("zenflow", (GradientSums, "absorb")),
+        ("superoffload", (DeferredState, "settle")),
+    ],
+    ids=["a window's update", "a step's sum", "a step of superoffload"],
+)
+def test_an_error_of_the_host_is_raised_before_weights_that_lack_its_work_are_seen(how, engine, work, monkeypatch):
+    seen, plain = LooksAtWeights(how), getattr(*work)
+
+    def fail(*args, **kwargs):
+        if seen.is_failing:
+            raise MemoryError("no host memory")
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(*work, fail)
+    options = {"zenflow": {"update_interval": 3}} if engine == "zenflow" else {}
+    chosen = lss.SuperScaleStrategy(offload={"engine": engine, "gpu_fraction": 0, **options})
+    run = trainer(chosen, callbacks=[seen], val_check_interval=1, **FLAGS)
+    with pytest.raises(MemoryError, match="no host memory"):
+        run.fit(Regressor(), loader(), loader() if how == "validation" else None)
+    assert seen.seen_after == 2
