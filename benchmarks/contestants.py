@@ -247,8 +247,9 @@ def run_trainer(
                 watch_offload(turns, assembly)
             if assembly is not None and not assembly.mesh.is_single:
                 turns.facts["num_units"] = assembly.plan().num_units
-                turns.facts["calls"] = assembly.mesh.counts.calls  # fills as the steps go on
                 turns.on_warm = assembly.mesh.counts.clear
+                # Of steps alone: ranks meet once more when training ends.
+                turns.on_end = lambda: turns.facts.update(calls=dict(assembly.mesh.counts.calls))
                 if assembly.settings.zero.stage == 3 and not any(isinstance(p, DTensor) for p in self.parameters()):
                     raise RuntimeError("zero3 is not in this version: every rank holds whole weights")
 
