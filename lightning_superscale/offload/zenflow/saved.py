@@ -71,7 +71,9 @@ class SavedPhase:
         return layout.is_split and len(selected) == layout.num_selected and int(selected[-1]) < layout.num_columns
 
     def check_selection(self, fqn: str, layout: ColumnLayout) -> None:
-        """Refuse a selection of another size where gradients of some of its columns are kept.
+        """Refuse a selection of another size where gradients of columns that it did not have are kept.
+
+        Without an entry of a selection the host had all columns, and has gradients of all.
 
         Args:
             layout: the parameter's columns in this run.
@@ -81,12 +83,18 @@ class SavedPhase:
         """
         selected = self.entries.get(f"zenflow.selected.{fqn}")
         is_within = f"zenflow.open.{fqn}" in self.entries or self.is_late(fqn)
-        if is_within and isinstance(selected, Tensor) and not self._fits(selected, layout):
+        num_saved = len(selected) if isinstance(selected, Tensor) else 0
+        fits = self._fits(selected, layout) if isinstance(selected, Tensor) else not layout.num_selected
+        if is_within and not fits:
+            now = (
+                f"{layout.num_selected} of {layout.num_columns}"
+                if layout.num_columns > 1
+                else "none, as it is not split"
+            )
             raise SuperScaleError(
-                f"the checkpoint was saved within a window of ZenFlow in which {len(selected)} of {layout.num_columns} "
-                f"columns of {fqn!r} were stepped on the device; this run would have {layout.num_selected}. Resume "
-                "with the ZenFlowConfig.topk and exclude that it was saved with, or from a checkpoint of the end of a "
-                "run."
+                f"the checkpoint was saved within a window of ZenFlow in which {num_saved} columns of {fqn!r} were "
+                f"stepped on the device; this run would have {now}. Resume with the ZenFlowConfig.topk and exclude "
+                "that it was saved with, or from a checkpoint of the end of a run."
             )
 
     def fill(self, phase: Phase, place: Place, fqn: str, like: AdamWHyper, *, has_kept: bool) -> None:

@@ -111,13 +111,22 @@ def test_a_universal_checkpoint_resumes_at_each_step_too(tmp_path):
     )
 
 
-def test_a_checkpoint_within_a_window_names_the_topk_that_it_needs(tmp_path):
+@pytest.mark.parametrize(
+    ("saved", "resumed", "columns"),
+    [
+        ({}, {"topk": 0.5}, "5 columns of 'net.0.weight'.*would have 9 of 17"),
+        ({}, {"exclude": ["net.0.weight"]}, "5 columns of 'net.0.weight'.*would have none, as it is not split"),
+        ({"exclude": ["net.0.weight"]}, {}, "0 columns of 'net.0.weight'.*would have 5 of 17"),
+        ({"topk": 0}, {"topk": 1}, "0 columns of 'net.0.weight'.*would have 17 of 17"),
+    ],
+)
+def test_a_checkpoint_within_a_window_names_the_topk_that_it_needs(tmp_path, saved, resumed, columns):
     options = OPTIONS["overlap"]
-    fit(Regressor(), strategy(**options), num=8, callbacks=[SavesEachStep(tmp_path)], **EPOCHS)
-    run = trainer(strategy(**{**options, "topk": 0.5}), **EPOCHS)
+    fit(Regressor(), strategy(**{**options, **saved}), num=8, callbacks=[SavesEachStep(tmp_path)], **EPOCHS)
+    run = trainer(strategy(**{**options, **resumed}), **EPOCHS)
     module, begun = Regressor(), []
     module.on_train_start = lambda: begun.append(True)
-    with pytest.raises(lss.SuperScaleError, match=r"5 of 17 columns of 'net.0.weight'.*would have 9.*topk"):
+    with pytest.raises(lss.SuperScaleError, match=columns + ".*topk and exclude"):
         run.fit(module, loader(8), ckpt_path=f"{tmp_path}/7.ckpt")
     assert not begun
 
