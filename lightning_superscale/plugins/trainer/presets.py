@@ -44,7 +44,10 @@ def _with_other_defaults(cls: Any, defaults: dict[str, Any]) -> FunctionType:
     names_self = params[0].name
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        given = signature.bind(self, *args, **kwargs)
+        try:
+            given = signature.bind(self, *args, **kwargs)
+        except TypeError as error:  # it names no class
+            raise TypeError(f"{type(self).__name__}() {error}; its arguments are {', '.join(names)}.") from None
         given.apply_defaults()
         del given.arguments[names_self]
         super(cls, self).__init__(**given.arguments)

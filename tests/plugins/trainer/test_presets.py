@@ -16,7 +16,11 @@ from lightning_superscale.plugins import pytorch, pytorch_lightning
 from lightning_superscale.plugins.trainer.presets import with_defaults
 from tests.helpers.trainers import Regressor
 
-PRESETS = {"SuperOffloadStrategy": {"zero": 2, "offload": "superoffload"}, "ZeroStrategy": {"zero": 3}}
+PRESETS = {
+    "SuperOffloadStrategy": {"zero": 2, "offload": "superoffload"},
+    "ZenFlowStrategy": {"zero": 2, "offload": "zenflow"},
+    "ZeroStrategy": {"zero": 3},
+}
 
 
 @pytest.fixture(params=PRESETS)
@@ -48,7 +52,9 @@ def test_arguments_by_place_and_by_name(name, binding):
     assert (made.offload_config is not None) == ("offload" in PRESETS[name])
     assert (other.zero_config.stage, other.offload_config.engine, other.error_if_nonfinite) == (1, "cpu", True)
     assert preset(offload=None).offload_config is None
-    with pytest.raises(TypeError, match="unexpected keyword argument 'zer'"):
+    with pytest.raises(
+        TypeError, match=rf"^{name}\(\) got an unexpected keyword argument 'zer'; its arguments are zero, offload, "
+    ):
         preset(zer=1)
 
 
