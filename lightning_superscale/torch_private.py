@@ -262,6 +262,28 @@ def without_torch_function() -> AbstractContextManager[None]:
     return guard
 
 
+def base_of_autograd_functions() -> Any:
+    """The class between `torch.autograd.Function` and the one written in C++, whose `apply` it inherits."""
+    return torch.autograd.function._SingleLevelFunction
+
+
+def scripts() -> list[tuple[Any, str]]:
+    """The classes of what `torch.jit.script` makes, which run without `__torch_function__`, and their names."""
+    return [(torch._C.ScriptFunction, "a script"), (torch._C.ScriptMethod, "a script's method")]
+
+
+def functions_past_torch_function() -> list[tuple[Any, str]]:
+    """Functions that read a tensor's memory and don't call its class's `__torch_function__`, by module."""
+    import torch._functorch.eager_transforms
+    import torch._functorch.vmap
+
+    return [
+        *((torch, name) for name in ("tensor", "as_tensor", "asarray")),
+        (torch._functorch.vmap, "_add_batch_dim"),
+        (torch._functorch.eager_transforms, "_wrap_tensor_for_grad"),
+    ]
+
+
 def composable_states() -> MutableMapping[nn.Module, Any]:
     """The table in which `fully_shard` keeps a module's state."""
     from torch.distributed._composable_state import _module_state_mapping

@@ -137,6 +137,16 @@ def test_compiled_modules_are_known_and_seen_through():
     assert torch_private.is_compiled(module)
 
 
+def test_what_runs_past_torch_functions_is_where_we_look():
+    for module, name in torch_private.functions_past_torch_function():
+        assert callable(vars(module)[name])
+    for owner, _ in torch_private.scripts():
+        assert callable(owner.__call__)
+    base = torch_private.base_of_autograd_functions()
+    assert base in torch.autograd.Function.__mro__
+    assert "apply" not in vars(base)
+
+
 def test_what_a_module_owns_is_found():
     module = nn.Linear(2, 2)
     module.again = module.weight

@@ -27,6 +27,32 @@ from lightning_superscale.torch_private import tree_leaves, tree_map, without_to
 _NOT_USERS = (str(Path(str(torch.__file__)).parent), str(Path(__file__).parents[2]))
 
 
+# Functions that change their first argument, besides those whose names end with "_".
+_IN_PLACE = frozenset(
+    [
+        *(
+            f"__i{name}__"
+            for name in [
+                "add",
+                "sub",
+                "mul",
+                "div",
+                "truediv",
+                "floordiv",
+                "mod",
+                "pow",
+                "and",
+                "or",
+                "xor",
+                "lshift",
+                "rshift",
+            ]
+        )
+    ]
+    + ["__setitem__", "set data"]
+)
+
+
 @dataclass(frozen=True)
 class Call:
     """A call of one function.
@@ -41,6 +67,12 @@ class Call:
     name: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether the function changes its first argument."""
+        is_method = self.name.endswith("_") and not self.name.endswith("__")
+        return is_method or self.name in _IN_PLACE
 
     @property
     def sharded(self) -> list[TokenTensor]:
@@ -103,15 +135,38 @@ def _shown(x: Tensor) -> str:
 def _where() -> str:
     """The line of user code that made the call, and the module whose forward it is in."""
     frame, line, module = sys._getframe(1), "", ""
-    while frame is not None:
+    while frame is not None and not (line and module):
         owner = frame.f_locals.get("self")
         if not module and isinstance(owner, nn.Module):
             module = f" in {type(owner).__name__}"
-        if not frame.f_code.co_filename.startswith(_NOT_USERS):
+        if not line and not frame.f_code.co_filename.startswith(_NOT_USERS):
             line = f" at {frame.f_code.co_filename}:{frame.f_lineno}"
-            break
         frame = frame.f_back  # type: ignore[assignment]
     return f"{module}{line}"
+
+
+def is_called_by_torch() -> bool:
+    """Whether code of torch, such as a checkpoint, called the function whose rule runs."""
+    # torch's own methods, written in Python, lie between a rule and who called them.
+    between = (_NOT_USERS[1], *(f"{_NOT_USERS[0]}/{name}.py" for name in ("_tensor", "overrides")))
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename.startswith(between):
+        frame = frame.f_back  # type: ignore[assignment]
+    return frame is not None and frame.f_code.co_filename.startswith(_NOT_USERS[0])
+
+
+# What torch's functions call their first tensor, and the names that NumPy has for some parameters.
+_FIRST = ("condition", "query", "input", "self", "tensor", "tensors", "x", "a", "x1")
+_NUMPYS = {"axis": "dim", "keepdims": "keepdim"}
+
+
+def call_of(func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    """A call whose first argument has no name, and whose others have torch's own names."""
+    kwargs = {_NUMPYS.get(key, key): value for key, value in kwargs.items()}
+    first = next((key for key in _FIRST if key in kwargs), None)
+    if not args and first is not None:
+        args = (kwargs.pop(first),)
+    return Call(func, name, args, kwargs)
 
 
 def global_shape(x: Tensor) -> list[int]:

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from lightning_superscale.sequence.attention.replacement import is_local
-from lightning_superscale.sequence.tokens.call import Call
-from lightning_superscale.sequence.tokens.layout import Reduced, Replicated
+from lightning_superscale.sequence.tokens.call import Call, call_of
+from lightning_superscale.sequence.tokens.custom_functions import custom
+from lightning_superscale.sequence.tokens.layout import Reduced, Replicated, Sharded
 from lightning_superscale.sequence.tokens.rules.registry import ENTRIES, rule_of
 from lightning_superscale.sequence.tokens.rules.views import followed
-from lightning_superscale.sequence.tokens.tensor import layout_of, plain, reduced, sharded_in
+from lightning_superscale.sequence.tokens.tensor import layout_of, mean_over_ranks, plain, reduced, sharded_in
 from lightning_superscale.torch_private import tree_leaves, tree_map, without_torch_function
 
 # These run Python code of their own, in which tensors must keep their layouts: a checkpoint computes forward again.
@@ -26,11 +27,12 @@ def dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     Raises:
         SequenceParallelError: no rule says how each rank computes its part.
     """
-    call = Call(func, name_of(func), args, kwargs)
+    call = call_of(func, name_of(func), args, kwargs)
     if call.name in _RUN_BACKWARD:
         return _backward(call)
+    _check_writes(call)
     if sharded_in((args, kwargs)):
-        return rule_of(call)(call)
+        return (custom if "::" in call.name else rule_of(call))(call)
     layouts = [layout for x in tree_leaves((args, kwargs)) if (layout := layout_of(x)) is not None]
     replicated = next((layout for layout in layouts if isinstance(layout, Replicated)), None)
     if replicated is not None and call.name in ENTRIES and not is_local():
@@ -47,8 +49,30 @@ def dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     return result
 
 
+def _check_writes(call: Call) -> None:
+    """Refuse to write tokens, or a value of all of them, where they would lose their layout."""
+    target, layouts = call.args[0] if call.args else None, [layout_of(x) for x in tree_leaves((call.args, call.kwargs))]
+    has_part = any(isinstance(layout, Sharded) for layout in layouts)
+    if has_part and call.kwargs.get("out") is not None:
+        call.refuse("writes to out=", "Use the result.")
+    if not call.is_in_place:
+        return
+    layout = layout_of(target)
+    if isinstance(layout, Reduced) and layout.is_copy:
+        call.refuse("writes to single tokens, which are a copy here", "Use torch.where() on all tokens.")
+    if has_part and not isinstance(layout, Sharded):
+        call.refuse(
+            "writes tokens into a tensor that every rank has whole",
+            "Use the function without _, or make the tensor with torch.zeros_like() of one with tokens.",
+        )
+    if not isinstance(layout, (Sharded, Reduced)) and any(isinstance(other, Reduced) for other in layouts):
+        call.refuse("writes a value of all tokens into another tensor", "Use the function without _, or a = a + b.")
+
+
 def _backward(call: Call) -> Any:
     """Run a backward of losses; a checkpoint that is computed again finds layouts where forward did."""
+    if call.kwargs.get("create_graph"):
+        call.refuse("with create_graph=True goes back through collectives twice", "Leave it out.")
     inputs = call.kwargs.get("inputs", call.args[1] if call.name == "grad" and len(call.args) > 1 else None)
     if any(layout_of(x) is not None for x in tree_leaves(inputs)):
         call.refuse(
@@ -58,7 +82,14 @@ def _backward(call: Call) -> Any:
     # Inside a backward, where checkpoints run another one, autograd is off, and would lose what is made plain.
     with torch.enable_grad():
         args, kwargs = tree_map(lambda x: plain(x) if isinstance(x, Tensor) else x, (call.args, call.kwargs))
-    return call.func(*args, **kwargs)
+    grads = call.func(*args, **kwargs)
+    if call.name == "backward":
+        return grads
+    # What autograd has is of this rank's tokens ([Note: One loss contract]); their mean is that of all.
+    link = next(
+        layout for x in tree_leaves((args, kwargs, call.args, call.kwargs)) if (layout := layout_of(x)) is not None
+    ).sharing.link
+    return tree_map(lambda grad: mean_over_ranks(grad, link) if isinstance(grad, Tensor) else grad, grads)
 
 
 def name_of(func: Callable[..., Any]) -> str:

@@ -17,7 +17,7 @@ element: a rank's last token would need the next rank's first.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal, Union
+from typing import Any, Literal, Union
 
 import torch
 from torch import Tensor
@@ -122,9 +122,14 @@ class Reduced:
     """A value of all tokens, the same on every rank, that requires grad.
 
     Its gradient is the same on every rank too: see [Note: Gradients of reduced values] in tensor.py.
+
+    Attributes:
+        sharing: the ranks.
+        is_copy: of tokens that torch would give as a view, so that writing to it would have to change them.
     """
 
     sharing: Sharing
+    is_copy: bool = False
 
 
 @dataclass(frozen=True)
@@ -170,15 +175,16 @@ class Sharded:
     def is_token(self, device: torch.device) -> Tensor:
         """Bool [outer x tokens of a rank]: which of this rank's places are in the window."""
         ones = torch.ones(self.tokens.length, dtype=torch.bool, device=device)
-        return replace(self, tokens=TokenDim(0, self.tokens.length)).take(ones).repeat(self.tokens.outer)
+        return replace(self, tokens=TokenDim(0, self.tokens.length)).take(ones, fill=False).repeat(self.tokens.outer)
 
-    def take(self, whole: Tensor, dim: int | None = None, *, fill: float | bool = 0) -> Tensor:
+    def take(self, whole: Tensor, dim: int | None = None, *, fill: float | bool | None = None) -> Tensor:
         """This rank's part of a tensor that is whole on every rank.
 
         Args:
             whole: its size along `dim` is that of the dim of tokens, with all tokens.
             dim: the dim that counts tokens in it; None for that of the layout.
-            fill: the value of places outside of the window.
+            fill: the value of places outside of the window; None for that of the nearest token, with which a function
+                that has no value for 0, such as a quotient, has one there.
         """
         dim = self.tokens.dim if dim is None else dim
         if self.tokens.outer > 1:
@@ -186,10 +192,13 @@ class Sharded:
             return self._take(apart, dim + 1, fill).flatten(dim, dim + 1)
         return self._take(whole, dim, fill)
 
-    def _take(self, whole: Tensor, dim: int, fill: float | bool) -> Tensor:
+    def _take(self, whole: Tensor, dim: int, fill: float | bool | None) -> Tensor:
         rank = self.sharing.link.rank
         if self.is_full:
             return self.frame.take(whole, dim, rank)
+        if fill is None:
+            places = [torch.arange(span.start, span.stop, device=whole.device) for span in self.frame.of(rank)]
+            return whole.index_select(dim, (torch.cat(places) - self.start).clamp(0, self.tokens.length - 1))
         parts = []
         for span in self.frame.of(rank):
             first, last = (min(max(at - self.start, 0), self.tokens.length) for at in (span.start, span.stop))
@@ -222,6 +231,28 @@ class Sharded:
                 found = local.select(dim, offset + place - span.start)
             offset += span.stop - span.start
         return sum_over_ranks(found, self.sharing.link)
+
+    def pick(self, local: Tensor, index: tuple[Any, ...], at: int) -> Tensor:
+        """Some of the tokens, on every rank, as `whole[index]` gives them. Every rank of the axis calls it.
+
+        Args:
+            index: a part for each dim: slices, and int64 tensors beside one another, one of them for the tokens' dim.
+            at: the place of that one.
+        """
+        length, device = self.tokens.length, local.device
+        # The place of each token on this rank; tokens outside of the window, and other ranks', have none.
+        mine = replace(self, tokens=TokenDim(0, length)).take(torch.arange(length, device=device), fill=length)
+        place = torch.full((length + 1,), -1, device=device)
+        place.scatter_(0, mine, torch.arange(len(mine), device=device))
+        wanted = index[at]
+        found = place[:length][wanted]
+        local_index = (*index[:at], found.clamp(min=0), *index[at + 1 :])
+        picked = local[local_index]
+        tensors = [number for number, part in enumerate(index) if isinstance(part, Tensor)]
+        shape = torch.broadcast_shapes(*(index[number].shape for number in tensors))  # type: ignore[no-untyped-call]
+        missing = (found < 0).expand(shape).reshape(*shape, *[1] * (picked.dim() - tensors[0] - len(shape)))
+        # Zeros that autograd follows, so that the result requires grad on every rank or on none.
+        return sum_over_ranks(picked.masked_fill(missing, 0), self.sharing.link)
 
 
 def _apart(x: Tensor, dim: int, outer: int, length: int) -> Tensor:

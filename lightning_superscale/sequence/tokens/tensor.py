@@ -74,6 +74,12 @@ def sharded_in(nested: Any) -> list[TokenTensor]:
     return [x for x in tree_leaves(nested) if is_sharded(x)]
 
 
+def mean_over_ranks(grad: Tensor, link: AxisLink) -> Tensor:
+    """The mean over ranks of what each has found from its own tokens; autograd does not follow."""
+    link.note("all_reduce", grad)
+    return all_reduce_in_graph(grad.contiguous(), link.group_name) / link.size
+
+
 class _EnterTokens(torch.autograd.Function):
     """The same value, whose gradient is the mean over ranks; see [Note: Gradients of reduced values]."""
 
@@ -84,9 +90,7 @@ class _EnterTokens(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        link = ctx.link
-        link.note("all_reduce", grads[0])
-        return all_reduce_in_graph(grads[0].contiguous(), link.group_name) / link.size, None
+        return mean_over_ranks(grads[0], ctx.link), None
 
 
 def entering(x: Tensor) -> Tensor:
