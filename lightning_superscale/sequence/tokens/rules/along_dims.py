@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from torch.nn import functional
 
 from lightning_superscale.sequence.tokens.call import Call
 from lightning_superscale.sequence.tokens.layout import Sharded
-from lightning_superscale.sequence.tokens.rules.elementwise import beside, common
+from lightning_superscale.sequence.tokens.rules.elementwise import beside, common, in_place
 from lightning_superscale.sequence.tokens.rules.registry import rule
 from lightning_superscale.sequence.tokens.tensor import is_sharded, plain, with_layout
 
@@ -27,6 +28,11 @@ _ALONG: dict[str, tuple[str, int | None]] = {
     "index_select": ("input dim index", None),
     "cumsum": ("input dim", None),
     "cumprod": ("input dim", None),
+    "cummax": ("input dim", None),
+    "cummin": ("input dim", None),
+    "logcumsumexp": ("input dim", None),
+    "diff": ("input n dim", -1),
+    "quantile": ("input q dim", None),
     "sort": ("input dim", -1),
     "argsort": ("input dim", -1),
     "topk": ("input k dim", -1),
@@ -38,6 +44,11 @@ _WHY = {
     "softmax": "compares every token with every other",
     "cumsum": "adds up all tokens before each one",
     "cumprod": "multiplies all tokens before each one",
+    "cummax": "compares each token with all before it",
+    "cummin": "compares each token with all before it",
+    "logcumsumexp": "adds up all tokens before each one",
+    "diff": "subtracts each token from the next one, which another rank may have",
+    "quantile": "orders tokens among one another",
     "roll": "moves tokens to other places",
     "flip": "moves tokens to other places",
     "sort": "orders tokens among one another",
@@ -56,6 +67,8 @@ def _dims(call: Call) -> list[int]:
     names, default = _ALONG[call.name]
     given = dict(zip(names.split(), call.bind(names), strict=True))
     dim, num_dims = given.get("dim", given.get("dims")), plain(call.sharded[0]).dim()
+    if call.name == "flip":
+        dim = call.sizes("dims")
     dim = default if dim is None else dim
     if dim is None:
         return list(range(num_dims))
@@ -66,12 +79,16 @@ def along(call: Call) -> Any:
     x, layout = call.args[0], call.sharded[0].placement
     if not is_sharded(x) or not isinstance(layout, Sharded):
         call.refuse("looks up a whole tensor by tokens' values", "Use torch.nn.functional.embedding.")
+    if len(call.sharded) > 1:
+        call.refuse("works along a dim as each token's values say", "Use torch.gather().")
     dims = _dims(call)
     if layout.tokens.dim in dims:
         call.refuse(
             f"along the dim of tokens {_WHY.get(call.name, 'needs all of them')}",
             _INSTEAD.get(call.name, "Compute it from whole tensors of the batch, before the model's first layer."),
         )
+    if call.name == "quantile":
+        call.refuse("gives several values for each token", "Use .amax(), .amin() or .mean().")
     if call.name == "unbind":
         layout = layout.at(layout.tokens.dim - (dims[0] < layout.tokens.dim))
     return call.wrap(call.run(), layout)
@@ -84,30 +101,50 @@ for _name in _ALONG:
 @rule("gather", "take_along_dim", "scatter", "scatter_add", "scatter_", "scatter_add_")
 def picked(call: Call) -> Any:
     """Each token's own elements, by an index of the same tokens."""
-    x, dim, *_ = call.bind("input dim index src")
-    if call.name == "take_along_dim":
-        x, _, dim = call.bind("input indices dim")
+    dim = call.bind("input indices dim" if call.name == "take_along_dim" else "input dim index")
+    dim = dim[2] if call.name == "take_along_dim" else dim[1]
     from_right, layout = common(call, call.sharded)
     num_dims = plain(call.sharded[0]).dim()
     if dim is None or dim % num_dims == num_dims + from_right:
         call.refuse("picks among all tokens", "Use whole tensors of the batch, before the model's first layer.")
     args, kwargs = _beside(call, from_right, layout)
+    if call.is_in_place:
+        return in_place(call, tuple(args), kwargs)
     return with_layout(call.run(*args, **kwargs), layout)
 
 
 def _beside(call: Call, from_right: int, layout: Sharded) -> tuple[list[Any], dict[str, Any]]:
-    args = [beside(one, from_right, layout) for one in call.args]
-    return args, {key: beside(one, from_right, layout) for key, one in call.kwargs.items()}
+    args = [beside(call, one, from_right, layout) for one in call.args]
+    return args, {key: beside(call, one, from_right, layout) for key, one in call.kwargs.items()}
 
 
 @rule("one_hot")
 def one_hot(call: Call) -> Any:
-    return with_layout(call.run(), call.sharded[0].placement)
+    """As many classes as all tokens need, where none are given."""
+    x, num_classes = call.bind("tensor num_classes", num_classes=-1)
+    if num_classes == -1:
+        num_classes = int(x.max()) + 1
+    return with_layout(functional.one_hot(plain(x), num_classes), x.placement)
+
+
+@rule("cosine_similarity", "pairwise_distance")
+def similarity(call: Call) -> Any:
+    """Of the features of two tensors' tokens."""
+    dim = call.bind("x1 x2 dim", dim=1)[2] if call.name == "cosine_similarity" else -1
+    from_right, layout = common(call, call.sharded)
+    num_dims = max(plain(x).dim() for x in (*call.args, *call.kwargs.values()) if isinstance(x, Tensor))
+    at = num_dims + from_right
+    if dim % num_dims == at:
+        call.refuse("compares sequences of tokens", "Compare features: dim=-1.")
+    args, kwargs = _beside(call, from_right, layout)
+    keeps = call.name == "pairwise_distance" and bool(call.bind("x1 x2 p eps keepdim")[4])
+    return with_layout(call.run(*args, **kwargs), layout.at(at - (dim % num_dims < at and not keeps)))
 
 
 @rule("pad", "constant_pad_nd")
 def pad(call: Call) -> Any:
     x, widths = call.bind("input pad")
+    widths = list(widths)
     dims = range(plain(x).dim() - 1, plain(x).dim() - 1 - len(widths) // 2, -1)
     wide = [dim for dim, pair in zip(dims, zip(widths[::2], widths[1::2], strict=True), strict=True) if any(pair)]
     if x.placement.tokens.dim in wide:
@@ -128,7 +165,7 @@ def cat(call: Call) -> Any:
             "joins tensors along the dim of tokens",
             "Join ids before the embedding; prefixes and soft prompts can't be shared yet.",
         )
-    parts = [beside(x, from_right, layout) for x in tensors]
+    parts = [beside(call, x, from_right, layout) for x in tensors]
     moved = token_dim + (call.name == "stack" and at <= token_dim)
     return with_layout(call.run(parts, dim), layout.at(moved))
 
@@ -139,5 +176,5 @@ def broadcast(call: Call) -> Any:
     from_right, layout = common(call, call.sharded)
     if call.name == "meshgrid":
         call.refuse("pairs every token with every other", "Make it of whole tensors of the batch.")
-    results = call.run(*(beside(x, from_right, layout) for x in given))
+    results = call.run(*(beside(call, x, from_right, layout) for x in given))
     return type(results)(with_layout(x, layout.at(x.dim() + from_right)) for x in results)

@@ -12,7 +12,7 @@ from lightning_superscale.sequence.tokens.call import Call, global_shape
 from lightning_superscale.sequence.tokens.layout import Sharded
 from lightning_superscale.sequence.tokens.rules.registry import rule
 from lightning_superscale.sequence.tokens.tensor import TokenTensor, entering, is_sharded, plain, with_layout
-from lightning_superscale.torch_private import tree_map
+from lightning_superscale.torch_private import tree_map, without_torch_function
 
 
 def common(call: Call, tensors: list[TokenTensor]) -> tuple[int, Sharded]:
@@ -33,50 +33,73 @@ def common(call: Call, tensors: list[TokenTensor]) -> tuple[int, Sharded]:
     return from_right, first.placement  # type: ignore[return-value]
 
 
-def beside(x: Any, from_right: int, layout: Sharded, *, fill: float | bool = 0) -> Any:
+def beside(call: Call, x: Any, from_right: int, layout: Sharded, *, fill: float | bool | None = None) -> Any:
     """An operand that is broadcast with sharded ones, of which this rank takes its part if it is whole."""
     if not isinstance(x, Tensor) or is_sharded(x):
         return x
-    if plain(x).dim() < -from_right or plain(x).shape[from_right] == 1 != layout.tokens.size:
+    size = plain(x).shape[from_right] if plain(x).dim() >= -from_right else 1
+    if size == 1 != layout.tokens.size:
         return entering(x)
+    if plain(x).dim() < -from_right:
+        return entering(x)
+    if size != layout.tokens.size:
+        call.refuse(
+            f"meets a tensor of {layout.tokens.size} tokens with one of {size} there",
+            "A tensor that every rank has is expected with all tokens.",
+        )
     whole = plain(entering(x))
-    if whole.shape[from_right] != layout.tokens.size:
-        return whole  # torch will say that shapes don't fit
     return layout.take(whole, whole.dim() + from_right, fill=fill)
 
 
-@rule("elementwise", "where", "masked_fill", "masked_fill_", "lerp", "addcmul", "addcdiv", "type_as", "isclose")
+def in_place(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TokenTensor:
+    """The first argument, changed at the tokens of its window: what lies outside may be tokens of another view."""
+    x: TokenTensor = call.args[0]
+    layout = x.placement
+    if not isinstance(layout, Sharded):
+        raise AssertionError("dispatch refuses to write tokens into whole tensors")
+    if layout.is_full:
+        call.run(*args, **kwargs)
+        return x
+    part = plain(x)
+    changed = call.run(part.clone(), *args[1:], **kwargs)
+    shape = [1] * part.dim()
+    shape[layout.tokens.dim] = -1
+    new = torch.where(layout.is_token(part.device).view(shape), changed, part)
+    with without_torch_function():
+        x.copy_(new)
+    return x
+
+
+# What torch's registers of pointwise operations don't name.
+_MORE = [
+    *("where", "masked_fill", "masked_fill_", "lerp", "addcmul", "addcdiv", "type_as", "isclose", "copy_", "fill_"),
+    *("zero_", "relu6", "hardswish", "softsign", "logsigmoid", "tanhshrink", "hardtanh", "softplus", "threshold"),
+    *("selu", "celu", "special_expit", "bucketize", "isin", "complex", "polar", "get real", "get imag"),
+    *(f"__r{name}__" for name in ("sub", "div", "truediv", "pow", "floordiv", "mod", "mul", "add", "and", "or", "xor")),
+    *(f"__i{name}__" for name in ("sub", "div", "truediv", "pow", "floordiv", "mod", "mul", "add", "and", "or", "xor")),
+    *(f"__{name}__" for name in ("and", "or", "xor", "invert", "eq", "ne", "floordiv", "lshift", "rshift")),
+]
+# Those that change their argument where their option says so.
+_HAVE_INPLACE = frozenset(
+    ["relu", "relu6", "elu", "selu", "celu", "leaky_relu", "silu", "mish", "hardtanh", "hardswish", "hardsigmoid"]
+    + ["threshold"]
+)
+
+
+@rule("elementwise", *_MORE)
 def elementwise(call: Call) -> Any:
     """Each rank computes its part; operands are broadcast as torch does."""
-    if call.kwargs.get("out") is not None:
-        call.refuse("writes to out=", "Use the result.")
-    if call.name.endswith("_") and not call.name.endswith("__") and not is_sharded(call.args[0]):
-        call.refuse(
-            "writes tokens into a tensor that every rank has whole", "Use the result of the function without _."
-        )
+    if call.name == "where" and len(call.args) + len(call.kwargs) == 1:
+        call.refuse("finds other numbers of tokens on each rank", "Give where() two values.")
     from_right, layout = common(call, call.sharded)
-    args, kwargs = tree_map(lambda x: beside(x, from_right, layout), (call.args, call.kwargs))
-    result = call.run(*args, **kwargs)
-    if result is call.args[0] or not isinstance(result, Tensor):
-        return result
-    return with_layout(result, layout.at(result.dim() + from_right))
-
-
-@rule("__rsub__", "__rdiv__", "__rtruediv__", "__rpow__", "__rfloordiv__", "__rmod__", "__rmul__", "__radd__")
-def reflected(call: Call) -> Any:
-    return elementwise(call)
-
-
-@rule(
-    "__and__", "__or__", "__xor__", "__invert__", "__eq__", "__ne__", "__floordiv__", "__rand__", "__ror__", "__rxor__"
-)
-def operator(call: Call) -> Any:
-    return elementwise(call)
-
-
-@rule("relu6", "hardswish", "softsign", "logsigmoid", "tanhshrink", "hardtanh", "softplus", "threshold", "selu", "celu")
-def activation(call: Call) -> Any:
-    return elementwise(call)
+    args, kwargs = tree_map(lambda x: beside(call, x, from_right, layout), (call.args, call.kwargs))
+    asks = call.name in _HAVE_INPLACE and (kwargs.get("inplace") or any(x is True for x in args[1:]))
+    if call.is_in_place or asks:
+        return in_place(call, args, kwargs)
+    return tree_map(
+        lambda y: with_layout(y, layout.at(y.dim() + from_right)) if isinstance(y, Tensor) else y,
+        call.run(*args, **kwargs),
+    )
 
 
 @rule(
@@ -97,18 +120,17 @@ def activation(call: Call) -> Any:
     "detach_",
     "alias",
     "requires_grad_",
-    "zero_",
-    "fill_",
     "zeros_like",
     "ones_like",
     "empty_like",
     "full_like",
     "get data",
-    "view_as_same",
 )
 def kept(call: Call) -> Any:
     """The same tokens in a tensor of the same shape."""
     result = call.run()
+    if not is_sharded(call.args[0]):
+        return result  # of the dtype and device of one with tokens
     if result is call.args[0] or not isinstance(result, Tensor):
         return result
     return with_layout(result, call.sharded[0].placement)
@@ -117,6 +139,8 @@ def kept(call: Call) -> Any:
 @rule("new_zeros", "new_ones", "new_empty", "new_full", "new_tensor")
 def new(call: Call) -> Any:
     """A whole tensor of the sizes that the caller gives."""
+    if call.name == "new_tensor" and len(call.sharded) > 1:
+        call.refuse("copies the memory of tokens, of which this rank has a part", "Use .detach().clone().")
     return call.run()
 
 
@@ -126,15 +150,22 @@ def dropout(call: Call) -> Any:
     x, p, training, inplace = call.bind("input p training inplace", p=0.5, training=True)
     if not training or p == 0:
         return x
-    dtype = plain(x).dtype
-    kept = functional.dropout(torch.ones(global_shape(x), dtype=dtype, device=plain(x).device), p)
-    scale = with_layout(x.placement.take(kept), x.placement)
+    drawn = functional.dropout(_like_whole(x).fill_(1), p)
+    scale = with_layout(x.placement.take(drawn), x.placement)
     return x.mul_(scale) if inplace else x * scale
 
 
-@rule("rand_like", "randn_like")
+def _like_whole(x: TokenTensor) -> Tensor:
+    """An empty tensor of all tokens, whose dims lie in memory as those of a part: random numbers follow that order."""
+    part, sizes = plain(x), global_shape(x)
+    order = sorted(range(part.dim()), key=part.stride, reverse=True)
+    empty = torch.empty([sizes[dim] for dim in order], dtype=part.dtype, device=part.device)
+    return empty.permute([order.index(dim) for dim in range(part.dim())])
+
+
+@rule("rand_like", "randn_like", "randint_like")
 def random_like(call: Call) -> Any:
     """The numbers that one process would draw."""
     x = call.args[0]
-    whole = call.func(torch.empty(global_shape(x), dtype=plain(x).dtype, device=plain(x).device), **call.kwargs)
+    whole = call.func(_like_whole(x), *call.args[1:], **call.kwargs)
     return with_layout(x.placement.take(whole), x.placement)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_superscale.sequence.tokens.call import Call, global_shape
-from lightning_superscale.sequence.tokens.layout import Sharded
+from lightning_superscale.sequence.tokens.layout import Reduced, Sharded
 from lightning_superscale.sequence.tokens.rules.registry import rule
 from lightning_superscale.sequence.tokens.tensor import TokenTensor, is_sharded, plain, reduced, with_layout
 
@@ -35,7 +36,8 @@ def one_token(call: Call, x: TokenTensor, index: int) -> Tensor:
     at = index + layout.tokens.length if index < 0 else index
     if not 0 <= at < layout.tokens.length:
         raise IndexError(f"index {index} is out of bounds for {layout.tokens.length} tokens")
-    return reduced(layout.token(plain(x), at), layout.sharing)
+    # Also without a gradient: it has to be known for a copy, to which nothing may write.
+    return with_layout(layout.token(plain(x), at), Reduced(layout.sharing, is_copy=True))
 
 
 def _by_dim(call: Call, num_dims: int) -> list[Any]:
@@ -62,11 +64,8 @@ def getitem(call: Call) -> Any:
     num_dims, tokens = plain(x).dim(), x.placement.tokens
     parts = _by_dim(call, num_dims)
     at = _place_of(parts, tokens.dim)
-    if any(isinstance(part, (Tensor, list, bool)) for part in parts):
-        call.refuse(
-            "picks by a tensor: each rank would find other numbers of tokens",
-            "Keep the shape: labels of -100 leave tokens out of a loss, and torch.where() out of sums.",
-        )
+    if any(isinstance(part, (Tensor, list, bool, range)) for part in parts):
+        return picked(call, x, parts, at)
     mine, parts[at] = parts[at], slice(None)
     new_dim = sum(part is None or isinstance(part, slice) for part in parts[:at])
     if isinstance(mine, slice):
@@ -80,9 +79,54 @@ def getitem(call: Call) -> Any:
     return one_token(call, with_tokens, int(mine))
 
 
+def picked(call: Call, x: TokenTensor, parts: list[Any], at: int) -> Any:
+    """Elements that tensors of indices name: of features, or tokens, which every rank gets then.
+
+    Args:
+        at: the place of the tokens' dim among the parts.
+    """
+    layout: Any = x.placement
+    named = [number for number, part in enumerate(parts) if not isinstance(part, slice)]
+    tensors = [torch.as_tensor(plain(part)) for part in (parts[number] for number in named) if part is not None]
+    if any(is_sharded(part) for part in parts) or any(one.dtype == torch.bool for one in tensors):
+        call.refuse(
+            "picks by values of tokens, or by a mask: each rank would find other numbers of tokens",
+            "Keep the shape: labels of -100 leave tokens out of a loss, and torch.where() out of sums.",
+        )
+    if len(tensors) < len(named) or named[-1] - named[0] >= len(named) or layout.tokens.outer > 1:
+        call.refuse("picks by tensors on dims apart from one another", "Index one dim after the other.")
+    for number, one in zip(named, tensors, strict=True):
+        parts[number] = one.to(plain(x).device)
+    if at in named:
+        parts[at] = parts[at] + (parts[at] < 0) * layout.tokens.length
+        return reduced(layout.pick(plain(x), tuple(parts), at), layout.sharing)
+    shape = torch.broadcast_shapes(*(one.shape for one in tensors))  # type: ignore[no-untyped-call]
+    new_dim = at + (len(shape) - len(named) if at > named[0] else 0)
+    return with_layout(plain(x)[tuple(parts)], layout.at(new_dim))
+
+
 @rule("__setitem__")
 def setitem(call: Call) -> Any:
-    call.refuse("writes to a part of a tensor", "Use torch.where() or torch.cat() along a dim of features.")
+    """Writes to a window of the tokens, or to features of each."""
+    x, index, value = call.args
+    mask = index if isinstance(index, Tensor) and index.dtype == torch.bool else None
+    if mask is not None and (not isinstance(value, Tensor) or value.dim() == 0):
+        x.masked_fill_(mask[(slice(None),) * mask.dim() + (None,) * (x.dim() - mask.dim())], value)
+        return
+    parts = _by_dim(call, plain(x).dim())
+    at = _place_of(parts, x.placement.tokens.dim)
+    if any(isinstance(part, (Tensor, list, bool, range)) for part in parts):
+        call.refuse("writes where a tensor says", "Use torch.where().")
+    if not isinstance(parts[at], slice):
+        if isinstance(value, Tensor) and value.dim() > 0:
+            call.refuse("writes to one token", "Use torch.where() on all tokens.")
+        first = int(parts[at]) % x.placement.tokens.size
+        parts[at] = slice(first, first + 1)
+    view = x[tuple(parts)]
+    if isinstance(value, Tensor):
+        view.copy_(value)
+    else:
+        view.fill_(value)
 
 
 @rule("narrow")
@@ -90,7 +134,10 @@ def narrow(call: Call) -> Any:
     x, dim, start, length = call.bind("input dim start length")
     if dim % plain(x).dim() != x.placement.tokens.dim:
         return with_layout(call.run(), x.placement)
-    start += global_shape(x)[x.placement.tokens.dim] if start < 0 else 0
+    size = global_shape(x)[x.placement.tokens.dim]
+    start += size if start < 0 else 0
+    if not 0 <= start <= start + length <= size:
+        raise IndexError(f"start {start} and length {length} are out of bounds for {size} tokens")
     return cut(call, x, start, start + length)
 
 

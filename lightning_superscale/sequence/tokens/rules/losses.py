@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -11,7 +12,7 @@ from lightning_superscale.comm.in_graph import sum_over_ranks
 from lightning_superscale.sequence.loss import mean_over_tokens
 from lightning_superscale.sequence.tokens.call import Call
 from lightning_superscale.sequence.tokens.layout import Sharded
-from lightning_superscale.sequence.tokens.rules.elementwise import beside, common, elementwise
+from lightning_superscale.sequence.tokens.rules.elementwise import elementwise
 from lightning_superscale.sequence.tokens.rules.reductions import total
 from lightning_superscale.sequence.tokens.rules.registry import rule
 from lightning_superscale.sequence.tokens.tensor import entering, is_sharded, plain, reduced, with_layout
@@ -49,13 +50,20 @@ def cross_entropy(call: Call) -> Any:
     link = layout.sharing.link
     if own.is_floating_point():  # shares of classes, which torch averages over tokens
         each = with_layout(function(part, own, reduction="none", **options), layout.at(at))
-        return total(each, list(range(plain(each).dim())), keepdim=False) / _share(given["reduction"], each)
-    summed = function(part, own, reduction="sum", **options)
+        summed = total(each, list(range(plain(each).dim())), keepdim=False)
+        return (summed / _share(given["reduction"], each)).to(plain(each).dtype)
+    if part.dtype in (torch.float16, torch.bfloat16):
+        # A sum over tokens is past what 16 bits hold, where torch's mean is not.
+        losses = function(part, own, reduction="none", **options)
+        summed, dtype = losses.float().sum(), losses.dtype
+    else:
+        summed = function(part, own, reduction="sum", **options)
+        dtype = summed.dtype
     counted = own != ignored
     num = counted.sum() if weight is None else (weight[own.masked_fill(~counted, 0)] * counted).sum()
     if given["reduction"] == "sum":
-        return reduced(sum_over_ranks(summed, link), layout.sharing)
-    return reduced(mean_over_tokens(summed, num, link), layout.sharing)
+        return reduced(sum_over_ranks(summed, link).to(dtype), layout.sharing)
+    return reduced(mean_over_tokens(summed, num, link).to(dtype), layout.sharing)
 
 
 def _share(reduction: str, each: Tensor) -> int:
@@ -98,15 +106,14 @@ def of_elements(call: Call) -> Any:
     """The loss of every element, and its mean over the tokens of all ranks."""
     reduction = call.kwargs.get("reduction", "mean")
     sized = [call.kwargs.get(name) for name in ("size_average", "reduce")]
-    if any(one is not None for one in sized) or len(call.args) > 3:
-        call.refuse("with size_average or reduce, which torch deprecated", "Use reduction=.")
-    from_right, layout = common(call, call.sharded)
-    args = [beside(x, from_right, layout) for x in call.args]
-    kwargs = {key: beside(x, from_right, layout) for key, x in call.kwargs.items()}
-    each = elementwise(Call(call.func, call.name, tuple(args), {**kwargs, "reduction": "none"}))
+    if any(one is not None for one in sized) or any(
+        not isinstance(one, Tensor) and one is not None for one in call.args[2:]
+    ):
+        call.refuse("with options that have no names, or that torch deprecated", "Name them: reduction=, delta=.")
+    each = elementwise(Call(call.func, call.name, call.args, {**call.kwargs, "reduction": "none"}))
     if reduction == "none":
         return each
     dims = list(range(plain(each).dim()))
     if reduction == "batchmean":
-        return total(each, dims, keepdim=False) / each.shape[0]
-    return total(each, dims, keepdim=False) / _share(reduction, each)
+        return (total(each, dims, keepdim=False) / each.shape[0]).to(plain(each).dtype)
+    return (total(each, dims, keepdim=False) / _share(reduction, each)).to(plain(each).dtype)

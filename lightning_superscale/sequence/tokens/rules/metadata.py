@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from lightning_superscale.sequence.tokens.call import Call, global_shape
+from lightning_superscale.sequence.tokens.call import Call, global_shape, is_called_by_torch
 from lightning_superscale.sequence.tokens.rules.registry import rule
-from lightning_superscale.sequence.tokens.tensor import plain
+from lightning_superscale.sequence.tokens.tensor import plain, with_layout
 
 
 @rule("get shape")
@@ -33,6 +34,53 @@ def length(call: Call) -> int:
     return global_shape(call.args[0])[0]
 
 
+@rule("get nbytes")
+def num_bytes(call: Call) -> int:
+    return torch.Size(global_shape(call.args[0])).numel() * plain(call.args[0]).element_size()
+
+
+@rule("is_same_size")
+def is_same_size(call: Call) -> bool:
+    first, second = (global_shape(x) for x in (*call.args, *call.kwargs.values()))
+    return first == second
+
+
+@rule("get grad")
+def grad(call: Call) -> Any:
+    """The true gradient of this rank's tokens: autograd's is times the number of ranks ([Note: One loss contract])."""
+    found, layout = call.run(), call.sharded[0].placement
+    return found if found is None or is_called_by_torch() else with_layout(found / layout.sharing.link.size, layout)
+
+
+@rule("register_hook")
+def register_hook(call: Call) -> Any:
+    """The hook gets and gives the true gradient, as a tensor with tokens."""
+    x, hook = call.bind("input hook")
+    if is_called_by_torch():
+        return call.run()
+    layout: Any = x.placement
+    size = layout.sharing.link.size
+
+    def on_part(found: Tensor) -> Tensor | None:
+        changed = hook(with_layout(found / size, layout))
+        return None if changed is None else plain(changed) * size
+
+    return call.run(x, on_part)
+
+
+@rule("stride", "storage_offset", "set grad")
+def memory_order(call: Call) -> Any:
+    call.refuse("is of this rank's part", "Ask for .shape or .is_contiguous().")
+
+
+@rule("__reduce_ex__", "__deepcopy__", "share_memory_", "__reduce__")
+def copied(call: Call) -> Any:
+    call.refuse(
+        "copies or pickles a tensor, of which this rank has a part",
+        "Use .clone(); save what every rank has, such as losses and parameters.",
+    )
+
+
 @rule("__repr__", "__str__", "__format__")
 def shown(call: Call) -> str:
     x = call.args[0]
@@ -47,15 +95,11 @@ def shown(call: Call) -> str:
     "is_contiguous",
     "is_complex",
     "is_floating_point",
-    "is_same_size",
     "is_signed",
     "is_inference",
     "is_pinned",
-    "register_hook",
     "register_post_accumulate_grad_hook",
     "retain_grad",
-    "stride",
-    "storage_offset",
     "__hash__",
     "get ndim",
     "get dtype",
@@ -63,8 +107,6 @@ def shown(call: Call) -> str:
     "get layout",
     "get requires_grad",
     "set requires_grad",
-    "get grad",
-    "set grad",
     "get grad_fn",
     "get is_leaf",
     "get is_cuda",
@@ -101,9 +143,21 @@ def elements_read(call: Call) -> Any:
     )
 
 
-rule("item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__", "__array__", "__contains__")(
-    elements_read
-)
+rule(
+    "item",
+    "tolist",
+    "numpy",
+    "__bool__",
+    "__float__",
+    "__int__",
+    "__index__",
+    "__array__",
+    "__contains__",
+    "equal",
+    "allclose",
+    "is_nonzero",
+    "__complex__",
+)(elements_read)
 
 
 def memory_read(call: Call) -> Any:

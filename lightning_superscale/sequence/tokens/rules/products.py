@@ -40,9 +40,16 @@ def _entered(call: Call) -> Call:
 @rule("embedding")
 def embedding(call: Call) -> Any:
     call = _entered(call)
-    ids, weight = call.bind("input weight")
+    ids, weight, _, max_norm, _, by_frequency = call.bind(
+        "input weight padding_idx max_norm norm_type scale_grad_by_freq"
+    )
     if is_sharded(weight) or not is_sharded(ids):
         call.refuse("looks up tokens", "Look up whole tensors by ids.")
+    if max_norm is not None or by_frequency:
+        option = "max_norm" if max_norm is not None else "scale_grad_by_freq"
+        call.refuse(
+            f"with {option} changes weights by all ids of a batch, of which this rank has a part", "Leave it out."
+        )
     return with_layout(call.run(), ids.placement)
 
 
@@ -66,7 +73,7 @@ def norm(call: Call) -> Any:
 
 @rule("matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "mv", "dot", "inner", "outer")
 def matmul(call: Call) -> Any:
-    left, right = call.args[:2] if len(call.args) > 1 else call.bind("input other")
+    left, right = (x for x in (*call.args, *call.kwargs.values()) if isinstance(x, Tensor))
     if call.name == "__rmatmul__":
         left, right = right, left
     if plain(left).dim() < 2 or plain(right).dim() < 2 or call.name in ("dot", "inner", "outer", "mv"):
@@ -88,7 +95,7 @@ def _product(call: Call, left: Any, right: Any) -> Any:
         call.refuse("multiplies a token with another one", _BY_HAND)
     from_right = next(place for place in places if place is not None)
     if from_right < -2:  # a dim of the batch
-        left, right = (beside(x, from_right, layout) for x in (left, right))
+        left, right = (beside(call, x, from_right, layout) for x in (left, right))
     result = torch.matmul(plain(entering(left)), plain(entering(right)))
     return with_layout(result, layout.at(result.dim() + from_right))
 
@@ -96,14 +103,15 @@ def _product(call: Call, left: Any, right: Any) -> Any:
 @rule("addmm", "baddbmm", "addbmm")
 def addmm(call: Call) -> Any:
     call = _entered(call)
-    bias, left, right = call.args[:3]
+    factors = "mat1 mat2" if call.name == "addmm" else "batch1 batch2"
+    bias, left, right = call.bind(f"input {factors}")
     alpha, beta = call.kwargs.get("alpha", 1), call.kwargs.get("beta", 1)
     if call.name == "addbmm" or is_sharded(right) or not is_sharded(left):
         call.refuse("sums over tokens, or multiplies tokens with one another", _BY_HAND)
     from_right, layout = left.placement.tokens.dim - plain(left).dim(), left.placement
     if from_right == -1:
         call.refuse("sums over tokens", _BY_HAND)
-    own = beside(bias, from_right, layout)
+    own = beside(call, bias, from_right, layout)
     own, left, right = (plain(entering(x)) for x in (own, left, right))
     function = torch.addmm if call.name == "addmm" else torch.baddbmm
     return with_layout(function(own, left, right, beta=beta, alpha=alpha), layout)
@@ -113,11 +121,15 @@ def addmm(call: Call) -> Any:
 def einsum(call: Call) -> Any:
     """Tokens have one letter, which is in the result."""
     equation, *operands = call.args
+    if not isinstance(equation, str):
+        call.refuse("without letters", "Give an equation such as 'btd,vd->btv'.")
     operands = list(operands[0]) if len(operands) == 1 and isinstance(operands[0], (list, tuple)) else operands
     inputs, arrow, output = equation.replace(" ", "").partition("->")
     names = inputs.split(",")
     if not arrow or "." in equation or len(names) != len(operands):
         call.refuse(f"with {equation!r}", "Write out all letters, and those of the result.")
+    if any(len(set(name)) < len(name) for name in names):
+        call.refuse(f"with {equation!r} takes a diagonal", "Take it before the model's first layer.")
     letters = {name[x.placement.tokens.dim] for name, x in zip(names, operands, strict=True) if is_sharded(x)}
     if len(letters) > 1 or not letters <= set(output):
         call.refuse(f"with {equation!r} compares tokens with one another, or sums over them", _BY_HAND)

@@ -75,8 +75,10 @@ def _refuse_unknown(call: Call) -> Any:
 def is_elementwise(name: str) -> bool:
     """Whether torch says of a function that it treats each element by itself, and draws no random numbers."""
     for candidate in (name, name.rstrip("_")):
-        packet = getattr(torch.ops.aten, candidate, None)
-        for overload in [] if packet is None else packet.overloads():
+        packet: Any = getattr(torch.ops.aten, candidate, None)
+        if not isinstance(packet, torch._ops.OpOverloadPacket):
+            continue
+        for overload in packet.overloads():  # type: ignore[no-untyped-call]
             tags = getattr(packet, overload).tags
             if torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags:
                 return True

@@ -19,11 +19,13 @@ from lightning_superscale.sequence.tokens.tensor import layout_of, plain, with_l
 def regrouped(shape: Sequence[int], sizes: Sequence[int], tokens: TokenDim) -> TokenDim | None:
     """The dim of tokens after a tensor of `shape` is given other `sizes`; None where tokens share it with features."""
     before, after = prod(shape[: tokens.dim]) * tokens.outer, prod(shape[tokens.dim + 1 :])
+    found = []
     for dim, size in enumerate(sizes):
         outer, rest = divmod(size, tokens.length)
         if rest == 0 and prod(sizes[dim + 1 :]) == after and prod(sizes[:dim]) * outer == before:
-            return TokenDim(dim, tokens.length, outer)
-    return None
+            found.append(TokenDim(dim, tokens.length, outer))
+    # One token fits several dims of size 1: the one where it was comes first.
+    return min(found, key=lambda one: (one.outer != tokens.outer, one.dim != tokens.dim), default=None)
 
 
 def _resolved(sizes: Sequence[int], numel: int) -> list[int]:
@@ -57,7 +59,8 @@ _RESHAPES = ("view", "reshape", "view_as", "reshape_as", "flatten", "unflatten")
 def reshape(call: Call) -> Any:
     x, sizes = call.args[0], _target(call)
     if not isinstance(layout_of(x), Sharded):
-        return call.run(x, *(sizes or ()))  # as another sharded tensor
+        # Only view_as and reshape_as get here, with a whole tensor that takes the shape of one with tokens.
+        return x.view(sizes) if call.name == "view_as" else x.reshape(sizes)
     if sizes is None:
         call.refuse("reads the memory of tokens as another dtype", "Use .to(dtype) to convert values.")
     tokens = regrouped(global_shape(x), sizes, x.placement.tokens)
@@ -75,7 +78,7 @@ def reshape(call: Call) -> Any:
 def _order(call: Call, num_dims: int) -> list[int] | None:
     """The old number of each new dim; None for a call that does not reorder dims."""
     order = list(range(num_dims))
-    if call.name in ("transpose", "swapaxes", "swapdims", "transpose_"):
+    if call.name in ("transpose", "swapaxes", "swapdims"):
         first, second = call.bind("input dim0 dim1")[1:] if "axis0" not in call.kwargs else call.sizes("axis0 axis1")
         order[first], order[second] = order[second], order[first]
         return order
@@ -128,7 +131,10 @@ def _squeezed(call: Call, shape: Sequence[int]) -> list[int]:
 def squeeze(call: Call) -> Any:
     x = call.args[0]
     shape, tokens = global_shape(x), x.placement.tokens
-    gone = [dim for dim in _squeezed(call, shape) if dim != tokens.dim]
+    gone = _squeezed(call, shape)
+    if tokens.dim in gone:  # of one token
+        dims = tuple(dim - (dim > tokens.dim) for dim in gone if dim != tokens.dim)
+        return x.select(tokens.dim, 0).squeeze(dims)
     return with_layout(
         plain(x).squeeze(tuple(gone)), x.placement.at(tokens.dim - sum(dim < tokens.dim for dim in gone))
     )
@@ -146,6 +152,13 @@ def expand(call: Call) -> Any:
         call.refuse(f"to {sizes} changes the number of tokens", "Keep it.")
     sizes[at] = x.placement.local_size
     return with_layout(plain(x).expand(sizes), x.placement.at(at))
+
+
+@rule(
+    "transpose_", "swapaxes_", "swapdims_", "squeeze_", "unsqueeze_", "t_", "resize_", "resize_as_", "set_", "set data"
+)
+def reshaped_in_place(call: Call) -> Any:
+    call.refuse("changes the shape of a tensor in place", "Use the function without _.")
 
 
 @rule("repeat", "tile")
