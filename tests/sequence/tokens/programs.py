@@ -166,6 +166,49 @@ def checkpointed(model: nn.Module, ids: Tensor, labels: Tensor) -> Tensor:
     return given_labels_with(x @ model.embed.weight.T, labels)
 
 
+class Encoder(nn.Module):
+    """Two of torch's own layers, and another attention of its own, between an embedding and its transpose."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, WIDTH)
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(WIDTH, 4, 32, dropout=0.0, batch_first=True, norm_first=first)
+            for first in (True, False)
+        )
+        self.attend = nn.MultiheadAttention(WIDTH, 4)
+
+    def forward(self, ids: Tensor, causal: bool = False) -> Tensor:
+        x, padding = self.embed(ids), None if causal else ids == 3
+        mask = nn.Transformer.generate_square_subsequent_mask(ids.shape[1], dtype=x.dtype) if causal else None
+        for layer in self.layers:
+            x = layer(x, src_mask=mask, src_key_padding_mask=padding, is_causal=causal)
+        x = x.transpose(0, 1)
+        never = torch.zeros(ids.shape[1], ids.shape[1], dtype=torch.bool).triu(3)
+        x = x + self.attend(x, x, x, key_padding_mask=padding, attn_mask=never, need_weights=False)[0]
+        return x.transpose(0, 1) @ self.embed.weight.T
+
+
+def causal_encoder(model: nn.Module, ids: Tensor, labels: Tensor) -> Tensor:
+    return given_labels_with(model(ids, True), labels)
+
+
+def classified(model: nn.Module, ids: Tensor, labels: Tensor) -> Tensor:
+    """One token per sequence, as Hugging Face's models for sequences take it."""
+    logits = model(ids)
+    last = (torch.arange(ids.shape[1]) * (ids != 0)).argmax(-1)
+    return F.cross_entropy(logits[torch.arange(ids.shape[0]), last], ids[:, 0])
+
+
+def spread_and_extremes(model: nn.Module, ids: Tensor, labels: Tensor) -> Tensor:
+    x = model.hidden(ids)
+    x = (x - x.mean(1, keepdim=True)) / (x.std(1, keepdim=True) + 1e-3)
+    values, places = x.max(1)
+    return (
+        given_labels_with(x @ model.embed.weight.T, labels) + (values * places).mean() + x.var() + x.amin((0, 1)).sum()
+    )
+
+
 def bidirectional() -> nn.Module:
     return Gpt(is_causal=False)
 
@@ -194,6 +237,10 @@ PROGRAMS = {
     "grouped": Program(given_labels, model=lambda: Gpt(4, 2)),
     "multi-query": Program(given_labels, model=lambda: Gpt(4, 1)),
     "uneven heads": Program(given_labels, model=lambda: Gpt(3, 3)),
+    "encoder": Program(given_labels, model=Encoder),
+    "encoder, causal": Program(causal_encoder, model=Encoder, tokens=13),
+    "classified": Program(classified, tokens=13, modes=("auto", "ring")),
+    "spread and extremes": Program(spread_and_extremes, tokens=13, modes=("auto", "ring")),
     "one head": Program(given_labels, model=lambda: Gpt(1, 1), modes=("auto", "ring")),
 }
 

@@ -95,12 +95,12 @@ def _whole_mask(call: Call, mask: Tensor | None, layout: Sharded, *, is_causal: 
     """The mask over the frame: what lies outside of the window sees and is seen by no other token."""
     length, frame, start = layout.tokens.length, layout.frame.num_tokens, layout.start
     if layout.is_full:
-        return None if mask is None else plain(entering(mask))
+        return None if mask is None else _with_rows(mask)
     if mask is None:
         if is_causal and start == 0:
             return None  # places after the window are later than all tokens
         mask = torch.ones(1, 1, 1, length, dtype=torch.bool, device=call.args[0].device)
-    mask = plain(entering(mask))
+    mask = _with_rows(mask)
     before, after = start, frame - start - length
     rows = [before, after] if mask.shape[-2] > 1 else [0, 0]
     hidden = False if mask.dtype == torch.bool else float("-inf")
@@ -120,9 +120,69 @@ def _whole_mask(call: Call, mask: Tensor | None, layout: Sharded, *, is_causal: 
     )
 
 
+def _with_rows(mask: Tensor) -> Tensor:
+    """The mask as a plain one with a dim of queries."""
+    found = plain(entering(mask))
+    return found if found.dim() > 1 else found[None]
+
+
+_MULTI_HEAD = (
+    "query key value embed_dim_to_check num_heads in_proj_weight in_proj_bias bias_k bias_v add_zero_attn dropout_p "
+    "out_proj_weight out_proj_bias training key_padding_mask need_weights attn_mask use_separate_proj_weight "
+    "q_proj_weight k_proj_weight v_proj_weight static_k static_v average_attn_weights is_causal"
+)
+
+
 @rule("multi_head_attention_forward")
-def multi_head(call: Call) -> Any:
-    call.refuse(
-        "computes attention by hand where weights of attention are asked for",
-        "Use scaled_dot_product_attention.",
-    )
+def multi_head(call: Call) -> tuple[Tensor, None]:
+    """Torch's MultiheadAttention, of projections and the attention above."""
+    given = dict(zip(_MULTI_HEAD.split(), call.bind(_MULTI_HEAD, training=True, need_weights=True), strict=True))
+    if given["need_weights"]:
+        call.refuse("is asked for weights of attention, of every token to every other", "Use need_weights=False.")
+    if any(given[name] is not None for name in ("bias_k", "bias_v", "static_k", "static_v")) or given["add_zero_attn"]:
+        call.refuse("adds keys that are no tokens", "Leave out add_bias_kv, add_zero_attn and static keys.")
+    inputs = [given[name] for name in ("query", "key", "value")]
+    if (
+        not all(is_sharded(x) for x in inputs)
+        or is_sharded(given["attn_mask"])
+        or is_sharded(given["key_padding_mask"])
+    ):
+        call.refuse(
+            "attends between tokens that are shared and tokens that are not", "Only self-attention can be shared."
+        )
+    is_batched, heads = inputs[0].dim() == 3, given["num_heads"]
+    if given["use_separate_proj_weight"]:
+        weights = [given[f"{name}_proj_weight"] for name in "qkv"]
+    else:
+        weights = list(given["in_proj_weight"].chunk(3))
+    biases = [None] * 3 if given["in_proj_bias"] is None else given["in_proj_bias"].chunk(3)
+
+    def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        found = functional.linear(x if is_batched else x.unsqueeze(1), weight, bias)
+        return found.view(*found.shape[:2], heads, -1).permute(1, 2, 0, 3)
+
+    q, k, v = (project(*one) for one in zip(inputs, weights, biases, strict=True))
+    is_causal = given["is_causal"] and given["key_padding_mask"] is None
+    mask = None if is_causal else _added(given["attn_mask"], given["key_padding_mask"], q)
+    dropout_p = given["dropout_p"] if given["training"] else 0.0
+    found = functional.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal)
+    found = functional.linear(found.permute(2, 0, 1, 3).flatten(-2), given["out_proj_weight"], given["out_proj_bias"])
+    return (found if is_batched else found.squeeze(1)), None
+
+
+def _added(mask: Tensor | None, padding: Tensor | None, query: Tensor) -> Tensor | None:
+    """What torch adds to scores: masks of bools say which keys are not seen, there, where they say True."""
+
+    def as_numbers(one: Tensor) -> Tensor:
+        if one.dtype != torch.bool:
+            return one
+        return torch.zeros(one.shape, dtype=query.dtype, device=one.device).masked_fill_(one, float("-inf"))
+
+    if mask is not None:
+        mask = as_numbers(mask)
+        mask = mask if mask.dim() == 2 else mask.view(query.shape[0], -1, *mask.shape[1:])
+    if padding is None:
+        return mask
+    padding = as_numbers(padding)
+    padding = padding[:, None, None, :] if padding.dim() == 2 else padding
+    return padding if mask is None else mask + padding
