@@ -21,7 +21,8 @@ transformers = pytest.importorskip("transformers")
 
 TOKENS = 14
 SIZES = {"vocab_size": 29, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
-         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "use_cache": False}  # fmt: skip
+         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+         "use_cache": False}  # fmt: skip
 # The names of a model's config and class, and what its config has besides sizes.
 MODELS = {
     "Llama": ("LlamaConfig", "LlamaForCausalLM", SIZES),
@@ -32,7 +33,8 @@ MODELS = {
              "n_positions": 64, "use_cache": False, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}),
     "GPTNeoX": ("GPTNeoXConfig", "GPTNeoXForCausalLM", {**SIZES, "attention_dropout": 0.0, "hidden_dropout": 0.0}),
     "Llama, classes": ("LlamaConfig", "LlamaForSequenceClassification", {**SIZES, "num_labels": 3, "pad_token_id": 0}),
-    "BERT": ("BertConfig", "BertForMaskedLM", {**SIZES, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}),
+    "BERT": ("BertConfig", "BertForMaskedLM", {**SIZES, "hidden_dropout_prob": 0.0,
+             "attention_probs_dropout_prob": 0.0}),
     "BERT, classes": ("BertConfig", "BertForSequenceClassification", {**SIZES, "num_labels": 3,
                       "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}),
 }  # fmt: skip
