@@ -24,6 +24,9 @@ class SequenceConfig:
         dims: by place of a tensor in the batch ("input_ids", "0", "images.pixels"), its dim of tokens; None finds it.
         check_batches: number of first batches of every data loader that are compared between the ranks that share
             them; 0 compares none.
+        token_wise: classes of autograd functions ("package.module.Class") and operations ("namespace::name") of other
+            packages that treat every token by itself. Others that get tokens are refused: what they compute from a part
+            is not known.
     """
 
     size: PositiveInt = 1
@@ -31,6 +34,7 @@ class SequenceConfig:
     head_chunks: PositiveInt = 1
     dims: Optional[dict[str, int]] = None
     check_batches: NumBatches = 16
+    token_wise: Optional[list[str]] = None
 
     def __post_init__(self) -> None:
         check_fields(self)

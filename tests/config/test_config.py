@@ -61,6 +61,7 @@ def test_option_surface_is_what_the_docs_say():
         "head_chunks",
         "dims",
         "check_batches",
+        "token_wise",
     ]
 
 

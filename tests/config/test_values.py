@@ -57,6 +57,7 @@ FIELDS = [
     (lss.SequenceConfig, "head_chunks", NOT_INT, {}),
     (lss.SequenceConfig, "dims", [0, 1, True, "", "input_ids", ["input_ids"], {1: 1}, {"a": 1.0}, {"a": True}], {}),
     (lss.SequenceConfig, "check_batches", [v for v in NOT_INT if v != 0 or v is True], {}),
+    (lss.SequenceConfig, "token_wise", NOT_NAMES, {}),
     (lss.CheckpointConfig, "asynchronous", [*NOT_BOOL, None], {}),
     (lss.CheckpointConfig, "allow", [*NOT_NAMES, None], {}),
     (lss.SuperScaleStrategy, "error_if_nonfinite", [*NOT_BOOL, None], {}),

@@ -128,7 +128,7 @@ def custom(call: Call) -> Any:
     if not _is_token_wise(call.name):
         call.refuse(
             "is code below torch's functions, which would compute with this rank's tokens alone",
-            f"If it treats every token by itself, name {call.name!r} in token_wise.",
+            f"If it treats every token by itself, name {call.name!r} in SequenceConfig.token_wise.",
         )
     if not all(layout.has_same_tokens(x.placement) for x in call.sharded):
         call.refuse("combines a token with another one", "Give it the same tokens of all tensors.")

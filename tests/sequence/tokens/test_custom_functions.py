@@ -52,7 +52,7 @@ def test_a_function_that_gives_another_number_of_tokens_is_refused(guard):
     ],
 )
 def test_a_function_of_which_nobody_said_what_it_does_is_refused_with_its_name(guard, name, call):
-    with pytest.raises(SequenceParallelError, match=f"name '{name}' in token_wise"):
+    with pytest.raises(SequenceParallelError, match=f"name '{name}' in SequenceConfig.token_wise"):
         call(tokens())
 
 

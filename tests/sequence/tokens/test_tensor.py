@@ -61,3 +61,24 @@ def test_loss_and_gradients_are_those_of_one_process(shared, name):
             largest = max(float(g.abs().max()) for g in grads.values())
             for key, grad in grads.items():
                 torch.testing.assert_close(found[key], grad, rtol=0, atol=1e-12 * largest, msg=f"{mode} {key}")
+
+
+def _dropping(rank: int, world_size: int):
+    from torch.nn import functional
+
+    from lightning_superscale.sequence.tokens.layout import Sharded
+
+    sharing = Sharing(link=AxisLink(MeshAxis("sequence", rank, world_size, dist.group.WORLD)))
+    torch.manual_seed(4)
+    layout = Sharded(TokenDim(2, 8), sharing, sharing.frame(8))
+    whole = torch.randn(1, 1, 8, 4).expand(-1, world_size, -1, -1)  # heads alike, one for each rank
+    q = with_layout(layout.take(whole), layout)
+    outputs = layout.gather(plain(functional.scaled_dot_product_attention(q, q, q, dropout_p=0.5)))
+    return outputs, torch.get_rng_state()
+
+
+def test_ranks_drop_other_weights_of_attention_and_draw_alike_afterwards():
+    found = run_ranks(2, _dropping)
+    outputs, state = found[0]
+    assert not torch.allclose(outputs[:, 0], outputs[:, 1])
+    assert torch.equal(state, found[1][1])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -79,10 +81,23 @@ def attend(
         num_chunks=layout.sharing.num_chunks,
         documents=None if documents is None else _whole_documents(documents, layout),
     )
-    output = shared(q, k, v, dense, dropout_p, is_causal, scale, enable_gqa, window=window)
+    with _numbers_of_its_own(layout.sharing.link.rank, q.device) if dropout_p else nullcontext():
+        output = shared(q, k, v, dense, dropout_p, is_causal, scale, enable_gqa, window=window)
     met = AttentionSeen(mode, q.shape[1], k.shape[1], (q.shape[0], layout.frame.num_tokens, q.shape[3]))
     layout.sharing.seen.attention[met] = sum(sent.values()) - before
     return with_layout(output[(0,) * num_missing], layout)
+
+
+@contextmanager
+def _numbers_of_its_own(rank: int, device: torch.device) -> Iterator[None]:
+    """Random numbers of this rank's own, for weights of attention of heads and queries of its own.
+
+    Ranks draw alike otherwise, and would drop the same places of different heads. They agree again afterwards.
+    """
+    seed = int(torch.randint(2**62, ()))
+    with torch.random.fork_rng([device] if device.type != "cpu" else [], device_type=device.type):
+        torch.manual_seed(seed + rank)
+        yield
 
 
 def _whole_documents(documents: Tensor, layout: Sharded) -> Tensor:

@@ -12,7 +12,7 @@ from lightning_superscale.sequence.tokens.call import Call
 from lightning_superscale.sequence.tokens.layout import Replicated, Sharded
 from lightning_superscale.sequence.tokens.rules.elementwise import beside
 from lightning_superscale.sequence.tokens.rules.registry import rule
-from lightning_superscale.sequence.tokens.tensor import TokenTensor, entering, is_sharded, layout_of, plain, with_layout
+from lightning_superscale.sequence.tokens.tensor import entering, is_sharded, layout_of, plain, with_layout
 from lightning_superscale.torch_private import tree_map
 
 _BY_HAND = (
@@ -160,8 +160,3 @@ def conv(call: Call) -> Any:
             "Only kernels of size 1 can be shared so far.",
         )
     return with_layout(call.run(), x.placement)
-
-
-def token_wise(x: TokenTensor, function: Any) -> Any:
-    """What a function that treats every token by itself makes of this rank's part."""
-    return tree_map(lambda y: with_layout(y, x.placement) if isinstance(y, Tensor) else y, function(plain(x)))
