@@ -44,9 +44,27 @@ class SequenceParallel(ModuleTechnique):
         )
 
     def prepare(self, module: nn.Module) -> None:
+        self._refuse_compiled(module)
         self._agree_on_random_numbers()
         self._guard.install()
         self._hugging_face.install(module)
+
+    def _refuse_compiled(self, module: nn.Module) -> None:
+        """Refuse, on every rank, a module of which any rank compiled a part.
+
+        Dynamo makes stand-ins of a graph's inputs from the shapes that user code sees, those of all tokens, and from
+        the memory of this rank's part, which do not fit.
+        """
+        compiled = [
+            rank for rank, is_so in enumerate(gather_objects(self._facts.mesh, self._facts.is_compiled)) if is_so
+        ]
+        if compiled:
+            raise SequenceParallelError(
+                f"sequence={self._config.size} shares the tokens of {type(module).__name__}, of which torch.compile "
+                f"compiled the whole or a part on rank{'s' if len(compiled) > 1 else ''} "
+                f"{', '.join(map(str, compiled))}; expected a module that is not compiled: a compiled graph knows "
+                "nothing of tensors of which ranks have parts. Remove torch.compile, or train with sequence=1."
+            )
 
     def batch(self, batch: Any, *, trains: bool) -> Any:
         """The same batch on every rank, whose tensors know their tokens.

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_superscale.errors import SequenceParallelError
 from lightning_superscale.sequence.attention.replacement import is_local
 from lightning_superscale.sequence.tokens.call import Call, call_of
 from lightning_superscale.sequence.tokens.custom_functions import custom
@@ -27,6 +28,11 @@ def dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     Raises:
         SequenceParallelError: no rule says how each rank computes its part.
     """
+    if torch.compiler.is_compiling():  # nothing is asked of the arguments, because that would lead here again
+        raise SequenceParallelError(
+            f"{name_of(func)} meets a tensor of tokens in a function that torch.compile compiles, which knows nothing "
+            "of tensors of which ranks have parts. Remove torch.compile there, or train with sequence=1."
+        )
     call = call_of(func, name_of(func), args, kwargs)
     if call.name in _RUN_BACKWARD:
         return _backward(call)
