@@ -54,6 +54,15 @@ def saved_tensor_hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tenso
     return None if found is None else (found[0], found[1])
 
 
+def loses_its_class(saved: Tensor) -> bool:
+    """Whether a saved-tensor hook is handed a subclass that Python code saves, and gets back as a plain tensor.
+
+    autograd makes a new, plain tensor of what a hook unpacks if it requires grad. Derivatives of torch, which
+    run in a context without `__torch_function__`, take it as that; code in Python may need the class.
+    """
+    return torch._C._is_torch_function_enabled() and has_own_torch_function(type(saved)) and saved.requires_grad
+
+
 def without_dispatch_modes() -> AbstractContextManager[object]:
     """A context whose operations are seen by none of the dispatch modes that are active around it."""
     context: AbstractContextManager[object] = _disable_current_modes()

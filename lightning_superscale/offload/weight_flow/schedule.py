@@ -28,7 +28,14 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.offload.weight_flow.weights import FlowingWeights
-from lightning_superscale.torch_private import saved_tensor_hooks, storage_id_of, tree_leaves, version_of
+from lightning_superscale.torch_private import (
+    loses_its_class,
+    plainly,
+    saved_tensor_hooks,
+    storage_id_of,
+    tree_leaves,
+    version_of,
+)
 
 # Number of blocks whose copies may be under way while another one is used.
 BLOCKS_AHEAD = 2
@@ -268,7 +275,8 @@ class WeightFlow:
             owner = self.block_of.get(saved)
             block = None if owner is None else self._blocks[owner]
         else:
-            block = self._place.get(storage_id_of(saved.untyped_storage()))
+            # Plainly, because subclasses that refuse to give their memory away are saved too.
+            block = self._place.get(storage_id_of(plainly(Tensor.untyped_storage, saved)))
         if block is not None:
             self._check_first_order(block)
             self._arrive(block)
@@ -303,6 +311,13 @@ class _SavedTensors:
         self._around = around
 
     def pack(self, saved: Tensor) -> Any:
+        if loses_its_class(saved):
+            raise SuperScaleError(
+                f"activation checkpointing, or another autograd function in Python, keeps a {type(saved).__name__} for "
+                "backward in a block whose weights flow between host and device, and would get a plain tensor without "
+                "its tokens back. Train with OffloadConfig(weights='stationary'), or without checkpointing, where "
+                "ranks share sequences."
+            )
         return (saved, version_of(saved)) if self._around is None else self._around[0](saved)
 
     def unpack(self, packed: Any) -> Tensor:
