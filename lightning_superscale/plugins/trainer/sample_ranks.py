@@ -9,8 +9,11 @@ from torch import Tensor
 from torch.distributed import ReduceOp
 
 from lightning_superscale.config import SequenceConfig, ZeroConfig
+from lightning_superscale.errors import SequenceParallelError
 from lightning_superscale.layout.mesh import BATCH_AXES, MeshSpec
 from lightning_superscale.run.environment import mesh_spec_of
+from lightning_superscale.run.run import Run
+from lightning_superscale.sequence.tokens.tensor import layout_of
 
 if TYPE_CHECKING:
     from lightning.pytorch.strategies import DDPStrategy as _Base
@@ -24,10 +27,12 @@ class SampleRanksMixin(_Base):
     One rank has a process group for user code's sake; its Trainer's own collectives are as without.
 
     Attributes:
+        run: what trains, and shares sequences.
         zero_config: what is sharded over ranks.
         sequence_config: how ranks share the sequences of a batch; None where each has samples of its own.
     """
 
+    run: Run
     zero_config: ZeroConfig
     sequence_config: SequenceConfig | None
 
@@ -75,7 +80,20 @@ class SampleRanksMixin(_Base):
         return reduced
 
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
-        return tensor if self._num_ranks == 1 else super().all_gather(tensor, group, sync_grads)
+        """The tensors of all ranks; those of which ranks have parts are whole on each of them.
+
+        Raises:
+            SequenceParallelError: gradients are wanted of a tensor of tokens that ranks share.
+        """
+        if self._num_ranks == 1:
+            return tensor
+        if sync_grads and layout_of(tensor) is not None:
+            raise SequenceParallelError(
+                f"all_gather(sync_grads=True) of a tensor {list(tensor.shape)}, computed of tokens that ranks share; "
+                "expected one without gradients. Every rank has the loss of all tokens: compute with it as it is, or "
+                "gather with sync_grads=False."
+            )
+        return super().all_gather(self.run.output(tensor, trains=False), group, sync_grads)
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
         return obj if self._num_ranks == 1 else super().broadcast(obj, src)
