@@ -165,8 +165,8 @@ rule(
 def memory_read(call: Call) -> Any:
     call.refuse(
         "takes the memory of a tensor, of which this rank has a part: a kernel would compute with that part alone",
-        "Use torch's own functions, or name the autograd function in SequenceConfig.token_wise if it treats every token "
-        "by itself.",
+        "Use torch's own functions, or name the autograd function in SequenceConfig.token_wise if it treats every "
+        "token by itself.",
     )
 
 
