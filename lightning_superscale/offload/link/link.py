@@ -15,7 +15,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -26,13 +26,28 @@ from lightning_superscale.ops.events import Done, Event, FutureEvent, StreamEven
 from lightning_superscale.ops.types import WEIGHT_DTYPES
 from lightning_superscale.timeline import UNTIMED, Timeline
 
+Copied = Literal["gradients", "weights", "activations"]
+"""What a copy is of, for counters and timelines."""
+
 
 @dataclass(slots=True)
 class LinkBytes:
-    """Bytes that crossed the link since it was opened."""
+    """Bytes that crossed the link since it was opened, those of activations among them."""
 
     d2h: int = 0
     h2d: int = 0
+    activations_d2h: int = 0
+    activations_h2d: int = 0
+
+    def count_d2h(self, nbytes: int, what: Copied) -> None:
+        """Count a copy to the host."""
+        self.d2h += nbytes
+        self.activations_d2h += nbytes if what == "activations" else 0
+
+    def count_h2d(self, nbytes: int, what: Copied) -> None:
+        """Count a copy to the device."""
+        self.h2d += nbytes
+        self.activations_h2d += nbytes if what == "activations" else 0
 
 
 LinkEvent = Event[None]
@@ -57,7 +72,7 @@ class Link(Protocol):
 
     bytes: LinkBytes
 
-    def d2h(self, dst: Tensor, src: Tensor) -> LinkEvent:
+    def d2h(self, dst: Tensor, src: Tensor, what: Copied = "gradients") -> LinkEvent:
         """Start copying `src` (device) to `dst` (host), after the work that the current stream has queued.
 
         Raises:
@@ -67,7 +82,7 @@ class Link(Protocol):
     def fence(self) -> LinkFence | None:
         """The point after all work that the current stream has queued; None where there is no stream."""
 
-    def h2d(self, dst: Tensor, src: Tensor, after: LinkFence | None = None) -> LinkEvent:
+    def h2d(self, dst: Tensor, src: Tensor, after: LinkFence | None = None, what: Copied = "weights") -> LinkEvent:
         """Start copying `src` (host, complete) to `dst` (device).
 
         Args:
@@ -127,28 +142,28 @@ class CpuLink:
         # Uploads with a cast always do: the pool copies bytes.
         self._timed = ThreadPoolExecutor(1, "lightning-superscale link")
 
-    def d2h(self, dst: Tensor, src: Tensor) -> LinkEvent:
+    def d2h(self, dst: Tensor, src: Tensor, what: Copied = "gradients") -> LinkEvent:
         nbytes = _check(host=dst, device=src)
-        self.bytes.d2h += nbytes
-        with self._timeline.host("device to host", "gradients", nbytes):
+        self.bytes.count_d2h(nbytes, what)
+        with self._timeline.host("device to host", what, nbytes):
             dst.copy_(src)
         return Done(None)
 
     def fence(self) -> None:
         return None
 
-    def h2d(self, dst: Tensor, src: Tensor, after: LinkFence | None = None) -> LinkEvent:
+    def h2d(self, dst: Tensor, src: Tensor, after: LinkFence | None = None, what: Copied = "weights") -> LinkEvent:
         nbytes = _check(host=src, device=dst)
-        self.bytes.h2d += nbytes
+        self.bytes.count_h2d(nbytes, what)
         if not self._timeline.is_open and dst.dtype == src.dtype:
             return submit_copy(dst, src)
-        return FutureEvent(self._timed.submit(self._copy, dst, src, nbytes))
+        return FutureEvent(self._timed.submit(self._copy, dst, src, nbytes, what))
 
     def allocating(self) -> AbstractContextManager[object]:
         return nullcontext()
 
-    def _copy(self, dst: Tensor, src: Tensor, nbytes: int) -> None:
-        with self._timeline.host("host to device", "weights", nbytes):
+    def _copy(self, dst: Tensor, src: Tensor, nbytes: int, what: Copied) -> None:
+        with self._timeline.host("host to device", what, nbytes):
             dst.copy_(src)
 
     def needs_pinned_host(self) -> bool:
@@ -168,13 +183,13 @@ class CudaLink:
         self._d2h_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._h2d_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
-    def d2h(self, dst: Tensor, src: Tensor) -> LinkEvent:
+    def d2h(self, dst: Tensor, src: Tensor, what: Copied = "gradients") -> LinkEvent:
         nbytes = _check(host=dst, device=src)
-        _refuse_capture("a gradient's copy to the host")
-        self.bytes.d2h += nbytes
+        _refuse_capture(f"a copy of {what} to the host")
+        self.bytes.count_d2h(nbytes, what)
         stream = self._d2h_stream
         stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(stream), self._timeline.device("device to host", "gradients", nbytes):
+        with torch.cuda.stream(stream), self._timeline.device("device to host", what, nbytes):
             dst.copy_(src.to(dst.dtype), non_blocking=True)
         # The caching allocator must not hand src's memory out before this stream has read it.
         src.record_stream(stream)
@@ -183,14 +198,14 @@ class CudaLink:
     def fence(self) -> LinkFence:
         return StreamEvent(torch.cuda.current_stream(self._device))
 
-    def h2d(self, dst: Tensor, src: Tensor, after: LinkFence | None = None) -> LinkEvent:
+    def h2d(self, dst: Tensor, src: Tensor, after: LinkFence | None = None, what: Copied = "weights") -> LinkEvent:
         nbytes = _check(host=src, device=dst)
-        _refuse_capture("new weights' copy to the device")
-        self.bytes.h2d += nbytes
+        _refuse_capture(f"a copy of {what} to the device")
+        self.bytes.count_h2d(nbytes, what)
         stream = self._h2d_stream
         # Earlier kernels may still read the weights that this copy replaces.
         (after or self.fence()).wait(stream)
-        with torch.cuda.stream(stream), self._timeline.device("host to device", "weights", nbytes):
+        with torch.cuda.stream(stream), self._timeline.device("host to device", what, nbytes):
             # In one call torch would cast on the host. `landed` is this stream's own memory, so it needs no fence.
             landed = dst if dst.dtype == src.dtype else torch.empty_like(dst, dtype=src.dtype)
             landed.copy_(src, non_blocking=True)
