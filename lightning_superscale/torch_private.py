@@ -63,6 +63,17 @@ def loses_its_class(saved: Tensor) -> bool:
     return torch._C._is_torch_function_enabled() and has_own_torch_function(type(saved)) and saved.requires_grad
 
 
+def is_in_checkpoint() -> bool:
+    """Whether forward runs inside of torch's non-reentrant checkpoint, which will compute it again."""
+    hooks = saved_tensor_hooks()
+    return hooks is not None and getattr(hooks[0], "__module__", "") == "torch.utils.checkpoint"
+
+
+def is_in_functorch() -> bool:
+    """Whether a transform of torch.func, such as vmap or grad, is active."""
+    return bool(torch._C._are_functorch_transforms_active())
+
+
 def without_dispatch_modes() -> AbstractContextManager[object]:
     """A context whose operations are seen by none of the dispatch modes that are active around it."""
     context: AbstractContextManager[object] = _disable_current_modes()

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from lightning_superscale.sequence.tokens.tensor import plain
 from lightning_superscale.torch_private import saved_tensor_hooks
 
 
@@ -41,11 +42,12 @@ def boundary_hooks(
         pack: returns what is kept in place of a tensor.
         unpack: returns the tensor for what is kept; it is called once per backward.
     """
-    boundary = {_place_of(tensor) for tensor in inputs if tensor.is_floating_point() and tensor.requires_grad}
+    boundary = {_place_of(tensor) for tensor in inputs if is_boundary(tensor)}
     pack_other, unpack_other = saved_tensor_hooks() or (_as_it_is, _as_it_is)
 
     def pack_one(saved: Tensor) -> Any:
-        return _Packed(pack(saved.detach())) if _place_of(saved) in boundary else pack_other(saved)
+        # Of tokens that ranks share, a store gets this rank's part.
+        return _Packed(pack(plain(saved).detach())) if _place_of(saved) in boundary else pack_other(saved)
 
     def unpack_one(kept: Any) -> Tensor:
         return unpack(kept.content) if isinstance(kept, _Packed) else unpack_other(kept)
@@ -53,16 +55,21 @@ def boundary_hooks(
     return torch.autograd.graph.saved_tensors_hooks(pack_one, unpack_one)
 
 
+def is_boundary(tensor: Tensor) -> bool:
+    """Whether an input of a block is a boundary activation; see [Note: Boundary activations]."""
+    return plain(tensor).is_floating_point() and plain(tensor).requires_grad
+
+
 def _as_it_is(saved: Any) -> Any:
     return saved
 
 
-class _Packed:
+class _Packed(NamedTuple):
     """What a store keeps in place of a tensor."""
 
-    def __init__(self, content: Any) -> None:
-        self.content = content
+    content: Any
 
 
 def _place_of(tensor: Tensor) -> tuple[object, ...]:
-    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+    memory = plain(tensor)
+    return memory.data_ptr(), memory.shape, memory.stride(), memory.dtype

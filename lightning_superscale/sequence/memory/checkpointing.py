@@ -19,7 +19,6 @@ no more than its inputs and parameters.
 from __future__ import annotations
 
 import functools
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -31,7 +30,9 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from lightning_superscale.errors import SuperScaleError, did_you_mean
 from lightning_superscale.sequence.memory.boundary import BoundaryStore
+from lightning_superscale.sequence.memory.rerouting import Rerouting
 from lightning_superscale.sequence.memory.saved_bytes import SavedBytes
+from lightning_superscale.sequence.tokens.tensor import layout_of, with_layout
 from lightning_superscale.torch_private import (
     TorchDispatchMode,
     compile_with_memory_budget,
@@ -178,14 +179,10 @@ class BlockCheckpoints:
         self.policy = policy
         self._context_fn = policy.contexts()
         self._store = store
-        # Weak, because `_calls` leads here: a block would keep itself alive.
-        self._classes: list[tuple[weakref.ref[nn.Module], Any]] = []
-        for i, block in enumerate(blocks.values()):
-            cls: Any = type(block)
-            _calls[block] = functools.partial(self._call, i)
-            self._classes.append((weakref.ref(block), cls))
-            # As fully_shard does: hooks stay outside, names and state dicts as they are, and copies compute plainly.
-            block.__class__ = _recomputed_class(cls)
+        # As fully_shard does: hooks stay outside, names and state dicts as they are, and copies compute plainly.
+        self._releases = [
+            _RECOMPUTED.reroute(block, functools.partial(self._call, i)) for i, block in enumerate(blocks.values())
+        ]
 
     def _call(self, index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
@@ -193,9 +190,15 @@ class BlockCheckpoints:
         options: dict[str, Any] = {} if self._context_fn is None else {"context_fn": self._context_fn}
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         names, values = tuple(kwargs), tuple(kwargs.values())
+        # Saved tensors come back plain where hooks keep them: the tokens of each are noted here.
+        layouts = [layout_of(one) for one in (*args, *values)]
 
         def run(*given: Any) -> Any:
             # Keywords as positions, because torch saves positional tensors only; others it keeps as they are.
+            given = tuple(
+                one if layout is None or layout_of(one) is not None else with_layout(one, layout)
+                for one, layout in zip(given, layouts, strict=True)
+            )
             split = len(given) - len(names)
             return forward(*given[:split], **dict(zip(names, given[split:], strict=True)))
 
@@ -204,44 +207,19 @@ class BlockCheckpoints:
 
     def close(self) -> None:
         """Give the blocks their own classes back. Graphs of earlier forwards stay whole."""
-        for reference, cls in self._classes:
-            block = reference()
-            if block is not None:
-                _calls.pop(block, None)
-                if type(block) is _recomputed_class(cls):
-                    block.__class__ = cls
-        self._classes.clear()
+        for release in self._releases:
+            release()
+        self._releases.clear()
 
 
-_calls: weakref.WeakKeyDictionary[nn.Module, Callable[..., Any]] = weakref.WeakKeyDictionary()
-"""By block, what calls its forward."""
-
-
-@functools.cache
-def _recomputed_class(cls: type[nn.Module]) -> type[nn.Module]:
-    """A subclass whose instances run their forward through `_calls`; those that are not there run it plainly."""
-
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        plain = functools.partial(cls.forward, self)
-        call = _calls.get(self)
-        return plain(*args, **kwargs) if call is None else call(plain, *args, **kwargs)
-
-    def reduce(self: nn.Module, protocol: Any) -> Any:
-        """As the block's own class does: copies and files know nothing of a run."""
-        recomputed, self.__class__ = type(self), cls
-        try:
-            return self.__reduce_ex__(protocol)
-        finally:
-            self.__class__ = recomputed
-
-    members = {"forward": forward, "__reduce_ex__": reduce, "__module__": cls.__module__, "__doc__": cls.__doc__}
-    return type(cls.__name__, (cls,), {**members, "__qualname__": cls.__qualname__})
+_RECOMPUTED = Rerouting()
+"""The blocks of all `BlockCheckpoints`."""
 
 
 def _check_blocks(blocks: Mapping[str, nn.Module]) -> None:
     names: dict[nn.Module, str] = {}
     for name, block in blocks.items():
-        if block in _calls or block in names:
+        if block in _RECOMPUTED or block in names:
             raise SuperScaleError(f"block {name!r} is recomputed already; expected each block once.")
         if "forward" in vars(block):
             raise SuperScaleError(

@@ -28,7 +28,11 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 from lightning_superscale.comm.collectives import control_max
 from lightning_superscale.comm.mesh import DataMesh
 from lightning_superscale.errors import SuperScaleError
+from lightning_superscale.sequence.attention.replacement import is_local
 from lightning_superscale.sequence.memory.row_wise import why_not_row_wise
+from lightning_superscale.sequence.tokens.layout import Layout, Replicated, Sharded
+from lightning_superscale.sequence.tokens.rules.products import entered
+from lightning_superscale.sequence.tokens.tensor import layout_of, plain, with_layout
 from lightning_superscale.torch_private import version_of
 
 
@@ -49,6 +53,9 @@ class TiledForward:
             many there are; tiles of others are smaller, perhaps empty. None if ranks need not agree.
         checks: whether the first call checks the function. Without, whoever makes this object vouches for it.
 
+    Attributes:
+        must_check: whether the next call of more than one row checks the function.
+
     Raises:
         SuperScaleError: `tile` is no positive number.
     """
@@ -68,15 +75,18 @@ class TiledForward:
         self._tile = tile
         self._name = name
         self._mesh = mesh
-        self._must_check = checks
+        self.must_check = checks
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Call the function on [..., S, H].
+        """Call the function on [..., S, H]; where ranks share its tokens, on this rank's.
 
         Raises:
             SuperScaleError: the input is no floating [..., S, H]; the function mixes rows, depends on their places, or
                 on tensors that are none of its parameters; a parameter is sharded. With a mesh, on every rank.
         """
+        layout = layout_of(x)
+        if layout is not None:
+            return self._of_tokens(x, layout)
         refusal = self._refusal_of(x)
         num_rows = 0 if refusal or not x.numel() else x.shape[-2]
         # The largest number of tiles on any rank, the smallest of rows, and whether any rank refuses.
@@ -86,7 +96,7 @@ class TiledForward:
         params: dict[str, nn.Parameter] = {}
         if isinstance(self._function, nn.Module):
             params = {name: param for name, param in self._function.named_parameters() if param.requires_grad}
-        if self._must_check and -fewest > 1:
+        if self.must_check and -fewest > 1:
             self._check(x, params)
         sizes = self._sizes(x.shape[-2], num_tiles)
         call = _Call(self._function, tuple(params), sizes, self._name)
@@ -94,6 +104,22 @@ class TiledForward:
             return _in_tiles(x, call)[0]
         result: Tensor = _Tiles.apply(x, call, *params.values())  # type: ignore[no-untyped-call]
         return result
+
+    def _of_tokens(self, x: Tensor, layout: Layout | None) -> Tensor:
+        """The function of a tensor that knows its tokens, which are rows of it."""
+        if isinstance(layout, Replicated):
+            if is_local():
+                return self(plain(x))
+            x = entered(x)  # as at any first layer
+            layout = layout_of(x)
+        if not isinstance(layout, Sharded):
+            return self._function(x)  # a value of all tokens has no rows of tokens
+        if layout.tokens.dim == plain(x).dim() - 1:
+            raise SuperScaleError(
+                f"{self._name} can't run in tiles: its input {tuple(x.shape)} has tokens on the last dim; expected "
+                "features there."
+            )
+        return with_layout(self(plain(x)), layout)
 
     def _refusal_of(self, x: Tensor) -> str | None:
         if x.dim() < 2 or not x.is_floating_point():
@@ -113,7 +139,7 @@ class TiledForward:
         if self._agree([int(bool(reason))]) != [0]:
             reason = reason or "another rank found that it depends on more than its rows."
             raise SuperScaleError(f"{self._name} can't run in tiles: {reason}")
-        self._must_check = False
+        self.must_check = False
 
     def _agree(self, values: list[int]) -> list[int]:
         """The largest of each value over all ranks."""
@@ -164,7 +190,7 @@ class _Tiles(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, call: _Call, *params: Tensor) -> Tensor:
         out, states = _in_tiles(x, call)
         ctx.save_for_backward(x, *params)
-        ctx.call, ctx.states, ctx.autocast = call, states, _autocast_of(x)
+        ctx.call, ctx.states, ctx.autocast = call, states, autocast_of(x)
         return out
 
     @staticmethod
@@ -254,7 +280,7 @@ def _split(tensor: Tensor | None, sizes: Sequence[int]) -> Sequence[Any]:
     return [None] * len(sizes) if tensor is None else torch.split(tensor, list(sizes), dim=-2)
 
 
-def _autocast_of(x: Tensor) -> Callable[[], AbstractContextManager[object]]:
+def autocast_of(x: Tensor) -> Callable[[], AbstractContextManager[object]]:
     """Makes the present autocast anew, for the recompute."""
     device_type = x.device.type
     if not torch.amp.is_autocast_available(device_type):

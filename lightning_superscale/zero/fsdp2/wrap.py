@@ -61,8 +61,13 @@ def wrap_plan(root: nn.Module, wrap: Wrap = None, *, include_root: bool = True) 
     return [m for m in _children_first(root) if m in chosen and not isinstance(m, FSDPModule)]
 
 
-def blocks_with_own_params(root: nn.Module, wrap: Wrap = None) -> list[tuple[str, nn.Module, dict[str, nn.Parameter]]]:
+def blocks_with_own_params(
+    root: nn.Module, wrap: Wrap = None, key: str = "wrap"
+) -> list[tuple[str, nn.Module, dict[str, nn.Parameter]]]:
     """The blocks that `wrap_plan` finds, innermost first, each with the parameters that no module outside it owns.
+
+    Args:
+        key: names the option that `wrap` comes from, in errors.
 
     Returns:
         (name from the root, module, its parameters by name from the root): each parameter once, with the innermost
@@ -72,7 +77,7 @@ def blocks_with_own_params(root: nn.Module, wrap: Wrap = None) -> list[tuple[str
     Raises:
         SuperScaleError: a name in `wrap` matches nothing, or names a container that has no forward.
     """
-    chosen = _automatic(root) if wrap is None else _named(root, wrap)
+    chosen = _automatic(root) if wrap is None else _named(root, wrap, key)
     chosen.discard(root)
     fqn_of_module = {module: fqn for fqn, module in root.named_modules()}
     fqn_of = {param: fqn for fqn, param in root.named_parameters()}
@@ -182,7 +187,7 @@ def _repeated_children(container: nn.Module) -> list[nn.Module]:
     return [child for children in alike.values() if len(children) > 1 for child in children]
 
 
-def _named(root: nn.Module, wrap: Iterable[type[nn.Module] | str]) -> set[nn.Module]:
+def _named(root: nn.Module, wrap: Iterable[type[nn.Module] | str], key: str = "wrap") -> set[nn.Module]:
     chosen: set[nn.Module] = set()
     for what in wrap:
         name = what if isinstance(what, str) else what.__name__
@@ -194,13 +199,13 @@ def _named(root: nn.Module, wrap: Iterable[type[nn.Module] | str]) -> set[nn.Mod
         if not found:
             choices = {n for m in root.modules() for n in _class_names(m)} | {n for n, _ in root.named_modules() if n}
             raise SuperScaleError(
-                f"wrap={name!r} matches no module of {type(root).__name__}{did_you_mean(name, choices)}. "
+                f"{key}={name!r} matches no module of {type(root).__name__}{did_you_mean(name, choices)}. "
                 "Name module classes or modules, or leave it None to wrap repeated blocks."
             )
         lists = [module for module in found if not is_callable_module(module)]
         if lists:
             raise SuperScaleError(
-                f"wrap={name!r} names a {type(lists[0]).__name__}, which has no forward at which its weights could be "
+                f"{key}={name!r} names a {type(lists[0]).__name__}, which has no forward at which its weights could be "
                 "gathered. Name the class of its members."
             )
         chosen |= {module for module in found if next(module.parameters(), None) is not None}

@@ -17,15 +17,15 @@ from lightning_superscale.sequence.tokens.rules.reductions import total
 from lightning_superscale.sequence.tokens.rules.registry import rule
 from lightning_superscale.sequence.tokens.tensor import entering, is_sharded, plain, reduced, with_layout
 
-_CROSS = "input target weight size_average ignore_index reduce reduction label_smoothing"
+CROSS_ENTROPY = "input target weight size_average ignore_index reduce reduction label_smoothing"
 
 
 @rule("cross_entropy", "nll_loss")
 def cross_entropy(call: Call) -> Any:
     given = dict(
         zip(
-            _CROSS.split(),
-            call.bind(_CROSS, ignore_index=-100, reduction="mean", label_smoothing=0.0),
+            CROSS_ENTROPY.split(),
+            call.bind(CROSS_ENTROPY, ignore_index=-100, reduction="mean", label_smoothing=0.0),
             strict=True,
         )
     )
@@ -39,7 +39,7 @@ def cross_entropy(call: Call) -> Any:
     if layout.tokens.dim == class_dim:
         call.refuse("takes tokens for classes", "Put classes on dim 1: logits.transpose(1, 2), or flatten(0, 1).")
     at = layout.tokens.dim - (layout.tokens.dim > class_dim)
-    own = _own_targets(call, target, layout, at, num_dims, ignored)
+    own = own_targets(call, target, layout, at, ignored)
     options: dict[str, Any] = {"weight": weight, "ignore_index": ignored}
     if call.name == "cross_entropy":
         options["label_smoothing"] = given["label_smoothing"]
@@ -71,7 +71,7 @@ def _share(reduction: str, each: Tensor) -> int:
     return 1 if reduction == "sum" else each.numel()
 
 
-def _own_targets(call: Call, target: Tensor, layout: Sharded, at: int, num_dims: int, ignored: int) -> Tensor:
+def own_targets(call: Call, target: Tensor, layout: Sharded, at: int, ignored: int) -> Tensor:
     """The targets of this rank's tokens; `ignored` for places outside of the window."""
     is_share = target.is_floating_point()
     dim = layout.tokens.dim if is_share else at
