@@ -1,18 +1,20 @@
-"""The options of sequence parallelism: the ranks that share every sample's sequence, and how they attend."""
+"""The options for long sequences: the ranks that share every sample's, how they attend, and what each rank keeps."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal, Optional
+from typing import Annotated, Literal, Optional, Union
 
-from lightning_superscale.config.values import Between, PositiveInt, check_fields
+from lightning_superscale.config.values import Between, ModuleNames, PositiveInt, check_fields
+from lightning_superscale.errors import SettingError
 
 NumBatches = Annotated[int, Between(0, 2**30)]
 
 
 @dataclass(frozen=True)
 class SequenceConfig:
-    """Options for sharing the sequence of every sample among ranks (Jacobs et al. 2023, arXiv:2309.14509).
+    """Options for long sequences: sharing every sample's among ranks (Jacobs et al. 2023, arXiv:2309.14509), and
+    keeping less of it on each, with any size (docs/long-context.md).
 
     Args:
         size: number of neighbouring ranks that share every sample's sequence; 1 shares nothing.
@@ -27,6 +29,18 @@ class SequenceConfig:
         token_wise: classes of autograd functions ("package.module.Class") and operations ("namespace::name") of other
             packages that treat every token by itself. Others that get tokens are refused: what they compute from a part
             is not known.
+        tile_loss: compute `F.cross_entropy` of a linear layer's output without ever holding all logits. "auto" does
+            for at least 4096 classes and three times as many as features, where there are more tokens than features;
+            true does wherever a product ends in a cross entropy. The loss and its gradients round otherwise.
+        tile_mlp: tokens of a sequence that each block's MLP takes at a time; it is recomputed in backward. None takes
+            all at once.
+        mlps: module classes, class names or module names that `tile_mlp` applies to; None finds the largest child of
+            each repeated block that has no attention in it.
+        checkpoint_blocks: recompute the repeated blocks in backward, keeping their inputs and the results of attention;
+            "auto" where there are such blocks and the model does not recompute them itself.
+        offload_activations: keep the inputs of recomputed blocks in host memory.
+        boundary_bits: bits of an element of these inputs, which `explain()` states the error of; 16 keeps them in
+            their own dtype, exactly.
     """
 
     size: PositiveInt = 1
@@ -35,6 +49,21 @@ class SequenceConfig:
     dims: Optional[dict[str, int]] = None
     check_batches: NumBatches = 16
     token_wise: Optional[list[str]] = None
+    tile_loss: Union[bool, Literal["auto"]] = "auto"
+    tile_mlp: Optional[PositiveInt] = None
+    mlps: Optional[ModuleNames] = None
+    checkpoint_blocks: Union[bool, Literal["auto"]] = False
+    offload_activations: bool = False
+    boundary_bits: Literal[16, 8] = 16
 
     def __post_init__(self) -> None:
         check_fields(self)
+        keeps = {"offload_activations": self.offload_activations, "boundary_bits": self.boundary_bits == 8}
+        for key, is_asked in keeps.items():
+            if is_asked and not self.checkpoint_blocks:
+                raise SettingError(
+                    f"SequenceConfig.{key}={getattr(self, key)} says where the inputs of recomputed blocks are kept, "
+                    "and no blocks are recomputed; set checkpoint_blocks=True too."
+                )
+        if self.mlps is not None and self.tile_mlp is None:
+            raise SettingError("SequenceConfig.mlps names what runs in tiles; say of how many tokens: tile_mlp=4096.")

@@ -66,7 +66,7 @@ class Assembly:
     Attributes:
         engines: one per optimizer, in the order of `configure_optimizers`.
         gates: waits in forward for weights that arrive after the step; empty where none do.
-        link: copies between the device and its host; None when nothing is offloaded.
+        link: copies between the device and its host; None when nothing is.
         host: the plan of this rank's host: unit size, threads and link dtype.
         update: the kernels that step the optimizers where their states are.
         sharded: the module under FSDP2, when its weights are sharded (stage 3 over several ranks).
@@ -283,7 +283,7 @@ def assemble(module: nn.Module, optimizers: Sequence[Optimizer], settings: RunSe
         widened = (param for param in module.parameters() if param.dtype == precision.weights)
         widen_gradients(widened, precision.gradients.accumulation)
     fqn_of = {param: fqn for fqn, param in module.named_parameters()}
-    link = None if offload is None else link_for(settings.device, settings.timeline)
+    link = _link_of(settings)
     where = settings.device if offload is None else torch.device("cpu")
     update = update_path(where, host.pool, is_low_precision=precision.states.is_low_precision)
     ranks = ranks_of(mesh, fqn_of, num_buffers=len(list(module.buffers())))
@@ -320,11 +320,17 @@ def assemble(module: nn.Module, optimizers: Sequence[Optimizer], settings: RunSe
         elif not settings.visibility.is_automatic:
             engine.transport.watch_edits(settings.is_scaling)
     for technique in settings.techniques.values():
-        technique.connect(ranks)
+        technique.connect(ranks, link)
     compiled = settings.is_compiled or is_compiled(module)
     gates = _gates(module, engines.values(), settings, is_model_compiled=compiled)
     reasons = reasons_of(settings, is_model_compiled=compiled)
     return Assembly(module, settings, engines, gates, link, host, update, ranks, sharded, averages, reasons)
+
+
+def _link_of(settings: RunSettings) -> Link | None:
+    """The run's link between the device and its host; None where nothing crosses it."""
+    copies = settings.offload is not None or any(technique.uses_link() for technique in settings.techniques)
+    return link_for(settings.device, settings.timeline) if copies else None
 
 
 def _offload_context(

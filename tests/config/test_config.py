@@ -62,6 +62,12 @@ def test_option_surface_is_what_the_docs_say():
         "dims",
         "check_batches",
         "token_wise",
+        "tile_loss",
+        "tile_mlp",
+        "mlps",
+        "checkpoint_blocks",
+        "offload_activations",
+        "boundary_bits",
     ]
 
 

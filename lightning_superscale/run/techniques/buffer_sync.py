@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from torch import nn
 
 from lightning_superscale.comm.communicator import Communicator
+from lightning_superscale.offload.link.link import Link
 from lightning_superscale.run.techniques.technique import ModuleTechnique, TechniqueFacts
 from lightning_superscale.zero.replicated import BufferSync
 
@@ -22,7 +23,7 @@ class SynchronizedBuffers(ModuleTechnique):
     def prepare(self, module: nn.Module) -> None:
         self._module = module
 
-    def connect(self, ranks: Communicator) -> None:
+    def connect(self, ranks: Communicator, link: Link | None) -> None:
         if self._module is None:
             raise AssertionError("a technique is prepared before it knows the ranks")
         self._sync = BufferSync(ranks, self._module)

@@ -13,6 +13,7 @@ from torch import nn
 from lightning_superscale.comm.communicator import Communicator
 from lightning_superscale.comm.mesh import DataMesh
 from lightning_superscale.config import OffloadConfig, SequenceConfig, ZeroConfig
+from lightning_superscale.offload.link.link import Link
 from lightning_superscale.run.report.plan import ByteClass
 
 
@@ -59,8 +60,17 @@ class ModuleTechnique:
         """The parameters that stay in host memory when the module moves to the device."""
         return ()
 
-    def connect(self, ranks: Communicator) -> None:
-        """Take the connections to the other ranks, once the module is sharded. Called only in a run that trains."""
+    def connect(self, ranks: Communicator, link: Link | None) -> None:
+        """Take the connections, once the module is sharded. Called only in a run that trains.
+
+        Args:
+            ranks: to the other ranks.
+            link: between the device and its host; None where nothing crosses it.
+        """
+
+    def uses_link(self) -> bool:
+        """Whether the technique copies between the device and its host, asked for once the module was prepared."""
+        return False
 
     def batch(self, batch: Any, *, trains: bool) -> Any:
         """The batch that this rank's step gets, from the one that the data loader gave, on the device.
