@@ -329,7 +329,7 @@ def assemble(module: nn.Module, optimizers: Sequence[Optimizer], settings: RunSe
 
 def _link_of(settings: RunSettings) -> Link | None:
     """The run's link between the device and its host; None where nothing crosses it."""
-    copies = settings.offload is not None or any(technique.uses_link() for technique in settings.techniques)
+    copies = settings.offload is not None or any(technique.uses_link() for technique in settings.techniques.values())
     return link_for(settings.device, settings.timeline) if copies else None
 
 

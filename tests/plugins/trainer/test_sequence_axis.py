@@ -86,8 +86,9 @@ def fit(rank, world_size, zero, engine, flags, sequence: int = 2):
     """Losses, norms, weights and logged metrics of one rank."""
     module, norms = (Parallel if "tensor_parallel" in zero else SharedTokens)(), Norms()
     runner = trainer(strategy(zero, engine, sequence), devices=world_size, callbacks=[norms], **flags)
-    batch_size = batch_size_of(num_data_of(zero, world_size, sequence), flags)
-    runner.fit(module, shared_loader(batch_size) if world_size > 1 else dealt_loader(batch_size))
+    num_data = num_data_of(zero, world_size, sequence)
+    loader = shared_loader if num_data > 1 else dealt_loader  # where all ranks have one batch, samplers are kept
+    runner.fit(module, loader(batch_size_of(num_data, flags)))
     state = runner.strategy.run.module_state(module, is_local=False)
     weights = {name.removeprefix("net."): value.clone() for name, value in state.items()}
     metrics = {key: float(value) for key, value in runner.callback_metrics.items()}
