@@ -54,13 +54,20 @@ def saved_tensor_hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tenso
     return None if found is None else (found[0], found[1])
 
 
-def loses_its_class(saved: Tensor) -> bool:
-    """Whether a saved-tensor hook is handed a subclass that Python code saves, and gets back as a plain tensor.
+def checkpoint_functions(reentrant: Any = None, recomputed: Any = None) -> tuple[Any, Any]:
+    """What `torch.utils.checkpoint.checkpoint` runs a block by, and from now on those that are given in their place.
 
-    autograd makes a new, plain tensor of what a hook unpacks if it requires grad. Derivatives of torch, which
-    run in a context without `__torch_function__`, take it as that; code in Python may need the class.
+    Returns:
+        the autograd function of checkpoints with `use_reentrant=True`, whose forward takes (context, block, whether to
+        keep random states, *inputs); and the generator for False, which takes (block, five options, *inputs).
     """
-    return torch._C._is_torch_function_enabled() and has_own_torch_function(type(saved)) and saved.requires_grad
+    from torch.utils import checkpoint
+
+    before = checkpoint.CheckpointFunction, checkpoint._checkpoint_without_reentrant_generator
+    if reentrant is not None:
+        checkpoint.CheckpointFunction = reentrant  # type: ignore[misc]
+        checkpoint._checkpoint_without_reentrant_generator = recomputed
+    return before
 
 
 def is_in_checkpoint() -> bool:

@@ -174,41 +174,29 @@ def test_types_of_torch_distributed():
     assert torch_private.tree_map(lambda x: x + 1, {"a": [1, (2,)]}) == {"a": [2, (3,)]}
 
 
-class Marked(torch.Tensor):
-    """A subclass that does something of its own, and nothing else than torch."""
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpoints_run_blocks_by_functions_that_can_be_replaced(use_reentrant):
+    reentrant, recomputed = torch_private.checkpoint_functions()
+    calls = []
 
-    @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
-        with torch_private.without_torch_function():
-            result = func(*args, **(kwargs or {}))
-            return result.as_subclass(cls) if isinstance(result, torch.Tensor) else result
+    class Counted(reentrant):
+        @staticmethod
+        def forward(ctx, run, keeps, *inputs):
+            calls.append((run, inputs))
+            return reentrant.forward(ctx, run, keeps, *inputs)
 
+    def counted(run, *args, **kwargs):
+        calls.append((run, args[5:]))
+        return recomputed(run, *args, **kwargs)
 
-class Keeps(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x.detach() * 2
-
-    @staticmethod
-    def backward(ctx, grad):
-        Keeps.got = [type(x) for x in ctx.saved_tensors]
-        return grad * 2
-
-
-def test_what_python_code_saves_through_hooks_comes_back_without_its_class():
-    lost = []
-    hooks = torch.autograd.graph.saved_tensors_hooks(
-        lambda x: (lost.append(torch_private.loses_its_class(x)), x)[1], lambda x: x
-    )
-    x = torch.ones(2, requires_grad=True).as_subclass(Marked)
-    with hooks:
-        y = (x * x).sum()
-        assert lost == [False, False]
-        z = Keeps.apply(x).sum()
-    assert lost[2] is True
-    torch.autograd.backward((y.as_subclass(torch.Tensor), z.as_subclass(torch.Tensor)))
-    assert Keeps.got == [torch.Tensor]
+    x = torch.ones(2, requires_grad=True)
+    torch_private.checkpoint_functions(Counted, counted)
+    try:
+        torch.utils.checkpoint.checkpoint(torch.exp, x, use_reentrant=use_reentrant).sum().backward()
+    finally:
+        torch_private.checkpoint_functions(reentrant, recomputed)
+    assert calls == [(torch.exp, (x,))]
+    torch.testing.assert_close(x.grad, x.exp().detach())
 
 
 def test_fully_shard_keeps_its_state_where_we_look(tmp_path):

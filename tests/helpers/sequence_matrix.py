@@ -19,7 +19,6 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from lightning_superscale.errors import SuperScaleError
 from tests.helpers.trainers import trainer
 from tests.sequence.tokens.programs import VOCABULARY, Gpt
 
@@ -156,12 +155,6 @@ class Case:
     @property
     def layout(self) -> Layout:
         return STRATEGIES[self.strategy]
-
-    @property
-    def refusal(self) -> str | None:
-        """What the error says where this can't be; None where it trains."""
-        is_kept = self.strategy == "weight flow" and self.checkpointing == "on"
-        return "keeps a TokenTensor for backward in a block whose weights flow" if is_kept else None
 
     @property
     def flags(self) -> dict[str, Any]:
@@ -316,12 +309,6 @@ def _fit(
     return Trained(module.losses, weights, "" if dtype == torch.float64 else run.strategy.explain())
 
 
-def shared_all(rank: int, world_size: int, cases: list[Case]) -> list[Trained | str]:
-    """One rank's fits, and what the error says of each that is refused."""
-    found: list[Trained | str] = []
-    for case in cases:
-        try:
-            found.append(shared(rank, world_size, case))
-        except SuperScaleError as error:
-            found.append(str(error))
-    return found
+def shared_all(rank: int, world_size: int, cases: list[Case]) -> list[Trained]:
+    """One rank's fits."""
+    return [shared(rank, world_size, case) for case in cases]

@@ -29,7 +29,6 @@ from torch.utils.hooks import RemovableHandle
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.offload.weight_flow.weights import FlowingWeights
 from lightning_superscale.torch_private import (
-    loses_its_class,
     plainly,
     saved_tensor_hooks,
     storage_id_of,
@@ -311,13 +310,6 @@ class _SavedTensors:
         self._around = around
 
     def pack(self, saved: Tensor) -> Any:
-        if loses_its_class(saved):
-            raise SuperScaleError(
-                f"activation checkpointing, or another autograd function in Python, keeps a {type(saved).__name__} for "
-                "backward in a block whose weights flow between host and device, and would get a plain tensor without "
-                "its tokens back. Train with OffloadConfig(weights='stationary'), or without checkpointing, where "
-                "ranks share sequences."
-            )
         return (saved, version_of(saved)) if self._around is None else self._around[0](saved)
 
     def unpack(self, packed: Any) -> Tensor:

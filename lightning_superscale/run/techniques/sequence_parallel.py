@@ -19,6 +19,7 @@ from lightning_superscale.run.techniques.technique import ModuleTechnique, Techn
 from lightning_superscale.sequence.batches import find_tokens, fingerprints, shared
 from lightning_superscale.sequence.hugging_face import HuggingFaceAttention
 from lightning_superscale.sequence.tokens.custom_functions import CustomFunctions
+from lightning_superscale.sequence.tokens.checkpoints import Checkpoints
 from lightning_superscale.sequence.tokens.layout import AttentionSeen, Sharded, Sharing
 from lightning_superscale.sequence.tokens.tensor import layout_of, plain
 from lightning_superscale.torch_private import tree_map
@@ -39,12 +40,14 @@ class SequenceParallel(ModuleTechnique):
         self._num_equalized = 0
         self._hugging_face = HuggingFaceAttention()
         self._guard = CustomFunctions(config.token_wise or ())
+        self._checkpoints = Checkpoints()
         self._sharing = Sharing(
             link=AxisLink.along_sequence(facts.mesh), mode=config.mode, num_chunks=config.head_chunks
         )
 
     def prepare(self, module: nn.Module) -> None:
         self._refuse_compiled(module)
+        self._checkpoints.install()
         self._agree_on_random_numbers()
         self._guard.install()
         self._hugging_face.install(module)
@@ -121,6 +124,7 @@ class SequenceParallel(ModuleTechnique):
     def close(self) -> None:
         self._hugging_face.remove()
         self._guard.remove()
+        self._checkpoints.remove()
 
     def reasons(self) -> list[str]:
         return [*_how_ranks_attend(self._sharing), *self._how_random()]
