@@ -18,8 +18,8 @@ from lightning_superscale.errors import SequenceParallelError
 from lightning_superscale.run.techniques.technique import ModuleTechnique, TechniqueFacts
 from lightning_superscale.sequence.batches import find_tokens, fingerprints, shared
 from lightning_superscale.sequence.hugging_face import HuggingFaceAttention
-from lightning_superscale.sequence.tokens.custom_functions import CustomFunctions
 from lightning_superscale.sequence.tokens.checkpoints import Checkpoints
+from lightning_superscale.sequence.tokens.custom_functions import CustomFunctions
 from lightning_superscale.sequence.tokens.layout import AttentionSeen, Sharded, Sharing
 from lightning_superscale.sequence.tokens.tensor import layout_of, plain
 from lightning_superscale.torch_private import tree_map
