@@ -19,11 +19,11 @@ from torch.nn import functional
 from lightning_superscale.comm.in_graph import AxisLink
 from lightning_superscale.comm.mesh import MeshAxis
 from lightning_superscale.errors import SequenceParallelError
-from lightning_superscale.sequence.attention.replacement import is_local
 from lightning_superscale.sequence.attention.shared import SharedAttention
 from lightning_superscale.sequence.tokens.call import Call
 from lightning_superscale.sequence.tokens.rules.attention import attend
 from lightning_superscale.sequence.tokens.tensor import is_sharded, plain
+from lightning_superscale.sequence.whole import are_whole
 
 NAME = "lightning_superscale"
 """Of the attention implementation, in the registers and in a model's config."""
@@ -127,7 +127,7 @@ def mask(
         None where causality and a window say all; bool [batch, 1, 1, tokens], which keys are no padding; int64
         [batch, 1, 1, tokens], the document of each token; or else transformers' own mask of pairs.
     """
-    parts = None if is_local() or q_length != kv_length or args else _parts(mask_function)
+    parts = None if are_whole() or q_length != kv_length or args else _parts(mask_function)
     if parts is None or (parts and attention_mask is not None):
         masks = importlib.import_module("transformers.masking_utils")
         own = {} if mask_function is None else {"mask_function": mask_function}

@@ -48,7 +48,6 @@ BY_TEST: dict[str, list[str]] = {
         "checkpoint/foreign/torch_optimizer.py",
     ],
     "checkpoint/foreign/test_lightning_dirs.py": ["checkpoint/foreign/dcp.py"],
-    "sequence/attention/test_shared.py": ["sequence/attention/replacement.py"],
     "sequence/attention/test_over_ranks.py": [
         "sequence/attention/all_gather.py",
         "sequence/attention/block.py",

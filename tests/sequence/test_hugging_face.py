@@ -14,10 +14,10 @@ from transformers import masking_utils
 from lightning_superscale.comm.in_graph import AxisLink
 from lightning_superscale.comm.mesh import MeshAxis
 from lightning_superscale.errors import SequenceParallelError
-from lightning_superscale.sequence.attention.replacement import local_attention
 from lightning_superscale.sequence.hugging_face import NAME, HuggingFaceAttention, attention, mask
 from lightning_superscale.sequence.tokens.layout import Replicated, Sharing, TokenDim
 from lightning_superscale.sequence.tokens.tensor import plain, with_layout
+from lightning_superscale.sequence.whole import whole_sequences
 from lightning_superscale.torch_private import TorchDispatchMode, tree_leaves
 from tests.helpers.ranks import run_ranks
 from tests.sequence.attention.test_shared import VOCABULARY, hugging_face
@@ -137,14 +137,14 @@ def test_another_rule_gets_transformers_own_mask(function):
     torch.testing.assert_close(found, attends.transpose(1, 2))
 
 
-def test_a_whole_sequence_attends_as_ever_within_local_attention():
+def test_a_whole_sequence_attends_as_ever_within_whole_sequences():
     sharing = Sharing(link=AxisLink(MeshAxis("sequence", 0, 2)))
     model, installed, given = small("mistral", False), HuggingFaceAttention(), batch("padding")
     expected = model(**given).loss
     installed.install(model)
     assert model.config._attn_implementation == NAME
     tokens = Replicated(TokenDim(1, TOKENS), sharing)
-    with local_attention():
+    with whole_sequences():
         found = model(**{key: with_layout(x, tokens) for key, x in given.items()}).loss
     torch.testing.assert_close(plain(found), expected, rtol=1e-5, atol=0)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 plain_attention = functional.scaled_dot_product_attention
-"""torch's own function, taken when this module is loaded: later its name may stand for a replacement."""
+"""torch's own function, taken when this module is loaded, whatever its name stands for later."""
 
 
 class Attend(Protocol):

@@ -97,7 +97,7 @@ class SharedAttention:
         if not query.shape[2] == key.shape[2] == value.shape[2]:
             raise SequenceParallelError(
                 f"expected as many keys as queries; found {shapes}: attention to another sequence, or with a cache, "
-                "can't be shared among ranks. Put the module in `local_attention()`, or switch its cache off"
+                "can't be shared among ranks. Compute it within `whole_sequences()`, or switch its cache off"
             )
         if query.shape[1] != key.shape[1] and not enable_gqa:
             raise SequenceParallelError(f"expected equally many heads, or enable_gqa=True; found {shapes}")

@@ -32,7 +32,7 @@ from lightning_superscale.errors import SuperScaleError, did_you_mean
 from lightning_superscale.sequence.memory.boundary import BoundaryStore
 from lightning_superscale.sequence.memory.rerouting import Rerouting
 from lightning_superscale.sequence.memory.saved_bytes import SavedBytes
-from lightning_superscale.sequence.tokens.tensor import layout_of, with_layout
+from lightning_superscale.sequence.tokens.checkpoints import restoring
 from lightning_superscale.torch_private import (
     TorchDispatchMode,
     compile_with_memory_budget,
@@ -190,20 +190,14 @@ class BlockCheckpoints:
         options: dict[str, Any] = {} if self._context_fn is None else {"context_fn": self._context_fn}
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         names, values = tuple(kwargs), tuple(kwargs.values())
-        # Saved tensors come back plain where hooks keep them: the tokens of each are noted here.
-        layouts = [layout_of(one) for one in (*args, *values)]
 
         def run(*given: Any) -> Any:
             # Keywords as positions, because torch saves positional tensors only; others it keeps as they are.
-            given = tuple(
-                one if layout is None or layout_of(one) is not None else with_layout(one, layout)
-                for one, layout in zip(given, layouts, strict=True)
-            )
             split = len(given) - len(names)
             return forward(*given[:split], **dict(zip(names, given[split:], strict=True)))
 
         with nullcontext() if self._store is None else self._store.saving(index, tensors):
-            return checkpoint(run, *args, *values, use_reentrant=False, **options)
+            return checkpoint(restoring(run, (*args, *values)), *args, *values, use_reentrant=False, **options)
 
     def close(self) -> None:
         """Give the blocks their own classes back. Graphs of earlier forwards stay whole."""

@@ -28,11 +28,11 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 from lightning_superscale.comm.collectives import control_max
 from lightning_superscale.comm.mesh import DataMesh
 from lightning_superscale.errors import SuperScaleError
-from lightning_superscale.sequence.attention.replacement import is_local
 from lightning_superscale.sequence.memory.row_wise import why_not_row_wise
 from lightning_superscale.sequence.tokens.layout import Layout, Replicated, Sharded
 from lightning_superscale.sequence.tokens.rules.products import entered
 from lightning_superscale.sequence.tokens.tensor import layout_of, plain, with_layout
+from lightning_superscale.sequence.whole import are_whole
 from lightning_superscale.torch_private import version_of
 
 
@@ -108,7 +108,7 @@ class TiledForward:
     def _of_tokens(self, x: Tensor, layout: Layout | None) -> Tensor:
         """The function of a tensor that knows its tokens, which are rows of it."""
         if isinstance(layout, Replicated):
-            if is_local():
+            if are_whole():
                 return self(plain(x))
             x = entered(x)  # as at any first layer
             layout = layout_of(x)

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from lightning_superscale.errors import SequenceParallelError
-from lightning_superscale.sequence.attention.replacement import is_local
 from lightning_superscale.sequence.tokens.call import Call, call_of
 from lightning_superscale.sequence.tokens.custom_functions import custom
 from lightning_superscale.sequence.tokens.layout import Reduced, Replicated, Sharded
 from lightning_superscale.sequence.tokens.rules.registry import ENTRIES, rule_of
 from lightning_superscale.sequence.tokens.rules.views import followed
 from lightning_superscale.sequence.tokens.tensor import layout_of, mean_over_ranks, plain, reduced, sharded_in
+from lightning_superscale.sequence.whole import are_whole
 from lightning_superscale.torch_private import tree_leaves, tree_map, without_torch_function
 
 # These run Python code of their own, in which tensors must keep their layouts: a checkpoint computes forward again.
@@ -41,14 +41,14 @@ def dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
         return (custom if "::" in call.name else rule_of(call))(call)
     layouts = [layout for x in tree_leaves((args, kwargs)) if (layout := layout_of(x)) is not None]
     replicated = next((layout for layout in layouts if isinstance(layout, Replicated)), None)
-    if replicated is not None and call.name in ENTRIES and not is_local():
+    if replicated is not None and call.name in ENTRIES and not are_whole():
         return rule_of(call)(call)
     from_reduced = next((layout for layout in layouts if isinstance(layout, Reduced)), None)
     with without_torch_function():
         result = func(*args, **kwargs)
     if from_reduced is not None:
         return tree_map(lambda x: reduced(x, from_reduced.sharing) if isinstance(x, Tensor) else x, result)
-    if replicated is not None and not is_local():
+    if replicated is not None and not are_whole():
         tokens = followed(call, result)
         if tokens is not None:
             return call.wrap(result, Replicated(tokens, replicated.sharing))

@@ -66,8 +66,7 @@ def rule_of(call: Call) -> Rule:
 def _refuse_unknown(call: Call) -> Any:
     call.refuse(
         "is not known to compute each token by itself",
-        "Replace it by a function that is, or compute it outside of the shared part (`local_attention()` with whole "
-        "tensors).",
+        "Replace it by a function that is, or compute it from whole tensors within whole_sequences().",
     )
 
 
