@@ -109,12 +109,16 @@ class Contestant:
             python = str(peers / "bin" / "python")
             environment |= peer_environment(peers)
         environment |= rank or {}
-        command = [python, "-W", "ignore", str(ROOT / "benchmarks" / "contestants.py"), name, "--size", size]
-        command += ["--precision", PRECISION[table], "--clip", str(CLIP[table]), "--warmup", str(WARMUP_STEPS)]
-        command += more
+        command = [python, "-W", "ignore", *self.command(name, size, table), *more]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, env=environment
         )
+
+    def command(self, name: str, size: str, table: str) -> list[str]:
+        """The script that it runs, and its options."""
+        command = [str(ROOT / "benchmarks" / "contestants.py"), name, "--size", size]
+        command += ["--precision", PRECISION[table], "--clip", str(CLIP[table]), "--warmup", str(WARMUP_STEPS)]
+        return command
 
     def answer(self, seconds: float) -> dict[str, Any]:
         assert self._process.stdout is not None
