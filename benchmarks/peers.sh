@@ -14,6 +14,7 @@ if [ "$has" != "$deepspeed" ] || [ ! "$stamp" -nt benchmarks/peers.sh ] || [ ! "
   "${pip[@]}" "$(grep ^torch== constraints-dev.txt)"
   "${pip[@]}" "scikit-build-core>=0.10" ninja cmake setuptools wheel
   "${pip[@]}" --no-build-isolation -C wheel.cmake=false -C editable.mode=inplace -e ".[dev]"
+  "${pip[@]}" transformers  # models of benchmarks/sequence.py, and what DeepSpeed's ALST registers with
   DS_BUILD_OPS=0 "${pip[@]}" --no-build-isolation "deepspeed==$deepspeed"
   echo "$deepspeed" >"$stamp"
 fi

@@ -25,9 +25,11 @@ zenflow_peers=none
 if [ -e "$venv-peers-0.19.6/.installed" ]; then
   zenflow_peers=$venv-peers-0.19.6
 else
-  echo "no DeepSpeed ZenFlow in this run; to have it compared: bash benchmarks/peers.sh $venv-peers-0.19.6 0.19.6"
+  echo "no DeepSpeed ZenFlow and sequence parallelism in this run; to have them compared: bash benchmarks/peers.sh $venv-peers-0.19.6 0.19.6"
 fi
 "$venv/bin/python" benchmarks/zenflow.py --peers "$zenflow_peers" --json "$out/zenflow.json" || status=1
+"$venv/bin/python" benchmarks/sequence.py --peers "$zenflow_peers" --lengths 512 1024 2048 \
+  --json "$out/sequence.json" --picture "$out/sequence.png" || status=1
 "$venv/bin/python" benchmarks/precision.py --ranks 2 --peers "$peers" --json "$out/precision.json" || status=1
 "$venv/bin/python" benchmarks/convergence.py --json "$out/convergence.json" --picture "$out/convergence.png" || status=1
 "$venv/bin/python" benchmarks/checkpoint.py --peers "$peers" --json "$out/checkpoint.json" || status=1

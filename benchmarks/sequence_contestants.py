@@ -387,8 +387,8 @@ def run_distributed_attention(steps: Steps, *, zero: int) -> dict[str, Tensor]:
 def run_autosp(steps: Steps, *, zero: int) -> dict[str, Tensor]:
     """DeepSpeed's AutoSP: a pass over the compiled model, which has its own loss and whole batches.
 
-    Its backend is what `"compile": {"deepcompile": True, "passes": ["autosp"]}` chooses. Here the model's forward gets it
-    by hand, without the engine's hooks, because with that switch backward builds an extension that needs CUDA.
+    Its backend is what `"compile": {"deepcompile": True, "passes": ["autosp"]}` chooses. The model's forward gets it by
+    hand, without the engine's hooks, because with that switch backward builds an extension that needs CUDA.
     """
     import deepspeed
     from deepspeed.compile.init_sp import init_autosp
