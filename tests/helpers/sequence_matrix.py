@@ -14,7 +14,6 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
@@ -111,8 +110,7 @@ class Layout:
 
     @property
     def num_data(self) -> int:
-        tensor = self.zero.get("tensor_parallel", 1) if isinstance(self.zero, dict) else 1
-        return self.world_size // self.size // tensor
+        return self.world_size // self.size
 
 
 _ZENFLOW = {"engine": "zenflow", "zenflow": {"topk": 1, "update_interval": 1}}
@@ -130,7 +128,6 @@ STRATEGIES = {
     "four zero3": Layout(3, None, 4, 4),
     "dp2 zero2": Layout(2, None, 4, 2),
     "hsdp": Layout({"stage": 3, "shard_size": 2}, None, 4, 2),
-    "tensor": Layout({"stage": 3, "tensor_parallel": 2}, None, 4, 2),
 }
 CHECKPOINTING = ("off", "on")
 ACCUMULATE = (1, 2)
@@ -205,7 +202,7 @@ def every() -> Iterator[Case]:
 
 
 class Composed(L.LightningModule):
-    """Knows nothing of ranks, but of a tensor axis."""
+    """Knows nothing of ranks."""
 
     def __init__(self, case: Case) -> None:
         super().__init__()
@@ -217,16 +214,6 @@ class Composed(L.LightningModule):
             for at, (attention, mlp) in enumerate(list(pairs)):
                 self.model.attentions[at] = Checkpointed(attention, use_reentrant=bool(at % 2))
                 self.model.mlps[at] = Checkpointed(mlp, use_reentrant=False)
-
-    def configure_model(self) -> None:
-        mesh = self.device_mesh
-        if mesh is None or "tensor_parallel" not in (mesh.mesh_dim_names or ()) or self.case.strategy != "tensor":
-            return
-        for mlp in self.model.mlps:
-            net = mlp.block if isinstance(mlp, Checkpointed) else mlp
-            if isinstance(net[1].weight, torch.distributed.tensor.DTensor):
-                return
-            parallelize_module(net, mesh["tensor_parallel"], {"1": ColwiseParallel(), "3": RowwiseParallel()})
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         loss = LABELS[self.case.labels][0](self.model, *batch)

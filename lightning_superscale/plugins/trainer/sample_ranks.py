@@ -37,29 +37,31 @@ class SampleRanksMixin(_Base):
     sequence_config: SequenceConfig | None
 
     @property
-    def _num_ranks(self) -> int:
+    def num_ranks(self) -> int:
+        """The number of processes of the run, before they are connected too."""
         return self.num_nodes * max(1, self.num_processes)
 
     @property
-    def _mesh_spec(self) -> MeshSpec:
-        return mesh_spec_of(self.zero_config, self.sequence_config, self._num_ranks)
+    def mesh_spec(self) -> MeshSpec:
+        """The axes of the run's ranks; raises SuperScaleError where they do not fit."""
+        return mesh_spec_of(self.zero_config, self.sequence_config, self.num_ranks)
 
     @property
     def is_distributed(self) -> bool:
         """Whether there are several ranks, which the Trainer asks."""
-        return self._num_ranks > 1
+        return self.num_ranks > 1
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         """The sampler's replicas and rank: ranks of the sequence and tensor axis share samples and are one replica."""
-        spec = self._mesh_spec
+        spec = self.mesh_spec
         return {
             "num_replicas": spec.size_of(*BATCH_AXES),
             "rank": spec.index_of(self.global_rank, *BATCH_AXES),
         }
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        if self._num_ranks == 1:
+        if self.num_ranks == 1:
             return decision
         vote = torch.tensor(int(decision), device=self.root_device)
         return bool(self.reduce(vote, reduce_op="min" if all else "max"))  # Lightning's counts votes in a sum
@@ -70,10 +72,10 @@ class SampleRanksMixin(_Base):
         Ranks that share samples, along the sequence and the tensor axis, log the same values of them. So the mean and
         the extremes over ranks are those over samples, and a sum is divided by the number of ranks that share a sample.
         """
-        if self._num_ranks == 1:
+        if self.num_ranks == 1:
             return tensor
         reduced = super().reduce(tensor, group, reduce_op)
-        num_sharing = self._num_ranks // self._mesh_spec.size_of(*BATCH_AXES)
+        num_sharing = self.num_ranks // self.mesh_spec.size_of(*BATCH_AXES)
         is_sum = reduce_op.lower() == "sum" if isinstance(reduce_op, str) else reduce_op in (None, ReduceOp.SUM)
         if is_sum and group is None and num_sharing > 1 and isinstance(reduced, Tensor):
             reduced.copy_(reduced / num_sharing)  # in place, as reducing is
@@ -85,7 +87,7 @@ class SampleRanksMixin(_Base):
         Raises:
             SequenceParallelError: gradients are wanted of a tensor of tokens that ranks share.
         """
-        if self._num_ranks == 1:
+        if self.num_ranks == 1:
             return tensor
         if sync_grads and layout_of(tensor) is not None:
             raise SequenceParallelError(
@@ -96,8 +98,8 @@ class SampleRanksMixin(_Base):
         return super().all_gather(self.run.output(tensor, trains=False), group, sync_grads)
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
-        return obj if self._num_ranks == 1 else super().broadcast(obj, src)
+        return obj if self.num_ranks == 1 else super().broadcast(obj, src)
 
     def barrier(self, *args: Any, **kwargs: Any) -> None:
-        if self._num_ranks > 1:
+        if self.num_ranks > 1:
             super().barrier(*args, **kwargs)

@@ -177,13 +177,13 @@ class SuperScaleStrategyMixin(SampleRanksMixin):
         ask_strategy_whether_distributed(self)
         drop_launcher(self)  # one process needs no launcher, and without one notebooks work too
         check_flow(self.zero_config, self.offload_config)
-        spec = self._mesh_spec  # refuses axes that do not fit
+        spec = self.mesh_spec  # refuses axes that do not fit
         if spec.tensor > 1 and self._start_method != "popen":
             raise SuperScaleError(
                 f"start_method={self._start_method!r} brings the module back to the main process, which has no other "
                 "ranks to hold its tensor-parallel parts. Use start_method='popen', or torchrun."
             )
-        if self._num_ranks > 1:
+        if self.num_ranks > 1:
             super()._configure_launcher()
         elif self.cluster_environment is not None:  # as the launcher would: every process would train on all data
             self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
@@ -191,7 +191,7 @@ class SuperScaleStrategyMixin(SampleRanksMixin):
     def setup_environment(self) -> None:
         if self.accelerator is None or self.cluster_environment is None:
             raise AssertionError("the Trainer sets accelerator and cluster before it sets up the environment")
-        if self._num_ranks > 1:
+        if self.num_ranks > 1:
             self._connect(self.cluster_environment)
             device_mesh = self.run.environment.mesh.device_mesh
             if self.lightning_module is not None and device_mesh is not None:
@@ -214,7 +214,7 @@ class SuperScaleStrategyMixin(SampleRanksMixin):
         def meeting() -> tuple[str, int]:
             return cluster.main_address, cluster.main_port
 
-        with environment.connecting(meeting, self.global_rank, self._num_ranks, timeout, patience):
+        with environment.connecting(meeting, self.global_rank, self.num_ranks, timeout, patience):
             super().setup_environment()
             environment.open(
                 self.zero_config,
@@ -234,7 +234,7 @@ class SuperScaleStrategyMixin(SampleRanksMixin):
         trains = trainer.state.fn == "fit"
         check_clip_value("gradient_clip_val", trainer.gradient_clip_val)
         self.run.close()
-        if self._num_ranks > 1:
+        if self.num_ranks > 1:
             defer_sigterm(trainer, self.run.environment.want_end)
         self.accelerator.setup(trainer)
         model: nn.Module = self._module

@@ -46,11 +46,20 @@ class SequenceParallel(ModuleTechnique):
         )
 
     def prepare(self, module: nn.Module) -> None:
+        self._refuse_tensor_parallel()
         self._refuse_compiled(module)
         self._checkpoints.install()
         self._agree_on_random_numbers()
         self._guard.install()
         self._hugging_face.install(module)
+
+    def _refuse_tensor_parallel(self) -> None:
+        size = self._facts.zero.tensor_parallel
+        if size > 1:
+            raise SequenceParallelError(
+                f"sequence={self._config.size} with ZeroConfig.tensor_parallel={size}: modules that a plan "
+                "parallelizes make DTensors of their inputs, which lose the tokens that ranks share. Use one of them."
+            )
 
     def _refuse_compiled(self, module: nn.Module) -> None:
         """Refuse, on every rank, a module of which any rank compiled a part.

@@ -2,7 +2,7 @@
 
 [Note: Below the rules] What a class of `torch.autograd.Function` does with its tensors, and what a kernel does with
 memory, is not seen by the rules of this room. So a class that gets tokens is refused, unless it hands them on as they
-are, as those of checkpoints, FSDP and DDP do, or its user says that it treats every token by itself.
+are, as those of checkpoints, module hooks, FSDP and DDP do, or its user says that it treats every token by itself.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ _HAND_ON = (
     "torch.utils.checkpoint",
     "torch.distributed.fsdp",
     "torch.distributed._composable",
+    "torch.nn.modules._functions",
     "torch.nn.parallel.distributed",
 )
 

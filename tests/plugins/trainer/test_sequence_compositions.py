@@ -64,8 +64,6 @@ def check(case: Case, found: list[Trained]) -> None:
         allowed = way / 50
     assert allowed <= way / 20, (case, noise, way)
     for rank, one in enumerate(found):
-        if rank > 0 and case.strategy == "tensor":  # the first rank alone is given whole weights
-            continue
         off = difference(case, one.weights, expected.weights)
         assert off <= allowed, (case, rank, off, allowed, way)
         for name, weight in one.weights.items():
