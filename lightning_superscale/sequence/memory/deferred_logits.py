@@ -419,9 +419,7 @@ def _copied(x: DeferredLogits, dtype: torch.dtype) -> DeferredLogits:
 
 
 def _bound(call: Call) -> dict[str, Any]:
-    names = CROSS_ENTROPY.split()
-    given = call.bind(CROSS_ENTROPY, ignore_index=-100, reduction="mean", label_smoothing=0.0)
-    return dict(zip(names, given, strict=True))
+    return call.named(CROSS_ENTROPY, ignore_index=-100, reduction="mean", label_smoothing=0.0)
 
 
 def _why_not_tiled(call: Call, given: list[DeferredLogits]) -> str | None:

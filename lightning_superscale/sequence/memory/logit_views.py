@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from lightning_superscale.sequence.tokens.call import Call
 from lightning_superscale.sequence.tokens.layout import Sharded
+from lightning_superscale.sequence.tokens.rules.views import flattened, resolved
 from lightning_superscale.sequence.tokens.tensor import TokenTensor, layout_of, plain
 
 PRODUCTS = frozenset({functional.linear, torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__})
@@ -50,13 +51,11 @@ def cast_to(call: Call, x: Tensor) -> torch.dtype | None:
 def sizes_of(call: Call, shape: list[int]) -> list[int] | None:
     """The sizes that a reshape asks for."""
     if call.name == "flatten":
-        first, last = (dim % len(shape) for dim in call.bind("x start_dim end_dim", start_dim=0, end_dim=-1)[1:])
-        return [*shape[:first], prod(shape[first : last + 1]), *shape[last + 1 :]]
+        return flattened(call, shape)
     sizes = call.sizes("shape size")
     if not all(isinstance(size, int) for size in sizes) or sizes.count(-1) > 1:
         return None
-    known = prod(size for size in sizes if size != -1)
-    return [prod(shape) // known if size == -1 and known else size for size in sizes]
+    return resolved(sizes, prod(shape))
 
 
 def puts_classes_on_1(call: Call) -> bool:

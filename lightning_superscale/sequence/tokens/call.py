@@ -28,29 +28,8 @@ _NOT_USERS = (str(Path(str(torch.__file__)).parent), str(Path(__file__).parents[
 
 
 # Functions that change their first argument, besides those whose names end with "_".
-_IN_PLACE = frozenset(
-    [
-        *(
-            f"__i{name}__"
-            for name in [
-                "add",
-                "sub",
-                "mul",
-                "div",
-                "truediv",
-                "floordiv",
-                "mod",
-                "pow",
-                "and",
-                "or",
-                "xor",
-                "lshift",
-                "rshift",
-            ]
-        )
-    ]
-    + ["__setitem__", "set data"]
-)
+_OPERATORS = ("add", "sub", "mul", "div", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
+_IN_PLACE = frozenset([*(f"__i{name}__" for name in _OPERATORS), "__setitem__", "set data"])
 
 
 @dataclass(frozen=True)
@@ -86,8 +65,12 @@ class Call:
             names: of the function's parameters in order, with spaces between them.
             defaults: of those that may be missing; None for others.
         """
+        return list(self.named(names, **defaults).values())
+
+    def named(self, names: str, **defaults: Any) -> dict[str, Any]:
+        """The arguments of these names, by name; see `bind`."""
         given = {**defaults, **dict(zip(names.split(), self.args, strict=False)), **self.kwargs}
-        return [given.get(name) for name in names.split()]
+        return {name: given.get(name) for name in names.split()}
 
     def sizes(self, names: str = "size") -> list[Any]:
         """The arguments after the tensor, given one by one, as a sequence, or by name."""

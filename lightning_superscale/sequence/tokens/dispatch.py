@@ -14,7 +14,7 @@ from lightning_superscale.sequence.tokens.custom_functions import custom
 from lightning_superscale.sequence.tokens.layout import Reduced, Replicated, Sharded
 from lightning_superscale.sequence.tokens.rules.registry import ENTRIES, rule_of
 from lightning_superscale.sequence.tokens.rules.views import followed
-from lightning_superscale.sequence.tokens.tensor import layout_of, mean_over_ranks, plain, reduced, sharded_in
+from lightning_superscale.sequence.tokens.tensor import layout_of, mean_over_ranks, plain, reduced
 from lightning_superscale.sequence.whole import are_whole
 from lightning_superscale.torch_private import tree_leaves, tree_map, without_torch_function
 
@@ -36,10 +36,12 @@ def dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     call = call_of(func, name_of(func), args, kwargs)
     if call.name in _RUN_BACKWARD:
         return _backward(call)
-    _check_writes(call)
-    if sharded_in((args, kwargs)):
-        return (custom if "::" in call.name else rule_of(call))(call)
     layouts = [layout for x in tree_leaves((args, kwargs)) if (layout := layout_of(x)) is not None]
+    has_part = any(isinstance(layout, Sharded) for layout in layouts)
+    has_reduced = any(isinstance(layout, Reduced) for layout in layouts)
+    _check_writes(call, has_part=has_part, has_reduced=has_reduced)
+    if has_part:
+        return (custom if "::" in call.name else rule_of(call))(call)
     replicated = next((layout for layout in layouts if isinstance(layout, Replicated)), None)
     if replicated is not None and call.name in ENTRIES and not are_whole():
         return rule_of(call)(call)
@@ -55,15 +57,13 @@ def dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     return result
 
 
-def _check_writes(call: Call) -> None:
+def _check_writes(call: Call, *, has_part: bool, has_reduced: bool) -> None:
     """Refuse to write tokens, or a value of all of them, where they would lose their layout."""
-    target, layouts = call.args[0] if call.args else None, [layout_of(x) for x in tree_leaves((call.args, call.kwargs))]
-    has_part = any(isinstance(layout, Sharded) for layout in layouts)
     if has_part and call.kwargs.get("out") is not None:
         call.refuse("writes to out=", "Use the result.")
     if not call.is_in_place:
         return
-    layout = layout_of(target)
+    layout = layout_of(call.args[0]) if call.args else None
     if isinstance(layout, Reduced) and layout.is_copy:
         call.refuse("writes to single tokens, which are a copy here", "Use torch.where() on all tokens.")
     if has_part and not isinstance(layout, Sharded):
@@ -71,7 +71,7 @@ def _check_writes(call: Call) -> None:
             "writes tokens into a tensor that every rank has whole",
             "Use the function without _, or make the tensor with torch.zeros_like() of one with tokens.",
         )
-    if not isinstance(layout, (Sharded, Reduced)) and any(isinstance(other, Reduced) for other in layouts):
+    if has_reduced and not isinstance(layout, (Sharded, Reduced)):
         call.refuse("writes a value of all tokens into another tensor", "Use the function without _, or a = a + b.")
 
 

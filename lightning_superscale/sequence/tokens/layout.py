@@ -172,10 +172,17 @@ class Sharded:
         mine = (self.frame, self.start, self.tokens.length, self.tokens.outer)
         return mine == (other.frame, other.start, other.tokens.length, other.tokens.outer)
 
-    def is_token(self, device: torch.device) -> Tensor:
-        """Bool [outer x tokens of a rank]: which of this rank's places are in the window."""
-        ones = torch.ones(self.tokens.length, dtype=torch.bool, device=device)
-        return replace(self, tokens=TokenDim(0, self.tokens.length)).take(ones, fill=False).repeat(self.tokens.outer)
+    def is_token(self, local: Tensor, dim: int | None = None) -> Tensor:
+        """Which places of this rank's part are in the window: bool, to be broadcast with it.
+
+        Args:
+            dim: the dim that counts tokens in `local`; None for that of the layout.
+        """
+        ones = torch.ones(self.tokens.length, dtype=torch.bool, device=local.device)
+        places = replace(self, tokens=TokenDim(0, self.tokens.length)).take(ones, fill=False).repeat(self.tokens.outer)
+        shape = [1] * local.dim()
+        shape[self.tokens.dim if dim is None else dim] = -1
+        return places.view(shape)
 
     def take(self, whole: Tensor, dim: int | None = None, *, fill: float | bool | None = None) -> Tensor:
         """This rank's part of a tensor that is whole on every rank.

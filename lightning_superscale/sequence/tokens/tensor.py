@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lightning_superscale.comm.in_graph import AxisLink
-from lightning_superscale.sequence.tokens.layout import Layout, Reduced, Replicated, Sharded, Sharing
+from lightning_superscale.sequence.tokens.layout import Layout, Reduced, Sharded, Sharing
 from lightning_superscale.torch_private import all_reduce_in_graph, tree_leaves, without_torch_function
 
 
@@ -105,8 +105,3 @@ def entering(x: Tensor) -> Tensor:
 def is_sharded(x: Any) -> bool:
     """Whether it is a tensor of which each rank has a part."""
     return isinstance(layout_of(x), Sharded)
-
-
-def is_replicated(x: Any) -> bool:
-    """Whether it is a tensor of which every rank has all tokens, on a dim that is known."""
-    return isinstance(layout_of(x), Replicated)

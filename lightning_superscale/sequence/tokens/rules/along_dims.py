@@ -65,7 +65,7 @@ _INSTEAD = {
 def _dims(call: Call) -> list[int]:
     """The dims along which a call works, from 0; all dims where it works on the flattened tensor."""
     names, default = _ALONG[call.name]
-    given = dict(zip(names.split(), call.bind(names), strict=True))
+    given = call.named(names)
     dim, num_dims = given.get("dim", given.get("dims")), plain(call.sharded[0]).dim()
     if call.name == "flip":
         dim = call.sizes("dims")

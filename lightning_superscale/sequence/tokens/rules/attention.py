@@ -117,22 +117,13 @@ def _whole_mask(call: Call, mask: Tensor | None, layout: Sharded, *, is_causal: 
         mask = torch.ones(1, 1, 1, length, dtype=torch.bool, device=call.args[0].device)
     mask = _with_rows(mask)
     before, after = start, frame - start - length
-    rows = [before, after] if mask.shape[-2] > 1 else [0, 0]
     hidden = False if mask.dtype == torch.bool else float("-inf")
     wide = functional.pad(mask, [before, after, 0, 0], value=hidden)
+    if mask.shape[-2] == 1:
+        return wide
     # A place outside of the window sees what some token sees, so that no row of the mask is empty.
-    return (
-        wide
-        if rows == [0, 0]
-        else torch.cat(
-            [
-                wide[..., :1, :].expand(*wide.shape[:-2], before, -1),
-                wide,
-                wide[..., -1:, :].expand(*wide.shape[:-2], after, -1),
-            ],
-            dim=-2,
-        )
-    )
+    rows = torch.arange(-before, length + after, device=wide.device).clamp(0, length - 1)
+    return wide.index_select(-2, rows)
 
 
 def _with_rows(mask: Tensor) -> Tensor:
@@ -151,7 +142,7 @@ _MULTI_HEAD = (
 @rule("multi_head_attention_forward")
 def multi_head(call: Call) -> tuple[Tensor, None]:
     """Torch's MultiheadAttention, of projections and the attention above."""
-    given = dict(zip(_MULTI_HEAD.split(), call.bind(_MULTI_HEAD, training=True, need_weights=True), strict=True))
+    given = call.named(_MULTI_HEAD, training=True, need_weights=True)
     if given["need_weights"]:
         call.refuse("is asked for weights of attention, of every token to every other", "Use need_weights=False.")
     if any(given[name] is not None for name in ("bias_k", "bias_v", "static_k", "static_v")) or given["add_zero_attn"]:

@@ -37,10 +37,9 @@ def beside(call: Call, x: Any, from_right: int, layout: Sharded, *, fill: float 
     """An operand that is broadcast with sharded ones, of which this rank takes its part if it is whole."""
     if not isinstance(x, Tensor) or is_sharded(x):
         return x
-    size = plain(x).shape[from_right] if plain(x).dim() >= -from_right else 1
-    if size == 1 != layout.tokens.size:
-        return entering(x)
-    if plain(x).dim() < -from_right:
+    has_dim = plain(x).dim() >= -from_right
+    size = plain(x).shape[from_right] if has_dim else 1
+    if not has_dim or size == 1 != layout.tokens.size:
         return entering(x)
     if size != layout.tokens.size:
         call.refuse(
@@ -62,9 +61,7 @@ def in_place(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Token
         return x
     part = plain(x)
     changed = call.run(part.clone(), *args[1:], **kwargs)
-    shape = [1] * part.dim()
-    shape[layout.tokens.dim] = -1
-    new = torch.where(layout.is_token(part.device).view(shape), changed, part)
+    new = torch.where(layout.is_token(part), changed, part)
     with without_torch_function():
         x.copy_(new)
     return x

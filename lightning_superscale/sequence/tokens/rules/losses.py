@@ -22,13 +22,7 @@ CROSS_ENTROPY = "input target weight size_average ignore_index reduce reduction 
 
 @rule("cross_entropy", "nll_loss")
 def cross_entropy(call: Call) -> Any:
-    given = dict(
-        zip(
-            CROSS_ENTROPY.split(),
-            call.bind(CROSS_ENTROPY, ignore_index=-100, reduction="mean", label_smoothing=0.0),
-            strict=True,
-        )
-    )
+    given = call.named(CROSS_ENTROPY, ignore_index=-100, reduction="mean", label_smoothing=0.0)
     x, target, weight, ignored = given["input"], given["target"], given["weight"], given["ignore_index"]
     if given["size_average"] is not None or given["reduce"] is not None:
         call.refuse("with size_average or reduce, which torch deprecated", "Use reduction=.")
@@ -82,9 +76,7 @@ def own_targets(call: Call, target: Tensor, layout: Sharded, at: int, ignored: i
         own = plain(target)
         if layout.is_full or is_share:
             return own
-        shape = [1] * own.dim()
-        shape[dim] = -1
-        return own.masked_fill(~layout.is_token(own.device).view(shape), ignored)
+        return own.masked_fill(~layout.is_token(own, dim), ignored)
     whole = plain(entering(target))
     if whole.shape[dim] != layout.tokens.size:
         call.refuse(f"expects labels of {layout.tokens.size} tokens", "Give each token one.")

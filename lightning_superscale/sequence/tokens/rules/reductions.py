@@ -15,14 +15,14 @@ from lightning_superscale.sequence.tokens.layout import Sharded
 from lightning_superscale.sequence.tokens.rules.elementwise import elementwise
 from lightning_superscale.sequence.tokens.rules.registry import rule
 from lightning_superscale.sequence.tokens.tensor import TokenTensor, plain, reduced, with_layout
-from lightning_superscale.torch_private import tree_map, without_torch_function
+from lightning_superscale.torch_private import without_torch_function
 
 _Dims = list[int]
 
 
 def _dims(call: Call, names: str) -> tuple[_Dims, bool]:
     """The dims that a call reduces, from 0, and whether it keeps them."""
-    given = dict(zip(names.split(), call.bind(names), strict=True))
+    given = call.named(names)
     dim, num_dims = given.get("dim"), plain(call.args[0]).dim()
     is_all = dim is None or (isinstance(dim, (list, tuple)) and not dim)
     dims = range(num_dims) if is_all else [dim] if isinstance(dim, int) else dim
@@ -31,7 +31,7 @@ def _dims(call: Call, names: str) -> tuple[_Dims, bool]:
 
 def _over_features(call: Call, layout: Sharded, dims: _Dims, *, keepdim: bool) -> Any:
     at = layout.tokens.dim - (0 if keepdim else sum(dim < layout.tokens.dim for dim in dims))
-    return tree_map(lambda y: with_layout(y, layout.at(at)) if isinstance(y, Tensor) else y, call.run())
+    return call.wrap(call.run(), layout.at(at))
 
 
 def with_value(x: TokenTensor, value: float | bool) -> Tensor:
@@ -41,9 +41,7 @@ def with_value(x: TokenTensor, value: float | bool) -> Tensor:
         raise AssertionError("only parts have places outside of a window")
     if layout.is_full:
         return part
-    shape = [1] * part.dim()
-    shape[layout.tokens.dim] = -1
-    return part.masked_fill(~layout.is_token(part.device).view(shape), value)
+    return part.masked_fill(~layout.is_token(part), value)
 
 
 def total(x: TokenTensor, dims: _Dims, *, keepdim: bool, dtype: torch.dtype | None = None) -> Tensor:

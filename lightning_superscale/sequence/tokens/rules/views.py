@@ -28,9 +28,16 @@ def regrouped(shape: Sequence[int], sizes: Sequence[int], tokens: TokenDim) -> T
     return min(found, key=lambda one: (one.outer != tokens.outer, one.dim != tokens.dim), default=None)
 
 
-def _resolved(sizes: Sequence[int], numel: int) -> list[int]:
+def resolved(sizes: Sequence[int], numel: int) -> list[int]:
+    """The sizes of so many elements, of which -1 stands for what is left."""
     known = prod(size for size in sizes if size != -1)
     return [numel // known if size == -1 and known else size for size in sizes]
+
+
+def flattened(call: Call, shape: Sequence[int]) -> list[int]:
+    """The sizes that a call of flatten gives a tensor of this shape."""
+    first, last = (dim % len(shape) for dim in call.bind("input start_dim end_dim", start_dim=0, end_dim=-1)[1:])
+    return [*shape[:first], prod(shape[first : last + 1]), *shape[last + 1 :]]
 
 
 def _target(call: Call) -> list[int] | None:
@@ -39,17 +46,15 @@ def _target(call: Call) -> list[int] | None:
     if call.name in ("view_as", "reshape_as"):
         return global_shape(call.args[1])
     if call.name == "flatten":
-        first, last = call.bind("input start_dim end_dim", start_dim=0, end_dim=-1)[1:]
-        first, last = first % len(shape), last % len(shape)
-        return [*shape[:first], prod(shape[first : last + 1]), *shape[last + 1 :]]
+        return flattened(call, shape)
     if call.name == "unflatten":
         dim, sizes = call.bind("input dim sizes")[1:]
         dim %= len(shape)
-        return [*shape[:dim], *_resolved(sizes, shape[dim]), *shape[dim + 1 :]]
+        return [*shape[:dim], *resolved(sizes, shape[dim]), *shape[dim + 1 :]]
     sizes = call.sizes("shape size")
     if any(isinstance(size, torch.dtype) for size in sizes):
         return None
-    return _resolved(sizes, prod(global_shape(x)))
+    return resolved(sizes, prod(global_shape(x)))
 
 
 _RESHAPES = ("view", "reshape", "view_as", "reshape_as", "flatten", "unflatten")
