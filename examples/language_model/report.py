@@ -120,6 +120,13 @@ def plot_history(history: History, order0_bits: float, title: str, target: Path)
     axes.set_ylabel("bits per byte")
     axes.set_ylim(bottom=0, top=8.5)
     axes.set_xlim(left=0)
+    save(figure, axes, target)
+
+
+def save(figure: Any, axes: Any, target: Path) -> None:
+    """Write a plot as a PNG, with a light grid and no frame, and let go of it."""
+    from matplotlib import pyplot as plt
+
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)

@@ -30,6 +30,7 @@ import torch  # noqa: E402
 from examples.language_model.data import DataError, TextData  # noqa: E402
 from examples.language_model.model import GPTConfig  # noqa: E402
 from examples.language_model.module import LanguageModel  # noqa: E402
+from examples.language_model.report import save  # noqa: E402
 from lightning_superscale import SuperScaleError, SuperScaleStrategy  # noqa: E402
 from lightning_superscale.sequence.memory.saved_bytes import SavedBytes  # noqa: E402
 
@@ -130,12 +131,7 @@ def draw(alone: dict, shared: dict, options: argparse.Namespace, target: Path) -
     axes.set_title(f"The demo's GPT on documents of {options.tokens} bytes", fontsize=11, loc="left")
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss, nats per byte")
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    figure.tight_layout()
-    figure.savefig(target)
-    plt.close(figure)
+    save(figure, axes, target)
 
 
 def parse_args(args: list[str] | None) -> argparse.Namespace:

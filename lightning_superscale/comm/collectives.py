@@ -125,7 +125,7 @@ class AxisCollectives:
         self.axis = axis
         self._counts = mesh.counts
         self._memory = mesh.memory
-        self._queued = mesh.queued
+        self._wait_queued = mesh.wait_queued
         self._is_gloo = axis.group is not None and _backend_of(axis.group, mesh.device_type) == "gloo"
         # Waiting for NCCL orders streams and does not block, so there is nothing to watch.
         self._watch = mesh.watch if self._is_gloo else None
@@ -139,8 +139,7 @@ class AxisCollectives:
     def _begin(self) -> None:
         """Let gathers that another thread was given go first ([Note: One order per device] in mesh.py)."""
         if not self._is_gloo and self.axis.name != GATHER_AXIS:
-            for wait_issued in self._queued:
-                wait_issued()
+            self._wait_queued()
 
     def reduce_scatter(self, packed: Tensor) -> Event[Tensor]:
         """Sum `packed` [size, n] over ranks; the result is row `rank` of the sum, [n], of the same dtype.

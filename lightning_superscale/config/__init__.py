@@ -6,7 +6,7 @@ Arguments that take a config object also take a mapping with the same keys.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Optional, Union  # noqa: F401 # fields' annotations are read here
+from typing import Annotated, Any, Literal, Optional, TypeVar, Union  # noqa: F401 # fields' annotations are read here
 
 from lightning_superscale.config.checkpoint import CheckpointConfig
 from lightning_superscale.config.offload import ENGINES, OffloadConfig
@@ -23,6 +23,8 @@ from lightning_superscale.config.values import (  # noqa: F401 # likewise
 from lightning_superscale.config.zenflow import Factor, Steps, ZenFlowConfig  # noqa: F401
 from lightning_superscale.config.zero import Stage, ZeroConfig  # noqa: F401
 from lightning_superscale.errors import SettingError
+
+_Config = TypeVar("_Config")
 
 __all__ = [
     "CheckpointConfig",
@@ -43,16 +45,22 @@ for _config in (CheckpointConfig, OffloadConfig, SequenceConfig, ZenFlowConfig, 
     _config.__module__ = __name__
 
 
+def _given(cls: type[_Config], value: object, key: str) -> _Config | None:
+    """The config that a config object or a mapping with its keys is; None for anything else."""
+    if isinstance(value, Mapping):
+        return config_from_mapping(cls, value, key)
+    return value if isinstance(value, cls) else None
+
+
 def resolve_zero(value: Union[int, ZeroConfig, Mapping[str, Any]]) -> ZeroConfig:
     """The ZeroConfig of a stage, a config object or a mapping.
 
     Raises:
         SuperScaleError: the value is of another kind, or is not allowed.
     """
-    if isinstance(value, ZeroConfig):
-        return value
-    if isinstance(value, Mapping):
-        return config_from_mapping(ZeroConfig, value, "zero")
+    given = _given(ZeroConfig, value, "zero")
+    if given is not None:
+        return given
     if isinstance(value, int) and not isinstance(value, bool):
         return ZeroConfig(stage=value)
     raise SettingError(f"zero takes 0, 1, 2, 3, a ZeroConfig or a mapping, found {shown(value)}.")
@@ -64,10 +72,9 @@ def resolve_offload(value: Union[str, OffloadConfig, Mapping[str, Any], None]) -
     Raises:
         SuperScaleError: the value is of another kind, or is not allowed.
     """
-    if value is None or isinstance(value, OffloadConfig):
-        return value
-    if isinstance(value, Mapping):
-        return config_from_mapping(OffloadConfig, value, "offload")
+    given = _given(OffloadConfig, value, "offload")
+    if value is None or given is not None:
+        return given
     if isinstance(value, str):
         return OffloadConfig(engine=value)
     raise SettingError(
@@ -81,10 +88,9 @@ def resolve_sequence(value: Union[int, SequenceConfig, Mapping[str, Any], None])
     Raises:
         SuperScaleError: the value is of another kind, or is not allowed.
     """
-    if value is None or isinstance(value, SequenceConfig):
-        return value
-    if isinstance(value, Mapping):
-        return config_from_mapping(SequenceConfig, value, "sequence")
+    given = _given(SequenceConfig, value, "sequence")
+    if value is None or given is not None:
+        return given
     if isinstance(value, int) and not isinstance(value, bool):
         return SequenceConfig(size=value)
     raise SettingError(f"sequence takes None, a number of ranks, a SequenceConfig or a mapping, found {shown(value)}.")
@@ -96,10 +102,7 @@ def resolve_checkpoint(value: Union[CheckpointConfig, Mapping[str, Any], None]) 
     Raises:
         SuperScaleError: the value is of another kind, or is not allowed.
     """
-    if value is None:
-        return CheckpointConfig()
-    if isinstance(value, CheckpointConfig):
-        return value
-    if isinstance(value, Mapping):
-        return config_from_mapping(CheckpointConfig, value, "checkpoint")
+    given = CheckpointConfig() if value is None else _given(CheckpointConfig, value, "checkpoint")
+    if given is not None:
+        return given
     raise SettingError(f"checkpoint takes None, a CheckpointConfig or a mapping, found {shown(value)}.")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_superscale.checkpoint.state import ReadRequest, TensorInfo, TensorKey
 from lightning_superscale.layout.box import whole_box
-from lightning_superscale.torch_private import make_wrapper, tree_map
+from lightning_superscale.torch_private import make_wrapper, tree_map, without_torch_function
 
 if TYPE_CHECKING:
     from lightning_superscale.run.state.restore import OpenedCheckpoint
@@ -52,7 +52,7 @@ class LazyTensor(Tensor):
 
     def load(self) -> Tensor:
         """Read the values now, by this rank alone, into a new tensor in host memory."""
-        with torch._C.DisableTorchFunctionSubclass():
+        with without_torch_function():
             out = torch.empty(self.shape, dtype=self.dtype)
             self.opened.alone.read([ReadRequest(self.key, whole_box(tuple(self.shape)), out)])
             return out
@@ -62,7 +62,7 @@ class LazyTensor(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        with torch._C.DisableTorchFunctionSubclass():
+        with without_torch_function():
             if func in _SHALLOW:
                 return func(*args, **kwargs)
             return func(*tree_map(_loaded, args), **tree_map(_loaded, dict(kwargs)))
@@ -74,7 +74,7 @@ class LazyTensor(Tensor):
         return func(*tree_map(_loaded, args), **tree_map(_loaded, dict(kwargs or {})))
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        with torch._C.DisableTorchFunctionSubclass():
+        with without_torch_function():
             return f"LazyTensor({self.key}, shape={tuple(self.shape)}, dtype={self.dtype})"
 
     def __deepcopy__(self, memo: Any) -> Tensor:
