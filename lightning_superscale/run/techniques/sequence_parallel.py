@@ -106,7 +106,7 @@ class SequenceParallel(ModuleTechnique):
         mesh, device = self._facts.mesh, self._facts.device
         own = random_state(device)
         digests = gather_objects(mesh, (mesh.batch.rank, hashlib.blake2b(repr(own).encode()).hexdigest()))
-        if len({digest for group, digest in digests}) == len({group for group, _ in digests}):
+        if len(set(digests)) == len({group for group, _ in digests}):
             return
         self._num_equalized += 1
         states = gather_objects(mesh, (mesh.batch.rank, own if mesh.sequence.rank == mesh.tensor.rank == 0 else None))

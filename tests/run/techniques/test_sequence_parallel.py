@@ -44,7 +44,7 @@ def test_batches_that_differ_are_refused_on_every_rank_with_batch_and_tensor():
 def _drawing(rank, world_size, seeds):
     torch.manual_seed(seeds[rank])
     random.seed(seeds[rank])
-    run = fitted(world_size, {"sequence": world_size}, Texts(), seed=None, max_steps=2)
+    run = fitted(world_size, {"sequence": 2}, Texts(), seed=None, max_steps=2)
     return float(torch.rand(())), random.random(), run.strategy.explain()
 
 
@@ -53,6 +53,15 @@ def test_ranks_with_other_random_states_get_the_first_ones():
     assert drawn[0][:2] == drawn[1][:2]
     assert "were given the first one's state 1 time" in drawn[1][2]
     assert "random numbers" not in run_ranks(2, _drawing, [3, 3])[0][2]
+
+
+def test_groups_may_draw_alike_or_apart():
+    for seeds in ([3, 3, 3, 3], [3, 3, 4, 4]):
+        drawn = run_ranks(4, _drawing, seeds)
+        assert all("random numbers" not in explained for _, _, explained in drawn), seeds
+    drawn = run_ranks(4, _drawing, [3, 3, 3, 5])
+    assert drawn[2][:2] == drawn[3][:2]
+    assert "were given the first one's state 1 time" in drawn[3][2]
 
 
 class Deaf(LanguageModel):
