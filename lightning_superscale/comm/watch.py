@@ -87,6 +87,7 @@ class RankWatch:
             thread calls and repeats after an error.
         silence_s: seconds without a sign of life after which a rank is given up.
         keeper: who keeps the store, as an error names it.
+        keeper_process: rank 0's process where that is known before its first sign of life could be read.
 
     Attributes:
         weights: gives the names of sharded weights, for errors.
@@ -100,6 +101,7 @@ class RankWatch:
         *,
         silence_s: float = SILENCE_S,
         keeper: str = RANK_0,
+        keeper_process: Process | None = None,
     ) -> None:
         self._open_store: Callable[[], Store] | None = None if isinstance(store, Store) else store
         self._store: Store | None = store if isinstance(store, Store) else None
@@ -107,6 +109,7 @@ class RankWatch:
         self._world_size = world_size
         self._silence_s = silence_s
         self._keeper = keeper
+        self._keeper_process = keeper_process
         self.weights: WeightNames = tuple
         self._process = this_process()
         self._origin = Origin()
@@ -310,7 +313,8 @@ class RankWatch:
 
     def _fate_of(self, rank: int) -> Fate | None:
         known = self._signs.get(rank)
-        return None if known is None else fate_of(known[0].process)
+        process = known[0].process if known is not None else self._keeper_process if rank == 0 else None
+        return None if process is None else fate_of(process)
 
     def _silent_ranks(self, after_s: float) -> list[int]:
         """Ranks that gave no sign of life for `after_s`, or never gave one; without those that ended well.

@@ -17,6 +17,7 @@ from torch.distributed import HashStore, PrefixStore, Store, TCPStore  # type: i
 
 from lightning_superscale.comm.mesh import DataMesh, build_mesh, single_mesh
 from lightning_superscale.comm.places import WeightNames
+from lightning_superscale.comm.processes import this_process
 from lightning_superscale.comm.watch import RANK_0, SILENCE_S, RankWatch, open_store
 from lightning_superscale.config import SequenceConfig, ZeroConfig
 from lightning_superscale.errors import SuperScaleError
@@ -179,9 +180,10 @@ class RankEnvironment:
         rank, world_size = dist.get_rank(), dist.get_world_size()
         spec = mesh_spec_of(zero, sequence, world_size)
         own = open_store(0, world_size, host, 0, timeout) if rank == 0 else None
-        port = broadcast(None if own is None else own.port)
+        # Rank 0 may be stopped, and its store with it, before others read from there which process it is.
+        port, process = broadcast(None if own is None else (own.port, this_process()))
         store = own if own is not None else open_store(rank, world_size, host, port, timeout)
-        watch = RankWatch(store, rank, world_size, silence_s=patience.total_seconds())
+        watch = RankWatch(store, rank, world_size, silence_s=patience.total_seconds(), keeper_process=process)
         if self._made_for is dist.group.WORLD:
             self.mesh = replace(self.mesh, watch=watch)  # torch never frees process groups, so they are made once
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import time
 
@@ -10,7 +11,7 @@ import pytest
 from torch.distributed import HashStore
 
 from lightning_superscale.comm import watch
-from lightning_superscale.comm.processes import Process, this_machine
+from lightning_superscale.comm.processes import Process, _stat_of, this_machine
 from lightning_superscale.comm.watch import RankFailure, RankWatch
 
 
@@ -137,6 +138,22 @@ def test_a_store_that_does_not_answer_is_told(monkeypatch):
     assert said_by(made) == "rank 0, which keeps the ranks' store, gave no sign of life for 0.5 s"
     store.hangs = False
     made.close()
+
+
+def test_of_a_store_that_never_answered_it_is_told_whose_process_stopped(monkeypatch):
+    monkeypatch.setattr(watch, "_PERIOD_S", 0.02)
+    store, keeper = Hanging(), subprocess.Popen(["sleep", "60"])
+    process = Process(this_machine(), keeper.pid, int(_stat_of(keeper.pid)[19]))
+    keeper.send_signal(signal.SIGSTOP)
+    store.hangs = True
+    made = RankWatch(store, 1, 2, silence_s=0.5, keeper_process=process)
+    try:
+        assert said_by(made).endswith(f"for 0.5 s: its process {keeper.pid} is stopped by a signal or a debugger")
+    finally:
+        keeper.kill()
+        keeper.wait()
+        store.hangs = False
+        made.close()
 
 
 def test_all_ranks_are_told_the_same(two):
