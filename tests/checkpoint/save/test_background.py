@@ -288,12 +288,13 @@ def fail_at_different_times(rank: int, world_size: int, folder: str) -> list[tup
     for is_full in (True, False, True):
         os.fsync = full if rank == 1 and is_full else fsync
         saver.save(f"{folder}/a.ckpt", local_state(state_tensors(1), "whole", rank, world_size), step=len(heard))
-        for step in range(100):
+        step = 0
+        while saver._thread is not None:
             try:
                 saver.raise_if_failed(mesh)
             except CheckpointError as error:
                 heard.append((step, str(error)))
-                break
+            step += 1
             time.sleep(0.01)
         os.fsync = fsync
         sent = mesh.counts.calls.get("control", 0)
