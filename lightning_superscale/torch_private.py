@@ -9,10 +9,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Collection, Iterable, MutableMapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
@@ -180,6 +182,68 @@ def behind_compile(module: nn.Module) -> nn.Module:
     return inner
 
 
+class Compilation(NamedTuple):
+    """How `torch.compile` was asked to compile a module.
+
+    Attributes:
+        module: the module itself, which may lie behind the compiled one.
+        backend: the function that compiles graphs, with the options that were given.
+        dynamic: whether shapes are symbols; None where that is found out.
+    """
+
+    module: nn.Module
+    backend: Callable[..., Callable[..., Any]]
+    dynamic: bool | None
+
+    def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Another function, compiled so."""
+        found: Callable[..., Any] = torch.compile(function, backend=self.backend, dynamic=self.dynamic)
+        return found
+
+
+def compilation_of(module: nn.Module) -> Compilation | None:
+    """How a module was compiled, by `torch.compile(module)` or `module.compile()`; None where it was not."""
+    call = module.__dict__.get("_compiled_call_impl")
+    if isinstance(module, torch._dynamo.OptimizedModule):
+        inner, context = module._orig_mod, module.dynamo_ctx
+    elif call is not None:
+        inner, context = module, _context_of(call)
+    else:
+        return None
+    backend: Any = context.callback
+    while hasattr(backend, "_torchdynamo_orig_backend"):
+        backend = backend._torchdynamo_orig_backend
+    return Compilation(inner, backend, context._dynamic)
+
+
+def _context_of(compiled: Any) -> Any:
+    """The settings of a function that `torch.compile` made, which it closes over."""
+    cells = dict(zip(compiled.__code__.co_freevars, compiled.__closure__, strict=True))
+    return cells["self"].cell_contents
+
+
+def set_compiled_call(module: nn.Module, call: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a compiled module call this; gives what it called before."""
+    if isinstance(module, torch._dynamo.OptimizedModule):
+        before = module.forward
+        module.forward = call
+        return before
+    before = module._compiled_call_impl  # type: ignore[assignment]
+    module._compiled_call_impl = call
+    return before
+
+
+def capture_error() -> type[Exception]:
+    """What Dynamo raises where it can't capture a function."""
+    found: type[Exception] = torch._dynamo.exc.TorchDynamoException
+    return found
+
+
+def checkpointed_region() -> Any:
+    """The operator by which a captured graph says that a part of it is computed again in backward."""
+    return torch.ops.higher_order.tag_activation_checkpoint
+
+
 def compile_with_memory_budget(budget: float, inner: str | Callable[..., Any]) -> Callable[..., Any]:
     """A backend of `torch.compile` whose partitioner keeps at most this share of what it would keep for backward.
 
@@ -287,6 +351,11 @@ def without_torch_function() -> AbstractContextManager[None]:
     """A context in which functions compute with subclasses of Tensor as with plain tensors, and return plain ones."""
     guard: AbstractContextManager[None] = torch._C.DisableTorchFunctionSubclass()
     return guard
+
+
+def is_of_tracer(x: Tensor) -> bool:
+    """Whether a tensor is a Python object of torch's tracers, which stands for one that a compiled graph will have."""
+    return isinstance(x, (FakeTensor, FunctionalTensor))
 
 
 def base_of_autograd_functions() -> Any:

@@ -126,6 +126,65 @@ def test_norms_of_many_tensors_are_those_of_each_on_a_cpu(dtype):
     assert torch.equal(torch.stack(found).view(torch.int32), torch.stack(expected).view(torch.int32))
 
 
+def _counting(graph, inputs):
+    _counting.calls += 1
+    return graph.forward
+
+
+_counting.calls = 0
+
+
+def test_how_a_module_was_compiled_is_known_and_its_call_can_be_replaced():
+    module = nn.Linear(2, 2)
+    assert torch_private.compilation_of(module) is None
+    for compiled in (torch.compile(module, backend=_counting, dynamic=False), module):
+        if compiled is module:
+            module.compile(backend=_counting, dynamic=False)
+        compilation = torch_private.compilation_of(compiled)
+        assert compilation.module is module
+        assert compilation.dynamic is False
+        torch._dynamo.reset()
+        before = _counting.calls
+        compilation.compiled(lambda x: x + 1)(torch.ones(2))
+        assert _counting.calls == before + 1
+        call = torch_private.set_compiled_call(compiled, lambda x: "replaced")
+        assert compiled(torch.ones(2)) == "replaced"
+        torch_private.set_compiled_call(compiled, call)
+        assert compiled(torch.ones(2)).shape == (2,)
+
+
+def test_a_break_in_a_graph_raises_a_capture_error():
+    def breaks(x):
+        torch._dynamo.graph_break()
+        return x
+
+    with pytest.raises(torch_private.capture_error()):
+        torch.compile(breaks, backend="eager", fullgraph=True)(torch.ones(2))
+
+
+def test_a_tracers_tensors_are_known_and_a_checkpoint_is_one_function_of_a_graph():
+    seen, targets = [], []
+
+    def square(x):
+        seen.append(torch_private.is_of_tracer(x))
+        return x * x
+
+    def backend(graph, inputs):
+        targets.extend(node.target for node in graph.graph.nodes)
+        return graph.forward
+
+    assert not torch_private.is_of_tracer(torch.ones(2))
+    torch._functorch.aot_autograd.aot_function(square, fw_compiler=lambda graph, inputs: graph)(torch.ones(2))
+    assert seen
+    assert all(seen)
+
+    def checkpointed(x):
+        return torch.utils.checkpoint.checkpoint(torch.sin, x, use_reentrant=False)
+
+    torch.compile(checkpointed, backend=backend)(torch.ones(2, requires_grad=True))
+    assert torch_private.checkpointed_region() in targets
+
+
 def test_compiled_modules_are_known_and_seen_through():
     module = nn.Sequential(nn.Linear(2, 2))
     assert not torch_private.is_compiled(module)

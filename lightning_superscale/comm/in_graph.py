@@ -1,13 +1,14 @@
 """Collectives inside a model's forward, which autograd follows and torch.compile sees.
 
 Every rank of the axis calls them in the same order, in forward and in backward. They are issued and awaited at once, in
-the order in which the model needs them, and counted where Python issues them: those of a compiled graph are not. Their
-order among other collectives is in [Note: One order per device] in mesh.py.
+the order in which the model needs them, and counted where Python issues them; those of a graph that torch compiles are
+counted by who runs it (`traced`). Their order among other collectives is in [Note: One order per device] in mesh.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,7 @@ from lightning_superscale.torch_private import (
     all_gather_in_graph,
     all_reduce_in_graph,
     all_to_all_in_graph,
+    is_of_tracer,
     start_shift_in_graph,
     wait_in_graph,
 )
@@ -64,10 +66,46 @@ class AxisLink:
 
     def note(self, kind: str, x: Tensor) -> None:
         """Count a collective of x that is about to be issued, and let those go first that have to."""
-        if not torch.compiler.is_compiling():  # tracing may change nothing
-            self.counts.add(kind, x.nbytes)
-            if self.wait_queued is not None:
-                self.wait_queued()
+        if torch.compiler.is_compiling():  # tracing may change nothing
+            return
+        if is_of_tracer(x):
+            note_traced([(kind, x.nbytes)])
+            return
+        self.note_all([(kind, x.nbytes)])
+
+    def note_all(self, collectives: Sequence[tuple[str, int]]) -> None:
+        """Count collectives, kinds and bytes, that are about to be issued, and let those go first that have to."""
+        for kind, nbytes in collectives:
+            self.counts.add(kind, nbytes)
+        if collectives and self.wait_queued is not None:
+            self.wait_queued()
+
+    @property
+    def num_bytes_sent(self) -> int:
+        """Bytes of all collectives so far, or while a compiler traces those that it met in the innermost `traced`."""
+        return sum(self.counts.nbytes.values()) + sum(nbytes for _, nbytes in (_traced[-1] if _traced else ()))
+
+
+_traced: list[list[tuple[str, int]]] = []
+
+
+@contextmanager
+def traced() -> Iterator[list[tuple[str, int]]]:
+    """Gives the collectives, kinds and bytes, that a compiler meets while it is open and no other is open within it.
+
+    A compiler issues none of them; whoever runs its graph counts them then.
+    """
+    _traced.append([])
+    try:
+        yield _traced[-1]
+    finally:
+        _traced.pop()
+
+
+def note_traced(collectives: Sequence[tuple[str, int]]) -> None:
+    """Add collectives, kinds and bytes, that a compiler met to those of the innermost `traced`."""
+    if _traced:
+        _traced[-1].extend(collectives)
 
 
 @dataclass(frozen=True, slots=True)

@@ -111,6 +111,7 @@ class Run:
             device=device,
             trains=trains,
             is_compiled=is_compiled_whole or is_compiled(module),
+            is_compiled_whole=is_compiled_whole,
             shards_weights=trains and shards_weights(self.zero, self.environment.mesh),
             free_bytes=least_free_bytes(self.environment.mesh, module, device),
         )

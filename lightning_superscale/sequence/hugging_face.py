@@ -33,6 +33,9 @@ _REPLACED = ("sdpa", "flash_attention_2", "flash_attention_3")
 # What changes the result of attention in ways that no mode computes.
 _REFUSED = ("softcap", "s_aux", "position_bias", "head_mask")
 
+# The module of transformers that makes masks, once a model of it was found.
+_masks: list[Any] = []
+
 
 class HuggingFaceAttention:
     """Gives the models of transformers in a module this attention, from `install` to `remove`."""
@@ -46,6 +49,8 @@ class HuggingFaceAttention:
         if not models:
             return
         transformers = importlib.import_module("transformers")
+        # Compilers capture calls of what these name, and can't find modules by their names.
+        _masks[:] = [importlib.import_module("transformers.masking_utils")]
         transformers.AttentionInterface.register(NAME, attention)
         transformers.AttentionMaskInterface.register(NAME, mask)
         for model in models:
@@ -94,15 +99,32 @@ def attention(
     causal = not is_whole and bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     window = sliding_window if causal else None
     grouped = key.shape[1] != query.shape[1]
-    if is_sharded(query):
-        call = Call(
-            functional.scaled_dot_product_attention, f"attention of {type(module).__name__}", (query, key, value), {}
-        )
-        output = attend(call, dense, dropout, causal, scaling, grouped, window=window, documents=documents)
-    else:
-        whole = SharedAttention(link=AxisLink(MeshAxis("sequence", 0, 1)), documents=documents)
-        output = whole(plain(query), plain(key), plain(value), dense, dropout, causal, scaling, grouped, window=window)
+    name = f"attention of {type(module).__name__}"
+    output = attend_shared(query, key, value, dense, documents, dropout, causal, scaling, grouped, window, name)
     return output.transpose(1, 2).contiguous(), None
+
+
+def attend_shared(  # noqa: PLR0913 # one flat call, as compilers capture it
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dense: Tensor | None,
+    documents: Tensor | None,
+    dropout: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    window: int | None,
+    name: str,
+) -> Tensor:
+    """Attention with what `attention` knows; a compiler captures a call of it as one function."""
+    if is_sharded(query):
+        call = Call(functional.scaled_dot_product_attention, name, (query, key, value), {})
+        found: Tensor = attend(call, dense, dropout, is_causal, scale, enable_gqa, window=window, documents=documents)
+        return found
+    attends = SharedAttention(link=AxisLink(MeshAxis("sequence", 0, 1)), documents=documents)
+    q, k, v = (plain(x) for x in (query, key, value))
+    return attends(q, k, v, dense, dropout, is_causal, scale, enable_gqa, window=window)
 
 
 def _apart(given: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -129,9 +151,8 @@ def mask(
     """
     parts = None if are_whole() or q_length != kv_length or args else _parts(mask_function)
     if parts is None or (parts and attention_mask is not None):
-        masks = importlib.import_module("transformers.masking_utils")
         own = {} if mask_function is None else {"mask_function": mask_function}
-        made: Tensor | None = masks.sdpa_mask(
+        made: Tensor | None = _masks[0].sdpa_mask(
             batch_size, q_length, kv_length, *args, attention_mask=attention_mask, **own, **options
         )
         return made
@@ -148,7 +169,7 @@ def _parts(function: Callable[..., Any] | None) -> list[Tensor] | None:
 
     Functions are known by what they are, not by what they answer: a few hidden pairs among millions would go unseen.
     """
-    masks = importlib.import_module("transformers.masking_utils")
+    masks = _masks[0]
     if function is None or function is masks.causal_mask_function:
         return []
     name = getattr(function, "__qualname__", "") if getattr(function, "__module__", "") == masks.__name__ else ""

@@ -17,12 +17,13 @@ from lightning_superscale.config import SequenceConfig
 from lightning_superscale.errors import SequenceParallelError
 from lightning_superscale.run.techniques.technique import ModuleTechnique, TechniqueFacts
 from lightning_superscale.sequence.batches import find_tokens, fingerprints, shared
+from lightning_superscale.sequence.compiled import CompiledModules
 from lightning_superscale.sequence.hugging_face import HuggingFaceAttention
 from lightning_superscale.sequence.tokens.checkpoints import Checkpoints
 from lightning_superscale.sequence.tokens.custom_functions import CustomFunctions
 from lightning_superscale.sequence.tokens.layout import AttentionSeen, Sharded, Sharing
 from lightning_superscale.sequence.tokens.tensor import layout_of, plain
-from lightning_superscale.torch_private import tree_map
+from lightning_superscale.torch_private import compilation_of, tree_map
 
 # After the first batches, one in so many is compared.
 _EVERY = 100
@@ -41,16 +42,18 @@ class SequenceParallel(ModuleTechnique):
         self._hugging_face = HuggingFaceAttention()
         self._guard = CustomFunctions(config.token_wise or ())
         self._checkpoints = Checkpoints()
+        self._compiled = CompiledModules()
         self._sharing = Sharing(
             link=AxisLink.along_sequence(facts.mesh), mode=config.mode, num_chunks=config.head_chunks
         )
 
     def prepare(self, module: nn.Module) -> None:
         self._refuse_tensor_parallel()
-        self._refuse_compiled(module)
+        self._check_compiled(module)
         self._checkpoints.install()
         self._agree_on_random_numbers()
         self._guard.install()
+        self._compiled.install(module, self._sharing)
         self._hugging_face.install(module)
 
     def _refuse_tensor_parallel(self) -> None:
@@ -61,22 +64,25 @@ class SequenceParallel(ModuleTechnique):
                 "parallelizes make DTensors of their inputs, which lose the tokens that ranks share. Use one of them."
             )
 
-    def _refuse_compiled(self, module: nn.Module) -> None:
-        """Refuse, on every rank, a module of which any rank compiled a part.
-
-        Dynamo makes stand-ins of a graph's inputs from the shapes that user code sees, those of all tokens, and from
-        the memory of this rank's part, which do not fit.
-        """
-        compiled = [
-            rank for rank, is_so in enumerate(gather_objects(self._facts.mesh, self._facts.is_compiled)) if is_so
-        ]
-        if compiled:
+    def _check_compiled(self, module: nn.Module) -> None:
+        """Refuse, on every rank, a LightningModule compiled as a whole, and ranks that compiled other parts of it."""
+        own = [name for name, one in module.named_modules() if compilation_of(one) is not None]
+        compiled = gather_objects(self._facts.mesh, (self._facts.is_compiled_whole, own))
+        whole = [rank for rank, (is_whole, _) in enumerate(compiled) if is_whole]
+        if whole:
             raise SequenceParallelError(
-                f"sequence={self._config.size} shares the tokens of {type(module).__name__}, of which torch.compile "
-                f"compiled the whole or a part on rank{'s' if len(compiled) > 1 else ''} "
-                f"{', '.join(map(str, compiled))}; expected a module that is not compiled: a compiled graph knows "
-                "nothing of tensors of which ranks have parts. Remove torch.compile, or train with sequence=1."
+                f"sequence={self._config.size} with torch.compile({type(module).__name__}) on "
+                f"rank{'s' if len(whole) > 1 else ''} {', '.join(map(str, whole))}: its steps are compiled with the "
+                "losses in them, where nothing knows of tensors of which ranks have parts. Compile the modules in it: "
+                "self.model = torch.compile(model), or block.compile() for each block."
             )
+        for rank, (_, names) in enumerate(compiled):
+            if names != compiled[0][1]:
+                raise SequenceParallelError(
+                    f"sequence={self._config.size}: rank 0 compiled {compiled[0][1] or 'no module'} of "
+                    f"{type(module).__name__}, rank {rank} {names or 'none'}; ranks that share tokens run the same "
+                    "graphs. Compile the same modules on every rank."
+                )
 
     def batch(self, batch: Any, *, trains: bool) -> Any:
         """The same batch on every rank, whose tensors know their tokens.
@@ -132,11 +138,12 @@ class SequenceParallel(ModuleTechnique):
 
     def close(self) -> None:
         self._hugging_face.remove()
+        self._compiled.remove()
         self._guard.remove()
         self._checkpoints.remove()
 
     def reasons(self) -> list[str]:
-        return [*_how_ranks_attend(self._sharing), *self._how_random()]
+        return [*_how_ranks_attend(self._sharing), *self._compiled.reasons(), *self._how_random()]
 
     def _how_random(self) -> list[str]:
         if not self._num_equalized:

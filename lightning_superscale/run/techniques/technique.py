@@ -25,6 +25,7 @@ class TechniqueFacts:
         sequence: how ranks share the sequences of a batch; None where each has samples of its own.
         trains: whether the run trains; a run that only evaluates has no optimizer.
         is_compiled: whether any part of the module is a product of `torch.compile`.
+        is_compiled_whole: whether the framework compiled the module and its steps as a whole.
         shards_weights: whether the run shards weights over ranks (stage 3), so that no rank ever has the whole model.
         free_bytes: bytes free on the device of the rank that has the fewest, the module's own included; None where
             device memory is host memory.
@@ -37,6 +38,7 @@ class TechniqueFacts:
     device: torch.device
     trains: bool
     is_compiled: bool
+    is_compiled_whole: bool
     shards_weights: bool
     free_bytes: int | None
 

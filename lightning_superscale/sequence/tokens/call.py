@@ -21,6 +21,7 @@ from lightning_superscale.sequence.tokens.tensor import (
     sharded_in,
     with_layout,
 )
+from lightning_superscale.sequence.tokens.traced import RuledGraph, is_tensor
 from lightning_superscale.torch_private import tree_leaves, tree_map, without_torch_function
 
 # Code of these folders is not where a user looks for the line that called a function.
@@ -85,13 +86,13 @@ class Call:
         """
         if not args and not kwargs:
             args, kwargs = self.args, self.kwargs
-        args, kwargs = tree_map(lambda x: entering(x) if isinstance(x, Tensor) else x, (args, kwargs))
+        args, kwargs = tree_map(lambda x: entering(x) if is_tensor(x) else x, (args, kwargs))
         with without_torch_function():
             return self.func(*args, **kwargs)
 
     def wrap(self, result: Any, layout: Layout) -> Any:
         """A result with this layout: of each tensor of it, where there are several."""
-        return tree_map(lambda x: with_layout(x, layout) if isinstance(x, Tensor) else x, result)
+        return tree_map(lambda x: with_layout(x, layout) if is_tensor(x) else x, result)
 
     def refuse(self, why: str, instead: str) -> NoReturn:
         """Refuse the call.
@@ -103,7 +104,7 @@ class Call:
         Raises:
             SequenceParallelError: names function, shapes, module and line.
         """
-        shown = ", ".join(_shown(x) for x in tree_leaves((self.args, self.kwargs)) if isinstance(x, Tensor))
+        shown = ", ".join(_shown(x) for x in tree_leaves((self.args, self.kwargs)) if is_tensor(x))
         raise SequenceParallelError(
             f"{self.name}({shown}) {why}{_where()}. {instead} The strategy's sequence= shares the tokens of each "
             "sample among ranks."
@@ -120,6 +121,9 @@ def _where() -> str:
     frame, line, module = sys._getframe(1), "", ""
     while frame is not None and not (line and module):
         owner = frame.f_locals.get("self")
+        if isinstance(owner, RuledGraph):  # its own lines are those of a captured graph
+            kind, place = owner.place(_NOT_USERS)
+            return f" in {kind.rpartition('.')[2]}" * bool(kind) + f" at {place}" * bool(place)
         if not module and isinstance(owner, nn.Module):
             module = f" in {type(owner).__name__}"
         if not line and not frame.f_code.co_filename.startswith(_NOT_USERS):

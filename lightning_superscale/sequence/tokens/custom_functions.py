@@ -10,12 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import Any
 
-from torch import Tensor
-
 from lightning_superscale.errors import SequenceParallelError
 from lightning_superscale.sequence.tokens.call import Call
 from lightning_superscale.sequence.tokens.layout import Reduced, Replicated, Sharded
 from lightning_superscale.sequence.tokens.tensor import entering, layout_of, plain, sharded_in, with_layout
+from lightning_superscale.sequence.tokens.traced import is_tensor
 from lightning_superscale.torch_private import (
     base_of_autograd_functions,
     functions_past_torch_function,
@@ -113,7 +112,7 @@ def _guarded(apply: Callable[..., Any]) -> Callable[..., Any]:
         mark = next((layout for layout in layouts if isinstance(layout, Reduced)), None)
         if mark is None:
             return result
-        return tree_map(lambda y: with_layout(y, mark) if isinstance(y, Tensor) and y.requires_grad else y, result)
+        return tree_map(lambda y: with_layout(y, mark) if is_tensor(y) and y.requires_grad else y, result)
 
     return guarded
 
@@ -138,13 +137,13 @@ def custom(call: Call) -> Any:
         other = layout_of(x)
         if isinstance(other, Replicated) and other.tokens.size == layout.tokens.size:
             return layout.take(plain(x), other.tokens.dim)
-        return plain(entering(x)) if isinstance(x, Tensor) else x
+        return plain(entering(x)) if is_tensor(x) else x
 
     args, kwargs = tree_map(part_of, (call.args, call.kwargs))
     result = call.func(*args, **kwargs)
     dim, size = layout.tokens.dim, layout.local_size
     for y in tree_leaves(result):
-        if isinstance(y, Tensor) and (y.dim() <= dim or y.shape[dim] != size):
+        if is_tensor(y) and (y.dim() <= dim or y.shape[dim] != size):
             call.refuse(
                 f"gave {list(y.shape)} for {size} tokens of this rank on dim {dim}",
                 "Only functions whose outputs have the tokens of their input are token-wise.",

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lightning_superscale.errors import SequenceParallelError
 from lightning_superscale.sequence.tokens.call import Call, call_of
@@ -15,6 +14,7 @@ from lightning_superscale.sequence.tokens.layout import Reduced, Replicated, Sha
 from lightning_superscale.sequence.tokens.rules.registry import ENTRIES, rule_of
 from lightning_superscale.sequence.tokens.rules.views import followed
 from lightning_superscale.sequence.tokens.tensor import layout_of, mean_over_ranks, plain, reduced
+from lightning_superscale.sequence.tokens.traced import TracedTokens, is_tensor, part_of_traced
 from lightning_superscale.sequence.whole import are_whole
 from lightning_superscale.torch_private import tree_leaves, tree_map, without_torch_function
 
@@ -36,7 +36,8 @@ def dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     call = call_of(func, name_of(func), args, kwargs)
     if call.name in _RUN_BACKWARD:
         return _backward(call)
-    layouts = [layout for x in tree_leaves((args, kwargs)) if (layout := layout_of(x)) is not None]
+    leaves = tree_leaves((args, kwargs))
+    layouts = [layout for x in leaves if (layout := layout_of(x)) is not None]
     has_part = any(isinstance(layout, Sharded) for layout in layouts)
     has_reduced = any(isinstance(layout, Reduced) for layout in layouts)
     _check_writes(call, has_part=has_part, has_reduced=has_reduced)
@@ -46,10 +47,12 @@ def dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     if replicated is not None and call.name in ENTRIES and not are_whole():
         return rule_of(call)(call)
     from_reduced = next((layout for layout in layouts if isinstance(layout, Reduced)), None)
+    if any(type(x) is TracedTokens for x in leaves):
+        args, kwargs = tree_map(part_of_traced, (args, kwargs))
     with without_torch_function():
         result = func(*args, **kwargs)
     if from_reduced is not None:
-        return tree_map(lambda x: reduced(x, from_reduced.sharing) if isinstance(x, Tensor) else x, result)
+        return tree_map(lambda x: reduced(x, from_reduced.sharing) if is_tensor(x) else x, result)
     if replicated is not None and not are_whole():
         tokens = followed(call, result)
         if tokens is not None:
@@ -87,7 +90,7 @@ def _backward(call: Call) -> Any:
         )
     # Inside a backward, where checkpoints run another one, autograd is off, and would lose what is made plain.
     with torch.enable_grad():
-        args, kwargs = tree_map(lambda x: plain(x) if isinstance(x, Tensor) else x, (call.args, call.kwargs))
+        args, kwargs = tree_map(lambda x: plain(x) if is_tensor(x) else x, (call.args, call.kwargs))
     grads = call.func(*args, **kwargs)
     if call.name == "backward":
         return grads
@@ -95,7 +98,7 @@ def _backward(call: Call) -> Any:
     link = next(
         layout for x in tree_leaves((args, kwargs, call.args, call.kwargs)) if (layout := layout_of(x)) is not None
     ).sharing.link
-    return tree_map(lambda grad: mean_over_ranks(grad, link) if isinstance(grad, Tensor) else grad, grads)
+    return tree_map(lambda grad: mean_over_ranks(grad, link) if is_tensor(grad) else grad, grads)
 
 
 def name_of(func: Callable[..., Any]) -> str:

@@ -14,14 +14,15 @@ finds another gradient for it, from its own tokens: their mean over ranks is the
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from lightning_superscale.comm.in_graph import AxisLink
 from lightning_superscale.sequence.tokens.layout import Layout, Reduced, Sharded, Sharing
-from lightning_superscale.torch_private import all_reduce_in_graph, tree_leaves, without_torch_function
+from lightning_superscale.sequence.tokens.traced import TracedTokens, part_of_traced
+from lightning_superscale.torch_private import all_reduce_in_graph, is_of_tracer, tree_leaves, without_torch_function
 
 
 class TokenTensor(Tensor):
@@ -45,6 +46,8 @@ class TokenTensor(Tensor):
 
 def with_layout(x: Tensor, layout: Layout) -> TokenTensor:
     """The tensor, whose memory is this rank's part, as a TokenTensor; autograd follows."""
+    if is_of_tracer(x):
+        return cast("TokenTensor", TracedTokens(x, layout))
     with without_torch_function():
         tensor = x.as_subclass(TokenTensor)
     tensor.placement = layout
@@ -59,14 +62,19 @@ def reduced(x: Tensor, sharing: Sharing) -> Tensor:
 def plain(x: Tensor) -> Tensor:
     """The memory of a tensor as a plain one: of a sharded one, this rank's part. Autograd follows."""
     if type(x) is not TokenTensor:
-        return x
+        return _part(x)
     with without_torch_function():
         return x.as_subclass(Tensor)
 
 
+def _part(x: Tensor) -> Tensor:
+    found: Tensor = part_of_traced(x)
+    return found
+
+
 def layout_of(x: Any) -> Layout | None:
     """The layout of a tensor; None for a plain one and for anything else."""
-    return x.placement if type(x) is TokenTensor else None
+    return x.placement if type(x) in (TokenTensor, TracedTokens) else None
 
 
 def sharded_in(nested: Any) -> list[TokenTensor]:
@@ -97,7 +105,7 @@ def entering(x: Tensor) -> Tensor:
     """A tensor as it is combined with tokens: a reduced value as a plain one whose gradient is averaged over ranks."""
     layout = layout_of(x)
     if not isinstance(layout, Reduced):
-        return x
+        return _part(x)
     mean: Tensor = _EnterTokens.apply(plain(x), layout.sharing.link)  # type: ignore[no-untyped-call]
     return mean
 

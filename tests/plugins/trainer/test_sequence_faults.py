@@ -63,10 +63,6 @@ class Compiled(LanguageModel):
 
     def __init__(self, what: str) -> None:
         super().__init__()
-        if what == "a block":
-            self.model.mlps[0].compile(backend="eager")
-        if what == "the model":
-            self.model.compile(backend="eager")
         if what == "a function":
             self.model.mlps[0].forward = torch.compile(self.model.mlps[0].forward, backend="eager")
         if what == "one rank" and os.environ["RANK"] == "1":
@@ -90,19 +86,13 @@ def all_compiled(rank, world_size, whats):
     return [compiled(rank, world_size, what) for what in whats]
 
 
-def test_compiled_modules_are_refused_by_name_before_any_step():
-    whats = ["a block", "the model", "the module", "one rank"]
-    for results in run_ranks(2, all_compiled, whats):
-        for what, (said, num_steps) in zip(whats, results, strict=True):
-            assert said.startswith("SequenceParallelError: sequence=2 shares the tokens of Compiled"), (what, said)
-            assert ("on rank 1" if what == "one rank" else "on ranks 0, 1") in said, what
-            assert num_steps == 0, what
-
-
-def test_a_compiled_function_that_meets_tokens_is_refused_by_name():
-    for said, num_steps in run_ranks(2, compiled, "a function"):
-        assert "meets a tensor of tokens in a function that torch.compile compiles" in said
-        assert num_steps == 0
+def test_what_is_compiled_as_a_whole_or_on_one_rank_is_refused_before_any_step():
+    whats = ["the module", "one rank", "a function"]
+    for whole, one_rank, function in run_ranks(2, all_compiled, whats):
+        assert whole[0].startswith("SequenceParallelError: sequence=2 with torch.compile(Compiled) on ranks 0, 1")
+        assert "rank 0 compiled no module of Compiled, rank 1 ['model.attentions.0']" in one_rank[0]
+        assert "meets a tensor of tokens in a function that torch.compile compiles" in function[0]
+        assert whole[1] == one_rank[1] == function[1] == 0
 
 
 class Gathers(LanguageModel):

@@ -12,6 +12,7 @@ from lightning_superscale.sequence.tokens.layout import Sharded
 from lightning_superscale.sequence.tokens.rules.elementwise import beside, common, in_place
 from lightning_superscale.sequence.tokens.rules.registry import rule
 from lightning_superscale.sequence.tokens.tensor import is_sharded, plain, with_layout
+from lightning_superscale.sequence.tokens.traced import is_tensor
 
 # The parameters of each function, up to its dim, and the dim that it takes where none is given.
 _ALONG: dict[str, tuple[str, int | None]] = {
@@ -132,7 +133,7 @@ def similarity(call: Call) -> Any:
     """Of the features of two tensors' tokens."""
     dim = call.bind("x1 x2 dim", dim=1)[2] if call.name == "cosine_similarity" else -1
     from_right, layout = common(call, call.sharded)
-    num_dims = max(plain(x).dim() for x in (*call.args, *call.kwargs.values()) if isinstance(x, Tensor))
+    num_dims = max(plain(x).dim() for x in (*call.args, *call.kwargs.values()) if is_tensor(x))
     at = num_dims + from_right
     if dim % num_dims == at:
         call.refuse("compares sequences of tokens", "Compare features: dim=-1.")

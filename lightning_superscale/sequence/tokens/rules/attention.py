@@ -15,6 +15,7 @@ from lightning_superscale.sequence.tokens.call import Call
 from lightning_superscale.sequence.tokens.layout import AttentionSeen, Sharded, Sharing
 from lightning_superscale.sequence.tokens.rules.registry import rule
 from lightning_superscale.sequence.tokens.tensor import entering, is_sharded, plain, with_layout
+from lightning_superscale.torch_private import is_of_tracer
 
 
 def mode_of(sharing: Sharing, num_heads: int) -> Mode:
@@ -70,10 +71,14 @@ def attend(
     if num_missing < 0:
         call.refuse("attends with more than four dims", "Put the first ones on one dim.")
     q, k, v = (x[(None,) * num_missing] for x in (q, k, v))
+    if dropout_p and is_of_tracer(q):
+        call.refuse(
+            "drops weights of attention in a compiled module, where ranks can't draw numbers of their own",
+            "Set the model's attention dropout to 0, or compile only modules without attention.",
+        )
     dense = _whole_mask(call, mask, layout, is_causal=is_causal)
     mode = mode_of(layout.sharing, q.shape[1])
-    sent = layout.sharing.link.counts.nbytes
-    before = sum(sent.values())
+    before = layout.sharing.link.num_bytes_sent
     shared = SharedAttention(
         link=layout.sharing.link,
         mode=mode,
@@ -84,7 +89,7 @@ def attend(
     with _numbers_of_its_own(layout.sharing.link.rank, q.device) if dropout_p else nullcontext():
         output = shared(q, k, v, dense, dropout_p, is_causal, scale, enable_gqa, window=window)
     met = AttentionSeen(mode, q.shape[1], k.shape[1], (q.shape[0], layout.frame.num_tokens, q.shape[3]))
-    layout.sharing.seen.attention[met] = sum(sent.values()) - before
+    layout.sharing.seen.attention[met] = layout.sharing.link.num_bytes_sent - before
     return with_layout(output[(0,) * num_missing], layout)
 
 

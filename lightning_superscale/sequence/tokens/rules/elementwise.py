@@ -12,6 +12,7 @@ from lightning_superscale.sequence.tokens.call import Call, global_shape
 from lightning_superscale.sequence.tokens.layout import Sharded
 from lightning_superscale.sequence.tokens.rules.registry import rule
 from lightning_superscale.sequence.tokens.tensor import TokenTensor, entering, is_sharded, plain, with_layout
+from lightning_superscale.sequence.tokens.traced import is_tensor
 from lightning_superscale.torch_private import tree_map, without_torch_function
 
 
@@ -35,7 +36,7 @@ def common(call: Call, tensors: list[TokenTensor]) -> tuple[int, Sharded]:
 
 def beside(call: Call, x: Any, from_right: int, layout: Sharded, *, fill: float | bool | None = None) -> Any:
     """An operand that is broadcast with sharded ones, of which this rank takes its part if it is whole."""
-    if not isinstance(x, Tensor) or is_sharded(x):
+    if not is_tensor(x) or is_sharded(x):
         return x
     has_dim = plain(x).dim() >= -from_right
     size = plain(x).shape[from_right] if has_dim else 1
@@ -106,7 +107,7 @@ def elementwise(call: Call) -> Any:
     if call.is_in_place or asks:
         return in_place(call, args, kwargs)
     return tree_map(
-        lambda y: with_layout(y, layout.at(y.dim() + from_right)) if isinstance(y, Tensor) else y,
+        lambda y: with_layout(y, layout.at(y.dim() + from_right)) if is_tensor(y) else y,
         call.run(*args, **kwargs),
     )
 
@@ -140,7 +141,7 @@ def kept(call: Call) -> Any:
     result = call.run()
     if not is_sharded(call.args[0]):
         return result  # of the dtype and device of one with tokens
-    if result is call.args[0] or not isinstance(result, Tensor):
+    if result is call.args[0] or not is_tensor(result):
         return result
     return with_layout(result, call.sharded[0].placement)
 

@@ -12,6 +12,7 @@ from lightning_superscale.sequence.tokens.call import Call, global_shape
 from lightning_superscale.sequence.tokens.layout import Reduced, Sharded
 from lightning_superscale.sequence.tokens.rules.registry import rule
 from lightning_superscale.sequence.tokens.tensor import TokenTensor, is_sharded, plain, reduced, with_layout
+from lightning_superscale.sequence.tokens.traced import is_tensor
 
 
 def cut(call: Call, x: TokenTensor, first: int, last: int) -> TokenTensor:
@@ -64,7 +65,7 @@ def getitem(call: Call) -> Any:
     num_dims, tokens = plain(x).dim(), x.placement.tokens
     parts = _by_dim(call, num_dims)
     at = _place_of(parts, tokens.dim)
-    if any(isinstance(part, (Tensor, list, bool, range)) for part in parts):
+    if any((is_tensor(part) or isinstance(part, (list, bool, range))) for part in parts):
         return picked(call, x, parts, at)
     mine, parts[at] = parts[at], slice(None)
     new_dim = sum(part is None or isinstance(part, slice) for part in parts[:at])
@@ -109,21 +110,21 @@ def picked(call: Call, x: TokenTensor, parts: list[Any], at: int) -> Any:
 def setitem(call: Call) -> Any:
     """Writes to a window of the tokens, or to features of each."""
     x, index, value = call.args
-    mask = index if isinstance(index, Tensor) and index.dtype == torch.bool else None
-    if mask is not None and (not isinstance(value, Tensor) or value.dim() == 0):
+    mask = index if is_tensor(index) and index.dtype == torch.bool else None
+    if mask is not None and (not is_tensor(value) or value.dim() == 0):
         x.masked_fill_(mask[(slice(None),) * mask.dim() + (None,) * (x.dim() - mask.dim())], value)
         return
     parts = _by_dim(call, plain(x).dim())
     at = _place_of(parts, x.placement.tokens.dim)
-    if any(isinstance(part, (Tensor, list, bool, range)) for part in parts):
+    if any((is_tensor(part) or isinstance(part, (list, bool, range))) for part in parts):
         call.refuse("writes where a tensor says", "Use torch.where().")
     if not isinstance(parts[at], slice):
-        if isinstance(value, Tensor) and value.dim() > 0:
+        if is_tensor(value) and value.dim() > 0:
             call.refuse("writes to one token", "Use torch.where() on all tokens.")
         first = int(parts[at]) % x.placement.tokens.size
         parts[at] = slice(first, first + 1)
     view = x[tuple(parts)]
-    if isinstance(value, Tensor):
+    if is_tensor(value):
         view.copy_(value)
     else:
         view.fill_(value)

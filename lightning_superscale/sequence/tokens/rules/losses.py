@@ -16,6 +16,7 @@ from lightning_superscale.sequence.tokens.rules.elementwise import elementwise
 from lightning_superscale.sequence.tokens.rules.reductions import total
 from lightning_superscale.sequence.tokens.rules.registry import rule
 from lightning_superscale.sequence.tokens.tensor import entering, is_sharded, plain, reduced, with_layout
+from lightning_superscale.sequence.tokens.traced import is_tensor
 
 CROSS_ENTROPY = "input target weight size_average ignore_index reduce reduction label_smoothing"
 
@@ -98,9 +99,7 @@ def of_elements(call: Call) -> Any:
     """The loss of every element, and its mean over the tokens of all ranks."""
     reduction = call.kwargs.get("reduction", "mean")
     sized = [call.kwargs.get(name) for name in ("size_average", "reduce")]
-    if any(one is not None for one in sized) or any(
-        not isinstance(one, Tensor) and one is not None for one in call.args[2:]
-    ):
+    if any(one is not None for one in sized) or any(not is_tensor(one) and one is not None for one in call.args[2:]):
         call.refuse("with options that have no names, or that torch deprecated", "Name them: reduction=, delta=.")
     each = elementwise(Call(call.func, call.name, call.args, {**call.kwargs, "reduction": "none"}))
     if reduction == "none":

@@ -13,6 +13,7 @@ from lightning_superscale.sequence.tokens.layout import Replicated, Sharded
 from lightning_superscale.sequence.tokens.rules.elementwise import beside
 from lightning_superscale.sequence.tokens.rules.registry import rule
 from lightning_superscale.sequence.tokens.tensor import entering, is_sharded, layout_of, plain, with_layout
+from lightning_superscale.sequence.tokens.traced import is_tensor
 from lightning_superscale.torch_private import tree_map
 
 _BY_HAND = (
@@ -33,7 +34,7 @@ def entered(x: Tensor) -> Any:
 
 
 def _entered(call: Call) -> Call:
-    args, kwargs = tree_map(lambda x: entered(x) if isinstance(x, Tensor) else x, (call.args, call.kwargs))
+    args, kwargs = tree_map(lambda x: entered(x) if is_tensor(x) else x, (call.args, call.kwargs))
     return Call(call.func, call.name, args, kwargs)
 
 
@@ -73,7 +74,7 @@ def norm(call: Call) -> Any:
 
 @rule("matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "mv", "dot", "inner", "outer")
 def matmul(call: Call) -> Any:
-    left, right = (x for x in (*call.args, *call.kwargs.values()) if isinstance(x, Tensor))
+    left, right = (x for x in (*call.args, *call.kwargs.values()) if is_tensor(x))
     if call.name == "__rmatmul__":
         left, right = right, left
     if plain(left).dim() < 2 or plain(right).dim() < 2 or call.name in ("dot", "inner", "outer", "mv"):

@@ -15,6 +15,7 @@ from lightning_superscale.sequence.tokens.layout import Sharded
 from lightning_superscale.sequence.tokens.rules.elementwise import elementwise
 from lightning_superscale.sequence.tokens.rules.registry import rule
 from lightning_superscale.sequence.tokens.tensor import TokenTensor, plain, reduced, with_layout
+from lightning_superscale.sequence.tokens.traced import is_tensor
 from lightning_superscale.torch_private import without_torch_function
 
 _Dims = list[int]
@@ -124,7 +125,7 @@ def _fill_of(x: TokenTensor, *, is_max: bool) -> float | bool:
 @rule("amax", "amin", "max", "min", "argmax", "argmin")
 def extreme(call: Call) -> Any:
     """The extreme of all tokens; with its place, where one dim is reduced."""
-    if call.name in ("max", "min") and any(isinstance(x, Tensor) for x in (*call.args[1:2], call.kwargs.get("other"))):
+    if call.name in ("max", "min") and any(is_tensor(x) for x in (*call.args[1:2], call.kwargs.get("other"))):
         return elementwise(call)
     x = call.args[0]
     dims, keepdim = _dims(call, "input dim keepdim")

@@ -8,12 +8,12 @@ from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lightning_superscale.sequence.tokens.call import Call, global_shape
 from lightning_superscale.sequence.tokens.layout import Replicated, Sharded, TokenDim
 from lightning_superscale.sequence.tokens.rules.registry import rule
 from lightning_superscale.sequence.tokens.tensor import layout_of, plain, with_layout
+from lightning_superscale.sequence.tokens.traced import is_tensor
 
 
 def regrouped(shape: Sequence[int], sizes: Sequence[int], tokens: TokenDim) -> TokenDim | None:
@@ -179,7 +179,7 @@ def repeat(call: Call) -> Any:
 def followed(call: Call, result: Any) -> TokenDim | None:
     """The dim of tokens in what a function made of whole tensors; None where it is not followed."""
     x = next((one for one in call.args if isinstance(layout_of(one), Replicated)), None)
-    if x is None or not isinstance(result, Tensor):
+    if x is None or not is_tensor(result):
         return None
     tokens: TokenDim = x.placement.tokens
     shape = global_shape(x)

@@ -1,0 +1,311 @@
+"""Modules that torch.compile compiled, when tokens meet them.
+
+[Note: Capture whole, run the part] Dynamo captures a module's forward with stand-ins of the shapes that user code sees,
+those of all tokens, and guards what it captured as ever. The graph is made of functions of torch, so it is run by the
+rules, as eager code is, while the user's own compiler backend traces what they compute with this rank's part: that
+graph, with its collectives, is what is compiled, forward and backward, once for each kind of inputs. A stand-in has the
+shape of all tokens and the memory of one element, and is never computed with. So a module has to be one graph: one in
+which Dynamo finds a reason to break runs as it is, by the rules, and its user is warned.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import logging
+import operator
+import types
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from lightning_superscale.comm.in_graph import AxisLink, note_traced, traced
+from lightning_superscale.errors import SequenceParallelError
+from lightning_superscale.sequence.hugging_face import attend_shared
+from lightning_superscale.sequence.tokens.call import global_shape
+from lightning_superscale.sequence.tokens.layout import Layout, Sharded, Sharing
+from lightning_superscale.sequence.tokens.tensor import layout_of, plain, with_layout
+from lightning_superscale.sequence.tokens.traced import RuledGraph, is_tensor
+from lightning_superscale.sequence.whole import are_whole
+from lightning_superscale.torch_private import (
+    Compilation,
+    behind_compile,
+    capture_error,
+    checkpointed_region,
+    compilation_of,
+    is_of_tracer,
+    set_compiled_call,
+    tree_leaves,
+    tree_map,
+)
+
+_log = logging.getLogger(__name__)
+
+# Kinds of inputs of one module from which on its user is told that each is compiled for.
+_MANY = 8
+
+
+class CompiledModules:
+    """From `install` to `remove`, the compiled modules of a run compute with tokens that ranks share."""
+
+    def __init__(self) -> None:
+        self._installed: list[tuple[nn.Module, Any, bool, CompiledForward]] = []
+
+    def install(self, root: nn.Module, sharing: Sharing) -> None:
+        """Let all that torch.compile compiled of a module, modules one by one, take tensors with layouts."""
+        for name, module in root.named_modules():
+            compilation = compilation_of(module)
+            if compilation is None:
+                continue
+            torch.compiler.allow_in_graph(attend_shared)  # type: ignore[no-untyped-call]
+            inner = compilation.module
+            had_own = "forward" in vars(inner)
+            forward = CompiledForward(inner.forward, compilation, sharing, name or type(inner).__name__)
+            self._installed.append((module, set_compiled_call(module, inner._call_impl), had_own, forward))
+            inner.forward = forward
+
+    def reasons(self) -> list[str]:
+        """One sentence on what runs compiled, and one on each module that does not."""
+        forwards = [forward for _, _, _, forward in self._installed]
+        compiled = [forward for forward in forwards if forward.num_kinds]
+        modules = f"{len(compiled)} module{'s' if len(compiled) > 1 else ''}"
+        num_graphs = sum(forward.num_kinds for forward in compiled)
+        graphs = f"{num_graphs} graph{'s' if num_graphs > 1 else ''}"
+        lines = [f"compiled, with shared tokens: {modules}, {graphs}"] if compiled else []
+        return [*lines, *(f"{one.name} runs uncompiled: {one.why_not}" for one in forwards if one.why_not)]
+
+    def remove(self) -> None:
+        """Put back what `install` replaced."""
+        while self._installed:
+            module, call, had_own, forward = self._installed.pop()
+            set_compiled_call(module, call)
+            inner = behind_compile(module)
+            del inner.forward
+            if had_own:
+                inner.forward = forward.plainly
+
+
+class CompiledForward:
+    """The forward of a compiled module, for tensors with and without tokens.
+
+    Args:
+        forward: the module's own.
+        compilation: how its user had it compiled.
+        name: of the module, for errors.
+
+    Attributes:
+        plainly: the module's own forward.
+        num_kinds: kinds of inputs that it was compiled for.
+        why_not: why torch can't capture it; "" where it can.
+    """
+
+    def __init__(self, forward: Callable[..., Any], compilation: Compilation, sharing: Sharing, name: str) -> None:
+        functools.update_wrapper(self, forward)  # for code that asks for its arguments
+        self.plainly = forward
+        self._sharing = sharing
+        self.name = name
+        self._compilation = compilation
+        self.num_kinds = 0
+        self.why_not = ""
+        # The tensor behind each stand-in of the present call, by the stand-in's id.
+        self._behind: dict[int, Tensor] = {}
+        self._without_tokens = compilation.compiled(forward)
+        self._with_tokens = torch.compile(forward, backend=self._capture, fullgraph=True, dynamic=compilation.dynamic)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling() or are_whole() or self.why_not:
+            return self.plainly(*args, **kwargs)
+        if not any(layout_of(x) is not None for x in tree_leaves((args, kwargs))):
+            return self._without_tokens(*args, **kwargs)
+        stand_ins: dict[int, Tensor] = {}
+
+        def stand_in(x: Any) -> Any:
+            if layout_of(x) is None:
+                return x
+            if id(x) not in stand_ins:
+                stand_ins[id(x)] = _stand_in(x)
+                self._behind[id(stand_ins[id(x)])] = x
+            return stand_ins[id(x)]
+
+        outer, self._behind = self._behind, {}
+        try:
+            result = self._with_tokens(*tree_map(stand_in, args), **tree_map(stand_in, kwargs))
+            result = tree_map(lambda x: self._behind.get(id(x), x), result)
+        except capture_error() as error:
+            self.why_not = str(error).strip().partition("\n")[0]
+            _log.warning(
+                "%s runs uncompiled: ranks share its tokens, for which its forward has to be one graph, and torch "
+                "finds more than one. Compile smaller modules. %s",
+                self.name,
+                error,
+            )
+            return self.plainly(*args, **kwargs)
+        finally:
+            self._behind = outer
+        kept = [weakref.ref(one) for one in stand_ins.values()]
+        stand_ins.clear()
+        self._refuse_kept(kept)
+        return result
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:
+        """A copy of the module, such as an average of its weights, has its own forward, uncompiled."""
+        copied = memo[id(self._compilation.module)]
+        return types.MethodType(type(copied).forward, copied)
+
+    def _refuse_kept(self, kept: list[weakref.ref[Tensor]]) -> None:
+        """Refuse code that keeps an input: outside of the graph it has the stand-in."""
+        if any(one() is not None for one in kept):
+            gc.collect()
+        if any(isinstance(one(), Tensor) for one in kept):
+            raise SequenceParallelError(
+                f"{self.name} is compiled, and its forward keeps a tensor of tokens that it was given, as an "
+                "attribute or in a list, where a stand-in without values is left. Let it keep a result, or do not "
+                "compile it."
+            )
+
+    def _capture(self, graph: fx.GraphModule, stand_ins: Sequence[Any]) -> Callable[..., Any]:
+        """A graph that Dynamo captured, as it calls it: a backend of torch.compile."""
+        programs: list[tuple[list[Any], _Program]] = []
+
+        def run(*given: Any) -> Any:
+            inputs = [self._behind.get(id(x), x) for x in given]
+            kinds = [_kind(x) for x in inputs]
+            program = next((program for known, program in programs if known == kinds), None)
+            if program is None:
+                program = self._compile(graph, inputs)
+                programs.append((kinds, program))
+            return program(inputs)
+
+        return run
+
+    def _compile(self, graph: fx.GraphModule, inputs: list[Any]) -> _Program:
+        self.num_kinds += 1
+        if self.num_kinds == _MANY:
+            _log.warning(
+                "%s was compiled for %d kinds of inputs, such as lengths of sequences, and is for each new one. Pad "
+                "sequences to few lengths.",
+                self.name,
+                _MANY,
+            )
+        try:
+            return _Program(graph, inputs, self._sharing, self._compilation)
+        except SequenceParallelError:
+            raise
+        except Exception as error:
+            raise SequenceParallelError(
+                f"{self.name} is compiled, and what ranks compute of it with their tokens could not be: "
+                f"{type(error).__name__}: {error}\nCompile smaller modules, or not this one."
+            ) from error
+
+
+def _stand_in(x: Tensor) -> Tensor:
+    if not isinstance(layout_of(x), Sharded):
+        return plain(x).detach().requires_grad_(x.requires_grad)
+    part = plain(x)
+    shape = global_shape(x)
+    return torch.empty((), dtype=part.dtype, device=part.device).expand(shape).requires_grad_(part.requires_grad)
+
+
+def _plain(x: Any) -> Any:
+    return plain(x) if is_tensor(x) else x
+
+
+def _kind(x: Any) -> Any:
+    """What a graph is compiled for, of one input; equal where the same graph is right."""
+    if not is_tensor(x):
+        return x
+    part = plain(x)
+    return (layout_of(x), part.shape, part.stride(), part.dtype, part.device, part.requires_grad)
+
+
+class _Rules:
+    """A captured graph as a function of this rank's parts, for a compiler that traces it.
+
+    Attributes:
+        outputs: the layouts of what it returned last.
+        sent: the collectives of its forward, kinds and bytes, that a tracer met.
+        sent_again: those of checkpoints in it, which backward computes again.
+        num_entries: tensors of which this rank takes its part in it.
+    """
+
+    def __init__(self, graph: fx.GraphModule, layouts: Sequence[Layout | None], sharing: Sharing, kind: str) -> None:
+        self._graph = graph
+        self._kind = kind
+        self._layouts = layouts
+        self._sharing = sharing
+        self.outputs: list[Layout | None] = []
+        self.sent: list[tuple[str, int]] = []
+        self.sent_again: list[tuple[str, int]] = []
+        self.num_entries = 0
+
+    def __call__(self, *parts: Any) -> tuple[Any, ...]:
+        given = [x if at is None else with_layout(x, at) for x, at in zip(parts, self._layouts, strict=True)]
+        seen, is_traced = self._sharing.seen, any(is_tensor(x) and is_of_tracer(x) for x in parts)
+        before = seen.num_entries
+        with traced() as sent:
+            interpreter = _Checkpointing(self._graph, self._sharing, self._kind)
+            found = interpreter.run(*given)
+        if is_traced:
+            self.sent, self.sent_again = sent, interpreter.sent_again
+            self.num_entries, seen.num_entries = seen.num_entries - before, before
+        self.outputs = [layout_of(x) for x in found]
+        return tuple(_plain(x) for x in found)
+
+    def as_graph(self) -> fx.GraphModule:
+        """A graph of one call of it, as backends of torch.compile take it."""
+        graph = fx.Graph()
+        made = graph.call_function(self, tuple(graph.placeholder(f"x{i}") for i in range(len(self._layouts))))
+        [output] = [node for node in self._graph.graph.nodes if node.op == "output"]
+        graph.output(tuple(graph.call_function(operator.getitem, (made, i)) for i in range(len(output.args[0]))))
+        return fx.GraphModule(nn.Module(), graph)
+
+    @property
+    def __name__(self) -> str:
+        """By which code generated from the graph calls it."""
+        return "rules"
+
+
+class _Checkpointing(RuledGraph):
+    """Runs a captured graph by rules, and lets the compiler compute the regions of checkpoints again in backward."""
+
+    def __init__(self, graph: fx.GraphModule, sharing: Sharing, kind: str) -> None:
+        super().__init__(graph, kind)
+        self._sharing = sharing
+        self.sent_again: list[tuple[str, int]] = []
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target is not checkpointed_region():
+            return super().call_function(target, args, kwargs)
+        region, *given = args
+        rules = _Rules(region, [layout_of(x) for x in given], self._sharing, self.kind)
+        graph = rules.as_graph()
+        graph.meta.update(region.meta)
+        found = target(graph, *(_plain(x) for x in given), **kwargs)
+        note_traced(rules.sent)
+        self.sent_again += rules.sent
+        return tuple(x if at is None else with_layout(x, at) for x, at in zip(found, rules.outputs, strict=True))
+
+
+class _Program:
+    """A captured graph, compiled for one kind of inputs."""
+
+    def __init__(self, graph: fx.GraphModule, inputs: list[Any], sharing: Sharing, compilation: Compilation) -> None:
+        self._sharing = sharing
+        kind = type(compilation.module).__name__
+        self._rules = _Rules(graph, [layout_of(x) for x in inputs], sharing, kind)
+        with traced() as returned:  # forward's collectives are met within a `traced` of its own
+            self._compiled = compilation.backend(self._rules.as_graph(), [_plain(x) for x in inputs])
+        self._returned = [*self._rules.sent_again, *returned]
+
+    def __call__(self, inputs: list[Any]) -> tuple[Any, ...]:
+        link: AxisLink = self._sharing.link
+        link.note_all(self._rules.sent)
+        self._sharing.seen.num_entries += self._rules.num_entries
+        found = self._compiled(*(_plain(x) for x in inputs))
+        follows = next((x for x in found if is_tensor(x) and x.grad_fn is not None), None)
+        if self._returned and follows is not None and follows.grad_fn is not None:
+            follows.grad_fn.register_prehook(lambda grads: link.note_all(self._returned))
+        return tuple(x if at is None else with_layout(x, at) for x, at in zip(found, self._rules.outputs, strict=True))
