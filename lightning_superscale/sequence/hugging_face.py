@@ -33,8 +33,14 @@ _REPLACED = ("sdpa", "flash_attention_2", "flash_attention_3")
 # What changes the result of attention in ways that no mode computes.
 _REFUSED = ("softcap", "s_aux", "position_bias", "head_mask")
 
-# The module of transformers that makes masks, once a model of it was found.
-_masks: list[Any] = []
+_found: list[Any] = []
+
+
+def _masking() -> Any:
+    """The module of transformers that makes masks, found once: compilers can't capture that."""
+    if not _found:
+        _found.append(importlib.import_module("transformers.masking_utils"))
+    return _found[0]
 
 
 class HuggingFaceAttention:
@@ -49,8 +55,7 @@ class HuggingFaceAttention:
         if not models:
             return
         transformers = importlib.import_module("transformers")
-        # Compilers capture calls of what these name, and can't find modules by their names.
-        _masks[:] = [importlib.import_module("transformers.masking_utils")]
+        _masking()
         transformers.AttentionInterface.register(NAME, attention)
         transformers.AttentionMaskInterface.register(NAME, mask)
         for model in models:
@@ -152,7 +157,7 @@ def mask(
     parts = None if are_whole() or q_length != kv_length or args else _parts(mask_function)
     if parts is None or (parts and attention_mask is not None):
         own = {} if mask_function is None else {"mask_function": mask_function}
-        made: Tensor | None = _masks[0].sdpa_mask(
+        made: Tensor | None = _masking().sdpa_mask(
             batch_size, q_length, kv_length, *args, attention_mask=attention_mask, **own, **options
         )
         return made
@@ -169,7 +174,7 @@ def _parts(function: Callable[..., Any] | None) -> list[Tensor] | None:
 
     Functions are known by what they are, not by what they answer: a few hidden pairs among millions would go unseen.
     """
-    masks = _masks[0]
+    masks = _masking()
     if function is None or function is masks.causal_mask_function:
         return []
     name = getattr(function, "__qualname__", "") if getattr(function, "__module__", "") == masks.__name__ else ""
