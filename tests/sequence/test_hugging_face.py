@@ -19,6 +19,7 @@ from lightning_superscale.sequence.tokens.layout import Replicated, Sharing, Tok
 from lightning_superscale.sequence.tokens.tensor import plain, with_layout
 from lightning_superscale.sequence.whole import whole_sequences
 from lightning_superscale.torch_private import TorchDispatchMode, tree_leaves
+from tests.helpers.extent import only_in_test_all
 from tests.helpers.ranks import run_ranks
 from tests.sequence.attention.test_shared import VOCABULARY, hugging_face
 
@@ -91,7 +92,7 @@ def _train(rank: int, world_size: int):
     return found
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=only_in_test_all)])
 def test_loss_and_every_gradient_are_those_of_one_process(world_size):
     ranks = run_ranks(world_size, _train, limit_s=200)
     for case in CASES:

@@ -22,6 +22,7 @@ from lightning_superscale.errors import SequenceParallelError
 from lightning_superscale.sequence.attention.shared import SharedAttention
 from lightning_superscale.sequence.loss import cross_entropy
 from lightning_superscale.sequence.spans import TokenSpans
+from tests.helpers.extent import only_in_test_all
 from tests.helpers.ranks import run_ranks
 from tests.sequence.attention.replacement import Replacement
 
@@ -147,7 +148,7 @@ def _train(rank: int, world_size: int):
     return found
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=only_in_test_all)])
 def test_loss_and_every_gradient_are_those_of_one_process(world_size):
     ranks = run_ranks(world_size, _train, limit_s=300)
     for name, mode in CASES:

@@ -14,6 +14,7 @@ from lightning_superscale.comm.in_graph import AxisLink
 from lightning_superscale.comm.mesh import MeshAxis
 from lightning_superscale.sequence.tokens.layout import Replicated, Sharing, TokenDim
 from lightning_superscale.sequence.tokens.tensor import plain, with_layout
+from tests.helpers.extent import only_in_test_all
 from tests.helpers.ranks import run_ranks
 from tests.sequence.tokens.programs import PROGRAMS, batch, made
 
@@ -46,7 +47,7 @@ def _shared(rank: int, world_size: int, names: list[str]):
     return found
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=only_in_test_all)])
 def shared(request):
     return run_ranks(request.param, _shared, list(PROGRAMS), limit_s=110.0)
 
