@@ -45,6 +45,7 @@ def label_of(name: str) -> str:
         return "one process, plain PyTorch"
     whose, _, stage = name.rpartition("-z")
     theirs = {
+        "compiled": "ours `ulysses`, compiled",
         "deepspeed-alst": "DeepSpeed ALST",
         "deepspeed-autosp": "DeepSpeed AutoSP, compiled",
         "deepspeed-attention": "DeepSpeed DistributedAttention",
@@ -53,7 +54,7 @@ def label_of(name: str) -> str:
 
 
 def is_ours(name: str) -> bool:
-    return name.startswith(MODES)
+    return name.startswith((*MODES, "compiled"))
 
 
 class Rank(Contestant):
@@ -169,7 +170,7 @@ def gradient_error(found: dict[str, torch.Tensor], expected: dict[str, torch.Ten
 
 
 def row_of(team: Team, measure: Team, rival: Team | None) -> Row:
-    """Of a contestant beside the one process, and beside the one of ours with Ulysses in the same heat."""
+    """Of a contestant beside the one process, and beside its rival of ours in the same heat."""
     row: Row = {"name": team.name, "label": label_of(team.name), "num_ranks": team.num_ranks}
     if team.error is not None:
         return row | {"error": team.why()}
@@ -197,6 +198,15 @@ def row_of(team: Team, measure: Team, rival: Team | None) -> Row:
     return row
 
 
+def rival_of(name: str, teams: Sequence[Team]) -> Team | None:
+    """The contestant of ours that a peer's row compares with: the compiled one with a compiled one."""
+    if not name.startswith("deepspeed"):
+        return None
+    whose, _, stage = name.rpartition("-")
+    ours = f"compiled-{stage}" if whose == "deepspeed-autosp" else f"ulysses-{stage}"
+    return next((team for team in teams if team.name == ours), None)
+
+
 def table_of(stage: int, options: argparse.Namespace) -> Row:
     """The heat of one ZeRO stage."""
     names = [name for name in CONTESTANTS if name.endswith(f"-z{stage}")]
@@ -214,8 +224,7 @@ def table_of(stage: int, options: argparse.Namespace) -> Row:
     measure = teams[0]
     if measure.error is not None:
         raise BenchmarkError(f"the one process, which the others are measured by, failed: {measure.error}")
-    rival = next((team for team in teams if team.name == f"ulysses-z{stage}"), None)
-    rows = [row_of(team, measure, rival if team.name.startswith("deepspeed") else None) for team in teams]
+    rows = [row_of(team, measure, rival_of(team.name, teams)) for team in teams]
     num_params = measure.ranks[0].end["num_params"]
     return {"stage": stage, "num_params": num_params, "tokens": options.tokens, "rows": rows}
 

@@ -228,7 +228,8 @@ def run_one_process(steps: Steps) -> dict[str, Tensor]:
     return {name: param.grad for name, param in model.named_parameters()}
 
 
-def run_ours(steps: Steps, *, mode: str, zero: int) -> dict[str, Tensor]:
+def run_ours(steps: Steps, *, mode: str, zero: int, compiles: bool = False) -> dict[str, Tensor]:
+    """Ours under the Trainer. Compiled whole, or layer by layer where stage 3 gathers weights for each."""
     import lightning as L
 
     from lightning_superscale import SequenceConfig, SuperScaleStrategy
@@ -239,6 +240,10 @@ def run_ours(steps: Steps, *, mode: str, zero: int) -> dict[str, Tensor]:
         def __init__(self) -> None:
             super().__init__()
             self.model = build_model(steps.size)
+            if compiles and zero < 3:
+                self.model.compile()
+            for layer in self.model.model.layers if compiles and zero == 3 else ():
+                layer.compile()
 
         def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
             with steps.forward(self):
@@ -421,6 +426,7 @@ MODES = ("ulysses", "ring", "allgather")
 CONTESTANTS: dict[str, Runner] = {
     "one-process": run_one_process,
     **{f"{mode}-z{stage}": _runner(run_ours, mode=mode, zero=stage) for stage in (0, 1, 2, 3) for mode in MODES},
+    **{f"compiled-z{z}": _runner(run_ours, mode="ulysses", zero=z, compiles=True) for z in (0, 1, 2, 3)},
     **{f"deepspeed-alst-z{stage}": _runner(run_alst, zero=stage) for stage in (0, 1, 2, 3)},
     **{f"deepspeed-autosp-z{stage}": _runner(run_autosp, zero=stage) for stage in (0, 1)},
     **{f"deepspeed-attention-z{stage}": _runner(run_distributed_attention, zero=stage) for stage in (0, 3)},
