@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from tests.helpers.extent import only_in_test_all
+from tests.helpers.extent import IS_ALL, only_in_test_all
 from tests.helpers.ranks import run_ranks
 from tests.helpers.sequence import LanguageModel, Texts, fitted
 
@@ -56,15 +56,17 @@ def trained(world_size, options, what):
     return module.losses, metrics, predicted, weights, explained
 
 
-def _all(rank, world_size):
-    return {
-        name: trained(world_size, {"sequence": world_size, **options}, what) for name, (options, what) in CASES.items()
-    }
+def _all(rank, world_size, names):
+    found = {}
+    for name in names:
+        options, what = {**CASES, **MORE}[name]
+        found[name] = trained(world_size, {"sequence": world_size, **options}, what)
+    return found
 
 
 @pytest.fixture(scope="module")
 def shared():
-    return run_ranks(2, _all, limit_s=200.0)
+    return run_ranks(2, _all, [*CASES, *(MORE if IS_ALL else ())], limit_s=500.0 if IS_ALL else 120.0)
 
 
 @pytest.fixture(scope="module")
