@@ -57,6 +57,17 @@ SHAPES |= {
     f"3.1B-{thousands}k": Shape(width=3072, num_layers=26, num_heads=24, batch=1, sequence=1024 * thousands, **_LEAN)
     for thousands in (16, 32, 64, 128)
 }
+# The first layers of a stack, of which a step with all of them would take too long at such lengths.
+_OF_8B = {"width": 4096, "num_heads": 32, "vocabulary": 32000, "batch": 1}
+SHAPES |= {
+    f"8B-{layers}of38-{thousands}k": Shape(num_layers=layers, sequence=1024 * thousands, **_OF_8B)
+    for layers in (2, 3)
+    for thousands in (64, 128, 256)
+}
+SHAPES |= {
+    f"1M-{layers}of4": Shape(width=128, num_layers=layers, num_heads=4, vocabulary=1024, batch=2, sequence=64)
+    for layers in (2, 3)
+}
 
 
 class Block(nn.Module):

@@ -31,6 +31,7 @@ LABELS = {
     "zenflow-host": "ours zenflow, gpu_fraction=0",
     "zenflow-sums-on-device": "ours zenflow, gpu_fraction=0, accumulate_on=device",
     "flow": "ours superoffload, weights=flow",
+    "kit": "ours superoffload, gpu_fraction=0, long-context kit",
     "deepspeed-z2-offload": "DeepSpeed ZeRO-2 offload",
     # Time only: 0.19.8 scrambles weights when it starts, so that its losses mean nothing.
     "deepspeed-zenflow": "DeepSpeed ZenFlow",
@@ -62,11 +63,17 @@ LONG = (
     ("3.1B-128k", "superoffload-auto"),
     ("3.1B-128k", "fsdp2-offload"),
     ("11B", "flow"),
+    *((f"8B-{layers}of38-{thousands}k", "kit") for thousands in (128, 64, 256) for layers in (2, 3)),
     ("3.1B-64k", "superoffload-auto"),
     ("3.1B-64k", "fsdp2-offload"),
     ("3.1B-16k", "superoffload-auto"),
     ("3.1B-16k", "fsdp2-offload"),
 )
+# Stacks that are measured with two and with three layers: those sizes, and layers in all.
+STACKS = {
+    **{f"8B, {k}k tokens": (f"8B-2of38-{k}k", f"8B-3of38-{k}k", 38) for k in (64, 128, 256)},
+    "1M, in layers": ("1M-2of4", "1M-3of4", 4),
+}
 ON_CPU = (
     "passes",
     "superoffload-host",
@@ -75,6 +82,7 @@ ON_CPU = (
     "zenflow-sums-on-device",
     "cpu-host",
     "flow",
+    "kit",
 )
 # DeepSpeed asks for a process group; one rank needs no launcher.
 ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
@@ -105,6 +113,7 @@ class Bench(Runner):
         super().__init__(options, rows)
         self._plan = plan
         self._passes: dict[str, float] = {}  # seconds of forward and backward, by size
+        self._of_layers: dict[str, dict[str, Any]] = {}  # what was measured of the first layers of a stack, by size
 
     def all(self) -> None:
         self.facts()
@@ -116,6 +125,7 @@ class Bench(Runner):
                 self._contestant(label, size, name)
             else:
                 self.rows.no_time(label)
+            self._stacks(size)
         if self._plan.has_kernels:
             outcome = self.run(["-m", "benchmarks.gpu.ops", *self.device], 150, on_line=self.take)
             self.rows.outcome("kernels", outcome)
@@ -140,10 +150,26 @@ class Bench(Runner):
         if name == "passes":
             self._passes.setdefault(size, wall)
         row = _measured(turn, answers[-1], SHAPES[size].tokens)
+        self._of_layers[size] = row
         if size in self._passes:
             row["exposed_s"] = round(wall - self._passes[size], 4)
         # What came before a broken end is measured all the same.
         self.rows.outcome(label, _with_end(outcome, answers), contestant=name, size=size, **row)
+
+    def _stacks(self, size: str) -> None:
+        """The whole of a stack whose second size was just measured: each further layer takes what the third one did.
+
+        A step of the whole stack would take too long; its layers are alike, and so are their shares of time and memory.
+        """
+        for label, (two, three, num_layers) in STACKS.items():
+            if size == three and {two, three} <= self._of_layers.keys():
+                less, more = self._of_layers[two], self._of_layers[three]
+                row: dict[str, Any] = {"layers": num_layers}
+                for key in ("wall_s", "peak_device_mib", "peak_host_mib"):
+                    if more.get(key) is not None:
+                        row[key] = round(less[key] + (num_layers - 2) * (more[key] - less[key]), 4)
+                row["tokens_per_s"] = round(SHAPES[two].tokens / row["wall_s"], 1)
+                self.rows.write(f"{label}: {num_layers} layers, from two and three", ok=True, **row)
 
 
 def _with_end(outcome: Outcome, answers: Sequence[dict[str, Any]]) -> Outcome:
@@ -178,6 +204,7 @@ def plan_of(options: argparse.Namespace) -> Plan:
     size = "1M" if options.tiny else options.size
     if options.tiny:
         entries = [(size, "passes"), (size, "flow" if options.long else "superoffload-host")]
+        entries += [(f"1M-{layers}of4", "kit") for layers in (2, 3)] if options.long else []
     elif options.long:
         entries = [entry for entry in LONG if not options.only or entry[1] in options.only]
     elif options.only:

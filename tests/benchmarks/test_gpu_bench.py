@@ -44,8 +44,13 @@ def test_a_rehearsal_measures_what_a_cpu_can_run(tmp_path: Path) -> None:
 @only_in_test_all
 def test_a_rehearsal_of_the_long_part_lets_weights_flow(tmp_path: Path) -> None:
     assert bench.main([str(tmp_path), "--device", "cpu", "--tiny", "--long"]) == 0
-    row = _rows(tmp_path / "long.jsonl")["1M: ours superoffload, weights=flow"]
+    rows = _rows(tmp_path / "long.jsonl")
+    row = rows["1M: ours superoffload, weights=flow"]
     assert row["facts"]["device_bytes"] < row["facts"]["host_bytes"] / 4
+    two, three = (rows[f"1M-{n}of4: ours superoffload, gpu_fraction=0, long-context kit"] for n in (2, 3))
+    whole = rows["1M, in layers: 4 layers, from two and three"]
+    assert whole["wall_s"] == pytest.approx(two["wall_s"] + 2 * (three["wall_s"] - two["wall_s"]), abs=1e-3)
+    assert whole["tokens_per_s"] == pytest.approx(128 / whole["wall_s"], abs=0.1)
 
 
 def _plan(tmp_path: Path, *options: str) -> bench.Plan:
@@ -59,7 +64,10 @@ def test_plans_name_contestants_and_sizes_that_exist(tmp_path: Path) -> None:
     names = [name for _, name in ahead.entries]
     assert names[0] == names[-1] == "passes"  # for drift
     assert {"superoffload-host", "superoffload-auto", "deepspeed-z2-offload", "deepspeed-superoffload"} < set(names)
-    assert {size for size, _ in long.entries} == {"6.7B", "11B", "3.1B-16k", "3.1B-32k", "3.1B-64k", "3.1B-128k"}
+    stacks = {f"8B-{n}of38-{k}k" for n in (2, 3) for k in (64, 128, 256)}
+    long_ones = {"3.1B-16k", "3.1B-32k", "3.1B-64k", "3.1B-128k"}
+    assert {size for size, _ in long.entries} == {"6.7B", "11B", *long_ones, *stacks}
+    assert {three for _, three, _ in bench.STACKS.values()} - {"1M-3of4"} <= stacks
     assert {size for size, _ in long.entries} < set(SHAPES)
     only = _plan(tmp_path, "--only", "flow", "--size", "5.1B")
     assert (list(only.entries), only.has_kernels) == ([("5.1B", "flow")], False)
