@@ -29,6 +29,8 @@ class SequenceConfig:
         token_wise: classes of autograd functions ("package.module.Class") and operations ("namespace::name") of other
             packages that treat every token by itself. Others that get tokens are refused: what they compute from a part
             is not known.
+        verify: "first_batch" runs the training step on a short piece of the first batch, once shared and once with all
+            of it on every rank, and stops where loss or gradients differ by more than rounding; None does not.
         tile_loss: compute `F.cross_entropy` of a linear layer's output without ever holding all logits. "auto" does
             for at least 4096 classes and three times as many as features, where there are more tokens than features;
             true does wherever a product ends in a cross entropy. The loss and its gradients round otherwise.
@@ -49,6 +51,7 @@ class SequenceConfig:
     dims: Optional[dict[str, int]] = None
     check_batches: NumBatches = 16
     token_wise: Optional[list[str]] = None
+    verify: Optional[Literal["first_batch"]] = None
     tile_loss: Union[bool, Literal["auto"]] = "auto"
     tile_mlp: Optional[PositiveInt] = None
     mlps: Optional[ModuleNames] = None
@@ -65,5 +68,10 @@ class SequenceConfig:
                     f"SequenceConfig.{key}={getattr(self, key)} says where the inputs of recomputed blocks are kept, "
                     "and no blocks are recomputed; set checkpoint_blocks=True too."
                 )
+        if self.verify is not None and self.size == 1:
+            raise SettingError(
+                f"SequenceConfig.verify={self.verify!r} compares ranks that share sequences with a run without, and "
+                "size=1 shares none; set size to the number of ranks that share one, or leave verify out."
+            )
         if self.mlps is not None and self.tile_mlp is None:
             raise SettingError("SequenceConfig.mlps names what runs in tiles; say of how many tokens: tile_mlp=4096.")

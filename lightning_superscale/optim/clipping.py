@@ -250,6 +250,26 @@ def norms_of(mesh: DataMesh, due: Sequence[ParamUpdate], early: EarlyNorms) -> t
     return sums.sqrt().float(), norm_over_ranks(mesh, float(sums[counted].sum()))
 
 
+def gathered_norms(
+    mesh: DataMesh, params: Sequence[nn.Parameter], due: Sequence[ParamUpdate], early: EarlyNorms
+) -> dict[nn.Parameter, float]:
+    """2-norm of each parameter's gradient, with the rows that other ranks have. Every rank calls it.
+
+    Args:
+        params: the module's, in the same order on every rank.
+
+    Returns:
+        by parameter; without those that have a gradient on no rank, or one of zeros.
+    """
+    measures = early.of(due).double().cpu() if due else torch.zeros(0, dtype=torch.float64)
+    own = {item.param: measure for item, measure in zip(due, measures.tolist(), strict=True)}
+    if mesh.num_shares == 1:
+        return {param: norm for param, norm in own.items() if norm != 0}
+    sums = torch.tensor([own.get(param, 0.0) if _counts(mesh, param) else 0.0 for param in params], dtype=torch.float64)
+    total = control_sum(mesh, sums, "the gradient norms") / mesh.replicate.size
+    return {param: value**0.5 for param, value in zip(params, total.tolist(), strict=True) if value != 0}
+
+
 def norm_over_ranks(mesh: DataMesh, sumsq: float) -> Tensor:
     """The 2-norm of all shards from this rank's sum of squares, fp32 scalar on the CPU. Every rank calls it."""
     total = control_sum(mesh, torch.tensor([sumsq], dtype=torch.float64), "the gradient norm") / mesh.replicate.size

@@ -29,7 +29,7 @@ from lightning_superscale.optim.state_dict import (
     pack_state,
     unpack_state,
 )
-from lightning_superscale.optim.step_rule import Figure, RuleState, StepGuard, SteppedUnit, StepRule
+from lightning_superscale.optim.step_rule import RuleState, StepGuard, SteppedUnit, StepRule
 from lightning_superscale.optim.torch_step import TorchStep
 from lightning_superscale.optim.transport import Transport
 from lightning_superscale.optim.unit import DeltaSink, GradientDelta, ShardUnit
@@ -204,6 +204,14 @@ class OptimizerEngine:
         self._judge.discard()
         for state in self.states:
             state.clear_grads()
+
+    def measure_gradients(self) -> dict[str, float]:
+        """2-norm of each gradient, averaged over ranks, by name; then forget them. Every rank calls it, for a step."""
+        try:
+            self.wait_idle()
+            return self._judge.norms_by_name(self._gather_due())
+        finally:
+            self.discard_gradients()
 
     def abandon(self) -> None:
         """Forget an interrupted step after a rank failed, and wait for nothing from other ranks any more."""
@@ -473,26 +481,17 @@ class OptimizerEngine:
             self._seen_versions.update((param, version_of(param)) for param in unit.params)
 
     def grad_norm(self) -> Tensor:
-        """Global 2-norm of the last step's gradients before clipping, fp32 scalar on the CPU.
-
-        Every rank calls it where states are sharded; see `GradVerdict.grad_norm`.
-        """
+        """Global 2-norm of the last step's gradients; see `GradVerdict.grad_norm`. Every rank calls it if sharded."""
         return self._judge.grad_norm()
 
     def last_norm(self) -> LastNorm:
         """The last step's norm as far as this rank knows it without asking another; see `GradVerdict.last_norm`."""
         return self._judge.last_norm()
 
-    # What the rule says of itself
-
     @property
     def rule(self) -> StepRule:
         """The rule that steps now; another one once units were made anew."""
         return self._rule
-
-    def figures(self) -> Sequence[Figure]:
-        """Numbers of the rule's work on this rank so far; none of most rules. This rank calls it alone."""
-        return self._rule.figures()
 
     def close(self) -> None:
         """Hand everything back: parameters own their storage again, and no hook is left on the optimizer.

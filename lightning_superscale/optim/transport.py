@@ -80,6 +80,12 @@ class Transport(Protocol):
         For a backward that user code runs on its own before the one of the step.
         """
 
+    def rehearsal(self) -> AbstractContextManager[None]:
+        """While open, a backward and `collect` leave nothing to the steps after them: no order, count or observation.
+
+        For gradients that are measured and forgotten.
+        """
+
     def collect(self) -> None:
         """Send the sink the gradients that it still lacks. Every rank calls it at the step.
 

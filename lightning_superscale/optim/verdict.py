@@ -32,6 +32,7 @@ from lightning_superscale.optim.clipping import (
     clip_coefficient,
     clip_in_place,
     counted_stats,
+    gathered_norms,
     grad_sumsqs,
     joined,
     norms_of,
@@ -167,6 +168,15 @@ class GradVerdict:
             stats: statistics of every unit of `due`, in the order of `by_unit`; or none at all.
         """
         self._last_stats = counted_stats(self._ranks.mesh, due, stats)
+
+    def norms_by_name(self, due: Sequence[ParamUpdate]) -> dict[str, float]:
+        """2-norm of each parameter's gradient, with all ranks' rows of it, by name. Every rank calls it.
+
+        Nothing is judged, and nothing kept for the next step.
+        """
+        norms = gathered_norms(self._ranks.mesh, list(self._fqn_of), due, self._early)
+        self._early.clear()
+        return {self._fqn_of[param]: norm for param, norm in norms.items()}
 
     def grad_norm(self) -> Tensor:
         """Global 2-norm of the gradients of the last step, before clipping; fp32 scalar on the CPU.

@@ -40,6 +40,11 @@ def wrapped_closure(precision: Any, model: Any, optimizer: Any, closure: Callabl
     return functools.partial(precision._wrap_closure, model, optimizer, closure)
 
 
+def arguments_of_step(trainer: Any, batch: Any, batch_idx: int) -> tuple[Any, ...]:
+    """The arguments that a Trainer gives to its module's `training_step` for a batch, without the names."""
+    return tuple(trainer.fit_loop.epoch_loop._build_kwargs({}, batch, batch_idx).values())
+
+
 def set_device_mesh(module: Any, mesh: DeviceMesh) -> None:
     """Give a LightningModule the mesh that its `configure_model()` reads as `self.device_mesh`."""
     module._device_mesh = mesh

@@ -33,6 +33,7 @@ from lightning_superscale.run.checks import (
     check_optimizers_over_ranks,
     check_parameters,
     check_trainable,
+    check_verify,
     check_wrap,
     facts_of_run,
 )
@@ -423,6 +424,7 @@ def _check_on_all_ranks(module: nn.Module, optimizers: Sequence[Optimizer], sett
     try:
         check_parameters(module, optimizers, fqn_of, settings.why_one_optimizer)
         check_wrap(module, zero)
+        check_verify(settings.sequence, is_automatic=settings.visibility.is_automatic)
         check_placements(module, mesh)
         check_optimizers_over_ranks(optimizers, zero, mesh.world.size)
         check_with_run(settings.precision, optimizers, zero, offload, mesh.world.size)

@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lightning_superscale.config import OffloadConfig, SequenceConfig, ZeroConfig
-from lightning_superscale.errors import SettingError, SuperScaleError
+from lightning_superscale.errors import SequenceParallelError, SettingError, SuperScaleError
 from lightning_superscale.ops.state_dtypes import WIDE_DTYPES
 from lightning_superscale.zero.fsdp2.wrap import wrap_plan
 
@@ -48,6 +48,20 @@ def check_parameters(
             "lazy modules are initialised before the optimizer's memory is planned."
         )
     _check_owners(name, optimizers, fqn_of, why_one_optimizer)
+
+
+def check_verify(sequence: SequenceConfig | None, *, is_automatic: bool) -> None:
+    """Refuse to run a training step on trial that steps by itself.
+
+    Raises:
+        SequenceParallelError: the config asks for it, and optimization is manual.
+    """
+    if sequence is not None and sequence.verify is not None and not is_automatic:
+        raise SequenceParallelError(
+            f"SequenceConfig.verify={sequence.verify!r} runs the training step of the first batch twice and forgets "
+            "it, and this module's training step takes optimizer steps itself (automatic_optimization=False), which "
+            "can't be forgotten. Use automatic optimization for a first run, or leave verify out."
+        )
 
 
 def check_trainable(module: nn.Module, optimizers: Sequence[Optimizer]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_superscale.errors import SequenceParallelError
 from lightning_superscale.sequence.tokens.layout import Replicated, Sharing, TokenDim
-from lightning_superscale.sequence.tokens.tensor import with_layout
+from lightning_superscale.sequence.tokens.tensor import layout_of, plain, with_layout
 
 # Names under which models of transformers take their tokens.
 _KNOWN = ("input_ids", "inputs_embeds", "decoder_input_ids")
@@ -113,6 +113,44 @@ def shared(batch: Any, tokens: Mapping[str, TokenDim], sharing: Sharing) -> Any:
     return map_batch(
         lambda place, x: with_layout(x, Replicated(tokens[place], sharing)) if place in tokens else x, batch
     )
+
+
+def token_lengths(batch: Any) -> set[int]:
+    """The lengths of the sequences of a shared batch."""
+    return {layout.tokens.length for layout in _layouts(batch).values()}
+
+
+def _layouts(batch: Any) -> dict[str, Replicated]:
+    found = {place: layout_of(x) for place, x in tensors_of(batch).items()}
+    return {place: layout for place, layout in found.items() if isinstance(layout, Replicated)}
+
+
+def first_tokens(batch: Any, num_of: Callable[[int], int]) -> tuple[Any, dict[str, TokenDim]]:
+    """A copy of the front of a shared batch, whose tensors are plain, and which of their dims count tokens, by place.
+
+    A mask over pairs of tokens is cut along both of its last dims. A tensor counts as one if both are as long as the
+    sequence, and it has four dims at least or no floating-point numbers: others may be features.
+
+    Args:
+        batch: as `shared` gave it.
+        num_of: the number of tokens to keep of a sequence, by its length.
+    """
+    layouts, lengths = _layouts(batch), token_lengths(batch)
+    tokens: dict[str, TokenDim] = {}
+
+    def front(place: str, x: Tensor) -> Tensor:
+        x, cut = plain(x), set()
+        if place in layouts:
+            dim, length = layouts[place].tokens.dim, layouts[place].tokens.length
+            tokens[place] = TokenDim(dim, num_of(length))
+            cut.add(dim)
+        if x.dim() > 2 and x.shape[-1] == x.shape[-2] in lengths and (x.dim() > 3 or not x.is_floating_point()):
+            cut |= {x.dim() - 2, x.dim() - 1}
+        for dim in cut:
+            x = x.narrow(dim, 0, num_of(x.shape[dim]))
+        return x.clone()
+
+    return map_batch(front, batch), tokens
 
 
 def fingerprints(batch: Any) -> dict[str, str]:

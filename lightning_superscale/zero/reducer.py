@@ -11,7 +11,8 @@ parameters without a gradient anywhere are not waited for.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -78,6 +79,9 @@ class Reducer(Protocol):
 
     def discard(self) -> None:
         """Forget the gradients of this step."""
+
+    def rehearsal(self) -> AbstractContextManager[None]:
+        """While open, `finish` counts no step, and chooses no order of the next one."""
 
 
 @dataclass(slots=True)
@@ -243,6 +247,14 @@ class GradientReducer:
         self._expected = {index: set(slices) for index, slices in present.items() if slices}
         self._order = [u for u in self.units if u.index in self._expected and not late[u.index]]
 
+    @contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        before = self._order, self._expected, self._num_steps
+        try:
+            yield
+        finally:
+            self._order, self._expected, self._num_steps = before
+
     def discard(self) -> None:
         self._num_launched = 0
         self._grads.clear()
@@ -328,6 +340,14 @@ class LocalReducer:
         self._put = []
         self._waiting.clear()
         self._sent.clear()
+
+    @contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        before = self._expected
+        try:
+            yield
+        finally:
+            self._expected = before
 
 
 def reducer_for(ranks: Communicator, label: str, sink: DeltaSink, dtypes: GradientDtypes = AS_WEIGHTS) -> Reducer:

@@ -177,5 +177,6 @@ BY_TEST: dict[str, list[str]] = {
         *(f"run/techniques/{name}.py" for name in ("collection", "registry", "technique")),
     ],
     "run/test_weight_flow.py": ["run/techniques/weight_flow.py"],
+    "run/techniques/test_rehearsal.py": ["plugins/trainer/silent_step.py"],
     "cli/test_trace.py": ["run/report/phases.py", "run/report/recorder.py"],
 }

@@ -62,6 +62,7 @@ def test_option_surface_is_what_the_docs_say():
         "dims",
         "check_batches",
         "token_wise",
+        "verify",
         "tile_loss",
         "tile_mlp",
         "mlps",
@@ -139,6 +140,7 @@ def test_bad_zero_is_refused_with_the_remedy(value, message):
         (True, "sequence takes None, a number of ranks, a SequenceConfig or a mapping, found True"),
         ("2", "sequence takes None, a number of ranks, a SequenceConfig or a mapping, found '2'"),
         ({"sise": 2}, "sequence has no key 'sise'.*did you mean 'size'"),
+        ({"verify": "first_batch"}, "SequenceConfig.verify='first_batch' compares .* size=1 shares none; set size"),
         ({"size": 2, "mode": "ulyses"}, "SequenceConfig.mode must be one of 'auto', .*did you mean 'ulysses'"),
         (
             {"dims": {"input_ids": "1"}},

@@ -58,6 +58,7 @@ FIELDS = [
     (lss.SequenceConfig, "dims", [0, 1, True, "", "input_ids", ["input_ids"], {1: 1}, {"a": 1.0}, {"a": True}], {}),
     (lss.SequenceConfig, "check_batches", [v for v in NOT_INT if v != 0 or v is True], {}),
     (lss.SequenceConfig, "token_wise", NOT_NAMES, {}),
+    (lss.SequenceConfig, "verify", [*NOT_WORD[1:], "first"], {"size": 2}),
     (lss.SequenceConfig, "tile_loss", NOT_BOOL, {}),
     (lss.SequenceConfig, "tile_mlp", [v for v in NOT_INT if v is not None], {}),
     (lss.SequenceConfig, "mlps", NOT_NAMES, {"tile_mlp": 4}),

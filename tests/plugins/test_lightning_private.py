@@ -76,6 +76,16 @@ def test_the_plain_optimizer_is_the_users(package):
     assert lightning_private.plain_optimizer(optimizer) is optimizer
 
 
+def test_the_arguments_of_a_step_are_those_that_it_takes(package, module, trainer):
+    class WithoutIndex(type(module)):
+        def training_step(self, batch):
+            return self.net(batch).sum()
+
+    for one, expected in ((module, ("batch", 3)), (WithoutIndex(), ("batch",))):
+        trainer.strategy.connect(one)
+        assert lightning_private.arguments_of_step(trainer, "batch", 3) == expected
+
+
 def test_a_module_of_from_compiled_is_told_from_others(package, module):
     assert not lightning_private.is_compiled_whole(module)
     assert not lightning_private.is_compiled_whole(nn.Linear(1, 1))

@@ -11,7 +11,15 @@ import torch
 from lightning_superscale.comm.in_graph import AxisLink
 from lightning_superscale.comm.mesh import MeshAxis
 from lightning_superscale.errors import SequenceParallelError
-from lightning_superscale.sequence.batches import find_tokens, fingerprints, map_batch, shared, tensors_of
+from lightning_superscale.sequence.batches import (
+    find_tokens,
+    fingerprints,
+    first_tokens,
+    map_batch,
+    shared,
+    tensors_of,
+    token_lengths,
+)
 from lightning_superscale.sequence.tokens.layout import Replicated, Sharing, TokenDim
 from lightning_superscale.sequence.tokens.tensor import layout_of
 
@@ -101,3 +109,40 @@ def test_fingerprints_tell_values_shapes_and_dtypes_apart():
     assert "checksum" in same["0"]
     for other in (IDS + 1, IDS.int(), IDS.view(3, 4)):
         assert fingerprints((other,))["0"] != same["0"]
+
+
+def test_the_front_of_a_batch_is_a_plain_copy_with_masks_of_pairs_cut_twice():
+    sharing = Sharing(link=AxisLink(MeshAxis("sequence", 0, 2, None)))
+    batch = {
+        "input_ids": torch.arange(12).view(2, 6),
+        "pairs": torch.ones(2, 6, 6, dtype=torch.bool),
+        "bias": torch.ones(2, 1, 6, 6),
+        "features": torch.ones(2, 6, 6),
+        "per_sample": torch.ones(2),
+        "name": "a",
+    }
+    given = shared(batch, find_tokens(batch, None), sharing)
+    assert token_lengths(given) == {6}
+    front, tokens = first_tokens(given, lambda length: length - 2)
+    assert {key: list(x.shape) for key, x in front.items() if key != "name"} == {
+        "input_ids": [2, 4],
+        "pairs": [2, 4, 4],
+        "bias": [2, 1, 4, 4],
+        "features": [2, 4, 6],  # as many features as tokens
+        "per_sample": [2],
+    }
+    assert tokens == dict.fromkeys(["input_ids", "pairs", "features"], TokenDim(1, 4))
+    assert all(type(x) is torch.Tensor for x in tensors_of(front).values())
+    for x in tensors_of(front).values():
+        x.zero_()
+    assert torch.equal(batch["input_ids"], torch.arange(12).view(2, 6))
+    assert all(bool(batch[key].all()) for key in ("pairs", "bias", "features", "per_sample"))
+
+
+def test_sequences_of_several_lengths_are_each_cut_by_their_own():
+    sharing = Sharing(link=AxisLink(MeshAxis("sequence", 0, 2, None)))
+    batch = {"images": torch.ones(2, 3, 10), "ids": torch.ones(2, 6)}
+    given = shared(batch, find_tokens(batch, {"images": 2, "ids": 1}), sharing)
+    front, tokens = first_tokens(given, lambda length: length // 2)
+    assert tokens == {"images": TokenDim(2, 5), "ids": TokenDim(1, 3)}
+    assert [list(x.shape) for x in front.values()] == [[2, 3, 5], [2, 3]]

@@ -82,8 +82,12 @@ def oracle(program, dtype: torch.dtype, world_size: int, clip, micro_batches: in
     return [p.detach() for p in params], [optimizer.state(i) for i in range(len(params))], norms
 
 
-def train(rank, world_size, program, dtype, way, clip, micro_batches, shard_size=None):
-    """The same on one of several ranks; returns weights, whole optimizer states and norms."""
+def train(rank, world_size, program, dtype, way, clip, micro_batches, shard_size=None, *, measured=None):
+    """The same on one of several ranks; returns weights, whole optimizer states and norms.
+
+    Args:
+        measured: gets the gradient norms of a step that is rehearsed before the first one; None rehearses none.
+    """
     way = dict(way)
     sharded = way.pop("is_sharded")
     shard = (shard_size or world_size) if sharded else 1
@@ -93,6 +97,11 @@ def train(rank, world_size, program, dtype, way, clip, micro_batches, shard_size
     optimizer = torch.optim.AdamW(params, **ADAMW)
     engine = build_engine(model, optimizer, ranks=ranks_of(mesh, params), **way)
     norms = []
+    if measured is not None:
+        with engine.transport.rehearsal():
+            run_program(program, model, STEPS, rank, dtype)
+            measured.update(engine.measure_gradients())
+        assert not engine.transport.observed
     for step in range(STEPS):
         engine.transport.wait_all_published()
         optimizer.zero_grad()
@@ -231,6 +240,41 @@ def test_replicas_of_shards_equal_one_process():
     run_matrix(4, cases, shard_size=2)
 
 
+def _run_with_and_without_rehearsal(rank, world_size, cases):
+    found = []
+    for case in cases:
+        measured: dict[str, float] = {}
+        found.append((train(rank, world_size, *case), train(rank, world_size, *case, measured=measured), measured))
+    return found
+
+
+def test_a_rehearsed_step_measures_averages_and_leaves_no_trace():
+    ways = ["replicated", "sharded", "sharded-held", "sharded-deferred"]
+    cases = [
+        (program, torch.float32, WAYS[ways[k % len(ways)]], CLIPS[("none", "norm")[k % 2]], 1)
+        for k, program in enumerate(PROGRAMS)
+    ]
+    per_rank = run_ranks(2, _run_with_and_without_rehearsal, cases)
+    for k, (program, *_) in enumerate(cases):
+        name, model, total = f"{program.__name__}, {ways[k % len(ways)]}", Programs(torch.float32), {}
+        for rank in range(2):
+            model.zero_grad()
+            run_program(program, model, STEPS, rank, torch.float32)
+            for fqn, param in model.named_parameters():
+                if param.grad is not None:
+                    total[fqn] = total.get(fqn, 0) + param.grad.double() / 2
+        for found in per_rank:
+            (weights, states, norms), (rehearsed_weights, rehearsed_states, rehearsed_norms), measured = found[k]
+            expected = {fqn: float(grad.norm()) for fqn, grad in total.items() if grad.any()}
+            # Sums of two fp32 gradients, which round by 2^-24 of each element.
+            assert measured == pytest.approx(expected, rel=1e-5), name
+            assert rehearsed_norms == norms, name
+            for mine, theirs in zip(rehearsed_weights, weights, strict=True):
+                assert torch.equal(mine, theirs), name
+            for i, state in states.items():
+                assert all(torch.equal(rehearsed_states[i][key], value) for key, value in state.items()), name
+
+
 class _Deltas:
     """A local reducer's sink and two units of two parameters each."""
 
@@ -276,6 +320,17 @@ def test_alone_an_unused_parameter_holds_its_unit_back_only_once():
     assert deltas.take() == [(0, [(0, 1.0)]), (0, [(1, 2.0)])]
     deltas.put(0, 0, 1.0)
     assert deltas.take() == [(0, [(0, 1.0)])]
+
+
+def test_alone_a_rehearsal_says_nothing_of_the_next_backward():
+    deltas = _Deltas()
+    with deltas.reducer.rehearsal():
+        deltas.put(0, 0, 1.0)
+        deltas.reducer.finish(None)
+    deltas.reducer.discard()
+    assert deltas.take() == [(0, [(0, 1.0)])]
+    deltas.put(0, 0, 1.0)
+    assert deltas.take() == []
 
 
 def test_alone_an_error_or_an_interruption_delivers_nothing():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Union, cast
 
 import torch
@@ -45,6 +46,7 @@ from lightning_superscale.plugins.lightning_private import (
 )
 from lightning_superscale.plugins.trainer.precision import SuperScalePrecisionMixin
 from lightning_superscale.plugins.trainer.sample_ranks import SampleRanksMixin
+from lightning_superscale.plugins.trainer.silent_step import silent_step
 from lightning_superscale.plugins.trainer.visibility import visibility_of
 from lightning_superscale.run.assemble import Assembly
 from lightning_superscale.run.checks import check_clip_value, refuse_averaging
@@ -55,6 +57,7 @@ from lightning_superscale.run.report.phases import PhaseSeconds
 from lightning_superscale.run.report.plan import ParallelPlan
 from lightning_superscale.run.run import Run
 from lightning_superscale.run.settings import shards_weights
+from lightning_superscale.run.techniques.rehearsal import Rehearsal
 from lightning_superscale.run.weight_flow import check_flow
 from lightning_superscale.zero.meta_init import is_on_meta
 
@@ -282,6 +285,9 @@ class SuperScaleStrategyMixin(SampleRanksMixin):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
         self._meetings.at_batch(self.run.assembly, batch_idx)
+        step = partial(silent_step, self._module, super().training_step, batch_idx)
+        scale = 1.0 if self._precision.scaler is None else self._precision.scaler.scale
+        Rehearsal(self.run, step, self._module.backward, loss_scale=scale).first_batch(batch)
 
     def on_train_end(self) -> None:
         self._meetings.at_end(self.run.assembly)

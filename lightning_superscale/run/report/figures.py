@@ -11,7 +11,7 @@ from lightning_superscale.run.report.plan import format_bytes
 
 def figures_of(assembly: Assembly) -> list[Figure]:
     """The figures of all optimizers, with names of their own. Any rank may ask by itself; the numbers are its own."""
-    by_optimizer = {number: engine.figures() for number, engine in enumerate(assembly.engines.values())}
+    by_optimizer = {number: engine.rule.figures() for number, engine in enumerate(assembly.engines.values())}
     told = {number: figures for number, figures in by_optimizer.items() if figures}
     if len(told) == 1:
         return list(*told.values())

@@ -11,12 +11,14 @@ from torch import nn
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.offload.weight_flow.schedule import WeightFlow
 from lightning_superscale.run.techniques.registry import TECHNIQUES
-from lightning_superscale.run.techniques.technique import ModuleTechnique, TechniqueFacts
+from lightning_superscale.run.techniques.technique import ModuleTechnique, Rehearse, TechniqueFacts
 from lightning_superscale.run.techniques.weight_flow import WeightFlowTechnique
 
 
 class Techniques(dict[str, ModuleTechnique]):
     """The techniques of one run by name. Methods named as a technique's ask all of them."""
+
+    _has_begun = False
 
     @classmethod
     def of(cls, facts: TechniqueFacts) -> Techniques:
@@ -51,6 +53,20 @@ class Techniques(dict[str, ModuleTechnique]):
         with ExitStack() as stack:
             for technique in self.values():
                 stack.enter_context(technique.around_forward(trains=trains))
+            yield
+
+    def first_batch(self, batch: Any, rehearse: Rehearse) -> None:
+        """Let all look at the first batch of training; called with every batch."""
+        if not self._has_begun:
+            self._has_begun = True
+            for technique in self.values():
+                technique.first_batch(batch, rehearse)
+
+    @contextmanager
+    def rehearsing(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for technique in self.values():
+                stack.enter_context(technique.rehearsing())
             yield
 
     def before_evaluation(self) -> None:

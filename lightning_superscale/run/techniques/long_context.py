@@ -149,6 +149,16 @@ class LongContext(ModuleTechnique):
             yield
         losses.settle()
 
+    @contextmanager
+    def rehearsing(self) -> Iterator[None]:
+        kept = dict(self._kept)
+        with nullcontext() if self._losses is None else self._losses.forgetting():
+            yield
+        self._kept = kept
+        for part in (self._codec, self._offload):
+            if part is not None:
+                part.forget()
+
     def output(self, output: Any, *, trains: bool) -> Any:
         """What the step returned, with logits that have elements."""
         return settled(output)

@@ -15,7 +15,8 @@ from lightning_superscale.comm.collectives import gather_objects
 from lightning_superscale.comm.in_graph import AxisLink
 from lightning_superscale.config import SequenceConfig
 from lightning_superscale.errors import SequenceParallelError
-from lightning_superscale.run.techniques.technique import ModuleTechnique, TechniqueFacts
+from lightning_superscale.run.techniques.first_batch import Comparison, compare_first_batch
+from lightning_superscale.run.techniques.technique import ModuleTechnique, Rehearse, TechniqueFacts
 from lightning_superscale.sequence.batches import find_tokens, fingerprints, shared
 from lightning_superscale.sequence.compiled import CompiledModules
 from lightning_superscale.sequence.hugging_face import HuggingFaceAttention
@@ -39,6 +40,9 @@ class SequenceParallel(ModuleTechnique):
         self._config = config
         self._num_batches = {True: 0, False: 0}
         self._num_equalized = 0
+        self._module: nn.Module | None = None
+        self._is_unshared = self._is_rehearsing = False
+        self._verified: Comparison | None = None
         self._hugging_face = HuggingFaceAttention()
         self._guard = CustomFunctions(config.token_wise or ())
         self._checkpoints = Checkpoints()
@@ -54,6 +58,7 @@ class SequenceParallel(ModuleTechnique):
         self._agree_on_random_numbers()
         self._guard.install()
         self._compiled.install(module, self._sharing)
+        self._module = module
         self._hugging_face.install(module)
 
     def _refuse_tensor_parallel(self) -> None:
@@ -125,25 +130,63 @@ class SequenceParallel(ModuleTechnique):
     def _checked(self, *, trains: bool) -> Iterator[None]:
         before = self._sharing.seen.num_entries
         yield
-        if trains and self._sharing.seen.num_entries == before:
+        if trains and not self._is_unshared and self._sharing.seen.num_entries == before:
             raise SequenceParallelError(
                 f"sequence={self._config.size}: no layer of the training step met tokens of the batch, so nothing was "
                 "shared among ranks. Layers take them from an embedding, a linear layer or a norm of a tensor of the "
                 "batch; say which it is with SequenceConfig.dims, and do not copy it out of torch before."
             )
 
+    def first_batch(self, batch: Any, rehearse: Rehearse) -> None:
+        if self._config.verify is not None:
+            self._verified = compare_first_batch(batch, self._sharing, self._facts.mesh, rehearse, self._unshared)
+
+    @contextmanager
+    def _unshared(self) -> Iterator[None]:
+        """A context in which a step of plain tensors is one without this technique."""
+        if self._module is None:
+            raise AssertionError("a technique is prepared before it sees batches")
+        self._is_unshared = True
+        self._hugging_face.remove()
+        try:
+            yield
+        finally:
+            self._hugging_face.install(self._module)
+            self._is_unshared = False
+
+    @contextmanager
+    def rehearsing(self) -> Iterator[None]:
+        seen, attention = self._sharing.seen, dict(self._sharing.seen.attention)
+        num_entries, self._is_rehearsing = seen.num_entries, True
+        yield  # an error leaves it so: `cause_of` tells where it came from
+        self._is_rehearsing, seen.num_entries = False, num_entries
+        seen.attention.clear()
+        seen.attention.update(attention)
+
+    def cause_of(self, error: BaseException) -> str | None:
+        if not self._is_rehearsing:
+            return None
+        return (
+            "SequenceConfig.verify='first_batch' was running the training step on the first tokens of the first batch, "
+            "in evaluation mode. A step that needs the whole length, or training mode, can't be verified: leave verify "
+            "out."
+        )
+
     def output(self, output: Any, *, trains: bool) -> Any:
         """What the step returned: losses as plain tensors, and in evaluation whole tensors of all tokens."""
         return tree_map(lambda x: _returned(x, gathers=not trains) if isinstance(x, Tensor) else x, output)
 
     def close(self) -> None:
+        self._module = None
         self._hugging_face.remove()
         self._compiled.remove()
         self._guard.remove()
         self._checkpoints.remove()
 
     def reasons(self) -> list[str]:
-        return [*_how_ranks_attend(self._sharing), *self._compiled.reasons(), *self._how_random()]
+        verified = [] if self._verified is None else [self._verified.sentence()]
+        attention, compiled = _how_ranks_attend(self._sharing), self._compiled.reasons()
+        return [*attention, *compiled, *verified, *self._how_random()]
 
     def _how_random(self) -> list[str]:
         if not self._num_equalized:

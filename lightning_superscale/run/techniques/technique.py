@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +41,25 @@ class TechniqueFacts:
     is_compiled_whole: bool
     shards_weights: bool
     free_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Rehearsed:
+    """What a training step found that was rehearsed: run, with its backward, and forgotten.
+
+    Attributes:
+        loss: of this rank's batch.
+        norms: 2-norm of each parameter's gradient, averaged over ranks, by name; without those of zeros.
+        eps: the distance from 1 to the next number in the coarsest dtype that the run is set to compute in.
+    """
+
+    loss: float
+    norms: Mapping[str, float]
+    eps: float
+
+
+Rehearse = Callable[[Callable[[], Any]], Rehearsed]
+"""Rehearses the training step of a batch, which it asks for, perhaps more than once. Every rank calls it."""
 
 
 class ModuleTechnique:
@@ -97,6 +116,20 @@ class ModuleTechnique:
             trains: whether it is a training step, whose backward follows once the context is closed or runs inside;
                 False for a step that evaluates.
         """
+        return nullcontext()
+
+    def first_batch(self, batch: Any, rehearse: Rehearse) -> None:
+        """Look at the first batch of training before the module does, as its step will get it.
+
+        Args:
+            rehearse: leaves weights, optimizers, buffers, random numbers and logs as they were.
+
+        Raises:
+            SuperScaleError: on every rank: nothing should be trained.
+        """
+
+    def rehearsing(self) -> AbstractContextManager[None]:
+        """A context around a training step that is rehearsed: what it lets the technique count is to be forgotten."""
         return nullcontext()
 
     def before_evaluation(self) -> None:

@@ -124,6 +124,10 @@ class ActivationOffload:
         held = self._pool.held_bytes
         return OffloadReport(self._bytes_out, self._bytes_in, held, self._num_blocks_in, self._num_not_ahead)
 
+    def forget(self) -> None:
+        """Count anew, as if this object had just been made."""
+        self._num_calls = self._bytes_out = self._bytes_in = self._num_blocks_in = self._num_not_ahead = 0
+
     @property
     def lent_bytes(self) -> int:
         """Host memory of activations that some graph still needs."""

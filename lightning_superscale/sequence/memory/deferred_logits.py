@@ -23,6 +23,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from copy import deepcopy
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -563,6 +564,15 @@ class TiledLosses(TorchFunctionMode):
             met = self._met_a_loss.setdefault(family.product.param, False)
             if met or family.product.weight.shape[0] >= LEAST_CLASSES:  # others were no logits
                 self.seen.reads[call.name] += 1
+
+    @contextmanager
+    def forgetting(self) -> Iterator[None]:
+        """A context after which it is not known what became of the losses inside of it."""
+        seen, met_a_loss = deepcopy(self.seen), self._met_a_loss.copy()
+        try:
+            yield
+        finally:
+            self.seen, self._met_a_loss = seen, met_a_loss
 
     def settle(self) -> None:
         """Compute the logits that somebody still holds, now that the step is over."""

@@ -67,6 +67,11 @@ class EightBitCodec:
         codes, scales = kept
         return dequantize(codes, scales, dtype)
 
+    def forget(self) -> None:
+        """Measure the next activation of each block, as if it were the first."""
+        self._errors.clear()
+        self._num_bytes = self._numel = 0
+
     def report(self) -> EightBitReport:
         """What the first batch showed. Waits for the device."""
         errors = [float(self._errors[block]) for block in sorted(self._errors)]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 
 import torch
@@ -161,6 +161,15 @@ class BucketTransport:
 
     def holding(self) -> AbstractContextManager[None]:
         return self._schedule.holding()
+
+    @contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        observed = dict(self._observed)
+        try:
+            with self._reducer.rehearsal():
+                yield
+        finally:
+            self._observed = observed
 
     def _on_grad(self, param: nn.Parameter) -> None:
         self._late_gathers.issue_all()

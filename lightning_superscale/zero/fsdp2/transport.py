@@ -146,6 +146,9 @@ class Fsdp2Transport:
     def holding(self) -> AbstractContextManager[None]:
         return self._schedule.holding()
 
+    def rehearsal(self) -> AbstractContextManager[None]:
+        return self._buckets.rehearsal()  # both transports share one reducer
+
     def take_grad(self, param: nn.Parameter, unsharded: nn.Parameter) -> None:
         """Take the gradient that backward accumulated into `unsharded`, or leave it there for the next micro-batch."""
         match self._schedule.new_grad:

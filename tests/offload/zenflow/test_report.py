@@ -64,7 +64,7 @@ def trained(config: ZenFlowConfig, num_steps: int, *, model=None, scale=None, li
 
 
 def told(engine) -> dict:
-    return {figure.name: figure for figure in engine.figures()}
+    return {figure.name: figure for figure in engine.rule.figures()}
 
 
 def ended(engine) -> None:
