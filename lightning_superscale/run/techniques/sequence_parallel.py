@@ -23,6 +23,7 @@ from lightning_superscale.sequence.hugging_face import HuggingFaceAttention
 from lightning_superscale.sequence.tokens.checkpoints import Checkpoints
 from lightning_superscale.sequence.tokens.custom_functions import CustomFunctions
 from lightning_superscale.sequence.tokens.layout import AttentionSeen, Sharded, Sharing
+from lightning_superscale.sequence.tokens.parallel_layers import ParallelLayers
 from lightning_superscale.sequence.tokens.tensor import layout_of, plain
 from lightning_superscale.torch_private import compilation_of, tree_map
 
@@ -47,27 +48,20 @@ class SequenceParallel(ModuleTechnique):
         self._guard = CustomFunctions(config.token_wise or ())
         self._checkpoints = Checkpoints()
         self._compiled = CompiledModules()
+        self._parallel_layers = ParallelLayers()
         self._sharing = Sharing(
             link=AxisLink.along_sequence(facts.mesh), mode=config.mode, num_chunks=config.head_chunks
         )
 
     def prepare(self, module: nn.Module) -> None:
-        self._refuse_tensor_parallel()
         self._check_compiled(module)
         self._checkpoints.install()
         self._agree_on_random_numbers()
         self._guard.install()
         self._compiled.install(module, self._sharing)
         self._module = module
+        self._parallel_layers.install(module)
         self._hugging_face.install(module)
-
-    def _refuse_tensor_parallel(self) -> None:
-        size = self._facts.zero.tensor_parallel
-        if size > 1:
-            raise SequenceParallelError(
-                f"sequence={self._config.size} with ZeroConfig.tensor_parallel={size}: modules that a plan "
-                "parallelizes make DTensors of their inputs, which lose the tokens that ranks share. Use one of them."
-            )
 
     def _check_compiled(self, module: nn.Module) -> None:
         """Refuse, on every rank, a LightningModule compiled as a whole, and ranks that compiled other parts of it."""
@@ -180,6 +174,7 @@ class SequenceParallel(ModuleTechnique):
         self._module = None
         self._hugging_face.remove()
         self._compiled.remove()
+        self._parallel_layers.remove()
         self._guard.remove()
         self._checkpoints.remove()
 

@@ -86,13 +86,3 @@ def test_a_step_that_shares_nothing_is_refused(module, dims, told):
     with pytest.raises(RankFailed) as error:
         run_ranks(2, _unshared, module, dims)
     assert str(error.value).count(told) == 2  # on both ranks
-
-
-def _with_tensor_parallel(rank, world_size):
-    fitted(world_size, {"zero": {"stage": 3, "tensor_parallel": 2}, "sequence": 2}, Texts())
-
-
-def test_tensor_parallelism_beside_it_is_refused_on_every_rank():
-    with pytest.raises(RankFailed) as error:
-        run_ranks(4, _with_tensor_parallel)
-    assert str(error.value).count("sequence=2 with ZeroConfig.tensor_parallel=2: modules that a plan") == 4
