@@ -24,6 +24,7 @@ BY_TEST: dict[str, list[str]] = {
         "sequence/tokens/rules/registry.py",
         "sequence/tokens/rules/views.py",
     ],
+    "sequence/tokens/test_flex_attention.py": ["sequence/attention/flex.py"],
     # A checkpoint is saved, loaded, damaged and killed as a whole.
     "checkpoint/test_save_load.py": [
         "checkpoint/format/blocks.py",

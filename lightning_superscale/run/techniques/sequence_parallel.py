@@ -21,6 +21,7 @@ from lightning_superscale.sequence.batches import find_tokens, fingerprints, sha
 from lightning_superscale.sequence.hugging_face import HuggingFaceAttention
 from lightning_superscale.sequence.tokens.checkpoints import Checkpoints
 from lightning_superscale.sequence.tokens.custom_functions import CustomFunctions
+from lightning_superscale.sequence.tokens.flex_attention import FlexAttention
 from lightning_superscale.sequence.tokens.layout import AttentionSeen, Sharded, Sharing
 from lightning_superscale.sequence.tokens.tensor import layout_of, plain
 from lightning_superscale.torch_private import tree_map
@@ -43,6 +44,7 @@ class SequenceParallel(ModuleTechnique):
         self._is_unshared = self._is_rehearsing = False
         self._verified: Comparison | None = None
         self._hugging_face = HuggingFaceAttention()
+        self._flex = FlexAttention()
         self._guard = CustomFunctions(config.token_wise or ())
         self._checkpoints = Checkpoints()
         self._sharing = Sharing(
@@ -57,6 +59,7 @@ class SequenceParallel(ModuleTechnique):
         self._guard.install()
         self._module = module
         self._hugging_face.install(module)
+        self._flex.install(module)
 
     def _refuse_tensor_parallel(self) -> None:
         size = self._facts.zero.tensor_parallel
@@ -172,6 +175,7 @@ class SequenceParallel(ModuleTechnique):
 
     def close(self) -> None:
         self._module = None
+        self._flex.remove()
         self._hugging_face.remove()
         self._guard.remove()
         self._checkpoints.remove()
