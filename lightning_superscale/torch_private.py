@@ -244,6 +244,11 @@ def checkpointed_region() -> Any:
     return torch.ops.higher_order.tag_activation_checkpoint
 
 
+def compiled_from(function: Callable[..., Any]) -> object:
+    """The function that `torch.compile` made this one of; None for any other function."""
+    return getattr(function, "_torchdynamo_orig_callable", None)
+
+
 def compile_with_memory_budget(budget: float, inner: str | Callable[..., Any]) -> Callable[..., Any]:
     """A backend of `torch.compile` whose partitioner keeps at most this share of what it would keep for backward.
 

@@ -284,6 +284,14 @@ def test_no_other_file_imports_private_names_of_torch(path):
             raise AssertionError(f"line {node.lineno}: {node.attr} belongs in torch_private.py")
 
 
+def test_what_was_compiled_tells_its_function():
+    def function(x):
+        return x
+
+    assert torch_private.compiled_from(torch.compile(function)) is function
+    assert torch_private.compiled_from(function) is None
+
+
 def test_norms_are_added_up_in_the_order_of_clip_grad_norm():
     """Sums of many norms of two dtypes differ in their last bit where the order does."""
     generator = torch.Generator().manual_seed(0)

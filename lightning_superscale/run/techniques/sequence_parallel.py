@@ -22,6 +22,7 @@ from lightning_superscale.sequence.compiled import CompiledModules
 from lightning_superscale.sequence.hugging_face import HuggingFaceAttention
 from lightning_superscale.sequence.tokens.checkpoints import Checkpoints
 from lightning_superscale.sequence.tokens.custom_functions import CustomFunctions
+from lightning_superscale.sequence.tokens.flex_attention import FlexAttention
 from lightning_superscale.sequence.tokens.layout import AttentionSeen, Sharded, Sharing
 from lightning_superscale.sequence.tokens.parallel_layers import ParallelLayers
 from lightning_superscale.sequence.tokens.tensor import layout_of, plain
@@ -45,6 +46,7 @@ class SequenceParallel(ModuleTechnique):
         self._is_unshared = self._is_rehearsing = False
         self._verified: Comparison | None = None
         self._hugging_face = HuggingFaceAttention()
+        self._flex = FlexAttention()
         self._guard = CustomFunctions(config.token_wise or ())
         self._checkpoints = Checkpoints()
         self._compiled = CompiledModules()
@@ -62,6 +64,7 @@ class SequenceParallel(ModuleTechnique):
         self._module = module
         self._parallel_layers.install(module)
         self._hugging_face.install(module)
+        self._flex.install(module)
 
     def _check_compiled(self, module: nn.Module) -> None:
         """Refuse, on every rank, a LightningModule compiled as a whole, and ranks that compiled other parts of it."""
@@ -172,6 +175,7 @@ class SequenceParallel(ModuleTechnique):
 
     def close(self) -> None:
         self._module = None
+        self._flex.remove()
         self._hugging_face.remove()
         self._compiled.remove()
         self._parallel_layers.remove()

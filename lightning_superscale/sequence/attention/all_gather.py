@@ -28,11 +28,11 @@ def all_gather_attention(q: Tensor, k: Tensor, v: Tensor, sees: Visibility, atte
         [batch, heads, tokens, head dim of v], of this rank's tokens.
     """
     num_tokens, dim = q.shape[2], k.shape[3]
-    both = _every_token(torch.cat([k, v], dim=3), link)
+    both = every_token(torch.cat([k, v], dim=3), link)
     return attend_masked(q, both[..., :dim], both[..., dim:], sees, attend, link.rank * num_tokens)
 
 
-def _every_token(x: Tensor, link: AxisLink) -> Tensor:
+def every_token(x: Tensor, link: AxisLink) -> Tensor:
     """[batch, heads, tokens, dim] of this rank to [batch, heads, size x tokens, dim] of all."""
     batch, heads, tokens, dim = x.shape
     gathered = all_gather(x, link).view(link.size, batch, heads, tokens, dim)

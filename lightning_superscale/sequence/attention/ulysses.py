@@ -56,6 +56,17 @@ def _attend_some(
     q: Tensor, k: Tensor, v: Tensor, *, exchange: Exchange, sees: Visibility, attend: Attend, link: AxisLink
 ) -> Tensor:
     """The outputs [batch, size x heads of a rank, tokens, head dim] of one exchange, rank by rank."""
+    queries, keys, values, heads = exchanged(q, k, v, exchange, link)
+    return to_tokens(attend_masked(queries, keys, values, sees.of_heads(heads), attend), link)
+
+
+def exchanged(
+    q: Tensor, k: Tensor, v: Tensor, exchange: Exchange, link: AxisLink
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Queries, keys and values of all tokens of this rank's heads, and the numbers of its query heads, int64.
+
+    A head of zeros, where heads don't divide, has the number of the last one.
+    """
     wanted = [head for of_rank in exchange.queries for head in of_rank]
     if None in wanted:
         q = functional.pad(q, (0, 0, 0, 0, 0, 1))  # a head of zeros, at the end
@@ -67,9 +78,7 @@ def _attend_some(
     if not exchange.is_grouped:
         reads = _index(exchange.readers[link.rank], q)
         keys, values = keys.index_select(1, reads), values.index_select(1, reads)
-    mine = sees.of_heads(_index([min(head, num_queries - 1) for head in own], q))
-    output = attend_masked(queries, keys, values, mine, attend)
-    return _to_tokens(output, link)
+    return queries, keys, values, _index([min(head, num_queries - 1) for head in own], q)
 
 
 def _index(numbers: list[int] | tuple[int, ...], like: Tensor) -> Tensor:
@@ -88,8 +97,8 @@ def _to_heads(x: Tensor, link: AxisLink) -> Tensor:
     return moved.permute(1, 2, 0, 3, 4).reshape(batch, heads // link.size, link.size * tokens, dim)
 
 
-def _to_tokens(x: Tensor, link: AxisLink) -> Tensor:
-    """The inverse of `_to_heads`."""
+def to_tokens(x: Tensor, link: AxisLink) -> Tensor:
+    """The inverse of `_to_heads`: [batch, n, size x tokens, dim] to [batch, size x n, tokens, dim]."""
     batch, heads, tokens, dim = x.shape
     by_rank = x.reshape(batch, heads, link.size, tokens // link.size, dim).permute(2, 0, 1, 3, 4)
     moved = all_to_all(by_rank.flatten(0, 1), link).view(link.size, batch, heads, tokens // link.size, dim)

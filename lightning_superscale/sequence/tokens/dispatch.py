@@ -31,7 +31,9 @@ def dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     if torch.compiler.is_compiling():  # nothing is asked of the arguments, because that would lead here again
         raise SequenceParallelError(
             f"{name_of(func)} meets a tensor of tokens in a function that torch.compile compiles, which knows nothing "
-            "of tensors of which ranks have parts. Remove torch.compile there, or train with sequence=1."
+            "of tensors of which ranks have parts. Remove torch.compile there, or train with sequence=1. Only "
+            "flex_attention may be compiled, by itself: bind it to a name of a module of Python, or to an attribute of "
+            "a layer, before training begins."
         )
     call = call_of(func, name_of(func), args, kwargs)
     if call.name in _RUN_BACKWARD:

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.data import DataLoader
 
 from tests.helpers.ranks import run_ranks
 from tests.helpers.sequence import LanguageModel, Texts, fitted
+from tests.helpers.trainers import trainer
 
 CASES = {
     "ddp": {"zero": 0},
@@ -39,8 +41,23 @@ def trained(world_size, options):
     return module.losses, metrics, predicted, weights, explained
 
 
+class Flexible(LanguageModel):
+    """Attends by flex_attention, which torch only evaluates on the CPU."""
+
+    def predict_step(self, batch, batch_idx):
+        x = self.model.embed(batch[0]).unflatten(-1, (4, -1)).transpose(1, 2)
+        return flex_attention(x, x, x, lambda score, b, h, i, j: score + h * (j - i)).transpose(1, 2).flatten(2)
+
+
+def flex_predicted(world_size):
+    from lightning_superscale import SuperScaleStrategy
+
+    run = trainer(SuperScaleStrategy(sequence=world_size), devices=world_size)
+    return run.predict(Flexible(), DataLoader(Texts(2), 2))[0]
+
+
 def _all(rank, world_size):
-    found = {}
+    found = {"flex": flex_predicted(world_size)}
     for name, options in CASES.items():
         found[name] = trained(world_size, {"sequence": world_size, **options})
     return found
@@ -54,6 +71,13 @@ def shared():
 @pytest.fixture(scope="module")
 def alone():
     return trained(1, {})
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+def test_flex_attention_evaluates_as_on_one_process(shared):
+    expected = flex_predicted(1)
+    for rank in range(2):
+        torch.testing.assert_close(shared[rank]["flex"], expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -67,11 +67,16 @@ _REFUSED: list[tuple[str, str, str]] = [
         "Use functions that name dims, such as flatten(0, 1), or whole tensors before the model's first layer.",
     ),
     (
-        "flex_attention flash_attn_func flash_attn_varlen_func _scaled_dot_product_flash_attention "
+        "flash_attn_func flash_attn_varlen_func _scaled_dot_product_flash_attention "
         "_scaled_dot_product_efficient_attention _scaled_dot_product_attention_math",
         "attends to this rank's tokens alone",
         "Use torch.nn.functional.scaled_dot_product_attention, which ranks share; in transformers, "
         "attn_implementation='sdpa'.",
+    ),
+    (
+        "flex_attention",
+        "attends to this rank's tokens alone where it has a name that could not be replaced",
+        "Bind it to a name of a module of Python, or to an attribute of a layer, before training begins.",
     ),
     (
         "ctc_loss cosine_embedding_loss multi_margin_loss multilabel_margin_loss soft_margin_loss "
