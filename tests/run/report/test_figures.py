@@ -12,7 +12,8 @@ from lightning_superscale.run.report.figures import figures_of, sentence_of
 
 def test_figures_of_several_optimizers_have_names_of_their_own():
     figure = Figure("late", "steps late", "steps", expected=2.0, measured=1.5)
-    engines = [SimpleNamespace(figures=lambda told=told: told) for told in ((figure,), (), (figure,))]
+    rules = [SimpleNamespace(figures=lambda told=told: told) for told in ((figure,), (), (figure,))]
+    engines = [SimpleNamespace(rule=rule) for rule in rules]
     found = figures_of(SimpleNamespace(engines=dict(enumerate(engines))))
     assert [one.name for one in found] == ["late-0", "late-2"]
     assert sentence_of(found[1]) == "optimizer 2: steps late: 2.00 steps expected, 1.50 steps measured"
