@@ -25,21 +25,20 @@ def test_two_ranks_keep_half_and_have_the_gradients_of_one_process(tmp_path: Pat
     pytest.importorskip("transformers")
     out = tmp_path / "sequence.json"
     command = [sys.executable, "benchmarks/sequence.py", "--size", "tiny", "--stages", "0", "--rounds", "1"]
-    command += ["--steps", "1", "--only", "ulysses-z0", "ring-z0", "--json", str(out)]
+    command += ["--steps", "1", "--only", "ulysses-z0", "--json", str(out)]
     done = subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(out.read_text())
     assert report == json.loads(done.stdout.splitlines()[-1])
     [table] = report["tables"]
-    one, ulysses, ring = table["rows"]
+    one, row = table["rows"]
     assert (one["name"], one["gradient_error"], one["sent_bytes"]) == ("one-process", 0, 0)
-    for row in (ulysses, ring):
-        assert 0 < row["gradient_error"] < 1e-5
-        assert row["loss_error"] < 1e-6
-        assert row["kept_to_one"] <= 1.1 / 2
-        # Gradients of 4 bytes alone: each of two ranks sends one half, and the sum of the other; the rest is of tokens.
-        assert row["sent_bytes"] > 4 * table["num_params"]
-        assert row["ms"] > 0
+    assert 0 < row["gradient_error"] < 1e-5
+    assert row["loss_error"] < 1e-6
+    assert row["kept_to_one"] <= 1.1 / 2
+    # Gradients of 4 bytes alone: each of two ranks sends one half, and the sum of the other; the rest is of tokens.
+    assert row["sent_bytes"] > 4 * table["num_params"]
+    assert row["ms"] > 0
 
 
 def test_gradient_errors_are_of_the_worst_parameter_relative_to_its_largest() -> None:

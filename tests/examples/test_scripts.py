@@ -185,6 +185,7 @@ def test_long_documents_have_the_losses_of_one_process_and_half_of_its_activatio
     assert "attend by ulysses" in result.stdout
 
 
+@only_in_test_all
 def test_long_documents_refuse_too_long_ones_in_one_line(tmp_path):
     (tmp_path / "text.txt").write_text("short")
     result = python(LONG, "--data=text.txt", cwd=tmp_path)
