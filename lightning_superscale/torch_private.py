@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed.tensor.parallel import ParallelStyle
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
     _disable_current_modes,
@@ -383,6 +384,26 @@ def functions_past_torch_function() -> list[tuple[Any, str]]:
         (torch._functorch.vmap, "_add_batch_dim"),
         (torch._functorch.eager_transforms, "_wrap_tensor_for_grad"),
     ]
+
+
+def parallel_styles_of(module: nn.Module) -> dict[str, list[Any]]:
+    """The styles of tensor parallelism whose hooks a module has: by class name, what those hooks were made with.
+
+    `distribute_module` leaves a mark on the module, and its hooks; a module with the mark alone has the style
+    "distribute_module".
+    """
+    found: dict[str, list[Any]] = {}
+    for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+        for cell in getattr(hook, "__closure__", None) or ():
+            made = cell.cell_contents
+            if isinstance(made, ParallelStyle):
+                found.setdefault(type(made).__name__, [])
+            elif isinstance(made, functools.partial):
+                owner = getattr(made.func, "__qualname__", "").partition(".")[0]
+                found.setdefault(owner, []).extend(tree_leaves(made.args))
+    if not found and getattr(module, "_distribute_module_applied", False):
+        found["distribute_module"] = []
+    return found
 
 
 def composable_states() -> MutableMapping[nn.Module, Any]:

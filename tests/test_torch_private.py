@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_module
+from torch.distributed.tensor.parallel import PrepareModuleInput, RowwiseParallel, parallelize_module
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lightning_superscale
@@ -268,6 +270,23 @@ def test_fully_shard_keeps_its_state_where_we_look(tmp_path):
         assert module not in torch_private.composable_states()
         fully_shard(module, mesh=init_device_mesh("cpu", (1,)))
         assert module in torch_private.composable_states()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_modules_tell_the_styles_of_a_plan_and_what_they_were_made_with(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        cut = parallelize_module(
+            nn.Linear(2, 2), mesh, RowwiseParallel(output_layouts=Shard(1), use_local_output=False)
+        )
+        assert torch_private.parallel_styles_of(cut) == {"RowwiseParallel": [Shard(-1), Shard(-1), Shard(1), False]}
+        same = {"input_layouts": Replicate(), "desired_input_layouts": Replicate()}
+        prepared = parallelize_module(nn.Sequential(), mesh, PrepareModuleInput(**same))
+        assert torch_private.parallel_styles_of(prepared) == {"PrepareModuleInput": []}
+        assert torch_private.parallel_styles_of(distribute_module(nn.Linear(2, 2), mesh)) == {"distribute_module": []}
+        assert torch_private.parallel_styles_of(nn.Linear(2, 2)) == {}
     finally:
         torch.distributed.destroy_process_group()
 

@@ -25,8 +25,6 @@ BY_TEST: dict[str, list[str]] = {
         "sequence/tokens/rules/views.py",
     ],
     "sequence/tokens/test_flex_attention.py": ["sequence/attention/flex.py"],
-    # A layer is cut, and its tokens shared, on the ranks of a run.
-    "plugins/trainer/test_sequence_tensor_parallel.py": ["sequence/tokens/parallel_layers.py"],
     # A checkpoint is saved, loaded, damaged and killed as a whole.
     "checkpoint/test_save_load.py": [
         "checkpoint/format/blocks.py",

@@ -24,7 +24,7 @@ from lightning_superscale.sequence.tokens.checkpoints import Checkpoints
 from lightning_superscale.sequence.tokens.custom_functions import CustomFunctions
 from lightning_superscale.sequence.tokens.flex_attention import FlexAttention
 from lightning_superscale.sequence.tokens.layout import AttentionSeen, Sharded, Sharing
-from lightning_superscale.sequence.tokens.parallel_layers import ParallelLayers
+from lightning_superscale.sequence.tokens.parallel_modules import ParallelModules, why_not_token_wise
 from lightning_superscale.sequence.tokens.tensor import layout_of, plain
 from lightning_superscale.torch_private import compilation_of, tree_map
 
@@ -50,21 +50,33 @@ class SequenceParallel(ModuleTechnique):
         self._guard = CustomFunctions(config.token_wise or ())
         self._checkpoints = Checkpoints()
         self._compiled = CompiledModules()
-        self._parallel_layers = ParallelLayers()
+        self._parallel_modules = ParallelModules()
         self._sharing = Sharing(
             link=AxisLink.along_sequence(facts.mesh), mode=config.mode, num_chunks=config.head_chunks
         )
 
     def prepare(self, module: nn.Module) -> None:
+        self._refuse_plan(module)
         self._check_compiled(module)
+        self._parallel_modules.install(module)
         self._checkpoints.install()
         self._agree_on_random_numbers()
         self._guard.install()
         self._compiled.install(module, self._sharing)
         self._module = module
-        self._parallel_layers.install(module)
         self._hugging_face.install(module)
         self._flex.install(module)
+
+    def _refuse_plan(self, module: nn.Module) -> None:
+        """Refuse, on every rank, a plan of tensor parallelism that is not of tokens one by one on any rank."""
+        if self._facts.mesh.tensor.size == 1:
+            return
+        refused = gather_objects(self._facts.mesh, why_not_token_wise(module))
+        why = next((one for one in refused if one is not None), None)
+        if why is not None:
+            raise SequenceParallelError(
+                f"sequence={self._config.size} with ZeroConfig.tensor_parallel={self._facts.mesh.tensor.size}: {why}"
+            )
 
     def _check_compiled(self, module: nn.Module) -> None:
         """Refuse, on every rank, a LightningModule compiled as a whole, and ranks that compiled other parts of it."""
@@ -176,9 +188,9 @@ class SequenceParallel(ModuleTechnique):
     def close(self) -> None:
         self._module = None
         self._flex.remove()
+        self._parallel_modules.remove()
         self._hugging_face.remove()
         self._compiled.remove()
-        self._parallel_layers.remove()
         self._guard.remove()
         self._checkpoints.remove()
 

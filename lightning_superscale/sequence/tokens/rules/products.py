@@ -38,8 +38,8 @@ def _entered(call: Call) -> Call:
     return Call(call.func, call.name, args, kwargs)
 
 
-@rule("embedding")
-def embedding(call: Call) -> Any:
+def tokens_looked_up(call: Call) -> Call:
+    """The call of an embedding with this rank's part of ids; refused where that would not give its part of rows."""
     call = _entered(call)
     ids, weight, _, max_norm, _, by_frequency = call.bind(
         "input weight padding_idx max_norm norm_type scale_grad_by_freq"
@@ -51,16 +51,28 @@ def embedding(call: Call) -> Any:
         call.refuse(
             f"with {option} changes weights by all ids of a batch, of which this rank has a part", "Leave it out."
         )
-    return with_layout(call.run(), ids.placement)
+    return call
 
 
-@rule("linear")
-def linear(call: Call) -> Any:
+@rule("embedding")
+def embedding(call: Call) -> Any:
+    call = tokens_looked_up(call)
+    return with_layout(call.run(), call.args[0].placement)
+
+
+def tokens_multiplied(call: Call) -> Call:
+    """The call of a linear layer with this rank's part of tokens; refused where it would mix them."""
     call = _entered(call)
     x, weight = call.bind("input weight")
     if is_sharded(weight) or not is_sharded(x) or x.placement.tokens.dim == plain(x).dim() - 1:
         call.refuse("mixes tokens with one another", "Apply layers to the dim of features.")
-    return with_layout(call.run(), x.placement)
+    return call
+
+
+@rule("linear")
+def linear(call: Call) -> Any:
+    call = tokens_multiplied(call)
+    return with_layout(call.run(), call.args[0].placement)
 
 
 @rule("layer_norm", "rms_norm")
