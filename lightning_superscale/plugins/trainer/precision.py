@@ -141,6 +141,14 @@ class SuperScalePrecisionMixin(_Base):
     def convert_module(self, module: nn.Module) -> nn.Module:
         return module if self._keeps_weights else module.to(self.choices.weights)
 
+    def widen_module(self, module: nn.Module) -> None:
+        """Give a module weights of 64 bits, if it is to have them, before it loads some.
+
+        Lightning loads checkpoints before `convert_module`, where weights of 32 bits would round them.
+        """
+        if self.choices.weights == torch.float64:
+            self.convert_module(module)
+
     def convert_input(self, data: Any) -> Any:
         if self._keeps_weights or self.choices.autocast is not None:
             return data

@@ -490,6 +490,7 @@ class SuperScaleStrategyMixin(SampleRanksMixin):
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         io = self._io
         allow = None if io is None else io.config.allow
+        self._precision.widen_module(self._module)
         self.run.load_module_state(self._module, checkpoint["state_dict"], strict=strict, allow=allow)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:

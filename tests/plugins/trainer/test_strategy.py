@@ -75,7 +75,7 @@ def test_bf16_true_equals_a_hand_written_master_loop(name, max_norm):
     assert_same_weights(ours, plain)
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed", "64-true"])
 def test_resumed_run_equals_the_uninterrupted_one(name, precision, tmp_path):
     straight = Regressor()
     fit(straight, name, precision=precision, max_epochs=4)
