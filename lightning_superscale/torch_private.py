@@ -145,6 +145,11 @@ def make_wrapper(cls: type[Tensor], shape: Sequence[int], dtype: torch.dtype, de
     return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
 
 
+def same_memory_as(tensor: Tensor, cls: type[Tensor]) -> Any:
+    """A tensor of a subclass with the memory of another one, which autograd takes for no view of it."""
+    return torch.Tensor._make_subclass(cls, tensor)
+
+
 def add_to_all(tensors: list[Tensor], value: float) -> None:
     """Add a number to every tensor, in place, in one launch."""
     torch._foreach_add_(tensors, value)

@@ -187,6 +187,18 @@ def test_a_tracers_tensors_are_known_and_a_checkpoint_is_one_function_of_a_graph
     assert torch_private.checkpointed_region() in targets
 
 
+def test_a_tensor_of_a_class_shares_memory_and_is_no_view():
+    class Marked(torch.Tensor):
+        pass
+
+    x = torch.ones(2)
+    marked = torch_private.same_memory_as(x, Marked)
+    assert type(marked) is Marked
+    assert marked._base is None
+    x.fill_(3.0)
+    assert marked.tolist() == [3.0, 3.0]
+
+
 def test_compiled_modules_are_known_and_seen_through():
     module = nn.Sequential(nn.Linear(2, 2))
     assert not torch_private.is_compiled(module)

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_superscale.comm.collectives import gather_objects
+from lightning_superscale.comm.communicator import Communicator
 from lightning_superscale.comm.in_graph import AxisLink
 from lightning_superscale.config import SequenceConfig
 from lightning_superscale.errors import SequenceParallelError
+from lightning_superscale.offload.link.link import Link
 from lightning_superscale.run.techniques.first_batch import Comparison, compare_first_batch
 from lightning_superscale.run.techniques.technique import ModuleTechnique, Rehearse, TechniqueFacts
 from lightning_superscale.sequence.batches import find_tokens, fingerprints, shared
@@ -24,6 +26,7 @@ from lightning_superscale.sequence.tokens.checkpoints import Checkpoints
 from lightning_superscale.sequence.tokens.custom_functions import CustomFunctions
 from lightning_superscale.sequence.tokens.flex_attention import FlexAttention
 from lightning_superscale.sequence.tokens.layout import AttentionSeen, Sharded, Sharing
+from lightning_superscale.sequence.tokens.outputs import OwnOutputs
 from lightning_superscale.sequence.tokens.parallel_modules import ParallelModules, why_not_token_wise
 from lightning_superscale.sequence.tokens.tensor import layout_of, plain
 from lightning_superscale.torch_private import compilation_of, tree_map
@@ -51,6 +54,7 @@ class SequenceParallel(ModuleTechnique):
         self._checkpoints = Checkpoints()
         self._compiled = CompiledModules()
         self._parallel_modules = ParallelModules()
+        self._own_outputs = OwnOutputs()
         self._sharing = Sharing(
             link=AxisLink.along_sequence(facts.mesh), mode=config.mode, num_chunks=config.head_chunks
         )
@@ -97,6 +101,10 @@ class SequenceParallel(ModuleTechnique):
                     f"{type(module).__name__}, rank {rank} {names or 'none'}; ranks that share tokens run the same "
                     "graphs. Compile the same modules on every rank."
                 )
+
+    def connect(self, ranks: Communicator, link: Link | None) -> None:
+        if self._module is not None:
+            self._own_outputs.install(self._module)
 
     def batch(self, batch: Any, *, trains: bool) -> Any:
         """The same batch on every rank, whose tensors know their tokens.
@@ -189,6 +197,7 @@ class SequenceParallel(ModuleTechnique):
         self._module = None
         self._flex.remove()
         self._parallel_modules.remove()
+        self._own_outputs.remove()
         self._hugging_face.remove()
         self._compiled.remove()
         self._guard.remove()

@@ -1,0 +1,61 @@
+"""Outputs of sharded modules, as tensors that are no views.
+
+FSDP gathers a module's weights for backward in a hook on the module's output. A TokenTensor is a view of a plain
+tensor, and writing to a view in place takes it from the graph that its hooks are in: weights would be missing in
+backward after `y = block(x); y += x`, which is right for plain tensors. So what such a module returns is made a tensor
+of its own, of the same memory, before FSDP sees it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.utils.hooks import RemovableHandle
+
+from lightning_superscale.sequence.tokens.tensor import TokenTensor, layout_of, plain
+from lightning_superscale.torch_private import same_memory_as, tree_map
+
+
+class OwnOutputs:
+    """From `install` to `remove`, sharded modules return tensors of tokens that are no views."""
+
+    def __init__(self) -> None:
+        self._handles: list[RemovableHandle] = []
+
+    def install(self, root: nn.Module) -> None:
+        """Hook all modules of which FSDP shards the weights, before FSDP's own hooks."""
+        for module in root.modules():
+            if isinstance(module, FSDPModule):
+                self._handles.append(module.register_forward_hook(_own_output, prepend=True))
+
+    def remove(self) -> None:
+        """Take the hooks away."""
+        while self._handles:
+            self._handles.pop().remove()
+
+
+def _own_output(module: nn.Module, args: Any, output: Any) -> Any:
+    return tree_map(_owned, output)
+
+
+def _owned(x: Any) -> Any:
+    if type(x) is not TokenTensor or not x.requires_grad:
+        return x
+    return _Own.apply(x)  # type: ignore[no-untyped-call]
+
+
+class _Own(torch.autograd.Function):
+    """The same tensor with tokens, which autograd takes for no view of it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: TokenTensor) -> Tensor:
+        own: Tensor = same_memory_as(plain(x), TokenTensor)
+        own.placement = layout_of(x)  # type: ignore[attr-defined]
+        return own
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0]
