@@ -13,12 +13,16 @@ An ordinary error in the middle of a step can't be put off. The engine notes tha
 
 from __future__ import annotations
 
+import _weakrefset
 import signal
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Protocol
+
+import torch.utils.weak
 
 # The seconds that the framework is given to count a step: many times what it needs, and too short to be noticed.
 _TAIL_S = 0.1
@@ -116,8 +120,12 @@ class StepInterrupts:
         self._former = None
 
 
+# Where callbacks of weak references run: finalizers, and entries of dictionaries that go with their keys.
+_WEAK = frozenset(str(module.__file__) for module in (weakref, _weakrefset, torch.utils.weak))
+
+
 def _is_in_finalizer(frame: FrameType | None) -> bool:
-    """Whether the garbage collector runs, which would swallow an error."""
-    while frame is not None and frame.f_code.co_name != "__del__":
+    """Whether an object is being given up, where Python would swallow an error."""
+    while frame is not None and frame.f_code.co_name != "__del__" and frame.f_code.co_filename not in _WEAK:
         frame = frame.f_back
     return frame is not None

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import lightning_superscale as lss
-from lightning_superscale.run.interrupts import mark_whole
+from lightning_superscale.run.interrupts import StepInterrupts, mark_whole
 from tests.adversarial.reading_modules import Reads
 from tests.helpers.extent import IS_ALL
 from tests.helpers.trainers import loader, trainer
@@ -213,6 +213,38 @@ def more_steps(name, number):
     run = trainer(STRATEGIES[name](), callbacks=[keeper], **{**FLAGS, "max_steps": number})
     run.fit(Small(), Endless())
     return keeper.steps
+
+
+class Given:
+    """Is given up with an interrupt in it."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        if kind == "finalizer":
+            weakref.finalize(self, interrupt)
+
+    def __del__(self):
+        if self.kind == "__del__":
+            interrupt()
+
+
+def interrupt():
+    os.kill(os.getpid(), signal.SIGINT)
+    for _ in range(1000):  # Python heeds a signal between two instructions
+        pass
+
+
+@pytest.mark.parametrize("kind", ["__del__", "finalizer"])
+def test_ctrl_c_while_an_object_is_given_up_comes_afterwards(kind):
+    interrupts = StepInterrupts()
+    interrupts.open()
+    try:
+        given = Given(kind)
+        with pytest.raises(KeyboardInterrupt):  # noqa: PT012 # it may come at any moment
+            del given
+            time.sleep(5)
+    finally:
+        interrupts.close()
 
 
 def test_a_second_ctrl_c_does_not_wait_for_a_step_that_is_stuck():
