@@ -239,10 +239,9 @@ def set_compiled_call(module: nn.Module, call: Callable[..., Any]) -> Callable[.
     return before
 
 
-def capture_error() -> type[Exception]:
-    """What Dynamo raises where it can't capture a function."""
-    found: type[Exception] = torch._dynamo.exc.TorchDynamoException
-    return found
+def capture_errors() -> tuple[type[Exception], ...]:
+    """What Dynamo raises where it can't capture a function, or has captured it too often."""
+    return torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit
 
 
 def checkpointed_region() -> Any:

@@ -160,7 +160,7 @@ def test_a_break_in_a_graph_raises_a_capture_error():
         torch._dynamo.graph_break()
         return x
 
-    with pytest.raises(torch_private.capture_error()):
+    with pytest.raises(torch_private.capture_errors()):
         torch.compile(breaks, backend="eager", fullgraph=True)(torch.ones(2))
 
 

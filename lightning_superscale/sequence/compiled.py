@@ -33,7 +33,7 @@ from lightning_superscale.sequence.whole import are_whole
 from lightning_superscale.torch_private import (
     Compilation,
     behind_compile,
-    capture_error,
+    capture_errors,
     checkpointed_region,
     compilation_of,
     is_of_tracer,
@@ -113,7 +113,9 @@ class CompiledForward:
         # The tensor behind each stand-in of the present call, by the stand-in's id.
         self._behind: dict[int, Tensor] = {}
         self._without_tokens = compilation.compiled(forward)
-        self._with_tokens = torch.compile(forward, backend=self._capture, fullgraph=True, dynamic=compilation.dynamic)
+        self._with_tokens = torch.compile(
+            _with_code_of_its_own(forward, name), backend=self._capture, fullgraph=True, dynamic=compilation.dynamic
+        )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling() or are_whole() or self.why_not:
@@ -134,13 +136,14 @@ class CompiledForward:
         try:
             result = self._with_tokens(*tree_map(stand_in, args), **tree_map(stand_in, kwargs))
             result = tree_map(lambda x: self._behind.get(id(x), x), result)
-        except capture_error() as error:
-            self.why_not = str(error).strip().partition("\n")[0]
+        except capture_errors() as error:
+            why = error.__cause__ if str(error).startswith("Hard failure") and error.__cause__ else error
+            self.why_not = str(why).strip().partition("\n")[0]
             _log.warning(
-                "%s runs uncompiled: ranks share its tokens, for which its forward has to be one graph, and torch "
-                "finds more than one. Compile smaller modules. %s",
+                "%s runs uncompiled: ranks share its tokens, for which torch has to capture its forward as one graph "
+                "for each kind of inputs, and it does not. Compile smaller modules, or give it fewer kinds. %s",
                 self.name,
-                error,
+                why,
             )
             return self.plainly(*args, **kwargs)
         finally:
@@ -199,6 +202,21 @@ class CompiledForward:
                 f"{self.name} is compiled, and what ranks compute of it with their tokens could not be: "
                 f"{type(error).__name__}: {error}\nCompile smaller modules, or not this one."
             ) from error
+
+
+def _with_code_of_its_own(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """The same function by another code object, named after the module whose forward it is.
+
+    Dynamo keeps graphs by code object, at most `recompile_limit` (8) of them, and modules of one class share their
+    forward's. Each module has a backend of its own here, hence graphs of its own: a ninth block would be one too many.
+    Shapes that Dynamo found to change are known by the code's name.
+    """
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    call.__code__ = call.__code__.replace(co_name=name)
+    return call
 
 
 def _stand_in(x: Tensor) -> Tensor:

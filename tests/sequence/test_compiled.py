@@ -134,6 +134,22 @@ SAME = (Block, Checkpointed, Constants, HandsOn, Thins)
 REFUSED = (Keeps, Mixes, Drops)
 
 
+def _why_not(num: int, sharing: Sharing):
+    """Graphs, and why there are none, of some modules of one class, one after the other."""
+    torch._dynamo.reset()
+    net, modules = nn.Sequential(*(Block().double() for _ in range(num))), CompiledModules()
+    for block in net:
+        block.compile(backend="aot_eager")
+    modules.install(net, sharing)
+    forwards = [block.forward for block in net]
+    try:
+        first = nn.Linear(WIDTH, WIDTH, dtype=torch.float64)
+        net(first(with_layout(_inputs(), Replicated(TokenDim(1, TOKENS), sharing))))
+    finally:
+        modules.remove()
+    return [(forward.num_kinds, forward.why_not) for forward in forwards]
+
+
 def _all(rank: int, world_size: int):
     link = AxisLink(MeshAxis("sequence", rank, world_size, dist.group.WORLD))
     sharing, found = Sharing(link=link), {}
@@ -153,6 +169,9 @@ def _all(rank: int, world_size: int):
             _found(cls, sharing, compiles=True)
         found[cls.__name__] = str(refusal.value)
     found["lengths"] = _found(Block, sharing, compiles=True, lengths=(10, 12, 10, 11, 12))
+    with torch._dynamo.config.patch(recompile_limit=2):
+        found["too many"] = _found(Block, sharing, compiles=True, lengths=(10, 12, 1))
+        found["three"] = _why_not(3, sharing)
     found["Breaks"] = _found(Breaks, sharing, compiles=True)
     return found
 
@@ -191,6 +210,18 @@ def test_a_module_that_is_no_one_graph_runs_uncompiled(found):
         _assert_equal(one["Breaks"][:2], (loss, grads))
         assert one["Breaks"][2] == 0
         assert "graph_break()" in one["Breaks"][3]
+
+
+def test_modules_of_one_class_have_the_recompile_limit_each(found):
+    for one in found:
+        assert one["three"] == [(1, "")] * 3
+
+
+def test_a_module_over_the_recompile_limit_runs_uncompiled(found):
+    loss, grads, *_ = _found(Block, None, compiles=False, lengths=(10, 12, 1))
+    for one in found:
+        _assert_equal(one["too many"][:2], (loss, grads))
+        assert "recompile limit exceeded" in one["too many"][3]
 
 
 def test_what_cannot_be_shared_is_refused_with_its_line(found):
