@@ -249,6 +249,11 @@ def checkpointed_region() -> Any:
     return torch.ops.higher_order.tag_activation_checkpoint
 
 
+def name_of_higher_order(function: object) -> str:
+    """The name of an operator that takes functions, by which a captured graph says what it calls; "" for others."""
+    return str(function) if isinstance(function, torch._ops.HigherOrderOperator) else ""
+
+
 def compiled_from(function: Callable[..., Any]) -> object:
     """The function that `torch.compile` made this one of; None for any other function."""
     return getattr(function, "_torchdynamo_orig_callable", None)

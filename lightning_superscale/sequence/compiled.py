@@ -16,7 +16,7 @@ import logging
 import operator
 import types
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from lightning_superscale.errors import SequenceParallelError
 from lightning_superscale.sequence.hugging_face import attend_shared
 from lightning_superscale.sequence.tokens.call import global_shape
 from lightning_superscale.sequence.tokens.layout import Layout, Sharded, Sharing
-from lightning_superscale.sequence.tokens.tensor import layout_of, plain, with_layout
+from lightning_superscale.sequence.tokens.tensor import layout_of, plain, sharded_in, with_layout
 from lightning_superscale.sequence.tokens.traced import RuledGraph, is_tensor
 from lightning_superscale.sequence.whole import are_whole
 from lightning_superscale.torch_private import (
@@ -37,6 +37,7 @@ from lightning_superscale.torch_private import (
     checkpointed_region,
     compilation_of,
     is_of_tracer,
+    name_of_higher_order,
     set_compiled_call,
     tree_leaves,
     tree_map,
@@ -44,6 +45,11 @@ from lightning_superscale.torch_private import (
 
 _log = logging.getLogger(__name__)
 
+# Operators of captured graphs that run code past the rules, and what the user wrote.
+_REFUSED = {
+    "register_hook": "registers a hook on",
+    "autograd_function_apply": "applies an autograd function to",
+}
 # Kinds of inputs of one module from which on its user is told that each is compiled for.
 _MANY = 8
 
@@ -148,6 +154,7 @@ class CompiledForward:
             return self.plainly(*args, **kwargs)
         finally:
             self._behind = outer
+        self._refuse_marked(stand_ins.values())
         kept = [weakref.ref(one) for one in stand_ins.values()]
         stand_ins.clear()
         self._refuse_kept(kept)
@@ -157,6 +164,15 @@ class CompiledForward:
         """A copy of the module, such as an average of its weights, has its own forward, uncompiled."""
         copied = memo[id(self._compilation.module)]
         return types.MethodType(type(copied).forward, copied)
+
+    def _refuse_marked(self, stand_ins: Iterable[Tensor]) -> None:
+        """Refuse hooks and attributes on an input: Dynamo puts them on the stand-in, which backward never meets."""
+        if any(one._backward_hooks or vars(one) for one in stand_ins):
+            raise SequenceParallelError(
+                f"{self.name} is compiled, and its forward registers a hook, or sets an attribute, on a tensor of "
+                "tokens that it was given, in whose place the compiled forward has a stand-in. Do so where the module "
+                "is called, or do not compile it."
+            )
 
     def _refuse_kept(self, kept: list[weakref.ref[Tensor]]) -> None:
         """Refuse code that keeps an input: outside of the graph it has the stand-in."""
@@ -295,6 +311,12 @@ class _Checkpointing(RuledGraph):
         self.sent_again: list[tuple[str, int]] = []
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        does = _REFUSED.get(name_of_higher_order(target))
+        if does is not None and sharded_in((args, kwargs)):
+            raise SequenceParallelError(
+                f"{self.kind} is compiled, and {does} a tensor of tokens, for which torch captures code that computes "
+                f"with this rank's tokens alone at {self.place(())[1]}. Do not compile this module."
+            )
         if target is not checkpointed_region():
             return super().call_function(target, args, kwargs)
         region, *given = args

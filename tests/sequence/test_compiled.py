@@ -71,6 +71,41 @@ class Keeps(Block):
         return super().forward(x)
 
 
+class Hooks(Block):
+    def forward(self, x):
+        x.register_hook(lambda grad: grad * 0.5)
+        return super().forward(x)
+
+
+class HooksInside(Block):
+    def forward(self, x):
+        y = super().forward(x)
+        y.register_hook(lambda grad: grad.clamp(-1e-3, 1e-3))
+        return y * 2
+
+
+class Squares(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * ctx.saved_tensors[0] * grad
+
+
+class Applies(Block):
+    def forward(self, x):
+        return Squares.apply(super().forward(x))
+
+
+class Marks(Block):
+    def forward(self, x):
+        x.scale = 0.5
+        return super().forward(x)
+
+
 class Breaks(Block):
     def forward(self, x):
         torch._dynamo.graph_break()
@@ -131,7 +166,7 @@ def _found(cls, sharing: Sharing | None, *, compiles: bool, lengths=(TOKENS,)):
 
 
 SAME = (Block, Checkpointed, Constants, HandsOn, Thins)
-REFUSED = (Keeps, Mixes, Drops)
+REFUSED = (Keeps, Hooks, HooksInside, Applies, Marks, Mixes, Drops)
 
 
 def _why_not(num: int, sharing: Sharing):
@@ -231,6 +266,12 @@ def test_what_cannot_be_shared_is_refused_with_its_line(found):
         assert "fft_fft([2, 10, 6] with tokens on dim 1)" in one["Mixes"]
         assert f"in Mixes at {__file__}:{line}" in one["Mixes"]
         assert "keeps a tensor of tokens that it was given" in one["Keeps"]
+        for name in ("Hooks", "Marks"):
+            assert "registers a hook, or sets an attribute, on a tensor of tokens that it was given" in one[name]
+        # torch 2.11 captures a hook as an autograd function.
+        assert "a tensor of tokens, for which torch captures code" in one["HooksInside"]
+        assert "Applies is compiled, and applies an autograd function to a tensor of tokens" in one["Applies"]
+        assert f" at {__file__}:" in one["Applies"]
         assert "drops weights of attention in a compiled module" in one["Drops"]
 
 
