@@ -27,7 +27,7 @@ from lightning_superscale.errors import SequenceParallelError
 from lightning_superscale.sequence.hugging_face import attend_shared
 from lightning_superscale.sequence.tokens.call import global_shape
 from lightning_superscale.sequence.tokens.layout import Layout, Sharded, Sharing
-from lightning_superscale.sequence.tokens.tensor import layout_of, plain, sharded_in, with_layout
+from lightning_superscale.sequence.tokens.tensor import TokenTensor, layout_of, plain, sharded_in, with_layout
 from lightning_superscale.sequence.tokens.traced import RuledGraph, is_tensor
 from lightning_superscale.sequence.whole import are_whole
 from lightning_superscale.torch_private import (
@@ -247,6 +247,14 @@ def _plain(x: Any) -> Any:
     return plain(x) if is_tensor(x) else x
 
 
+def _example(x: Any) -> Any:
+    """What a compiler is shown of an input: a tracer asks a view's base all that no rule answers of tokens."""
+    part = _plain(x)
+    if is_tensor(part) and type(part._base) is TokenTensor:  # what sharded modules return, see outputs.py
+        return part.detach().requires_grad_(part.requires_grad)
+    return part
+
+
 def _kind(x: Any) -> Any:
     """What a graph is compiled for, of one input; equal where the same graph is right."""
     if not is_tensor(x):
@@ -337,7 +345,7 @@ class _Program:
         kind = type(compilation.module).__name__
         self._rules = _Rules(graph, [layout_of(x) for x in inputs], sharing, kind)
         with traced() as returned:  # forward's collectives are met within a `traced` of its own
-            self._compiled = compilation.backend(self._rules.as_graph(), [_plain(x) for x in inputs])
+            self._compiled = compilation.backend(self._rules.as_graph(), [_example(x) for x in inputs])
         self._returned = [*self._rules.sent_again, *returned]
 
     def __call__(self, inputs: list[Any]) -> tuple[Any, ...]:

@@ -21,6 +21,7 @@ from lightning_superscale.errors import SequenceParallelError
 from lightning_superscale.sequence.compiled import CompiledModules
 from lightning_superscale.sequence.hugging_face import HuggingFaceAttention
 from lightning_superscale.sequence.tokens.layout import Replicated, Sharing, TokenDim
+from lightning_superscale.sequence.tokens.outputs import _own_output
 from lightning_superscale.sequence.tokens.tensor import plain, with_layout
 from tests.helpers.extent import only_in_test_all
 from tests.helpers.ranks import run_ranks
@@ -175,6 +176,7 @@ def _why_not(num: int, sharing: Sharing):
     net, modules = nn.Sequential(*(Block().double() for _ in range(num))), CompiledModules()
     for block in net:
         block.compile(backend="aot_eager")
+        block.register_forward_hook(_own_output)  # as stage 3 does
     modules.install(net, sharing)
     forwards = [block.forward for block in net]
     try:
