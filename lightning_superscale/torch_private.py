@@ -239,15 +239,19 @@ def set_compiled_call(module: nn.Module, call: Callable[..., Any]) -> Callable[.
     return before
 
 
-def capture_error() -> type[Exception]:
-    """What Dynamo raises where it can't capture a function."""
-    found: type[Exception] = torch._dynamo.exc.TorchDynamoException
-    return found
+def capture_errors() -> tuple[type[Exception], ...]:
+    """What Dynamo raises where it can't capture a function, or has captured it too often."""
+    return torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit
 
 
 def checkpointed_region() -> Any:
     """The operator by which a captured graph says that a part of it is computed again in backward."""
     return torch.ops.higher_order.tag_activation_checkpoint
+
+
+def name_of_higher_order(function: object) -> str:
+    """The name of an operator that takes functions, by which a captured graph says what it calls; "" for others."""
+    return str(function) if isinstance(function, torch._ops.HigherOrderOperator) else ""
 
 
 def compiled_from(function: Callable[..., Any]) -> object:

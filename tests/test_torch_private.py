@@ -155,12 +155,19 @@ def test_how_a_module_was_compiled_is_known_and_its_call_can_be_replaced():
         assert compiled(torch.ones(2)).shape == (2,)
 
 
+def test_operators_that_take_functions_are_known_by_name():
+    assert (
+        torch_private.name_of_higher_order(torch.ops.higher_order.autograd_function_apply) == "autograd_function_apply"
+    )
+    assert torch_private.name_of_higher_order(torch.add) == ""
+
+
 def test_a_break_in_a_graph_raises_a_capture_error():
     def breaks(x):
         torch._dynamo.graph_break()
         return x
 
-    with pytest.raises(torch_private.capture_error()):
+    with pytest.raises(torch_private.capture_errors()):
         torch.compile(breaks, backend="eager", fullgraph=True)(torch.ones(2))
 
 

@@ -16,7 +16,7 @@ import logging
 import operator
 import types
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -27,16 +27,17 @@ from lightning_superscale.errors import SequenceParallelError
 from lightning_superscale.sequence.hugging_face import attend_shared
 from lightning_superscale.sequence.tokens.call import global_shape
 from lightning_superscale.sequence.tokens.layout import Layout, Sharded, Sharing
-from lightning_superscale.sequence.tokens.tensor import layout_of, plain, with_layout
+from lightning_superscale.sequence.tokens.tensor import TokenTensor, layout_of, plain, sharded_in, with_layout
 from lightning_superscale.sequence.tokens.traced import RuledGraph, is_tensor
 from lightning_superscale.sequence.whole import are_whole
 from lightning_superscale.torch_private import (
     Compilation,
     behind_compile,
-    capture_error,
+    capture_errors,
     checkpointed_region,
     compilation_of,
     is_of_tracer,
+    name_of_higher_order,
     set_compiled_call,
     tree_leaves,
     tree_map,
@@ -44,6 +45,11 @@ from lightning_superscale.torch_private import (
 
 _log = logging.getLogger(__name__)
 
+# Operators of captured graphs that run code past the rules, and what the user wrote.
+_REFUSED = {
+    "register_hook": "registers a hook on",
+    "autograd_function_apply": "applies an autograd function to",
+}
 # Kinds of inputs of one module from which on its user is told that each is compiled for.
 _MANY = 8
 
@@ -113,7 +119,9 @@ class CompiledForward:
         # The tensor behind each stand-in of the present call, by the stand-in's id.
         self._behind: dict[int, Tensor] = {}
         self._without_tokens = compilation.compiled(forward)
-        self._with_tokens = torch.compile(forward, backend=self._capture, fullgraph=True, dynamic=compilation.dynamic)
+        self._with_tokens = torch.compile(
+            _with_code_of_its_own(forward, name), backend=self._capture, fullgraph=True, dynamic=compilation.dynamic
+        )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling() or are_whole() or self.why_not:
@@ -134,17 +142,19 @@ class CompiledForward:
         try:
             result = self._with_tokens(*tree_map(stand_in, args), **tree_map(stand_in, kwargs))
             result = tree_map(lambda x: self._behind.get(id(x), x), result)
-        except capture_error() as error:
-            self.why_not = str(error).strip().partition("\n")[0]
+        except capture_errors() as error:
+            why = error.__cause__ if str(error).startswith("Hard failure") and error.__cause__ else error
+            self.why_not = str(why).strip().partition("\n")[0]
             _log.warning(
-                "%s runs uncompiled: ranks share its tokens, for which its forward has to be one graph, and torch "
-                "finds more than one. Compile smaller modules. %s",
+                "%s runs uncompiled: ranks share its tokens, for which torch has to capture its forward as one graph "
+                "for each kind of inputs, and it does not. Compile smaller modules, or give it fewer kinds. %s",
                 self.name,
-                error,
+                why,
             )
             return self.plainly(*args, **kwargs)
         finally:
             self._behind = outer
+        self._refuse_marked(stand_ins.values())
         kept = [weakref.ref(one) for one in stand_ins.values()]
         stand_ins.clear()
         self._refuse_kept(kept)
@@ -154,6 +164,15 @@ class CompiledForward:
         """A copy of the module, such as an average of its weights, has its own forward, uncompiled."""
         copied = memo[id(self._compilation.module)]
         return types.MethodType(type(copied).forward, copied)
+
+    def _refuse_marked(self, stand_ins: Iterable[Tensor]) -> None:
+        """Refuse hooks and attributes on an input: Dynamo puts them on the stand-in, which backward never meets."""
+        if any(one._backward_hooks or vars(one) for one in stand_ins):
+            raise SequenceParallelError(
+                f"{self.name} is compiled, and its forward registers a hook, or sets an attribute, on a tensor of "
+                "tokens that it was given, in whose place the compiled forward has a stand-in. Do so where the module "
+                "is called, or do not compile it."
+            )
 
     def _refuse_kept(self, kept: list[weakref.ref[Tensor]]) -> None:
         """Refuse code that keeps an input: outside of the graph it has the stand-in."""
@@ -201,6 +220,21 @@ class CompiledForward:
             ) from error
 
 
+def _with_code_of_its_own(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """The same function by another code object, named after the module whose forward it is.
+
+    Dynamo keeps graphs by code object, at most `recompile_limit` (8) of them, and modules of one class share their
+    forward's. Each module has a backend of its own here, hence graphs of its own: a ninth block would be one too many.
+    Shapes that Dynamo found to change are known by the code's name.
+    """
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    call.__code__ = call.__code__.replace(co_name=name)
+    return call
+
+
 def _stand_in(x: Tensor) -> Tensor:
     if not isinstance(layout_of(x), Sharded):
         return plain(x).detach().requires_grad_(x.requires_grad)
@@ -211,6 +245,14 @@ def _stand_in(x: Tensor) -> Tensor:
 
 def _plain(x: Any) -> Any:
     return plain(x) if is_tensor(x) else x
+
+
+def _example(x: Any) -> Any:
+    """What a compiler is shown of an input: a tracer asks a view's base all that no rule answers of tokens."""
+    part = _plain(x)
+    if is_tensor(part) and type(part._base) is TokenTensor:  # what sharded modules return, see outputs.py
+        return part.detach().requires_grad_(part.requires_grad)
+    return part
 
 
 def _kind(x: Any) -> Any:
@@ -277,6 +319,12 @@ class _Checkpointing(RuledGraph):
         self.sent_again: list[tuple[str, int]] = []
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        does = _REFUSED.get(name_of_higher_order(target))
+        if does is not None and sharded_in((args, kwargs)):
+            raise SequenceParallelError(
+                f"{self.kind} is compiled, and {does} a tensor of tokens, for which torch captures code that computes "
+                f"with this rank's tokens alone at {self.place(())[1]}. Do not compile this module."
+            )
         if target is not checkpointed_region():
             return super().call_function(target, args, kwargs)
         region, *given = args
@@ -297,7 +345,7 @@ class _Program:
         kind = type(compilation.module).__name__
         self._rules = _Rules(graph, [layout_of(x) for x in inputs], sharing, kind)
         with traced() as returned:  # forward's collectives are met within a `traced` of its own
-            self._compiled = compilation.backend(self._rules.as_graph(), [_plain(x) for x in inputs])
+            self._compiled = compilation.backend(self._rules.as_graph(), [_example(x) for x in inputs])
         self._returned = [*self._rules.sent_again, *returned]
 
     def __call__(self, inputs: list[Any]) -> tuple[Any, ...]:

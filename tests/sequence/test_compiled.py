@@ -21,6 +21,7 @@ from lightning_superscale.errors import SequenceParallelError
 from lightning_superscale.sequence.compiled import CompiledModules
 from lightning_superscale.sequence.hugging_face import HuggingFaceAttention
 from lightning_superscale.sequence.tokens.layout import Replicated, Sharing, TokenDim
+from lightning_superscale.sequence.tokens.outputs import _own_output
 from lightning_superscale.sequence.tokens.tensor import plain, with_layout
 from tests.helpers.extent import only_in_test_all
 from tests.helpers.ranks import run_ranks
@@ -68,6 +69,41 @@ class HandsOn(Block):
 class Keeps(Block):
     def forward(self, x):
         self.kept = x
+        return super().forward(x)
+
+
+class Hooks(Block):
+    def forward(self, x):
+        x.register_hook(lambda grad: grad * 0.5)
+        return super().forward(x)
+
+
+class HooksInside(Block):
+    def forward(self, x):
+        y = super().forward(x)
+        y.register_hook(lambda grad: grad.clamp(-1e-3, 1e-3))
+        return y * 2
+
+
+class Squares(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * ctx.saved_tensors[0] * grad
+
+
+class Applies(Block):
+    def forward(self, x):
+        return Squares.apply(super().forward(x))
+
+
+class Marks(Block):
+    def forward(self, x):
+        x.scale = 0.5
         return super().forward(x)
 
 
@@ -131,7 +167,24 @@ def _found(cls, sharing: Sharing | None, *, compiles: bool, lengths=(TOKENS,)):
 
 
 SAME = (Block, Checkpointed, Constants, HandsOn, Thins)
-REFUSED = (Keeps, Mixes, Drops)
+REFUSED = (Keeps, Hooks, HooksInside, Applies, Marks, Mixes, Drops)
+
+
+def _why_not(num: int, sharing: Sharing):
+    """Graphs, and why there are none, of some modules of one class, one after the other."""
+    torch._dynamo.reset()
+    net, modules = nn.Sequential(*(Block().double() for _ in range(num))), CompiledModules()
+    for block in net:
+        block.compile(backend="aot_eager")
+        block.register_forward_hook(_own_output)  # as stage 3 does
+    modules.install(net, sharing)
+    forwards = [block.forward for block in net]
+    try:
+        first = nn.Linear(WIDTH, WIDTH, dtype=torch.float64)
+        net(first(with_layout(_inputs(), Replicated(TokenDim(1, TOKENS), sharing))))
+    finally:
+        modules.remove()
+    return [(forward.num_kinds, forward.why_not) for forward in forwards]
 
 
 def _all(rank: int, world_size: int):
@@ -153,6 +206,9 @@ def _all(rank: int, world_size: int):
             _found(cls, sharing, compiles=True)
         found[cls.__name__] = str(refusal.value)
     found["lengths"] = _found(Block, sharing, compiles=True, lengths=(10, 12, 10, 11, 12))
+    with torch._dynamo.config.patch(recompile_limit=2):
+        found["too many"] = _found(Block, sharing, compiles=True, lengths=(10, 12, 1))
+        found["three"] = _why_not(3, sharing)
     found["Breaks"] = _found(Breaks, sharing, compiles=True)
     return found
 
@@ -193,6 +249,18 @@ def test_a_module_that_is_no_one_graph_runs_uncompiled(found):
         assert "graph_break()" in one["Breaks"][3]
 
 
+def test_modules_of_one_class_have_the_recompile_limit_each(found):
+    for one in found:
+        assert one["three"] == [(1, "")] * 3
+
+
+def test_a_module_over_the_recompile_limit_runs_uncompiled(found):
+    loss, grads, *_ = _found(Block, None, compiles=False, lengths=(10, 12, 1))
+    for one in found:
+        _assert_equal(one["too many"][:2], (loss, grads))
+        assert "recompile limit exceeded" in one["too many"][3]
+
+
 def test_what_cannot_be_shared_is_refused_with_its_line(found):
     source = Path(__file__).read_text().splitlines()
     line = next(number for number, text in enumerate(source, 1) if text.endswith("# here"))
@@ -200,6 +268,12 @@ def test_what_cannot_be_shared_is_refused_with_its_line(found):
         assert "fft_fft([2, 10, 6] with tokens on dim 1)" in one["Mixes"]
         assert f"in Mixes at {__file__}:{line}" in one["Mixes"]
         assert "keeps a tensor of tokens that it was given" in one["Keeps"]
+        for name in ("Hooks", "Marks"):
+            assert "registers a hook, or sets an attribute, on a tensor of tokens that it was given" in one[name]
+        # torch 2.11 captures a hook as an autograd function.
+        assert "a tensor of tokens, for which torch captures code" in one["HooksInside"]
+        assert "Applies is compiled, and applies an autograd function to a tensor of tokens" in one["Applies"]
+        assert f" at {__file__}:" in one["Applies"]
         assert "drops weights of attention in a compiled module" in one["Drops"]
 
 
