@@ -19,8 +19,8 @@ from torch.nn.attention.flex_attention import AuxOutput, BlockMask, flex_attenti
 
 from lightning_superscale.sequence.attention.flex import Flex, Mod, Window, flex_by_all_gather, flex_by_ulysses
 from lightning_superscale.sequence.tokens.call import Call
-from lightning_superscale.sequence.tokens.layout import AttentionSeen, Sharded
-from lightning_superscale.sequence.tokens.rules.attention import mode_of
+from lightning_superscale.sequence.tokens.layout import Sharded
+from lightning_superscale.sequence.tokens.rules.attention import mode_of, seen
 from lightning_superscale.sequence.tokens.tensor import entering, is_sharded, layout_of, plain, with_layout
 from lightning_superscale.torch_private import compiled_from, tree_leaves, tree_map
 
@@ -109,10 +109,8 @@ def _attend(
     mask = None if block_mask is None else _of_whole_tensors(block_mask)
     flex = Flex(call.func, whole_of(score_mod), mask, options)
     run = flex_by_ulysses if mode == "ulysses" else flex_by_all_gather
-    before = sum(link.counts.nbytes.values())
-    output, *more = run(flex, q, k, v, Window(layout.start, length), link)
-    met = AttentionSeen(mode, q.shape[1], k.shape[1], (q.shape[0], layout.frame.num_tokens, q.shape[3]))
-    layout.sharing.seen.attention[met] = sum(link.counts.nbytes.values()) - before
+    with seen(layout, mode, q, k):
+        output, *more = run(flex, q, k, v, Window(layout.start, length), link)
     rest: list[Tensor] = [with_layout(one[..., 0], layout) for one in more]
     request = options.get("return_aux")
     if request is not None:

@@ -78,7 +78,6 @@ def attend(
         )
     dense = _whole_mask(call, mask, layout, is_causal=is_causal)
     mode = mode_of(layout.sharing, q.shape[1])
-    before = layout.sharing.link.num_bytes_sent
     shared = SharedAttention(
         link=layout.sharing.link,
         mode=mode,
@@ -86,11 +85,24 @@ def attend(
         num_chunks=layout.sharing.num_chunks,
         documents=None if documents is None else _whole_documents(documents, layout),
     )
-    with _numbers_of_its_own(layout.sharing.link.rank, q.device) if dropout_p else nullcontext():
+    numbers = _numbers_of_its_own(layout.sharing.link.rank, q.device) if dropout_p else nullcontext()
+    with seen(layout, mode, q, k), numbers:
         output = shared(q, k, v, dense, dropout_p, is_causal, scale, enable_gqa, window=window)
-    met = AttentionSeen(mode, q.shape[1], k.shape[1], (q.shape[0], layout.frame.num_tokens, q.shape[3]))
-    layout.sharing.seen.attention[met] = layout.sharing.link.num_bytes_sent - before
     return with_layout(output[(0,) * num_missing], layout)
+
+
+@contextmanager
+def seen(layout: Sharded, mode: Mode, q: Tensor, k: Tensor) -> Iterator[None]:
+    """A context of one attention, for reports: which kind it is, and what this rank sends in it.
+
+    Args:
+        q, k: [batch, heads, tokens, head dim] of this rank's part.
+    """
+    sharing = layout.sharing
+    before = sharing.link.num_bytes_sent
+    yield
+    met = AttentionSeen(mode, q.shape[1], k.shape[1], (q.shape[0], layout.frame.num_tokens, q.shape[3]))
+    sharing.seen.attention[met] = sharing.link.num_bytes_sent - before
 
 
 @contextmanager
