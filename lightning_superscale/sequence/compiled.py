@@ -243,13 +243,14 @@ def _stand_in(x: Tensor) -> Tensor:
     return torch.empty((), dtype=part.dtype, device=part.device).expand(shape).requires_grad_(part.requires_grad)
 
 
-def _plain(x: Any) -> Any:
-    return plain(x) if is_tensor(x) else x
+def _laid_out(parts: Iterable[Any], layouts: Iterable[Layout | None]) -> tuple[Any, ...]:
+    """This rank's parts, each with its layout, if it has one."""
+    return tuple(x if at is None else with_layout(x, at) for x, at in zip(parts, layouts, strict=True))
 
 
 def _example(x: Any) -> Any:
     """What a compiler is shown of an input: a tracer asks a view's base all that no rule answers of tokens."""
-    part = _plain(x)
+    part = plain(x)
     if is_tensor(part) and type(part._base) is TokenTensor:  # what sharded modules return, see outputs.py
         return part.detach().requires_grad_(part.requires_grad)
     return part
@@ -284,7 +285,7 @@ class _Rules:
         self.num_entries = 0
 
     def __call__(self, *parts: Any) -> tuple[Any, ...]:
-        given = [x if at is None else with_layout(x, at) for x, at in zip(parts, self._layouts, strict=True)]
+        given = _laid_out(parts, self._layouts)
         seen, is_traced = self._sharing.seen, any(is_tensor(x) and is_of_tracer(x) for x in parts)
         before = seen.num_entries
         with traced() as sent:
@@ -294,7 +295,7 @@ class _Rules:
             self.sent, self.sent_again = sent, interpreter.sent_again
             self.num_entries, seen.num_entries = seen.num_entries - before, before
         self.outputs = [layout_of(x) for x in found]
-        return tuple(_plain(x) for x in found)
+        return tuple(plain(x) for x in found)
 
     def as_graph(self) -> fx.GraphModule:
         """A graph of one call of it, as backends of torch.compile take it."""
@@ -331,10 +332,10 @@ class _Checkpointing(RuledGraph):
         rules = _Rules(region, [layout_of(x) for x in given], self._sharing, self.kind)
         graph = rules.as_graph()
         graph.meta.update(region.meta)
-        found = target(graph, *(_plain(x) for x in given), **kwargs)
+        found = target(graph, *(plain(x) for x in given), **kwargs)
         note_traced(rules.sent)
         self.sent_again += rules.sent
-        return tuple(x if at is None else with_layout(x, at) for x, at in zip(found, rules.outputs, strict=True))
+        return _laid_out(found, rules.outputs)
 
 
 class _Program:
@@ -352,8 +353,8 @@ class _Program:
         link: AxisLink = self._sharing.link
         link.note_all(self._rules.sent)
         self._sharing.seen.num_entries += self._rules.num_entries
-        found = self._compiled(*(_plain(x) for x in inputs))
-        follows = next((x for x in found if is_tensor(x) and x.grad_fn is not None), None)
-        if self._returned and follows is not None and follows.grad_fn is not None:
-            follows.grad_fn.register_prehook(lambda grads: link.note_all(self._returned))
-        return tuple(x if at is None else with_layout(x, at) for x, at in zip(found, self._rules.outputs, strict=True))
+        found = self._compiled(*(plain(x) for x in inputs))
+        backward = next((x.grad_fn for x in found if is_tensor(x) and x.grad_fn is not None), None)
+        if self._returned and backward is not None:
+            backward.register_prehook(lambda grads: link.note_all(self._returned))
+        return _laid_out(found, self._rules.outputs)

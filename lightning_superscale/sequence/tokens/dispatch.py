@@ -92,7 +92,7 @@ def _backward(call: Call) -> Any:
         )
     # Inside a backward, where checkpoints run another one, autograd is off, and would lose what is made plain.
     with torch.enable_grad():
-        args, kwargs = tree_map(lambda x: plain(x) if is_tensor(x) else x, (call.args, call.kwargs))
+        args, kwargs = tree_map(plain, (call.args, call.kwargs))
     grads = call.func(*args, **kwargs)
     if call.name == "backward":
         return grads

@@ -60,16 +60,14 @@ def reduced(x: Tensor, sharing: Sharing) -> Tensor:
 
 
 def plain(x: Tensor) -> Tensor:
-    """The memory of a tensor as a plain one: of a sharded one, this rank's part. Autograd follows."""
+    """The memory of a tensor as a plain one: of a sharded one, this rank's part. Autograd follows.
+
+    Anything that has no layout is returned itself, also what is no tensor.
+    """
     if type(x) is not TokenTensor:
-        return _part(x)
+        return part_of_traced(x)
     with without_torch_function():
         return x.as_subclass(Tensor)
-
-
-def _part(x: Tensor) -> Tensor:
-    found: Tensor = part_of_traced(x)
-    return found
 
 
 def layout_of(x: Any) -> Layout | None:
@@ -105,7 +103,7 @@ def entering(x: Tensor) -> Tensor:
     """A tensor as it is combined with tokens: a reduced value as a plain one whose gradient is averaged over ranks."""
     layout = layout_of(x)
     if not isinstance(layout, Reduced):
-        return _part(x)
+        return part_of_traced(x)
     mean: Tensor = _EnterTokens.apply(plain(x), layout.sharing.link)  # type: ignore[no-untyped-call]
     return mean
 

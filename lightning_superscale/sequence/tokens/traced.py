@@ -10,11 +10,13 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, TypeVar, cast
 
 from torch import Tensor, fx
 
 from lightning_superscale.sequence.tokens.layout import Layout
+
+_T = TypeVar("_T")
 
 
 def _dispatched(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -77,9 +79,9 @@ def is_tensor(x: Any) -> TypeGuard[Tensor]:
     return isinstance(x, Tensor) or type(x) is TracedTokens
 
 
-def part_of_traced(x: Any) -> Any:
+def part_of_traced(x: _T) -> _T:
     """The tracer's tensor of traced tokens; anything else is returned itself."""
-    return x.part if type(x) is TracedTokens else x
+    return cast("Any", x).part if type(x) is TracedTokens else x
 
 
 class RuledGraph(fx.Interpreter):
