@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import lightning as L
+import pytest
 import torch
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
@@ -12,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from tests.helpers.trainers import trainer
 from tests.sequence.tokens.programs import VOCABULARY, Gpt
 
-__all__ = ["VOCABULARY", "LanguageModel", "Texts", "fitted"]
+__all__ = ["VOCABULARY", "LanguageModel", "Texts", "assert_trained_alike", "fitted"]
 
 
 class Texts(Dataset):
@@ -81,3 +82,19 @@ def fitted(
     held = None if validation is None else DataLoader(validation, batch_size)
     run.fit(LanguageModel() if module is None else module, DataLoader(texts, batch_size), held)
     return run
+
+
+def assert_trained_alike(found: tuple[Any, ...], alone: tuple[Any, ...]) -> None:
+    """Losses, metrics, predictions and weights of ranks that share sequences, and of one process.
+
+    Tolerances: see plugins/trainer/test_sequence_parallel.py.
+    """
+    losses, metrics, predicted, weights = found[:4]
+    assert losses == pytest.approx(alone[0], abs=1e-5)
+    assert metrics == pytest.approx(alone[1], abs=1e-5)
+    for one, expected in zip(predicted, alone[2], strict=True):
+        assert type(one["logits"]) is torch.Tensor
+        torch.testing.assert_close(one["logits"], expected["logits"], rtol=0, atol=1e-4)
+        assert one["num"] == expected["num"]
+    for key, weight in alone[3].items():
+        torch.testing.assert_close(weights[key], weight, rtol=0, atol=1e-4)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import lightning as L
 import torch
 from torch import nn
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     PrepareModuleInput,
@@ -157,6 +157,27 @@ class LanguageModel(L.LightningModule):
 
     def configure_optimizers(self):
         return optimizer_of(self.net, self.optimizer)
+
+
+class Saves(L.Callback):
+    """Saves at the end of the first epoch, while everything is sharded."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def on_train_epoch_end(self, trainer, module):
+        if trainer.current_epoch == 0:
+            trainer.save_checkpoint(self.path)
+
+
+def whole_of(x: torch.Tensor) -> torch.Tensor:
+    """A copy of a tensor, whole on every rank."""
+    return (x.full_tensor() if isinstance(x, DTensor) else x).detach().clone()
+
+
+def whole(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The parameters of a module, whole on every rank, by name."""
+    return {name: whole_of(param) for name, param in module.named_parameters()}
 
 
 def optimizer_of(net: nn.Module, name: str = "AdamW") -> torch.optim.Optimizer:

@@ -25,7 +25,7 @@ from lightning_superscale.sequence.tokens.outputs import _own_output
 from lightning_superscale.sequence.tokens.tensor import plain, with_layout
 from tests.helpers.extent import only_in_test_all
 from tests.helpers.ranks import run_ranks
-from tests.sequence.tokens.programs import PROGRAMS, batch, made
+from tests.sequence.tokens.programs import PROGRAMS, assert_of_one_process, batch, made, mean_grads
 from tests.sequence.tokens.test_tensor import of_one_process
 
 TOKENS, WIDTH = 10, 6
@@ -313,10 +313,8 @@ def _of_transformers(sharing: Sharing | None, name: str, *, compiles_whole: bool
     said = modules.reasons()
     attention.remove()
     modules.remove()
-    for param in model.parameters() if sharing is not None else ():
-        dist.all_reduce(param.grad)  # noqa: TID251 # as a strategy does in the end
-        param.grad /= sharing.link.size
-    return plain(loss).detach(), {key: param.grad for key, param in model.named_parameters()}, said
+    grads = {key: param.grad for key, param in model.named_parameters()}
+    return plain(loss).detach(), grads if sharing is None else mean_grads(model, sharing.link.size), said
 
 
 def _all_of_transformers(rank: int, world_size: int):
@@ -349,12 +347,7 @@ def _programs(rank: int, world_size: int, backend: str, names: list[str], num_mo
             loss = program.loss(compiled, with_layout(ids, tokens), labels)
             loss.backward()
             modules.remove()
-            grads = {}
-            for key, param in model.named_parameters():
-                if param.grad is not None:
-                    dist.all_reduce(param.grad)  # noqa: TID251 # as a strategy does in the end
-                    grads[key] = param.grad / world_size
-            found[name, mode] = plain(loss).detach(), grads
+            found[name, mode] = plain(loss).detach(), mean_grads(model, world_size)
     return found
 
 
@@ -370,10 +363,5 @@ def test_compiled_programs_have_the_gradients_of_one_process(backend, names):
     # One mode of one program, or all of all.
     limits = (4, 560.0) if len(names) > 1 else (1, 120.0)
     for found in run_ranks(2, _programs, backend, names, limits[0], limit_s=limits[1]):
-        for (name, _), (loss, grads) in found.items():
-            expected_loss, expected = of_one_process(name)
-            assert abs(loss - expected_loss) <= 1e-12 * abs(expected_loss)
-            assert grads.keys() == expected.keys()
-            largest = max(float(grad.abs().max()) for grad in expected.values())
-            for key, grad in expected.items():
-                torch.testing.assert_close(grads[key], grad, rtol=0, atol=1e-12 * largest)
+        for (name, mode), one in found.items():
+            assert_of_one_process(one, of_one_process(name), f"{name} {mode}")

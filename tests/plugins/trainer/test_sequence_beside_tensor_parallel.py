@@ -8,15 +8,13 @@ A gradient that is missing or added twice is off by the whole of it.
 
 from __future__ import annotations
 
-import lightning as L
 import pytest
 import torch
-from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 import lightning_superscale as lss
 from tests.helpers.ranks import run_ranks
-from tests.helpers.tensor_parallel import LanguageModel, dealt_loader, rank_batches, train_plain
+from tests.helpers.tensor_parallel import LanguageModel, Saves, dealt_loader, rank_batches, train_plain, whole, whole_of
 from tests.helpers.trainers import trainer
 
 MAX_NORM = 0.1
@@ -50,21 +48,6 @@ def loss_of(net, ids):
     return functional.cross_entropy(net(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
 
 
-def whole_of(x: torch.Tensor) -> torch.Tensor:
-    return (x.full_tensor() if isinstance(x, DTensor) else x).detach().clone()
-
-
-class Saves(L.Callback):
-    """Saves at the end of the first epoch."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-
-    def on_train_epoch_end(self, trainer, module):
-        if trainer.current_epoch == 0:
-            trainer.save_checkpoint(self.path)
-
-
 def fit(rank, world_size, folder, kind, engine, sequence, optimizer, flags):
     """Losses, gradients of the first step, and weights, whole."""
     module = Recorded(kind, optimizer)
@@ -72,11 +55,7 @@ def fit(rank, world_size, folder, kind, engine, sequence, optimizer, flags):
     saves = [Saves(f"{folder}/saved.ckpt")] if sequence.get("mode") == "ring" else []
     runner = trainer(strategy, devices=world_size, max_epochs=2, callbacks=saves, **flags)
     runner.fit(module, dealt_loader(8))
-    return module.losses, module.grads, whole_weights(module)
-
-
-def whole_weights(module):
-    return {name: whole_of(param) for name, param in module.net.named_parameters()}
+    return module.losses, module.grads, whole(module.net)
 
 
 def fit_all(rank, world_size, folder):
@@ -125,7 +104,7 @@ def test_one_process_goes_on_where_four_ranks_saved(four, folder):
     runner.fit(module, dealt_loader(8), ckpt_path=f"{folder}/saved.ckpt")
     losses, _, weights = four[0]["clipped"]
     assert module.losses == pytest.approx(losses[2:], rel=1e-5)
-    assert_near(whole_weights(module), weights, 1e-5)
+    assert_near(whole(module.net), weights, 1e-5)
 
 
 def assert_near(found, expected, allowed):

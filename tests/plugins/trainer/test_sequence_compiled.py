@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from tests.helpers.extent import IS_ALL, only_in_test_all
 from tests.helpers.ranks import run_ranks
-from tests.helpers.sequence import LanguageModel, Texts, fitted
+from tests.helpers.sequence import LanguageModel, Texts, assert_trained_alike, fitted
 
 # The stage and engine, and what is compiled.
 CASES = {
@@ -77,14 +77,8 @@ def alone():
 @pytest.mark.parametrize("name", [*CASES, *(pytest.param(name, marks=only_in_test_all) for name in MORE)])
 def test_losses_metrics_predictions_and_weights_are_those_of_one_process(shared, alone, name):
     for rank in range(2):
-        losses, metrics, predicted, weights, explained = shared[rank][name]
-        assert losses == pytest.approx(alone[0], abs=1e-5)
-        assert metrics == pytest.approx(alone[1], abs=1e-5)
-        for found, expected in zip(predicted, alone[2], strict=True):
-            assert type(found["logits"]) is torch.Tensor
-            torch.testing.assert_close(found["logits"], expected["logits"], rtol=0, atol=1e-4)
-        for key, weight in alone[3].items():
-            torch.testing.assert_close(weights[key], weight, rtol=0, atol=1e-4)
+        assert_trained_alike(shared[rank][name], alone)
+        explained = shared[rank][name][-1]
         assert "4 heads, 4 of keys and values, attend by" in explained
         assert "compiled, with shared tokens: " in explained
         assert "uncompiled" not in explained

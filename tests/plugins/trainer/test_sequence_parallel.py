@@ -14,7 +14,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.data import DataLoader
 
 from tests.helpers.ranks import run_ranks
-from tests.helpers.sequence import LanguageModel, Texts, fitted
+from tests.helpers.sequence import LanguageModel, Texts, assert_trained_alike, fitted
 from tests.helpers.trainers import trainer
 
 CASES = {
@@ -83,13 +83,6 @@ def test_flex_attention_evaluates_as_on_one_process(shared):
 @pytest.mark.parametrize("name", CASES)
 def test_losses_metrics_predictions_and_weights_are_those_of_one_process(shared, alone, name):
     for rank in range(2):
-        losses, metrics, predicted, weights, explained = shared[rank][name]
-        assert losses == pytest.approx(alone[0], abs=1e-5)
-        assert metrics == pytest.approx(alone[1], abs=1e-5)
-        for found, expected in zip(predicted, alone[2], strict=True):
-            assert type(found["logits"]) is torch.Tensor
-            torch.testing.assert_close(found["logits"], expected["logits"], rtol=0, atol=1e-4)
-            assert found["num"] == expected["num"]
-        for key, weight in alone[3].items():
-            torch.testing.assert_close(weights[key], weight, rtol=0, atol=1e-4)
+        assert_trained_alike(shared[rank][name], alone)
+        explained = shared[rank][name][-1]
         assert "4 heads, 4 of keys and values, attend by" in explained

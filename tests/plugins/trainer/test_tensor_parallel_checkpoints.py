@@ -11,30 +11,12 @@ from torch.distributed.tensor import DTensor
 
 import lightning_superscale as lss
 from tests.helpers.ranks import run_ranks
-from tests.helpers.tensor_parallel import LanguageModel, dealt_loader, token_loader
+from tests.helpers.tensor_parallel import LanguageModel, Saves, dealt_loader, token_loader, whole
 from tests.helpers.trainers import trainer
 
 # Two fp32 evaluations of four steps in different orders; what roundoff does to exactly this training is measured in
 # test_tensor_parallel.py (2e-7 of a weight). A moment or a step count that is lost changes weights by 1e-3 and more.
 TOLERANCE = 2e-6
-
-
-def whole(module) -> dict[str, torch.Tensor]:
-    return {
-        name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
-        for name, p in module.named_parameters()
-    }
-
-
-class Saves(L.Callback):
-    """Saves at the end of the first epoch, while everything is sharded."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-
-    def on_train_epoch_end(self, trainer, module):
-        if trainer.current_epoch == 0:
-            trainer.save_checkpoint(self.path)
 
 
 class Loaded(L.Callback):

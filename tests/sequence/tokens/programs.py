@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -258,3 +259,26 @@ def batch(tokens: int) -> tuple[Tensor, Tensor]:
 def made(program: Program) -> nn.Module:
     torch.manual_seed(7)
     return program.model().double()
+
+
+def mean_grads(model: nn.Module, world_size: int) -> dict[str, Tensor]:
+    """The gradients, averaged over ranks as a strategy does in the end, of parameters that have one."""
+    found = {name: param.grad for name, param in model.named_parameters() if param.grad is not None}
+    for grad in found.values():
+        dist.all_reduce(grad)  # noqa: TID251
+        grad /= world_size
+    return found
+
+
+Found = tuple[Tensor, dict[str, Tensor]]
+"""A loss, and gradients by name."""
+
+
+def assert_of_one_process(found: Found, expected: Found, where: str) -> None:
+    """Loss and gradients but for 1e-12, of the loss, and of the largest gradient."""
+    (loss, grads), (expected_loss, expected_grads) = found, expected
+    assert abs(loss - expected_loss) <= 1e-12 * abs(expected_loss), where
+    assert grads.keys() == expected_grads.keys()
+    largest = max(float(grad.abs().max()) for grad in expected_grads.values())
+    for key, grad in expected_grads.items():
+        torch.testing.assert_close(grads[key], grad, rtol=0, atol=1e-12 * largest, msg=f"{where} {key}")

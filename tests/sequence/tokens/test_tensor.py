@@ -16,7 +16,7 @@ from lightning_superscale.sequence.tokens.layout import Replicated, Sharing, Tok
 from lightning_superscale.sequence.tokens.tensor import plain, with_layout
 from tests.helpers.extent import only_in_test_all
 from tests.helpers.ranks import run_ranks
-from tests.sequence.tokens.programs import PROGRAMS, batch, made
+from tests.sequence.tokens.programs import PROGRAMS, assert_of_one_process, batch, made, mean_grads
 
 
 def of_one_process(name: str):
@@ -38,12 +38,7 @@ def _shared(rank: int, world_size: int, names: list[str]):
             tokens = Replicated(TokenDim(1, program.tokens), sharing)
             loss = program.loss(model, with_layout(ids, tokens), labels)
             loss.backward()
-            grads = {}
-            for key, p in model.named_parameters():
-                if p.grad is not None:
-                    dist.all_reduce(p.grad)  # noqa: TID251 # as a strategy does in the end
-                    grads[key] = p.grad / world_size
-            found[name, mode] = plain(loss).detach(), grads
+            found[name, mode] = plain(loss).detach(), mean_grads(model, world_size)
     return found
 
 
@@ -54,14 +49,10 @@ def shared(request):
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_loss_and_gradients_are_those_of_one_process(shared, name):
-    loss, grads = of_one_process(name)
+    expected = of_one_process(name)
     for mode in PROGRAMS[name].modes:
-        for found_loss, found in (one[name, mode] for one in shared):
-            assert abs(found_loss - loss) <= 1e-12 * abs(loss), mode
-            assert found.keys() == grads.keys()
-            largest = max(float(g.abs().max()) for g in grads.values())
-            for key, grad in grads.items():
-                torch.testing.assert_close(found[key], grad, rtol=0, atol=1e-12 * largest, msg=f"{mode} {key}")
+        for one in shared:
+            assert_of_one_process(one[name, mode], expected, mode)
 
 
 def _dropping(rank: int, world_size: int):
