@@ -7,6 +7,7 @@ The user's `torch.optim.Optimizer` stays the owner of parameter groups and state
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, Protocol
@@ -494,25 +495,27 @@ class OptimizerEngine:
         return self._rule
 
     def close(self) -> None:
-        """Hand everything back: parameters own their storage again, and no hook is left on the optimizer.
+        """Hand everything back, also where work of the last step failed, which is raised then. Every rank calls it.
 
-        Gradients that the rule kept back are applied first, unless an error ended the last step or a rank failed. Every
-        rank calls it.
-
-        Masters go into the optimizer's state, so that a checkpoint saved after training still has them, and what the
-        rule keeps into its state dict.
+        Parameters own their storage again, without hooks. Gradients that the rule kept back are applied first, unless
+        an error ended the last step or a rank failed. Masters, and what the rule keeps, go into the optimizer's state.
         """
-        if not (self.is_torn or self._is_abandoned):
-            self.catch_up()
-            self.transport.wait_all_published()
-        self._rule.close()
+        with ExitStack() as rest:
+            rest.callback(self._give_back)
+            rest.callback(self._rule.close)
+            if not (self.is_torn or self._is_abandoned):
+                self.catch_up()
+                self.transport.wait_all_published()
+
+    def _give_back(self) -> None:
         keep_rule_state(self.optimizer, self._rule.state_dict())
         for param in self.params():
             master = self.master_of(param)
             if master is not None and param in self.optimizer.state:
                 self.optimizer.state[param][MASTER_KEY] = master
         self._guard.remove()
-        self.transport.close()
-        for state in self.states:
-            state.release()
         self._is_closed = True
+        with ExitStack() as rest:
+            for state in self.states:
+                rest.callback(state.release)
+            self.transport.close()

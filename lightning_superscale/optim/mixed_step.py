@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from torch import nn
@@ -98,5 +99,6 @@ class MixedStep(AdamWRule):
         self._device.discard()
 
     def close(self) -> None:
-        self._host.close()
-        self._device.close()
+        with ExitStack() as rest:
+            rest.callback(self._device.close)
+            self._host.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -221,15 +222,16 @@ class Assembly:
 
         Parameters have storage of their own again, and no hooks.
         """
-        self.interrupts.close()
-        for gates in self.gates:
-            gates.close()
-        self.settings.techniques.rest(is_visible=False)
-        for engine in self.engines.values():
-            engine.close()
-        self.settings.techniques.close()
-        if self.settings.precision.gradients.accumulation is not None:
-            narrow_gradients(self.module.parameters())
+        with ExitStack() as rest:  # all of it, also where the end of an engine's work fails
+            if self.settings.precision.gradients.accumulation is not None:
+                rest.callback(narrow_gradients, self.module.parameters())
+            rest.callback(self.settings.techniques.close)
+            for engine in reversed(self.engines.values()):
+                rest.callback(engine.close)
+            rest.callback(self.settings.techniques.rest, is_visible=False)
+            for gates in reversed(self.gates):
+                rest.callback(gates.close)
+            self.interrupts.close()
 
     def plan(self) -> ParallelPlan:
         """The resolved plan of this rank as it is now. Any rank may ask by itself."""

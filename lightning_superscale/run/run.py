@@ -485,8 +485,8 @@ class Run:
         techniques, self._techniques = self._techniques, Techniques()
         self._technique_states = techniques.states() or self._technique_states
         if assembly is not None:
-            assembly.close()
             self._finished = assembly if assembly.mesh.num_shares > 1 else None
+            assembly.close()
         else:
             techniques.close()
 

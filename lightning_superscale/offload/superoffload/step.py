@@ -11,6 +11,7 @@ import functools
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import ExitStack
 from typing import Any, NamedTuple, Protocol, cast
 
 from torch import Tensor, nn
@@ -306,9 +307,10 @@ class DeferredStep(AdamWRule):
         self._hypers.clear()
 
     def close(self) -> None:
-        self.flush()
-        self._moments.close()
-        self._worker.close()
+        with ExitStack() as rest:
+            rest.callback(self._worker.close)
+            rest.callback(self._moments.close)
+            self.flush()
 
 
 def _stats_of(settled: Future[_Settled]) -> Callable[[], Sequence[GradStats]]:

@@ -301,10 +301,11 @@ class ZenFlowStep(AdamWRule):
         return self._numbers.reasons
 
     def close(self) -> None:
-        if not self._host.has_failed:  # that was raised before
-            self.flush()
-        self._moments.close()
-        self._host.close()
+        with ExitStack() as rest:
+            rest.callback(self._host.close)
+            rest.callback(self._moments.close)
+            if not self._host.has_failed:  # that was raised before
+                self.flush()
 
     def _bind(self, item: ParamUpdate, key: str, view: Tensor, held: Tensor | None) -> None:
         super()._bind(item, key, view, held)

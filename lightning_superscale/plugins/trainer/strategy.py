@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Union, cast
@@ -359,12 +359,21 @@ class SuperScaleStrategyMixin(SampleRanksMixin):
         super().on_exception(exception)
 
     def teardown(self) -> None:
-        self.run.close()
-        self._precision.detach()
-        if self.lightning_module is not None:
-            restore_trainer(self.lightning_module.trainer)
-        self.run.environment.close()
-        self._advice.show()
+        with ExitStack() as rest:  # all of it, also where the end of the last step's work on the host fails
+            rest.callback(self._end_lightnings)
+            rest.callback(self._advice.show)
+            rest.callback(self.run.environment.close)
+            if self.lightning_module is not None:
+                rest.callback(restore_trainer, self.lightning_module.trainer)
+            rest.callback(self._precision.detach)
+            try:
+                self.run.close()
+            except BaseException:
+                self._has_failed = True
+                raise
+
+    def _end_lightnings(self) -> None:
+        """Tear down what Lightning's own strategy set up."""
         has_failed, self._has_failed = self._has_failed, False
         try:
             super().teardown()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 
 import torch
@@ -339,8 +339,13 @@ class BucketTransport:
             unit.store.abandon()
 
     def close(self) -> None:
-        """Remove every hook and give parameters their own storage back."""
-        self.wait_all_published()
+        """Remove every hook and give parameters their own storage back, also where weights under way have failed."""
+        with ExitStack() as rest:
+            rest.callback(self._give_back)
+            for unit in reversed(self.units):
+                rest.callback(self.wait_published, [unit])
+
+    def _give_back(self) -> None:
         self._late_gathers.close()
         self._in_param.close()
         for hook in self._hooks.values():

@@ -7,7 +7,7 @@ reducer and one schedule, so that what ranks reduce has one order, whichever kin
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from operator import attrgetter
 
@@ -340,8 +340,16 @@ class Fsdp2Transport:
             unit.store.abandon()
 
     def close(self) -> None:
-        """Remove every hook; with the last transport of the module, its parameters become plain and whole again."""
-        self.wait_all_published()
+        """Remove every hook; with the last transport of the module, its parameters become plain and whole again.
+
+        Also where weights under way have failed, which is raised then.
+        """
+        with ExitStack() as rest:
+            rest.callback(self._give_back)
+            for unit in reversed(self.units):
+                rest.callback(self.wait_published, [unit])
+
+    def _give_back(self) -> None:
         self._waiting.clear()
         self._buckets.close()
         for unit in self._units.values():

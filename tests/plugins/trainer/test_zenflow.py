@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 
 import lightning as L
 import pytest
@@ -268,6 +269,9 @@ def test_an_error_of_the_host_is_raised_before_weights_that_lack_its_work_are_se
     options = {"zenflow": {"update_interval": 3}} if engine == "zenflow" else {}
     chosen = lss.SuperScaleStrategy(offload={"engine": engine, "gpu_fraction": 0, **options})
     run = trainer(chosen, callbacks=[seen], val_check_interval=1, **FLAGS)
+    threads, module = set(threading.enumerate()), Regressor()
     with pytest.raises(MemoryError, match="no host memory"):
-        run.fit(Regressor(), loader(), loader() if how == "validation" else None)
+        run.fit(module, loader(), loader() if how == "validation" else None)
     assert seen.seen_after == 2
+    assert set(threading.enumerate()) <= threads, "a thread was left behind"
+    assert all(x.untyped_storage().nbytes() == x.nbytes for x in module.parameters()), "memory of the run was kept"

@@ -1,0 +1,35 @@
+"""What holds for every test: it leaves no process group behind, in which the tests that follow it would run."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Generator
+
+import pytest
+
+
+def _has_group() -> bool:
+    distributed = sys.modules.get("torch.distributed")  # most tests need no torch: it is not imported for them
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()
+
+
+def _end_group(had_group: bool) -> bool:
+    """Destroy a process group that was made since; whether there was one. Groups of fixtures are theirs to destroy."""
+    if had_group or not _has_group():
+        return False
+    sys.modules["torch.distributed"].destroy_process_group()
+    return True
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    """Fail a test that makes a process group and leaves it, so that the failure stays with it."""
+    had_group = _has_group()
+    try:
+        result = yield
+    except BaseException:
+        _end_group(had_group)
+        raise
+    if _end_group(had_group):
+        pytest.fail(f"{item.nodeid} left its process group behind. Tear down what made it.", pytrace=False)
+    return result
