@@ -30,9 +30,11 @@ class TokenTensor(Tensor):
 
     Attributes:
         placement: where its tokens are.
+        is_whole_value: whether it was made of a tensor that is no view: of what a function computed.
     """
 
     placement: Layout
+    is_whole_value = False
 
     @classmethod
     def __torch_function__(
@@ -50,8 +52,15 @@ def with_layout(x: Tensor, layout: Layout) -> TokenTensor:
         return cast("TokenTensor", TracedTokens(x, layout))
     with without_torch_function():
         tensor = x.as_subclass(TokenTensor)
+        tensor.is_whole_value = x.grad_fn is not None and x._base is None
     tensor.placement = layout
     return tensor
+
+
+def behind(x: Tensor) -> Tensor:
+    """The plain tensor that was made a TokenTensor, where it is no view itself and autograd knows it; else this."""
+    with without_torch_function():
+        return cast("Tensor", x._base) if isinstance(x, TokenTensor) and x.is_whole_value else x
 
 
 def reduced(x: Tensor, sharing: Sharing) -> Tensor:

@@ -480,6 +480,18 @@ def hooked(x: Tensor, w: Tensor, ids: Tensor) -> Any:
     return y * x
 
 
+def hooked_then_written(x: Tensor, w: Tensor, ids: Tensor) -> Any:
+    """A hook stays where it was registered when its tensor, or a view of it, is written to in place."""
+    y = x * 1
+    y.register_hook(lambda grad: grad.clamp(max=0.5))
+    y += x
+    y.register_hook(lambda grad: grad * 3)
+    y.transpose(0, -1).mul_(2)
+    view = y[..., :1]
+    view.register_hook(lambda grad: grad * 5)
+    return y * x + view
+
+
 def checkpointed(x: Tensor, w: Tensor, ids: Tensor) -> Any:
     from torch.utils.checkpoint import checkpoint
 
@@ -496,6 +508,7 @@ WRITTEN_OUT: dict[str, Callable[..., Any]] = {
         quotients_in_windows,
         picked_in_windows,
         hooked,
+        hooked_then_written,
         checkpointed,
     )
 }

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_superscale.sequence.tokens.call import Call, global_shape, is_called_by_torch
 from lightning_superscale.sequence.tokens.rules.registry import rule
-from lightning_superscale.sequence.tokens.tensor import plain, with_layout
+from lightning_superscale.sequence.tokens.tensor import behind, plain, with_layout
 
 
 @rule("get shape")
@@ -54,7 +54,11 @@ def grad(call: Call) -> Any:
 
 @rule("register_hook")
 def register_hook(call: Call) -> Any:
-    """The hook gets and gives the true gradient, as a tensor with tokens."""
+    """The hook gets and gives the true gradient, as a tensor with tokens.
+
+    It is registered on the tensor of which this is only another view, if there is one: writing to a view in place takes
+    the view's hooks from the graph, and user code sees no view here.
+    """
     x, hook = call.bind("input hook")
     if is_called_by_torch():
         return call.run()
@@ -65,7 +69,7 @@ def register_hook(call: Call) -> Any:
         changed = hook(with_layout(found / size, layout))
         return None if changed is None else plain(changed) * size
 
-    return call.run(x, on_part)
+    return call.run(behind(x), on_part)
 
 
 @rule("stride", "storage_offset", "set grad")
