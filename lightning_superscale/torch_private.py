@@ -244,6 +244,18 @@ def capture_errors() -> tuple[type[Exception], ...]:
     return torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit
 
 
+def claimed_memory(like: Tensor, shape: Sequence[int], strides: Sequence[int]) -> Tensor:
+    """A tensor of this shape that claims as much memory and has none: it may be asked about, never read.
+
+    Args:
+        like: gives dtype and device.
+    """
+    needed = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    storage = torch._C._construct_storage_from_data_pointer(like.data_ptr(), like.device, needed * like.element_size())
+    tensor = torch.empty(0, dtype=like.dtype, device=like.device)
+    return tensor.set_(storage, 0, shape, strides)
+
+
 def checkpointed_region() -> Any:
     """The operator by which a captured graph says that a part of it is computed again in backward."""
     return torch.ops.higher_order.tag_activation_checkpoint

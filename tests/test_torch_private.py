@@ -206,6 +206,14 @@ def test_a_tensor_of_a_class_shares_memory_and_is_no_view():
     assert marked.tolist() == [3.0, 3.0]
 
 
+def test_memory_is_claimed_that_is_not_there():
+    like = torch.zeros(2, dtype=torch.bfloat16)
+    claimed = torch_private.claimed_memory(like, (10**5, 10**4), (10**4, 1))
+    assert (claimed.shape, claimed.stride(), claimed.dtype) == ((10**5, 10**4), (10**4, 1), torch.bfloat16)
+    assert claimed.untyped_storage().nbytes() == 2 * 10**9
+    assert claimed.is_contiguous()
+
+
 def test_compiled_modules_are_known_and_seen_through():
     module = nn.Sequential(nn.Linear(2, 2))
     assert not torch_private.is_compiled(module)

@@ -1,32 +1,30 @@
 """Modules that torch.compile compiled, when tokens meet them.
 
 [Note: Capture whole, run the part] Dynamo captures a module's forward with stand-ins of the shapes that user code sees,
-those of all tokens, and guards what it captured as ever. The graph is made of functions of torch, so it is run by the
-rules, as eager code is, while the user's own compiler backend traces what they compute with this rank's part: that
-graph, with its collectives, is what is compiled, forward and backward, once for each kind of inputs. A stand-in has the
-shape of all tokens and the memory of one element, and is never computed with. So a module has to be one graph: one in
-which Dynamo finds a reason to break runs as it is, by the rules, and its user is warned.
+those of all tokens (`stand_ins.py`), and guards what it captured as ever. The graph is made of functions of torch, so
+it is run by the rules, as eager code is, while the user's own compiler backend traces what they compute with this
+rank's part: that graph, with its collectives, is what is compiled, forward and backward, once for each kind of inputs.
+So a module has to be one graph: one in which Dynamo finds a reason to break runs as it is, by the rules, and its user
+is warned.
 """
 
 from __future__ import annotations
 
 import functools
-import gc
 import logging
 import operator
 import types
-import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from lightning_superscale.comm.in_graph import AxisLink, note_traced, traced
 from lightning_superscale.errors import SequenceParallelError
 from lightning_superscale.sequence.hugging_face import attend_shared
-from lightning_superscale.sequence.tokens.call import global_shape
-from lightning_superscale.sequence.tokens.layout import Layout, Sharded, Sharing
+from lightning_superscale.sequence.stand_ins import StandIns, has_tokens
+from lightning_superscale.sequence.tokens.layout import Layout, Sharing
 from lightning_superscale.sequence.tokens.tensor import TokenTensor, layout_of, plain, sharded_in, with_layout
 from lightning_superscale.sequence.tokens.traced import RuledGraph, is_tensor
 from lightning_superscale.sequence.whole import are_whole
@@ -39,8 +37,6 @@ from lightning_superscale.torch_private import (
     is_of_tracer,
     name_of_higher_order,
     set_compiled_call,
-    tree_leaves,
-    tree_map,
 )
 
 _log = logging.getLogger(__name__)
@@ -116,8 +112,7 @@ class CompiledForward:
         self._compilation = compilation
         self.num_kinds = 0
         self.why_not = ""
-        # The tensor behind each stand-in of the present call, by the stand-in's id.
-        self._behind: dict[int, Tensor] = {}
+        self._present = StandIns(name)  # of the call under way
         self._without_tokens = compilation.compiled(forward)
         self._with_tokens = torch.compile(
             _with_code_of_its_own(forward, name), backend=self._capture, fullgraph=True, dynamic=compilation.dynamic
@@ -126,22 +121,13 @@ class CompiledForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling() or are_whole() or self.why_not:
             return self.plainly(*args, **kwargs)
-        if not any(layout_of(x) is not None for x in tree_leaves((args, kwargs))):
+        if not has_tokens((args, kwargs)):
             return self._without_tokens(*args, **kwargs)
-        stand_ins: dict[int, Tensor] = {}
-
-        def stand_in(x: Any) -> Any:
-            if layout_of(x) is None:
-                return x
-            if id(x) not in stand_ins:
-                stand_ins[id(x)] = _stand_in(x)
-                self._behind[id(stand_ins[id(x)])] = x
-            return stand_ins[id(x)]
-
-        outer, self._behind = self._behind, {}
+        outer, self._present = self._present, StandIns(self.name)
         try:
-            result = self._with_tokens(*tree_map(stand_in, args), **tree_map(stand_in, kwargs))
-            result = tree_map(lambda x: self._behind.get(id(x), x), result)
+            replaced = self._present.replace((args, kwargs))
+            result = self._present.restore(self._with_tokens(*replaced[0], **replaced[1]))
+            self._present.write_back()
         except capture_errors() as error:
             why = error.__cause__ if str(error).startswith("Hard failure") and error.__cause__ else error
             self.why_not = str(why).strip().partition("\n")[0]
@@ -153,11 +139,9 @@ class CompiledForward:
             )
             return self.plainly(*args, **kwargs)
         finally:
-            self._behind = outer
-        self._refuse_marked(stand_ins.values())
-        kept = [weakref.ref(one) for one in stand_ins.values()]
-        stand_ins.clear()
-        self._refuse_kept(kept)
+            present, self._present = self._present, outer
+        del replaced
+        present.end()
         return result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:
@@ -165,32 +149,13 @@ class CompiledForward:
         copied = memo[id(self._compilation.module)]
         return types.MethodType(type(copied).forward, copied)
 
-    def _refuse_marked(self, stand_ins: Iterable[Tensor]) -> None:
-        """Refuse hooks and attributes on an input: Dynamo puts them on the stand-in, which backward never meets."""
-        if any(one._backward_hooks or vars(one) for one in stand_ins):
-            raise SequenceParallelError(
-                f"{self.name} is compiled, and its forward registers a hook, or sets an attribute, on a tensor of "
-                "tokens that it was given, in whose place the compiled forward has a stand-in. Do so where the module "
-                "is called, or do not compile it."
-            )
-
-    def _refuse_kept(self, kept: list[weakref.ref[Tensor]]) -> None:
-        """Refuse code that keeps an input: outside of the graph it has the stand-in."""
-        if any(one() is not None for one in kept):
-            gc.collect()
-        if any(isinstance(one(), Tensor) for one in kept):
-            raise SequenceParallelError(
-                f"{self.name} is compiled, and its forward keeps a tensor of tokens that it was given, as an "
-                "attribute or in a list, where a stand-in without values is left. Let it keep a result, or do not "
-                "compile it."
-            )
-
     def _capture(self, graph: fx.GraphModule, stand_ins: Sequence[Any]) -> Callable[..., Any]:
         """A graph that Dynamo captured, as it calls it: a backend of torch.compile."""
         programs: list[tuple[list[Any], _Program]] = []
+        numbers = _take_numbers(graph)
 
         def run(*given: Any) -> Any:
-            inputs = [self._behind.get(id(x), x) for x in given]
+            inputs = [x.item() if i in numbers else self._present.behind(x) for i, x in enumerate(given)]
             kinds = [_kind(x) for x in inputs]
             program = next((program for known, program in programs if known == kinds), None)
             if program is None:
@@ -220,6 +185,24 @@ class CompiledForward:
             ) from error
 
 
+def _take_numbers(graph: fx.GraphModule) -> frozenset[int]:
+    """Let a graph be given numbers where Dynamo gives it tensors that hold one; which of its inputs these are.
+
+    That is how Dynamo passes a `float` that changes, or any one where a user asks for dynamic shapes. A compiler that
+    traces can't read the number of a tensor, so graphs are compiled for each.
+    """
+    inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    found = []
+    for i, node in enumerate(inputs):
+        if node.users and all(user.op == "call_method" and user.target == "item" for user in node.users):
+            found.append(i)
+            for user in list(node.users):
+                user.replace_all_uses_with(node)
+                graph.graph.erase_node(user)
+    graph.recompile()
+    return frozenset(found)
+
+
 def _with_code_of_its_own(function: Callable[..., Any], name: str) -> Callable[..., Any]:
     """The same function by another code object, named after the module whose forward it is.
 
@@ -233,14 +216,6 @@ def _with_code_of_its_own(function: Callable[..., Any], name: str) -> Callable[.
 
     call.__code__ = call.__code__.replace(co_name=name)
     return call
-
-
-def _stand_in(x: Tensor) -> Tensor:
-    if not isinstance(layout_of(x), Sharded):
-        return plain(x).detach().requires_grad_(x.requires_grad)
-    part = plain(x)
-    shape = global_shape(x)
-    return torch.empty((), dtype=part.dtype, device=part.device).expand(shape).requires_grad_(part.requires_grad)
 
 
 def _laid_out(parts: Iterable[Any], layouts: Iterable[Layout | None]) -> tuple[Any, ...]:

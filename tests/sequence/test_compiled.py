@@ -66,6 +66,19 @@ class HandsOn(Block):
         return super().forward(x), x
 
 
+class AsksForItsOrder(Block):
+    def forward(self, x):
+        return super().forward(x) if x.is_contiguous() else super().forward(2 * x)
+
+
+class Grows(Block):
+    scale = 0.5
+
+    def forward(self, x):
+        self.scale = self.scale + 0.25
+        return super().forward(x) * self.scale
+
+
 class Keeps(Block):
     def forward(self, x):
         self.kept = x
@@ -166,7 +179,7 @@ def _found(cls, sharing: Sharing | None, *, compiles: bool, lengths=(TOKENS,)):
     return loss, grads, getattr(forward, "num_kinds", 0), getattr(forward, "why_not", "")
 
 
-SAME = (Block, Checkpointed, Constants, HandsOn, Thins)
+SAME = (Block, Checkpointed, Constants, HandsOn, Thins, AsksForItsOrder)
 REFUSED = (Keeps, Hooks, HooksInside, Applies, Marks, Mixes, Drops)
 
 
@@ -205,6 +218,7 @@ def _all(rank: int, world_size: int):
         with pytest.raises(SequenceParallelError) as refusal:
             _found(cls, sharing, compiles=True)
         found[cls.__name__] = str(refusal.value)
+    found["grows"] = _found(Grows, sharing, compiles=True, lengths=(10, 10, 10))
     found["lengths"] = _found(Block, sharing, compiles=True, lengths=(10, 12, 10, 11, 12))
     with torch._dynamo.config.patch(recompile_limit=2):
         found["too many"] = _found(Block, sharing, compiles=True, lengths=(10, 12, 1))
@@ -239,6 +253,13 @@ def test_each_length_is_compiled_once(found):
     for one in found:
         _assert_equal(one["lengths"][:2], (loss, grads))
         assert one["lengths"][2] == 4  # the first one twice: the second one tells Dynamo that lengths differ
+
+
+def test_each_number_is_compiled_once(found):
+    loss, grads, *_ = _found(Grows, None, compiles=False, lengths=(10, 10, 10))
+    for one in found:
+        _assert_equal(one["grows"][:2], (loss, grads))
+        assert one["grows"][2:] == (3, "")
 
 
 def test_a_module_that_is_no_one_graph_runs_uncompiled(found):
