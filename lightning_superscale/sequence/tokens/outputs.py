@@ -1,13 +1,14 @@
 """Outputs of sharded modules, as tensors that are no views.
 
-FSDP gathers a module's weights for backward in a hook on the module's output. A TokenTensor is a view of a plain
-tensor, and writing to a view in place takes it from the graph that its hooks are in: weights would be missing in
-backward after `y = block(x); y += x`, which is right for plain tensors. So what such a module returns is made a tensor
-of its own, of the same memory, before FSDP sees it.
+FSDP gathers a module's weights for backward in a hook on the module's output. Writing to a view in place takes it from
+the graph that its hooks are in, and what a linear layer returns is a view: weights would be missing in backward after
+`y = block(x); y += x`. So what such a module returns is made a tensor of its own, of the same memory, before FSDP sees
+it. Autograd knows nothing of their sharing: outputs that share memory with one another stay views, as FSDP warns.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -15,8 +16,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.hooks import RemovableHandle
 
-from lightning_superscale.sequence.tokens.tensor import TokenTensor, layout_of, plain
-from lightning_superscale.torch_private import same_memory_as, tree_map
+from lightning_superscale.sequence.tokens.tensor import TokenTensor, is_of_its_own, layout_of, plain
+from lightning_superscale.torch_private import same_memory_as, tree_leaves, tree_map
 
 
 class OwnOutputs:
@@ -38,13 +39,14 @@ class OwnOutputs:
 
 
 def _own_output(module: nn.Module, args: Any, output: Any) -> Any:
-    return tree_map(_owned, output)
+    tokens = [x for x in tree_leaves(output) if type(x) is TokenTensor and x.requires_grad]
+    times = Counter(plain(x).untyped_storage().data_ptr() for x in tokens)
 
+    def owned(x: Any) -> Any:
+        is_alone = any(x is one for one in tokens) and times[plain(x).untyped_storage().data_ptr()] == 1
+        return _Own.apply(x) if is_alone and not is_of_its_own(x) else x  # type: ignore[no-untyped-call]
 
-def _owned(x: Any) -> Any:
-    if type(x) is not TokenTensor or not x.requires_grad:
-        return x
-    return _Own.apply(x)  # type: ignore[no-untyped-call]
+    return tree_map(owned, output)
 
 
 class _Own(torch.autograd.Function):

@@ -63,6 +63,12 @@ def behind(x: Tensor) -> Tensor:
         return cast("Tensor", x._base) if isinstance(x, TokenTensor) and x.is_whole_value else x
 
 
+def is_of_its_own(x: Tensor) -> bool:
+    """Whether autograd takes a tensor, or what it was made a TokenTensor of, for no view."""
+    with without_torch_function():
+        return behind(x)._base is None
+
+
 def reduced(x: Tensor, sharing: Sharing) -> Tensor:
     """A value of all tokens that is the same on every rank; a plain tensor where no gradient leads back to tokens."""
     return with_layout(x, Reduced(sharing)) if x.requires_grad else plain(x)

@@ -1,4 +1,4 @@
-"""Blocks whose outputs are written to in place keep what stage 3 and weight flow put on them.
+"""Blocks whose outputs are written to in place keep the hooks that stage 3, weight flow and user code put on them.
 
 Tolerance: of fp32 losses near 4 over eight steps, as in plugins/trainer/test_sequence_parallel.py.
 """
@@ -12,6 +12,11 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from lightning_superscale.comm.in_graph import AxisLink
+from lightning_superscale.comm.mesh import MeshAxis
+from lightning_superscale.sequence.tokens.layout import Sharded, Sharing, TokenDim
+from lightning_superscale.sequence.tokens.outputs import _own_output
+from lightning_superscale.sequence.tokens.tensor import with_layout
 from tests.helpers.ranks import run_ranks
 from tests.helpers.sequence import VOCABULARY, LanguageModel, Texts, fitted
 
@@ -28,17 +33,26 @@ class Block(nn.Module):
         return self.down(torch.relu(self.up(x)))
 
 
+class Scaled(Block):
+    """Its output is no view, as a linear layer's is."""
+
+    def forward(self, x):
+        return super().forward(x) * 1.5
+
+
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(2)
         self.embed, self.head = nn.Embedding(VOCABULARY, 16), nn.Linear(16, VOCABULARY)
-        self.blocks = nn.ModuleList(Block() for _ in range(3))
+        self.blocks = nn.ModuleList([Block(), Scaled(), Block()])
 
     def forward(self, ids):
         x = self.embed(ids)
         for block in self.blocks:
             y = block(x)
+            if y.requires_grad and isinstance(block, Scaled):  # torch drops a hook on a view
+                y.register_hook(lambda grad: grad.clamp(max=1e-3))
             y += x
             x = y
         return self.head(x)
@@ -73,3 +87,24 @@ def test_residuals_that_are_added_in_place_train_as_on_one_process(shared, name)
         assert found_losses == pytest.approx(losses, abs=1e-5)
         for key, weight in weights.items():
             torch.testing.assert_close(found[key], weight, rtol=0, atol=1e-4)
+
+
+def test_only_a_view_whose_memory_is_its_alone_is_made_a_tensor_of_its_own():
+    sharing = Sharing(link=AxisLink(MeshAxis("sequence", 0, 1)))
+
+    def tokens(x):
+        return with_layout(x, Sharded(TokenDim(1, 3), sharing, sharing.frame(3)))
+
+    base = torch.randn(2, 3, 4, requires_grad=True) * 1
+    fresh, view, one, other = tokens(base * 2), tokens((base * 2)[:1]), tokens(base[:1]), tokens(base[1:])
+    found = _own_output(nn.Identity(), (), {"outputs": [fresh, view, one, other], "n": 3})
+    assert found["n"] == 3
+    assert [x is y for x, y in zip(found["outputs"], (fresh, view, one, other), strict=True)] == [
+        True,
+        False,
+        True,  # writing to one of them in place changes the other, which autograd has to know
+        True,
+    ]
+    owned = found["outputs"][1]
+    assert owned._base is None
+    assert owned.placement == view.placement

@@ -61,7 +61,7 @@ def register_hook(call: Call) -> Any:
     """
     x, hook = call.bind("input hook")
     if is_called_by_torch():
-        return call.run()
+        return call.run(behind(x), hook)
     layout: Any = x.placement
     size = layout.sharing.link.size
 
@@ -70,6 +70,12 @@ def register_hook(call: Call) -> Any:
         return None if changed is None else plain(changed) * size
 
     return call.run(behind(x), on_part)
+
+
+@rule("_is_view", "get _base")
+def view(call: Call) -> Any:
+    """Of the tensor that user code takes it for."""
+    return call.run(behind(call.args[0]))
 
 
 @rule("stride", "storage_offset", "set grad")
@@ -128,11 +134,9 @@ def shown(call: Call) -> str:
     "get output_nr",
     "get retains_grad",
     "get _version",
-    "get _base",
     "get _backward_hooks",
     "get _post_accumulate_grad_hooks",
     "has_names",
-    "_is_view",
     "is_neg",
     "is_conj",
     "is_shared",
