@@ -17,6 +17,7 @@ from rich.console import Console
 from lightning_superscale.cli import checkpoint as checkpoint_commands
 from lightning_superscale.cli import doctor, trace
 from lightning_superscale.cli.checkpoint import Reading, UsageError
+from lightning_superscale.cli.migrate import command as migrate_command
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.run.report.recorder import DEFAULT_STEP
 
@@ -37,8 +38,24 @@ def _parser() -> argparse.ArgumentParser:
     )
     tracing.add_argument("--draw", type=Path, metavar="TRACE", help="draw an earlier trace again")
     tracing.add_argument("training", nargs=argparse.REMAINDER, metavar="COMMAND")
+    _add_migrate_command(commands)
     _add_checkpoint_commands(commands)
     return parser
+
+
+def _add_migrate_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    about = "say what a DeepSpeed configuration, or Lightning's DeepSpeed or FSDP strategy, is here, key by key"
+    migrate = commands.add_parser("migrate", help=about, description=about.capitalize() + ".")
+    migrate.add_argument(
+        "config",
+        metavar="CONFIG",
+        help="ds_config.json, YAML with a strategy or a trainer section, or the strategy's call in Python; - for stdin",
+    )
+    migrate.add_argument("--yaml", action="store_true", help="print a section for LightningCLI instead of Python")
+    migrate.add_argument("--json", action="store_true", help="all of it as JSON")
+    migrate.add_argument(
+        "--checkpoint", metavar="DIR", help="a checkpoint of the old run: say what of it can be loaded"
+    )
 
 
 def _add_checkpoint_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -139,6 +156,16 @@ def _checkpoint(chosen: argparse.Namespace) -> int:
         return 128 + (stopped.number if isinstance(stopped, _Stopped) else signal.SIGINT)
 
 
+def _migrate(chosen: argparse.Namespace) -> int:
+    try:
+        return migrate_command.run(
+            chosen.config, checkpoint=chosen.checkpoint, is_yaml=chosen.yaml, is_json=chosen.json
+        )
+    except SuperScaleError as error:
+        print(f"superscale migrate: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one subcommand.
 
@@ -146,8 +173,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the command line without the program's name; None for that of the process.
 
     Returns:
-        The process's exit code. 0: success. 1: a part is missing, a checkpoint is damaged, or two differ. 2: the
-        arguments do not fit, or a comparison failed. 130: interrupted. After `trace`, that of the training command.
+        The process's exit code. 0: success. 1: a part is missing, a checkpoint is damaged, two differ, or a key to
+        migrate is unknown. 2: the arguments do not fit, a comparison failed, or nothing could be migrated. 130:
+        interrupted. After `trace`, that of the training command.
     """
     parser = _parser()
     chosen = parser.parse_args(arguments)
@@ -155,6 +183,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         checks = doctor.examine()
         Console(file=sys.stdout).print(doctor.table(checks))
         return 1 if any(check.status == "error" for check in checks) else 0
+    if chosen.command == "migrate":
+        return _migrate(chosen)
     if chosen.command == "checkpoint":
         # A name in a checkpoint need not be one that the terminal can show.
         if isinstance(sys.stdout, io.TextIOWrapper):

@@ -56,6 +56,13 @@ BY_TEST: dict[str, list[str]] = {
         "sequence/attention/sdpa.py",
         "sequence/attention/ulysses.py",
     ],
+    # A configuration is read, decided on and printed as a whole.
+    "cli/migrate/test_command.py": [
+        "cli/migrate/rows.py",
+        "cli/migrate/source.py",
+        "cli/migrate/target.py",
+    ],
+    "cli/migrate/test_deepspeed.py": ["cli/migrate/deepspeed_keys.py"],
     "cli/test_checkpoint.py": [
         "checkpoint/tools/convert.py",
         "checkpoint/tools/diff.py",
