@@ -17,6 +17,7 @@ from lightning_superscale.cli.migrate.rows import HEADINGS, Row
 from lightning_superscale.cli.migrate.source import read
 from lightning_superscale.cli.migrate.target import Source, Target
 from lightning_superscale.config import resolve_offload, resolve_sequence, resolve_zero
+from lightning_superscale.run.precision import choose
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,7 @@ def migrate(config: Mapping[str, Any], folder: Path) -> Migrated:
     resolve_zero(target.zero)
     resolve_offload(target.offload or None)
     resolve_sequence(target.sequence or None)
+    choose(target.precision or "32-true", **target.dtypes)
     return Migrated(target, rows)
 
 

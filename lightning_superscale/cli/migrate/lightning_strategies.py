@@ -184,6 +184,8 @@ def _others(arguments: Mapping[str, Any], target: Target, ignored: str = "") -> 
 def _share(target: Target, name: str, value: Any) -> Fate:
     if value is None:
         return same("the default")
+    if isinstance(value, Mapping):
+        return none(f"SuperScaleStrategy takes the same {name}, which no line of Python stands for here: pass it on")
     target.strategy[name] = value
     return became(f"{name}, the same argument of SuperScaleStrategy")
 
@@ -273,12 +275,12 @@ def _cpu_offload(arguments: Mapping[str, Any], value: Any, target: Target) -> Fa
 
 
 def _wrap(arguments: Mapping[str, Any], value: Any, target: Target) -> Fate:
-    classes = sorted(value) if isinstance(value, (list, tuple, set)) else []
+    classes = list(value) if isinstance(value, (list, tuple, set)) else []
     if not classes or not all(isinstance(name, str) for name in classes):
         return same("repeated blocks are found; ZeroConfig.wrap names others")
     if target.stage != 3:
         return same("only stage 3 gathers by block")
-    target.zero["wrap"] = [name.rsplit(".", 1)[-1] for name in classes]
+    target.zero["wrap"] = sorted(name.rsplit(".", 1)[-1] for name in classes)
     return became(f"zero: wrap={target.zero['wrap']}")
 
 
@@ -296,6 +298,16 @@ _FSDP_RULES: dict[str, Callable[[Mapping[str, Any], Any, Target], Fate]] = {
     "activation_checkpointing": _recompute,
 }
 MIGRATE: dict[str, Migrate] = {"DeepSpeedStrategy": migrate_deepspeed, "FSDPStrategy": migrate_fsdp}
+# Older words of Lightning's for precisions.
+_PRECISIONS: dict[Any, str] = {
+    16: "16-mixed",
+    "16": "16-mixed",
+    "bf16": "bf16-mixed",
+    32: "32-true",
+    "32": "32-true",
+    64: "64-true",
+    "64": "64-true",
+}
 # Trainer's flags that are printed again, as they say how the strategy trains.
 TRAINER_FLAGS = (
     "accumulate_grad_batches",
@@ -314,7 +326,7 @@ def migrate_trainer(section: Mapping[str, Any], target: Target, folder: Path) ->
         SettingError: the strategy is none of those that are known.
     """
     strategy = section.get("strategy")
-    target.precision = section.get("precision")
+    target.precision = _PRECISIONS.get(section.get("precision"), section.get("precision"))
     key: dict[str, Any]
     if isinstance(strategy, str) and strategy in NAMES:
         class_name, arguments = NAMES[strategy]
@@ -331,10 +343,20 @@ def migrate_trainer(section: Mapping[str, Any], target: Target, folder: Path) ->
         raise SettingError(f"strategy {class_name!r} is none that is migrated from: {known}")
     rows = MIGRATE[class_name](arguments, target, folder)
     head = [Row(name, value, became("the strategy above")) for name, value in key.items()]
-    for flag in TRAINER_FLAGS:
-        if section.get(flag) is not None:
-            target.trainer.setdefault(flag, section[flag])
-            head.append(Row(flag, section[flag], became(f"{flag} as it was")))
-    if target.precision is not None and "precision" in section:
-        head.append(Row("precision", section["precision"], became(f"precision={target.precision!r}")))
+    for flag, value in section.items():
+        if flag == "precision" and value is not None:
+            head.append(Row(flag, value, _fate_of_precision(class_name, target)))
+        elif flag in TRAINER_FLAGS and value is not None:
+            target.trainer.setdefault(flag, value)
+            head.append(Row(flag, value, became(f"{flag} as it was")))
+        elif flag not in ("strategy", "precision", *TRAINER_FLAGS):
+            head.append(Row(flag, value, same("stays as it is, and is not printed again")))
     return head + rows
+
+
+def _fate_of_precision(class_name: str, target: Target) -> Fate:
+    text = f"precision={target.precision!r}: 16-bit weights, fp32 masters and optimizer states"
+    if class_name == "FSDPStrategy" and target.precision == "bf16-true":
+        lower = "SuperScalePrecision('bf16-true', master_weights='bf16', optimizer_states='bf16')"
+        return became(f"{text}; FSDP has no masters: plugins=[{lower}] has none either")
+    return became(text if target.precision in ("bf16-true", "16-true") else f"precision={target.precision!r}")

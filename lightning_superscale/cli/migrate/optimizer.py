@@ -164,7 +164,8 @@ def _class_of(name: str, params: Mapping[str, Any]) -> tuple[str, Fate]:
     if lower in _ADAMS:
         # DeepSpeed's "Adam" decays weights as AdamW does, unless told otherwise.
         class_name = "AdamW" if lower == "adamw" or params.get("adam_w_mode", True) else "Adam"
-        return class_name, became(f"torch.optim.{class_name}")
+        why = ", as DeepSpeed's Adam is unless adam_w_mode is false" if class_name.lower() != lower else ""
+        return class_name, became(f"torch.optim.{class_name}{why}")
     if lower in _RETIRED:
         return "AdamW", retired("DeepSpeed removed it in 2026-09 (its issue 8489); the lines make AdamW")
     if lower in _ABSENT:

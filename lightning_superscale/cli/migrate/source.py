@@ -43,16 +43,20 @@ def read_text(text: str, where: str) -> dict[str, Any]:
     call = _call(text)
     if call is not None:
         return call
-    found: Any
-    try:
-        if text.lstrip().startswith("{"):
+    found: Any = None
+    errors: list[Exception] = []
+    if text.lstrip().startswith("{"):
+        try:
             found = json.loads(text, object_pairs_hook=lambda pairs: _once(pairs, where))
-        else:
+        except json.JSONDecodeError as error:
+            errors.append(error)  # DeepSpeed reads comments too, as YAML does
+    if found is None:
+        try:
             found = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
-    except (json.JSONDecodeError, YAMLError, OmegaConfBaseException, TypeError) as error:
-        raise SettingError(
-            f"{where} is neither JSON, YAML nor a strategy's call: {' '.join(str(error).split())}"
-        ) from error
+        except (YAMLError, OmegaConfBaseException, TypeError) as error:
+            errors.append(error)
+            why = " ".join(str(errors[0]).split())
+            raise SettingError(f"{where} is neither JSON, YAML nor a strategy's call: {why}") from error
     if not isinstance(found, Mapping) or not found or not all(isinstance(key, str) for key in found):
         raise SettingError(f"{where} should hold keys and values; found {type(found).__name__} without")
     return dict(found)

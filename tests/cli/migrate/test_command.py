@@ -290,6 +290,7 @@ def test_an_unknown_key_is_named_with_the_closest(tmp_path, capsys):
         ("[1, 2]", "should hold keys and values"),
         ("strategy: ddp", "is none that is migrated from"),
         ("FSDPStrategy(None, cpu_offload=True)", "Name them"),
+        ("{strategy: fsdp, precision: transformer-engine}", "precision='transformer-engine' is not one of"),
         (
             '{"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}, "zenflow": {"topk_ratio": 7}}}',
             "ZenFlowConfig.topk must be",
@@ -311,6 +312,12 @@ def test_a_missing_file_and_standard_input(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("sys.stdin", io.StringIO((DATA / "zenflow.json").read_text()))
     assert main(["migrate", "-"]) == 0
     assert "'topk': 0.05" in capsys.readouterr().out
+
+
+def test_a_configuration_with_comments_is_read(tmp_path, capsys):
+    (tmp_path / "ds.json").write_text('{\n  # as DeepSpeed reads it\n  "zero_optimization": {"stage": 1},\n}')
+    assert main(["migrate", str(tmp_path / "ds.json")]) == 0
+    assert "strategy='zero1'" in capsys.readouterr().out
 
 
 def test_a_config_path_in_a_strategy_is_read_beside_the_file(tmp_path):

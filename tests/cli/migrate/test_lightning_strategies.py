@@ -15,6 +15,7 @@ from lightning_superscale.cli.migrate.lightning_strategies import (
     known_arguments,
     migrate_trainer,
 )
+from lightning_superscale.cli.migrate.source import read_text
 from lightning_superscale.cli.migrate.target import Target
 
 
@@ -108,5 +109,36 @@ def test_unknown_arguments_are_named():
 
 def test_the_trainers_own_arguments_stay():
     target = Target()
-    migrate_trainer({"strategy": "fsdp", "devices": 4, "max_epochs": 3, "gradient_clip_val": 0.5}, target, None)
+    section = {"strategy": "fsdp", "devices": 4, "max_epochs": 3, "gradient_clip_val": 0.5, "precision": "bf16-true"}
+    rows = {row.key: row.fate for row in migrate_trainer(section, target, None)}
     assert target.trainer == {"devices": 4, "gradient_clip_val": 0.5}
+    assert rows["max_epochs"].text == "stays as it is, and is not printed again"
+    assert "FSDP has no masters" in rows["precision"].text
+
+
+@pytest.mark.parametrize(("given", "expected"), [(16, "16-true"), ("bf16", "bf16-true"), (32, "32-true")])
+def test_older_words_of_precisions(given, expected):
+    target = Target()
+    migrate_trainer({"strategy": "deepspeed_stage_2", "precision": given}, target, None)
+    assert target.precision == expected
+
+
+def test_an_object_of_yaml_is_left_to_the_user():
+    environment = {"class_path": "lightning.fabric.plugins.environments.MPIEnvironment"}
+    given, fates = migrated("FSDPStrategy", {"cluster_environment": environment})
+    assert "cluster_environment" not in given
+    assert fates["cluster_environment"].outcome == "none"
+
+
+def test_the_call_of_a_trainer():
+    call = "L.Trainer(devices=8, strategy=DeepSpeedStrategy(stage=1, offload_optimizer=True), precision='16-mixed')"
+    target = Target()
+    migrate_trainer(read_text(call, "a call")["trainer"], target, None)
+    assert target.init_args() == {"zero": 1, "offload": "superoffload"}
+    assert (target.precision, target.trainer) == ("16-true", {"devices": 8})
+
+
+def test_a_set_of_classes_in_a_call():
+    target = Target()
+    migrate_trainer(read_text("FSDPStrategy(auto_wrap_policy={my.Block, Head})", "a call"), target, None)
+    assert target.zero == {"stage": 3, "wrap": ["Block", "Head"]}
