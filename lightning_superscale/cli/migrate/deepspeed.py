@@ -354,20 +354,35 @@ def _low_states(run: Migration, value: Any) -> Fate:
     return became("SuperScalePrecision(optimizer_states='bf16')")
 
 
+def _scales_losses(run: Migration) -> bool:
+    return run.target.precision in ("16-true", "16-mixed")
+
+
+_NOT_SCALED = "no loss is scaled without fp16"
+
+
 def _loss_scale(run: Migration, value: Any) -> Fate:
+    if not _scales_losses(run):
+        return same(_NOT_SCALED)
     if not run.target.scaler or not value:
         return same("the loss scale is dynamic")
     return became(f"GradScaler(init_scale={float(value)}), which never grows; it halves where gradients overflow")
 
 
 def _scale_power(run: Migration, value: Any) -> Fate:
+    if not _scales_losses(run):
+        return same(_NOT_SCALED)
     scale = run.target.scaler.get("init_scale")
     return became(f"GradScaler(init_scale={scale})") if scale else same("the loss scale starts at 2**16")
 
 
 def _scale_window(run: Migration, value: Any) -> Fate:
-    interval = run.target.scaler.get("growth_interval")
-    return became(f"GradScaler(growth_interval={interval})") if interval == value else same("losses are not scaled so")
+    if not _scales_losses(run):
+        return same(_NOT_SCALED)
+    interval = run.target.scaler.get("growth_interval", 2000)
+    if interval != value:
+        return same("the loss scale is not dynamic")
+    return became(f"GradScaler(growth_interval={interval})") if value != 2000 else same("2000 steps")
 
 
 def _clipping(run: Migration, value: Any) -> Fate:

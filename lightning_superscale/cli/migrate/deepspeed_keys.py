@@ -46,10 +46,12 @@ _ZERO = {
     "zero_quantized_gradients": none(
         "gradients are averaged exactly; SuperScalePrecision(gradient_reduction='bf16') halves what fp32 ones send"
     ),
-    "zeropp_loco_param": none("there is no quantized reduction whose errors it would feed back"),
+    "zeropp_loco_param": retired(f"{_RETIRED}; no reduction is quantized here"),
     "mics_hierarchical_params_gather": retired(f"{_RETIRED}; ranks of one group gather among themselves"),
     "memory_efficient_linear": same("backward gathers weights again, and keeps no copy of them"),
     "pipeline_loading_checkpoint": same("ranks read each block of a checkpoint once, together"),
+    "compute_grad_norm": same("a norm is taken where clipping, a check or strategy.grad_norm() asks for it"),
+    "parameter_alignment": none("parameters lie close together in their bucket"),
     "override_module_apply": same(
         "the module's methods are left alone; configure_model() builds it on the meta device"
     ),
@@ -80,6 +82,9 @@ _ZERO = {
     ),
     "zenflow.steps_per_epoch": same("intervals are counted in steps; DeepSpeed sets this key itself"),
 }
+
+# DeepSpeed takes these fields by their names in its class too, which lack the prefix.
+_ZERO.update({key.removeprefix("stage3_"): fate for key, fate in _ZERO.items() if key.startswith("stage3_")})
 
 _FP16 = {
     "auto_cast": same("inputs of a 16-bit module are converted"),
@@ -145,11 +150,12 @@ _TOP = {
     "zero_force_ds_cpu_optimizer": same("the optimizer stays yours; Adam and AdamW take the native kernel"),
     "prescale_gradients": same("the mean over ranks is the same"),
     "gradient_predivide_factor": same("the mean over ranks is the same"),
-    "sparse_gradients": none("gradients are dense: use torch.nn.Embedding(sparse=False)"),
+    "sparse_gradients": retired(f"{_RETIRED}; gradients are dense: use torch.nn.Embedding(sparse=False)"),
     "disable_allgather": same("new weights are all-gathered"),
     "seq_parallel_communication_data_type": same("tokens travel in their own dtype"),
     "steps_per_print": none("Trainer(log_every_n_steps=...), or the ScaleMonitor callback"),
     "wall_clock_breakdown": none("the ScaleMonitor callback, or `superscale trace -- COMMAND`"),
+    "disable_python_gc": none("call gc.disable() in on_train_start()"),
     "memory_breakdown": none("strategy.explain() lists memory by class of bytes"),
     "dump_state": none("strategy.explain() prints what was resolved"),
     "log_level": none("use Python's logging"),

@@ -178,6 +178,7 @@ def _class_of(name: str, params: Mapping[str, Any]) -> tuple[str, Fate]:
 
 # What transformers and accelerate fill in for "auto", where that is not the user's own number.
 _FILLED_IN = {
+    "warmup_type": "log",
     "warmup_min_lr": 0,
     "warmup_max_lr": Source("self.hparams.lr"),
     "total_num_steps": Source("total_num_steps"),
