@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 
 import pytest
 import torch
 from torch import nn
 
 from lightning_superscale.cli.migrate.deepspeed import Migration, known_keys
+from lightning_superscale.cli.migrate.schedulers import PARAMS
 from lightning_superscale.cli.migrate.target import Target
 from tests.cli.migrate.test_schedulers import ATOL, CASES, LR, RTOL, STEPS, rates
 
@@ -74,6 +76,16 @@ def test_rates_are_those_of_deepspeeds_schedulers(name, formula, params):
         rtol=RTOL,
         atol=ATOL,
     )
+
+
+@pytest.mark.parametrize("name", PARAMS)
+def test_parameters_and_defaults_of_schedulers_are_deepspeeds(name):
+    schedules = importlib.import_module("deepspeed.runtime.lr_schedules")
+    found = inspect.signature(getattr(schedules, name).__init__).parameters
+    theirs = {key: None if one.default is one.empty else one.default for key, one in found.items()}
+    for key in ("self", "optimizer", "last_batch_iteration"):
+        del theirs[key]
+    assert theirs == PARAMS[name]
 
 
 def test_defaults_of_every_model_are_migrated():

@@ -188,9 +188,12 @@ def test_the_printed_yaml_is_read_by_lightning_cli(name, capsys, tmp_path, monke
     assert_settings(cli.trainer, name)
 
 
-def test_low_precision_reaches_the_plugin(capsys):
-    told = printed(capsys, "zeropp_mics.json")
-    plugin = lss.SuperScalePrecision("bf16-true", **LOW)
+@pytest.mark.parametrize(
+    ("name", "dtypes"), [("zeropp_mics.json", LOW), ("zero1.json", {"gradient_accumulation": "fp32"})]
+)
+def test_dtypes_reach_the_plugin(name, dtypes, capsys):
+    told = printed(capsys, name)
+    plugin = lss.SuperScalePrecision("bf16-true", **dtypes)
     names: dict = {}
     exec(told["python"].replace("L.Trainer", "dict"), names)
     assert names["trainer"]["plugins"][0].choices == plugin.choices

@@ -35,7 +35,7 @@ def warmup_lr(params, step):
 
 
 def warmup_decay(params, step):
-    low, high, at = params.get("warmup_min_lr", 0.0), params["warmup_max_lr"], max(0, step - 1)
+    low, high, at = params.get("warmup_min_lr", 0.0), params.get("warmup_max_lr", 0.001), max(0, step - 1)
     share = warm(params, at)
     total = params["total_num_steps"]
     if share is None:
@@ -50,7 +50,7 @@ def warmup_cosine(params, step):
     share = warm(params, at)
     if share is not None:
         return LR * (low + share * (1 - low))
-    floor, length = params["cos_min_ratio"], max(1, params["total_num_steps"] - params["warmup_num_steps"])
+    floor, length = params.get("cos_min_ratio", 0.0001), max(1, params["total_num_steps"] - params["warmup_num_steps"])
     progress = min(1.0, (at - params["warmup_num_steps"] + 1) / length)
     return LR * (floor + (1 - floor) * (1 + math.cos(math.pi * progress)) / 2)
 
@@ -95,6 +95,9 @@ CASES = [
         warmup_cosine,
         {**WARMUP, "warmup_min_ratio": 0.2, "cos_min_ratio": 0.1, "warmup_type": "linear", "total_num_steps": 70},
     ),
+    # Defaults, as DeepSpeed's documentation has them.
+    ("WarmupDecayLR", warmup_decay, {**WARMUP, "total_num_steps": 40}),
+    ("WarmupCosineLR", warmup_cosine, {**WARMUP, "total_num_steps": 40}),
     ("LRRangeTest", range_test, {"lr_range_test_min_lr": 0.01, "lr_range_test_step_size": 7}),
     (
         "LRRangeTest",
