@@ -34,7 +34,7 @@ class Migrated:
 
     @property
     def unknown(self) -> list[Row]:
-        """The keys that neither DeepSpeed nor Lightning documents."""
+        """The keys that neither DeepSpeed nor Lightning documents, or whose values they do not take."""
         return [row for row in self.rows if row.fate.outcome == "unknown"]
 
 
@@ -75,7 +75,7 @@ def run(path: str, *, checkpoint: str | None, is_yaml: bool, is_json: bool) -> i
         is_json: whether everything is printed as JSON.
 
     Returns:
-        The exit code: 1 where a key is unknown, else 0.
+        The exit code: 1 where a key or its value is unknown, else 0.
 
     Raises:
         SuperScaleError: as `migrate` and `describe` do.
@@ -90,7 +90,7 @@ def run(path: str, *, checkpoint: str | None, is_yaml: bool, is_json: bool) -> i
     else:
         _print(migrated, told, is_yaml=is_yaml)
     for row in migrated.unknown:
-        print(f"superscale migrate: {path} has an unknown key {row.key}: {row.fate.text}", file=sys.stderr)
+        print(f"superscale migrate: {path}: {row.key}: {row.fate.text}", file=sys.stderr)
     return 1 if migrated.unknown else 0
 
 

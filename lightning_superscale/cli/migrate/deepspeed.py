@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -125,6 +126,8 @@ class Migration:
         if value == "auto" and not key.startswith(_OWN_AUTO) and key in (RULES.keys() | KEYS.keys()):
             return AUTO.get(key, AUTO_ELSEWHERE)
         rule = RULES.get(key)
+        if key in _NUMBERS and value not in (None, False) and not _is_number(value):
+            return Fate("unknown", f"a number was expected, found {value!r}")
         if rule is not None:
             return rule(self, value)
         section = next((name for name in SECTIONS if key == name or key.startswith(f"{name}.")), None)
@@ -153,8 +156,9 @@ def _modern(config: Mapping[str, Any]) -> dict[str, Any]:
             new["offload_optimizer"] = {"pin_memory": pin, **new["offload_optimizer"]}
         found["zero_optimization"] = new
     for name in ("optimizer", "scheduler"):
-        if found.get(name) is not None and not isinstance(found[name], Mapping):
-            raise SettingError(f"{name} must be a section with type and params, found {found[name]!r}")
+        made = found.get(name) or {}
+        if not isinstance(made, Mapping) or not isinstance(made.get("params") or {}, Mapping):
+            raise SettingError(f"{name} must be a section with type and params, found {made!r}")
     return found
 
 
@@ -171,7 +175,7 @@ def _leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _is_off(value: Any) -> bool:
@@ -204,14 +208,12 @@ def _stage(run: Migration, value: Any) -> Fate:
 
 
 def _bucket(run: Migration, value: Any) -> Fate:
-    if not _is_number(value):
-        return none("a number of elements was expected")
     if run.target.stage == 0:
         return same("stage 0 takes buckets of 64 MiB; ZeroConfig.bucket_mb changes them")
     if run.target.stage == 3:
         return same("stage 3 gathers and reduces by repeated block; ZeroConfig.wrap names others")
     nbytes = 2 if run.target.precision in ("bf16-true", "16-true") else 4
-    size = max(1, int(value * nbytes / _MIB))
+    size = max(1, int((value or 5e8) * nbytes / _MIB))
     if size >= _DEFAULT_BUCKET_MB:
         return same("buckets of 64 MiB are large enough to overlap; ZeroConfig.bucket_mb changes them")
     run.target.zero["bucket_mb"] = min(size, run.target.zero.get("bucket_mb", size))
@@ -364,7 +366,7 @@ _NOT_SCALED = "no loss is scaled without fp16"
 def _loss_scale(run: Migration, value: Any) -> Fate:
     if not _scales_losses(run):
         return same(_NOT_SCALED)
-    if not run.target.scaler or not value:
+    if not value:
         return same("the loss scale is dynamic")
     return became(f"GradScaler(init_scale={float(value)}), which never grows; it halves where gradients overflow")
 
@@ -485,6 +487,24 @@ def _universal(run: Migration, value: Any) -> Fate:
 
 
 _Z = "zero_optimization"
+# Keys that take numbers only, or nothing.
+_NUMBERS = {
+    f"{_Z}.reduce_bucket_size",
+    f"{_Z}.allgather_bucket_size",
+    f"{_Z}.zero_hpz_partition_size",
+    f"{_Z}.mics_shard_size",
+    f"{_Z}.offload_optimizer.ratio",
+    f"{_Z}.zenflow.topk_ratio",
+    f"{_Z}.zenflow.full_warm_up_rounds",
+    "fp16.loss_scale",
+    "fp16.initial_scale_power",
+    "fp16.loss_scale_window",
+    "gradient_clipping",
+    "gradient_accumulation_steps",
+    "train_micro_batch_size_per_gpu",
+    "train_batch_size",
+    "sequence_parallel_size",
+}
 RULES: dict[str, Callable[[Migration, Any], Fate]] = {
     f"{_Z}.stage": _stage,
     f"{_Z}.reduce_bucket_size": _bucket,

@@ -326,7 +326,10 @@ def migrate_trainer(section: Mapping[str, Any], target: Target, folder: Path) ->
         SettingError: the strategy is none of those that are known.
     """
     strategy = section.get("strategy")
-    target.precision = _PRECISIONS.get(section.get("precision"), section.get("precision"))
+    precision = section.get("precision")
+    if not isinstance(precision, (str, int, type(None))):
+        raise SettingError(f"precision must be a word such as 'bf16-true', found {precision!r}")
+    target.precision = None if precision is None else _PRECISIONS.get(precision, str(precision))
     key: dict[str, Any]
     if isinstance(strategy, str) and strategy in NAMES:
         class_name, arguments = NAMES[strategy]
@@ -338,6 +341,8 @@ def migrate_trainer(section: Mapping[str, Any], target: Target, folder: Path) ->
         arguments, key = strategy.get("init_args") or {}, {"strategy.class_path": strategy.get("class_path")}
     else:
         raise SettingError("a `strategy` was expected: a name, or class_path and init_args")
+    if not isinstance(arguments, Mapping):
+        raise SettingError(f"init_args must be arguments by name, found {arguments!r}")
     if class_name not in MIGRATE:
         known = ", ".join([*MIGRATE, *NAMES])
         raise SettingError(f"strategy {class_name!r} is none that is migrated from: {known}")

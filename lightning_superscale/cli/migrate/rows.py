@@ -14,7 +14,7 @@ HEADINGS: dict[Outcome, str] = {
     "same": "Nothing needed: so by default, or no question here",
     "none": "No counterpart",
     "retired": "Retired by DeepSpeed too",
-    "unknown": "Unknown",
+    "unknown": "Unknown, or not a value that the key takes",
 }
 
 

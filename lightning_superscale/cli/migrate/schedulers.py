@@ -7,10 +7,12 @@ step repeats it: `step - 1` below. Formulas: https://deepspeed.readthedocs.io/en
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lightning_superscale.cli.migrate.target import Source
 from lightning_superscale.errors import SettingError, did_you_mean
 
 
@@ -74,12 +76,28 @@ def schedule_of(name: str, given: Mapping[str, Any], lr: Any) -> Schedule:
     """
     if name not in PARAMS:
         raise SettingError(f"scheduler.type {name!r} is not of DeepSpeed{did_you_mean(name, PARAMS)}")
-    lists = [key for key, value in given.items() if isinstance(value, (list, tuple))]
-    if lists:
-        raise SettingError(f"{', '.join(lists)} is given per parameter group; write one lambda of LambdaLR for each")
+    for key, value in given.items():
+        _check(key, value)
     if "total_num_steps" in PARAMS[name] and given.get("total_num_steps") is None:
         raise SettingError(f"{name} needs total_num_steps")
     return _MAKERS[name]({**PARAMS[name], **given}, lr)
+
+
+# Parameters that are no numbers.
+_WORDS = ("warmup_type", "lr_range_test_staircase", "cycle_momentum")
+# Parameters that lines divide by.
+_DIVISORS = ("warmup_max_lr", "lr_range_test_step_size", "cycle_max_lr", "cycle_first_step_size")
+
+
+def _check(key: str, value: Any) -> None:
+    if isinstance(value, (list, tuple)):
+        raise SettingError(f"{key} is given per parameter group; write one lambda of LambdaLR for each")
+    if key in _WORDS or value is None or isinstance(value, Source):
+        return
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+        raise SettingError(f"{key} must be a number, found {value!r}")
+    if key in _DIVISORS and value <= 0:
+        raise SettingError(f"{key} must be above 0, found {value!r}")
 
 
 def is_param(name: str, key: str) -> bool:
@@ -150,7 +168,8 @@ def _range_test(p: Mapping[str, Any], lr: Any) -> Schedule:
 
 
 def _one_cycle(p: Mapping[str, Any], lr: Any) -> Schedule:
-    unknown = [key for key in ("cycle_min_lr", "cycle_max_lr") if not isinstance(p[key], (int, float))]
+    needed = ("cycle_min_lr", "cycle_max_lr", "cycle_first_step_size")
+    unknown = [key for key, value in p.items() if isinstance(value, Source) or (key in needed and value is None)]
     if unknown:
         raise SettingError(f"OneCycle needs numbers; found none for {', '.join(unknown)}")
     first = p["cycle_first_step_size"]

@@ -95,6 +95,8 @@ BF16 = {"bf16": {"enabled": True}}
         ({"fp16": {"enabled": True, "loss_scale_window": 2000}}, "fp16.loss_scale_window", "same"),
         ({"fp16": {"enabled": True, "loss_scale": 8, "loss_scale_window": 1000}}, "fp16.loss_scale_window", "same"),
         ({"gradient_clipping": 0.0}, "gradient_clipping", "same"),
+        ({"gradient_clipping": "much"}, "gradient_clipping", "unknown"),
+        ({"gradient_accumulation_steps": "x"}, "gradient_accumulation_steps", "unknown"),
         ({"sparse_attention": {"mode": "fixed"}}, "sparse_attention", "retired"),
         ({"elasticity": {"enabled": False}}, "elasticity", "same"),
         ({"zero_optimization": True}, "zero_optimization.stage", "became"),
@@ -158,3 +160,5 @@ def test_optimizer_and_scheduler_must_be_sections():
     for name in ("optimizer", "scheduler"):
         with pytest.raises(SettingError, match=f"{name} must be a section"):
             migrated({name: "AdamW"})
+        with pytest.raises(SettingError, match=f"{name} must be a section"):
+            migrated({name: {"type": "AdamW", "params": [1]}})

@@ -151,6 +151,8 @@ def test_rates_are_those_of_the_formula(name, formula, params):
         ("WarmupLR", {"warmup_min_lr": 0.1}, "needs warmup_max_lr"),
         ("WarmupDecayLR", {}, "needs total_num_steps"),
         ("OneCycle", {"cycle_min_lr": 0.1}, "cycle_max_lr"),
+        ("OneCycle", {"cycle_min_lr": 0.1, "cycle_max_lr": 0}, "cycle_max_lr must be above 0"),
+        ("WarmupLR", {"warmup_num_steps": "many"}, "warmup_num_steps must be a number, found 'many'"),
     ],
 )
 def test_what_is_no_schedule_is_refused(name, params, says):
