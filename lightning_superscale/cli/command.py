@@ -14,6 +14,7 @@ from typing import get_args
 
 from rich.console import Console
 
+from lightning_superscale import __version__
 from lightning_superscale.cli import checkpoint as checkpoint_commands
 from lightning_superscale.cli import doctor, trace
 from lightning_superscale.cli.checkpoint import Reading, UsageError
@@ -24,6 +25,7 @@ from lightning_superscale.run.report.recorder import DEFAULT_STEP
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="superscale", description="Tools of lightning-superscale.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("doctor", help="what this environment has, what is missing, and how to get it")
     tracing = commands.add_parser(

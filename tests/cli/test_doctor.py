@@ -7,8 +7,10 @@ import os
 import subprocess
 import sys
 
+import pytest
 import torch
 
+import lightning_superscale as lss
 from lightning_superscale.cli import doctor, main
 from lightning_superscale.offload.planner import profile_cache
 from lightning_superscale.offload.planner.numa import available_cpus
@@ -23,6 +25,13 @@ def test_doctor_prints_every_row_and_exits_0(capsys):
     names += ("host memory", "pinned memory", "CUDA devices", "CUDA library", "Triton", "strategy names", "autoload")
     for name in names:
         assert name.split()[0] in out
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"superscale {lss.__version__}\n"
 
 
 def test_a_row_that_fails_to_look_is_an_error_row(monkeypatch):
