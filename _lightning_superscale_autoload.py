@@ -15,7 +15,12 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-_WATCHED = ("lightning.pytorch.strategies", "pytorch_lightning.strategies")
+_WATCHED = (
+    "lightning.pytorch.strategies",
+    "pytorch_lightning.strategies",
+    "lightning.fabric.strategies",
+    "lightning_fabric.strategies",
+)
 
 
 def _register(strategies_module: str) -> None:

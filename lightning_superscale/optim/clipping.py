@@ -56,7 +56,7 @@ def clip_in_place(params: Iterable[nn.Parameter], clip: ClipRequest, *, keeps_no
         keeps_nonfinite: leave gradients whose norm is NaN or infinite as they are, so that the culprits can be named.
 
     Returns:
-        the 2-norm of all gradients before, fp32 scalar on the CPU; None after a clip by value.
+        the 2-norm of all gradients before, scalar of their dtype on the CPU; None after a clip by value.
     """
     clipped = [param for param in params if param.grad is not None]
     if isinstance(clip, ClipByValue):
@@ -66,7 +66,7 @@ def clip_in_place(params: Iterable[nn.Parameter], clip: ClipRequest, *, keeps_no
     total = norm.full_tensor() if isinstance(norm, DTensor) else norm
     if total.isfinite() or not keeps_nonfinite:
         nn.utils.clip_grads_with_norm_(clipped, clip.max_norm, total)
-    return total.float().cpu()
+    return total.cpu()
 
 
 def joined(requests: Sequence[ClipRequest], new: ClipRequest) -> list[ClipRequest]:

@@ -191,12 +191,12 @@ class OptimizerEngine:
         """Clip the gradients of the next step; see `GradVerdict.request`."""
         self._judge.request(clip)
 
-    def clip_in_place(self, clip: ClipRequest) -> None:
+    def clip_in_place(self, clip: ClipRequest, *, keeps_nonfinite: bool = False) -> Tensor | None:
         """Clip the gradients that lie in `param.grad`, averaged over ranks, where user code looks at them.
 
-        Every rank calls it.
+        Every rank calls it. Arguments and result are those of `clip_in_place` in clipping.py.
         """
-        self._judge.clip_in_place(self.params(), clip)
+        return self._judge.clip_in_place(self.params(), clip, keeps_nonfinite=keeps_nonfinite)
 
     def discard_gradients(self) -> None:
         """Forget the gradients and clip requests of a step that is not taken."""

@@ -95,10 +95,18 @@ class GradVerdict:
         """
         self._clips = joined(self._clips, clip)
 
-    def clip_in_place(self, params: Iterable[nn.Parameter], clip: ClipRequest) -> None:
-        """Clip gradients in `param.grad` now, and keep their norm before for `grad_norm`. Every rank calls it."""
-        norm = clip_in_place(params, clip, keeps_nonfinite=self._error_if_nonfinite)
-        self._norm_before = self._norm_before if norm is None or self._norm_before is not None else norm
+    def clip_in_place(
+        self, params: Iterable[nn.Parameter], clip: ClipRequest, *, keeps_nonfinite: bool = False
+    ) -> Tensor | None:
+        """Clip gradients in `param.grad` now, and keep their norm before for `grad_norm`. Every rank calls it.
+
+        Returns:
+            that norm; see `clip_in_place` in clipping.py.
+        """
+        norm = clip_in_place(params, clip, keeps_nonfinite=keeps_nonfinite or self._error_if_nonfinite)
+        if norm is not None and self._norm_before is None:
+            self._norm_before = norm.float()
+        return norm
 
     def discard(self) -> None:
         """Forget requests and gradients of an interrupted step."""

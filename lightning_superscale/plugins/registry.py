@@ -15,6 +15,12 @@ BINDINGS = {
     "pytorch_lightning": "lightning_superscale.plugins.pytorch_lightning",
 }
 
+# Fabric's import name -> the module of this package that binds the plugins to it.
+FABRIC_BINDINGS = {
+    "lightning.fabric": "lightning_superscale.plugins.fabric.lightning",
+    "lightning_fabric": "lightning_superscale.plugins.fabric.lightning_fabric",
+}
+
 # Name -> class, its arguments, and its description in the registry.
 STRATEGY_NAMES: dict[str, tuple[str, dict[str, Any], str]] = {
     "superscale": (
@@ -42,9 +48,11 @@ class LazyStrategy:
 
 
 def register_with(lightning_name: str) -> None:
-    """Add our names to the strategy registry of one imported Lightning. Calling it again changes nothing."""
-    registry = sys.modules[f"{lightning_name}.strategies"].StrategyRegistry
-    binding = BINDINGS[lightning_name]
+    """Add our names to the registry of one imported Lightning or Fabric. Calling it again changes nothing."""
+    strategies = sys.modules[f"{lightning_name}.strategies"]
+    is_fabric = lightning_name in FABRIC_BINDINGS
+    registry = strategies.STRATEGY_REGISTRY if is_fabric else strategies.StrategyRegistry
+    binding = (FABRIC_BINDINGS if is_fabric else BINDINGS)[lightning_name]
     for name, (class_name, init_params, description) in STRATEGY_NAMES.items():
         factory = LazyStrategy(binding, class_name)
         if name not in registry:

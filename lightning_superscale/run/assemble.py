@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_superscale.comm.agreement import check_equal_on_all_ranks, raise_together
@@ -191,12 +191,18 @@ class Assembly:
 
     def clip(self, engine: OptimizerEngine, request: ClipRequest) -> None:
         """Clip an optimizer's gradients: at once where user code looks at them, otherwise inside of its next step."""
-        if not self.settings.clips_in_place:
+        if self.settings.clips_in_place:
+            self.clip_in_place(engine, request)
+        else:
             engine.request_clip(request)
-            return
+
+    def clip_in_place(
+        self, engine: OptimizerEngine, request: ClipRequest, *, keeps_nonfinite: bool = False
+    ) -> Tensor | None:
+        """Clip gradients that lie in `param.grad`, averages over ranks by then. Every rank calls it."""
         if not self.settings.visibility.is_automatic:  # a backward that is not the framework's may have added to them
             self.after_backward()
-        engine.clip_in_place(request)
+        return engine.clip_in_place(request, keeps_nonfinite=keeps_nonfinite)
 
     def wait_all_published(self) -> None:
         """Wait until work that is queued from now on sees all new weights. Every rank calls it."""

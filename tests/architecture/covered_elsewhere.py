@@ -164,7 +164,10 @@ BY_TEST: dict[str, list[str]] = {
     "plugins/test_registry.py": [
         "plugins/pytorch.py",
         "plugins/pytorch_lightning.py",
+        "plugins/fabric/lightning.py",
+        "plugins/fabric/lightning_fabric.py",
     ],
+    "plugins/fabric/test_strategy.py": ["plugins/fabric/presets.py"],
     "plugins/checkpoint/test_io.py": [
         "plugins/binder.py",
         "plugins/checkpoint/lightning_strategies.py",

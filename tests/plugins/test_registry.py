@@ -118,6 +118,45 @@ def test_the_two_bindings_differ_in_lightnings_name_only():
     assert ours == (plugins / "pytorch_lightning.py").read_text()
 
 
+FABRIC = """
+import torch
+fabric = F.Fabric(strategy=NAME, accelerator="cpu", devices=1)
+fabric.launch()
+module = torch.nn.Linear(4, 2)
+model, optimizer = fabric.setup(module, torch.optim.AdamW(module.parameters()))
+fabric.backward(model(torch.ones(3, 4)).sum())
+optimizer.step()
+print("trained with", type(fabric.strategy).__module__, type(fabric.strategy).__name__)
+"""
+
+
+@pytest.mark.parametrize(
+    ("fabric", "binding", "name", "cls"),
+    [
+        ("lightning.fabric", "lightning", "superoffload", "SuperOffloadStrategy"),
+        ("lightning_fabric", "lightning_fabric", "zenflow", "ZenFlowStrategy"),  # in the middle of a window
+    ],
+)
+def test_fabric_knows_the_names_without_an_import_of_ours_and_the_process_ends(fabric, binding, name, cls):
+    done = python(f"import {fabric} as F\nNAME = {name!r}\n{FABRIC}")
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr
+    assert f"trained with lightning_superscale.plugins.fabric.{binding} {cls}" in done.stdout
+
+
+def test_fabric_has_every_name_that_the_trainer_has():
+    from lightning.fabric.strategies import STRATEGY_REGISTRY
+
+    from lightning_superscale.plugins.registry import STRATEGY_NAMES
+
+    assert STRATEGY_NAMES.keys() <= set(STRATEGY_REGISTRY.available_strategies())
+
+
+def test_the_two_bindings_of_fabric_differ_in_its_name_only():
+    plugins = ROOT / "lightning_superscale" / "plugins" / "fabric"
+    ours = (plugins / "lightning.py").read_text().replace("lightning.fabric", "lightning_fabric")
+    assert ours == (plugins / "lightning_fabric.py").read_text()
+
+
 def test_public_names_are_what_the_docs_say():
     import lightning_superscale as lss
 

@@ -1,0 +1,1 @@
+"""What knows Lightning Fabric: a strategy and a precision plugin over `Run`, under both of Fabric's import names."""

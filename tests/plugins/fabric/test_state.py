@@ -1,0 +1,120 @@
+"""Checkpoints of Fabric: resumed bit for bit, under the Trainer and back, and refused before anything changes."""
+
+from __future__ import annotations
+
+import lightning as L
+import pytest
+import torch
+from torch import nn
+
+import lightning_superscale as lss
+from lightning_superscale import CheckpointError
+from tests.helpers.trainers import loader, trainer
+from tests.plugins.fabric.loops import adamw, assert_equal, launched, loop, model
+
+
+class Module(L.LightningModule):
+    """The loop's model, whose names are those of the bare one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, part in model().named_children():
+            self.add_module(name, part)
+
+    def __getitem__(self, number: int) -> nn.Module:
+        return self._modules[str(number)]
+
+    def __iter__(self):
+        return iter(self._modules.values())
+
+    def forward(self, x):
+        for part in self:
+            x = part(x)
+        return x
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.mse_loss(self(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return adamw(self)
+
+
+def started(strategy, plain):
+    fabric = launched(strategy)
+    module, optimizer = fabric.setup(plain, adamw(plain))
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2)
+    return fabric, {"model": module, "optimizer": optimizer, "scheduler": scheduler, "step": 0}
+
+
+@pytest.mark.parametrize("saved_by", ["superscale", "superoffload"])
+def test_a_loop_goes_on_from_its_checkpoint_bit_for_bit_under_another_strategy(tmp_path, saved_by):
+    fabric, state = started(saved_by, first := model())
+    loop(fabric, state["model"], state["optimizer"])
+    state["scheduler"].step()
+    fabric.save(tmp_path / "saved", {**state, "step": 3})
+    other, resumed = started("zero1", second := model())
+    assert other.load(tmp_path / "saved", resumed) == {}
+    assert resumed["step"] == 3
+    assert resumed["scheduler"].state_dict() == state["scheduler"].state_dict()
+    loop(fabric, state["model"], state["optimizer"])
+    loop(other, resumed["model"], resumed["optimizer"])
+    assert_equal(dict(first.state_dict()), dict(second.state_dict()))
+    found = other.load(tmp_path / "saved")
+    assert found["step"] == 3
+    assert found.keys() == {"model", "optimizer", "scheduler", "step"}
+    for one in (fabric, other):
+        one.strategy.teardown()
+
+
+def test_a_trainers_checkpoint_goes_on_under_fabric(tmp_path):
+    module = Module()
+    runner = trainer("superoffload", plugins=[lss.UniversalCheckpointIO()], max_epochs=1)
+    runner.fit(module, loader())
+    runner.save_checkpoint(tmp_path / "saved")
+    fabric, state = started("superscale", ours := Module())
+    rest = fabric.load(tmp_path / "saved", {"model": state["model"], "optimizer": state["optimizer"]})
+    assert rest["global_step"] == 6
+    assert_equal(dict(ours.state_dict()), dict(module.state_dict()))
+    runner = trainer("superscale", max_epochs=2, plugins=[lss.UniversalCheckpointIO()])
+    runner.fit(again := Module(), loader(), ckpt_path=str(tmp_path / "saved"), weights_only=False)
+    for x, y in loader():
+        fabric.backward(nn.functional.mse_loss(state["model"](x), y))
+        state["optimizer"].step()
+        state["optimizer"].zero_grad()
+    assert_equal(dict(ours.state_dict()), dict(again.state_dict()))
+    fabric.strategy.teardown()
+
+
+def test_fabrics_checkpoint_goes_on_under_the_trainer(tmp_path):
+    fabric, state = started("superoffload", ours := Module())
+    loop(fabric, state["model"], state["optimizer"])
+    fabric.save(tmp_path / "saved", {"model": state["model"], "optimizer": state["optimizer"], "step": 3})
+    runner = trainer("superscale", max_epochs=1, plugins=[lss.UniversalCheckpointIO()])
+    runner.fit(again := Module(), loader(), ckpt_path=str(tmp_path / "saved"), weights_only=False)
+    for x, y in loader():
+        fabric.backward(nn.functional.mse_loss(state["model"](x), y))
+        state["optimizer"].step()
+        state["optimizer"].zero_grad()
+    assert_equal(dict(ours.state_dict()), dict(again.state_dict()))
+    fabric.strategy.teardown()
+
+
+def test_what_cannot_be_saved_or_loaded_is_refused_and_nothing_changed(tmp_path):
+    fabric, state = started("superscale", plain := model())
+    with pytest.raises(CheckpointError, match=r"filter=.*'model'"):
+        fabric.save(tmp_path / "no", state, filter={"model": lambda name, value: True})
+    with pytest.raises(CheckpointError, match="'teacher' is a Linear that fabric.setup"):
+        fabric.save(tmp_path / "no", {**state, "teacher": nn.Linear(2, 2)})
+    with pytest.raises(CheckpointError, match="'step', and none of it is the module"):
+        fabric.save(tmp_path / "no", {"step": 3})
+    assert not (tmp_path / "no").exists()
+    fabric.save(tmp_path / "saved", {"model": state["model"]})
+    before = {name: value.clone() for name, value in plain.state_dict().items()}
+    with torch.no_grad():
+        plain[0].weight.add_(1.0)
+    with pytest.raises(CheckpointError, match=r"has no 'optimizer', 'scheduler', 'step', and nothing was changed"):
+        fabric.load(tmp_path / "saved", state)
+    assert torch.equal(plain[0].weight, before["0.weight"] + 1.0)
+    fabric.load(tmp_path / "saved", {"model": state["model"], "step": 5}, strict=False)
+    assert_equal(dict(plain.state_dict()), before)
+    fabric.strategy.teardown()

@@ -1,0 +1,166 @@
+"""The strategy through Fabric on one process: exactness, gradients, evaluation, and how it refuses."""
+
+from __future__ import annotations
+
+import lightning.fabric
+import pytest
+import torch
+from torch import nn
+
+from lightning_superscale import SuperScaleError
+from lightning_superscale.plugins.fabric.lightning import SuperScaleStrategy
+from tests.plugins.fabric.loops import adamw, assert_equal, launched, loop, model, trained
+
+CLIPS = {"plain": None, "norm": {"max_norm": 0.05}, "value": {"clip_val": 0.003}}
+
+
+@pytest.mark.parametrize("clip", CLIPS.values(), ids=CLIPS.keys())
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "64-true"])
+def test_a_loop_equals_plain_fabric_bit_for_bit(precision, clip):
+    plain, norms = trained("auto", precision=precision, clip=clip)
+    for strategy in ("superscale", "superoffload", SuperScaleStrategy(offload="cpu"), "zero3"):
+        ours, own_norms = trained(strategy, precision=precision, clip=clip)
+        assert_equal(ours, plain)
+        assert own_norms == norms
+
+
+def test_another_optimizer_steps_by_its_own_code_and_is_clipped():
+    def weights(strategy):
+        fabric = launched(strategy)
+        plain = model()
+        module, optimizer = fabric.setup(plain, torch.optim.SGD(plain.parameters(), 0.1, momentum=0.9))
+        loop(fabric, module, optimizer, clip={"max_norm": 0.05})
+        fabric.strategy.teardown()
+        return dict(plain.state_dict())
+
+    assert_equal(weights("superscale"), weights("auto"))
+
+
+def test_a_module_alone_evaluates_and_then_trains_with_an_optimizer():
+    plain, fabric = model(), launched("superoffload")
+    module = fabric.setup_module(plain)
+    with torch.no_grad():
+        before = module(torch.ones(4, 17))
+    optimizer = fabric.setup_optimizers(adamw(plain))
+    loop(fabric, module, optimizer)
+    with torch.no_grad():
+        assert not torch.equal(module(torch.ones(4, 17)), before)
+    fabric.strategy.teardown()
+    assert_equal(dict(plain.state_dict()), _without_first_batch(trained("auto")[0], plain))
+
+
+def _without_first_batch(weights, plain):
+    """The oracle's state, but for statistics of batch norm, which the evaluation in training mode has changed."""
+    own = plain.state_dict()
+    return {name: own[name] if "running" in name or "num_batches" in name else value for name, value in weights.items()}
+
+
+def test_gradients_and_weights_are_there_whenever_the_loop_looks():
+    plain, ours = model(), model()
+    reference, fabric = adamw(plain), launched("superoffload")
+    module, optimizer = fabric.setup(ours, adamw(ours))
+    x = torch.randn(8, 17, generator=torch.Generator().manual_seed(0))
+    for _ in range(2):
+        plain(x).pow(2).mean().backward()
+        fabric.backward(module(x).pow(2).mean())
+        for own, theirs in zip(ours.parameters(), plain.parameters(), strict=True):
+            assert torch.equal(own.grad, theirs.grad)
+            own.grad.mul_(0.5)
+            theirs.grad.mul_(0.5)
+        for one in (reference, optimizer):
+            one.step()
+            one.zero_grad()
+        for own, theirs in zip(ours.parameters(), plain.parameters(), strict=True):
+            assert torch.equal(own, theirs)
+    fabric.strategy.teardown()
+
+
+def test_a_norm_that_is_not_finite_is_refused_and_nothing_changed():
+    plain, fabric = model(), launched("superscale")
+    module, optimizer = fabric.setup(plain, adamw(plain))
+    fabric.backward(module(torch.randn(8, 17)).mean())
+    plain[0].bias.grad[0] = float("inf")
+    grads = [p.grad.clone() for p in plain.parameters()]
+    with pytest.raises(SuperScaleError, match=r"norm of the gradients of AdamW is inf.*nothing was changed"):
+        fabric.clip_gradients(module, optimizer, max_norm=1.0)
+    for param, grad in zip(plain.parameters(), grads, strict=True):
+        assert torch.equal(param.grad, grad)
+    fabric.strategy.teardown()
+
+
+REFUSED = {
+    r"sequence=2: ranks that share sequences.*Trainer": {"sequence": 2},
+    r"tensor_parallel=2 cuts modules.*Trainer": {"zero": {"stage": 3, "tensor_parallel": 2}},
+    r"weights='flow'.*zero=3": {"zero": 3, "offload": {"engine": "superoffload", "weights": "flow"}},
+}
+
+
+@pytest.mark.parametrize(("message", "config"), REFUSED.items())
+def test_configs_that_need_the_trainer_are_refused_by_name(message, config):
+    with pytest.raises(SuperScaleError, match=message):
+        launched(SuperScaleStrategy(**config))
+
+
+def test_calls_that_cannot_be_served_are_refused_by_name():
+    plain, fabric = model(), launched("superscale")
+    with pytest.raises(SuperScaleError, match="no module was set up"):
+        fabric.setup_optimizers(adamw(plain))
+    module, optimizer = fabric.setup(plain, adamw(plain))
+    with pytest.raises(SuperScaleError, match=r"given a Sequential, and now a Linear.*one nn\.Module"):
+        fabric.setup(nn.Linear(2, 2))
+    with pytest.raises(SuperScaleError, match="another optimizer was set up before"):
+        fabric.setup_optimizers(adamw(plain))
+    with pytest.raises(SuperScaleError, match="norm_type=2, the global 2-norm; found inf"):
+        fabric.clip_gradients(module, optimizer, max_norm=1.0, norm_type=float("inf"))
+    with pytest.raises(RuntimeError, match=r"fabric\.backward\(loss\)"):
+        module(torch.ones(2, 17)).sum().backward()
+    with pytest.raises(SuperScaleError, match=r"step\(\) was called on the bare optimizer"):
+        optimizer.optimizer.step()
+    fabric.strategy.teardown()
+
+
+def test_fp16_and_foreign_plugins_are_refused_by_name():
+    with pytest.raises(SuperScaleError, match=r"precision='16-true': losses in fp16.*'bf16-mixed'"):
+        launched("superscale", precision="16-true")
+    io = lightning.fabric.plugins.TorchCheckpointIO()
+    with pytest.raises(SuperScaleError, match="was given a TorchCheckpointIO"):
+        launched("superscale", plugins=[io])
+
+
+def test_data_loaders_of_one_process_keep_their_samplers():
+    fabric = launched("superscale")
+    loader = torch.utils.data.DataLoader(torch.arange(8), shuffle=True)
+    assert fabric.setup_dataloaders(loader).sampler is loader.sampler
+    fabric.strategy.teardown()
+
+
+class Compiled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.first, self.second = nn.Linear(17, 8), nn.Linear(8, 5)
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(x)))
+
+
+def test_a_compiled_module_is_compiled_and_trains_as_under_plain_fabric():
+    def weights(strategy):
+        torch._dynamo.reset()
+        graphs = []
+
+        def backend(graph, inputs):
+            graphs.append(graph)
+            return graph.forward
+
+        fabric, plain = launched(strategy), Compiled()
+        module, optimizer = fabric.setup(torch.compile(plain, backend=backend), torch.optim.AdamW(plain.parameters()))
+        loop(fabric, module, optimizer)
+        fabric.strategy.teardown()
+        return dict(plain.state_dict()), len(graphs)
+
+    expected, num_graphs = weights("auto")
+    for strategy in ("superscale", "zero3"):
+        found, own_graphs = weights(strategy)
+        assert_equal(found, expected)
+        assert own_graphs == num_graphs > 0
