@@ -18,6 +18,9 @@ class RunModule(nn.Module):
     Args:
         module: the user's.
         run: the run that was prepared for it.
+
+    Attributes:
+        has_trained: whether it was called with gradients recorded since its first optimizer was set up.
     """
 
     def __init__(self, module: nn.Module, run: Run) -> None:
@@ -25,6 +28,7 @@ class RunModule(nn.Module):
         self.module = module
         self._run = run
         self._is_evaluating = False
+        self.has_trained = False
 
     # Fabric compiles what it sets up where the user compiled the module: that is to be compiled, and not the run.
     @torch.compiler.disable(recursive=False)  # type: ignore[no-untyped-call, untyped-decorator]
@@ -32,6 +36,7 @@ class RunModule(nn.Module):
         """What the module gives for the same arguments."""
         if torch.is_grad_enabled():
             self._is_evaluating = False
+            self.has_trained = self._run.assembly is not None
             with self._run.forward():
                 return self.module(*args, **kwargs)
         if not self._is_evaluating:

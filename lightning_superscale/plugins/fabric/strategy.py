@@ -73,8 +73,8 @@ class FabricStrategyMixin(_Base):
     """Data-parallel training with sharded, offloaded or plain optimizer states, exactly as plain AdamW, under Fabric.
 
     One module is set up, with all of its optimizers: `fabric.setup(module, *optimizers)`, or `fabric.setup_module()`
-    and then `fabric.setup_optimizers()` with one optimizer. `fabric.save()` and `fabric.load()` write and
-    read universal checkpoints, which the Trainer's strategies have too.
+    and then `fabric.setup_optimizers()` before the first forward that trains. `fabric.save()` and `fabric.load()` write
+    and read universal checkpoints, which the Trainer's strategies have too.
 
     Args:
         zero: what is sharded over ranks: 0 (nothing), 1 (optimizer states), 2 (gradients too), 3 (weights
@@ -247,13 +247,15 @@ class FabricStrategyMixin(_Base):
         return wrapped
 
     def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
-        if self._module is None or self._optimizers:
-            found = "no module was set up" if self._module is None else "another optimizer was set up before"
+        if self._module is None or self._module.has_trained:
+            found = "no module was set up" if self._module is None else "it has trained without this one"
             raise SuperScaleError(
                 f"{type(self).__name__} starts a run with a module and all of its optimizers, and {found}. Call "
-                "fabric.setup(module, *optimizers) with all of them at once."
+                "fabric.setup(module, *optimizers) with all of them at once, or fabric.setup_module() and then "
+                "fabric.setup_optimizers() before the first forward."
             )
-        self._start_training(self._module.module, [optimizer])
+        # Fabric hands optimizers over one by one and never says which is the last: each begins the run anew.
+        self._start_training(self._module.module, [*self._optimizers, optimizer])
         return optimizer
 
     def _new_module(self, module: nn.Module) -> RunModule:
