@@ -383,7 +383,7 @@ class FabricStrategyMixin(_Base):
             )
         user = states.sorted_out(state, self._module, self._optimizers)
         optimizers = [self._optimizers[number] for number in user.optimizers.values()]
-        user = user._replace(optimizers={name: i for i, name in enumerate(user.optimizers)})
+        user = states.UserState(user.module, {name: i for i, name in enumerate(user.optimizers)}, user.values)
         checkpoint: dict[str, Any] = {"state_dict": self.run.module_state(self._own_module, is_local=True)}
         if optimizers:
             checkpoint["optimizer_states"] = [self._optimizer_state(one, is_local=True) for one in optimizers]

@@ -27,8 +27,8 @@ SERVED = (
     "two_models_two_optimizers",
     "in_turns",
 )
-# Fabric lets a strategy, or a precision plugin, that has hooks of backward see every backward through a module's outputs:
-# any but fabric.backward() ends with its error.
+# To a strategy or a precision plugin that has hooks of backward, Fabric forbids any backward through a module's outputs
+# but fabric.backward().
 REFUSED = ("raw_backward", "gradient_from_outside", "several_tensors_at_once", "penalty_on_inputs")
 CLIPPED = Run("two_models_two_optimizers", clip=("value", 1e-3))
 RUNS = (*map(Run, SERVED), *map(Run, REFUSED), CLIPPED)

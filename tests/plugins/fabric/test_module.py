@@ -13,6 +13,7 @@ from lightning_superscale.plugins.fabric.module import RunModule
 class RecordingRun:
     def __init__(self) -> None:
         self.calls: list[str] = []
+        self.assembly: object = None
 
     @contextmanager
     def forward(self):
@@ -41,3 +42,10 @@ def test_a_call_without_gradients_evaluates_and_the_first_one_gets_the_run_ready
         module(x)
     evaluation = ["before evaluation", "evaluating"]
     assert run.calls == ["forward", *evaluation, "evaluating", "forward", *evaluation]
+    assert not module.has_trained
+    run.assembly = object()
+    with torch.no_grad():
+        module(x)
+    assert not module.has_trained
+    module(x)
+    assert module.has_trained
