@@ -66,6 +66,18 @@ def test_a_loop_goes_on_from_its_checkpoint_bit_for_bit_under_another_strategy(t
         one.strategy.teardown()
 
 
+def assert_both_go_on_alike(fabric, state, ours, saved, *, max_epochs):
+    """A Trainer that goes on from a checkpoint ends its epoch with the weights of a loop that has the same state."""
+    runner = trainer("superscale", max_epochs=max_epochs, plugins=[lss.UniversalCheckpointIO()])
+    runner.fit(again := Module(), loader(), ckpt_path=str(saved), weights_only=False)
+    for x, y in loader():
+        fabric.backward(nn.functional.mse_loss(state["model"](x), y))
+        state["optimizer"].step()
+        state["optimizer"].zero_grad()
+    assert_equal(dict(ours.state_dict()), dict(again.state_dict()))
+    fabric.strategy.teardown()
+
+
 def test_a_trainers_checkpoint_goes_on_under_fabric(tmp_path):
     module = Module()
     runner = trainer("superoffload", plugins=[lss.UniversalCheckpointIO()], max_epochs=1)
@@ -75,28 +87,14 @@ def test_a_trainers_checkpoint_goes_on_under_fabric(tmp_path):
     rest = fabric.load(tmp_path / "saved", {"model": state["model"], "optimizer": state["optimizer"]})
     assert rest["global_step"] == 6
     assert_equal(dict(ours.state_dict()), dict(module.state_dict()))
-    runner = trainer("superscale", max_epochs=2, plugins=[lss.UniversalCheckpointIO()])
-    runner.fit(again := Module(), loader(), ckpt_path=str(tmp_path / "saved"), weights_only=False)
-    for x, y in loader():
-        fabric.backward(nn.functional.mse_loss(state["model"](x), y))
-        state["optimizer"].step()
-        state["optimizer"].zero_grad()
-    assert_equal(dict(ours.state_dict()), dict(again.state_dict()))
-    fabric.strategy.teardown()
+    assert_both_go_on_alike(fabric, state, ours, tmp_path / "saved", max_epochs=2)
 
 
 def test_fabrics_checkpoint_goes_on_under_the_trainer(tmp_path):
     fabric, state = started("superoffload", ours := Module())
     loop(fabric, state["model"], state["optimizer"])
     fabric.save(tmp_path / "saved", {"model": state["model"], "optimizer": state["optimizer"], "step": 3})
-    runner = trainer("superscale", max_epochs=1, plugins=[lss.UniversalCheckpointIO()])
-    runner.fit(again := Module(), loader(), ckpt_path=str(tmp_path / "saved"), weights_only=False)
-    for x, y in loader():
-        fabric.backward(nn.functional.mse_loss(state["model"](x), y))
-        state["optimizer"].step()
-        state["optimizer"].zero_grad()
-    assert_equal(dict(ours.state_dict()), dict(again.state_dict()))
-    fabric.strategy.teardown()
+    assert_both_go_on_alike(fabric, state, ours, tmp_path / "saved", max_epochs=1)
 
 
 def test_what_cannot_be_saved_or_loaded_is_refused_and_nothing_changed(tmp_path):
