@@ -501,13 +501,16 @@ class OptimizerEngine:
         an error ended the last step or a rank failed. Masters, and what the rule keeps, go into the optimizer's state.
         """
         with ExitStack() as rest:
-            rest.callback(self._give_back)
+            for state in self.states:
+                rest.callback(state.release)
+            rest.callback(self.transport.close)
+            rest.callback(self._leave_optimizer)
             rest.callback(self._rule.close)
             if not (self.is_torn or self._is_abandoned):
                 self.catch_up()
                 self.transport.wait_all_published()
 
-    def _give_back(self) -> None:
+    def _leave_optimizer(self) -> None:
         keep_rule_state(self.optimizer, self._rule.state_dict())
         for param in self.params():
             master = self.master_of(param)
@@ -515,7 +518,3 @@ class OptimizerEngine:
                 self.optimizer.state[param][MASTER_KEY] = master
         self._guard.remove()
         self._is_closed = True
-        with ExitStack() as rest:
-            for state in self.states:
-                rest.callback(state.release)
-            self.transport.close()
