@@ -23,7 +23,7 @@ from torch import fx, nn
 from lightning_superscale.comm.in_graph import AxisLink, note_traced, traced
 from lightning_superscale.errors import SequenceParallelError
 from lightning_superscale.sequence.hugging_face import attend_shared
-from lightning_superscale.sequence.stand_ins import StandIns, has_tokens
+from lightning_superscale.sequence.stand_ins import StandIns
 from lightning_superscale.sequence.tokens.layout import Layout, Sharing
 from lightning_superscale.sequence.tokens.tensor import TokenTensor, layout_of, plain, sharded_in, with_layout
 from lightning_superscale.sequence.tokens.traced import RuledGraph, is_tensor
@@ -121,13 +121,14 @@ class CompiledForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling() or are_whole() or self.why_not:
             return self.plainly(*args, **kwargs)
-        if not has_tokens((args, kwargs)):
+        given, present = (args, kwargs), StandIns(self.name)
+        replaced = present.replace(given)
+        if replaced is given:
             return self._without_tokens(*args, **kwargs)
-        outer, self._present = self._present, StandIns(self.name)
+        outer, self._present = self._present, present
         try:
-            replaced = self._present.replace((args, kwargs))
-            result = self._present.restore(self._with_tokens(*replaced[0], **replaced[1]))
-            self._present.write_back()
+            result = present.restore(self._with_tokens(*replaced[0], **replaced[1]))
+            present.write_back()
         except capture_errors() as error:
             why = error.__cause__ if str(error).startswith("Hard failure") and error.__cause__ else error
             self.why_not = str(why).strip().partition("\n")[0]
@@ -139,7 +140,7 @@ class CompiledForward:
             )
             return self.plainly(*args, **kwargs)
         finally:
-            present, self._present = self._present, outer
+            self._present = outer
         del replaced
         present.end()
         return result

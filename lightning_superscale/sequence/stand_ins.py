@@ -42,7 +42,7 @@ class StandIns:
         return self._behind.get(id(x), x)
 
     def replace(self, nested: Any) -> Any:
-        """The same with stand-ins in place of tensors with a layout."""
+        """The same with stand-ins in place of tensors with a layout; the object itself where it has none."""
         if not has_tokens(nested):
             return nested
         if layout_of(nested) is not None:

@@ -8,7 +8,6 @@ it. Autograd knows nothing of their sharing: outputs that share memory with one 
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 import torch
@@ -40,13 +39,9 @@ class OwnOutputs:
 
 def _own_output(module: nn.Module, args: Any, output: Any) -> Any:
     tokens = [x for x in tree_leaves(output) if type(x) is TokenTensor and x.requires_grad]
-    times = Counter(plain(x).untyped_storage().data_ptr() for x in tokens)
-
-    def owned(x: Any) -> Any:
-        is_alone = any(x is one for one in tokens) and times[plain(x).untyped_storage().data_ptr()] == 1
-        return _Own.apply(x) if is_alone and not is_of_its_own(x) else x  # type: ignore[no-untyped-call]
-
-    return tree_map(owned, output)
+    memory = [plain(x).untyped_storage().data_ptr() for x in tokens]
+    alone = {id(x) for x, at in zip(tokens, memory, strict=True) if memory.count(at) == 1 and not is_of_its_own(x)}
+    return tree_map(lambda x: _Own.apply(x) if id(x) in alone else x, output)  # type: ignore[no-untyped-call]
 
 
 class _Own(torch.autograd.Function):
