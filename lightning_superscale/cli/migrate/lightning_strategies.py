@@ -11,7 +11,7 @@ from typing import Any
 
 from lightning_superscale.cli.migrate.deepspeed import Migration
 from lightning_superscale.cli.migrate.rows import Fate, Row, became, none, same
-from lightning_superscale.cli.migrate.source import read_text
+from lightning_superscale.cli.migrate.source import read
 from lightning_superscale.cli.migrate.target import Target
 from lightning_superscale.errors import SettingError, did_you_mean
 
@@ -147,7 +147,7 @@ def migrate_deepspeed(arguments: Mapping[str, Any], target: Target, folder: Path
     config = arguments.get("config")
     if config is not None:
         if isinstance(config, str):
-            config = read_text((folder / config).read_text(), config)
+            config, _ = read(str(folder / config))
         if not isinstance(config, Mapping):
             raise SettingError(f"DeepSpeedStrategy.config must be a path or a section, found {config!r}")
         rows = [Row("config", "...", became("the keys below"))]
