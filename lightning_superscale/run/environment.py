@@ -97,11 +97,12 @@ class RankEnvironment:
         """Make a process group of one rank, which code that runs under DDP finds there (a `DistributedSampler`).
 
         Its store is in this process, so that no port is opened, and it takes no memory of a device: gloo serves tensors
-        of CUDA, too. Where gloo finds no network interface there is none, and who needs one says so.
+        of CUDA, too, and by one name torch knows the group's default. Where gloo finds no network interface there is
+        none, and who needs one says so.
         """
         if dist.is_available() and dist.is_gloo_available() and not dist.is_initialized():
             with contextlib.suppress(RuntimeError):
-                dist.init_process_group("cpu:gloo,cuda:gloo", store=HashStore(), rank=0, world_size=1)
+                dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
                 self._group_of_one = dist.group.WORLD
                 self._origin = Origin()
 

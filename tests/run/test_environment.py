@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 import lightning_superscale as lss
@@ -62,3 +65,17 @@ def test_what_does_not_fit_is_refused_with_the_sizes_that_do(zero, size, world_s
 def test_a_sequence_that_does_not_fit_is_refused_before_processes_start():
     with pytest.raises(lss.SuperScaleError, match=r"SequenceConfig.size=3 does not divide the 4 ranks"):
         trainer(lss.ZeroStrategy(sequence=3), devices=4)
+
+
+def test_the_end_of_a_group_of_one_says_nothing_where_another_backend_is_registered():
+    """FSDP2's imports register one, and torch then warns of a group whose default it does not know."""
+    program = """
+import torch.testing._internal.distributed.fake_pg
+from lightning_superscale.run.environment import RankEnvironment
+environment = RankEnvironment()
+environment.open_alone()
+assert environment._group_of_one is not None
+environment.close()
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    assert "No backend of type" not in ended.stderr
