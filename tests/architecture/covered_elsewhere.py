@@ -168,6 +168,8 @@ BY_TEST: dict[str, list[str]] = {
         "plugins/fabric/lightning_fabric.py",
     ],
     "plugins/fabric/test_strategy.py": ["plugins/fabric/presets.py"],
+    "plugins/trainer/test_precision.py": ["plugins/precision.py"],
+    "plugins/fabric/test_over_ranks.py": ["plugins/connect.py"],
     "plugins/checkpoint/test_io.py": [
         "plugins/binder.py",
         "plugins/checkpoint/lightning_strategies.py",

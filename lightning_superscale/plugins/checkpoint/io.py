@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
+# Where a checkpoint keeps states of module techniques; absent where none has any.
+TECHNIQUES_KEY = "lightning_superscale_techniques"
+
 
 class UniversalCheckpointIOMixin(_Base):
     """Checkpoints that any strategy writes and reads, at any number of ranks, with no conversion.

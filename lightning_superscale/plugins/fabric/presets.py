@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from lightning_superscale.plugins.defaults import with_defaults
 from lightning_superscale.plugins.fabric.strategy import FabricStrategyMixin
-from lightning_superscale.plugins.trainer.presets import with_defaults
 
 
 @with_defaults(zero=2, offload="superoffload")

@@ -1,4 +1,4 @@
-"""The precision plugin: dtypes of weights, of forward and of backward; the optimizer step itself belongs to the run.
+"""The Trainer's precision plugin: the hooks of backward and step that Lightning calls; the step belongs to the run.
 
 [Note: Two namespaces] Lightning ships twice, as `lightning.pytorch` and as `pytorch_lightning`, with
 unrelated class trees. All logic lives in mixins that import neither; `plugins/pytorch.py` and
@@ -7,23 +7,16 @@ unrelated class trees. All logic lives in mixins that import neither; `plugins/p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, Literal, Optional, Union
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Union
 
-import torch
-from lightning_utilities.core.apply_func import apply_to_collection
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_superscale.config.values import check_arguments
-from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.optim.clipping import ClipByNorm, ClipByValue
 from lightning_superscale.plugins.lightning_private import plain_optimizer, wrapped_closure
+from lightning_superscale.plugins.precision import PrecisionMixin
 from lightning_superscale.run.checks import check_clip_value
-from lightning_superscale.run.loss_scaler import LossScaler
-from lightning_superscale.run.precision import PrecisionName, Seed, choose
-from lightning_superscale.run.run import Run
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
@@ -32,163 +25,18 @@ else:
     _Base = object
 
 
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-class SuperScalePrecisionMixin(_Base):
-    """Precision plugin of the superscale strategies.
-
-    Args:
-        precision: "32-true": fp32 throughout. "bf16-mixed", "16-mixed": fp32 weights, forward under
-            `torch.autocast`. "bf16-true", "16-true": 16-bit weights, gradients and activations, with fp32 master
-            weights and optimizer states in the engine. With fp16 losses are scaled; a step whose gradients
-            overflow is dropped on all ranks, and the scale is halved.
-        scaler: gives the initial loss scale and its factors with fp16; None for GradScaler's defaults.
-        master_weights: "fp32", or with "bf16-true" "bf16": the weights are their own masters, and no fp32 copy
-            of them exists anywhere.
-        optimizer_states: "fp32" or "bf16", of Adam's exp_avg and exp_avg_sq.
-        gradient_accumulation: dtype of `param.grad`, in which micro-batches and several backward calls of a step are
-            summed up: "fp32", or "auto" for the weights' own.
-        gradient_reduction: dtype in which ranks average gradients; "auto" for that of `param.grad`.
-        stochastic_rounding: round masters and states that are stored in bf16 up or down at random, so that small
-            updates are kept in the mean; False rounds to nearest, as DeepSpeed does. None rounds at random wherever
-            anything is stored in bf16.
-        kahan: keep the error of rounding bf16 master weights beside them, in bf16 (2 more bytes per parameter).
-        autocast: run forward of "bf16-true" or "16-true" under `torch.autocast`, which computes the operations that
-            suffer most from 16 bits (losses; on a GPU norms and softmax too) in fp32; inputs are not converted then.
-            None runs it in the "-mixed" precisions only.
-        seed: seed of stochastic rounding. The random numbers depend on it and on parameters and steps, not on the
-            number of ranks, nor on a resume.
-
-    Raises:
-        SuperScaleError: another precision, a scaler where nothing is fp16, or a combination that can't work; it says
-            why, and what to use.
-
-    For the method of stochastic rounding see [Note: Stochastic rounding] in ops/reference.py.
-    """
-
-    precision: PrecisionName
-
-    def __init__(
-        self,
-        precision: PrecisionName = "32-true",
-        scaler: Union[torch.amp.GradScaler, None] = None,
-        master_weights: Literal["fp32", "bf16"] = "fp32",
-        optimizer_states: Literal["fp32", "bf16"] = "fp32",
-        gradient_accumulation: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
-        gradient_reduction: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
-        stochastic_rounding: Optional[bool] = None,
-        kahan: bool = False,
-        autocast: Optional[bool] = None,
-        seed: Seed = 0,
-    ) -> None:
-        check_arguments("SuperScalePrecision", SuperScalePrecisionMixin.__init__, scaler=scaler)
-        self.choices = choose(
-            precision,
-            master_weights=master_weights,
-            optimizer_states=optimizer_states,
-            gradient_accumulation=gradient_accumulation,
-            gradient_reduction=gradient_reduction,
-            stochastic_rounding=stochastic_rounding,
-            kahan=kahan,
-            autocast=autocast,
-            seed=seed,
-        )
-        self.precision = precision
-        self.scaler: LossScaler | None = None
-        if precision in ("16-mixed", "16-true"):
-            self.scaler = LossScaler()
-            if scaler is not None:
-                self.scaler.load_state_dict(scaler.state_dict())
-        elif scaler is not None:
-            raise SuperScaleError(f"precision={precision!r} scales no losses; found a scaler. Remove it.")
-        self._device_type = "cpu"
-        self._run: Run | None = None
-
-    # Calls by the strategy
-
-    def run_on(self, device_type: str) -> None:
-        """Take the type of the device, for `torch.autocast`; the strategy calls it in setup, for training or not."""
-        self._device_type = device_type
-
-    def attach(self, run: Run) -> None:
-        """Take the run whose losses are scaled and clipped; the strategy calls it in setup for training."""
-        self._run = run
-
-    def detach(self) -> None:
-        """Forget the run; the strategy calls it once the run is over."""
-        self._run = None
-
-    @property
-    def device(self) -> str:
-        """The kind of device that `torch.autocast` runs on, as Lightning's own plugin says it."""
-        return self._device_type
-
-    # Dtypes
-
-    @property
-    def _keeps_weights(self) -> bool:
-        """Whether weights and inputs have the dtype that the user gave them."""
-        return self.choices.weights == torch.float32
-
-    def convert_module(self, module: nn.Module) -> nn.Module:
-        return module if self._keeps_weights else module.to(self.choices.weights)
-
-    def widen_module(self, module: nn.Module) -> None:
-        """Give a module weights of 64 bits, if it is to have them, before it loads some.
-
-        Lightning loads checkpoints before `convert_module`, where weights of 32 bits would round them.
-        """
-        if self.choices.weights == torch.float64:
-            self.convert_module(module)
-
-    def convert_input(self, data: Any) -> Any:
-        if self._keeps_weights or self.choices.autocast is not None:
-            return data
-        dtype = self.choices.weights
-        return apply_to_collection(
-            data, function=lambda t: t.to(dtype) if torch.is_floating_point(t) else t, dtype=Tensor
-        )
-
-    def tensor_init_context(self) -> AbstractContextManager[Any]:
-        return nullcontext() if self._keeps_weights else _default_dtype(self.choices.weights)
-
-    def module_init_context(self) -> AbstractContextManager[Any]:
-        return self.tensor_init_context()
-
-    def forward_context(self) -> AbstractContextManager[Any]:
-        if self.choices.autocast is not None:
-            return torch.autocast(self._device_type, dtype=self.choices.autocast, cache_enabled=False)
-        return self.tensor_init_context()
+class SuperScalePrecisionMixin(PrecisionMixin, _Base):
+    __doc__ = PrecisionMixin.__doc__
 
     # Scaled losses
 
     def pre_backward(self, tensor: Tensor, module: LightningModule) -> Tensor:  # type: ignore[override]
-        if self._run is not None:
-            self._run.announce_loss_scale()
-        if self.scaler is not None:
-            # The factor is a tensor of fp32, so that a loss in fp16 does not overflow before its gradients do.
-            tensor = tensor * torch.tensor(self.scaler.scale, device=tensor.device)
-        return super().pre_backward(tensor, module)
+        return super().pre_backward(self.scaled(tensor), module)
 
     def post_backward(self, tensor: Tensor, module: LightningModule) -> Tensor:  # type: ignore[override]
-        if self._run is not None:
-            self._run.after_backward()  # before on_after_backward, in which user code may look at weights and gradients
+        if self.run is not None:
+            self.run.after_backward()  # before on_after_backward, in which user code may look at weights and gradients
         return super().post_backward(tensor, module)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {} if self.scaler is None else self.scaler.state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if self.scaler is not None:
-            self.scaler.load_state_dict(state_dict)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take over the loss scale of a checkpoint that was saved under Lightning's own MixedPrecision."""
@@ -201,9 +49,9 @@ class SuperScalePrecisionMixin(_Base):
         self, optimizer: Optimizer, model: LightningModule, closure: Callable[[], Any], **kwargs: Any
     ) -> Any:
         """Let the run step the optimizer, after Lightning's hooks before a step, which the closure calls."""
-        if self._run is None:
+        if self.run is None:
             return super().optimizer_step(optimizer, model, closure, **kwargs)
-        return self._run.step(optimizer, wrapped_closure(self, model, optimizer, closure), **kwargs)
+        return self.run.step(optimizer, wrapped_closure(self, model, optimizer, closure), **kwargs)
 
     # Clipping
 
@@ -219,5 +67,5 @@ class SuperScalePrecisionMixin(_Base):
             return
         limit = float(clip_val)
         request = ClipByValue(limit) if gradient_clip_algorithm == "value" else ClipByNorm(limit)
-        if self._run is None or not self._run.clip(plain_optimizer(optimizer), request):
+        if self.run is None or not self.run.clip(plain_optimizer(optimizer), request):
             super().clip_gradients(optimizer, clip_val, gradient_clip_algorithm)

@@ -25,11 +25,13 @@ from lightning_superscale.config import (
 from lightning_superscale.config.values import check_arguments, duration
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.plugins.checkpoint.io import (
+    TECHNIQUES_KEY,
     UniversalCheckpointIOMixin,
     before_step,
     load_through,
     save_through,
 )
+from lightning_superscale.plugins.connect import connect
 from lightning_superscale.plugins.lightning_private import (
     SyncDistAdvice,
     ask_strategy_whether_distributed,
@@ -69,8 +71,6 @@ if TYPE_CHECKING:
 
 # Seconds after SIGTERM at which a rank ends without the others' consent: ranks agree at each optimizer step.
 _ALONE_AFTER_S = 10.0
-# Where a checkpoint keeps states of module techniques; absent where none has any.
-TECHNIQUES_KEY = "lightning_superscale_techniques"
 
 
 class SuperScaleStrategyMixin(SampleRanksMixin):
@@ -195,7 +195,9 @@ class SuperScaleStrategyMixin(SampleRanksMixin):
         if self.accelerator is None or self.cluster_environment is None:
             raise AssertionError("the Trainer sets accelerator and cluster before it sets up the environment")
         if self.num_ranks > 1:
-            self._connect(self.cluster_environment)
+            self.set_world_ranks()
+            timeout, patience = self._timeout or DEFAULT_TIMEOUT, self._patience
+            connect(self, self.cluster_environment, super().setup_environment, timeout, patience)
             device_mesh = self.run.environment.mesh.device_mesh
             if self.lightning_module is not None and device_mesh is not None:
                 set_device_mesh(self.lightning_module, device_mesh)
@@ -208,26 +210,6 @@ class SuperScaleStrategyMixin(SampleRanksMixin):
         self.run.environment.open_alone()
         self._advice.hide()
         keep_sampler(self.lightning_module)  # a DistributedSampler would shuffle otherwise than the user's
-
-    def _connect(self, cluster: ClusterEnvironment) -> None:
-        """Make the process groups of all ranks, which watch each other meanwhile. Every rank calls it."""
-        self.set_world_ranks()
-        environment, timeout, patience = self.run.environment, self._timeout or DEFAULT_TIMEOUT, self._patience
-
-        def meeting() -> tuple[str, int]:
-            return cluster.main_address, cluster.main_port
-
-        with environment.connecting(meeting, self.global_rank, self.num_ranks, timeout, patience):
-            super().setup_environment()
-            environment.open(
-                self.zero_config,
-                self.sequence_config,
-                cluster.main_address,
-                self.broadcast,
-                timeout,
-                self.root_device.type,
-                patience,
-            )
 
     # Setup
 
