@@ -182,6 +182,15 @@ def is_compiled(root: nn.Module) -> bool:
     return any(isinstance(m, optimized) or getattr(m, "_compiled_call_impl", None) is not None for m in root.modules())
 
 
+@torch.compiler.disable(recursive=False)  # type: ignore[no-untyped-call, untyped-decorator]
+def compiles_calls() -> bool:
+    """Whether `torch.compile` compiles the functions that the caller calls: the caller runs within something compiled.
+
+    The caller itself is not compiled; `torch.compiler.disable(recursive=False)` keeps it out.
+    """
+    return torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None
+
+
 def behind_compile(module: nn.Module) -> nn.Module:
     """The module that `torch.compile` wrapped; a module that is not wrapped is returned itself."""
     inner: nn.Module = getattr(module, "_orig_mod", module)

@@ -69,6 +69,17 @@ def clip_in_place(params: Iterable[nn.Parameter], clip: ClipRequest, *, keeps_no
     return total.cpu()
 
 
+def norm_of_scaled(params: Iterable[nn.Parameter], loss_scale: float) -> Tensor:
+    """2-norm of all gradients in `param.grad`, divided by the loss scale that they have: fp32 scalar on the CPU.
+
+    Every rank calls it where parameters are sharded. The sum is in fp32, in which the square of a scaled fp16 element
+    has room.
+    """
+    norms = [torch.linalg.vector_norm(param.grad, dtype=torch.float32) for param in params if param.grad is not None]
+    norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).cpu() / loss_scale
+
+
 def joined(requests: Sequence[ClipRequest], new: ClipRequest) -> list[ClipRequest]:
     """The clip requests of one step, with one more added: of two of the same kind the stricter is kept.
 

@@ -178,3 +178,20 @@ def fsdp_state_context(strategy: Any, *, whole: bool) -> AbstractContextManager[
         context = module._get_sharded_state_dict_context(strategy.model)
     found: AbstractContextManager[None] = context
     return found
+
+
+def beside_any_backward(backward: Callable[..., Any], strategy_class: Any) -> Callable[..., Any]:
+    """A Fabric strategy's `backward` beside which a module's outputs may also be used in any other backward.
+
+    Fabric refuses `loss.backward()` and `torch.autograd.grad` through the outputs of a module whose strategy has a
+    `backward` of its own, by comparing functions. It goes by the function that another one says it wraps.
+
+    Args:
+        strategy_class: Fabric's `Strategy`.
+    """
+
+    @functools.wraps(strategy_class.backward)
+    def wrapping(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return backward(self, *args, **kwargs)
+
+    return wrapping

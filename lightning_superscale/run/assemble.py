@@ -22,7 +22,7 @@ from lightning_superscale.offload.link.link import Link, link_for
 from lightning_superscale.ops.update import UpdatePath, update_path
 from lightning_superscale.optim.adamw_step import AdamWStep
 from lightning_superscale.optim.bucketing import Grouping
-from lightning_superscale.optim.clipping import ClipRequest
+from lightning_superscale.optim.clipping import ClipRequest, norm_of_scaled
 from lightning_superscale.optim.engine import MakeState, OptimizerEngine
 from lightning_superscale.optim.grad_dtypes import narrow_gradients, widen_gradients
 from lightning_superscale.optim.mixed_step import MixedStep
@@ -48,7 +48,7 @@ from lightning_superscale.run.report.memory import byte_classes
 from lightning_superscale.run.report.plan import ParallelPlan
 from lightning_superscale.run.report.reasons import reasons_of, reasons_of_rules, where_states_are
 from lightning_superscale.run.settings import RunSettings
-from lightning_superscale.run.weight_flow import stream_the_rest
+from lightning_superscale.run.weight_flow import compiled_flow, stream_the_rest
 from lightning_superscale.torch_private import is_compiled
 from lightning_superscale.zero.buckets.transport import BucketTransport
 from lightning_superscale.zero.buckets.unit import BucketUnit
@@ -93,6 +93,7 @@ class Assembly:
     is_abandoned: bool = False
     _has_adapted: bool = False
     _old_gates_seconds: float = 0.0
+    _is_forward_compiled: bool = False
 
     @property
     def mesh(self) -> DataMesh:
@@ -117,11 +118,35 @@ class Assembly:
         if adapt_after_first_step(
             self.engines.values(), self.mesh, offload, self.settings.device, self.settings.precision.states
         ):
-            self._old_gates_seconds = self.waited_seconds
-            for gates in self.gates:
-                gates.close()
-            compiled = self.settings.is_compiled or is_compiled(self.module)
-            self.gates = _gates(self.module, self.engines.values(), self.settings, is_model_compiled=compiled)
+            self._gate_anew()
+
+    def compile_forward(self) -> None:
+        """Take it that forward is compiled, although the module is not a product of `torch.compile`.
+
+        Raises:
+            SuperScaleError: weights that flow, or options for long sequences, which no graph can have.
+        """
+        if self._is_forward_compiled or self.settings.is_compiled:
+            return
+        name, settings = type(self.module).__name__, self.settings
+        if settings.flow is not None:
+            raise compiled_flow(name)
+        if settings.sequence is not None:
+            raise SuperScaleError(
+                f"SequenceConfig acts on the operations of {name}, and it turned out to be compiled only when it was "
+                "called. Set it up without torch.compile, or compile its parts: module.block.compile()."
+            )
+        self._is_forward_compiled = True
+        self._gate_anew()
+        self.reasons = reasons_of(settings, is_model_compiled=True)
+
+    def _gate_anew(self) -> None:
+        """Make gates for the units, and for what is compiled, as they are now."""
+        self._old_gates_seconds = self.waited_seconds
+        for gates in self.gates:
+            gates.close()
+        compiled = self._is_forward_compiled or self.settings.is_compiled or is_compiled(self.module)
+        self.gates = _gates(self.module, self.engines.values(), self.settings, is_model_compiled=compiled)
 
     def step(self, engine: OptimizerEngine, scaler: LossScaler | None) -> None:
         """Step one optimizer with its gradients, and let the loss scaler follow. Every rank calls it."""
@@ -203,6 +228,12 @@ class Assembly:
         if not self.settings.visibility.is_automatic:  # a backward that is not the framework's may have added to them
             self.after_backward()
         return engine.clip_in_place(request, keeps_nonfinite=keeps_nonfinite)
+
+    def clip_scaled(self, engine: OptimizerEngine, request: ClipRequest, loss_scale: float) -> Tensor:
+        """Let the next step clip gradients that are scaled until then; gives their norm now. Every rank calls it."""
+        self.after_backward()
+        engine.request_clip(request)
+        return norm_of_scaled(engine.params(), loss_scale)
 
     def wait_all_published(self) -> None:
         """Wait until work that is queued from now on sees all new weights. Every rank calls it."""

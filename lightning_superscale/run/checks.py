@@ -104,8 +104,8 @@ def _check_owners(
                 if param not in fqn_of:
                     raise SuperScaleError(
                         f"{where} holds a parameter of shape {tuple(param.shape)} that {name} does not own. "
-                        "Build the optimizer in configure_optimizers from self.parameters(), and register every "
-                        "trained module as an attribute of the LightningModule."
+                        "Build the optimizer from the parameters of the module that trains, in a LightningModule's "
+                        "configure_optimizers from self.parameters(), and register every module in it as an attribute."
                     )
                 reason = why_one_optimizer(param) if owner.setdefault(param, number) != number else None
                 if reason is not None:

@@ -120,6 +120,14 @@ def check_flow(zero: ZeroConfig, offload: OffloadConfig | None) -> None:
         )
 
 
+def compiled_flow(name: str) -> SuperScaleError:
+    """The error where the weights of a compiled module would flow; `name` is that of its class."""
+    return SuperScaleError(
+        f"weights='flow' empties weights between uses, and a compiled graph of {name} keeps views of them. "
+        f"Train without torch.compile. {_STATIONARY}"
+    )
+
+
 def flow_of(module: nn.Module, offload: OffloadConfig, *, is_compiled: bool = False) -> WeightFlow:
     """Find the blocks whose weights flow and hook them. The module is in host memory or on the device, whole.
 
@@ -128,10 +136,7 @@ def flow_of(module: nn.Module, offload: OffloadConfig, *, is_compiled: bool = Fa
     """
     name = type(module).__name__
     if is_compiled:
-        raise SuperScaleError(
-            f"weights='flow' empties weights between uses, and a compiled graph of {name} keeps views of them. "
-            f"Train without torch.compile. {_STATIONARY}"
-        )
+        raise compiled_flow(name)
     blocks = [BlockParams(*block) for block in blocks_with_own_params(module, offload.wrap)]
     if not blocks:
         raise SuperScaleError(

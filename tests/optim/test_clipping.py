@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from lightning_superscale.comm.mesh import DataMesh, MeshAxis, single_mesh
-from lightning_superscale.optim.clipping import ClipByNorm, EarlyNorms, grad_norms, total_norm
+from lightning_superscale.optim.clipping import ClipByNorm, EarlyNorms, grad_norms, norm_of_scaled, total_norm
 from lightning_superscale.optim.param_update import ParamUpdate
 from lightning_superscale.optim.unit import GradientDelta
 from tests.helpers.engines import build_engine
@@ -104,3 +105,11 @@ def test_a_step_without_a_clip_leaves_no_norms_to_the_next(is_deferred):
         engine.step()
     assert float(engine.grad_norm()) == pytest.approx(expected, rel=1e-3)
     engine.close()
+
+
+def test_the_norm_of_scaled_gradients_has_room_for_their_squares():
+    params = [nn.Parameter(torch.zeros(3, dtype=torch.float16)) for _ in range(3)]
+    params[0].grad, params[1].grad = torch.full((3,), 3e4, dtype=torch.float16), torch.full_like(params[1], 4e4)
+    expected = (3 * (3e4 / 8) ** 2 + 3 * (4e4 / 8) ** 2) ** 0.5
+    assert float(norm_of_scaled(params, 8.0)) == pytest.approx(expected, rel=1e-6)
+    assert float(norm_of_scaled(params[2:], 8.0)) == 0.0

@@ -216,3 +216,30 @@ def test_no_plugin_reads_private_names_that_it_inherits():
         own |= {node.attr for node in nodes if isinstance(node.ctx, ast.Store)}
         found += [f"{path.name}: self.{n.attr}" for n in nodes if n.attr.startswith("_") and n.attr not in own]
     assert found == []
+
+
+@pytest.mark.parametrize("package", ["lightning.fabric", "lightning_fabric"])
+def test_fabric_lets_any_backward_run_beside_a_strategys_own(package):
+    fabric = importlib.import_module(package)
+    strategies = importlib.import_module(f"{package}.strategies")
+    called = []
+
+    class Refusing(strategies.SingleDeviceStrategy):
+        def backward(self, tensor, module, *args, **kwargs):
+            called.append(tensor)
+            super().backward(tensor, module, *args, **kwargs)
+
+    class Serving(Refusing):
+        backward = lightning_private.beside_any_backward(Refusing.backward, strategies.Strategy)
+
+    for strategy, is_served in ((Refusing, False), (Serving, True)):
+        own = fabric.Fabric(strategy=strategy(), accelerator="cpu")
+        module = own.setup(nn.Linear(2, 1))
+        if is_served:
+            module(torch.ones(1, 2)).sum().backward()
+        else:
+            with pytest.raises(RuntimeError, match=r"call `fabric.backward\(loss\)`"):
+                module(torch.ones(1, 2)).sum().backward()
+        called.clear()
+        own.backward(module(torch.ones(1, 2)).sum())
+        assert len(called) == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 from lightning_fabric.plugins.io import CheckpointIO
 from lightning_fabric.plugins.precision import Precision
 from lightning_fabric.strategies.ddp import DDPStrategy
+from lightning_fabric.strategies.strategy import Strategy
 
 from lightning_superscale.plugins.checkpoint.io import UniversalCheckpointIOMixin
 from lightning_superscale.plugins.fabric.precision import FabricPrecisionMixin
@@ -14,6 +15,7 @@ from lightning_superscale.plugins.fabric.presets import (
     FabricZeroStrategyMixin,
 )
 from lightning_superscale.plugins.fabric.strategy import FabricStrategyMixin
+from lightning_superscale.plugins.lightning_private import beside_any_backward
 
 
 class SuperScalePrecision(FabricPrecisionMixin, Precision):
@@ -28,6 +30,7 @@ class SuperScaleStrategy(FabricStrategyMixin, DDPStrategy):
     __doc__ = FabricStrategyMixin.__doc__
     precision_class = SuperScalePrecision
     checkpoint_io_class = UniversalCheckpointIO
+    backward = beside_any_backward(FabricStrategyMixin.backward, Strategy)
 
 
 class SuperOffloadStrategy(FabricSuperOffloadStrategyMixin, SuperScaleStrategy):

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from types import TracebackType
 from typing import Any
 
 import torch
 from torch import nn
 
 from lightning_superscale.run.run import Run
+from lightning_superscale.torch_private import compiles_calls
 
 
 class RunModule(nn.Module):
     """Calls a module within the run that trains it, as DistributedDataParallel wraps its module.
 
     A call in which gradients are recorded is one of training, any other is an evaluation. Every rank makes it.
+
+    Where `fabric.setup` is given a product of `torch.compile`, Fabric hands the module behind it to the strategy, and
+    compiles what it gets back. So a call finds out whether it is compiled, and keeps all but the user's module out.
 
     Args:
         module: the user's.
@@ -30,17 +37,43 @@ class RunModule(nn.Module):
         self._is_evaluating = False
         self.has_trained = False
 
-    # Fabric compiles what it sets up where the user compiled the module: that is to be compiled, and not the run.
     @torch.compiler.disable(recursive=False)  # type: ignore[no-untyped-call, untyped-decorator]
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the module gives for the same arguments."""
-        if torch.is_grad_enabled():
-            self._is_evaluating = False
-            self.has_trained = self._run.assembly is not None
-            with self._run.forward():
-                return self.module(*args, **kwargs)
-        if not self._is_evaluating:
-            self._run.before_evaluation()
-            self._is_evaluating = True
-        with self._run.evaluating():
-            return self.module(*args, **kwargs)
+        with _Uncompiled(self._call(is_compiled=compiles_calls())) as finish:
+            return finish(self.module(*args, **kwargs))
+
+    @contextmanager
+    def _call(self, *, is_compiled: bool) -> Iterator[Callable[[Any], Any]]:
+        """A context around a call of the module, which gives what finishes its output."""
+        run, trains = self._run, torch.is_grad_enabled()
+        if is_compiled and run.assembly is not None:
+            run.assembly.compile_forward()
+        if trains:
+            self.has_trained = run.assembly is not None
+        elif not self._is_evaluating:
+            run.before_evaluation()
+        self._is_evaluating = not trains
+
+        def finish(output: Any) -> Any:
+            return run.output(output, trains=trains)
+
+        with run.forward() if trains else run.evaluating():
+            yield torch.compiler.disable(finish)  # type: ignore[no-untyped-call]
+
+
+class _Uncompiled:
+    """A context that is entered and left outside of what `torch.compile` compiles, which is what lies inside."""
+
+    def __init__(self, context: AbstractContextManager[Callable[[Any], Any]]) -> None:
+        self._context = context
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __enter__(self) -> Callable[[Any], Any]:
+        return self._context.__enter__()
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool | None:
+        return self._context.__exit__(kind, error, traceback)

@@ -8,15 +8,14 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from lightning_superscale.plugins.trainer.precision import SuperScalePrecisionMixin
+from lightning_superscale.plugins.precision import PrecisionMixin
 
 
-class FabricPrecisionMixin(SuperScalePrecisionMixin):
-    """Precision plugin of the superscale strategies under Fabric.
+class FabricPrecisionMixin(PrecisionMixin):
+    __doc__ = PrecisionMixin.__doc__
 
-    Its arguments are those of SuperScalePrecision. Where Fabric's own plugins convert a model's inputs and outputs, it
-    does too: inputs to the dtype of forward, outputs to the default dtype, in which the user's loop computes the loss.
-    """
+    # Where Fabric's own plugins convert what a model takes and gives, this does too: inputs to the dtype of forward,
+    # outputs to the default dtype, in which the user's loop computes the loss.
 
     def convert_input(self, data: Any) -> Any:
         return data if self.precision == "32-true" else _to(data, self.choices.autocast or self.choices.weights)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -92,6 +92,46 @@ class FoundState(NamedTuple):
     module: str | None
     optimizers: dict[str, int] | None
     values: dict[str, Any]
+
+
+def as_trainers(checkpoint: Mapping[str, Any], user: UserState, path: str) -> Mapping[str, Any]:
+    """A checkpoint as the Trainer's are: also one of Fabric's own, by the user's names, or weights alone.
+
+    Raises:
+        CheckpointError: no weights of the module; lists the names that are there.
+    """
+    if "state_dict" in checkpoint:
+        return checkpoint
+    if all(isinstance(value, Tensor) for value in checkpoint.values()):
+        return {"state_dict": checkpoint}
+    if not isinstance(checkpoint.get(user.module), Mapping):
+        raise CheckpointError(
+            f"the checkpoint {path} has no weights under {user.module!r}, the state's name of the module, and nothing "
+            f"was changed; it has {', '.join(map(repr, checkpoint)) or 'nothing'}. Give the module the name there."
+        )
+    optimizers = [name for name in user.optimizers if name in checkpoint]
+    values = {name: value for name, value in checkpoint.items() if name not in (user.module, *optimizers)}
+    numbers = {name: number for number, name in enumerate(optimizers)}
+    return {
+        "state_dict": checkpoint[user.module],
+        "optimizer_states": [checkpoint[name] for name in optimizers],
+        FABRIC_KEY: {"module": user.module, "optimizers": numbers, "values": values},
+    }
+
+
+def optimizer_state_in(checkpoint: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """A checkpoint that is an optimizer's own state dict.
+
+    Raises:
+        CheckpointError: it is something else.
+    """
+    if not {"state", "param_groups"} <= checkpoint.keys():
+        raise CheckpointError(
+            f"{path} is no state dict of an optimizer: expected 'state' and 'param_groups', found "
+            f"{', '.join(map(repr, checkpoint)) or 'nothing'}. Load a whole checkpoint with fabric.load(path, state), "
+            "where the state has the module and its optimizers."
+        )
+    return dict(checkpoint)
 
 
 def found_in(checkpoint: Mapping[str, Any]) -> FoundState:

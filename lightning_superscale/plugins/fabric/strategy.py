@@ -10,7 +10,7 @@ from __future__ import annotations
 import atexit
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, Union, cast
 
@@ -24,23 +24,26 @@ from lightning_superscale.config import (
     SequenceConfig,
     ZeroConfig,
     resolve_offload,
+    resolve_sequence,
     resolve_zero,
 )
 from lightning_superscale.config.values import check_arguments, duration
 from lightning_superscale.errors import CheckpointError, SuperScaleError
 from lightning_superscale.optim.clipping import ClipByNorm, ClipByValue, ClipRequest, clip_in_place
-from lightning_superscale.plugins.checkpoint.io import UniversalCheckpointIOMixin, before_step
+from lightning_superscale.plugins.checkpoint.io import TECHNIQUES_KEY, UniversalCheckpointIOMixin, before_step
+from lightning_superscale.plugins.connect import connect
 from lightning_superscale.plugins.fabric import state as states
 from lightning_superscale.plugins.fabric.module import RunModule
 from lightning_superscale.plugins.fabric.precision import FabricPrecisionMixin
 from lightning_superscale.plugins.lightning_private import drop_launcher
-from lightning_superscale.plugins.trainer.strategy import TECHNIQUES_KEY
 from lightning_superscale.run.checks import check_clip_value
 from lightning_superscale.run.environment import DEFAULT_PATIENCE, DEFAULT_TIMEOUT
-from lightning_superscale.run.precision import check_precision
+from lightning_superscale.run.precision import PRECISIONS, check_precision
 from lightning_superscale.run.run import Run
+from lightning_superscale.run.state.optimizer_states import check_optimizer_states
 from lightning_superscale.run.visibility import Visibility
 from lightning_superscale.run.weight_flow import check_flow
+from lightning_superscale.zero.meta_init import is_on_meta
 
 if TYPE_CHECKING:
     from lightning.fabric.accelerators.accelerator import Accelerator
@@ -49,7 +52,6 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
-_PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "64-true")
 # See [Note: A loop that nobody knows].
 _VISIBILITY = Visibility(
     why_gradients_stay="a Fabric loop may read or change param.grad at any time",
@@ -87,7 +89,9 @@ class FabricStrategyMixin(_Base):
         timeout: how long collectives wait, as a timedelta or in seconds; None for 30 minutes.
         patience: how long a rank may give no sign of life, because its process or its machine is stopped, before the
             other ranks end and name it, as a timedelta or in seconds; None for 30 seconds.
-        sequence: None; ranks that share sequences need the Trainer, which hands them their batches.
+        sequence: a SequenceConfig of size 1, or a mapping with its keys, for what each rank keeps of long sequences in
+            the module's forward; None for nothing. Ranks that share sequences need the Trainer, which hands them their
+            batches.
         accelerator, parallel_devices, cluster_environment, checkpoint_io, precision,
             process_group_backend, start_method: those of Fabric's DDPStrategy.
 
@@ -97,6 +101,7 @@ class FabricStrategyMixin(_Base):
 
     precision_class: type[FabricPrecisionMixin]
     checkpoint_io_class: type[UniversalCheckpointIOMixin]
+    _own_precision: FabricPrecisionMixin
 
     def __init__(
         self,
@@ -124,11 +129,12 @@ class FabricStrategyMixin(_Base):
         )
         self.zero_config = resolve_zero(zero)
         self.offload_config = resolve_offload(offload)
-        _refuse_for_trainer(self.zero_config, sequence)
+        self.sequence_config = resolve_sequence(sequence)
+        _refuse_for_trainer(self.zero_config, self.sequence_config)
         if checkpoint_io is not None and checkpoint is not None:
             raise SuperScaleError("pass either checkpoint, which is of UniversalCheckpointIO, or checkpoint_io.")
         self.error_if_nonfinite = error_if_nonfinite
-        self.run = Run(self.zero_config, self.offload_config)
+        self.run = Run(self.zero_config, self.offload_config, self.sequence_config)
         self._module: RunModule | None = None
         self._optimizers: list[Optimizer] = []
         self._timeout = duration("SuperScaleStrategy.timeout", timeout) or DEFAULT_TIMEOUT
@@ -153,20 +159,18 @@ class FabricStrategyMixin(_Base):
 
     @precision.setter
     def precision(self, plugin: Precision | None) -> None:
-        name = "32-true" if plugin is None else str(plugin.precision)
-        is_own = isinstance(plugin, self.precision_class)
-        stock = ("NoneType", "Precision", "HalfPrecision", "MixedPrecision", "DoublePrecision")
-        if name not in _PRECISIONS or not (is_own or type(plugin).__name__ in stock):
-            what = "losses in fp16 are scaled, which" if name.startswith("16") else f"{type(plugin).__name__}"
-            raise SuperScaleError(
-                f"precision={name!r}: {what} does not work with this strategy under Fabric. "
-                f"Use one of {', '.join(map(repr, _PRECISIONS))}, or {self.precision_class.__name__}."
-            )
-        if plugin is not None and is_own:
-            self._own_precision = cast(FabricPrecisionMixin, plugin)
+        given: Any = plugin
+        if isinstance(given, self.precision_class):
+            self._own_precision = given
             return
+        name = "32-true" if plugin is None else str(plugin.precision)
+        if type(plugin).__name__ not in ("NoneType", "Precision", "HalfPrecision", "MixedPrecision", "DoublePrecision"):
+            raise SuperScaleError(
+                f"{type(self).__name__} can't work with the precision plugin {type(plugin).__name__}; "
+                f"pass one of {', '.join(map(repr, PRECISIONS))}, or {self.precision_class.__name__}."
+            )
         check_precision(name)
-        self._own_precision = self.precision_class(cast(Any, name))
+        self._own_precision = self.precision_class(cast(Any, name), getattr(plugin, "scaler", None))
 
     # Environment
 
@@ -179,6 +183,10 @@ class FabricStrategyMixin(_Base):
     def distributed_sampler_kwargs(self) -> dict[str, Any] | None:  # type: ignore[override]
         """The sampler's replicas and rank; None for one process, whose data loaders keep the user's samplers."""
         return {"num_replicas": self.num_ranks, "rank": self.global_rank} if self.num_ranks > 1 else None
+
+    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        """The tensors of all ranks in a new first dim; one rank's own tensor as it is, as without a strategy."""
+        return super().all_gather(tensor, group, sync_grads) if self.num_ranks > 1 else tensor
 
     def _configure_launcher(self) -> None:
         drop_launcher(self)
@@ -195,7 +203,11 @@ class FabricStrategyMixin(_Base):
 
     def setup_environment(self) -> None:
         if self.num_ranks > 1:
-            self._connect()
+            if self.cluster_environment is None:
+                raise AssertionError("Fabric sets the cluster before it sets up the environment")
+            self._set_world_ranks()
+            timeout, patience = self._timeout or DEFAULT_TIMEOUT, self._patience
+            connect(self, self.cluster_environment, super().setup_environment, timeout, patience)
         else:
             if self.accelerator is None:
                 raise AssertionError("Fabric sets the accelerator before it sets up the environment")
@@ -205,30 +217,13 @@ class FabricStrategyMixin(_Base):
         self._own_precision.run_on(self.root_device.type)
         atexit.register(self._leave)  # Fabric has no end of its own
 
-    def _connect(self) -> None:
-        """Make the process groups of all ranks, which watch each other meanwhile. Every rank calls it."""
-        cluster, environment = self.cluster_environment, self.run.environment
-        if cluster is None:
-            raise AssertionError("Fabric sets the cluster before it sets up the environment")
-        self._set_world_ranks()
-        timeout, patience = self._timeout or DEFAULT_TIMEOUT, self._patience
-
-        def meeting() -> tuple[str, int]:
-            return cluster.main_address, cluster.main_port
-
-        with environment.connecting(meeting, self.global_rank, self.num_ranks, timeout, patience):
-            super().setup_environment()
-            environment.open(
-                self.zero_config, None, cluster.main_address, self.broadcast, timeout, self.root_device.type, patience
-            )
-
     # Setup
 
     def module_to_device(self, module: nn.Module) -> None:
-        """Move a module to the device, but for one that is yet to be set up and may have no room there as a whole."""
+        """Move a module to the device, but for one that is yet to be set up and has no values or no room there."""
         offload = self.offload_config
         is_whole = self.zero_config.stage < 3 and (offload is None or offload.weights == "stationary")
-        if is_whole or self._module is not None:
+        if (is_whole and not is_on_meta(module)) or self._module is not None:
             module.to(self.root_device)
 
     def setup_module_and_optimizers(
@@ -268,12 +263,14 @@ class FabricStrategyMixin(_Base):
         return RunModule(module, self.run)
 
     def _start_training(self, module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+        before = dict(module.named_parameters())
         self.run.prepare(module, self.root_device, trains=True, is_compiled_whole=False)
+        _follow_replaced(optimizers, before, module)
         self.run.start_training(
             module,
             optimizers,
             precision=self._own_precision.choices,
-            scaler=None,
+            scaler=self._own_precision.scaler,
             visibility=_VISIBILITY,
             rank=self.global_rank,
             error_if_nonfinite=self.error_if_nonfinite,
@@ -285,7 +282,8 @@ class FabricStrategyMixin(_Base):
 
     def backward(self, tensor: Tensor, module: nn.Module | None, *args: Any, **kwargs: Any) -> None:
         with self.run.backward(kwargs.get("inputs")):
-            super().backward(tensor, module, *args, **kwargs)
+            super().backward(self._own_precision.scaled(tensor), module, *args, **kwargs)
+        self.run.after_backward()
 
     def optimizer_step(self, optimizer: Optimizer, **kwargs: Any) -> Any:  # type: ignore[override]
         closure: Callable[[], Any] = kwargs.pop("closure", None) or _nothing
@@ -303,6 +301,9 @@ class FabricStrategyMixin(_Base):
     ) -> Tensor:
         """Clip an optimizer's gradients to a global 2-norm; gives the norm before. Every rank calls it.
 
+        Gradients of scaled losses, with fp16, are clipped inside of the next step, and a norm that is not finite is no
+        error: that step is dropped, and the scale lowered.
+
         Raises:
             SuperScaleError: another norm than the 2-norm, a negative limit, or with `error_if_nonfinite` a norm that is
                 NaN or infinite, on every rank; gradients, weights and states are as they were.
@@ -313,7 +314,7 @@ class FabricStrategyMixin(_Base):
         norm = self._clip(optimizer, ClipByNorm(float(max_norm)), keeps_nonfinite=error_if_nonfinite)
         if norm is None:
             raise AssertionError("a clip by norm gives the norm")
-        if error_if_nonfinite and not norm.isfinite():
+        if error_if_nonfinite and self._own_precision.scaler is None and not norm.isfinite():
             raise SuperScaleError(
                 f"the norm of the gradients of {type(optimizer).__name__} is {norm.item()}, so that clipping would "
                 "make all of them NaN or zero; nothing was changed. Skip the step with optimizer.zero_grad(), or pass "
@@ -327,10 +328,12 @@ class FabricStrategyMixin(_Base):
         self._clip(optimizer, ClipByValue(float(clip_val)), keeps_nonfinite=False)
 
     def _clip(self, optimizer: Optimizer, request: ClipRequest, *, keeps_nonfinite: bool) -> Tensor | None:
-        """Clip in `param.grad` now; gives the norm before, on the CPU, or None after a clip by value."""
+        """Clip in `param.grad` now, or scaled gradients later; gives the norm before, on the CPU, if it is known."""
         assembly = self.run.assembly
         engine = None if assembly is None else assembly.engines.get(optimizer)
         if assembly is not None and engine is not None and not engine.is_passthrough:
+            if self._own_precision.scaler is not None:
+                return assembly.clip_scaled(engine, request, self._own_precision.scaler.scale)
             return assembly.clip_in_place(engine, request, keeps_nonfinite=keeps_nonfinite)
         params = (param for group in optimizer.param_groups for param in group["params"])
         return clip_in_place(params, request, keeps_nonfinite=keeps_nonfinite)
@@ -389,6 +392,8 @@ class FabricStrategyMixin(_Base):
             checkpoint["optimizer_states"] = [self._optimizer_state(one, is_local=True) for one in optimizers]
             techniques = self.run.technique_states()
             checkpoint.update({TECHNIQUES_KEY: techniques} if techniques else {})
+            scale = self._own_precision.state_dict()
+            checkpoint.update({type(self._own_precision).__qualname__: scale} if scale else {})
         checkpoint.update(states.saved_values(user))
         self._io.save_on_all_ranks(checkpoint, str(self.broadcast(path)), self._own_module, optimizers)
 
@@ -402,38 +407,49 @@ class FabricStrategyMixin(_Base):
         """Load a checkpoint of any known format into the objects of a state. Every rank calls it.
 
         Args:
+            state: objects by name; or the module or an optimizer alone, whose own state dict the checkpoint may be too.
             weights_only: of no effect: no pickle is ever executed.
 
         Raises:
             CheckpointError: no checkpoint, damage, or one that does not fit the state; nothing was changed.
         """
         path = str(self.broadcast(path))
+        opened = self._io.load_on_all_ranks(path, is_all_used=True)
         if not state:
-            return states.whole(self._io.load_on_all_ranks(path, is_all_used=True))
-        given = {"module": state} if isinstance(state, (nn.Module, Optimizer)) else state
+            return states.whole(opened)
+        if isinstance(state, Optimizer):
+            state.load_state_dict(states.optimizer_state_in(opened, path))
+            return {}
+        given = {"module": state} if isinstance(state, nn.Module) else state
         user = states.sorted_out(given, self._module, self._optimizers)
-        checkpoint = self._io.load_on_all_ranks(path, is_all_used=True)
+        checkpoint = states.as_trainers(opened, user, path)
         found, saved = states.found_in(checkpoint), checkpoint.get("optimizer_states", [])
         states.check_names(user, found, len(saved), path, strict=strict)
-        self.load_module_state_dict(self._own_module, checkpoint["state_dict"], strict=strict)
         by_number = states.states_for(user, found, saved)
         own = [self._optimizers[number] for number in by_number]
+        check_optimizer_states(self._own_module, own, list(by_number.values()))
+        self.load_module_state_dict(self._own_module, checkpoint["state_dict"], strict=strict)
         self.run.load_optimizer_states(self._own_module, own, list(by_number.values()))
         if own:
             self.run.load_technique_states(checkpoint.get(TECHNIQUES_KEY, {}))
+            self._own_precision.load_state_dict(checkpoint.get(type(self._own_precision).__qualname__, {}))
         return states.load_values(given, user, found)
 
     # The end
 
     def teardown(self) -> None:
         """End the run, and the watch over the other ranks. Every rank calls it."""
-        self.run.close()
-        self._own_precision.detach()
-        self._io.wait()
-        self.run.environment.close()
+        with ExitStack() as rest:  # all of it, also where the end of the last step's work on the host fails
+            rest.callback(super().teardown)
+            rest.callback(self._forget)
+            rest.callback(self.run.environment.close)
+            rest.callback(self._io.wait)
+            rest.callback(self._own_precision.detach)
+            self.run.close()
+
+    def _forget(self) -> None:
         atexit.unregister(self._leave)
         self._module, self._optimizers = None, []
-        super().teardown()
 
     def _leave(self) -> None:
         """End the run as the process ends; after an error, tell the other ranks of it."""
@@ -447,16 +463,16 @@ class FabricStrategyMixin(_Base):
             self.run.environment.close()
 
 
-def _refuse_for_trainer(zero: ZeroConfig, sequence: Any) -> None:
+def _refuse_for_trainer(zero: ZeroConfig, sequence: SequenceConfig | None) -> None:
     """Refuse configs that need the Trainer's hooks.
 
     Raises:
         SuperScaleError: names the config and what to do.
     """
-    if sequence is not None:
+    if sequence is not None and sequence.size > 1:
         raise SuperScaleError(
-            f"sequence={sequence!r}: ranks that share sequences get their tokens from the Trainer, which hands them "
-            "batches; Fabric's loops take batches by themselves. Use lightning.pytorch's Trainer, or leave it away."
+            f"SequenceConfig.size={sequence.size}: ranks that share sequences get their tokens from the Trainer, which "
+            "hands them batches; Fabric's loops take batches by themselves. Use lightning.pytorch's Trainer, or size=1."
         )
     if zero.tensor_parallel > 1:
         raise SuperScaleError(
@@ -471,3 +487,12 @@ def _plain(module: nn.Module) -> nn.Module:
 
 def _nothing() -> None:
     """The closure of a step that is given none."""
+
+
+def _follow_replaced(optimizers: Sequence[Optimizer], before: Mapping[str, nn.Parameter], module: nn.Module) -> None:
+    """Hand optimizers the parameters that took the place of those on the meta device, which they were built from."""
+    now = dict(module.named_parameters())
+    replaced = {old: now[name] for name, old in before.items() if now[name] is not old}
+    for optimizer in optimizers if replaced else ():
+        for group in optimizer.param_groups:
+            group["params"] = [replaced.get(param, param) for param in group["params"]]

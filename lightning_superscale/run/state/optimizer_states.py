@@ -146,6 +146,29 @@ def _place_for(value: Tensor, key: str, param: nn.Parameter, *, has_steps_on_dev
     return torch.empty(tuple(value.shape), dtype=value.dtype, device=device)
 
 
+def check_optimizer_states(
+    module: nn.Module, optimizers: Sequence[Optimizer], states: Sequence[Mapping[str, Any]]
+) -> None:
+    """Refuse a checkpoint's states that are of other parameter groups than the optimizers', before anything changes.
+
+    Args:
+        states: torch's packed state of each optimizer, whole or lazy.
+
+    Raises:
+        CheckpointError: other groups of parameters; says what differs.
+    """
+    for optimizer, saved in zip(optimizers, states, strict=True):
+        if has_names(saved):
+            _saved_for(optimizer, saved, names_of(module))
+            continue
+        here, there = ([len(group["params"]) for group in of["param_groups"]] for of in (vars(optimizer), saved))
+        if here != there:
+            raise CheckpointError(
+                f"the parameter groups of {type(optimizer).__name__} differ: {there} parameters in the checkpoint and "
+                f"{here} here. Build the optimizer as it was when it was saved."
+            )
+
+
 def load_optimizer_states(
     engine_of: Callable[[Optimizer], OptimizerEngine | None],
     optimizers: Sequence[Optimizer],

@@ -116,3 +116,76 @@ def test_what_cannot_be_saved_or_loaded_is_refused_and_nothing_changed(tmp_path)
     fabric.load(tmp_path / "saved", {"model": state["model"], "step": 5}, strict=False)
     assert_equal(dict(plain.state_dict()), before)
     fabric.strategy.teardown()
+
+
+def test_what_plain_fabric_saved_goes_on_by_the_users_names(tmp_path):
+    plain_fabric, state = started("auto", first := model())
+    loop(plain_fabric, state["model"], state["optimizer"])
+    plain_fabric.save(tmp_path / "plain.ckpt", {**state, "step": 3})
+    fabric, resumed = started("superoffload", second := model())
+    assert fabric.load(tmp_path / "plain.ckpt", resumed) == {}
+    assert resumed["step"] == 3
+    loop(plain_fabric, state["model"], state["optimizer"])
+    loop(fabric, resumed["model"], resumed["optimizer"])
+    assert_equal(dict(first.state_dict()), dict(second.state_dict()))
+    renamed = {"net": resumed["model"]}
+    with pytest.raises(CheckpointError, match=r"no weights under 'net'.*it has 'model', 'optimizer'"):
+        fabric.load(tmp_path / "plain.ckpt", renamed)
+    fabric.strategy.teardown()
+
+
+@pytest.mark.parametrize("strategy", ["superscale", "zero3", "superoffload"])
+def test_raw_state_dicts_load_into_module_and_optimizer(tmp_path, strategy):
+    plain_fabric, state = started("auto", first := model())
+    loop(plain_fabric, state["model"], state["optimizer"])
+    torch.save(first.state_dict(), tmp_path / "weights.pt")
+    torch.save(state["optimizer"].state_dict(), tmp_path / "optimizer.pt")
+    fabric, own = started(strategy, second := model())
+    fabric.load_raw(tmp_path / "weights.pt", own["model"])
+    fabric.load_raw(tmp_path / "optimizer.pt", own["optimizer"])
+    loop(plain_fabric, state["model"], state["optimizer"])
+    loop(fabric, own["model"], own["optimizer"])
+    with pytest.raises(CheckpointError, match=r"weights.pt is no state dict of an optimizer.*'0.weight'"):
+        fabric.load_raw(tmp_path / "weights.pt", own["optimizer"])
+    fabric.strategy.teardown()
+    assert_equal(dict(first.state_dict()), dict(second.state_dict()))
+
+
+def test_states_of_other_parameter_groups_are_refused_and_weights_stay(tmp_path):
+    fabric, state = started("superoffload", model())
+    loop(fabric, state["model"], state["optimizer"])
+    fabric.save(tmp_path / "ours", {"model": state["model"], "optimizer": state["optimizer"]})
+    fabric.strategy.teardown()
+    plain_fabric, other = started("auto", model())
+    plain_fabric.save(tmp_path / "plain.ckpt", {"model": other["model"], "optimizer": other["optimizer"]})
+    fabric, plain = launched("superscale"), model()
+    module, optimizer = fabric.setup(plain, torch.optim.AdamW(plain.parameters()))
+    with torch.no_grad():
+        plain[0].weight.add_(1.0)
+    before = {name: value.clone() for name, value in plain.state_dict().items()}
+    for path in ("ours", "plain.ckpt"):
+        with pytest.raises(CheckpointError, match=r"parameter groups of AdamW differ: \[2, 4\] parameters in the"):
+            fabric.load(tmp_path / path, {"model": module, "optimizer": optimizer})
+        assert_equal(dict(plain.state_dict()), before)
+    fabric.strategy.teardown()
+
+
+def test_the_loss_scale_goes_on_from_a_checkpoint(tmp_path):
+    fabric, plain = launched("superoffload", precision="16-true"), model()
+    module, optimizer = fabric.setup(plain, adamw(plain))
+    weights = {name: value.clone() for name, value in plain.named_parameters()}
+    fabric.backward(module(torch.ones(4, 17)).sum() * float("inf"))
+    norm = fabric.clip_gradients(module, optimizer, max_norm=1.0)  # no error: the step is dropped
+    assert not norm.isfinite()
+    optimizer.step()
+    optimizer.zero_grad()
+    assert fabric.strategy.precision.scaler.scale == 2.0**15
+    assert_equal({name: value.detach() for name, value in plain.named_parameters()}, weights)
+    fabric.save(tmp_path / "saved", {"model": module, "optimizer": optimizer})
+    fabric.strategy.teardown()
+    other, again = launched("superscale", precision="16-true"), model()
+    module, optimizer = other.setup(again, adamw(again))
+    assert other.strategy.precision.scaler.scale == 2.0**16
+    other.load(tmp_path / "saved", {"model": module, "optimizer": optimizer})
+    assert other.strategy.precision.scaler.scale == 2.0**15
+    other.strategy.teardown()
