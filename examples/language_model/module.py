@@ -74,14 +74,17 @@ class LanguageModel(L.LightningModule):
         self.log("val_bits_per_byte", bits, prog_bar=True, batch_size=len(batch[0]))
         self.log("step", float(self.global_step), batch_size=len(batch[0]))
 
-    def configure_optimizers(self) -> OptimizerLRScheduler:
+    def parameter_groups(self) -> list[dict]:
+        """Matrices, which decay, and the rest."""
         matrices = [p for name, p in self.named_parameters() if p.ndim > 1 and "embedding" not in name]
         rest = [p for name, p in self.named_parameters() if p.ndim <= 1 or "embedding" in name]
-        groups = [
+        return [
             {"params": matrices, "weight_decay": self.hparams.weight_decay},
             {"params": rest, "weight_decay": 0.0},
         ]
-        optimizer = torch.optim.AdamW(groups, lr=self.hparams.lr, betas=self.hparams.betas)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        optimizer = torch.optim.AdamW(self.parameter_groups(), lr=self.hparams.lr, betas=self.hparams.betas)
         total_steps = int(self.trainer.estimated_stepping_batches)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.lr_ratio(step, total_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

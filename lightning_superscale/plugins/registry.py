@@ -70,7 +70,14 @@ def register_with(lightning_name: str) -> None:
 
 def binding_module() -> Any:
     """The plugins for the Lightning in use: the one that is imported, `lightning.pytorch` if both or none are."""
-    for name in BINDINGS:
-        if f"{name}.strategies" in sys.modules:
-            return importlib.import_module(BINDINGS[name])
-    return importlib.import_module(BINDINGS["lightning.pytorch"])
+    return _first_imported(BINDINGS)
+
+
+def fabric_binding_module() -> Any:
+    """The plugins for the Fabric in use: the one that is imported, `lightning.fabric` if both or none are."""
+    return _first_imported(FABRIC_BINDINGS)
+
+
+def _first_imported(bindings: dict[str, str]) -> Any:
+    name = next((name for name in bindings if f"{name}.strategies" in sys.modules), next(iter(bindings)))
+    return importlib.import_module(bindings[name])

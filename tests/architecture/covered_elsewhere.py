@@ -166,6 +166,7 @@ BY_TEST: dict[str, list[str]] = {
         "plugins/pytorch_lightning.py",
         "plugins/fabric/lightning.py",
         "plugins/fabric/lightning_fabric.py",
+        "fabric.py",
     ],
     "plugins/fabric/test_strategy.py": ["plugins/fabric/presets.py"],
     "plugins/trainer/test_precision.py": ["plugins/precision.py"],

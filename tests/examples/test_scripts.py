@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from examples.fabric.train import main as train_in_fabric
 from examples.language_model.demo import DemoCLI, main
 from examples.language_model.model import GPTConfig
 from examples.language_model.module import LanguageModel
+from lightning_superscale import load_from_checkpoint
 from tests.helpers.extent import only_in_test_all
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -191,3 +193,23 @@ def test_long_documents_refuse_too_long_ones_in_one_line(tmp_path):
     result = python(LONG, "--data=text.txt", cwd=tmp_path)
     assert result.returncode == 2
     assert "expected at least 2049 bytes" in result.stderr
+
+
+def test_a_fabric_loop_and_the_trainer_go_on_from_each_other_with_the_bits_of_one_loop(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tiny = ["--seq_len=16", "--batch_size=4", "--precision=32-true"]
+
+    def run(name: str, loop: str, steps: int, strategy: str) -> None:
+        checkpoint = f"--checkpoint={tmp_path / name}"
+        assert train_in_fabric([f"--loop={loop}", f"--steps={steps}", f"--strategy={strategy}", checkpoint, *tiny]) == 0
+
+    run("one", "fabric", 7, "superscale")
+    for loop, steps, strategy in (("fabric", 3, "superoffload"), ("trainer", 2, "zero2"), ("fabric", 2, "zero3")):
+        run("several", loop, steps, strategy)
+    told = capsys.readouterr().out
+    assert "Trainer, from step 3" in told
+    assert "Fabric, zero3, from step 5" in told
+    one, several = (load_from_checkpoint(LanguageModel, tmp_path / name).state_dict() for name in ("one", "several"))
+    assert one.keys() == several.keys()
+    for name in one:
+        assert torch.equal(one[name], several[name]), name

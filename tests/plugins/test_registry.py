@@ -196,3 +196,23 @@ def test_paths_that_users_have_written_down_stay(lightning):
     assert done.returncode == 0, done.stderr
     found = {point.module for point in entry_points(group=f"{lightning}.callbacks_factory")}
     assert "lightning_superscale.plugins.binder" in found
+
+
+@pytest.mark.parametrize(
+    ("fabric", "binding"),
+    [("lightning.fabric", "lightning"), pytest.param("lightning_fabric", "lightning_fabric", marks=only_in_test_all)],
+)
+def test_fabrics_classes_have_the_trainers_names_and_are_those_of_the_fabric_that_is_imported(fabric, binding):
+    done = python(
+        f"import {fabric} as F\nimport lightning_superscale as lss, lightning_superscale.fabric as ours\n"
+        "for name in ours.__all__:\n"
+        "    assert name in lss.__all__ and name in dir(ours)\n"
+        f"    assert getattr(ours, name).__module__ == 'lightning_superscale.plugins.fabric.{binding}', name\n"
+        "from lightning_superscale.fabric import SuperOffloadStrategy\n"
+        "fabric = F.Fabric(strategy=SuperOffloadStrategy(zero=1), accelerator='cpu', devices=1)\n"
+        "print(fabric.strategy.zero_config.stage)\n"
+        "try:\n    ours.Strategy\nexcept AttributeError as error:\n    print(error)\n"
+    )
+    assert done.stdout.splitlines() == ["1", "module 'lightning_superscale.fabric' has no attribute 'Strategy'"], (
+        done.stdout + done.stderr
+    )

@@ -134,11 +134,17 @@ def optimizer_state_in(checkpoint: Mapping[str, Any], path: str) -> dict[str, An
     return dict(checkpoint)
 
 
-def found_in(checkpoint: Mapping[str, Any]) -> FoundState:
-    """The names in a checkpoint of Fabric or of a Trainer."""
+def found_in(checkpoint: Mapping[str, Any], user: UserState | None = None) -> FoundState:
+    """The names in a checkpoint of Fabric or of a Trainer.
+
+    Args:
+        user: the state that is to be loaded, whose schedulers take the names of a Trainer's, in the state's order.
+    """
     named = checkpoint.get(FABRIC_KEY)
     if named is None:
         values = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
+        own = [] if user is None else [name for name, one in user.values.items() if isinstance(one, LRScheduler)]
+        values.update(zip(own, checkpoint.get("lr_schedulers", ()), strict=False))
         return FoundState(None, None, values)
     return FoundState(named["module"], dict(named["optimizers"]), dict(named["values"]))
 

@@ -423,7 +423,7 @@ class FabricStrategyMixin(_Base):
         given = {"module": state} if isinstance(state, nn.Module) else state
         user = states.sorted_out(given, self._module, self._optimizers)
         checkpoint = states.as_trainers(opened, user, path)
-        found, saved = states.found_in(checkpoint), checkpoint.get("optimizer_states", [])
+        found, saved = states.found_in(checkpoint, user), checkpoint.get("optimizer_states", [])
         states.check_names(user, found, len(saved), path, strict=strict)
         by_number = states.states_for(user, found, saved)
         own = [self._optimizers[number] for number in by_number]
