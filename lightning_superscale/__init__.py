@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 import _lightning_superscale_autoload
 
 if TYPE_CHECKING:
+    from lightning_superscale.checkpoint.tools.newest import last_checkpoint
     from lightning_superscale.config import CheckpointConfig, OffloadConfig, SequenceConfig, ZenFlowConfig, ZeroConfig
     from lightning_superscale.errors import CheckpointError, SequenceParallelError, SuperScaleError
     from lightning_superscale.plugins.checkpoint.load_from_checkpoint import load_from_checkpoint
+    from lightning_superscale.plugins.data.sampler import ResumableSampler
     from lightning_superscale.plugins.pytorch import (
         CheckpointBinder,
         ScaleMonitor,
@@ -32,6 +34,7 @@ __all__ = [
     "CheckpointConfig",
     "CheckpointError",
     "OffloadConfig",
+    "ResumableSampler",
     "ScaleMonitor",
     "SequenceConfig",
     "SequenceParallelError",
@@ -45,6 +48,7 @@ __all__ = [
     "ZenFlowStrategy",
     "ZeroConfig",
     "ZeroStrategy",
+    "last_checkpoint",
     "load_from_checkpoint",
 ]
 
@@ -61,7 +65,9 @@ _HOMES = {
     "SequenceParallelError": "lightning_superscale.errors",
     "ZenFlowConfig": "lightning_superscale.config",
     "ZeroConfig": "lightning_superscale.config",
+    "ResumableSampler": "lightning_superscale.plugins.data.sampler",
     "SuperScaleError": "lightning_superscale.errors",
+    "last_checkpoint": "lightning_superscale.checkpoint.tools.newest",
     "load_from_checkpoint": "lightning_superscale.plugins.checkpoint.load_from_checkpoint",
 }
 

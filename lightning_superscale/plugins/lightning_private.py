@@ -148,6 +148,44 @@ def drop_launcher(strategy: Any) -> None:
     strategy._launcher = None
 
 
+def train_loaders(trainer: Any) -> tuple[str, list[Any]]:
+    """How a Trainer combines the loaders that it trains with, such as "max_size_cycle", and those loaders."""
+    combined = trainer.fit_loop._combined_loader
+    return combined._mode, list(combined.flattened)
+
+
+def training_batches(trainer: Any) -> tuple[Any, bool]:
+    """A Trainer's count of the batches of this epoch, which may be changed, and whether the latest is the last."""
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    return progress.current, bool(progress.is_last_batch)
+
+
+def count_batches(trainer: Any, number: int) -> None:
+    """Let a Trainer that goes on within an epoch begin after this number of batches."""
+    loop = trainer.fit_loop.epoch_loop
+    current = loop.batch_progress.current
+    current.ready = current.started = current.processed = current.completed = number
+    if loop.restarted_on_train_batch_end:
+        current.completed -= 1  # it counts the batch at whose end it was saved once more
+
+
+def end_epoch(trainer: Any) -> None:
+    """Let a Trainer that goes on after the last batch of an epoch begin the next one.
+
+    With `max_steps` it would train on one batch more, or on none, and call that an epoch, if it saved once the epoch
+    was counted.
+    """
+    fit = trainer.fit_loop
+    epoch, batches = fit.epoch_progress.current, fit.epoch_loop.batch_progress
+    if fit.epoch_loop.restarted_on_train_batch_end:
+        count_batches(trainer, trainer.num_training_batches)  # Lightning begins the next
+    elif epoch.processed >= epoch.started:
+        count_batches(trainer, 0)
+        batches.is_last_batch = False
+        epoch.completed = epoch.processed
+        fit.reset_restart_stage()
+
+
 def layer_sync_of(strategy: Any) -> Any:
     """The layer synchronization that `Trainer(sync_batchnorm=True)` applies to a model; None without that option."""
     return strategy._layer_sync

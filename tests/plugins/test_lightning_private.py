@@ -145,6 +145,34 @@ def test_a_function_is_called_before_the_hooks_of_the_end_of_training(package, m
     assert told[3:] == ["callback", "module"]
 
 
+def test_batches_are_counted_where_a_run_goes_on(package, trainer):
+    loops, fit = lightning(package, "loops.training_epoch_loop"), trainer.fit_loop
+    progress = fit.epoch_loop.batch_progress
+    assert lightning_private.training_batches(trainer) == (progress.current, False)
+    lightning_private.count_batches(trainer, 5)
+    assert vars(progress.current) == {"ready": 5, "started": 5, "processed": 5, "completed": 5}
+    fit.epoch_loop._restart_stage = loops.RestartStage.RESTARTED_ON_TRAIN_BATCH_END
+    lightning_private.count_batches(trainer, 0)  # Lightning adds the one that it says was not completed
+    assert vars(progress.current) == {"ready": 0, "started": 0, "processed": 0, "completed": -1}
+
+
+def test_an_epoch_that_was_counted_is_over(trainer):
+    fit = trainer.fit_loop
+    epoch, batches = fit.epoch_progress.current, fit.epoch_loop.batch_progress
+    epoch.ready = epoch.started = epoch.processed = 2
+    batches.current.completed = batches.current.ready = 6
+    batches.is_last_batch = True
+    lightning_private.end_epoch(trainer)
+    assert (epoch.completed, batches.current.completed, batches.current.ready) == (2, 0, 0)
+    assert not batches.is_last_batch
+
+
+def test_the_loaders_of_a_trainer_and_how_it_combines_them(package, trainer):
+    combined = lightning(package, "utilities.CombinedLoader")({"one": [1], "two": [2]}, "min_size")
+    trainer.fit_loop._combined_loader = combined
+    assert lightning_private.train_loaders(trainer) == ("min_size", [[1], [2]])
+
+
 def test_the_checkpoint_io_is_the_given_one(trainer, package):
     assert lightning_private.checkpoint_io_of(trainer.strategy) is None
     io = lightning(package, "plugins.io.TorchCheckpointIO")()

@@ -165,6 +165,7 @@ def test_public_names_are_what_the_docs_say():
         "CheckpointConfig",
         "CheckpointError",
         "OffloadConfig",
+        "ResumableSampler",
         "ScaleMonitor",
         "SequenceConfig",
         "SequenceParallelError",
@@ -178,6 +179,7 @@ def test_public_names_are_what_the_docs_say():
         "ZenFlowStrategy",
         "ZeroConfig",
         "ZeroStrategy",
+        "last_checkpoint",
         "load_from_checkpoint",
     ]
     assert all(getattr(lss, name).__name__ == name for name in lss.__all__)

@@ -22,6 +22,7 @@ from lightning_superscale.plugins.checkpoint.io import (
     load_through,
     save_through,
 )
+from lightning_superscale.plugins.data.resume import place_loader, resume_batches
 from lightning_superscale.plugins.lightning_private import fsdp_state_context, plain_optimizer
 from lightning_superscale.run.state.optimizer_states import (
     by_name,
@@ -63,6 +64,14 @@ def _on_every_rank(base: Any) -> Any:
 
         def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
             return load_through(io_of(self), self, checkpoint_path)
+
+        def process_dataloader(self, dataloader: object) -> object:
+            ranks = getattr(self, "distributed_sampler_kwargs", None) or {"num_replicas": 1, "rank": 0}
+            return place_loader(super().process_dataloader(dataloader), self.lightning_module.trainer, ranks)
+
+        def on_train_start(self) -> None:
+            super().on_train_start()
+            resume_batches(self.lightning_module.trainer, self.global_rank)
 
         def optimizer_step(
             self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any

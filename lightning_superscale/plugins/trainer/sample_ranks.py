@@ -11,6 +11,7 @@ from torch.distributed import ReduceOp
 from lightning_superscale.config import SequenceConfig, ZeroConfig
 from lightning_superscale.errors import SequenceParallelError
 from lightning_superscale.layout.mesh import BATCH_AXES, MeshSpec
+from lightning_superscale.plugins.data.resume import place_loader, resume_batches
 from lightning_superscale.run.environment import mesh_spec_of
 from lightning_superscale.run.run import Run
 from lightning_superscale.sequence.tokens.tensor import layout_of
@@ -59,6 +60,17 @@ class SampleRanksMixin(_Base):
             "num_replicas": spec.size_of(*BATCH_AXES),
             "rank": spec.index_of(self.global_rank, *BATCH_AXES),
         }
+
+    def process_dataloader(self, dataloader: object) -> object:
+        """Lightning's loaders, told which samples are this rank's; raises SuperScaleError as `place_loader` says."""
+        module = self.lightning_module
+        loader = super().process_dataloader(dataloader)
+        return loader if module is None else place_loader(loader, module.trainer, self.distributed_sampler_kwargs)
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        if self.lightning_module is not None:
+            resume_batches(self.lightning_module.trainer, self.global_rank)
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
         if self.num_ranks == 1:

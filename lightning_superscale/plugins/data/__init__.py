@@ -1,0 +1,1 @@
+"""Which samples a run has seen, and where it goes on."""
