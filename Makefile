@@ -14,7 +14,7 @@ PEERS ?= .venv-peers
 WORKERS ?= 2
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: setup demo test test-fast test-all test-peers check format wheel bench gpu-check gpu-bench gpu-long gpu-wheels clean
+.PHONY: setup demo test test-fast test-all test-peers soak check format wheel bench gpu-check gpu-bench gpu-long gpu-wheels clean
 
 setup: $(STAMP)
 
@@ -46,6 +46,10 @@ test-peers:
 	bash benchmarks/peers.sh $(PEERS)
 	TORCH_EXTENSIONS_DIR="$(CURDIR)/$(PEERS)/extensions" DS_ACCELERATOR=cpu PATH="$(CURDIR)/$(PEERS)/bin:$$PATH" \
 		$(PEERS)/bin/python -m pytest tests/peers
+
+# Random kills, full disks, damage and NaN, changes of ranks and strategy; ends with the bits of an undisturbed run.
+soak: setup
+	$(BIN)/python -W ignore -m tests.soak
 
 check: setup
 	$(BIN)/ruff check .
