@@ -139,6 +139,11 @@ class RankWatch:
     # Methods of the main thread
 
     @property
+    def silence_s(self) -> float:
+        """Age in seconds of the last sign of life from which on a rank is given up."""
+        return self._silence_s
+
+    @property
     def _is_reported(self) -> bool:
         return self._own_failure is not None
 
@@ -213,8 +218,9 @@ class RankWatch:
         while self._failure is None and time.monotonic() < deadline:
             time.sleep(0.05)
             silent = self._silent_ranks(_BROKEN_AFTER_S)
-            if silent:
-                self._fail(self._death_of(silent, _BROKEN_AFTER_S, verb="died:"))
+            if silent:  # all seem to be where the store went with the rank that kept it, so those that are gone first
+                gone = [rank for rank in silent if (fate := self._fate_of(rank)) is not None and fate.is_gone]
+                self._fail(self._death_of(gone or silent, _BROKEN_AFTER_S, verb="died:"))
 
     def close(self) -> None:
         """Stop watching. After a failure rank 0, which keeps the store, first lets the others read the reason."""

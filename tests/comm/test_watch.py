@@ -11,7 +11,7 @@ import pytest
 from torch.distributed import HashStore
 
 from lightning_superscale.comm import watch
-from lightning_superscale.comm.processes import Process, _stat_of, this_machine
+from lightning_superscale.comm.processes import Process, _stat_of, this_machine, this_process
 from lightning_superscale.comm.watch import RankFailure, RankWatch
 
 
@@ -136,6 +136,25 @@ def test_a_store_that_does_not_answer_is_told(monkeypatch):
     made = RankWatch(store, 1, 2, silence_s=0.5)
     store.hangs = True
     assert said_by(made) == "rank 0, which keeps the ranks' store, gave no sign of life for 0.5 s"
+    store.hangs = False
+    made.close()
+
+
+def test_ranks_that_are_not_heard_because_the_store_is_gone_are_not_called_dead(monkeypatch):
+    """The rank that kept it died, and took the signs of the others with it."""
+    for name, seconds in {"_PERIOD_S": 0.02, "_BROKEN_AFTER_S": 0.3}.items():
+        monkeypatch.setattr(watch, name, seconds)
+    with subprocess.Popen(["true"]) as gone:
+        process = Process(this_machine(), gone.pid, 1)
+    store = Hanging()
+    store.set("sign/0", sign(1, process=process))
+    store.set("sign/2", sign(1, process=this_process()))
+    store.hangs = True
+    made = RankWatch(store, 1, 3, silence_s=100.0)
+    made._signs = {rank: (watch._Sign(*json.loads(store.get(f"sign/{rank}"))[:3], one), 0.0)
+                   for rank, one in ((0, process), (2, this_process()))}  # fmt: skip
+    said = str(made.explain(RuntimeError("Connection closed by peer")))
+    assert said == f"rank 0 died: its process {gone.pid} is gone"
     store.hangs = False
     made.close()
 
