@@ -5,13 +5,14 @@ next `save` waits for it. Ranks divide the work before they copy anything, so ea
 The thread's collectives go over a group of its own, made at construction, as they must not meet training's. Ranks
 finish at different times, so while a save is in flight they agree before each step on whether it failed, over the group
 that training uses; then all raise its error at the same step. Without a further step the next `save`, `wait` or `close`
-raises it. Removals wait for the save in flight, and are forgotten if it fails: the checkpoint that they would have
-deleted may be the last one.
+raises it. Once a rank has failed, a save that the others can't finish is given up. Removals wait for the save in
+flight, and are forgotten if it fails: the checkpoint that they would have deleted may be the last one.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -37,6 +38,9 @@ from lightning_superscale.errors import CheckpointError
 from lightning_superscale.ops.cpu.memory import HostBuffer
 from lightning_superscale.ops.events import StreamEvent, has_streams
 
+# The interval in seconds in which a rank that waits for its writer looks whether another one failed.
+_LOOK_EVERY_S = 0.1
+
 
 class BackgroundSaver:
     """Writes snapshots in a thread. Every rank makes one at the same time, and calls its methods in the same order.
@@ -56,6 +60,7 @@ class BackgroundSaver:
         is_immutable: Callable[[TensorKey], bool] = lambda _: False,
     ) -> None:
         self._mesh = with_own_control(mesh, timeout)
+        self._watch = mesh.watch
         self._is_immutable = is_immutable
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -160,18 +165,42 @@ class BackgroundSaver:
         """
         if self._thread is None:
             return
-        self._thread.join()
+        has_ended = self._join(self._thread)
         self._thread = None
         self._borrowed = []
         with self._lock:
             error, self._error = self._error, None
             kept, self._removals = self._removals, []
+        if not has_ended:
+            error = CheckpointError("ranks that write it did not come back after a rank had failed.")
 
         def raise_error() -> None:
             if error is not None:
                 raise CheckpointError(f"{error}{' Not removed: ' if kept else ''}{', '.join(kept)}") from error
 
-        attempt(self._mesh, raise_error, "an earlier save failed")
+        if self._has_failed:  # a rank may not answer any more
+            raise_error()
+        else:
+            attempt(self._mesh, raise_error, "an earlier save failed")
+
+    @property
+    def _has_failed(self) -> bool:
+        return self._watch is not None and self._watch.has_failed
+
+    def _join(self, thread: threading.Thread) -> bool:
+        """Wait for the thread; whether it has ended.
+
+        Its collectives can't be woken, and a rank that is stopped leaves them waiting. So once a rank has failed, the
+        others have as long to finish as they have to give a sign of life, and then the thread is left behind.
+        """
+        deadline: float | None = None
+        while thread.is_alive():
+            thread.join(_LOOK_EVERY_S)
+            if self._watch is not None and self._has_failed:
+                deadline = deadline or time.monotonic() + self._watch.silence_s
+                if time.monotonic() > deadline:
+                    return not thread.is_alive()
+        return True
 
     def close(self) -> None:
         """Wait for the save in flight, and free the snapshots' memory. Every rank calls it.

@@ -319,3 +319,40 @@ def test_ranks_save_while_they_train_and_each_copies_only_what_it_writes(tmp_pat
     assert total <= sum(copied) <= total + 1024  # and the tensors in `rest`
     assert max(copied) < 0.8 * total
     assert sorted(os.listdir(tmp_path)) == ["0.ckpt", "1.ckpt"]
+
+
+class FailedWatch:
+    """Says that another rank failed, as the watch does of a rank that is stopped."""
+
+    has_failed = True
+    silence_s = 0.5
+
+
+def close_while_a_rank_is_stopped(rank: int, world_size: int, folder: str) -> tuple[str, float]:
+    """What closing the saver said on rank 0, and after how many seconds; rank 1 stops before it writes."""
+    mesh = mesh_of(world_size)
+    saver = BackgroundSaver(mesh)
+    write, start = background.write, time.monotonic()
+
+    def stopped(path, prepared, group):
+        time.sleep(4.0 if rank == 1 else 0.0)
+        write(path, prepared, group)
+
+    background.write = stopped
+    saver.save(f"{folder}/a.ckpt", local_state(state_tensors(1), "whole", rank, world_size), step=1)
+    thread, said = saver._thread, ""
+    if rank == 0:
+        saver._watch = FailedWatch()
+        try:
+            saver.close()
+        except CheckpointError as error:
+            said = str(error)
+    seconds = time.monotonic() - start
+    thread.join()  # rank 1 goes on, so that nothing is left behind
+    return said, seconds
+
+
+def test_a_save_that_a_stopped_rank_keeps_from_ending_is_given_up(tmp_path):
+    said, seconds = run_ranks(2, close_while_a_rank_is_stopped, str(tmp_path))[0]
+    assert said == "ranks that write it did not come back after a rank had failed."
+    assert 0.5 <= seconds < 3.5
