@@ -36,11 +36,15 @@ def last_checkpoint(folder: Union[str, os.PathLike[str]], *, reads_all: bool = T
     found = []
     for path in _paths_in(str(folder)):
         if is_checkpoint(path):
-            found.append((_step_of(path), _written_at(path), path))
+            step = _step_of(path)
+            if step is None:  # it may be the newest
+                _pass_over(path, f"its {MANIFEST_NAME} can't be read")
+            else:
+                found.append((step, _written_at(path), path))
         elif path.endswith(_SUFFIX):
             _pass_over(path, "it is no universal checkpoint, as UniversalCheckpointIO writes them")
-    for step, _, path in sorted(found, reverse=True):
-        problem = "its manifest can't be read" if step < 0 else _problem(path, reads_all=reads_all)
+    for _, _, path in sorted(found, reverse=True):
+        problem = _problem(path, reads_all=reads_all)
         if problem is None:
             return path
         _pass_over(path, problem)
@@ -58,12 +62,12 @@ def _paths_in(folder: str) -> list[str]:
     return [os.path.join(folder, name) for name in sorted(os.listdir(folder)) if not name.startswith(".")]
 
 
-def _step_of(path: str) -> int:
-    """The number of steps before a checkpoint; 0 where it does not say, -1 where it can't be read."""
+def _step_of(path: str) -> int | None:
+    """The number of steps before a checkpoint; 0 where it does not say, None where it can't be read."""
     try:
         return _manifest_of(path).step or 0
     except CheckpointError:
-        return -1
+        return None
 
 
 def _manifest_of(path: str) -> Manifest:
