@@ -41,7 +41,8 @@ test-fast: setup
 test-all: setup
 	LSS_TEST_ALL=1 $(PYTEST)
 
-# DeepSpeed itself, in an environment of its own: it writes and we read, we export and it loads.
+# DeepSpeed itself, in an environment of its own: it writes and we read, we export and it loads. And Ray Train, whose
+# workers train with our strategies, and torchdata's loaders.
 test-peers:
 	bash benchmarks/peers.sh $(PEERS)
 	TORCH_EXTENSIONS_DIR="$(CURDIR)/$(PEERS)/extensions" DS_ACCELERATOR=cpu PATH="$(CURDIR)/$(PEERS)/bin:$$PATH" \

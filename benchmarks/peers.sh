@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Makes an environment that holds DeepSpeed beside this package, for comparisons: peers.sh [VENV] [VERSION].
+# Ray Train and torchdata, whose workers and loaders train with it, are there too.
 # Nothing of the package depends on it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -15,6 +16,7 @@ if [ "$has" != "$deepspeed" ] || [ ! "$stamp" -nt benchmarks/peers.sh ] || [ ! "
   "${pip[@]}" "scikit-build-core>=0.10" ninja cmake setuptools wheel
   "${pip[@]}" --no-build-isolation -C wheel.cmake=false -C editable.mode=inplace -e ".[dev]"
   "${pip[@]}" transformers  # models of benchmarks/sequence.py, and what DeepSpeed's ALST registers with
+  "${pip[@]}" "ray[train]==2.60.0" "torchdata==0.11.0"
   DS_BUILD_OPS=0 "${pip[@]}" --no-build-isolation "deepspeed==$deepspeed"
   echo "$deepspeed" >"$stamp"
 fi

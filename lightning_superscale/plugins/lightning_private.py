@@ -148,6 +148,12 @@ def drop_launcher(strategy: Any) -> None:
     strategy._launcher = None
 
 
+def wrapped_sampler(sampler: Any) -> Any:
+    """The sampler of a loader that Lightning has divided among ranks, or None where it wrapped none."""
+    wraps = any(one.__name__ == "DistributedSamplerWrapper" for one in type(sampler).__mro__)
+    return sampler.dataset._sampler if wraps else None
+
+
 def train_loaders(trainer: Any) -> tuple[str, list[Any]]:
     """How a Trainer combines the loaders that it trains with, such as "max_size_cycle", and those loaders."""
     combined = trainer.fit_loop._combined_loader

@@ -145,6 +145,15 @@ def test_a_function_is_called_before_the_hooks_of_the_end_of_training(package, m
     assert told[3:] == ["callback", "module"]
 
 
+def test_a_sampler_that_lightning_divides_among_ranks_is_found(package):
+    name = "fabric.utilities.distributed" if package == "lightning.pytorch" else "utilities.distributed"
+    top = "lightning" if package == "lightning.pytorch" else "lightning_fabric"
+    wrapper = importlib.import_module(f"{top}.{name}").DistributedSamplerWrapper
+    inner = torch.utils.data.SequentialSampler(range(4))
+    assert lightning_private.wrapped_sampler(wrapper(inner, num_replicas=2, rank=0)) is inner
+    assert lightning_private.wrapped_sampler(inner) is None
+
+
 def test_batches_are_counted_where_a_run_goes_on(package, trainer):
     loops, fit = lightning(package, "loops.training_epoch_loop"), trainer.fit_loop
     progress = fit.epoch_loop.batch_progress

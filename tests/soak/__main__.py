@@ -27,6 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=float(os.environ.get("SOAK_SECONDS", "3600")))
     parser.add_argument("--seed", type=int, default=None, help="of everything random but moments; printed")
     parser.add_argument("--steps", type=int, default=240, help="of each run")
+    parser.add_argument("--only", default="", help="part of the names of what may happen")
     given = parser.parse_args(arguments)
     seed = random.SystemRandom().randrange(10**6) if given.seed is None else given.seed
     print(f"seed {seed}", flush=True)
@@ -39,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
             runs.append(
                 Run(
                     kind, given.steps, folder / f"run-{len(runs)}", folder / "disk" / "checkpoints",
-                    seed + len(runs), can_fill=is_small, deadline=begun + given.seconds,
+                    seed + len(runs), only=given.only, can_fill=is_small, deadline=begun + given.seconds,
                 )
             )  # fmt: skip
             runs[-1].play()

@@ -65,8 +65,11 @@ def stop(processes: Processes, rng: random.Random) -> str:
     deadline = time.monotonic() + PATIENCE_S + ENDS_WITHIN_S
     while len(processes.ends) < others and time.monotonic() < deadline:
         processes.listen(0.2)
+    left = [other for other in processes.alive() if other != rank and other not in processes.ends]
+    if left:
+        processes.dump_stacks()
     processes.send(signal.SIGKILL, [rank])
-    return f"rank {rank}"
+    return f"FAILED: ranks {left} went on although rank {rank} was stopped for good" if left else f"rank {rank}"
 
 
 def pause(processes: Processes, rng: random.Random) -> str:
@@ -113,7 +116,7 @@ def fill_disk(processes: Processes, rng: random.Random) -> str:
     return "disk of checkpoints"
 
 
-NAMED = ("rank ", "Connection closed by peer", "Connection reset by peer", "timed out", "Broken pipe")
+NAMED = ("rank ", "ranks ", "Connection closed by peer", "Connection reset by peer", "timed out", "Broken pipe")
 HAPPENINGS = (
     Happening("SIGKILL of one rank", kill_one, says=NAMED, needs_ranks=2),
     Happening("SIGKILL of all ranks", kill_all),

@@ -49,13 +49,23 @@ class Run:
 
     Args:
         folder: for records; made anew.
+        only: part of the names of what may happen.
         checkpoints: the folder of checkpoints.
         can_fill: whether the disk of checkpoints is small enough to be filled.
         deadline: time.monotonic() from which on nothing happens to it any more.
     """
 
     def __init__(
-        self, kind: str, steps: int, folder: Path, checkpoints: Path, seed: int, *, can_fill: bool, deadline: float
+        self,
+        kind: str,
+        steps: int,
+        folder: Path,
+        checkpoints: Path,
+        seed: int,
+        *,
+        only: str,
+        can_fill: bool,
+        deadline: float,
     ) -> None:
         self.kind, self.steps, self.folder, self.checkpoints = kind, steps, folder, checkpoints
         self.outcomes: list[Outcome] = []
@@ -63,6 +73,7 @@ class Run:
         self.legs: list[Leg] = []
         self._rng = random.Random(seed)
         self._can_fill = can_fill
+        self._only = only
         self._deadline = deadline
         self._damaged = ""
         folder.mkdir(parents=True)
@@ -114,7 +125,10 @@ class Run:
         before, begun = self._steps_done(), time.monotonic()
         processes = Processes(leg)
         try:
-            if not processes.listen(STARTS_WITHIN_S, until_started=True) or processes.start is None:
+            is_there = processes.listen(STARTS_WITHIN_S, until_started=True)
+            if is_there and all(end.how == "done" for end in processes.ends.values()) and processes.start is None:
+                outcome.name = ENDED_FIRST  # the last checkpoint was of the last step, after which ranks were killed
+            elif processes.start is None:
                 processes.dump_stacks()
                 outcome.failures.append(f"no rank began to train: {processes.ends}")
             else:
@@ -126,7 +140,7 @@ class Run:
         self.failures += [f"leg {leg.number}, {name}: {failure}" for failure in outcome.failures]
 
     def _is_possible(self, happening: Happening) -> bool:
-        if self.kind not in happening.kinds:
+        if self.kind not in happening.kinds or self._only not in happening.name:
             return False
         return self._can_fill or happening.name != "a full disk"
 

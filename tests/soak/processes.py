@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from typing import Any
@@ -71,17 +72,22 @@ class Processes:
         while len(self.ends) < self.leg.ranks:
             if until_started and self.start is not None:
                 return True
-            pipes = {pipe: rank for rank, pipe in self._pipes.items() if rank not in self.ends}
-            ready = wait(list(pipes), timeout=max(0.0, deadline - time.monotonic()))
+            left = [rank for rank in range(self.leg.ranks) if rank not in self.ends]
+            # A pipe may be held open by a loader's worker that outlives its rank, so ends of processes count too.
+            sources = {self._pipes[rank]: rank for rank in left}
+            sources |= {self._processes[rank].sentinel: rank for rank in left}
+            ready = wait(list(sources), timeout=max(0.0, deadline - time.monotonic()))
             if not ready:
                 return False
-            for pipe in ready:
-                self._take(pipes[pipe], pipe)
+            for rank in {sources[source] for source in ready}:
+                self._take(rank)
         return True
 
-    def _take(self, rank: int, pipe: Any) -> None:
+    def _take(self, rank: int) -> None:
         try:
-            kind, *rest = pipe.recv()
+            if not self._pipes[rank].poll():
+                raise EOFError  # it ended without a word
+            kind, *rest = self._pipes[rank].recv()
         except (EOFError, OSError):
             self.ends.setdefault(rank, Ended("killed"))
             return
@@ -95,7 +101,8 @@ class Processes:
         for rank in range(self.leg.ranks) if ranks is None else ranks:
             process = self._processes[rank]
             if process.is_alive():
-                os.kill(process.pid, number)
+                with suppress(ProcessLookupError):  # it ended meanwhile
+                    os.kill(process.pid, number)
 
     def alive(self) -> list[int]:
         return [rank for rank, process in enumerate(self._processes) if process.is_alive()]

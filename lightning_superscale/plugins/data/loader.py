@@ -17,6 +17,7 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Itera
 
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.plugins.data.sampler import ResumableSampler, as_resumable
+from lightning_superscale.plugins.lightning_private import wrapped_sampler
 
 _VERSION_KEY, _VERSION = "resumable_sampler", 1
 _derived: set[type] = set()
@@ -147,7 +148,7 @@ def _guarded(base: Any) -> Any:
             if _VERSION_KEY in state_dict:
                 raise SuperScaleError(
                     f"the checkpoint's position is that of samples over all ranks, and a {base.__name__} with a "
-                    f"{type(self.sampler).__name__} can't go there. {_REMEDY}."
+                    f"{type(sampler_of(self)).__name__} can't go there. {_REMEDY}."
                 )
             super().load_state_dict(state_dict)
 
@@ -160,12 +161,15 @@ def position_of(loader: Any) -> Position | None:
     return found if isinstance(found, Position) else None
 
 
+def sampler_of(loader: Any) -> Any:
+    """The sampler that a DataLoader draws from, which is its batches' where it has such."""
+    return getattr(loader.batch_sampler, "sampler", loader.sampler)
+
+
 def resumable_sampler_of(loader: Any) -> ResumableSampler[Any] | None:
-    """The ResumableSampler that a DataLoader draws from, by itself or in batches."""
-    for owner in (loader, getattr(loader, "batch_sampler", None)):
-        if isinstance(found := getattr(owner, "sampler", None), ResumableSampler):
-            return found
-    return None
+    """The ResumableSampler that a DataLoader draws from, if it has one."""
+    found = sampler_of(loader)
+    return found if isinstance(found, ResumableSampler) else None
 
 
 def is_resumable(loader: Any) -> bool:
@@ -185,15 +189,15 @@ def make_resumable(loader: Any, num_unused: Callable[[], int]) -> None:
     Raises:
         SuperScaleError: batches that are not of `batch_size` samples each.
     """
-    if is_resumable(loader) and type(loader.sampler) is DistributedSampler:
-        as_resumable(loader.sampler)
+    if is_resumable(loader) and _is_of_all(loader):
+        as_resumable(sampler_of(loader), loader.dataset)
     sampler = resumable_sampler_of(loader)
     if sampler is None:
         if is_resumable(loader):
             _derive(loader, _guarded)
         return
     batches = loader.batch_sampler
-    if batches is not None and type(batches) is not BatchSampler:
+    if batches is not None and not _is_plain(batches):
         raise SuperScaleError(
             f"ResumableSampler is drawn from by a {type(batches).__name__}; expected batches of batch_size samples, so "
             "that their number tells the samples. Pass batch_size and sampler to the DataLoader, or give the loader "
@@ -202,6 +206,23 @@ def make_resumable(loader: Any, num_unused: Callable[[], int]) -> None:
     _derive(loader, _resumable)
     size, drop_last = (1, False) if batches is None else (batches.batch_size, batches.drop_last)
     loader.position = Position(sampler, size, drop_last, num_unused)
+
+
+def _is_of_all(loader: Any) -> bool:
+    """Whether ranks divide all samples of the dataset among them, each once."""
+    sampler, num = sampler_of(loader), len(loader.dataset)
+    if type(sampler) is DistributedSampler:
+        return sampler.dataset is loader.dataset
+    # torchdata's draws with a seed of each rank's own, so that Lightning's ranks would share some samples.
+    inner = wrapped_sampler(sampler)
+    is_shuffle = type(inner).__name__ == "RandomSampler" and type(inner).__module__.startswith("torchdata.")
+    return is_shuffle and not inner.replacement and inner.num_samples == num
+
+
+def _is_plain(batches: Any) -> bool:
+    """Whether they are torch's or torchdata's batches of `batch_size` samples, and not those of a subclass."""
+    name = type(batches).__module__.partition(".")[0]
+    return type(batches) is BatchSampler or (name == "torchdata" and type(batches).__name__ == "BatchSampler")
 
 
 def _derive(loader: Any, derive: Callable[[Any], Any]) -> None:

@@ -111,9 +111,10 @@ class ResumableSampler(DistributedSampler[T]):
         return torch.randperm(self.num_in_epoch, generator=generator).tolist()
 
 
-def as_resumable(sampler: DistributedSampler[Any]) -> None:
-    """Make a resumable sampler of torch's own, in place: it has the same order, and the same ranks."""
-    sampler.__class__ = ResumableSampler
+def as_resumable(sampler: DistributedSampler[Any], dataset: Dataset[Any]) -> None:
+    """Make a resumable sampler of torch's own, in place: it has the same ranks, and torch's order of the dataset."""
+    sampler.__class__, sampler.dataset = ResumableSampler, dataset
+    cast(ResumableSampler[Any], sampler).place(sampler.num_replicas, sampler.rank)
 
 
 def _repeated(order: list[int], num: int) -> list[int]:
