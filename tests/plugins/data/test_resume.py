@@ -115,8 +115,17 @@ def test_an_epoch_that_is_cut_short_by_limit_train_batches_is_over_where_it_was(
 @pytest.mark.parametrize("batches", [2, 4, 7])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_several_loaders_go_on_each_where_it_was(mode, batches, accumulate, tmp_path):
+    assert_loaders_go_on(mode, 12, batches, accumulate, tmp_path)
+
+
+def test_a_loader_that_began_anew_within_a_window_goes_back_to_its_end(tmp_path):
+    """After five batches: the second window began with the last of the four batches of the short loader."""
+    assert_loaders_go_on("max_size_cycle", 16, 5, 3, tmp_path)
+
+
+def assert_loaders_go_on(mode, num_in_short, batches, accumulate, tmp_path):
     def loaders() -> CombinedLoader:
-        return CombinedLoader({"long": numbers_loader(4), "short": numbers_loader(4, 12)}, mode)
+        return CombinedLoader({"long": numbers_loader(4), "short": numbers_loader(4, num_in_short)}, mode)
 
     flags = {"accumulate_grad_batches": accumulate}
     expected: dict[int, list[int]] = {}
