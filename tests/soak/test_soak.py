@@ -39,6 +39,14 @@ def test_a_minute_of_everything():
     assert figures["legs"] > 3
 
 
+@pytest.mark.slow
+def test_a_moment_of_it():
+    code, figures, said = soak("--seconds", "5", "--steps", "20", "--seed", "28", "--only", "an exception")
+    assert code == 0, said[-4000:]
+    assert figures["legs"] >= 2
+    assert figures["happenings"]["an exception of one rank"]["recovered"] >= 1
+
+
 def test_a_later_leg_takes_the_place_of_the_steps_that_were_lost():
     entries = [
         {"leg": 0, "step": 0, "ids": [1, 2]},
