@@ -14,7 +14,7 @@ PEERS ?= .venv-peers
 WORKERS ?= 2
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: setup demo test test-fast test-all test-peers soak check format wheel bench gpu-check gpu-bench gpu-long gpu-wheels clean
+.PHONY: setup demo test test-fast test-all test-peers soak check format docs docs-serve wheel bench gpu-check gpu-bench gpu-long gpu-wheels clean
 
 setup: $(STAMP)
 
@@ -25,7 +25,7 @@ $(STAMP): pyproject.toml constraints-dev.txt CMakeLists.txt lightning_superscale
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints-dev.txt "scikit-build-core>=0.10" ninja cmake
 	# The editable install compiles nothing: the libraries are built once, into a cache keyed by their sources.
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints-dev.txt --no-build-isolation \
-		-C wheel.cmake=false -C editable.mode=inplace -e ".[dev,examples]"
+		-C wheel.cmake=false -C editable.mode=inplace -e ".[dev,docs,examples]"
 	$(BIN)/python -m lightning_superscale.ops.native.build
 	touch $(STAMP)
 
@@ -61,6 +61,15 @@ check: setup
 format: setup
 	$(BIN)/ruff check --fix -q . || true
 	$(BIN)/ruff format -q .
+
+# The documentation as a site. A link or an anchor that leads nowhere is an error, as is a file of another host.
+docs docs-serve: export NO_MKDOCS_2_WARNING := 1
+docs: setup
+	$(BIN)/python -m mkdocs build --strict
+	$(BIN)/python -m tests.docs.site build/site
+
+docs-serve: setup
+	$(BIN)/python -m mkdocs serve
 
 # The wheel, built in an empty environment, installed into another.
 wheel: setup

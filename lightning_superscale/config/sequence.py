@@ -14,7 +14,7 @@ NumBatches = Annotated[int, Between(0, 2**30)]
 @dataclass(frozen=True)
 class SequenceConfig:
     """Options for long sequences: sharing every sample's among ranks (Jacobs et al. 2023, arXiv:2309.14509), and
-    keeping less of it on each, with any size (docs/long-context.md).
+    keeping less of it on each, with any size (docs/techniques/long-context.md).
 
     Args:
         size: number of neighbouring ranks that share every sample's sequence; 1 shares nothing.
