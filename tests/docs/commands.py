@@ -58,6 +58,8 @@ def _pip(words: tuple[str, ...]) -> str | None:
 
 def _script(words: tuple[str, ...]) -> str | None:
     """A program of this repository and its flags, or the reader's own."""
+    if words[1] == "-m" and words[2] == "tests.soak":
+        return None  # tests/soak/test_soak.py runs it
     if words[1] == "-m":
         return _pytest(words[2:]) if words[2] == "pytest" else f"module {words[2]} is not known here"
     if words[1] in OWN_SCRIPTS:

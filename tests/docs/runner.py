@@ -59,7 +59,7 @@ def _run_yaml(text: str) -> None:
     Path("block.yaml").write_text(text)
     for mode in ("yaml", "omegaconf"):
         cli = LightningCLI(
-            prepared.Regressor,
+            prepared.MyModule,
             run=False,
             args=["--config", "block.yaml"],
             save_config_callback=None,

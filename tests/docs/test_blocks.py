@@ -25,6 +25,13 @@ TEXT = {
         "- verify: on the first 14 of 14 tokens of the first batch, loss 25.4753 and gradient norm",
     ): "tests/run/techniques/test_first_batch.py",
 }
+# Python that needs what the default suite has not: (page, first line) -> the test that runs the same.
+OF_PEERS = {
+    (
+        "docs/elastic.md",
+        "from ray.train import FailureConfig, RunConfig, ScalingConfig",
+    ): "tests/peers/test_ray_train.py"
+}
 WITH_BLOCKS = [page for page in PAGES if any(block.language in RUN for block in blocks_of(page.read_text()))]
 
 
@@ -35,6 +42,7 @@ class Runner:
         env = {
             **os.environ,
             "PYTHONPATH": str(ROOT),
+            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
             "OMP_NUM_THREADS": "1",
             "CUDA_VISIBLE_DEVICES": "",  # the examples of a page are the same on every machine
             "LSS_PROFILE": "off",  # which would measure the machine for seconds
@@ -77,6 +85,9 @@ def runner() -> Iterator[Runner]:
 @pytest.mark.parametrize("page", WITH_BLOCKS, ids=name_of)
 def test_blocks_run_as_they_are_printed(page, runner, tmp_path):
     blocks = [block for block in blocks_of(page.read_text()) if block.language in RUN]
+    for block in [block for block in blocks if (name_of(page), block.text.splitlines()[0]) in OF_PEERS]:
+        compile(block.text, str(page), "exec")
+        blocks.remove(block)
     failure = runner.failure(name_of(page), blocks, tmp_path)
     output = tmp_path / "output.txt"
     assert failure is None, f"{failure}\n{output.read_text()[-3000:] if output.exists() else ''}"
@@ -116,6 +127,9 @@ def test_names_of_pages_with_stand_ins_are_those_of_pages():
     assert prepared.NAMES.keys() <= names
     assert prepared.PREPARE.keys() <= names
     assert {page for page, _ in TEXT} <= names
+    for (page, first), test in OF_PEERS.items():
+        assert any(block.text.splitlines()[0] == first for block in blocks_of((ROOT / page).read_text()))
+        assert (ROOT / test).is_file()
 
 
 @pytest.mark.parametrize(
