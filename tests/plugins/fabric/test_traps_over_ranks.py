@@ -141,7 +141,9 @@ if flags:  # `fabric run` launches by itself
 plain = model()
 module, optimizer = fabric.setup(plain, adamw(plain))
 loop(fabric, module, optimizer, num=32)
-print("rank", fabric.global_rank, "of", fabric.world_size, type(fabric.strategy).__name__, flush=True)
+# torchrun's ranks write unbuffered, where print() writes each argument by itself, between those of the other rank.
+sys.stdout.write(f"rank {fabric.global_rank} of {fabric.world_size} {type(fabric.strategy).__name__}\\n")
+sys.stdout.flush()
 if len(sys.argv) > 2:
     Path(sys.argv[2], str(fabric.global_rank)).touch()
     for _ in range(10000):
