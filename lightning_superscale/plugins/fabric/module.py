@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 from typing import Any
@@ -40,13 +40,14 @@ class RunModule(nn.Module):
     @torch.compiler.disable(recursive=False)  # type: ignore[no-untyped-call, untyped-decorator]
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the module gives for the same arguments."""
-        with _Uncompiled(self._call(is_compiled=compiles_calls())) as finish:
-            return finish(self.module(*args, **kwargs))
+        trains = torch.is_grad_enabled()
+        with _Uncompiled(self._call(trains=trains, is_compiled=compiles_calls())):
+            return self._finish(self.module(*args, **kwargs), trains)
 
     @contextmanager
-    def _call(self, *, is_compiled: bool) -> Iterator[Callable[[Any], Any]]:
-        """A context around a call of the module, which gives what finishes its output."""
-        run, trains = self._run, torch.is_grad_enabled()
+    def _call(self, *, trains: bool, is_compiled: bool) -> Iterator[None]:
+        """A context around a call of the module."""
+        run = self._run
         if is_compiled and run.assembly is not None:
             run.assembly.compile_forward()
         if trains:
@@ -54,23 +55,23 @@ class RunModule(nn.Module):
         elif not self._is_evaluating:
             run.before_evaluation()
         self._is_evaluating = not trains
-
-        def finish(output: Any) -> Any:
-            return run.output(output, trains=trains)
-
         with run.forward() if trains else run.evaluating():
-            yield torch.compiler.disable(finish)  # type: ignore[no-untyped-call]
+            yield
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _finish(self, output: Any, trains: bool) -> Any:
+        return self._run.output(output, trains=trains)
 
 
 class _Uncompiled:
     """A context that is entered and left outside of what `torch.compile` compiles, which is what lies inside."""
 
-    def __init__(self, context: AbstractContextManager[Callable[[Any], Any]]) -> None:
+    def __init__(self, context: AbstractContextManager[None]) -> None:
         self._context = context
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def __enter__(self) -> Callable[[Any], Any]:
-        return self._context.__enter__()
+    def __enter__(self) -> None:
+        self._context.__enter__()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __exit__(
