@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Literal, Optional, Union
+from typing import Any, Literal, Optional, TypeVar, Union
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from lightning_superscale.config.values import check_arguments
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.run.loss_scaler import LossScaler
-from lightning_superscale.run.precision import PrecisionName, Seed, choose
+from lightning_superscale.run.precision import PRECISIONS, PrecisionName, Seed, check_precision, choose
 from lightning_superscale.run.run import Run
+
+_Own = TypeVar("_Own", bound="PrecisionMixin")
 
 
 @contextmanager
@@ -25,6 +27,11 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
+
+
+def converted(data: Any, dtype: torch.dtype) -> Any:
+    """A collection with its tensors of a floating point dtype converted to another."""
+    return apply_to_collection(data, function=lambda t: t.to(dtype) if t.is_floating_point() else t, dtype=Tensor)
 
 
 class PrecisionMixin:
@@ -137,10 +144,7 @@ class PrecisionMixin:
     def convert_input(self, data: Any) -> Any:
         if self._keeps_weights or self.choices.autocast is not None:
             return data
-        dtype = self.choices.weights
-        return apply_to_collection(
-            data, function=lambda t: t.to(dtype) if torch.is_floating_point(t) else t, dtype=Tensor
-        )
+        return converted(data, self.choices.weights)
 
     def tensor_init_context(self) -> AbstractContextManager[Any]:
         return nullcontext() if self._keeps_weights else _default_dtype(self.choices.weights)
@@ -172,3 +176,26 @@ class PrecisionMixin:
         """Take what `state_dict` gave, where losses are scaled."""
         if self.scaler is not None:
             self.scaler.load_state_dict(state_dict)
+
+
+def own_precision(plugin: Any, own_class: type[_Own], strategy: str) -> _Own:
+    """Translate a stock precision plugin of Lightning's or Fabric's into ours, so that `precision="bf16-true"` works.
+
+    Args:
+        plugin: a stock plugin, or one of ours, which is returned itself.
+        own_class: our class for the same Lightning or Fabric.
+        strategy: name of the strategy's class, for errors.
+
+    Raises:
+        SuperScaleError: a plugin whose dtypes are not known here; says what to pass.
+    """
+    if isinstance(plugin, own_class):
+        return plugin
+    if type(plugin).__name__ not in ("Precision", "HalfPrecision", "MixedPrecision", "DoublePrecision"):
+        raise SuperScaleError(
+            f"{strategy} can't work with the precision plugin {type(plugin).__name__}; "
+            f"pass one of {', '.join(map(repr, PRECISIONS))}, or {own_class.__name__}."
+        )
+    precision = str(plugin.precision)
+    check_precision(precision)
+    return own_class(precision, getattr(plugin, "scaler", None))  # type: ignore[arg-type]

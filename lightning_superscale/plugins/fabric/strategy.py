@@ -36,9 +36,9 @@ from lightning_superscale.plugins.fabric import state as states
 from lightning_superscale.plugins.fabric.module import RunModule
 from lightning_superscale.plugins.fabric.precision import FabricPrecisionMixin
 from lightning_superscale.plugins.lightning_private import drop_launcher
+from lightning_superscale.plugins.precision import own_precision
 from lightning_superscale.run.checks import check_clip_value
 from lightning_superscale.run.environment import DEFAULT_PATIENCE, DEFAULT_TIMEOUT
-from lightning_superscale.run.precision import PRECISIONS, check_precision
 from lightning_superscale.run.run import Run
 from lightning_superscale.run.state.optimizer_states import check_optimizer_states
 from lightning_superscale.run.visibility import Visibility
@@ -159,18 +159,8 @@ class FabricStrategyMixin(_Base):
 
     @precision.setter
     def precision(self, plugin: Precision | None) -> None:
-        given: Any = plugin
-        if isinstance(given, self.precision_class):
-            self._own_precision = given
-            return
-        name = "32-true" if plugin is None else str(plugin.precision)
-        if type(plugin).__name__ not in ("NoneType", "Precision", "HalfPrecision", "MixedPrecision", "DoublePrecision"):
-            raise SuperScaleError(
-                f"{type(self).__name__} can't work with the precision plugin {type(plugin).__name__}; "
-                f"pass one of {', '.join(map(repr, PRECISIONS))}, or {self.precision_class.__name__}."
-            )
-        check_precision(name)
-        self._own_precision = self.precision_class(cast(Any, name), getattr(plugin, "scaler", None))
+        given = self.precision_class() if plugin is None else plugin
+        self._own_precision = own_precision(given, self.precision_class, type(self).__name__)
 
     # Environment
 

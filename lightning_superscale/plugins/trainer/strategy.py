@@ -46,6 +46,7 @@ from lightning_superscale.plugins.lightning_private import (
     restore_trainer,
     set_device_mesh,
 )
+from lightning_superscale.plugins.precision import own_precision
 from lightning_superscale.plugins.trainer.precision import SuperScalePrecisionMixin
 from lightning_superscale.plugins.trainer.sample_ranks import SampleRanksMixin
 from lightning_superscale.plugins.trainer.silent_step import silent_step
@@ -54,7 +55,6 @@ from lightning_superscale.run.assemble import Assembly
 from lightning_superscale.run.checks import check_clip_value, refuse_averaging
 from lightning_superscale.run.environment import DEFAULT_PATIENCE, DEFAULT_TIMEOUT
 from lightning_superscale.run.meetings import Meetings
-from lightning_superscale.run.precision import PRECISIONS, check_precision
 from lightning_superscale.run.report.phases import PhaseSeconds
 from lightning_superscale.run.report.plan import ParallelPlan
 from lightning_superscale.run.run import Run
@@ -158,17 +158,8 @@ class SuperScaleStrategyMixin(SampleRanksMixin):
 
     @precision_plugin.setter
     def precision_plugin(self, plugin: Precision | None) -> None:
-        if plugin is None or isinstance(plugin, self.precision_class):
-            self._precision_plugin = plugin
-            return
-        if type(plugin).__name__ not in ("Precision", "HalfPrecision", "MixedPrecision", "DoublePrecision"):
-            raise SuperScaleError(
-                f"{type(self).__name__} can't work with the precision plugin {type(plugin).__name__}; "
-                f"pass one of {', '.join(map(repr, PRECISIONS))}, or {self.precision_class.__name__}."
-            )
-        precision = str(plugin.precision)
-        check_precision(precision)
-        self._precision_plugin = self.precision_class(precision, getattr(plugin, "scaler", None))  # type: ignore[arg-type]
+        own = None if plugin is None else own_precision(plugin, self.precision_class, type(self).__name__)
+        self._precision_plugin = own
 
     @property
     def _precision(self) -> SuperScalePrecisionMixin:
