@@ -157,9 +157,10 @@ def check_optimizer_states(
     Raises:
         CheckpointError: other groups of parameters; says what differs.
     """
+    name_of = names_of(module)
     for optimizer, saved in zip(optimizers, states, strict=True):
         if has_names(saved):
-            _saved_for(optimizer, saved, names_of(module))
+            _saved_for(optimizer, saved, name_of)
             continue
         here, there = ([len(group["params"]) for group in of["param_groups"]] for of in (vars(optimizer), saved))
         if here != there:
