@@ -39,7 +39,7 @@ def ends_of(world_size: int, function: Callable[..., Any], *args: Any, limit_s: 
     still run at the time limit, are killed.
     """
     with tempfile.TemporaryDirectory() as folder:
-        port = _free_port()
+        port = free_port()
         files = [Path(folder, str(rank)) for rank in range(world_size)]
         ranks = [
             _CONTEXT.Process(target=_run, args=(rank, world_size, port, str(files[rank]), function, args))
@@ -71,7 +71,7 @@ def _wait(ranks: list[Any], deadline: float) -> list[float]:
     return [ended.get(rank, time.monotonic()) for rank in range(len(ranks))]
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """A port that nobody listens at, below those that the kernel gives to connections."""
     while True:
         port = random.SystemRandom().randrange(20_000, 32_000)

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 
+from tests.helpers.ends import free_port
 from tests.soak.happenings import ENDS_WITHIN_S, HAPPENINGS, Happening
-from tests.soak.processes import Processes, Started, free_port
+from tests.soak.processes import Processes, Started
 from tests.soak.ranks import NAMES, Leg
 
 # Seconds within which a leg begins to train: processes start, read checkpoints, and a machine has other things to do.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -16,12 +15,6 @@ from tests.soak.ranks import Leg, run_leg
 
 # What every rank imports is imported once, in the server that ranks are forked from.
 _CONTEXT.set_forkserver_preload(["lightning.pytorch", "lightning_superscale.plugins.pytorch", "tests.soak.model"])
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 @dataclass
