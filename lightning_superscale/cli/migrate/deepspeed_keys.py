@@ -112,6 +112,7 @@ _COMPILE_KEYS = {
     "backend": none(_COMPILE),
     "kwargs": none(_COMPILE),
     "deepcompile": none(f"{_COMPILE}; gathers of stage 3 are scheduled by FSDP2"),
+    "autoep_non_moe": none(_COMPILE),
     "free_activation": none("what backward keeps is torch.compile's choice"),
     "free_activation_threshold": none("what backward keeps is torch.compile's choice"),
     "offload_activation": none(
