@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Iterable
 
 from torch import Tensor, nn
@@ -18,12 +19,14 @@ class LateMoments:
     Code that reads them between steps finds those of the last step, and what it writes there is kept.
 
     Args:
-        bring_up: brings the moments of a unit, given by its index, up to the last step. Any thread may call it.
+        bring_up: a method that brings the moments of a unit, given by its index, up to the last step. Any thread may
+            call it. Its object is not kept alive: this object is a part of it, and a circle of both would keep the
+            states of a rule that was replaced, in host memory and on the device, until Python looks for circles.
     """
 
     def __init__(self, optimizer: Optimizer, bring_up: Callable[[int], None]) -> None:
         self._optimizer = optimizer
-        self._bring_up = bring_up
+        self._bring_up = weakref.WeakMethod(bring_up)
         self._watches: dict[int, WeightWatch[Tensor]] = {}
 
     def expect(self, index: int, params: Iterable[nn.Parameter]) -> None:
@@ -38,7 +41,9 @@ class LateMoments:
         watch.expect()
 
     def _wait(self, index: int) -> None:
-        self._bring_up(index)
+        bring_up = self._bring_up()
+        if bring_up is not None:
+            bring_up(index)
         self._watches[index].arrived()
 
     def forget(self, index: int) -> None:
