@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lightning_superscale.checkpoint.tools.newest import last_checkpoint
     from lightning_superscale.config import CheckpointConfig, OffloadConfig, SequenceConfig, ZenFlowConfig, ZeroConfig
     from lightning_superscale.errors import CheckpointError, SequenceParallelError, SuperScaleError
+    from lightning_superscale.estimation.api import estimate
     from lightning_superscale.plugins.checkpoint.load_from_checkpoint import load_from_checkpoint
     from lightning_superscale.plugins.data.sampler import ResumableSampler
     from lightning_superscale.plugins.pytorch import (
@@ -48,6 +49,7 @@ __all__ = [
     "ZenFlowStrategy",
     "ZeroConfig",
     "ZeroStrategy",
+    "estimate",
     "last_checkpoint",
     "load_from_checkpoint",
 ]
@@ -67,6 +69,7 @@ _HOMES = {
     "ZeroConfig": "lightning_superscale.config",
     "ResumableSampler": "lightning_superscale.plugins.data.sampler",
     "SuperScaleError": "lightning_superscale.errors",
+    "estimate": "lightning_superscale.estimation.api",
     "last_checkpoint": "lightning_superscale.checkpoint.tools.newest",
     "load_from_checkpoint": "lightning_superscale.plugins.checkpoint.load_from_checkpoint",
 }

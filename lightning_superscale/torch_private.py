@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor.parallel import ParallelStyle
@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 __all__ = [
     "AsyncCollectiveTensor",
+    "FakeTensorMode",
     "TorchDispatchMode",
     "is_traceable_wrapper_subclass",
     "tree_leaves",
@@ -296,6 +297,11 @@ def compile_with_memory_budget(budget: float, inner: str | Callable[..., Any]) -
 def own_params_of(module: nn.Module) -> Iterable[nn.Parameter | None]:
     """A module's parameters without those of its children; a parameter with several names comes once for each."""
     return module._parameters.values()
+
+
+def tensors_of(module: nn.Module) -> tuple[MutableMapping[str, Any], MutableMapping[str, Any]]:
+    """The mappings in which a module has its own parameters and its own buffers, by name."""
+    return module._parameters, module._buffers
 
 
 def transient_buffers_of(module: nn.Module) -> Collection[str]:

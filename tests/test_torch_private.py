@@ -364,3 +364,24 @@ def test_a_forward_that_is_left_out_knows_whether_what_it_calls_is_compiled():
     torch.compile(outer, backend="eager")(torch.ones(2))
     outer(torch.ones(2))
     assert seen == [False, True, False]
+
+
+def test_fake_tensors_have_shapes_storages_of_their_own_and_no_memory():
+    with torch_private.FakeTensorMode():
+        large = torch.empty(2**40)
+        assert large.device.type == "cpu"
+        assert large.untyped_storage().nbytes() == 4 * 2**40
+        assert torch_private.storage_id_of(large.untyped_storage()) == torch_private.storage_id_of(
+            large.view(2, -1).untyped_storage()
+        )
+        assert torch_private.storage_id_of(large.untyped_storage()) != torch_private.storage_id_of(
+            (large + 1).untyped_storage()
+        )
+
+
+def test_a_modules_own_tensors_can_be_replaced():
+    module = nn.BatchNorm1d(3)
+    params, buffers = torch_private.tensors_of(module)
+    params["weight"] = other = nn.Parameter(torch.zeros(3))
+    assert module.weight is other
+    assert buffers["running_mean"] is module.running_mean

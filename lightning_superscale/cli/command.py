@@ -18,6 +18,7 @@ from lightning_superscale import __version__
 from lightning_superscale.cli import checkpoint as checkpoint_commands
 from lightning_superscale.cli import doctor, trace
 from lightning_superscale.cli.checkpoint import Reading, UsageError
+from lightning_superscale.cli.estimate import command as estimate_command
 from lightning_superscale.cli.migrate import command as migrate_command
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.run.report.recorder import DEFAULT_STEP
@@ -40,6 +41,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     tracing.add_argument("--draw", type=Path, metavar="TRACE", help="draw an earlier trace again")
     tracing.add_argument("training", nargs=argparse.REMAINDER, metavar="COMMAND")
+    about = "predict memory and time of training a model with every strategy, and recommend one"
+    estimate_command.add_arguments(commands.add_parser("estimate", help=about, description=about.capitalize() + "."))
     _add_migrate_command(commands)
     _add_checkpoint_commands(commands)
     return parser
@@ -158,6 +161,14 @@ def _checkpoint(chosen: argparse.Namespace) -> int:
         return 128 + (stopped.number if isinstance(stopped, _Stopped) else signal.SIGINT)
 
 
+def _estimate(chosen: argparse.Namespace) -> int:
+    try:
+        return estimate_command.run(chosen)
+    except SuperScaleError as error:
+        print(f"superscale estimate: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
 def _migrate(chosen: argparse.Namespace) -> int:
     try:
         return migrate_command.run(
@@ -175,8 +186,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the command line without the program's name; None for that of the process.
 
     Returns:
-        The process's exit code. 0: success. 1: a part is missing, a checkpoint is damaged, two differ, or a key to
-        migrate is unknown. 2: the arguments do not fit, a comparison failed, or nothing could be migrated. 130:
+        The process's exit code. 0: success. 1: a part is missing, a checkpoint is damaged, two differ, a key to
+        migrate is unknown, or no strategy fits. 2: the arguments do not fit, a comparison failed, or nothing could be
+        migrated or estimated. 130:
         interrupted. After `trace`, that of the training command.
     """
     parser = _parser()
@@ -185,6 +197,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         checks = doctor.examine()
         Console(file=sys.stdout).print(doctor.table(checks))
         return 1 if any(check.status == "error" for check in checks) else 0
+    if chosen.command == "estimate":
+        return _estimate(chosen)
     if chosen.command == "migrate":
         return _migrate(chosen)
     if chosen.command == "checkpoint":

@@ -25,6 +25,9 @@ ENGINES: dict[str, str] = {
     "zenflow": "lightning_superscale.offload.zenflow.engine:ZenFlowEngine",
 }
 
+# Engines after which a strategy is named that runs them with zero=2.
+OWN_STRATEGIES = ("superoffload", "zenflow")
+
 
 @dataclass(frozen=True)
 class OffloadConfig:

@@ -11,6 +11,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from lightning_superscale.layout.rows import align_up
+
 Home = Literal["device", "host"]
 """The memory of the parameters' device, or that of its host across the link."""
 
@@ -27,6 +29,7 @@ class BytesPerParam:
         bytes: bytes per parameter, on all ranks of `axis` together.
         home: the memory that they are in.
         axis: the mesh axis whose ranks divide them; None where each rank has all.
+        share: share of the parameters' elements that the class has any bytes of; `bytes` is of all elements alike.
     """
 
     name: str
@@ -34,6 +37,13 @@ class BytesPerParam:
     bytes: float
     home: Home
     axis: Axis | None = "shard"
+    share: float = 1.0
+
+    def padded_bytes(self, numel: int) -> int:
+        """Bytes of one parameter's elements on one rank, in a buffer where each parameter starts aligned."""
+        if not self.share:
+            return 0
+        return round(self.bytes / self.share * align_up(round(self.share * numel)))
 
 
 @dataclass(frozen=True, slots=True)

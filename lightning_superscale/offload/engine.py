@@ -171,11 +171,14 @@ class OffloadEngine(Protocol):
     Attributes:
         weights_arrive: when the uploads of new weights begin: all "at step", or some during the "next forward", whose
             modules then wait for their own.
+        equals_adamw: whether its steps are AdamW's, bit for bit.
         why_no_flow: the reason why weights can't flow from host memory with these states; None where they can.
     """
 
     @property
     def weights_arrive(self) -> Literal["at step", "next forward"]: ...
+    @property
+    def equals_adamw(self) -> bool: ...
     @property
     def why_no_flow(self) -> str | None: ...
 
@@ -210,6 +213,13 @@ class OffloadEngine(Protocol):
 
         Args:
             saved: the state that this engine's rule kept for itself, with the engine's name before each entry's own.
+        """
+
+    def predict_exposed(self, times: StepTimes, config: OffloadConfig) -> float:
+        """Seconds by which a step is longer than forward and backward, before there is a run.
+
+        Args:
+            times: of a step that steps all parameters of the host.
         """
 
     def forecast(self, parts: StepParts) -> Forecast:

@@ -80,10 +80,16 @@ _LEAST_EXPONENT = -124  # of smaller numbers the last place is no smaller
 
 
 def bytes_of(
-    name: str, dtype: torch.dtype, home: Home, *, copies: float = 1, axis: Axis | None = "shard"
+    name: str,
+    dtype: torch.dtype,
+    home: Home,
+    *,
+    copies: int = 1,
+    share: float = 1.0,
+    axis: Axis | None = "shard",
 ) -> BytesPerParam:
-    """The class of `copies` buffers that have one element per parameter; a fraction has as many for a share of them."""
-    return BytesPerParam(name, dtype_name(dtype), copies * dtype.itemsize, home, axis)
+    """The class of `copies` buffers, each with one element per parameter for a share of all parameters."""
+    return BytesPerParam(name, dtype_name(dtype), copies * share * dtype.itemsize, home, axis, share)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

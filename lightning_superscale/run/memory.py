@@ -9,21 +9,25 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_superscale.comm.dtensor import tensor_numel, tensor_shape
+from lightning_superscale.config import OffloadConfig
 from lightning_superscale.layout.memory import Home, MemoryModel
 from lightning_superscale.layout.rows import ParamSpec
 from lightning_superscale.offload.engine import engine_of
 from lightning_superscale.offload.link.dtype import LinkDtype
 from lightning_superscale.offload.memory import ParamKind
+from lightning_superscale.ops.state_dtypes import StateDtypes
 from lightning_superscale.optim.step_rule import StepRule
 from lightning_superscale.run.settings import RunSettings
 from lightning_superscale.zero.memory import frozen_memory
 
 
 def states_memory(
-    settings: RunSettings,
+    dtypes: StateDtypes,
+    offload: OffloadConfig | None,
     spec: ParamSpec,
     weights: torch.dtype,
     *,
+    num_shares: int,
     is_on_host: bool,
     link_dtype: LinkDtype,
     has_moments: bool = True,
@@ -33,29 +37,30 @@ def states_memory(
     """Bytes that masters, moments and buffers of a parameter take.
 
     Args:
+        dtypes: of masters and moments.
         spec: the parameter.
         weights: its dtype.
+        num_shares: ranks that share its steps.
         is_on_host: whether the offload engine keeps the states, if one runs; False where they stay on the device.
         link_dtype: dtype that crosses the link.
         has_moments: False for an optimizer that keeps states of its own.
         flows: whether the weights stream from host memory, so that the host keeps a copy of them.
         rule: the rule that steps the states on the host; None before there is one.
     """
-    dtypes, engine = settings.precision.states, settings.engine
-    if engine is None or settings.offload is None or not is_on_host:
+    if offload is None or not is_on_host:
         return dtypes.memory(weights, has_moments=has_moments, home="device")
     kind = ParamKind(
         spec=spec,
         weights=weights,
         has_moments=has_moments,
         flows=flows,
-        num_shares=settings.mesh.shard.size,
+        num_shares=num_shares,
         dtypes=dtypes,
         link_dtype=link_dtype,
-        config=settings.offload,
+        config=offload,
         rule=rule,
     )
-    return (engine if has_moments else engine_of("cpu")).memory(kind)
+    return engine_of(offload.engine if has_moments else "cpu").memory(kind)
 
 
 def host_bytes_needed(
@@ -82,7 +87,16 @@ def host_bytes_needed(
     divided = whole = 0.0
     for param in trained:
         spec, flows = ParamSpec(fqn_of[param], tensor_shape(param)), is_copied(param)
-        model = states_memory(settings, spec, param.dtype, is_on_host=True, link_dtype=link_dtype, flows=flows)
+        model = states_memory(
+            settings.precision.states,
+            settings.offload,
+            spec,
+            param.dtype,
+            num_shares=settings.mesh.shard.size,
+            is_on_host=True,
+            link_dtype=link_dtype,
+            flows=flows,
+        )
         divided += tensor_numel(param) * model.per_param(host, "shard")
         whole += param.numel() * model.per_param(host, None)
     for param in module.parameters():

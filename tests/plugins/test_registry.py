@@ -179,6 +179,7 @@ def test_public_names_are_what_the_docs_say():
         "ZenFlowStrategy",
         "ZeroConfig",
         "ZeroStrategy",
+        "estimate",
         "last_checkpoint",
         "load_from_checkpoint",
     ]

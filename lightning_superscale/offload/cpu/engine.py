@@ -12,6 +12,7 @@ from lightning_superscale.offload.cpu.state import HostState
 from lightning_superscale.offload.engine import Forecast, OffloadContext, RunFacts, StepParts
 from lightning_superscale.offload.link.dtype import dtype_on_link
 from lightning_superscale.offload.memory import ParamKind, host_memory
+from lightning_superscale.offload.planner.forecast import StepTimes
 from lightning_superscale.offload.weight_flow.weights import StreamedUnit
 from lightning_superscale.optim.adamw_step import AdamWStep
 from lightning_superscale.optim.step_rule import RuleState, StepGuard
@@ -22,6 +23,7 @@ class CpuEngine:
     """The engine that steps on the host after backward, one unit after the other. Satisfies `OffloadEngine`."""
 
     weights_arrive: Literal["at step"] = "at step"
+    equals_adamw = True
     why_no_flow = None
 
     def refuse(self, facts: RunFacts) -> None:
@@ -46,6 +48,12 @@ class CpuEngine:
 
     def left_behind(self, saved: RuleState) -> None:
         """Leave nothing: masters and moments are all that this engine saves."""
+
+    def predict_exposed(self, times: StepTimes, config: OffloadConfig) -> float:
+        one = 1 / max(1, times.num_buckets)
+        # The host steps and the link uploads at once, after the last gradient; the slower of both is waited for.
+        late = max(times.d2h * one, times.d2h - times.backward)
+        return late + max(times.host + times.h2d * one, times.host * one + times.h2d)
 
     def forecast(self, parts: StepParts) -> Forecast:
         times = parts.times()

@@ -10,7 +10,7 @@ from lightning_superscale.config import OffloadConfig
 from lightning_superscale.layout.memory import MemoryModel
 from lightning_superscale.offload.engine import Forecast, OffloadContext, RunFacts, StepParts
 from lightning_superscale.offload.memory import ParamKind, host_memory
-from lightning_superscale.offload.planner.forecast import exposed_seconds
+from lightning_superscale.offload.planner.forecast import StepTimes, exposed_seconds
 from lightning_superscale.offload.superoffload.state import DeferredState
 from lightning_superscale.offload.superoffload.step import DeferredStep
 from lightning_superscale.offload.weight_flow.weights import StreamedUnit
@@ -25,6 +25,7 @@ class SuperOffloadEngine:
     """
 
     weights_arrive: Literal["next forward"] = "next forward"
+    equals_adamw = True
     why_no_flow = None
 
     def refuse(self, facts: RunFacts) -> None:
@@ -52,6 +53,9 @@ class SuperOffloadEngine:
 
     def left_behind(self, saved: RuleState) -> None:
         """Leave nothing: masters and moments are all that this engine saves."""
+
+    def predict_exposed(self, times: StepTimes, config: OffloadConfig) -> float:
+        return exposed_seconds(times)
 
     def forecast(self, parts: StepParts) -> Forecast:
         times, why_not = parts.times(), _why_no_forecast(parts)

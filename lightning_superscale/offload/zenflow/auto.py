@@ -28,7 +28,7 @@ logger = logging.getLogger("lightning_superscale")
 NUM_MEASURED, _NUM_UNUSUAL = 8, 3
 # The host's work must fit into a step with this much to spare (the peers' criterion: S T_device >= 1.2 T_host).
 _ROOM = 1.2
-_LONGEST = 32
+LONGEST = 32
 # A window's gradients are added up at every step: 4 bytes are read and 4 written per fp32 sum, beside the gradient. In
 # warm-up sums are written only.
 _ADDING_TO_WRITING = 10 / 6
@@ -91,8 +91,8 @@ def choose_interval(ranks: Sequence[StepSeconds]) -> Chosen:
         f"a step takes the device {one.device * 1e3:.1f} ms, and the host {one.updating * 1e3:.1f} ms to step all "
         f"deferred columns and {adding * 1e3:.1f} ms to add up gradients{where}"
     )
-    if interval > _LONGEST:
-        interval = _LONGEST
+    if interval > LONGEST:
+        interval = LONGEST
         told += (
             "; no window is long enough for the host to be done in time. Use accumulate_on='device', or more threads"
         )
@@ -101,7 +101,7 @@ def choose_interval(ranks: Sequence[StepSeconds]) -> Chosen:
 
 def _shortest(one: StepSeconds) -> int:
     left = one.device / _ROOM - one.adding * _ADDING_TO_WRITING
-    return _LONGEST + 1 if left <= one.updating / _LONGEST else max(1, math.ceil(one.updating / left))
+    return LONGEST + 1 if left <= one.updating / LONGEST else max(1, math.ceil(one.updating / left))
 
 
 def choose_share(energies: Sequence[Tensor]) -> Chosen:

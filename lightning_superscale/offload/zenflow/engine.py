@@ -16,10 +16,11 @@ from lightning_superscale.layout.rows import ParamSlice
 from lightning_superscale.offload.engine import Forecast, LeftBehind, OffloadContext, RunFacts, StepParts
 from lightning_superscale.offload.link.dtype import dtype_on_link
 from lightning_superscale.offload.memory import ParamKind
+from lightning_superscale.offload.planner.forecast import StepTimes
 from lightning_superscale.offload.weight_flow.weights import StreamedUnit
 from lightning_superscale.offload.zenflow.auto import least_selected, most_selected
 from lightning_superscale.offload.zenflow.columns import layout_of, layouts_of
-from lightning_superscale.offload.zenflow.forecast import forecast_of
+from lightning_superscale.offload.zenflow.forecast import forecast_of, predicted_seconds
 from lightning_superscale.offload.zenflow.report import LowEnergyWarning
 from lightning_superscale.offload.zenflow.state import SplitState
 from lightning_superscale.offload.zenflow.step import STATE_KEYS, ZenFlowStep
@@ -37,6 +38,7 @@ class ZenFlowEngine:
     """
 
     weights_arrive: Literal["at step"] = "at step"
+    equals_adamw = False
     why_no_flow = "zenflow steps columns of weights that are on the device"
 
     def __init__(self) -> None:
@@ -73,13 +75,13 @@ class ZenFlowEngine:
         sums = on_host if config.accumulate_on == "host" else 1 - selected
         on_link = dtype_on_link(kind.link_dtype, kind.weights)
         kept = [
-            bytes_of("deferred gradients", torch.float32, config.accumulate_on, copies=sums),
-            bytes_of("transfer buffers", on_link, "host", copies=3 * on_host),
-            bytes_of("selected masters", master, "device", copies=selected),
-            bytes_of("selected states", moments, "device", copies=2 * selected),
+            bytes_of("deferred gradients", torch.float32, config.accumulate_on, share=sums),
+            bytes_of("transfer buffers", on_link, "host", copies=3, share=on_host),
+            bytes_of("selected masters", master, "device", share=selected),
+            bytes_of("selected states", moments, "device", copies=2, share=selected),
         ]
         if kind.dtypes.compensates(kind.weights):
-            kept.append(bytes_of("selected compensation", torch.bfloat16, "device", copies=selected))
+            kept.append(bytes_of("selected compensation", torch.bfloat16, "device", share=selected))
         return kind.dtypes.memory(kind.weights, has_moments=True, home="host") + MemoryModel(tuple(kept))
 
     def make_state(
@@ -124,6 +126,9 @@ class ZenFlowEngine:
             )
         weights_lag = any(name.startswith(("zenflow.late.", "zenflow.ahead.")) for name in saved)
         return LeftBehind(STATE_KEYS, weights_lag, dropped)
+
+    def predict_exposed(self, times: StepTimes, config: OffloadConfig) -> float:
+        return predicted_seconds(times, _options(config))
 
     def forecast(self, parts: StepParts) -> Forecast:
         rule = cast(ZenFlowStep, parts.rule)

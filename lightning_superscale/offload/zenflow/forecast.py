@@ -16,8 +16,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
+from lightning_superscale.config import ZenFlowConfig
 from lightning_superscale.offload.engine import Forecast, StepParts
 from lightning_superscale.offload.planner.choices import HostWork, step_times
+from lightning_superscale.offload.planner.forecast import StepTimes
+from lightning_superscale.offload.planner.profile import BYTES_PER_PARAM
+from lightning_superscale.offload.zenflow.auto import LONGEST, most_selected
 from lightning_superscale.offload.zenflow.state import SplitState
 from lightning_superscale.offload.zenflow.windows import Place, Schedule
 
@@ -142,6 +146,36 @@ def forecast_of(parts: StepParts, schedule: Schedule, *, is_warm: bool) -> Forec
         exposed=exposed_seconds(times) if why_not is None else None,
         why_not=why_not,
     )
+
+
+def predicted_seconds(times: StepTimes, config: ZenFlowConfig) -> float:
+    """Seconds by which a step is longer than forward and backward, before there is a run.
+
+    Columns that are deferred are taken to be spread evenly, and windows to end one after the other. What adding up
+    takes is counted by its bytes.
+
+    Args:
+        times: of a step whose host would step all parameters.
+    """
+    deferred = 1 - most_selected(config)
+    moved = (2 * _SUM_BYTES + _PROFILED_BYTES) / BYTES_PER_PARAM
+    intervals = range(1, LONGEST + 1) if config.update_interval == "auto" else [config.update_interval]
+    windows = [
+        WindowTimes(
+            forward=times.forward,
+            backward=times.backward,
+            d2h=times.d2h * deferred,
+            adding=times.host * deferred * moved,
+            updating=times.host * deferred,
+            h2d=times.h2d * deferred,
+            num_matrices=max(1, times.num_buckets),
+            ends=[[1 / interval]] * interval,
+            sums_home=config.accumulate_on,
+            overlap=config.overlap,
+        )
+        for interval in intervals
+    ]
+    return exposed_seconds(next((window for window in windows if window.is_long_enough), windows[-1]))
 
 
 def exposed_seconds(times: WindowTimes) -> float:

@@ -145,9 +145,11 @@ def _model_of(
         reduces_once=settings.zero.reduces_once,
         flows=flows,
     ) + states_memory(
-        settings,
+        settings.precision.states,
+        settings.offload,
         spec,
         unit.dtype,
+        num_shares=settings.mesh.shard.size,
         is_on_host="host" in state.homes,
         link_dtype=link_dtype,
         has_moments=state.exp_avg is not None,

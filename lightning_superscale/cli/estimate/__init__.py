@@ -1,0 +1,1 @@
+"""`superscale estimate`: will it fit, how fast, and with which strategy."""

@@ -1,0 +1,292 @@
+"""`estimate()`: will it fit, and how fast, for each strategy, from a model that needs no memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any, Optional, Union
+
+from torch import nn
+
+from lightning_superscale.config import OffloadConfig, ZeroConfig, resolve_offload, resolve_zero
+from lightning_superscale.config.values import PositiveInt, check_arguments
+from lightning_superscale.errors import SuperScaleError
+from lightning_superscale.estimation.candidates import Candidate, candidates
+from lightning_superscale.estimation.devices import THIS_MACHINE, DeviceProfile, profile_named, with_memory
+from lightning_superscale.estimation.inputs import batch_for, count_tokens, loss_of, parse_bytes, takes_tokens
+from lightning_superscale.estimation.limits import largest_params, longest_sequence
+from lightning_superscale.estimation.memory import byte_classes, params_of
+from lightning_superscale.estimation.peak import Moment, device_peak
+from lightning_superscale.estimation.result import Estimate, StrategyEstimate
+from lightning_superscale.estimation.setup import Setup
+from lightning_superscale.estimation.step_time import Seconds, roofline, step_time
+from lightning_superscale.estimation.this_machine import MeasuredOperations, measure_profile
+from lightning_superscale.estimation.trace import Loss, StepTrace, trace_step
+from lightning_superscale.run.precision import PrecisionChoices, choose
+from lightning_superscale.run.report.plan import format_bytes
+from lightning_superscale.sequence.memory.checkpointing import BlockCheckpoints, RecomputePolicy
+from lightning_superscale.zero.fsdp2.wrap import blocks_with_own_params
+
+# Share of the device's memory that a step may take: the rest is the context's, and lies between allocations.
+USABLE = 0.92
+_LENGTHS = (1, 4, 8, 16)  # times the sequence that is asked for
+
+
+def estimate(  # noqa: PLR0913 # a user names what matters, and nothing else
+    model: nn.Module,
+    *,
+    devices: PositiveInt = 1,
+    num_nodes: PositiveInt = 1,
+    zero: Union[int, ZeroConfig, Mapping[str, Any], None] = None,
+    offload: Union[str, OffloadConfig, Mapping[str, Any], None] = None,
+    precision: str = "bf16-true",
+    device: str = "H100 SXM",
+    device_memory: Union[int, str, None] = None,
+    host_memory: Union[int, str, None] = None,
+    batch: Any = None,
+    batch_size: PositiveInt = 1,
+    sequence_length: PositiveInt = 2048,
+    loss: Optional[Loss] = None,
+) -> Estimate:
+    """Predict memory and time of training a model, before there is a machine for it.
+
+    Forward and backward are traced on tensors without memory, so that a model of any size takes seconds, on any
+    machine, and the meta device will do. One process calls it by itself.
+
+    Args:
+        model: a LightningModule, a Hugging Face model or any module. Its weights are not read.
+        devices, num_nodes: as the Trainer takes them.
+        zero, offload: as SuperScaleStrategy takes them; with both None every strategy is estimated.
+        precision: the Trainer's.
+        device: name of a profile, or "this machine", which is measured.
+        device_memory, host_memory: bytes for each device, or a size such as "80GiB"; None takes the profile's.
+        batch: one rank's batch: tensors of the right shapes and dtypes. None makes tokens for a Hugging Face model,
+            and takes `example_input_array` of others.
+        batch_size, sequence_length: of these tokens.
+        loss: gives the scalar loss of the module and a batch; None takes `training_step`, the loss of a Hugging Face
+            model, or the sum of an output.
+
+    Raises:
+        SuperScaleError: an argument that can't be used, or a step that can't be traced; says what to pass.
+    """
+    check_arguments(
+        "estimate",
+        estimate,
+        devices=devices,
+        num_nodes=num_nodes,
+        batch_size=batch_size,
+        sequence_length=sequence_length,
+    )
+    profile = _profile(device, device_memory, host_memory)
+    num_ranks = devices * num_nodes
+    if zero is None and offload is None:
+        chosen = candidates(num_ranks)
+    else:
+        chosen = [Candidate(resolve_zero(0 if zero is None else zero), resolve_offload(offload))]
+    lengths = [sequence_length * times for times in _LENGTHS] if batch is None and takes_tokens(model) else []
+    given = batch_for(model, batch_size, sequence_length) if batch is None else batch
+    longer = [batch_for(model, batch_size, length) for length in lengths[1:]]
+    work = _Work(
+        model, [given, *longer], lengths, loss or loss_of(model), choose(precision), profile, num_ranks, devices
+    )
+    return work.result([work.estimate(one, traces) for traces in work.traces() for one in chosen])
+
+
+def _profile(name: str, device_memory: int | str | None, host_memory: int | str | None) -> DeviceProfile:
+    profile = measure_profile() if name == THIS_MACHINE else profile_named(name)
+    device, host = (
+        None if given is None else parse_bytes(given, key)
+        for key, given in (("device_memory", device_memory), ("host_memory", host_memory))
+    )
+    return with_memory(profile, device, host)
+
+
+@dataclass(frozen=True, slots=True)
+class _Traces:
+    """The traces of one way of keeping activations, at each length of a sequence."""
+
+    checkpoints_blocks: bool
+    steps: Sequence[StepTrace]
+
+
+class _Work:
+    """One model on one machine.
+
+    Args:
+        batches: the batch, and where it has tokens, longer ones.
+        lengths: of their sequences; empty where they have none.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Sequence[Any],
+        lengths: Sequence[int],
+        loss: Loss,
+        precision: PrecisionChoices,
+        profile: DeviceProfile,
+        num_ranks: int,
+        ranks_per_node: int,
+    ) -> None:
+        self._model = model
+        self._batches = batches
+        self._lengths = lengths
+        self._loss = loss
+        self._precision = precision
+        self._profile = profile
+        self._num_ranks = num_ranks
+        self._ranks_per_node = ranks_per_node
+        self._blocks = blocks_with_own_params(model)
+        self._num_tokens, _ = count_tokens(batches[0])
+        rates = roofline(profile)
+        self._seconds: Seconds = MeasuredOperations(rates) if profile.name == THIS_MACHINE else rates
+        self._model_flops = 0
+
+    def traces(self) -> list[_Traces]:
+        """Steps as the model is, and with its repeated blocks checkpointed, if it has any that are not yet."""
+        plain = _Traces(False, [self._trace(batch) for batch in self._batches])
+        self._model_flops = 3 * plain.steps[0].flops("forward")
+        blocks = {fqn: block for fqn, block, _ in self._blocks}
+        if not blocks:
+            return [plain]
+        with ExitStack() as stack:
+            try:
+                checkpoints = BlockCheckpoints(blocks, RecomputePolicy(save="nothing"))
+            except SuperScaleError:
+                return [plain]  # they are recomputed already, or lie within one another
+            stack.callback(checkpoints.close)
+            return [plain, _Traces(True, [self._trace(batch) for batch in self._batches])]
+
+    def _trace(self, batch: Any) -> StepTrace:
+        is_cast = self._precision.name.endswith("-true")
+        return trace_step(
+            self._model,
+            batch,
+            self._loss,
+            weights=self._precision.weights if is_cast else None,
+            autocast=self._precision.autocast,
+            watched=[block for _, block, _ in self._blocks],
+        )
+
+    def result(self, strategies: Sequence[StrategyEstimate]) -> Estimate:
+        """The estimates of several strategies with what they have in common."""
+        params, profile = list(self._model.parameters()), self._profile
+        num_tokens, unit = count_tokens(self._batches[0])
+        return Estimate(
+            model=type(self._model).__name__,
+            num_params=sum(param.numel() for param in params),
+            num_trainable=sum(param.numel() for param in params if param.requires_grad),
+            num_ranks=self._num_ranks,
+            device=profile.name,
+            device_memory=profile.memory,
+            host_memory=profile.host_memory,
+            num_tokens=num_tokens,
+            unit=unit,
+            strategies=strategies,
+            assumptions=_assumptions(profile),
+        )
+
+    def estimate(self, candidate: Candidate, traces: _Traces) -> StrategyEstimate:
+        """One strategy with one way of keeping activations."""
+        setup = self._fitted(candidate, traces.steps[0])
+        params = params_of(self._model, setup)
+        classes = byte_classes(self._model, params, setup)
+        peak = device_peak(traces.steps[0], params, classes, setup)
+        host_bytes = sum(row.host_bytes for row in classes)
+        time = step_time(traces.steps[0], params, setup, self._profile, self._seconds)
+        rate = self._profile.flops(self._precision.autocast or self._precision.weights)
+        largest, longest = self._limits(setup, traces)
+        return StrategyEstimate(
+            line=candidate.line(checkpoints_blocks=traces.checkpoints_blocks),
+            is_exact=candidate.is_exact,
+            checkpoints_blocks=traces.checkpoints_blocks,
+            bytes=classes,
+            peak=peak,
+            host_bytes=host_bytes,
+            device_share=setup.on_device if setup.offload is not None else 0.0,
+            why_not=self._why_not(peak, host_bytes),
+            time=time,
+            tokens_per_s=self._num_tokens * self._num_ranks / time.total,
+            mfu=self._model_flops / (time.total * rate),
+            largest_params=largest,
+            longest_sequence=longest,
+        )
+
+    def _limits(self, setup: Setup, traces: _Traces) -> tuple[int | None, int | None]:
+        """Parameters of the largest model and tokens of the longest sequence that fit, with states where they take the
+        least of the device.
+        """
+        if setup.offload is not None and setup.offload.gpu_fraction == "auto":
+            setup = replace(setup, on_device=0.0)
+        params = params_of(self._model, setup)
+        classes = byte_classes(self._model, params, setup)
+        peaks = [device_peak(step, params, classes, setup).total for step in traces.steps]
+        host_bytes = sum(row.host_bytes for row in classes)
+        shared = host_bytes if self._profile.shares_cores else 0
+        largest = largest_params(
+            params,
+            [list(own) for _, _, own in self._blocks],
+            traces.steps[0].saved,
+            setup,
+            device_left=self._usable - peaks[0] - shared,
+            host_left=self._profile.host_memory - host_bytes,
+        )
+        if not self._lengths:
+            return largest, None
+        return largest, longest_sequence(self._lengths, peaks, self._usable - shared)
+
+    @property
+    def _usable(self) -> int:
+        return round(USABLE * self._profile.memory)
+
+    def _fitted(self, candidate: Candidate, step: StepTrace) -> Setup:
+        """The setup of a strategy, with as many states on the device as fit there, as a run chooses after its first
+        step.
+        """
+        offload = candidate.offload
+        setup = Setup(
+            zero=candidate.zero,
+            offload=offload,
+            precision=self._precision,
+            num_ranks=self._num_ranks,
+            ranks_per_node=self._ranks_per_node,
+            flows=offload is not None and offload.weights == "flow",
+        )
+        if offload is None or setup.flows:
+            return setup
+        if offload.gpu_fraction != "auto":
+            return replace(setup, on_device=offload.gpu_fraction)
+        on_host, on_device = (self._peak(replace(setup, on_device=share), step).total for share in (0.0, 1.0))
+        if on_device <= on_host:
+            return setup
+        free = self._usable - on_host
+        return replace(setup, on_device=min(1.0, max(0.0, free / (on_device - on_host))))
+
+    def _peak(self, setup: Setup, step: StepTrace) -> Moment:
+        params = params_of(self._model, setup)
+        return device_peak(step, params, byte_classes(self._model, params, setup), setup)
+
+    def _why_not(self, peak: Moment, host_bytes: int) -> str | None:
+        profile = self._profile
+        if profile.shares_cores:  # one memory for both
+            return _too_much("memory", peak.total + host_bytes, self._usable)
+        return _too_much("device memory", peak.total, self._usable) or _too_much(
+            "host memory", host_bytes, profile.host_memory
+        )
+
+
+def _too_much(memory: str, needed: int, limit: int) -> str | None:
+    return None if needed <= limit else f"{format_bytes(needed)} of {memory}, of {format_bytes(limit)}"
+
+
+def _assumptions(profile: DeviceProfile) -> list[str]:
+    told = [f"{USABLE:.0%} of the device's memory can be used", "one micro-batch a step, AdamW"]
+    if profile.name == THIS_MACHINE:
+        return ["rates are measured here, each operation by itself", *told]
+    reach = profile.reach
+    return [
+        f"rates are the data sheet's; assumed to be reached: {reach.products:.0%} of floating-point operations, "
+        f"{reach.memory:.0%} of device memory's, {reach.links:.0%} of links', {reach.host:.0%} of host memory's",
+        *told,
+    ]

@@ -1,0 +1,150 @@
+"""The seconds of one step on one rank: forward, backward, and what optimizer and other ranks add to them.
+
+[Note: Predicted seconds] An operation takes as long as its floating-point operations or its bytes, whichever is longer,
+at the rates that a profile reaches. Work of the host and of links hides behind forward and backward as far as the
+strategy lets it: `offload.planner.forecast` says how far for a host optimizer. Between ranks, reductions hide behind
+backward and gathers of new weights behind the next forward, but for the last bucket.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from lightning_superscale.estimation.devices import DeviceProfile
+from lightning_superscale.estimation.memory import Param
+from lightning_superscale.estimation.operations import Phase, TracedOperation
+from lightning_superscale.estimation.peak import units_of
+from lightning_superscale.estimation.setup import Setup
+from lightning_superscale.estimation.trace import StepTrace
+from lightning_superscale.offload.engine import engine_of
+from lightning_superscale.offload.link.dtype import dtype_on_link
+from lightning_superscale.offload.planner.forecast import StepTimes
+from lightning_superscale.offload.planner.profile import BYTES_PER_PARAM
+
+Seconds = Callable[[TracedOperation], float]
+"""Gives the seconds of an operation."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTime:
+    """Seconds of one step.
+
+    Attributes:
+        forward, backward: of the model.
+        optimizer: by which the optimizer makes the step longer, on the device or on the host.
+        ranks: by which exchanges with other ranks make it longer.
+    """
+
+    forward: float
+    backward: float
+    optimizer: float
+    ranks: float
+
+    @property
+    def total(self) -> float:
+        return self.forward + self.backward + self.optimizer + self.ranks
+
+
+def roofline(profile: DeviceProfile) -> Seconds:
+    """Seconds by a profile's rates (Williams et al. 2009, "Roofline")."""
+    reach = profile.reach
+
+    def seconds(one: TracedOperation) -> float:
+        products = one.flops / (profile.flops(one.dtype) * reach.products)
+        return max(products, one.nbytes / (profile.memory_rate * reach.memory), reach.call)
+
+    return seconds
+
+
+def phase_seconds(trace: StepTrace, phase: Phase, seconds: Seconds) -> float:
+    """Seconds of all operations of one phase."""
+    return sum(seconds(one) for one in trace.operations if one.phase == phase)
+
+
+def step_time(
+    trace: StepTrace, params: Sequence[Param], setup: Setup, profile: DeviceProfile, seconds: Seconds
+) -> StepTime:
+    """The seconds of one step of a run with one micro-batch.
+
+    Args:
+        params: of the traced module, for this setup.
+        seconds: of an operation on this profile's device.
+    """
+    forward = phase_seconds(trace, "forward", seconds)
+    backward = phase_seconds(trace, "backward", seconds)
+    return StepTime(
+        forward=forward,
+        backward=backward,
+        optimizer=_on_device(params, setup, profile) + _on_host(trace, params, setup, profile, forward, backward),
+        ranks=_between_ranks(params, setup, profile, forward, backward),
+    )
+
+
+def _on_device(params: Sequence[Param], setup: Setup, profile: DeviceProfile) -> float:
+    """Seconds of the step of states on the device: each is read and written, with gradient and weights."""
+    numel = sum(p.shard_numel(setup.num_shards) for p in params if p.trains and not p.is_on_host)
+    weights = setup.precision.weights.itemsize
+    states = setup.precision.states.moments.itemsize * 2 + 4 * (weights < 4)
+    return numel * (2 * states + 3 * weights) / (profile.memory_rate * profile.reach.memory)
+
+
+def _on_host(
+    trace: StepTrace,
+    params: Sequence[Param],
+    setup: Setup,
+    profile: DeviceProfile,
+    forward: float,
+    backward: float,
+) -> float:
+    """Seconds by which the host's step makes a step longer."""
+    hosted = [param for param in params if param.trains and param.is_on_host]
+    if setup.offload is None or not hosted:
+        return 0.0
+    order = {grad.fqn: i for i, grad in enumerate(trace.gradients)}
+    units = [unit for unit in units_of(params, setup, order) if unit[0].is_on_host]
+    numel = sum(param.shard_numel(setup.num_shards) for param in hosted)
+    moved = sum(
+        param.shard_numel(setup.num_shards) * dtype_on_link(setup.link_dtype, param.dtype).itemsize for param in hosted
+    )
+    link = profile.host_link * profile.reach.links
+    times = StepTimes(
+        forward=forward,
+        backward=backward,
+        d2h=moved / link,
+        host=numel * BYTES_PER_PARAM / (profile.host_rate_of(setup.ranks_per_node) * profile.reach.host),
+        h2d=moved / link,
+        num_buckets=len(units),
+        device_share=1 - sum(p.numel for p in hosted) / max(1, sum(p.numel for p in params if p.trains)),
+    )
+    if profile.shares_cores:
+        return times.d2h + times.host + times.h2d
+    engine = engine_of(setup.offload.engine)
+    return engine.predict_exposed(times, setup.offload) + _flow(params, setup, forward, backward, link)
+
+
+def _flow(params: Sequence[Param], setup: Setup, forward: float, backward: float, link: float) -> float:
+    """Seconds by which weights that stream in each pass make the passes longer."""
+    if not setup.flows:
+        return 0.0
+    streamed = sum(p.numel * p.dtype.itemsize for p in params if p.block is not None) / link
+    return max(0.0, streamed - forward) + max(0.0, streamed - backward)
+
+
+def _between_ranks(
+    params: Sequence[Param], setup: Setup, profile: DeviceProfile, forward: float, backward: float
+) -> float:
+    """Seconds by which reductions and gathers make a step longer."""
+    if setup.num_ranks == 1:
+        return 0.0
+    rate = (profile.rank_link if setup.num_ranks <= setup.ranks_per_node else profile.node_link) * profile.reach.links
+    trained = [param for param in params if param.trains]
+    share = (setup.num_ranks - 1) / setup.num_ranks
+    reduced = sum(p.numel * p.dtype.itemsize for p in trained) * share / rate
+    gathered = reduced if setup.zero.stage else 0.0
+    buckets = max(1, len(units_of(params, setup, {})))
+    if setup.zero.stage == 0:
+        reduced *= 2  # an all-reduce is a reduce-scatter and an all-gather
+    if setup.shards_weights:  # once in forward, and again in backward
+        return max(0.0, gathered - forward) + max(0.0, gathered + reduced - backward) + (reduced + gathered) / buckets
+    return max(0.0, reduced - backward) + max(0.0, gathered - forward) + (reduced + gathered) / buckets

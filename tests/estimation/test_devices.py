@@ -1,0 +1,33 @@
+"""Profiles of devices."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lightning_superscale.errors import SettingError
+from lightning_superscale.estimation.devices import PROFILES, profile_named, with_memory
+
+
+def test_the_named_machines_are_there():
+    assert set(PROFILES) == {"A100", "H100 PCIe", "H100 SXM", "H200", "GH200", "GB200", "RTX 4090"}
+    for profile in PROFILES.values():
+        assert profile.flops16 > profile.flops32 > 1e13
+        assert profile.memory_rate > profile.rank_link >= profile.node_link
+        assert profile.memory < profile.host_memory * 2
+
+
+def test_a_name_is_found_in_any_case_and_another_is_refused():
+    assert profile_named("h100 sxm").flops(torch.float16) == 989e12
+    with pytest.raises(SettingError, match="device='H100 SMX' is not one of .*did you mean 'H100 SXM'"):
+        profile_named("H100 SMX")
+
+
+def test_memory_may_be_another():
+    found = with_memory(PROFILES["A100"], 40 * 2**30, None)
+    assert (found.memory, found.host_memory) == (40 * 2**30, PROFILES["A100"].host_memory)
+
+
+def test_ranks_of_a_socket_share_its_memory():
+    assert PROFILES["A100"].host_rate_of(8) == PROFILES["A100"].host_rate_of(1) / 4
+    assert PROFILES["GH200"].host_rate_of(8) == PROFILES["GH200"].host_rate_of(1)

@@ -1,0 +1,125 @@
+"""Seconds of a step, by closed forms."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_superscale.config import OffloadConfig, ZeroConfig
+from lightning_superscale.estimation.devices import PROFILES, Reach
+from lightning_superscale.estimation.memory import params_of
+from lightning_superscale.estimation.setup import Setup
+from lightning_superscale.estimation.step_time import phase_seconds, roofline, step_time
+from lightning_superscale.estimation.trace import trace_step
+from lightning_superscale.offload.planner.forecast import StepTimes, exposed_seconds
+from lightning_superscale.run.precision import choose
+
+WIDTH, LAYERS = 1024, 4
+REACH = Reach(products=0.5, memory=0.5, links=0.5, host=0.5, call=0.0)
+PROFILE = replace(PROFILES["H100 SXM"], reach=REACH)
+NUMEL = LAYERS * WIDTH * WIDTH
+
+
+def build() -> nn.Module:
+    with torch.device("meta"):
+        return nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS)))
+
+
+def timed(batch: int, *, zero=0, offload=None, num_ranks=1, profile=PROFILE, flows=False):
+    module = build()
+    setup = Setup(
+        zero=ZeroConfig(stage=zero),
+        offload=offload,
+        precision=choose("bf16-true"),
+        num_ranks=num_ranks,
+        ranks_per_node=num_ranks,
+        flows=flows,
+    )
+    trace = trace_step(
+        module, torch.empty(batch, WIDTH, device="meta"), lambda m, b: m(b).sum(), weights=torch.bfloat16
+    )
+    return step_time(trace, params_of(module, setup), setup, profile, roofline(profile))
+
+
+def test_a_large_batch_is_bound_by_products():
+    batch = 2**16
+    time = timed(batch)
+    products = 2 * batch * NUMEL / (PROFILE.flops16 * 0.5)
+    summed = 2 * batch * WIDTH / (PROFILE.memory_rate * 0.5)  # what makes a loss of the outputs
+    assert time.forward == pytest.approx(products + summed, rel=0.001)
+    assert time.backward == pytest.approx(2 * products * (1 - 1 / (2 * LAYERS)), rel=0.1)  # no gradient of the input
+
+
+def test_a_small_batch_is_bound_by_memory():
+    assert timed(1).forward == pytest.approx(2 * NUMEL / (PROFILE.memory_rate * 0.5), rel=0.02)
+
+
+def test_an_operation_takes_at_least_a_call():
+    slow = replace(PROFILE, reach=replace(REACH, call=1.0))
+    trace = trace_step(build(), torch.empty(1, WIDTH, device="meta"), lambda m, b: m(b).sum())
+    assert phase_seconds(trace, "forward", roofline(slow)) == pytest.approx(LAYERS + 1)
+
+
+def test_a_step_on_the_device_moves_states_gradients_and_weights():
+    assert timed(1).optimizer == pytest.approx(NUMEL * (2 * 12 + 3 * 2) / (PROFILE.memory_rate * 0.5))
+    assert timed(1, zero=1, num_ranks=4).optimizer == pytest.approx(timed(1).optimizer / 4)
+
+
+def host_times(batch: int) -> StepTimes:
+    link, plain = PROFILE.host_link * 0.5, timed(batch)
+    return StepTimes(
+        forward=plain.forward,
+        backward=plain.backward,
+        d2h=2 * NUMEL / link,
+        host=30 * NUMEL / (PROFILE.host_rate * 0.5),
+        h2d=2 * NUMEL / link,
+        num_buckets=LAYERS,
+    )
+
+
+@pytest.mark.parametrize("batch", [1, 2**12, 2**17])
+def test_superoffload_hides_as_its_planner_says(batch):
+    offload = OffloadConfig(bucket_mb=2, gpu_fraction=0.0)
+    assert timed(batch, offload=offload).optimizer == pytest.approx(exposed_seconds(host_times(batch)), rel=1e-6)
+
+
+def test_the_cpu_engine_waits_for_the_host():
+    offload = OffloadConfig(engine="cpu", bucket_mb=2, gpu_fraction=0.0)
+    times = host_times(2**17)
+    found = timed(2**17, offload=offload).optimizer
+    assert found >= times.host
+    assert found == pytest.approx((times.d2h + times.h2d) / LAYERS + times.host, rel=0.2)
+
+
+def test_zenflow_hides_what_a_window_takes():
+    offload = OffloadConfig(engine="zenflow", bucket_mb=2, gpu_fraction=0.0)
+    cpu = OffloadConfig(engine="cpu", bucket_mb=2, gpu_fraction=0.0)
+    assert timed(2**17, offload=offload).optimizer < 0.1 * timed(2**17, offload=cpu).optimizer
+
+
+def test_nothing_is_hidden_from_cores_that_do_both():
+    shared = replace(PROFILE, shares_cores=True)
+    times = host_times(2**17)
+    found = timed(2**17, offload=OffloadConfig(gpu_fraction=0.0), profile=shared).optimizer
+    assert found == pytest.approx(times.d2h + times.host + times.h2d)
+
+
+def test_ranks_add_what_does_not_hide():
+    rate, share = PROFILE.rank_link * 0.5, 3 / 4
+    exchanged = 2 * NUMEL * share / rate
+    assert timed(1).ranks == 0.0
+    long, short = timed(2**17, zero=2, num_ranks=4), timed(1, zero=2, num_ranks=4)
+    assert long.ranks == pytest.approx(2 * exchanged)  # one bucket, whose hops nothing hides
+    assert short.ranks > long.ranks
+    assert timed(2**17, zero=3, num_ranks=4).ranks <= long.ranks
+    assert timed(2**17, zero=0, num_ranks=4).ranks == pytest.approx(2 * exchanged)
+
+
+def test_weights_that_stream_slower_than_a_pass_are_waited_for():
+    offload = OffloadConfig(weights="flow")
+    link = 2 * NUMEL / (PROFILE.host_link * 0.5)
+    stays, flows = (timed(1, offload=offload, flows=flows) for flows in (False, True))
+    assert flows.optimizer > stays.optimizer + link
