@@ -44,8 +44,9 @@ class OffloadConfig:
         cpu_threads: number of the host optimizer's worker threads. "auto" takes as few as step about as fast as all of
             this rank's cores but one, which stays with the launching thread.
         speculate: whether "superoffload" steps each bucket while backward still runs, before the gradient norm is
-            known, and steps buckets again when a clip changes their gradients. False waits for the norm, and overlaps
-            with the next forward only. The result is the same, bit for bit.
+            known, and steps buckets again when a clip changes their gradients. "auto" does so where it leaves less of a
+            step exposed than waiting for the norm, by the share of steps that are clipped and this machine's profile.
+            False always waits for the norm, and overlaps with the next forward. The result is the same, bit for bit.
         weights: "stationary" keeps the weights of forward and backward on the device. "flow" keeps them in host memory
             too and streams them through the device block by block, in forward and in backward, so that the model need
             not fit on the device. "auto" chooses one of them; `explain()` tells the choice and its reason.
@@ -66,7 +67,7 @@ class OffloadConfig:
     bucket_mb: Union[PositiveInt, Literal["auto"]] = "auto"
     pin_memory: bool = True
     cpu_threads: Union[ThreadCount, Literal["auto"]] = "auto"
-    speculate: bool = True
+    speculate: Union[bool, Literal["auto"]] = "auto"
     weights: Literal["auto", "stationary", "flow"] = "auto"
     wrap: Optional[ModuleNames] = None
     gpu_fraction: Union[Share, Literal["auto"]] = "auto"

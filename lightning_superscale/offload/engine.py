@@ -52,6 +52,7 @@ class OffloadContext:
         link_dtype: dtype of gradients and new weights on the link; "weights" where weights flow or any state is not
             fp32.
         streams: whether gradients leave during backward rather than at the step.
+        profile: the measured speeds of this rank's hardware; None without any.
         timeline: the record of steps.
     """
 
@@ -65,6 +66,7 @@ class OffloadContext:
     dtypes: StateDtypes = FP32_STATES
     link_dtype: LinkDtype = "weights"
     streams: bool = False
+    profile: HardwareProfile | None = None
     timeline: Timeline = UNTIMED
 
     @property

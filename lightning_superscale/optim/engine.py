@@ -190,6 +190,7 @@ class OptimizerEngine:
     def request_clip(self, clip: ClipRequest) -> None:
         """Clip the gradients of the next step; see `GradVerdict.request`."""
         self._judge.request(clip)
+        self._rule.expect_clip(clip)
 
     def clip_in_place(self, clip: ClipRequest, *, keeps_nonfinite: bool = False) -> Tensor | None:
         """Clip the gradients that lie in `param.grad`, averaged over ranks, where user code looks at them.

@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_superscale.optim.adamw_step import AdamWRule
+from lightning_superscale.optim.clipping import ClipRequest
 from lightning_superscale.optim.param_update import GradScale, ParamUpdate
 from lightning_superscale.optim.step_rule import Cycle, Figure, RuleState, StepGuard, SteppedUnit
 from lightning_superscale.optim.unit import GradientDelta, ShardUnit
@@ -43,6 +44,10 @@ class MixedStep(AdamWRule):
     def expect(self, grad_scale: float) -> None:
         self._host.expect(grad_scale)
         self._device.expect(grad_scale)
+
+    def expect_clip(self, clip: ClipRequest) -> None:
+        self._host.expect_clip(clip)
+        self._device.expect_clip(clip)
 
     def add_grads(self, delta: GradientDelta, state: UnitState) -> None:
         self._of(state).add_grads(delta, state)

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.ops.update import StatsSource
+from lightning_superscale.optim.clipping import ClipRequest
 from lightning_superscale.optim.param_update import GradScale, ParamUpdate
 from lightning_superscale.optim.unit import GradientDelta, PublishEvent, ShardUnit
 from lightning_superscale.optim.unit_state import UnitState
@@ -94,6 +95,9 @@ class StepRule(Protocol):
     def expect(self, grad_scale: float) -> None:
         """Note the factor that gradients get if they are not clipped, the inverse of a loss scale; to work ahead."""
 
+    def expect_clip(self, clip: ClipRequest) -> None:
+        """Note a clip that was requested for this step, because the next steps probably get the same."""
+
     def add_grads(self, delta: GradientDelta, state: UnitState) -> None:
         """Add reduced gradients to a unit's state, during backward or at the step."""
 
@@ -163,6 +167,9 @@ class SynchronousRule:
         return False
 
     def expect(self, grad_scale: float) -> None:
+        return
+
+    def expect_clip(self, clip: ClipRequest) -> None:
         return
 
     def add_grads(self, delta: GradientDelta, state: UnitState) -> None:

@@ -390,6 +390,7 @@ def _offload_context(
         dtypes=settings.precision.states,
         link_dtype=host.link_dtype,
         streams=settings.streams,
+        profile=host.profile,
         timeline=settings.timeline,
     )
 

@@ -37,7 +37,7 @@ FIELDS = [
     (lss.OffloadConfig, "bucket_mb", NOT_INT, {}),
     (lss.OffloadConfig, "pin_memory", [*NOT_BOOL, None], {}),
     (lss.OffloadConfig, "cpu_threads", [*NOT_INT, 4097, 2**40], {}),
-    (lss.OffloadConfig, "speculate", [*NOT_BOOL, None], {}),
+    (lss.OffloadConfig, "speculate", [v for v in NOT_BOOL if v != "auto"] + [None, "on"], {}),
     (lss.OffloadConfig, "weights", NOT_WORD, {}),
     (lss.OffloadConfig, "wrap", NOT_NAMES, {"weights": "flow"}),
     (lss.OffloadConfig, "gpu_fraction", NOT_SHARE, {}),

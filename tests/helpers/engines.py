@@ -25,6 +25,7 @@ from lightning_superscale.optim.engine import OptimizerEngine
 from lightning_superscale.optim.mixed_step import MixedStep
 from lightning_superscale.optim.unit_state import ResidentState
 from lightning_superscale.zero.buckets.transport import BucketTransport
+from tests.helpers.plans import take_turns
 
 
 def offload_context(
@@ -94,6 +95,7 @@ def build_engine(
     link_dtype: LinkDtype = "weights",
     device_path: UpdatePath | None = None,
     zenflow: ZenFlowConfig | None = None,
+    speculate: bool | str = "auto",
 ) -> OptimizerEngine:
     path = device_path or update_path(torch.device("cpu"), Pool(num_threads) if num_threads else None)
     name = "zenflow" if zenflow is not None else "superoffload" if is_deferred else "cpu"
@@ -104,6 +106,7 @@ def build_engine(
         streams=is_streamed,
         engine=name,
         zenflow=zenflow,
+        speculate=speculate,
     )
     context = dataclasses.replace(context, device_update=path, ranks=ranks or single_rank())
     chosen = engine_of(name)
@@ -111,6 +114,8 @@ def build_engine(
     def make_native(own, guard):
         native = AdamWStep(own, guard, path.submit, scales_on_device=path.scales_on_device)
         host = native if name == "cpu" else chosen.make_step(own, guard, context)
+        if name == "superoffload":
+            take_turns(host.chooser)
         return MixedStep(own, guard, host=host, device=native)
 
     def make_state(unit, *, has_moments, is_on_device):

@@ -35,6 +35,9 @@ def _run(rank: int, world_size: int, folder: str, limit_s: float, payload: bytes
     # An earlier test's seed_everything() leaves its seed here, and every Trainer of several ranks would start from it.
     os.environ.pop("PL_GLOBAL_SEED", None)
     try:
+        from tests.helpers.plans import take_turns_in_process
+
+        take_turns_in_process()  # how long a step takes, from which a plan is chosen, is another in every run
         function, args = pickle.loads(payload)
         # A Trainer in a rank finds the process group there, as under torchrun.
         os.environ.update(

@@ -8,9 +8,13 @@ import torch
 from torch import nn
 
 from lightning_superscale.offload.link.link import CpuLink
+from lightning_superscale.offload.planner.forecast import Passes
 from lightning_superscale.offload.superoffload.state import DeferredState
 from lightning_superscale.offload.superoffload.worker import Settling, next_to_settle
 from lightning_superscale.offload.zenflow.state import SplitState
+from lightning_superscale.ops.cpu.adamw import adamw_commit, adamw_peek
+
+PASSES = Passes.of_width(2)
 
 
 class VirtualTime:
@@ -179,7 +183,7 @@ class VirtualWorker:
 
 
 class TimedState(DeferredState):
-    """The kernel takes a time per parameter."""
+    """The kernel takes a time per parameter when it commits and looks, and less in its other passes."""
 
     def __init__(self, *args, time: VirtualTime, seconds_per_param: float, **kwargs) -> None:
         self._time, self._seconds_per_param = time, seconds_per_param
@@ -187,7 +191,15 @@ class TimedState(DeferredState):
 
     def _run(self, kernel, numbered, hypers) -> None:
         super()._run(kernel, numbered, hypers)
-        self._time.advance_to(self._time.now + self._seconds_per_param * sum(s.param.numel() for _, s in numbered))
+        self._spend(numbered, {adamw_peek: PASSES.look, adamw_commit: PASSES.direct}.get(kernel, 1.0))
+
+    def _commit(self, numbered) -> None:
+        super()._commit(numbered)
+        self._spend(numbered, PASSES.commit)
+
+    def _spend(self, numbered, share: float) -> None:
+        numel = sum(segment.param.numel() for _, segment in numbered)
+        self._time.advance_to(self._time.now + self._seconds_per_param * share * numel)
 
 
 class Tick(torch.autograd.Function):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lightning_superscale.offload.link.dtype import LinkDtype
-from lightning_superscale.offload.planner.forecast import StepTimes
+from lightning_superscale.offload.planner.forecast import Passes, StepTimes
 from lightning_superscale.offload.planner.profile import HardwareProfile
 
 MIB = 2**20
@@ -166,4 +166,5 @@ def step_times(profile: HardwareProfile, work: HostWork, *, forward: float, back
         h2d=work.link_bytes / profile.h2d_both,
         num_buckets=work.num_buckets,
         device_share=work.device_share,
+        passes=Passes.of_width(work.link_bytes / max(1, work.num_params)),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, cast
 
 from torch.optim import Optimizer
 
@@ -10,7 +10,8 @@ from lightning_superscale.config import OffloadConfig
 from lightning_superscale.layout.memory import MemoryModel
 from lightning_superscale.offload.engine import Forecast, OffloadContext, RunFacts, StepParts
 from lightning_superscale.offload.memory import ParamKind, host_memory
-from lightning_superscale.offload.planner.forecast import StepTimes, exposed_seconds
+from lightning_superscale.offload.planner.forecast import StepTimes, best_plan, exposed_seconds
+from lightning_superscale.offload.superoffload.plan import PlanChooser, has_own_cores
 from lightning_superscale.offload.superoffload.state import DeferredState
 from lightning_superscale.offload.superoffload.step import DeferredStep
 from lightning_superscale.offload.weight_flow.weights import StreamedUnit
@@ -42,31 +43,45 @@ class SuperOffloadEngine:
         return DeferredState(unit, context, streamed=streamed)
 
     def make_step(self, optimizer: Optimizer, guard: StepGuard, context: OffloadContext) -> DeferredStep:
-        looks_ahead = context.streams and context.config.speculate
-        return DeferredStep(optimizer, guard, looks_ahead=looks_ahead, timeline=context.timeline)
+        chooser = PlanChooser(
+            context.config.speculate,
+            streams=context.streams,
+            profile=context.profile,
+            has_own_cores=has_own_cores(context.device_update, context.pool),
+        )
+        return DeferredStep(optimizer, guard, chooser=chooser, timeline=context.timeline)
 
     def how_it_steps(self, config: OffloadConfig, *, streams: bool) -> str:
-        if streams and config.speculate:
+        if not streams:
+            return "the host steps after backward, and the next forward hides it: gradients stay in param.grad"
+        if config.speculate is True:
             return "the host steps each bucket during backward, and again what the gradient norm then changes"
-        why = "gradients stay in param.grad" if not streams else "speculate is off"
-        return f"the host steps after backward, and the next forward hides it: {why}"
+        if config.speculate is False:
+            return "the host steps after backward, and the next forward hides it: speculate is off"
+        return (
+            "the host steps during backward or the next forward, as the clip rate and its speed say (speculate='auto')"
+        )
 
     def left_behind(self, saved: RuleState) -> None:
         """Leave nothing: masters and moments are all that this engine saves."""
 
     def predict_exposed(self, times: StepTimes, config: OffloadConfig) -> float:
-        return exposed_seconds(times)
+        # Every step is clipped, as most are that clip at a norm of 1.0 and begin.
+        plan = best_plan(times, 1.0, may_look_ahead=config.speculate is not False)
+        return exposed_seconds(times, plan, 1.0)
 
     def forecast(self, parts: StepParts) -> Forecast:
-        times, why_not = parts.times(), _why_no_forecast(parts)
-        exposed = exposed_seconds(times) if why_not is None else None
+        times, chooser = parts.times(), cast(DeferredStep, parts.rule).chooser
+        why_not, exposed = _why_no_forecast(parts), None
+        if why_not is None and chooser.has_own_cores:
+            exposed = exposed_seconds(times, chooser.plan, chooser.clip_rate)
+        elif why_not is None:
+            exposed = times.passes.direct * times.host  # whoever does it, the model waits for the core
         return Forecast(host=times.host, d2h=times.d2h, h2d=times.h2d, exposed=exposed, why_not=why_not)
 
 
 def _why_no_forecast(parts: StepParts) -> str | None:
-    """Why steps don't run during backward, or weights don't arrive during the next forward; None where both do."""
-    if not parts.config.speculate:
-        return "the host steps after backward"
+    """Why gradients don't leave in backward, or weights don't arrive during the next forward; None where both do."""
     if not parts.streams:
         return "gradients stay in param.grad until the step"
     return "new weights are awaited right after the step" if parts.weights_awaited else None

@@ -16,6 +16,10 @@ the buffers swap roles:
     verdict     A is uploaded                          B is pending
     next step   A receives gradient t+1                B is committed
 
+A step that is told to defer nothing ("direct" in [Note: Three plans] of planner/forecast.py) applies its gradient after
+the verdict, in place of what is pending, if nothing is: the gradient's own buffer then gets the new weights, and no
+buffers swap roles.
+
 Where weights flow, A is not uploaded but streamed from until the next verdict, and a third buffer C, which held the
 weights until this one, receives gradient t+1 ([Note: Which host buffer] in offload/weight_flow/weights.py). Where ranks
 share a unit's steps, its whole weights have a buffer of their own, and A is uploaded for the gather that fills it.
@@ -59,6 +63,7 @@ class _Slice:
         arrival: the copy of this step's gradient; None without a gradient.
         looked_at: the hyperparameters with which new weights were computed from this step's gradient; None before.
         pending: the hyperparameters of the gradient in `back`, which waits for its commit; None without one.
+        is_applied: whether this step's gradient is in masters and moments already, and `front` has the new weights.
         stats: statistics of this step's gradient, counted when it was looked at; None before.
     """
 
@@ -68,6 +73,7 @@ class _Slice:
     arrival: LinkEvent | None = None
     looked_at: AdamWHyper | None = None
     pending: AdamWHyper | None = None
+    is_applied: bool = False
     stats: GradStats | None = field(default=None)
 
 
@@ -159,6 +165,7 @@ class DeferredState:
         """Forget the gradients of this step, unless `settle` made them pending."""
         for known in self._slices:
             known.arrival = known.looked_at = known.stats = None
+            known.is_applied = False
 
     # Steps
 
@@ -195,42 +202,71 @@ class DeferredState:
             known = self._slices[i]
             known.pending, known.looked_at, known.stats = None, hypers[i], stats
 
-    def look_again(self, hypers: Mapping[int, AdamWHyper]) -> int:
-        """Look ahead to slices that were not looked at with these hyperparameters.
+    def finish(self, hypers: Mapping[int, AdamWHyper], *, defers: bool) -> int:
+        """Compute new weights of slices that were not looked at with these hyperparameters, which are the verdict's.
+
+        Args:
+            defers: whether to leave gradients to be committed later; if not, those are applied at once before whose
+                slices no other gradient is pending.
 
         Returns:
             number of slices that had been looked at with others.
         """
         redo = {i: hyper for i, hyper in hypers.items() if self._slices[i].looked_at != hyper}
         num_redone = sum(self._slices[i].looked_at is not None for i in redo)
-        self.look_ahead(redo)
+        at_once = {} if defers else {i: hyper for i, hyper in redo.items() if self._slices[i].pending is None}
+        self.look_ahead({i: hyper for i, hyper in redo.items() if i not in at_once})
+        self._apply(at_once)
         return num_redone
 
-    def settle(self, hypers: Mapping[int, AdamWHyper]) -> tuple[list[GradStats], int]:
-        """Make this step's update final: the new weights follow from `hypers`, and the gradients become pending.
+    def _apply(self, hypers: Mapping[int, AdamWHyper]) -> None:
+        """Step slices for good; the buffer that has a gradient gets the new weights, element for element."""
+        segments = []
+        for i, hyper in hypers.items():
+            grad = self.grad(i)
+            if grad is None:
+                raise AssertionError(f"slice {i} has no gradient to step with")
+            if grad.numel():
+                segments.append((i, self._segment(i, grad, hyper, weight_out=grad)))
+        self._run(adamw_commit, segments, hypers)
+        for i, hyper in hypers.items():
+            self._slices[i].looked_at, self._slices[i].is_applied = hyper, True
+
+    def settle(self, hypers: Mapping[int, AdamWHyper], *, defers: bool = True) -> tuple[list[GradStats], int]:
+        """Make this step's update final: the new weights follow from `hypers`, and gradients are pending or applied.
+
+        Args:
+            defers: as in `finish`.
 
         Returns:
             statistics of the gradients, and the number of slices that had been looked at with other hyperparameters.
         """
-        num_redone = self.look_again(hypers)
+        num_redone = self.finish(hypers, defers=defers)
         seen = []
         for i, hyper in hypers.items():
             known = self._slices[i]
             if known.stats is not None:
                 seen.append(known.stats)
-            self._take_turns(i)
-            known.pending = hyper
+            self._take_turns(known, i)
+            known.pending = None if known.is_applied else hyper
             known.arrival = known.looked_at = known.stats = None
+            known.is_applied = False
         return seen, num_redone
 
-    def _take_turns(self, i: int) -> None:
-        known = self._slices[i]
-        if known.resting is None:
-            known.front, known.back = known.back, known.front
-            return
-        known.front, known.back, known.resting = known.resting, known.front, known.back
-        if self.flowing is not None:
+    def _take_turns(self, known: _Slice, i: int) -> None:
+        if not known.is_applied:
+            known.front, known.back = known.back, known.front  # now `front` has the new weights, `back` the gradient
+        if known.resting is not None and self.flowing is not None:
+            known.front, known.resting = known.resting, known.front
             self.flowing.switch(i, known.resting)
+
+    def sumsq(self) -> float:
+        """Sum of squares of this step's gradients, scaled as expected, of the slices that were looked at."""
+        return sum(known.stats.sumsq for known in self._slices if known.stats is not None)
+
+    def is_pending(self) -> bool:
+        """Whether a gradient waits for its commit, so that masters and moments are behind the last settled step."""
+        return any(known.pending is not None for known in self._slices)
 
     def flush(self) -> None:
         """Commit pending gradients, so that masters and moments are those of the last settled step."""
@@ -241,10 +277,14 @@ class DeferredState:
         for i in slices:
             known = self._slices[i]
             if known.pending is not None and self.unit.shard.slices[i].numel:
-                segments.append(self._segment(i, self._back(i), known.pending, weight_out=None))
-            known.pending = None
+                segments.append((i, self._segment(i, self._back(i), known.pending, weight_out=None)))
         if segments:
-            adamw_commit(segments, pool=self._pool)
+            self._commit(segments)
+        for i in slices:
+            self._slices[i].pending = None
+
+    def _commit(self, numbered: Sequence[tuple[int, AdamWSegment]]) -> None:
+        adamw_commit([segment for _, segment in numbered], pool=self._pool)
 
     def _segment(self, i: int, grad: Tensor, hyper: AdamWHyper, *, weight_out: Tensor | None) -> AdamWSegment:
         return AdamWSegment(

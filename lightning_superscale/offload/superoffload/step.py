@@ -1,14 +1,18 @@
-"""Steps Adam and AdamW during backward: looks ahead while gradients arrive, and settles at the step.
+"""Steps Adam and AdamW during backward and the next forward: looks ahead, commits early or steps directly.
 
-Exactness does not depend on any guess: a look ahead stores nothing of this step but new weights, and those are not
-uploaded before the step's verdict ([Note: Deferred commit] in state.py). Slices that were looked at with other numbers
-than the verdict's (clipping, a changed learning rate, a late gradient) are looked at again.
+Which of these a step does is chosen at the end of the one before (plan.py). Exactness does not depend on any guess: a
+look ahead stores nothing of this step but new weights, and those are not uploaded before the step's verdict ([Note:
+Deferred commit] in state.py). Slices that were looked at with other numbers than the verdict's (clipping, a changed
+learning rate, a late gradient) are looked at again.
+
+[Note: A clip that is certain] The kernel sums up the squares of the gradients that it looks at. These sums are parts of
+the norm's, on this rank alone, so once they exceed the square of the bound, the step will be clipped, and looking at
+more gradients would be in vain; what is left of backward only commits then.
 """
 
 from __future__ import annotations
 
 import functools
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
@@ -18,19 +22,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_superscale.offload.late_moments import LateMoments
+from lightning_superscale.offload.superoffload.plan import PlanChooser
 from lightning_superscale.offload.superoffload.worker import StepThread, StepWorker
 from lightning_superscale.ops.types import AdamWHyper, GradStats
 from lightning_superscale.optim.adamw_step import AdamWRule
+from lightning_superscale.optim.clipping import ClipByNorm, ClipRequest
 from lightning_superscale.optim.param_update import GradScale, ParamUpdate, adamw_hyper, by_unit
 from lightning_superscale.optim.step_rule import StepGuard, SteppedUnit
 from lightning_superscale.optim.unit import GradientDelta, PublishEvent, ShardUnit
 from lightning_superscale.optim.unit_state import UnitState
 from lightning_superscale.timeline import UNTIMED, Timeline
-
-# Of the last _REMEMBERED_STEPS steps that looked ahead, when more than _MOST_REDONE had to look again, the next
-# _PAUSE_STEPS steps do not look ahead: looking twice costs more than waiting for the norm and hiding the step behind
-# the next forward. After a pause, the first step that has to look again begins another pause.
-_REMEMBERED_STEPS, _MOST_REDONE, _PAUSE_STEPS = 20, 6, 50
 
 
 class DeferringState(UnitState, Protocol):
@@ -45,14 +46,24 @@ class DeferringState(UnitState, Protocol):
     def order_after_copies(self) -> None:
         """Let the device's later work wait for copies of gradients, which it may change then."""
 
-    def look_again(self, hypers: Mapping[int, AdamWHyper]) -> int:
-        """Look ahead to slices not looked at with these hyperparameters; returns how many had been with others."""
+    def sumsq(self) -> float:
+        """Sum of squares of this step's gradients, scaled as expected, of the slices that were looked at."""
 
-    def settle(self, hypers: Mapping[int, AdamWHyper]) -> tuple[list[GradStats], int]:
+    def finish(self, hypers: Mapping[int, AdamWHyper], *, defers: bool) -> int:
+        """Compute new weights of slices not looked at with these hyperparameters; returns how many had been otherwise.
+
+        Args:
+            defers: whether to leave gradients to be committed later, rather than to apply them where none is pending.
+        """
+
+    def settle(self, hypers: Mapping[int, AdamWHyper], *, defers: bool) -> tuple[list[GradStats], int]:
         """Make this step final; returns statistics of its gradients, and the number of slices looked at again."""
 
     def flush(self) -> None:
         """Bring masters and moments up to the last settled step."""
+
+    def is_pending(self) -> bool:
+        """Whether masters and moments are behind the last settled step."""
 
     def fence(self) -> Any:
         """The point of the device's work after which uploads may replace its weights."""
@@ -67,11 +78,13 @@ class _Settled(NamedTuple):
     Attributes:
         stats: statistics of its gradients.
         num_redone: number of slices that had been looked at with other hyperparameters.
+        is_pending: whether its gradients are to be committed yet.
         upload: the event of its new weights; None where they need no upload.
     """
 
     stats: list[GradStats]
     num_redone: int
+    is_pending: bool
     upload: PublishEvent | None
 
 
@@ -82,28 +95,46 @@ class _Settlement:
         index: the unit's, for the timeline.
         hypers: by slice index, the hyperparameters of this step's update.
         fence: the point of the device's work after which uploads may replace its weights.
+        defers: whether gradients may be committed later.
+        committing: the commit of the last gradients, which may have failed; None without one.
     """
 
     def __init__(
-        self, state: DeferringState, index: int, hypers: Mapping[int, AdamWHyper], fence: Any, timeline: Timeline
+        self,
+        state: DeferringState,
+        index: int,
+        hypers: Mapping[int, AdamWHyper],
+        fence: Any,
+        timeline: Timeline,
+        *,
+        defers: bool,
+        committing: Future[None] | None,
     ) -> None:
         self.has_arrived = state.has_arrived
         self._state = state
         self._label = f"unit {index}"
         self._hypers = hypers
+        self._defers = defers
+        self._committing = committing
         self._fence = fence
         self._timeline = timeline
         self._num_redone = 0
 
     def prepare(self) -> None:
+        self._raise_failed()
         with self._timeline.host("host optimizer", f"{self._label}, ahead"):
-            self._num_redone = self._state.look_again(self._hypers)
+            self._num_redone = self._state.finish(self._hypers, defers=self._defers)
 
     def settle(self) -> _Settled:
+        self._raise_failed()
         with self._timeline.host("host optimizer", self._label):
-            stats, num_redone = self._state.settle(self._hypers)
+            stats, num_redone = self._state.settle(self._hypers, defers=self._defers)
         upload = self._state.upload(list(self._hypers), self._fence)
-        return _Settled(stats, self._num_redone + num_redone, upload)
+        return _Settled(stats, self._num_redone + num_redone, self._state.is_pending(), upload)
+
+    def _raise_failed(self) -> None:
+        if self._committing is not None:
+            self._committing.result()  # done: the one thread of the worker began it before
 
 
 class SettledWeights:
@@ -133,10 +164,10 @@ class SettledWeights:
 
 
 class DeferredStep(AdamWRule):
-    """Steps Adam and AdamW one commit behind: the optimizer's own state is up to date after `flush`.
+    """Steps Adam and AdamW at most one commit behind: the optimizer's own state is up to date after `flush`.
 
     Args:
-        looks_ahead: whether to step during backward; False waits for the verdict always, and overlaps with forward.
+        chooser: chooses the plan of each step.
         worker: does the work on the host; None for a new thread.
         timeline: the record of that work.
 
@@ -149,37 +180,50 @@ class DeferredStep(AdamWRule):
         optimizer: Optimizer,
         guard: StepGuard,
         *,
-        looks_ahead: bool = True,
+        chooser: PlanChooser,
         worker: StepWorker | None = None,
         timeline: Timeline = UNTIMED,
     ) -> None:
         super().__init__(optimizer, guard)
-        self._looks_ahead = looks_ahead
+        self.chooser = chooser
         self._worker = worker or StepThread()
         self._timeline = timeline
         self._states: dict[int, DeferringState] = {}
-        self._looking: dict[int, Future[None]] = {}
+        self._looking: dict[int, Future[bool]] = {}
+        self._committing: dict[int, Future[None]] = {}
+        self._pending: set[int] = set()  # units whose last gradients may be to be committed yet
         self._hypers: dict[int, dict[int, AdamWHyper]] = {}
         self._settling: dict[int, Future[_Settled]] = {}
         self._moments = LateMoments(optimizer, self._bring_up)
         self._group_of: dict[nn.Parameter, dict[str, Any]] = {}
         self._clip_value: float | None = None
         self._grad_scale = 1.0
-        self._outcomes: deque[bool] = deque(maxlen=_REMEMBERED_STEPS)
-        self._pause = 0
-        self._patience = _MOST_REDONE
+        self._max_norm: float | None = None  # that the last step was clipped to
+        self._asked_norm: float | None = None  # that this step is clipped to
+        self._sumsq = 0.0  # of the gradients of this step that were looked at; the worker's
+        self._groups_before: list[tuple[Any, ...]] | None = None  # when this step's first gradient left
+        self._num_ahead = 0  # units that the last step's backward looked at
         self.num_redone = 0
 
     def attach(self, unit: ShardUnit, state: UnitState) -> None:
         self._states[unit.index] = cast(DeferringState, state)
+        numel = unit.shard.shard_numel
+        self.chooser.add_work(numel, numel * state.transfer_dtype.itemsize)
 
     # Backward
 
     def expect(self, grad_scale: float) -> None:
         self._grad_scale = grad_scale
 
+    def expect_clip(self, clip: ClipRequest) -> None:
+        if isinstance(clip, ClipByNorm):
+            self._asked_norm = clip.max_norm
+
     def add_grads(self, delta: GradientDelta, state: UnitState) -> None:
         unit = delta.unit
+        self.chooser.note_gradient()
+        if self._groups_before is None:
+            self._groups_before = self._group_numbers()
         settling, looking = self._settling.get(unit.index), self._looking.get(unit.index)
         if settling is not None:
             self._await(settling)  # until then the buffer for this gradient holds the last step's new weights
@@ -187,7 +231,7 @@ class DeferredStep(AdamWRule):
         if looking is not None and is_begun:
             self._await(looking)  # a late gradient may not meet a running look ahead
         state.add_grads(delta.slices)
-        if not self._looks_ahead or self._pause or is_begun:
+        if self.chooser.plan != "ahead" or is_begun:
             return
         hypers = self._hypers.setdefault(unit.index, {})
         for i, _ in delta.slices:
@@ -201,13 +245,28 @@ class DeferredStep(AdamWRule):
         ahead = functools.partial(self._look_ahead, unit.index, dict(hypers))
         self._looking[unit.index] = self._worker.look_ahead(ahead, deferring.has_arrived)
 
+    def _group_numbers(self) -> list[tuple[Any, ...]]:
+        """The hyperparameters of every group, which user code may change between backward and the step."""
+        keys = ("lr", "betas", "eps", "weight_decay")
+        return [tuple(group[key] for key in keys) for group in self._optimizer.param_groups]
+
     def _await(self, work: Future[Any]) -> None:
         with self._timeline.stalled("last step's work"):
             work.result()
 
-    def _look_ahead(self, index: int, hypers: Mapping[int, AdamWHyper]) -> None:
+    def _look_ahead(self, index: int, hypers: Mapping[int, AdamWHyper]) -> bool:
+        """Look at a unit's gradients, or only commit the last ones where that would be in vain; returns which."""
         with self._timeline.host("host optimizer", f"unit {index}, ahead"):
+            if self._max_norm is not None and self._sumsq > self._max_norm**2:
+                self._states[index].flush()  # [Note: A clip that is certain]
+                return False
             self._states[index].look_ahead(hypers)
+        self._sumsq += self._states[index].sumsq()
+        return True
+
+    def _commit(self, index: int) -> None:
+        with self._timeline.host("host optimizer", f"unit {index}, commit"):
+            self._states[index].flush()
 
     def _group(self, param: nn.Parameter) -> dict[str, Any]:
         if param not in self._group_of:
@@ -218,6 +277,14 @@ class DeferredStep(AdamWRule):
         self._take_back()
         for settling in self._settling.values():
             settling.result()
+        self._take_back_commits()
+        for committing in self._committing.values():
+            committing.result()
+
+    def _take_back_commits(self) -> None:
+        """Cancel commits that have not begun, which the next pass over their units makes up for."""
+        self._committing = {index: future for index, future in self._committing.items() if not future.cancel()}
+        self._pending -= self._committing.keys()
 
     def _take_back(self) -> None:
         """Cancel look aheads that have not begun, which settling makes up for, and wait for the one that has.
@@ -235,11 +302,16 @@ class DeferredStep(AdamWRule):
         self, due: Sequence[ParamUpdate], grad_scale: GradScale, clip_value: float | None
     ) -> Iterator[SteppedUnit]:
         """Let the worker settle every unit in the order of the next forward; it may still do so after the return."""
+        defers = self.chooser.plan != "direct"
+        expected = (self._grad_scale, self._clip_value, self._groups_before or self._group_numbers())
         self._clip_value = clip_value
         self._take_back()
-        self._forget()
+        self._take_back_commits()
         self._remember_last()
-        numbers = self.numbers(float(grad_scale), clip_value)
+        self._forget()
+        grad_scale = float(grad_scale)
+        missed = (grad_scale, clip_value, self._group_numbers()) != expected
+        numbers = self.numbers(grad_scale, clip_value)
         settlements: list[_Settlement] = []
         stepped = []
         for items in by_unit(due).values():
@@ -253,31 +325,48 @@ class DeferredStep(AdamWRule):
             if any(item.param.grad is not None for item in items):
                 state.order_after_copies()
             stepped.append((unit, list(hypers)))
-            settlements.append(_Settlement(state, unit.index, hypers, state.fence(), self._timeline))
+            committing = self._committing.get(unit.index)
+            settlements.append(
+                _Settlement(
+                    state, unit.index, hypers, state.fence(), self._timeline, defers=defers, committing=committing
+                )
+            )
         for (unit, slices), settled in zip(stepped, self._worker.settle(settlements), strict=True):
             self._settling[unit.index] = settled
             yield SteppedUnit(unit, slices, _stats_of(settled), SettledWeights(settled, self._timeline))
         numbers.advance()
+        self._max_norm, self._asked_norm = self._asked_norm, None
+        self.chooser.end_step(missed=missed, may_miss=self._max_norm is not None)
+        self._pending |= {unit.index for unit, _ in stepped if defers or unit.index in self._pending}
+        if self.chooser.plan != "ahead":
+            self._commit_later([unit.index for unit, _ in stepped])
+
+    def _commit_later(self, first: Sequence[int]) -> None:
+        """Let the worker commit pending gradients when it has nothing to settle, those of the next forward first.
+
+        Args:
+            first: units in the order of the next forward; others follow.
+        """
+        order = [index for index in dict.fromkeys([*first, *sorted(self._pending)]) if index in self._pending]
+        for index in reversed(order):  # the worker takes the newest first
+            self._committing[index] = self._worker.look_ahead(functools.partial(self._commit, index), lambda: True)
 
     def _remember_last(self) -> None:
-        """Decide, from how the last step's units were settled, whether the next steps look ahead."""
-        last = [settled.result() for settled in self._settling.values()]
+        """Count how the last step's units were settled, and how this one's were looked at."""
+        last, counts = [settled.result() for settled in self._settling.values()], self.chooser.counts
         self._settling.clear()
+        num_pending = sum(settled.is_pending for settled in last)
         self.num_redone += sum(settled.num_redone for settled in last)
-        if self._pause:
-            self._pause -= 1
-        elif self._looks_ahead and last:
-            self._outcomes.append(any(settled.num_redone for settled in last))
-            if sum(self._outcomes) > self._patience:
-                self._outcomes.clear()
-                self._pause, self._patience = _PAUSE_STEPS, 0
-            elif len(self._outcomes) == _REMEMBERED_STEPS:
-                self._patience = _MOST_REDONE
+        counts.redone += sum(settled.num_redone > 0 for settled in last)
+        counts.direct += len(last) - num_pending
+        counts.late += max(0, num_pending - self._num_ahead)
+        self._num_ahead = sum(looking.result() for looking in self._looking.values() if not looking.cancelled())
+        counts.ahead += self._num_ahead
 
     # State
 
     def _bring_up(self, index: int) -> None:
-        for task in (self._settling.get(index), self._looking.get(index)):
+        for task in (self._settling.get(index), self._looking.get(index), self._committing.get(index)):
             if task is not None and not task.cancelled():
                 task.result()
         self._states[index].flush()
@@ -291,20 +380,30 @@ class DeferredStep(AdamWRule):
         for state in self._states.values():
             state.flush()
         self._moments.arrived()
+        self._pending.clear()
 
     def _before_states_change(self, item: ParamUpdate) -> None:
+        committing = self._committing.get(item.unit.index)
+        if committing is not None and not committing.cancel():
+            committing.result()
         self._states[item.unit.index].flush()  # or the pending gradient would be committed on top
+
+    def reasons(self) -> Sequence[str]:
+        return self.chooser.reasons()
 
     def discard(self) -> None:
         for looking in self._looking.values():
             if not looking.cancel():
                 looking.exception()  # waits for it without raising: its failure may have interrupted the step
         self._forget()
+        self._asked_norm = None
+        self.chooser.drop_step()
         self._settling = {index: f for index, f in self._settling.items() if f.exception() is None}
 
     def _forget(self) -> None:
         self._looking.clear()
         self._hypers.clear()
+        self._sumsq, self._groups_before = 0.0, None
 
     def close(self) -> None:
         with ExitStack() as rest:

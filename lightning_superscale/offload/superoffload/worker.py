@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 from lightning_superscale.ops.threads import one_thread
 
+T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
 
@@ -41,10 +42,11 @@ class Settlement(Protocol[T_co]):
 class StepWorker(Protocol):
     """Runs one task at a time beside the thread that runs the model."""
 
-    def look_ahead(self, task: Callable[[], None], has_arrived: Callable[[], bool]) -> Future[None]:
-        """Queue a task. Of queued tasks, the newest whose gradients have arrived runs first.
+    def look_ahead(self, task: Callable[[], T], has_arrived: Callable[[], bool]) -> Future[T]:
+        """Queue a task that begins when nothing is to be settled: a look at gradients, or a commit of the last ones.
 
-        Where no task's gradients have arrived, the oldest begins, and waits. Cancelling the future removes the task.
+        Of queued tasks, the newest whose gradients have arrived runs first. Where no task's gradients have arrived, the
+        oldest begins, and waits. Cancelling the future removes the task.
         """
 
     def settle(self, units: Sequence[Settlement[T_co]]) -> list[Future[T_co]]:
@@ -80,8 +82,8 @@ def next_to_settle(queue: Sequence[Settling]) -> tuple[Settling, bool]:
 
 
 class _Ahead(NamedTuple):
-    future: Future[None]
-    task: Callable[[], None]
+    future: Future[Any]
+    task: Callable[[], Any]
     has_arrived: Callable[[], bool]
 
 
@@ -95,8 +97,8 @@ class StepThread:
         self._waiting: list[_Ahead] = []
         self._settling: list[Settling] = []
 
-    def look_ahead(self, task: Callable[[], None], has_arrived: Callable[[], bool]) -> Future[None]:
-        ahead = _Ahead(Future(), task, has_arrived)
+    def look_ahead(self, task: Callable[[], T], has_arrived: Callable[[], bool]) -> Future[T]:
+        ahead = _Ahead(future := Future[T](), task, has_arrived)
         try:
             with self._lock:
                 self._waiting.append(ahead)
@@ -104,7 +106,7 @@ class StepThread:
         except BaseException:
             ahead.future.cancel()  # nobody else could, and it would run after the step was given up
             raise
-        return ahead.future
+        return future
 
     def settle(self, units: Sequence[Settlement[T_co]]) -> list[Future[T_co]]:
         added = [Settling(Future(), unit) for unit in units]

@@ -1,0 +1,44 @@
+"""Lets superoffload's plans take turns, so that tests of exactness meet each of them after each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import MethodType
+
+from lightning_superscale.offload.superoffload.plan import PlanChooser
+
+# Each plan follows each, itself included, once in nine steps.
+TURNS = ("ahead", "ahead", "direct", "direct", "early commit", "early commit", "direct", "ahead", "early commit")
+_CHOSEN = PlanChooser._chosen
+
+
+def _in_turn(self: PlanChooser):
+    if self._speculate != "auto":
+        return _CHOSEN(self)
+    turn = self.__dict__.get("_turn", -1) + 1
+    self.__dict__["_turn"] = turn
+    plan = TURNS[turn % len(TURNS)]
+    return "early commit" if plan == "ahead" and not self._streams else plan, "each in its turn"
+
+
+def take_turns(chooser: PlanChooser) -> None:
+    """From now on, one chooser whose plan is "auto" takes each in its turn."""
+    chooser._chosen = MethodType(_in_turn, chooser)
+    chooser._choose()
+
+
+def take_turns_in_process() -> None:
+    """Every chooser of this process does, until it ends."""
+    PlanChooser._chosen = _in_turn
+
+
+@contextmanager
+def taking_turns() -> Iterator[None]:
+    """While open, every chooser of this process does."""
+    before = PlanChooser._chosen
+    take_turns_in_process()
+    try:
+        yield
+    finally:
+        PlanChooser._chosen = before
