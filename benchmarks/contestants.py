@@ -1,6 +1,7 @@
 """One contestant of `step_cost.py`, `zero.py`, `superoffload.py` or `zenflow.py`, or one rank, in a process of its own.
 
-Those that need a GPU are in `gpu/contestants.py`.
+A gradient norm is clipped to `--clip`; with `--clip-every 2` in every second step only, and to a bound that no norm
+reaches in the others. Those that need a GPU are in `gpu/contestants.py`.
 
 Steps when told to. Talks JSON lines: says `{"ready": ...}` once warm; answers a number on standard input with the CPU
 seconds (of all threads), wall seconds and loss of that many steps; answers "end" with a digest of its weights. CPU time
@@ -39,6 +40,10 @@ ZENFLOW: dict[str, Any] = {"topk": 0.1, "update_interval": 4, "select_interval":
 ADAMW = {"lr": 3e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
 
+# A bound that no gradient norm reaches, so that what clips finds nothing to do.
+UNREACHED = 1e6
+
+
 class Turns:
     """The batches of a run. Hands one out per step that the controller asks for, and clocks what lies between.
 
@@ -51,7 +56,11 @@ class Turns:
         facts: what else is known of the run; "memory_bytes" is what model, states and buffers take of the host.
     """
 
-    def __init__(self, shape: Shape, warmup: int, out: IO[str], device: str = "cpu") -> None:
+    def __init__(
+        self, shape: Shape, warmup: int, out: IO[str], device: str = "cpu", *, clip: float = 0.0, clip_every: int = 1
+    ) -> None:
+        self._clip, self._clip_every = clip, clip_every
+        self._num_begun = 0
         self.device = torch.device(device)
         self.settle: Callable[[], None] | None = None
         self._batch = batches(shape)
@@ -111,7 +120,21 @@ class Turns:
             self._losses.clear()
             self.say(cpu=cpus, wall=walls, loss=losses)
 
+    @property
+    def bound(self) -> float:
+        """What the norm of this step's gradients is clipped to; 0 for nothing."""
+        return self._bound_of(self._num_begun)
+
+    @property
+    def bound_before(self) -> float:
+        """What the step before was clipped to."""
+        return self._bound_of(self._num_begun - 1)
+
+    def _bound_of(self, step: int) -> float:
+        return self._clip if not self._clip or step % self._clip_every == 0 else UNREACHED
+
     def _next(self, step: int) -> Tensor:
+        self._num_begun = step
         return self._batch(step * self._num_ranks + self._rank).to(self.device)
 
 
@@ -171,7 +194,7 @@ def run_loop(turns: Turns, shape: Shape, precision: str, clip: float, *, fused: 
                 master.grad = None if param.grad is None else param.grad.float()
                 param.grad = None
         if clip:
-            nn.utils.clip_grad_norm_(masters, clip)
+            nn.utils.clip_grad_norm_(masters, turns.bound)
         optimizer.step()
         optimizer.zero_grad()
         if masters is not params:
@@ -220,6 +243,15 @@ def watch_offload(turns: Turns, assembly: Any) -> None:
         synchronize, turns.settle = turns.settle, settle
 
 
+def note_clip(turns: Turns, assembly: Any) -> None:
+    """Count whether the last step of the run's first optimizer was clipped."""
+    engine = None if assembly is None or not assembly.engines else next(iter(assembly.engines.values()))
+    norm = None if engine is None else engine.last_norm().norm  # known where the step needed it
+    if norm is not None:
+        turns.facts["normed_steps"] = turns.facts.get("normed_steps", 0) + 1
+        turns.facts["clipped_steps"] = turns.facts.get("clipped_steps", 0) + (norm > turns.bound_before)
+
+
 def run_trainer(
     turns: Turns, shape: Shape, precision: str, clip: float, *, fused: bool, strategy: Callable[[], Any]
 ) -> nn.Module:
@@ -234,6 +266,9 @@ def run_trainer(
             self.model = build_model(shape, "32-true", turns.device)
 
         def training_step(self, ids: Tensor, batch_idx: int) -> Tensor:
+            note_clip(turns, getattr(self.trainer.strategy, "assembly", None))
+            if clip:
+                self.trainer.gradient_clip_val = turns.bound
             loss = self.model.loss(ids)
             turns.record(loss)
             return loss
@@ -301,7 +336,7 @@ def train_module(turns: Turns, model: nn.Module, optimizer: torch.optim.Optimize
         loss = model(ids)
         loss.backward()
         if clip:
-            nn.utils.clip_grad_norm_(model.parameters(), clip)
+            nn.utils.clip_grad_norm_(model.parameters(), turns.bound)
         optimizer.step()
         optimizer.zero_grad()
         turns.record(loss)
@@ -355,6 +390,8 @@ def run_deepspeed(turns: Turns, shape: Shape, precision: str, clip: float, *, ze
         loss = engine(ids)
         engine.backward(loss)
         torch.set_num_threads(threads)
+        if clip:
+            inner.clip_grad = turns.bound
         engine.step()
         torch.set_num_threads(passes)
         turns.record(loss)
@@ -428,6 +465,7 @@ def main(contestants: Mapping[str, Runner] = CONTESTANTS) -> int:
     parser.add_argument("--size", choices=SHAPES, required=True)
     parser.add_argument("--precision", choices=("32-true", "bf16-true"), default="32-true")
     parser.add_argument("--clip", type=float, default=0.0)
+    parser.add_argument("--clip-every", type=int, default=1)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="of torch; 0 leaves them as they are")
@@ -441,7 +479,8 @@ def main(contestants: Mapping[str, Runner] = CONTESTANTS) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     shape = SHAPES[options.size]
-    turns = Turns(shape, options.warmup, answers, options.device)
+    clipping = {"clip": options.clip, "clip_every": options.clip_every}
+    turns = Turns(shape, options.warmup, answers, options.device, **clipping)
     if options.settle:
         turns.settle = torch.cuda.synchronize if options.device == "cuda" else lambda: None
     turns.facts.update(torch=torch.__version__, python=platform.python_version())

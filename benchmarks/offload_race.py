@@ -10,12 +10,13 @@ from __future__ import annotations
 import argparse
 import datetime
 import functools
+import itertools
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ class Race:
         checks_of: limits of one size, from its contestants and their rows.
         show: prints the table of one size.
         warmup: first steps, which are not counted.
+        settings: by name, options of all contestants; the race is run once with each.
     """
 
     labels: Mapping[str, str]
@@ -45,6 +47,7 @@ class Race:
     checks_of: Callable[[str, Sequence[Contestant], Sequence[Row]], list[Row]]
     show: Callable[[Row], None]
     warmup: int = WARMUP_STEPS
+    settings: Mapping[str, Sequence[str]] = field(default_factory=lambda: {"": ()})
 
 
 def exposed(a: Contestant, passes: Contestant) -> float:
@@ -130,8 +133,12 @@ def _settings(device: str, cores: int) -> tuple[dict[str, str], list[str]]:
     return {"LSS_CPU_THREADS": str(max(1, cores - 1))}, ["--settle"]
 
 
-def run_race(race: Race, options: argparse.Namespace) -> int:
-    """Run it, and print the tables, the checks and the JSON; the exit status."""
+def run_race(race: Race, options: argparse.Namespace, more_report: Row | None = None) -> int:
+    """Run it, and print the tables, the checks and the JSON; the exit status.
+
+    Args:
+        more_report: more entries of the JSON, with "checks" that count too.
+    """
     start = time.perf_counter()
     machine = hardware()
     os.environ["BENCH_OPTIMIZER_THREADS"] = str(machine["cores"])
@@ -139,20 +146,21 @@ def run_race(race: Race, options: argparse.Namespace) -> int:
     names = [name for name in race.labels if options.peers or not name.startswith("deepspeed")]
     tables, checks = [], []
     versions: dict[str, str] = {}
-    for size in options.sizes:
-        print(f"[{size}] {', '.join(names)}", file=sys.stderr, flush=True)
-        start_one = functools.partial(Contestant, rank=variables, more=[*more, "--warmup", str(race.warmup)])
+    for size, (setting, own) in itertools.product(options.sizes, race.settings.items()):
+        print(f"[{size} {setting}] {', '.join(names)}", file=sys.stderr, flush=True)
+        start_one = functools.partial(Contestant, rank=variables, more=[*more, "--warmup", str(race.warmup), *own])
         runs = run_heat(names, size, "offload", options, start_one)
         tokens = SHAPES[size].tokens
         table: Row = {
             "size": size,
+            "setting": setting,
             "num_params": runs[0].end["num_params"],
             "tokens": tokens,
             "rounds": len(runs[0].wall),
             "rows": rows_of(race, runs, tokens),
         }
         race.show(table)
-        checks += race.checks_of(size, runs, table["rows"])
+        checks += race.checks_of(f"{size} {setting}".rstrip(), runs, table["rows"])
         tables.append(table)
         for facts in (row["facts"] for row in table["rows"] if "facts" in row):
             versions |= {key: facts[key] for key in ("torch", "python", "deepspeed") if key in facts}
@@ -163,8 +171,9 @@ def run_race(race: Race, options: argparse.Namespace) -> int:
         "date": datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat(),
         "steps_per_turn": options.steps,
         "seconds": round(time.perf_counter() - start, 1),
+        **(more_report or {}),
         "tables": tables,
-        "checks": checks,
+        "checks": [*(more_report or {}).get("checks", []), *checks],
     }
     print(f"{machine}\n{versions}\n{report['seconds']} s in all")
     return conclude(report, options.json)
