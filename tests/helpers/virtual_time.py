@@ -8,13 +8,9 @@ import torch
 from torch import nn
 
 from lightning_superscale.offload.link.link import CpuLink
-from lightning_superscale.offload.planner.forecast import Passes
 from lightning_superscale.offload.superoffload.state import DeferredState
 from lightning_superscale.offload.superoffload.worker import Settling, next_to_settle
 from lightning_superscale.offload.zenflow.state import SplitState
-from lightning_superscale.ops.cpu.adamw import adamw_commit, adamw_peek
-
-PASSES = Passes.of_width(2)
 
 
 class VirtualTime:
@@ -189,17 +185,10 @@ class TimedState(DeferredState):
         self._time, self._seconds_per_param = time, seconds_per_param
         super().__init__(*args, **kwargs)
 
-    def _run(self, kernel, numbered, hypers) -> None:
-        super()._run(kernel, numbered, hypers)
-        self._spend(numbered, {adamw_peek: PASSES.look, adamw_commit: PASSES.direct}.get(kernel, 1.0))
-
-    def _commit(self, numbered) -> None:
-        super()._commit(numbered)
-        self._spend(numbered, PASSES.commit)
-
-    def _spend(self, numbered, share: float) -> None:
-        numel = sum(segment.param.numel() for _, segment in numbered)
-        self._time.advance_to(self._time.now + self._seconds_per_param * share * numel)
+    def _note(self, seconds, numbered, share) -> None:
+        virtual = self._seconds_per_param * share * sum(segment.param.numel() for _, segment in numbered)
+        super()._note(virtual, numbered, share)
+        self._time.advance_to(self._time.now + virtual)
 
 
 class Tick(torch.autograd.Function):

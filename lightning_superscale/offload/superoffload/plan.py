@@ -1,7 +1,8 @@
 """Chooses, step by step, how superoffload's passes over the host's memory are done. Every plan gives the same bits.
 
 [Note: When a plan is chosen] At the end of a step, for the next one, from what is known then: the share of steps that
-were clipped, how long a step and its backward took, and how long the host's passes take by the hardware profile. The
+were clipped, how long a step and its backward took, and how long the host's passes took. The link's speed, and the
+host's at first, are the hardware profile's, whose measured step need not take the square root that this one does. The
 first steps know nothing, and the first ones after a start are nearly always clipped; so nothing is looked at ahead
 until there is evidence that it is of use. A choice changes no bits and enters no collective, so each rank makes its
 own.
@@ -12,7 +13,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Literal
 
@@ -93,6 +94,7 @@ class PlanChooser:
         self._work = HostWork(num_params=0, link_bytes=0, num_buckets=0)
         self._num_seen = 1
         self._seconds: deque[tuple[float, float]] = deque(maxlen=_REMEMBERED_STEPS)
+        self._worked_seconds = self._worked_params = 0.0
         self._stepped_at: float | None = None
         self._backward_at: float | None = None
         self.clip_rate = 1.0
@@ -109,6 +111,11 @@ class PlanChooser:
             link_bytes=work.link_bytes + link_bytes,
             num_buckets=work.num_buckets + 1,
         )
+
+    def note_work(self, seconds: float, num_params: float) -> None:
+        """Note how long the host took for passes over so many parameters, in units of those that commit and look."""
+        self._worked_seconds = (1 - _WEIGHT / self._work.num_buckets) * self._worked_seconds + seconds
+        self._worked_params = (1 - _WEIGHT / self._work.num_buckets) * self._worked_params + num_params
 
     def note_gradient(self) -> None:
         """Note that a gradient of this step leaves, the first of which begins the backward that the host works in."""
@@ -150,7 +157,10 @@ class PlanChooser:
         backward = 2 / 3 * whole
         if self._streams:
             backward = min(backward, median(seen for _, seen in self._seconds))
-        return step_times(self._profile, self._work, forward=backward / 2, backward=backward)
+        times = step_times(self._profile, self._work, forward=backward / 2, backward=backward)
+        if not self._worked_params:
+            return times
+        return replace(times, host=self._work.num_params * self._worked_seconds / self._worked_params)
 
     def _choose(self) -> None:
         self.plan, self._why = self._chosen()

@@ -27,6 +27,7 @@ share a unit's steps, its whole weights have a buffer of their own, and A is upl
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -42,6 +43,7 @@ from lightning_superscale.offload.host_state import (
 )
 from lightning_superscale.offload.link.dtype import add_late_gradient, dtype_on_link, send_gradient
 from lightning_superscale.offload.link.link import LinkEvent, LinkFence
+from lightning_superscale.offload.planner.forecast import Passes
 from lightning_superscale.offload.weight_flow.weights import FlowingWeights, StreamedUnit
 from lightning_superscale.ops.cpu.adamw import adamw_commit, adamw_commit_peek, adamw_peek
 from lightning_superscale.ops.state_dtypes import follow_weights, forget_lost
@@ -116,6 +118,7 @@ class DeferredState:
             arena.zeros(numel, self.transfer_dtype, is_pinned=is_pinned, in_forks=rests) for _ in range(num_buffers)
         )
         self._slices = [_Slice(resting=2 if rests else None) for _ in unit.shard.slices]
+        self._worked_seconds = self._worked_params = 0.0
         self.flowing: FlowingWeights | None = None
         if streamed is not None:
             whole = []
@@ -197,7 +200,11 @@ class DeferredState:
     ) -> None:
         if not numbered:
             return
+        start = time.perf_counter()
         seen = kernel([segment for _, segment in numbered], stats=True, pool=self._pool) or []
+        passes = Passes.of_width(self.transfer_dtype.itemsize)
+        share = {adamw_peek: passes.look, adamw_commit: passes.direct}.get(kernel, 1.0)
+        self._note(time.perf_counter() - start, numbered, share)
         for (i, _), stats in zip(numbered, seen, strict=True):
             known = self._slices[i]
             known.pending, known.looked_at, known.stats = None, hypers[i], stats
@@ -284,7 +291,24 @@ class DeferredState:
             self._slices[i].pending = None
 
     def _commit(self, numbered: Sequence[tuple[int, AdamWSegment]]) -> None:
+        start = time.perf_counter()
         adamw_commit([segment for _, segment in numbered], pool=self._pool)
+        share = Passes.of_width(self.transfer_dtype.itemsize).commit
+        self._note(time.perf_counter() - start, numbered, share)
+
+    def _note(self, seconds: float, numbered: Sequence[tuple[int, AdamWSegment]], share: float) -> None:
+        """Note what a pass took, whose memory traffic is this share of one that commits and looks."""
+        self._worked_seconds += seconds
+        self._worked_params += share * sum(segment.param.numel() for _, segment in numbered)
+
+    def take_work(self) -> tuple[float, float]:
+        """Seconds of the passes since the last call, and the parameters that could have been committed and looked at.
+
+        Call it while no pass is under way.
+        """
+        work = (self._worked_seconds, self._worked_params)
+        self._worked_seconds = self._worked_params = 0.0
+        return work
 
     def _segment(self, i: int, grad: Tensor, hyper: AdamWHyper, *, weight_out: Tensor | None) -> AdamWSegment:
         return AdamWSegment(

@@ -62,6 +62,9 @@ class DeferringState(UnitState, Protocol):
     def flush(self) -> None:
         """Bring masters and moments up to the last settled step."""
 
+    def take_work(self) -> tuple[float, float]:
+        """Seconds of passes since the last call, and how many parameters they could have committed and looked at."""
+
     def is_pending(self) -> bool:
         """Whether masters and moments are behind the last settled step."""
 
@@ -354,6 +357,9 @@ class DeferredStep(AdamWRule):
     def _remember_last(self) -> None:
         """Count how the last step's units were settled, and how this one's were looked at."""
         last, counts = [settled.result() for settled in self._settling.values()], self.chooser.counts
+        under_way = {index for index, committing in self._committing.items() if not committing.done()}
+        for index in self._settling.keys() - under_way:
+            self.chooser.note_work(*self._states[index].take_work())
         self._settling.clear()
         num_pending = sum(settled.is_pending for settled in last)
         self.num_redone += sum(settled.num_redone for settled in last)

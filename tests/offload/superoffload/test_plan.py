@@ -128,6 +128,18 @@ def test_true_always_looks_ahead_if_gradients_leave_in_backward():
     assert "ahead" not in run(chooser(True, clock=clock, streams=False), clock, 6 * HOST_S, [False] * 5)
 
 
+def test_the_hosts_speed_is_the_profiles_until_it_was_seen_at_work():
+    clock = Clock()
+    made = chooser(clock=clock)
+    run(made, clock, 6 * HOST_S, [False] * 2)
+    assert made.times().host == pytest.approx(HOST_S)
+    made.note_work(2 * HOST_S, NUM_PARAMS / 2)
+    assert made.times().host == pytest.approx(4 * HOST_S)
+    for _ in range(2000):  # forty buckets of a step each
+        made.note_work(HOST_S / 40, NUM_PARAMS / 40)
+    assert made.times().host == pytest.approx(HOST_S, rel=0.01)
+
+
 def test_an_interrupted_step_does_not_lengthen_backward():
     clock = Clock()
     made = chooser(clock=clock)
