@@ -25,6 +25,7 @@ from lightning_superscale.offload.planner.numa import available_cpus
 from lightning_superscale.offload.planner.profile import HardwareProfile
 from lightning_superscale.ops.cpu.pool import Pool
 from lightning_superscale.ops.update import UpdatePath
+from lightning_superscale.optim.step_rule import Figure
 
 Speculate = bool | Literal["auto"]
 # The clip rate is a mean of the past in which a step weighs at least this much, and more at first; the start counts as
@@ -182,6 +183,17 @@ class PlanChooser:
 
     def _step_ms(self) -> float:
         return 1e3 * median(step for step, _ in self._seconds)
+
+    def figures(self) -> Sequence[Figure]:
+        """Shares of the units that were stepped so far in each way; see `StepRule.figures`."""
+        counts = self.counts
+        total = max(counts.ahead + counts.late, counts.redone) + counts.direct
+        shares = (
+            ("ahead_share", "buckets that were looked at ahead of the verdict", counts.ahead),
+            ("redone_share", "buckets that were looked at ahead and then again", counts.redone),
+            ("direct_share", "buckets that were stepped directly after the verdict", counts.direct),
+        )
+        return [Figure(name, text, "share", measured=count / total if total else None) for name, text, count in shares]
 
     def reasons(self) -> Sequence[str]:
         """What is done now and why, and what was done so far, in words."""

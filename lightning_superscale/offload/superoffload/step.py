@@ -28,7 +28,7 @@ from lightning_superscale.ops.types import AdamWHyper, GradStats
 from lightning_superscale.optim.adamw_step import AdamWRule
 from lightning_superscale.optim.clipping import ClipByNorm, ClipRequest
 from lightning_superscale.optim.param_update import GradScale, ParamUpdate, adamw_hyper, by_unit
-from lightning_superscale.optim.step_rule import StepGuard, SteppedUnit
+from lightning_superscale.optim.step_rule import Figure, StepGuard, SteppedUnit
 from lightning_superscale.optim.unit import GradientDelta, PublishEvent, ShardUnit
 from lightning_superscale.optim.unit_state import UnitState
 from lightning_superscale.timeline import UNTIMED, Timeline
@@ -393,6 +393,9 @@ class DeferredStep(AdamWRule):
         if committing is not None and not committing.cancel():
             committing.result()
         self._states[item.unit.index].flush()  # or the pending gradient would be committed on top
+
+    def figures(self) -> Sequence[Figure]:
+        return self.chooser.figures()
 
     def reasons(self) -> Sequence[str]:
         return self.chooser.reasons()

@@ -153,6 +153,17 @@ def test_an_interrupted_step_does_not_lengthen_backward():
     assert made.times().backward == pytest.approx(1.0)
 
 
+def test_figures_are_shares_of_all_units():
+    made = chooser()
+    assert [figure.measured for figure in made.figures()] == [None] * 3
+    made.counts.ahead, made.counts.redone, made.counts.late, made.counts.direct = 5, 2, 4, 11
+    assert {figure.name: figure.measured for figure in made.figures()} == {
+        "ahead_share": 5 / 20,
+        "redone_share": 2 / 20,
+        "direct_share": 11 / 20,
+    }
+
+
 def test_reasons_tell_choice_and_counts():
     clock = Clock()
     made = chooser(clock=clock)

@@ -424,7 +424,8 @@ def test_learning_rates_that_change_after_backward_end_looks():
     finish(engine, optimizer, model, plain, oracle)
 
 
-def test_a_commit_that_fails_is_raised_with_its_unit(monkeypatch):
+@pytest.mark.parametrize("raises_at", ["quiesce", "the next step's weights"])
+def test_a_commit_that_fails_is_raised_with_its_unit(monkeypatch, raises_at):
     model = Programs(torch.bfloat16)
     optimizer, engine = deferred_engine(model, unit_bytes=1)
     rule = engine._rule._host
@@ -444,10 +445,19 @@ def test_a_commit_that_fails_is_raised_with_its_unit(monkeypatch):
     for committing in list(rule._committing.values()):
         committing.exception(TIMEOUT_S)
     assert not failing
-    with pytest.raises(MemoryError, match="no host memory"):
-        engine.quiesce()
     # The commit is not lost: the gradient is pending yet.
     assert sum(state.is_pending() for state in engine.states) == 1
+    if raises_at == "quiesce":
+        with pytest.raises(MemoryError, match="no host memory"):
+            engine.quiesce()
+    else:
+        engine.transport.wait_all_published()
+        optimizer.zero_grad()
+        plain_backward(model, batch(1))
+        engine.step()
+        with pytest.raises(MemoryError, match="no host memory"):
+            engine.transport.wait_all_published()
+        engine.discard_gradients()
     rule._committing.clear()
     engine.close()
 
