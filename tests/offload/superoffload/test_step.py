@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 import threading
 import time
@@ -513,3 +514,53 @@ def test_commits_run_before_the_next_verdict_and_settling_only_looks():
         engine.step()
     engine.close()
     assert rule.chooser.counts.ahead == rule.chooser.counts.direct == 0
+
+
+@pytest.mark.parametrize("clip_share", [0.0, 0.5, 1.0])
+def test_dropped_steps_of_scaled_losses_change_nothing_in_any_plan(clip_share):
+    """Every third step overflows, so that each plan has one before it, in it and after it."""
+    scale = 1024.0
+    plain, model = Programs(torch.bfloat16), Programs(torch.bfloat16)
+    oracle = PlainMasterAdamW(plain.parameters(), **ADAMW)
+    oracle.grad_scale = 1 / scale
+    optimizer, engine = deferred_engine(model, unit_bytes=300)
+    for step in range(20):
+        engine.scale_losses(scale)
+        oracle.max_norm = 1e-3 if step % 2 < 2 * clip_share else 1e6
+        overflows = step % 3 == 2
+        oracle.zero_grad()
+        engine.transport.wait_all_published()
+        optimizer.zero_grad()
+        if not overflows:
+            (plain.trunk(batch(step)).float().pow(2).mean() * scale).backward()
+            oracle.step()
+        factor = float("inf") if overflows else scale
+        (model.trunk(batch(step)).float().pow(2).mean() * factor).backward()
+        engine.request_clip(ClipByNorm(oracle.max_norm))
+        assert engine.step() is not overflows
+    finish(engine, optimizer, model, plain, oracle)
+
+
+@pytest.mark.parametrize("saved_after", range(2, 11))
+def test_a_run_goes_on_from_a_save_after_any_plan(saved_after):
+    plain, model = Programs(torch.bfloat16), Programs(torch.bfloat16)
+    oracle = PlainMasterAdamW(plain.parameters(), max_norm=0.5, **ADAMW)
+    optimizer, engine = deferred_engine(model, unit_bytes=300)
+    for step in range(14):
+        if step == saved_after:
+            saved = {"model": model.state_dict(), "optimizer": engine.state_dict()}
+            saved = pickle.loads(pickle.dumps(saved))
+            engine.close()
+            model = Programs(torch.bfloat16)
+            model.load_state_dict(saved["model"])
+            optimizer, engine = deferred_engine(model, unit_bytes=300)
+            engine.load_state_dict(saved["optimizer"])
+        oracle.zero_grad()
+        plain_backward(plain, batch(step))
+        oracle.step()
+        engine.transport.wait_all_published()
+        optimizer.zero_grad()
+        plain_backward(model, batch(step))
+        engine.request_clip(ClipByNorm(0.5))
+        engine.step()
+    finish(engine, optimizer, model, plain, oracle)
