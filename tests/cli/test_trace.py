@@ -167,6 +167,18 @@ def test_a_run_that_ends_within_a_window_has_what_was_recorded(tmp_path):
     assert found.num_steps == 3
 
 
+def test_a_timeline_that_another_opened_stays_open(tmp_path):
+    recorder, phases = StepRecorder(torch.device("cpu"), None, 0, rank=0), PhaseSeconds()
+    recorder.timeline.open()
+    for phases.num_steps in range(2):
+        recorder.before_forward(phases.num_steps, lambda: [EACH_STEP])
+        with recorder.phase("forward", phases):
+            pass
+        recorder.after_forward(phases.num_steps, dict)
+    recorder.end(2, dict)
+    assert [span.lane for span in recorder.timeline.close()] == ["forward", "forward"]
+
+
 def test_a_run_that_ends_too_early_says_so(tmp_path):
     done = trace(tmp_path, tmp_path / "train.py", "superoffload", "1", "32-true", step="100")
     assert done.returncode == 1

@@ -44,6 +44,8 @@ class StepRecorder:
         self._step = step
         self._rank = rank
         self._is_done = folder is None
+        # Not the timeline's own flag: whoever else opened it closes it.
+        self._is_recording = False
         # Of the recording: steps before it, and the number of its own.
         self._first, self._num_steps = step, 1
 
@@ -71,6 +73,7 @@ class StepRecorder:
         cycle = max(found, default=EACH_STEP)
         if cycle.starts_in == 0:
             self._first, self._num_steps = num_steps, cycle.num_steps * max(1, len(found))
+            self._is_recording = True
             self.timeline.open()
 
     @contextmanager
@@ -87,12 +90,12 @@ class StepRecorder:
         Args:
             facts: what the trace says of its run.
         """
-        if self.timeline.is_open and num_steps >= self._first + self._num_steps:
+        if self._is_recording and num_steps >= self._first + self._num_steps:
             self._write(self._num_steps, facts)
 
     def end(self, num_steps: int, facts: Callable[[], dict[str, Any]]) -> None:
         """Write what was recorded, or warn that nothing was: training is over after `num_steps` optimizer steps."""
-        if self.timeline.is_open:
+        if self._is_recording:
             self._write(max(1, min(self._num_steps, num_steps - self._first)), facts)
         elif not self._is_done:
             self._is_done = True
@@ -103,7 +106,7 @@ class StepRecorder:
             )
 
     def _write(self, num_steps: int, facts: Callable[[], dict[str, Any]]) -> None:
-        self._is_done = True
+        self._is_done, self._is_recording = True, False
         spans = self.timeline.close()
         if self._folder is None:
             raise AssertionError("a recording without a folder")
