@@ -14,7 +14,7 @@ PEERS ?= .venv-peers
 WORKERS ?= 2
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: setup demo test test-fast test-all test-peers soak check format docs docs-serve wheel bench gpu-check gpu-bench gpu-long gpu-wheels clean
+.PHONY: setup demo test test-fast test-all test-peers soak check format docs docs-serve wheel bench bench-claims bench-scaling gpu-check gpu-bench gpu-long gpu-wheels clean
 
 setup: $(STAMP)
 
@@ -75,8 +75,23 @@ docs-serve: setup
 wheel: setup
 	bash .ci/wheel $(BIN)/python
 
+# Every technique beside every peer: one table, one picture. PEERS=none leaves the peers out, BENCH_OPTIONS=--quick takes
+# minutes. DeepSpeed is there twice, as its ZenFlow scrambles weights in the newer version.
+ZENFLOW_PEERS ?= $(if $(filter none,$(PEERS)),none,$(PEERS)-0.19.6)
+BENCH_OPTIONS ?=
 bench: setup
+	test "$(PEERS)" = none || bash benchmarks/peers.sh $(PEERS)
+	test "$(ZENFLOW_PEERS)" = none || bash benchmarks/peers.sh $(ZENFLOW_PEERS) 0.19.6
+	$(BIN)/python benchmarks/versus/bench.py --peers $(PEERS) --zenflow-peers $(ZENFLOW_PEERS) \
+		--json runs/bench/versus.json --picture runs/bench/versus.png $(BENCH_OPTIONS)
+
+# One script per claim, each with its limits.
+bench-claims: setup
 	bash benchmarks/run.sh $(VENV)
+
+# How the cost of a step grows with parameters and ranks.
+bench-scaling: setup
+	$(BIN)/python benchmarks/scaling.py --json runs/bench/scaling.json --picture runs/bench/scaling.png
 
 # On a machine with a GPU: is everything right, how fast is it, and what of large models and long sequences? Each ends
 # within 9.5 minutes. OUT takes the JSON lines; GPU_OPTIONS="--device cpu --tiny" rehearses without a GPU. No network is

@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from multiprocessing.connection import Connection
@@ -230,7 +230,7 @@ def run_rank(what: str, name: str, path: str, mib: int, folder: str) -> dict[str
     wanted = part_of(rank, size, 0 if what == "read rows" else 1)
     at = wanted.within(whole_box(SHAPE))
     if name == "DCP":
-        work = _dcp_at_rank(path, tensors, size, is_writer)
+        work = _dcp_at_rank(path, tensors, size, is_writer, dim=1 if what == "read" else 0)
     else:
         work = _ours_at_rank(path, tensors, mesh, wanted, is_writer, check_first="before" in name)
     dist.barrier()
@@ -265,9 +265,8 @@ def _ours_at_rank(
     return work
 
 
-def _dcp_at_rank(path: str, tensors: Tensors, size: int, is_writer: bool) -> _Work:
+def _dcp_at_rank(path: str, tensors: Tensors, size: int, is_writer: bool, dim: int) -> _Work:
     mesh = init_device_mesh("cpu", (size,))
-    dim = 0 if is_writer else 1
     rank = dist.get_rank()
     parts = {}
     for key, tensor in tensors.items():
@@ -322,12 +321,21 @@ def _answer(sender: Connection, rank: int, ranks: int, folder: str, what: str, n
 
 def ours_at_other_size(folder: str, mib: int) -> dict[str, dict[str, Any]]:
     """What DeepSpeed's universal checkpoint is for: saved by some ranks, loaded by others."""
+    return _at_other_size(folder, mib, "ours", ("ours, checked before", "ours, checked as read"))
+
+
+def library_at_other_size(folder: str, mib: int) -> dict[str, dict[str, Any]]:
+    """The same by calls of a library on tensors that are there: ours, and torch's distributed checkpoint."""
+    return ours_at_other_size(folder, mib) | _at_other_size(folder, mib, "DCP", ("DCP",))
+
+
+def _at_other_size(folder: str, mib: int, writer: str, readers: Sequence[str]) -> dict[str, dict[str, Any]]:
     path = f"{folder}/other-size"
     os.makedirs(path)
     with PeakDisk(path) as peak:
-        saved = ask("write", "ours", f"{path}/ckpt", str(mib), ranks=WRITERS)
+        saved = ask("write", writer, f"{path}/ckpt", str(mib), ranks=WRITERS)
     found = {}
-    for name in ("ours, checked before", "ours, checked as read"):
+    for name in readers:
         loaded = ask("read rows", name, f"{path}/ckpt", str(mib), ranks=READERS)
         found[name] = {
             "save_seconds": saved[0]["seconds"],

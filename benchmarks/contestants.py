@@ -1,7 +1,8 @@
 """One contestant of `step_cost.py`, `zero.py`, `superoffload.py` or `zenflow.py`, or one rank, in a process of its own.
 
 A gradient norm is clipped to `--clip`; with `--clip-every 2` in every second step only, and to a bound that no norm
-reaches in the others. Those that need a GPU are in `gpu/contestants.py`.
+reaches in the others. Those of a GPU are in `gpu/contestants.py`, and what only `make bench` compares with in
+`versus/contestants.py`.
 
 Steps when told to. Talks JSON lines: says `{"ready": ...}` once warm; answers a number on standard input with the CPU
 seconds (of all threads), wall seconds and loss of that many steps; answers "end" with a digest of its weights. CPU time
@@ -21,7 +22,8 @@ import resource
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -37,6 +39,7 @@ from benchmarks.models import SHAPES, Decoder, Shape, batches, num_params
 CPU = torch.device("cpu")
 # ZenFlow's example settings, of ours and of DeepSpeed's.
 ZENFLOW: dict[str, Any] = {"topk": 0.1, "update_interval": 4, "select_interval": 64}
+ALL_BF16 = {"master_weights": "bf16", "optimizer_states": "bf16"}
 ADAMW = {"lr": 3e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
 
@@ -51,9 +54,14 @@ class Turns:
 
     Attributes:
         device: where the model trains.
-        on_warm, on_end: called between warm-up and the first step that counts, and after the last.
+        num_ranks: processes that train together.
+        on_warm, on_turn, on_end: called between warm-up and the first step that counts, after each turn, and after the
+            last.
         settle: returns when the last step's work is done; None where the next step may go on with it.
-        facts: what else is known of the run; "memory_bytes" is what model, states and buffers take of the host.
+        records_steps: whether our strategies say when their optimizers run, instead of what else they count.
+        worker_seconds: CPU seconds so far of worker processes, where a contestant has any.
+        facts: what else is known of the run; "memory_bytes" is what model, states and buffers take of the host,
+            "written_bytes" what the steps that count wrote to sockets and files.
     """
 
     def __init__(
@@ -64,9 +72,12 @@ class Turns:
         self.device = torch.device(device)
         self.settle: Callable[[], None] | None = None
         self._batch = batches(shape)
-        self._rank, self._num_ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        self._rank, self.num_ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         self.on_warm: Callable[[], None] = lambda: None
+        self.on_turn: Callable[[], None] = lambda: None
         self.on_end: Callable[[], None] = lambda: None
+        self.worker_seconds: Callable[[], float] = lambda: 0.0
+        self.records_steps = False
         self._warmup = warmup
         self._out = out
         self._losses: list[Tensor] = []
@@ -98,10 +109,11 @@ class Turns:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         self.on_warm()
-        cpu = time.process_time()
+        written, cpu = written_bytes(), self._cpu_seconds()
         self.say(ready=self.facts)
         for line in sys.stdin:
             if line.strip() == "end":
+                self.facts["written_bytes"] = written_bytes() - written
                 self.facts["memory_bytes"] = memory_bytes() - self._memory_before
                 self.on_end()
                 return
@@ -112,10 +124,11 @@ class Turns:
                 step += 1
                 if self.settle is not None and len(walls) + 1 == int(line):
                     self.settle()
-                now = time.process_time()
                 walls.append(time.perf_counter() - start)
+                now = self._cpu_seconds()
                 cpus.append(now - cpu)
                 cpu = now
+            self.on_turn()
             losses = [float(loss) for loss in self._losses]
             self._losses.clear()
             self.say(cpu=cpus, wall=walls, loss=losses)
@@ -135,7 +148,10 @@ class Turns:
 
     def _next(self, step: int) -> Tensor:
         self._num_begun = step
-        return self._batch(step * self._num_ranks + self._rank).to(self.device)
+        return self._batch(step * self.num_ranks + self._rank).to(self.device)
+
+    def _cpu_seconds(self) -> float:
+        return time.process_time() + self.worker_seconds()
 
 
 def memory_bytes() -> int:
@@ -154,17 +170,29 @@ def memory_bytes() -> int:
     return total
 
 
+def written_bytes() -> int:
+    """Bytes that this process has written so far, to sockets above all: gloo writes what it sends."""
+    fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(fields["wchar"])
+
+
+def _nanoseconds_of_children() -> list[int]:
+    """What each thread of each child process has run so far."""
+    tasks = (Path("/proc", str(child.pid), "task") for child in psutil.Process().children(recursive=True))
+    return [int(stat.read_text().split()[0]) for task in tasks for stat in sorted(task.glob("*/schedstat"))]
+
+
+def seconds_of_children() -> float:
+    """CPU seconds that the threads of child processes have run so far, those that ended apart."""
+    return sum(_nanoseconds_of_children()) / 1e9
+
+
 def wait_for_children() -> None:
     """Return when no thread of a child process has run for 5 ms."""
-
-    def seconds() -> list[str]:
-        tasks = (Path("/proc", str(child.pid), "task") for child in psutil.Process().children(recursive=True))
-        return [stat.read_text().split()[0] for task in tasks for stat in sorted(task.glob("*/schedstat"))]
-
-    before = seconds()
+    before = _nanoseconds_of_children()
     while True:
         time.sleep(0.005)
-        now = seconds()
+        now = _nanoseconds_of_children()
         if now == before:
             return
         before = now
@@ -252,9 +280,45 @@ def note_clip(turns: Turns, assembly: Any) -> None:
         turns.facts["clipped_steps"] = turns.facts.get("clipped_steps", 0) + (norm > turns.bound_before)
 
 
+def record_steps(turns: Turns, timeline: Any) -> None:
+    """Record when our optimizers run: "optimizer_seconds" of the facts are those of each turn in which any did."""
+    found: list[float] = []
+    turns.facts["optimizer_seconds"] = found
+
+    def next_turn() -> None:
+        spans = [span for span in timeline.close() if span.lane in ("host optimizer", "device optimizer")]
+        found.append(covered_seconds([(span.start, span.end) for span in spans]))
+        timeline.open()
+
+    turns.on_warm, turns.on_turn, turns.on_end = timeline.open, next_turn, timeline.close
+
+
+def covered_seconds(spans: Iterable[tuple[float, float]]) -> float:
+    """Seconds that are in any of these spans of time, which may overlap."""
+    total, until = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return total
+
+
 def run_trainer(
-    turns: Turns, shape: Shape, precision: str, clip: float, *, fused: bool, strategy: Callable[[], Any]
+    turns: Turns,
+    shape: Shape,
+    precision: str,
+    clip: float,
+    *,
+    fused: bool,
+    strategy: Callable[[], Any],
+    configure_model: Callable[[Any], None] | None = None,
+    dtypes: Mapping[str, str] | None = None,
 ) -> nn.Module:
+    """Under Lightning's Trainer.
+
+    Args:
+        configure_model: the module's hook, for strategies that want one.
+        dtypes: options of our precision plugin, for states that are not fp32.
+    """
     import lightning as L
 
     chosen = strategy()
@@ -278,6 +342,9 @@ def run_trainer(
 
         def on_train_start(self) -> None:
             assembly = getattr(self.trainer.strategy, "assembly", None)
+            if assembly is not None and turns.records_steps:
+                record_steps(turns, assembly.settings.timeline)
+                return
             if assembly is not None and assembly.link is not None:
                 watch_offload(turns, assembly)
             if assembly is not None and not assembly.mesh.is_single:
@@ -288,12 +355,22 @@ def run_trainer(
                 if assembly.settings.zero.stage == 3 and not any(isinstance(p, DTensor) for p in self.parameters()):
                     raise RuntimeError("zero3 is not in this version: every rank holds whole weights")
 
-    module = Module()
+    class Configured(Module):
+        def configure_model(self) -> None:
+            assert configure_model is not None
+            configure_model(self)
+
+    module = Module() if configure_model is None else Configured()
+    how: dict[str, Any] = {"precision": precision}
+    if dtypes is not None:
+        from lightning_superscale import SuperScalePrecision
+
+        how = {"plugins": [SuperScalePrecision(precision, **dtypes)]}  # type: ignore[arg-type]
     trainer = L.Trainer(
         strategy=chosen,
         accelerator="cpu" if turns.device.type == "cpu" else "gpu",
         devices=int(os.environ.get("WORLD_SIZE", "1")),
-        precision=precision,  # type: ignore[arg-type]
+        **how,
         max_epochs=1,
         gradient_clip_val=clip or None,
         logger=False,
@@ -330,14 +407,26 @@ class WithLoss(nn.Module):
         return self.model.loss(ids)
 
 
+@contextmanager
+def optimizer_threads() -> Iterator[None]:
+    """Around a step on the host: where forward and backward have one thread, it may have more, as nothing else runs."""
+    passes = torch.get_num_threads()
+    torch.set_num_threads(int(os.environ.get("BENCH_OPTIMIZER_THREADS", passes)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(passes)
+
+
 def train_module(turns: Turns, model: nn.Module, optimizer: torch.optim.Optimizer, clip: float = 0.0) -> nn.Module:
     """Train a model whose forward is its loss in a loop of plain PyTorch; returns it."""
     for ids in turns:
         loss = model(ids)
         loss.backward()
-        if clip:
-            nn.utils.clip_grad_norm_(model.parameters(), turns.bound)
-        optimizer.step()
+        with optimizer_threads():
+            if clip:
+                nn.utils.clip_grad_norm_(model.parameters(), turns.bound)
+            optimizer.step()
         optimizer.zero_grad()
         turns.record(loss)
     return model
@@ -381,19 +470,16 @@ def run_deepspeed(turns: Turns, shape: Shape, precision: str, clip: float, *, ze
     )
     turns.facts["optimizer"] = type(getattr(inner, "optimizer", inner)).__name__
     turns.facts["deepspeed"] = deepspeed.__version__
-    if turns.settle is not None and zero.get("zenflow", {}).get("overlap_step"):
-        turns.settle = wait_for_children  # the optimizer is in a process of its own
-    # Where forward and backward have one thread, its step may have more: nothing else runs beside it.
-    passes = torch.get_num_threads()
-    threads = int(os.environ.get("BENCH_OPTIMIZER_THREADS", passes))
+    if zero.get("zenflow", {}).get("overlap_step"):  # the optimizer is in a process of its own
+        turns.worker_seconds = seconds_of_children
+        turns.settle = None if turns.settle is None else wait_for_children
     for ids in turns:
         loss = engine(ids)
         engine.backward(loss)
-        torch.set_num_threads(threads)
         if clip:
             inner.clip_grad = turns.bound
-        engine.step()
-        torch.set_num_threads(passes)
+        with optimizer_threads():
+            engine.step()
         turns.record(loss)
     return model
 
@@ -430,6 +516,10 @@ CONTESTANTS: dict[str, Runner] = {
     "resident-default": lambda *a: run_trainer(*a, fused=False, strategy=ours()),
     "superoffload": lambda *a: run_trainer(*a, fused=True, strategy=ours(offload="superoffload")),
     "cpu": lambda *a: run_trainer(*a, fused=True, strategy=ours(offload="cpu")),
+    "superoffload-all-bf16": lambda *a: run_trainer(
+        *a, fused=True, strategy=ours(offload="superoffload"), dtypes=ALL_BF16
+    ),
+    "cpu-all-bf16": lambda *a: run_trainer(*a, fused=True, strategy=ours(offload="cpu"), dtypes=ALL_BF16),
     "deepspeed-z1": lambda *a: run_deepspeed(*a, zero=_zero(1)),
     "zenflow": lambda *a: run_trainer(*a, fused=True, strategy=ours(offload=zenflow())),
     "zenflow-on-device": lambda *a: run_trainer(*a, fused=True, strategy=ours(offload=zenflow(accumulate_on="device"))),
@@ -469,6 +559,7 @@ def main(contestants: Mapping[str, Runner] = CONTESTANTS) -> int:
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="of torch; 0 leaves them as they are")
+    parser.add_argument("--record", action="store_true", help="of ours: the seconds in which optimizers run")
     parser.add_argument("--settle", action="store_true", help="a turn ends when nothing is under way any more")
     options = parser.parse_args()
     # Libraries print what they like; the controller reads JSON only.
@@ -481,6 +572,7 @@ def main(contestants: Mapping[str, Runner] = CONTESTANTS) -> int:
     shape = SHAPES[options.size]
     clipping = {"clip": options.clip, "clip_every": options.clip_every}
     turns = Turns(shape, options.warmup, answers, options.device, **clipping)
+    turns.records_steps = options.record
     if options.settle:
         turns.settle = torch.cuda.synchronize if options.device == "cuda" else lambda: None
     turns.facts.update(torch=torch.__version__, python=platform.python_version())

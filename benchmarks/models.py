@@ -64,6 +64,18 @@ SHAPES |= {
     for layers in (2, 3)
     for thousands in (64, 128, 256)
 }
+# Few tokens, so that of a step's time the optimizer has a large share. From 10M parameters to a billion.
+_FEW = {"batch": 1, "sequence": 16}
+SHAPES |= {
+    "0.2M-few": Shape(width=64, num_layers=2, num_heads=4, vocabulary=1024, **_FEW),
+    "1M-few": Shape(width=128, num_layers=4, num_heads=4, vocabulary=1024, **_FEW),
+    "10M-few": Shape(width=320, num_layers=6, num_heads=5, vocabulary=4096, **_FEW),
+    "25M-few": Shape(width=512, num_layers=6, num_heads=8, vocabulary=6144, **_FEW),
+    "60M-few": Shape(width=640, num_layers=10, num_heads=10, vocabulary=8192, **_FEW),
+    "120M-few": Shape(width=768, num_layers=12, num_heads=12, vocabulary=23040, **_FEW),
+    "350M-few": Shape(width=1024, num_layers=24, num_heads=16, vocabulary=23040, **_FEW),
+    "1B-few": Shape(width=2048, num_layers=18, num_heads=16, vocabulary=32000, **_FEW),
+}
 SHAPES |= {
     f"1M-{layers}of4": Shape(width=128, num_layers=layers, num_heads=4, vocabulary=1024, batch=2, sequence=64)
     for layers in (2, 3)

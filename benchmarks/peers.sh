@@ -17,6 +17,7 @@ if [ "$has" != "$deepspeed" ] || [ ! "$stamp" -nt benchmarks/peers.sh ] || [ ! "
   "${pip[@]}" --no-build-isolation -C wheel.cmake=false -C editable.mode=inplace -e ".[dev]"
   "${pip[@]}" transformers  # models of benchmarks/sequence.py, and what DeepSpeed's ALST registers with
   "${pip[@]}" "ray[train]==2.60.0" "torchdata==0.11.0"
+  "${pip[@]}" "torchao==0.18.0"  # its CPUOffloadOptimizer
   DS_BUILD_OPS=0 "${pip[@]}" --no-build-isolation "deepspeed==$deepspeed"
   echo "$deepspeed" >"$stamp"
 fi

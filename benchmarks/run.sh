@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The CPU benchmarks: benchmarks/run.sh VENV. JSON goes to runs/bench/; exits with 1 when a limit is missed.
+# The CPU benchmarks of single claims (make bench-claims): benchmarks/run.sh VENV. JSON goes to runs/bench/; exits with 1 when a limit is missed.
 #   BENCH_OPTIONS   passed on to step_cost.py and zero.py, for example --quick
 set -uo pipefail
 cd "$(dirname "$0")/.."

@@ -77,6 +77,7 @@ class Rank(Contestant):
     def take_turn(self) -> None:
         answer = self.answer(READY_SECONDS)
         self.wall.append(answer["wall"])
+        self.cpu.append(answer["cpu"])
         self.losses += answer["loss"]
         self.sent += answer["sent"]
 
@@ -149,6 +150,11 @@ class Team:
         return [1e3 * max(map(statistics.mean, turn)) for turn in rounds]
 
     @property
+    def cpu(self) -> list[float]:
+        """CPU seconds of a step, per round: all ranks together."""
+        return [sum(map(statistics.mean, turn)) for turn in zip(*(rank.cpu for rank in self.ranks), strict=True)]
+
+    @property
     def losses(self) -> list[tuple[float, ...]]:
         """Per step, of every rank; the last is of the step whose gradients count."""
         return list(zip(*(rank.losses + rank.end["loss"] for rank in self.ranks), strict=True))
@@ -173,7 +179,7 @@ def row_of(team: Team, measure: Team, rival: Team | None) -> Row:
     """Of a contestant beside the one process, and beside its rival of ours in the same heat."""
     row: Row = {"name": team.name, "label": label_of(team.name), "num_ranks": team.num_ranks}
     if team.error is not None:
-        return row | {"error": team.why()}
+        return row | {"error": team.why(), "rivals": [] if rival is None else [rival.name]}
     error, worst = gradient_error(team.gradients, measure.gradients)
     pairs = zip(team.losses, measure.losses, strict=True)
     sent = [max(step) for step in zip(*(rank.sent for rank in team.ranks), strict=True)]
@@ -182,6 +188,9 @@ def row_of(team: Team, measure: Team, rival: Team | None) -> Row:
         "worst_parameter": worst,
         "loss_error": max(abs(loss / one[0] - 1) for losses, one in pairs for loss in losses),
         "ms": round(statistics.median(team.wall), 1),
+        "ms_least": round(min(team.wall), 1),
+        "ms_largest": round(max(team.wall), 1),
+        "cpu_s": round(statistics.median(team.cpu), 4),
         "kept_bytes": team.kept_bytes,
         "kept_to_one": round(team.kept_bytes / measure.kept_bytes, 4),
         "sent_bytes": statistics.median_low(sent),
@@ -189,6 +198,8 @@ def row_of(team: Team, measure: Team, rival: Team | None) -> Row:
         "facts": team.ranks[0].end["facts"],
     }
     if rival is not None and rival.error is None:
+        pairs_of = {"wall": (rival.wall, team.wall), "cpu": (rival.cpu, team.cpu)}
+        row["seconds_of_rounds"] = {"ours": rival.name, **pairs_of}
         own = statistics.median_low([max(step) for step in zip(*(rank.sent for rank in rival.ranks), strict=True)])
         row["ours_to_this"] = {
             "ms": round(statistics.median(a / b for a, b in zip(rival.wall, team.wall, strict=True)), 3),

@@ -32,6 +32,7 @@ from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.contestants import written_bytes
 from lightning_superscale.sequence.memory.saved_bytes import SavedBytes
 from lightning_superscale.torch_private import storage_id_of
 
@@ -146,13 +147,14 @@ class Steps:
                 self.on_last()
                 yield self.batch(next(numbers))
                 return
-            walls, sent = [], []
+            walls, cpus, sent = [], [], []
             for _ in range(int(line)):
-                start, before = time.perf_counter(), written_bytes()
+                start, cpu, before = time.perf_counter(), time.process_time(), written_bytes()
                 yield self.batch(next(numbers))
                 walls.append(time.perf_counter() - start)
+                cpus.append(time.process_time() - cpu)
                 sent.append(written_bytes() - before)
-            self.say(wall=walls, sent=sent, loss=self.losses())
+            self.say(wall=walls, cpu=cpus, sent=sent, loss=self.losses())
 
     def finish(self, gradients: Mapping[str, Tensor], target: Path | None) -> None:
         """Say the end, and write gradients where they are asked for."""
@@ -169,12 +171,6 @@ class Steps:
             num_params=num_params,
             facts=self.facts,
         )
-
-
-def written_bytes() -> int:
-    """Bytes that this process has written so far, to sockets above all: gloo writes what it sends."""
-    fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
-    return int(fields["wchar"])
 
 
 def build_model(size: Size, attention: str = "sdpa") -> Any:

@@ -69,6 +69,8 @@ EXACT = {
     "auto-default": "loop-default",
     "resident-default": "loop-default",
 }
+# Names of contestants whose libraries are in the environment of benchmarks/peers.sh.
+IN_PEERS = ("deepspeed", "torchao")
 WARMUP_STEPS = 2
 AGAIN_ROUNDS = 15
 READY_SECONDS, ANSWER_SECONDS = 180, 120
@@ -101,15 +103,15 @@ class Contestant:
         self.losses: list[float] = []
         self.end: dict[str, Any] = {}
         self.absent: str | None = None  # why this contestant does not run
-        self._log = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115  # closed with the process
         python, environment = sys.executable, _environment()
-        if name.startswith("deepspeed"):
+        if name.startswith(IN_PEERS):
             if peers is None:
-                raise BenchmarkError(f"{name} needs --peers")
+                raise BenchmarkError(f"{name} needs --peers, an environment that benchmarks/peers.sh makes")
             python = str(peers / "bin" / "python")
             environment |= peer_environment(peers)
         environment |= rank or {}
         command = [python, "-W", "ignore", *self.command(name, size, table), *more]
+        self._log = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115  # closed with the process
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, env=environment
         )

@@ -41,7 +41,7 @@ _ZERO2 = {
 }
 
 
-def _super_offload(ratio: float) -> dict[str, Any]:
+def super_offload(ratio: float) -> dict[str, Any]:
     """The settings that its authors publish, which have no overlap_comm: it overlaps the optimizer by itself."""
     offload = {"device": "cpu", "pin_memory": True, "super_offload": True, "ratio": ratio, "cpuadam_cores_perc": 0.9}
     sizes = {"reduce_bucket_size": 400_000_000, "sub_group_size": 400_000_000}
@@ -102,8 +102,8 @@ CONTESTANTS: dict[str, Runner] = {
     "flow": _ours(engine="superoffload", weights="flow"),
     "deepspeed-z2-offload": lambda *a: run_deepspeed(*a, zero=_ZERO2),
     "deepspeed-zenflow": lambda *a: run_deepspeed(*a, zero={**_ZERO2, "zenflow": deepspeed_zenflow(overlap=True)}),
-    "deepspeed-superoffload": lambda *a: run_deepspeed(*a, zero=_super_offload(1.0)),
-    "deepspeed-superoffload-90": lambda *a: run_deepspeed(*a, zero=_super_offload(0.9)),
+    "deepspeed-superoffload": lambda *a: run_deepspeed(*a, zero=super_offload(1.0)),
+    "deepspeed-superoffload-90": lambda *a: run_deepspeed(*a, zero=super_offload(0.9)),
     "fsdp2-offload": run_fsdp2_offload,
     "torchao-offload": run_torchao,
 }

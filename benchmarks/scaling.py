@@ -1,0 +1,283 @@
+"""How a step's time grows with parameters and ranks: `python benchmarks/scaling.py [--sizes 10M,25M] [--ranks 1,2]`.
+
+Transformers of 10M parameters to a billion with bf16 weights train on 16 tokens per rank and step, so few that the
+optimizer has a large share of a step. Two times are taken: the whole step, and the seconds of it in which an optimizer
+runs, as the strategy's own record has them; of each the least disturbed turn counts. For each contestant a line is
+fitted to their logarithms: its slope is the exponent with which seconds grow, 1 where a parameter costs the same at
+every size.
+
+Every process has one thread for forward and backward and one for its optimizer; ranks talk over gloo. Contestants of
+one size and number of ranks take turns where memory holds them all, and run one by one where it does not. More ranks
+than cores share them, and `shares_cores` says so. States are fp32 up to 350M parameters; at a billion everything is
+bf16. What memory can't hold is a row that says so. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import functools
+import json
+import math
+import os
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.models import SHAPES
+from benchmarks.step_cost import BenchmarkError, available_bytes, hardware, num_weights, run_heat
+from benchmarks.versus.entrant import Entrant
+from benchmarks.versus.techniques import num_cores
+
+Row = dict[str, Any]
+SIZES = tuple(name.removesuffix("-few") for name in SHAPES if name.endswith("-few"))
+DEFAULT_SIZES = SIZES[SIZES.index("10M") :]
+RANKS = (1, 2, 4)
+LIBRARIES_BYTES = 600 * 2**20
+
+
+@dataclass(frozen=True)
+class Line:
+    """One contestant over all sizes.
+
+    Attributes:
+        bytes_per_param: of each rank: weights, gradients and what buffers double.
+        shared_bytes_per_param: of all ranks together: masters and states.
+        largest: the largest size that it is measured at.
+        over_ranks: whether it runs on several ranks too.
+    """
+
+    label: str
+    bytes_per_param: int
+    shared_bytes_per_param: int
+    largest: str = "350M"
+    over_ranks: bool = False
+
+    def needed_bytes(self, size: str, num_ranks: int) -> int:
+        """About what all its ranks occupy together."""
+        per_param = num_ranks * self.bytes_per_param + self.shared_bytes_per_param
+        return num_ranks * LIBRARIES_BYTES + per_param * num_weights(f"{size}-few")
+
+
+LINES = {
+    "cpu": Line("cpu", 8, 14),
+    "superoffload": Line("superoffload", 8, 16),
+    "cpu-all-bf16": Line("cpu, all bf16", 6, 6, largest="1B"),
+    "superoffload-all-bf16": Line("superoffload, all bf16", 6, 8, largest="1B"),
+    "zero2": Line("zero2", 6, 12, over_ranks=True),
+    "zero3": Line("zero3", 6, 12, over_ranks=True),
+}
+
+
+def names_at(size: str, num_ranks: int, chosen: Sequence[str]) -> list[str]:
+    """The contestants of one size and number of ranks."""
+    return [
+        name
+        for name in chosen
+        if (num_ranks == 1 or LINES[name].over_ranks) and SIZES.index(size) <= SIZES.index(LINES[name].largest)
+    ]
+
+
+def heats_of(names: Sequence[str], size: str, num_ranks: int, available: int) -> list[list[str]]:
+    """All in one heat where memory holds them; else one by one."""
+    needed = sum(LINES[name].needed_bytes(size, num_ranks) for name in names)
+    return [list(names)] if needed < 0.85 * available else [[name] for name in names]
+
+
+def row_of(entrant: Entrant, size: str, num_ranks: int) -> Row:
+    row: Row = {"name": entrant.name, "label": LINES[entrant.name].label, "size": size, "num_ranks": num_ranks}
+    if entrant.error is not None:
+        return row | {"error": entrant.why}
+    num_params = entrant.ranks[0].end["num_params"]
+    steps_per_turn = len(entrant.ranks[0].wall[0])
+    optimizer = [
+        max(turn) / steps_per_turn
+        for turn in zip(*(rank.end["facts"]["optimizer_seconds"] for rank in entrant.ranks), strict=True)
+    ]
+    row |= {"num_params": num_params, "num_steps": len(entrant.losses), "peak_mib": entrant.peak_mib}
+    for key, seconds in (("step", entrant.wall), ("optimizer", optimizer)):
+        row |= {
+            f"{key}_s": round(statistics.median(seconds), 6),
+            f"{key}_least_s": round(min(seconds), 6),
+            f"{key}_largest_s": round(max(seconds), 6),
+            f"{key}_ns_per_param": round(1e9 * min(seconds) / num_params, 3),
+        }
+    return row
+
+
+def measure(size: str, num_ranks: int, options: argparse.Namespace) -> list[Row]:
+    """The rows of one size and number of ranks."""
+    rows: list[Row] = []
+    names = names_at(size, num_ranks, options.only)
+    for heat in heats_of(names, size, num_ranks, available_bytes()):
+        needed = sum(LINES[name].needed_bytes(size, num_ranks) for name in heat)
+        if needed > 0.95 * available_bytes():
+            error = f"needs about {needed / 2**30:.1f} GiB, {available_bytes() / 2**30:.1f} GiB are available"
+            rows += [
+                {"name": name, "label": LINES[name].label, "size": size, "num_ranks": num_ranks, "error": error}
+                for name in heat
+            ]
+            continue
+        print(f"[{size}, {num_ranks} ranks] {', '.join(heat)}", file=sys.stderr, flush=True)
+        start = functools.partial(Entrant, num_ranks=num_ranks, more=["--record", "--settle"])
+        how = argparse.Namespace(peers=None, rounds=options.rounds, steps=options.steps, quick=False)
+        rows += [row_of(entrant, size, num_ranks) for entrant in run_heat(heat, f"{size}-few", "bf16", how, start)]
+    return rows
+
+
+def fit(xs: Sequence[float], ys: Sequence[float]) -> Row:
+    """Least squares of log(y) over log(x): the slope, and its standard error where more than two points give one."""
+    log_x, log_y = [math.log(x) for x in xs], [math.log(y) for y in ys]
+    mean_x, mean_y = statistics.mean(log_x), statistics.mean(log_y)
+    spread = sum((x - mean_x) ** 2 for x in log_x)
+    slope = sum((x - mean_x) * (y - mean_y) for x, y in zip(log_x, log_y, strict=True)) / spread
+    residuals = sum((y - mean_y - slope * (x - mean_x)) ** 2 for x, y in zip(log_x, log_y, strict=True))
+    error = math.sqrt(residuals / (len(log_x) - 2) / spread) if len(log_x) > 2 else None
+    return {"slope": round(slope, 4), "error": None if error is None else round(error, 4), "points": len(log_x)}
+
+
+def fits_of(rows: Sequence[Row]) -> list[Row]:
+    """The exponents of each contestant at each number of ranks, of the whole step and of its optimizer."""
+    lines: dict[tuple[str, int], list[Row]] = {}
+    for row in rows:
+        if "error" not in row:
+            lines.setdefault((row["name"], row["num_ranks"]), []).append(row)
+    found: list[Row] = []
+    for (name, num_ranks), line in lines.items():
+        if len(line) < 2:
+            continue
+        params = [row["num_params"] for row in line]
+        one: Row = {"name": name, "label": LINES[name].label, "num_ranks": num_ranks}
+        one |= {key: fit(params, [row[f"{key}_least_s"] for row in line]) for key in ("step", "optimizer")}
+        found.append(one)
+    return found
+
+
+def slope_text(fitted: Row) -> str:
+    error = "" if fitted["error"] is None else f" +- {fitted['error']:.3f}"
+    return f"{fitted['slope']:.3f}{error}"
+
+
+def show(rows: Sequence[Row], fits: Sequence[Row]) -> None:
+    print(
+        f"\n{'':26}{'ranks':>6}{'size':>7}{'step s':>10}{'least':>10}{'largest':>10}{'optimizer s':>13}{'least':>10}"
+        f"{'ns/param':>10}{'optimizer':>11}{'MiB':>8}"
+    )
+    for row in rows:
+        start = f"{row['label']:26}{row['num_ranks']:6}{row['size']:>7}"
+        if "error" in row:
+            print(f"{start}  {row['error']}")
+            continue
+        print(
+            f"{start}{row['step_s']:10.4f}{row['step_least_s']:10.4f}{row['step_largest_s']:10.4f}"
+            f"{row['optimizer_s']:13.4f}{row['optimizer_least_s']:10.4f}{row['step_ns_per_param']:10.2f}{row['optimizer_ns_per_param']:11.2f}"
+            f"{row['peak_mib']:8}"
+        )
+    print("\nexponents of seconds over parameters, with their standard errors")
+    for one in fits:
+        step, optimizer = slope_text(one["step"]), slope_text(one["optimizer"])
+        print(f"{one['label']:26}{one['num_ranks']:6} ranks: step {step}, optimizer {optimizer}")
+
+
+def draw(rows: Sequence[Row], fits: Sequence[Row], path: Path) -> None:
+    """Time per parameter over parameters, of whole steps and of optimizers, with the exponents in the legends."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 5.6), sharex=True, layout="constrained")
+    names = list(LINES)
+    for axis, key, title in zip(axes, ("step", "optimizer"), ("whole step", "optimizer's part"), strict=True):
+        for one in fits:
+            line = [row for row in rows if (row["name"], row["num_ranks"]) == (one["name"], one["num_ranks"])]
+            line = [row for row in line if "error" not in row]
+            axis.plot(
+                [row["num_params"] for row in line],
+                [row[f"{key}_ns_per_param"] for row in line],
+                {1: "-", 2: "--", 4: ":"}[one["num_ranks"]],
+                marker="o",
+                markersize=4,
+                color=f"C{names.index(one['name'])}",
+                label=f"{one['label']}, {one['num_ranks']} rank(s): {slope_text(one[key])}",
+            )
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.set_xlabel("parameters")
+        axis.set_title(f"{title}; in the legend the exponent of its seconds over parameters", fontsize=8.5)
+        axis.grid(alpha=0.25, which="both")
+        axis.legend(fontsize=7, frameon=False)
+    axes[0].set_ylabel("ns per parameter and step, least disturbed turn")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", default=",".join(DEFAULT_SIZES), help=f"of {', '.join(SIZES)}")
+    parser.add_argument("--ranks", default=",".join(map(str, RANKS)), help="of 1, 2, 4; default all")
+    parser.add_argument("--only", default=",".join(LINES), help=f"of {', '.join(LINES)}; default all")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=2, help="steps per turn, default 2")
+    parser.add_argument("--json", type=Path, help="also write the JSON here")
+    parser.add_argument("--picture", type=Path, help="a PNG; needs matplotlib and two sizes")
+    options = parser.parse_args()
+    options.sizes, options.only = options.sizes.split(","), options.only.split(",")
+    try:
+        options.ranks = [int(text) for text in options.ranks.split(",")]
+    except ValueError:
+        parser.error(f"--ranks takes numbers of {RANKS} with commas, found {options.ranks!r}")
+    unknown = [
+        str(one) for one in (*options.sizes, *options.only, *options.ranks) if one not in (*SIZES, *LINES, *RANKS)
+    ]
+    if unknown:
+        parser.error(f"unknown: {', '.join(unknown)}")
+    return options
+
+
+def main() -> int:
+    options = parse()
+    start = time.perf_counter()
+    machine = hardware()
+    rows: list[Row] = []
+    for size in options.sizes:
+        for ranks in options.ranks:
+            rows += measure(size, ranks, options)
+    fits = fits_of(rows)
+    report = {
+        "benchmark": "scaling",
+        "hardware": machine,
+        "load_at_the_end": round(os.getloadavg()[0], 2),
+        "shares_cores": [ranks for ranks in options.ranks if ranks > num_cores()],
+        "date": datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat(),
+        "tokens_per_rank": SHAPES["10M-few"].tokens,
+        "seconds": round(time.perf_counter() - start, 1),
+        "rows": rows,
+        "fits": fits,
+    }
+    print(f"{machine}\n{report['seconds']} s in all")
+    show(rows, fits)
+    for path in (options.json, options.picture):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+    if options.picture is not None:
+        draw(rows, fits, options.picture)
+    text = json.dumps(report)
+    if options.json is not None:
+        options.json.write_text(text + "\n")
+    print(text)
+    return 1 if any("error" in row and "GiB" not in row["error"] for row in rows) else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except BenchmarkError as error:
+        print(f"scaling: {error}", file=sys.stderr)
+        sys.exit(2)

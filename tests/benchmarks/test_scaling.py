@@ -1,0 +1,108 @@
+"""`benchmarks/scaling.py`: the fit, who runs where, and a tiny run from end to end."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks import scaling
+from benchmarks.contestants import covered_seconds
+from benchmarks.models import SHAPES, Decoder, num_params
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.slow
+def test_a_tiny_run_has_both_times_and_their_exponents(tmp_path: Path) -> None:
+    out, picture = tmp_path / "scaling.json", tmp_path / "scaling.png"
+    command = [sys.executable, "benchmarks/scaling.py", "--sizes", "0.2M,1M", "--ranks", "1", "--rounds", "2"]
+    command += ["--only", "cpu,superoffload-all-bf16", "--json", str(out)]
+    try:
+        import matplotlib  # noqa: F401
+
+        command += ["--picture", str(picture)]
+    except ModuleNotFoundError:
+        pass
+    done = subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads(out.read_text())
+    assert report == json.loads(done.stdout.splitlines()[-1])
+    assert [(row["name"], row["size"]) for row in report["rows"]] == [
+        ("cpu", "0.2M"),
+        ("superoffload-all-bf16", "0.2M"),
+        ("cpu", "1M"),
+        ("superoffload-all-bf16", "1M"),
+    ]
+    for row in report["rows"]:
+        assert row["num_params"] == num_params(Decoder(SHAPES[f"{row['size']}-few"]))
+        assert 0 < row["optimizer_least_s"] <= row["optimizer_s"] < row["step_largest_s"]
+        assert row["step_ns_per_param"] == pytest.approx(1e9 * row["step_least_s"] / row["num_params"], rel=1e-3)
+    assert [(one["name"], one["step"]["points"]) for one in report["fits"]] == [
+        ("cpu", 2),
+        ("superoffload-all-bf16", 2),
+    ]
+    assert picture.exists() == ("--picture" in command)
+
+
+def test_a_power_has_its_exponent_and_no_error() -> None:
+    xs = [1.0, 10.0, 100.0]
+    assert scaling.fit(xs, [3 * x**1.5 for x in xs]) == {"slope": 1.5, "error": 0.0, "points": 3}
+    assert scaling.fit(xs[:2], [1.0, 10.0]) == {"slope": 1.0, "error": None, "points": 2}
+
+
+def test_the_standard_error_is_of_least_squares() -> None:
+    # Logarithms x = -1, 0, 1 and y = 1, -2, 1: no slope, residuals 6, so sqrt(6 / (3 - 2) / 2).
+    xs, ys = [math.exp(x) for x in (-1, 0, 1)], [math.exp(y) for y in (1, -2, 1)]
+    assert scaling.fit(xs, ys) == {"slope": 0.0, "error": round(math.sqrt(3), 4), "points": 3}
+
+
+def test_fits_leave_out_what_failed_and_lines_of_one_point() -> None:
+    def row(name: str, size: str, params: int) -> scaling.Row:
+        times = {"step_least_s": params * 2e-9, "optimizer_least_s": params * 1e-9}
+        return {"name": name, "num_ranks": 1, "size": size, "num_params": params, **times}
+
+    rows = [row("cpu", "1M", 10**6), row("cpu", "10M", 10**7), row("zero2", "1M", 10**6)]
+    rows.append({"name": "cpu", "num_ranks": 1, "size": "1B", "error": "needs about 30 GiB"})
+    [one] = scaling.fits_of(rows)
+    assert (one["name"], one["step"]["slope"], one["optimizer"]["slope"]) == ("cpu", 1.0, 1.0)
+
+
+def test_a_billion_parameters_are_for_bf16_states_and_ranks_for_sharding() -> None:
+    names = list(scaling.LINES)
+    assert scaling.names_at("1B", 1, names) == ["cpu-all-bf16", "superoffload-all-bf16"]
+    assert scaling.names_at("350M", 1, names) == names
+    assert scaling.names_at("10M", 4, names) == ["zero2", "zero3"]
+    assert scaling.names_at("1B", 2, names) == []
+
+
+def test_contestants_run_one_by_one_where_memory_does_not_hold_them() -> None:
+    names = ["cpu", "superoffload"]
+    needed = sum(scaling.LINES[name].needed_bytes("120M", 1) for name in names)
+    assert scaling.heats_of(names, "120M", 1, 2 * needed) == [names]
+    assert scaling.heats_of(names, "120M", 1, needed) == [["cpu"], ["superoffload"]]
+
+
+@pytest.mark.parametrize("size", ["10M", "25M", "60M", "120M", "350M", "1B"])
+def test_sizes_are_what_their_names_say(size: str) -> None:
+    said = float(size[:-1]) * {"M": 1e6, "B": 1e9}[size[-1]]
+    assert scaling.num_weights(f"{size}-few") == pytest.approx(said, rel=0.05)
+
+
+def test_seconds_that_spans_share_count_once() -> None:
+    assert covered_seconds([(0.0, 2.0), (1.0, 3.0), (1.5, 1.75), (5.0, 6.0)]) == 4.0
+    assert covered_seconds([]) == 0.0
+
+
+def test_an_unknown_size_is_refused() -> None:
+    command = [sys.executable, "benchmarks/scaling.py", "--sizes", "9B"]
+    done = subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2
+    assert "unknown: 9B" in done.stderr
