@@ -1,10 +1,10 @@
 """How a step's time grows with parameters and ranks: `python benchmarks/scaling.py [--sizes 10M,25M] [--ranks 1,2]`.
 
 Transformers of 10M parameters to a billion with bf16 weights train on 16 tokens per rank and step, so few that the
-optimizer has a large share of a step. Two times are taken: the whole step, and the seconds of it in which an optimizer
-runs, as the strategy's own record has them; of each the least disturbed turn counts. For each contestant a line is
-fitted to their logarithms: its slope is the exponent with which seconds grow, 1 where a parameter costs the same at
-every size.
+optimizer has a large share of a step. Three times are taken: the whole step's wall time, its CPU seconds, and the wall
+time in which an optimizer runs, as the strategy's own record has it; of each the least disturbed turn counts. For each
+contestant a line is fitted to their logarithms: its slope is the exponent with which seconds grow, 1 where a parameter
+costs the same at every size.
 
 Every process has one thread for forward and backward and one for its optimizer; ranks talk over gloo. Contestants of
 one size and number of ranks take turns where memory holds them all, and run one by one where it does not. More ranks
@@ -39,6 +39,8 @@ Row = dict[str, Any]
 SIZES = tuple(name.removesuffix("-few") for name in SHAPES if name.endswith("-few"))
 DEFAULT_SIZES = SIZES[SIZES.index("10M") :]
 RANKS = (1, 2, 4)
+# Of a step: its wall time, CPU seconds of all ranks, and wall time in which an optimizer runs.
+KEYS = {"step": "step, wall", "cpu": "step, CPU of all ranks", "optimizer": "optimizer, wall"}
 LIBRARIES_BYTES = 600 * 2**20
 
 
@@ -101,7 +103,7 @@ def row_of(entrant: Entrant, size: str, num_ranks: int) -> Row:
         for turn in zip(*(rank.end["facts"]["optimizer_seconds"] for rank in entrant.ranks), strict=True)
     ]
     row |= {"num_params": num_params, "num_steps": len(entrant.losses), "peak_mib": entrant.peak_mib}
-    for key, seconds in (("step", entrant.wall), ("optimizer", optimizer)):
+    for key, seconds in (("step", entrant.wall), ("cpu", entrant.cpu), ("optimizer", optimizer)):
         row |= {
             f"{key}_s": round(statistics.median(seconds), 6),
             f"{key}_least_s": round(min(seconds), 6),
@@ -154,7 +156,7 @@ def fits_of(rows: Sequence[Row]) -> list[Row]:
             continue
         params = [row["num_params"] for row in line]
         one: Row = {"name": name, "label": LINES[name].label, "num_ranks": num_ranks}
-        one |= {key: fit(params, [row[f"{key}_least_s"] for row in line]) for key in ("step", "optimizer")}
+        one |= {key: fit(params, [row[f"{key}_least_s"] for row in line]) for key in KEYS}
         found.append(one)
     return found
 
@@ -166,8 +168,8 @@ def slope_text(fitted: Row) -> str:
 
 def show(rows: Sequence[Row], fits: Sequence[Row]) -> None:
     print(
-        f"\n{'':26}{'ranks':>6}{'size':>7}{'step s':>10}{'least':>10}{'largest':>10}{'optimizer s':>13}{'least':>10}"
-        f"{'ns/param':>10}{'optimizer':>11}{'MiB':>8}"
+        f"\n{'':26}{'ranks':>6}{'size':>7}{'step s':>10}{'least':>10}{'largest':>10}{'CPU s':>10}"
+        f"{'optimizer s':>13}{'least':>10}{'ns/param':>10}{'optimizer':>11}{'MiB':>8}"
     )
     for row in rows:
         start = f"{row['label']:26}{row['num_ranks']:6}{row['size']:>7}"
@@ -176,13 +178,13 @@ def show(rows: Sequence[Row], fits: Sequence[Row]) -> None:
             continue
         print(
             f"{start}{row['step_s']:10.4f}{row['step_least_s']:10.4f}{row['step_largest_s']:10.4f}"
-            f"{row['optimizer_s']:13.4f}{row['optimizer_least_s']:10.4f}{row['step_ns_per_param']:10.2f}{row['optimizer_ns_per_param']:11.2f}"
+            f"{row['cpu_s']:10.4f}{row['optimizer_s']:13.4f}{row['optimizer_least_s']:10.4f}{row['step_ns_per_param']:10.2f}{row['optimizer_ns_per_param']:11.2f}"
             f"{row['peak_mib']:8}"
         )
     print("\nexponents of seconds over parameters, with their standard errors")
     for one in fits:
-        step, optimizer = slope_text(one["step"]), slope_text(one["optimizer"])
-        print(f"{one['label']:26}{one['num_ranks']:6} ranks: step {step}, optimizer {optimizer}")
+        slopes = "; ".join(f"{title} {slope_text(one[key])}" for key, title in KEYS.items())
+        print(f"{one['label']:26}{one['num_ranks']:6} ranks: {slopes}")
 
 
 def draw(rows: Sequence[Row], fits: Sequence[Row], path: Path) -> None:
@@ -192,9 +194,9 @@ def draw(rows: Sequence[Row], fits: Sequence[Row], path: Path) -> None:
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(11, 5.6), sharex=True, layout="constrained")
+    figure, axes = plt.subplots(1, len(KEYS), figsize=(15, 5.6), sharex=True, layout="constrained")
     names = list(LINES)
-    for axis, key, title in zip(axes, ("step", "optimizer"), ("whole step", "optimizer's part"), strict=True):
+    for axis, (key, title) in zip(axes, KEYS.items(), strict=True):
         for one in fits:
             line = [row for row in rows if (row["name"], row["num_ranks"]) == (one["name"], one["num_ranks"])]
             line = [row for row in line if "error" not in row]
@@ -210,7 +212,7 @@ def draw(rows: Sequence[Row], fits: Sequence[Row], path: Path) -> None:
         axis.set_xscale("log")
         axis.set_yscale("log")
         axis.set_xlabel("parameters")
-        axis.set_title(f"{title}; in the legend the exponent of its seconds over parameters", fontsize=8.5)
+        axis.set_title(f"{title}; in the legend the exponent of seconds over parameters", fontsize=8.5)
         axis.grid(alpha=0.25, which="both")
         axis.legend(fontsize=7, frameon=False)
     axes[0].set_ylabel("ns per parameter and step, least disturbed turn")
