@@ -143,6 +143,7 @@ def run_all(options: argparse.Namespace) -> dict[str, Any]:
         "date": datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat(),
         "is_quick": options.quick,
         "num_rounds": options.rounds,
+        "settings": {TECHNIQUES[key].title: TECHNIQUES[key].setting for key in options.only if key in TECHNIQUES},
         "seconds": {},
         "rows": [],
     }
@@ -162,8 +163,10 @@ def main() -> int:
     options = parse()
     report = run_all(options)
     rows = report["rows"]
-    print(f"{report['hardware']}\n{report['versions']}\n{sum(report['seconds'].values()):.0f} s in all\n")
-    print(table_text(rows))
+    print(f"{report['hardware']}\n{report['versions']}\n{sum(report['seconds'].values()):.0f} s in all")
+    for title, setting in report["settings"].items():
+        print(f"{title}: {setting}")
+    print(f"\n{table_text(rows)}")
     if options.picture is not None:
         options.picture.parent.mkdir(parents=True, exist_ok=True)
         draw(rows, options.picture)

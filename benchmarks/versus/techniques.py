@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from benchmarks.contestants import ZENFLOW
 from benchmarks.step_cost import WARMUP_STEPS
@@ -32,6 +32,7 @@ class Technique:
         steps: of one turn.
         is_host_race: whether optimizers step on the host. A turn then ends when nothing is under way any more, and the
             optimizers that run beside nothing have all cores.
+        setting: precision, clip and what else sets the heat apart, in words.
         wants_0_19_6: whether DeepSpeed has to be 0.19.6: 0.19.8's ZenFlow scrambles the weights when it starts.
     """
 
@@ -45,7 +46,7 @@ class Technique:
     steps: int = 2
     is_host_race: bool = False
     wants_0_19_6: bool = False
-    setting: str = field(default="", kw_only=True)
+    setting: str = ""
 
     def more(self) -> list[str]:
         """Options of `versus/contestants.py`."""
