@@ -127,7 +127,9 @@ class Contestant:
         readable, _, _ = select.select([self._process.stdout], [], [], seconds)
         line = self._process.stdout.readline() if readable else ""
         if not line:
-            why = "ended" if readable else f"said nothing for {seconds:.0f} s"
+            why = f"said nothing for {seconds:.0f} s"
+            if readable:
+                why = f"ended with exit status {self._process.wait(ANSWER_SECONDS)}"
             self._log.seek(0)
             tail = "".join(self._log.readlines()[-15:])
             raise BenchmarkError(f"{self.name} {why}; its last words:\n{tail}")
