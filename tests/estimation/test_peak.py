@@ -15,7 +15,6 @@ from lightning_superscale.estimation.trace import trace_step
 from lightning_superscale.run.precision import choose
 from tests.estimation.models import MODELS
 from tests.helpers.allocations import Allocations, SpanOfSteps
-from tests.helpers.ranks import run_ranks
 from tests.helpers.trainers import trainer
 
 TOLERANCE = 0.05  # the bound that `estimate()` promises
@@ -29,11 +28,9 @@ STRATEGIES = {
 }
 # oneDNN's convolutions in bf16 convert and reorder within an operation, in memory that no trace sees.
 WORKLOADS = [("language", "bf16-true"), ("language", "32-true"), ("images", "32-true")]
-# Gathers of stage 3, and new weights that other threads receive, are in memory that this allocator does not count.
-OVER_RANKS = (0, 1, 2)
 
 
-def setup_of(stage, offload, precision, num_ranks=1) -> Setup:
+def setup_of(stage, offload, precision) -> Setup:
     how = None if offload is None else OffloadConfig(**offload)
     flows = how is not None and how.weights == "flow"
     on_device = 0.0 if how is None or how.gpu_fraction == "auto" else how.gpu_fraction
@@ -41,7 +38,6 @@ def setup_of(stage, offload, precision, num_ranks=1) -> Setup:
         zero=ZeroConfig(stage=stage),
         offload=how,
         precision=choose(precision),
-        num_ranks=num_ranks,
         flows=flows,
         on_device=on_device,
     )
@@ -58,14 +54,13 @@ def predicted(model, size: int, setup: Setup) -> int:
     return device_peak(trace, params, byte_classes(module, params, setup), setup).total
 
 
-def measured(model, size: int, setup: Setup, devices: int = 1) -> int:
-    data = DataLoader(torch.cat([model.batch(size * devices)] * 4), size)
+def measured(model, size: int, setup: Setup) -> int:
+    data = DataLoader(torch.cat([model.batch(size)] * 4), size)
     strategy = lss.SuperScaleStrategy(zero=setup.zero, offload=setup.offload)
     run = trainer(
         strategy,
         plugins=[lss.SuperScalePrecision(setup.precision.name)],
         max_epochs=1,
-        devices=devices,
         callbacks=[SpanOfSteps(2, 3)],
     )
     with Allocations() as seen:
@@ -80,14 +75,3 @@ def test_one_rank(name, kind, precision):
     setup = setup_of(*STRATEGIES[name], precision)
     for size in sizes:
         assert predicted(model, size, setup) == pytest.approx(measured(model, size, setup), rel=TOLERANCE), size
-
-
-def _on_ranks(rank: int, world_size: int, stage: int) -> float:
-    model, sizes = MODELS["language"]
-    setup = setup_of(stage, None, "bf16-true", world_size)
-    return predicted(model, sizes[-1], setup) / measured(model, sizes[-1], setup, world_size)
-
-
-@pytest.mark.parametrize("stage", OVER_RANKS)
-def test_two_ranks(stage):
-    assert run_ranks(2, _on_ranks, stage) == pytest.approx([1.0, 1.0], rel=TOLERANCE)
