@@ -47,6 +47,7 @@ class SuperOffloadEngine:
             context.config.speculate,
             streams=context.streams,
             profile=context.profile,
+            has_own_memory=context.device_update.num_threads == 0,
             has_own_cores=has_own_cores(context.device_update, context.pool),
         )
         return DeferredStep(optimizer, guard, chooser=chooser, timeline=context.timeline)

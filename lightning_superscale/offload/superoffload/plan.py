@@ -69,6 +69,7 @@ class PlanChooser:
         speculate: `OffloadConfig.speculate`.
         streams: whether gradients leave during backward, so that there is something to look at.
         profile: the measured speeds; None without any.
+        has_own_memory: whether the model is in other memory than the optimizer's states, as on a GPU.
         has_own_cores: whether the host's work can run beside the model's.
         clock: seconds.
 
@@ -84,12 +85,14 @@ class PlanChooser:
         *,
         streams: bool,
         profile: HardwareProfile | None = None,
+        has_own_memory: bool = True,
         has_own_cores: bool = True,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._speculate = speculate
         self._streams = streams
         self._profile = profile
+        self.has_own_memory = has_own_memory
         self.has_own_cores = has_own_cores
         self._clock = clock
         self._work = HostWork(num_params=0, link_bytes=0, num_buckets=0)
@@ -170,8 +173,8 @@ class PlanChooser:
         may_look = self._streams and self._speculate is not False
         if may_look and self._speculate is True:
             return "ahead", "speculate=True"
-        if not self.has_own_cores:
-            return "direct", "the optimizer's threads have the model's cores, which no plan but the shortest spares"
+        if not self.has_own_memory:
+            return "direct", "the model is in the same memory, and every byte that the optimizer moves slows it"
         clipped = f"{self.clip_rate:.0%} of the last steps were clipped"
         times = self.times()
         if times is not None:

@@ -99,11 +99,11 @@ def test_without_any_clip_the_next_verdict_is_known():
     assert made.clip_rate == 0
 
 
-def test_shared_cores_get_the_shortest_plan_whatever_the_times():
+def test_shared_memory_gets_the_shortest_plan_whatever_the_times():
     clock = Clock()
-    made = chooser(clock=clock, has_own_cores=False)
+    made = chooser(clock=clock, has_own_memory=False)
     assert set(run(made, clock, 0.2 * HOST_S, [False] * 5)) == {"direct"}
-    assert "the model's cores" in made.reasons()[0]
+    assert "the model is in the same memory" in made.reasons()[0]
 
 
 def test_without_a_profile_the_clip_rate_alone_decides():

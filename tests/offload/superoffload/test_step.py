@@ -345,7 +345,7 @@ def chosen_by_itself(engine):
     """The engine's rule, with the choice of plans that users have."""
     chooser = engine._rule._host.chooser
     del chooser._chosen  # the helper's, which lets plans take turns
-    chooser.has_own_cores = True
+    chooser.has_own_memory = True
     chooser._choose()
     return engine._rule._host
 
