@@ -138,7 +138,7 @@ def settled(_device: Device) -> Case:
     of, upload = Future(), Future()
     return Case(
         SettledWeights(of),
-        lambda: (of.set_result(_Settled([], 0, FutureEvent(upload))), upload.set_result(None)),
+        lambda: (of.set_result(_Settled([], 0, False, FutureEvent(upload))), upload.set_result(None)),
     )
 
 

@@ -27,9 +27,9 @@ share a unit's steps, its whole weights have a buffer of their own, and A is upl
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from time import perf_counter
 
 from torch import Tensor
 
@@ -200,11 +200,11 @@ class DeferredState:
     ) -> None:
         if not numbered:
             return
-        start = time.perf_counter()
+        start = perf_counter()
         seen = kernel([segment for _, segment in numbered], stats=True, pool=self._pool) or []
         passes = Passes.of_width(self.transfer_dtype.itemsize)
         share = {adamw_peek: passes.look, adamw_commit: passes.direct}.get(kernel, 1.0)
-        self._note(time.perf_counter() - start, numbered, share)
+        self._note(perf_counter() - start, numbered, share)
         for (i, _), stats in zip(numbered, seen, strict=True):
             known = self._slices[i]
             known.pending, known.looked_at, known.stats = None, hypers[i], stats
@@ -291,10 +291,10 @@ class DeferredState:
             self._slices[i].pending = None
 
     def _commit(self, numbered: Sequence[tuple[int, AdamWSegment]]) -> None:
-        start = time.perf_counter()
+        start = perf_counter()
         adamw_commit([segment for _, segment in numbered], pool=self._pool)
         share = Passes.of_width(self.transfer_dtype.itemsize).commit
-        self._note(time.perf_counter() - start, numbered, share)
+        self._note(perf_counter() - start, numbered, share)
 
     def _note(self, seconds: float, numbered: Sequence[tuple[int, AdamWSegment]], share: float) -> None:
         """Note what a pass took, whose memory traffic is this share of one that commits and looks."""
