@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from lightning_superscale.estimation.memory import Param, byte_classes
+from lightning_superscale.estimation.memory import Param, byte_classes, kept_on_device
 from lightning_superscale.estimation.setup import Setup
 
 
@@ -36,7 +36,7 @@ def largest_params(
     by_name = {param.spec.fqn: param for param in params}
     block = [by_name[fqn] for fqn in max(blocks, key=len)]
     classes = byte_classes(nn.Module(), block, setup)
-    kept = sum(row.device_bytes for row in classes if row.name not in ("gradients", "weights (flowing)"))
+    kept = sum(kept_on_device(classes).values())
     # Gradients that leave during backward are few where the device holds the most; others are there all the time.
     stay = 0 if setup.streams else sum(row.device_bytes for row in classes if row.name == "gradients")
     on_device = kept + stay + round(statistics.median(saved))

@@ -7,8 +7,7 @@ layout/memory.py). `explain()` of a run counts the same bytes from the tensors t
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,8 +57,7 @@ def params_of(module: nn.Module, setup: Setup) -> list[Param]:
     """The parameters of a module, on the meta device or any other, in the order of their registration."""
     named = [(fqn, _stand_in(param, setup)) for fqn, param in module.named_parameters()]
     original = dict(zip((twin for _, twin in named), module.parameters(), strict=True))
-    block_of = _blocks(module, setup)
-    left_out = _left_out(module, setup)
+    block_of, left_out = _blocks(module, setup)
     on_device = _on_device(named, setup)
     return [
         Param(
@@ -79,21 +77,15 @@ def _stand_in(param: nn.Parameter, setup: Setup) -> nn.Parameter:
     return nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=param.requires_grad)
 
 
-def _blocks(module: nn.Module, setup: Setup) -> Mapping[nn.Parameter, int]:
-    """The blocks that stream from the host, or that FSDP2 gathers, by parameter."""
+def _blocks(module: nn.Module, setup: Setup) -> tuple[Mapping[nn.Parameter, int], Collection[nn.Parameter]]:
+    """By parameter, the block that streams it from the host or in which FSDP2 gathers it; and what FSDP2 leaves out."""
     if setup.flows and setup.offload is not None:
         blocks = blocks_with_own_params(module, setup.offload.wrap)
-        return {param: i for i, (_, _, own) in enumerate(blocks) for param in own.values()}
+        return {param: i for i, (_, _, own) in enumerate(blocks) for param in own.values()}, ()
     if setup.shards_weights:
         plans = plan_groups(module, wrap_plan(module, setup.zero.wrap, include_root=False))
-        return {param: i for i, plan in enumerate(plans) for param in plan.params.values()}
-    return {}
-
-
-def _left_out(module: nn.Module, setup: Setup) -> Mapping[nn.Parameter, str]:
-    if not setup.shards_weights:
-        return {}
-    return left_out_of(plan_groups(module, wrap_plan(module, setup.zero.wrap, include_root=False)))
+        return {param: i for i, plan in enumerate(plans) for param in plan.params.values()}, left_out_of(plans)
+    return {}, ()
 
 
 def _on_device(named: Sequence[tuple[str, nn.Parameter]], setup: Setup) -> frozenset[nn.Parameter]:
@@ -165,6 +157,16 @@ def _bytes_here(one: BytesPerParam, param: Param, setup: Setup) -> int:
     return one.padded_bytes(param.numel if one.axis is None else param.shard_numel(setup.num_shards))
 
 
+def kept_on_device(classes: Sequence[ByteClass]) -> dict[str, int]:
+    """Bytes that the device has all the time, by class: those of gradients and of weights that flow come and go."""
+    passing = ("gradients", "weights (flowing)")
+    kept: dict[str, int] = {}
+    for row in classes:
+        if row.device_bytes and row.name not in passing:
+            kept[row.name] = kept.get(row.name, 0) + row.device_bytes
+    return kept
+
+
 class _Rows:
     """The bytes of each class while they are summed up."""
 
@@ -197,8 +199,3 @@ def flowing_blocks(params: Sequence[Param]) -> dict[int, int]:
         if param.block is not None:
             sizes[param.block] = sizes.get(param.block, 0) + align_up(param.numel) * param.dtype.itemsize
     return sizes
-
-
-def shard_bytes(params: Sequence[Param], num_shards: int) -> int:
-    """Bytes of this rank's rows of the weights of these parameters, aligned."""
-    return sum(math.prod((align_up(param.shard_numel(num_shards)), param.dtype.itemsize)) for param in params)

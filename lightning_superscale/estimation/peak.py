@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from lightning_superscale.estimation.memory import Param, flowing_blocks, share_on_device
+from lightning_superscale.estimation.memory import Param, flowing_blocks, kept_on_device, share_on_device
 from lightning_superscale.estimation.setup import Setup
 from lightning_superscale.estimation.trace import StepTrace
 from lightning_superscale.layout.rows import align_up
@@ -95,7 +95,7 @@ def device_peak(trace: StepTrace, params: Sequence[Param], classes: Sequence[Byt
     Args:
         params, classes: of the traced module, for this setup.
     """
-    kept = sum(row.device_bytes for row in classes if row.name not in ("gradients", "weights (flowing)"))
+    kept = sum(kept_on_device(classes).values())
     changes = list(_changes(trace, params, setup))
     weights = _passing_weights(params, setup)
     moments = [

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_superscale.errors import SettingError
+from lightning_superscale.estimation.memory import kept_on_device
 from lightning_superscale.estimation.result import Estimate, StrategyEstimate
 
 _GIB = 2**30
@@ -14,12 +15,12 @@ _GIB = 2**30
 
 def device_parts(one: StrategyEstimate) -> dict[str, int]:
     """Bytes of the device at the peak, by class."""
-    parts: dict[str, int] = {}
-    for row in one.bytes:
-        if row.device_bytes and row.name not in ("gradients", "weights (flowing)"):
-            parts[row.name] = parts.get(row.name, 0) + row.device_bytes
     peak = one.peak
-    parts |= {"gradients": peak.gradients, "activations": peak.activations + peak.batch, "transfers": peak.transfers}
+    parts = kept_on_device(one.bytes) | {
+        "gradients": peak.gradients,
+        "activations": peak.activations + peak.batch,
+        "transfers": peak.transfers,
+    }
     return {name: nbytes for name, nbytes in parts.items() if nbytes}
 
 
