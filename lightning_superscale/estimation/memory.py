@@ -123,7 +123,7 @@ def share_on_device(param: Param, setup: Setup) -> float:
     if not param.is_on_host:
         return 1.0
     flows = setup.flows and param.block is not None
-    states = _states_of(param, setup, flows=flows).classes
+    states = states_of(param, setup, flows=flows).classes
     return max((one.share for one in states if one.home == "device" and "states" in one.name), default=0.0)
 
 
@@ -135,10 +135,11 @@ def _classes_of(param: Param, setup: Setup, *, flows: bool) -> Sequence[BytesPer
         reduces_once=setup.zero.reduces_once,
         flows=flows,
     )
-    return (held + _states_of(param, setup, flows=flows)).classes
+    return (held + states_of(param, setup, flows=flows)).classes
 
 
-def _states_of(param: Param, setup: Setup, *, flows: bool) -> MemoryModel:
+def states_of(param: Param, setup: Setup, *, flows: bool) -> MemoryModel:
+    """What the memory model states of a trained parameter's masters, moments and buffers."""
     return states_memory(
         setup.precision.states,
         setup.offload,

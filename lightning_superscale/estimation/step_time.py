@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from lightning_superscale.estimation.devices import DeviceProfile
-from lightning_superscale.estimation.memory import Param
+from lightning_superscale.estimation.memory import Param, states_of
 from lightning_superscale.estimation.operations import Phase, TracedOperation
 from lightning_superscale.estimation.peak import units_of
 from lightning_superscale.estimation.setup import Setup
@@ -83,10 +83,11 @@ def step_time(
 
 def _on_device(params: Sequence[Param], setup: Setup, profile: DeviceProfile) -> float:
     """Seconds of the step of states on the device: each is read and written, with gradient and weights."""
-    numel = sum(p.shard_numel(setup.num_shards) for p in params if p.trains and not p.is_on_host)
-    weights = setup.precision.weights.itemsize
-    states = setup.precision.states.moments.itemsize * 2 + 4 * (weights < 4)
-    return numel * (2 * states + 3 * weights) / (profile.memory_rate * profile.reach.memory)
+    moved = 0.0
+    for param in (param for param in params if param.trains and not param.is_on_host):
+        states = states_of(param, setup, flows=False).per_param("device", "shard")
+        moved += param.shard_numel(setup.num_shards) * (2 * states + 3 * param.dtype.itemsize)
+    return moved / (profile.memory_rate * profile.reach.memory)
 
 
 def _on_host(
