@@ -52,9 +52,6 @@ class Seen(L.Callback):
         self.plan, self.told = strategy.plan, strategy.explain()
         self.work = exposure.host_work(assembly)
         self.numel = sum(unit.shard.shard_numel for e in assembly.engines.values() for unit in e.transport.units)
-        self.masters = [
-            state.master.clone() for e in assembly.engines.values() for state in e.states if state.master is not None
-        ]
         (optimizer,) = trainer.optimizers
         self.states = {
             (i, key): value.clone()
@@ -62,6 +59,10 @@ class Seen(L.Callback):
             for key, value in optimizer.state[p].items()
             if isinstance(value, torch.Tensor)
         }
+        # After the moments, whose reading commits what waits: a master that is behind would depend on the clock.
+        self.masters = [
+            state.master.clone() for e in assembly.engines.values() for state in e.states if state.master is not None
+        ]
         self.choice = assembly.host.link_dtype
 
 
