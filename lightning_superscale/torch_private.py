@@ -85,6 +85,11 @@ def is_in_functorch() -> bool:
     return bool(torch._C._are_functorch_transforms_active())
 
 
+def is_in_backward() -> bool:
+    """Whether this thread runs a backward of autograd's."""
+    return torch._C._current_graph_task_id() != -1
+
+
 def without_dispatch_modes() -> AbstractContextManager[object]:
     """A context whose operations are seen by none of the dispatch modes that are active around it."""
     context: AbstractContextManager[object] = _disable_current_modes()
@@ -181,6 +186,14 @@ def is_compiled(root: nn.Module) -> bool:
     """Whether `torch.compile` compiled the model or any module in it."""
     optimized = torch._dynamo.OptimizedModule if hasattr(torch, "_dynamo") else ()
     return any(isinstance(m, optimized) or getattr(m, "_compiled_call_impl", None) is not None for m in root.modules())
+
+
+def has_compiled_code() -> bool:
+    """Whether anything of this process was made by `torch.compile`, modules and functions alike, used or not."""
+    if not hasattr(torch, "_dynamo"):
+        return False
+    # Functions that are kept from being compiled are there too, with None.
+    return any(map(callable, torch._dynamo.eval_frame.cached_backends.values()))
 
 
 @torch.compiler.disable(recursive=False)  # type: ignore[no-untyped-call, untyped-decorator]

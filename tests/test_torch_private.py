@@ -225,6 +225,26 @@ def test_compiled_modules_are_known_and_seen_through():
     assert torch_private.is_compiled(module)
 
 
+def test_compiled_code_is_known_wherever_it_is():
+    torch._dynamo.reset()
+    assert not torch_private.has_compiled_code()
+    try:
+        torch.compile(lambda x: x + 1, backend="eager")
+        assert torch_private.has_compiled_code()
+    finally:
+        torch._dynamo.reset()
+
+
+def test_a_backward_is_known_from_within():
+    seen = []
+    x = torch.ones(2, requires_grad=True)
+    x.register_hook(lambda grad: seen.append(torch_private.is_in_backward()))
+    assert not torch_private.is_in_backward()
+    x.sum().backward()
+    assert seen == [True]
+    assert not torch_private.is_in_backward()
+
+
 def test_what_runs_past_torch_functions_is_where_we_look():
     for module, name in torch_private.functions_past_torch_function():
         assert callable(vars(module)[name])

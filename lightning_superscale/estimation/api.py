@@ -146,7 +146,7 @@ class _Work:
     def traces(self) -> list[_Traces]:
         """Steps as the model is, and with its repeated blocks checkpointed, if it has any that are not yet."""
         plain = _Traces(False, [self._trace(batch) for batch in self._batches])
-        self._model_flops = 3 * plain.steps[0].flops("forward")
+        self._model_flops = plain.steps[0].model_flops
         blocks = {fqn: block for fqn, block, _ in self._blocks}
         if not blocks:
             return [plain]

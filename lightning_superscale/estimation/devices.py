@@ -193,6 +193,19 @@ def profile_named(name: str) -> DeviceProfile:
     return by_name[name.lower()]
 
 
+def profile_of_device(torch_name: str) -> DeviceProfile | None:
+    """The profile with the rates of a device that torch names so, such as "NVIDIA H100 80GB HBM3"; None for others."""
+    words = set(torch_name.upper().replace("-", " ").split())
+    if words & _OTHER_RATES:
+        return None
+    found = [profile for profile in PROFILES.values() if set(profile.name.upper().split()) - {"SXM"} <= words]
+    return max(found, key=lambda profile: len(profile.name.split()) if "SXM" not in profile.name else 1, default=None)
+
+
+# Words in the names of devices that are slower, or faster, than the ones that they are named after.
+_OTHER_RATES = {"D", "LAPTOP", "NVL", "MIG"}
+
+
 def with_memory(profile: DeviceProfile, device: int | None, host: int | None) -> DeviceProfile:
     """The profile with other sizes of memory, in bytes; None keeps one."""
     return replace(profile, memory=device or profile.memory, host_memory=host or profile.host_memory)

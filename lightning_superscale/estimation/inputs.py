@@ -5,14 +5,17 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import fields, is_dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_superscale.errors import SettingError, SuperScaleError
-from lightning_superscale.estimation.trace import Loss
 from lightning_superscale.torch_private import tree_leaves
+
+if TYPE_CHECKING:  # tracing takes time to load, which code that only counts tokens does not need
+    from lightning_superscale.estimation.trace import Loss
 
 _UNITS: dict[str, int] = {"": 1, "b": 1} | {
     f"{letter}{middle}b": base**power
@@ -87,8 +90,23 @@ def _output_loss(module: nn.Module, batch: Any) -> Any:
 
 def count_tokens(batch: Any) -> tuple[int, str]:
     """The size of a batch and its unit: elements of its first integer tensor with two dims, or its samples."""
-    tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
+    tensors = _tensors_in(batch)
     for tensor in tensors:
         if not tensor.is_floating_point() and tensor.ndim > 1:
             return tensor.numel(), "tokens"
-    return (tensors[0].shape[0] if tensors and tensors[0].ndim else 1), "samples"
+    if not tensors:
+        return 0, "samples"
+    return (tensors[0].shape[0] if tensors[0].ndim else 1), "samples"
+
+
+def _tensors_in(batch: Any) -> list[Tensor]:
+    """The tensors of a batch in order: of lists, mappings, those of Hugging Face's tokenizers too, and dataclasses."""
+    if isinstance(batch, Tensor):
+        return [batch]
+    if isinstance(batch, Mapping):
+        parts = list(batch.values())
+    elif is_dataclass(batch) and not isinstance(batch, type):
+        parts = [getattr(batch, field.name) for field in fields(batch)]
+    else:
+        parts = list(batch) if isinstance(batch, (list, tuple)) else []
+    return [tensor for part in parts for tensor in _tensors_in(part)]

@@ -55,6 +55,8 @@ class TracedOperation:
         flops: floating-point operations; 0 for what only moves or maps elements.
         nbytes: bytes that it reads and writes at least.
         dtype: of its first floating-point argument; None without any.
+        gradient_flops: floating-point operations that backward needs for the gradients of its factors, as they were
+            called with; nothing that is computed again.
     """
 
     phase: Phase
@@ -62,20 +64,38 @@ class TracedOperation:
     nbytes: int
     dtype: torch.dtype | None
     sample: Sample
+    gradient_flops: int = 0
 
 
 def traced(phase: Phase, op: Any, args: Sequence[Any], kwargs: Mapping[str, Any], results: Any) -> TracedOperation:
     """The cost of a call of an operation, from its arguments and results."""
     inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     outputs = [leaf for leaf in tree_leaves(results) if isinstance(leaf, Tensor)]
-    kinds = [tensor.dtype for tensor in inputs if tensor.is_floating_point()]
+    flops = flops_of(op, args, kwargs, results)
     return TracedOperation(
         phase,
-        _flops(op, args, kwargs, results),
+        flops,
         sum(map(_touched_bytes, (*inputs, *outputs))),
-        kinds[0] if kinds else None,
+        kind_of(inputs),
         _sample(op, args, kwargs),
+        gradient_flops(flops, inputs),
     )
+
+
+def kind_of(inputs: Sequence[Tensor]) -> torch.dtype | None:
+    """The dtype of the first floating-point tensor; None without any."""
+    return next((tensor.dtype for tensor in inputs if tensor.is_floating_point()), None)
+
+
+def gradient_flops(flops: int, inputs: Sequence[Tensor]) -> int:
+    """Floating-point operations of an operation's backward: those of forward once for each factor with a gradient.
+
+    Attention counts as one product of two factors (arXiv:2204.02311, appendix B): scores that are made again are left
+    out, as everything is that backward computes again.
+    """
+    if not flops or not torch.is_grad_enabled():
+        return 0
+    return flops * min(2, sum(tensor.requires_grad for tensor in inputs if tensor.ndim > 1))
 
 
 def _touched_bytes(tensor: Tensor) -> int:
@@ -84,8 +104,9 @@ def _touched_bytes(tensor: Tensor) -> int:
     return math.prod(sizes) * tensor.element_size()
 
 
-def _flops(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any], results: Any) -> int:
-    packet = op._overloadpacket
+def flops_of(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any], results: Any) -> int:
+    """Floating-point operations of a call; 0 for an operation that only moves or maps elements."""
+    packet = getattr(op, "_overloadpacket", op)
     if "scaled_dot_product" in str(packet):
         return _attention_flops(op, args, kwargs)
     count = flop_registry.get(packet)

@@ -73,6 +73,11 @@ class StepTrace:
         return sum(one.flops for one in self.operations if phase in (None, one.phase))
 
     @property
+    def model_flops(self) -> int:
+        """Floating-point operations of forward and of the gradients that backward needs; none that it does again."""
+        return sum(one.flops + one.gradient_flops for one in self.operations if one.phase == "forward")
+
+    @property
     def activation_bytes(self) -> int:
         """Bytes alive when forward ends: what backward needs."""
         return self.alive[self.forward_end]

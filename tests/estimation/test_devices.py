@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_superscale.errors import SettingError
-from lightning_superscale.estimation.devices import PROFILES, profile_named, with_memory
+from lightning_superscale.estimation.devices import PROFILES, profile_named, profile_of_device, with_memory
 
 
 def test_the_named_machines_are_there():
@@ -31,3 +31,29 @@ def test_memory_may_be_another():
 def test_ranks_of_a_socket_share_its_memory():
     assert PROFILES["A100"].host_rate_of(8) == PROFILES["A100"].host_rate_of(1) / 4
     assert PROFILES["GH200"].host_rate_of(8) == PROFILES["GH200"].host_rate_of(1)
+
+
+@pytest.mark.parametrize(
+    ("torch_name", "profile"),
+    [
+        ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("NVIDIA A100 80GB PCIe", "A100"),
+        ("NVIDIA H100 80GB HBM3", "H100 SXM"),
+        ("NVIDIA H100 PCIe", "H100 PCIe"),
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA GH200 480GB", "GH200"),
+        ("NVIDIA GB200", "GB200"),
+        ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+    ],
+)
+def test_devices_are_known_by_the_names_that_torch_gives_them(torch_name, profile):
+    assert profile_of_device(torch_name) is PROFILES[profile]
+
+
+@pytest.mark.parametrize(
+    "torch_name",
+    ["NVIDIA GeForce RTX 4090 D", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 3090", "Tesla T4"]
+    + ["NVIDIA H100 NVL", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "AMD Instinct MI300X"],
+)
+def test_a_device_with_other_rates_is_not_taken_for_one_that_is_known(torch_name):
+    assert profile_of_device(torch_name) is None

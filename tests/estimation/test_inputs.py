@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import UserDict
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import nn
@@ -42,6 +45,28 @@ def test_batches():
     assert count_tokens(torch.ones(5, 3)) == (5, "samples")
     with pytest.raises(SuperScaleError, match="Linear does not say what its batches are. Pass batch="):
         batch_for(nn.Linear(3, 1), 1, 1)
+
+
+@dataclass
+class Pair:
+    mask: torch.Tensor
+    tokens: torch.Tensor
+
+
+@pytest.mark.parametrize(
+    ("batch", "size"),
+    [
+        (torch.zeros(3, 7, dtype=torch.long), (21, "tokens")),
+        ({"mask": torch.ones(2, 5), "input_ids": torch.zeros(2, 5, dtype=torch.long)}, (10, "tokens")),
+        (UserDict(input_ids=torch.zeros(2, 5, dtype=torch.long)), (10, "tokens")),
+        (Pair(torch.ones(2, 4), torch.zeros(2, 4, dtype=torch.long)), (8, "tokens")),
+        ([torch.zeros(4, 8), torch.zeros(4)], (4, "samples")),
+        ((torch.tensor(1.0),), (1, "samples")),
+        ("nothing", (0, "samples")),
+    ],
+)
+def test_the_size_of_a_batch(batch, size):
+    assert count_tokens(batch) == size
 
 
 class Trained(nn.Module):
