@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from time import perf_counter
 from typing import Any, Literal, get_args
@@ -46,6 +46,79 @@ class Span:
     nbytes: int = 0
 
 
+class DeviceWaits:
+    """Measures what a CUDA stream spends between a backward and the next step's forward, and at gates within that.
+
+    The host never waits: pairs of events are recorded around both, in one step when asked, and read when the device
+    has passed the last of them. Without a CUDA device it does nothing.
+
+    Args:
+        stream: returns the stream that the model's work is queued on; None without a CUDA device.
+        make_event: makes an event that times.
+    """
+
+    def __init__(
+        self,
+        stream: Callable[[], torch.cuda.Stream] | None,
+        make_event: Callable[[], torch.cuda.Event] | None = None,
+    ) -> None:
+        self._stream = stream
+        self._make_event = make_event or _event
+        self._is_asked = self._is_in_forward = False
+        self._start: tuple[torch.cuda.Event, int] | None = None
+        self._pairs: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def ask(self) -> None:
+        """Measure the next step whose backward ends from now on, and the forward after it."""
+        if self._stream is not None and not self._pairs:
+            self._is_asked = True
+
+    def end_backward(self, num_steps: int) -> None:
+        """Note that a backward is queued, after `num_steps` optimizer steps."""
+        if self._is_asked:
+            self._start = (self._recorded(), num_steps)
+
+    def begin_forward(self, num_steps: int) -> None:
+        """Note that a forward is about to be queued: it is the next step's if there are more steps than before."""
+        if self._start is not None and num_steps > self._start[1]:
+            self._pairs.append((self._start[0], self._recorded()))
+            self._start, self._is_asked, self._is_in_forward = None, False, True
+
+    def end_forward(self) -> None:
+        """Note that the forward is queued."""
+        self._is_in_forward = False
+
+    @contextlib.contextmanager
+    def gate(self) -> Iterator[None]:
+        """A context that queues waits for new weights."""
+        if not self._is_in_forward:
+            yield
+            return
+        start = self._recorded()
+        try:
+            yield
+        finally:
+            self._pairs.append((start, self._recorded()))
+
+    def take(self) -> float | None:
+        """Seconds of the step that was measured last; None where none was since, or the device is not there yet."""
+        if self._is_in_forward or not self._pairs:
+            return None
+        is_passed: bool = self._pairs[-1][1].query()  # type: ignore[no-untyped-call]
+        if not is_passed:
+            return None
+        pairs, self._pairs = self._pairs, []
+        milliseconds: list[float] = [start.elapsed_time(end) for start, end in pairs]
+        return sum(milliseconds) / 1e3
+
+    def _recorded(self) -> torch.cuda.Event:
+        if self._stream is None:
+            raise AssertionError("only waits of a CUDA device are measured by events")
+        event = self._make_event()
+        event.record(self._stream())
+        return event
+
+
 class Timeline:
     """Records spans from any thread while it is open.
 
@@ -56,12 +129,14 @@ class Timeline:
         is_open: whether it records now.
         is_cuda: whether device work is timed by events on a stream.
         stalled_seconds: seconds of all `stalled` contexts so far.
+        waits: measures waits of the device, open or not.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.is_open = False
         self.is_cuda = device.type == "cuda"
         self.stalled_seconds = 0.0
+        self.waits = DeviceWaits((lambda: torch.cuda.current_stream(device)) if self.is_cuda else None)
         self._device = device
         self._lock = threading.Lock()
         self._start = 0.0

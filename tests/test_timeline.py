@@ -9,6 +9,7 @@ import time
 import torch
 
 from lightning_superscale.timeline import Timeline, chrome_trace
+from tests.helpers.played_device import Device
 
 CPU = torch.device("cpu")
 
@@ -85,3 +86,68 @@ def test_a_chrome_trace_has_a_named_row_per_lane():
     }
     assert all(event["pid"] == 2 and event["dur"] >= 0 for event in work)
     assert [event["args"] for event in work if event["name"] == "weights"] == [{"bytes": 7}]
+
+
+def pass_gate(device, waits, seconds):
+    with waits.gate():
+        device.now += seconds
+
+
+def test_waits_of_a_device_are_those_between_steps_and_at_gates():
+    device = Device()
+    waits = device.waits()
+    waits.ask()
+    waits.begin_forward(0)  # no backward has ended yet
+    pass_gate(device, waits, 100)
+    waits.end_forward()
+    waits.end_backward(0)
+    device.now += 1
+    waits.begin_forward(0)  # another micro-batch of the same step
+    device.now += 100
+    waits.end_forward()
+    waits.end_backward(0)
+    device.now += 2
+    waits.begin_forward(1)
+    device.now += 100  # forward itself
+    pass_gate(device, waits, 4)
+    assert waits.take() is None  # this forward is not over
+    waits.end_forward()
+    pass_gate(device, waits, 100)  # of an evaluation
+    device.has_run = False
+    assert waits.take() is None
+    device.has_run = True
+    assert waits.take() == 6
+    assert waits.take() is None
+
+
+def test_a_device_is_measured_only_when_asked():
+    device = Device()
+    waits = device.waits()
+    for step in range(3):
+        waits.end_backward(step)
+        waits.begin_forward(step + 1)
+        pass_gate(device, waits, 1)
+        waits.end_forward()
+    assert waits.take() is None
+
+
+def test_what_was_not_taken_yet_is_not_measured_over():
+    device = Device()
+    waits = device.waits()
+    for seconds in (3, 5):
+        waits.ask()
+        waits.end_backward(0)
+        device.now += seconds
+        waits.begin_forward(1)
+        waits.end_forward()
+    assert waits.take() == 3
+
+
+def test_a_cpu_has_no_waits_of_a_device():
+    waits = Timeline(CPU).waits
+    waits.ask()
+    waits.end_backward(0)
+    waits.begin_forward(1)
+    with waits.gate():
+        pass
+    assert waits.take() is None

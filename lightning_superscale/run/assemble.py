@@ -454,7 +454,8 @@ def _gates(
     engine = settings.engine
     may_be_late = mesh.shard.size > 1 or (engine is not None and engine.weights_arrive == "next forward")
     per_module = may_be_late and not is_model_compiled
-    return [PublishGates(module, engine.transport, per_module=per_module) for engine in engines]
+    waits = settings.timeline.waits
+    return [PublishGates(module, engine.transport, per_module=per_module, waits=waits) for engine in engines]
 
 
 def _check_on_all_ranks(module: nn.Module, optimizers: Sequence[Optimizer], settings: RunSettings) -> None:

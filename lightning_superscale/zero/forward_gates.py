@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_superscale.optim.transport import Transport
 from lightning_superscale.optim.unit import ShardUnit
+from lightning_superscale.timeline import UNTIMED, DeviceWaits
 
 
 class PublishGates:
@@ -30,12 +31,17 @@ class PublishGates:
         per_module: False keeps every unit at the root gate (compiled models: a hook per module would
             break their graphs).
 
+        waits: measures the device's waits at modules' gates.
+
     Attributes:
         waited_seconds: seconds that modules' gates kept the host inside forward, so far.
     """
 
-    def __init__(self, root: nn.Module, transport: Transport, *, per_module: bool) -> None:
+    def __init__(
+        self, root: nn.Module, transport: Transport, *, per_module: bool, waits: DeviceWaits = UNTIMED.waits
+    ) -> None:
         self.waited_seconds = 0.0
+        self._waits = waits
         self._transport = transport
         self._hooks: list[RemovableHandle] = []
         self._owners: dict[nn.Parameter, list[nn.Module]] = {}
@@ -66,7 +72,8 @@ class PublishGates:
         def wait(module: nn.Module, _inputs: object) -> None:
             self._entered.add(module)
             start = perf_counter()
-            self._transport.wait_published(units)
+            with self._waits.gate():
+                self._transport.wait_published(units)
             self.waited_seconds += perf_counter() - start
 
         return wait

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from lightning_superscale.offload.link.link import CpuLink
 from lightning_superscale.zero.forward_gates import PublishGates
 from tests.helpers.engines import build_engine
+from tests.helpers.played_device import Device
 
 WAIT_S = 20
 
@@ -103,6 +104,29 @@ def test_forward_waits_at_the_gate_of_the_module_that_owns_the_weights():
     link.may_go.set()
     runner.join(WAIT_S)
     assert torch.equal(result[0], twin(x))
+    gates.close()
+    engine.close()
+
+
+def test_a_device_that_is_measured_is_bracketed_at_each_gate():
+    device = Device()
+    waits = device.waits()
+    model, engine, _, gates = build(Two)
+    gates.close()
+    gates = PublishGates(model, engine.transport, per_module=True, waits=waits)
+    wait = engine.transport.wait_published
+
+    def slow(units):
+        device.now += 1
+        wait(units)
+
+    engine.transport.wait_published = slow
+    waits.ask()
+    waits.end_backward(0)
+    waits.begin_forward(1)
+    model(torch.ones(1, 4))
+    waits.end_forward()
+    assert waits.take() == sum(1 for module in model.modules() if module._forward_pre_hooks) == 2
     gates.close()
     engine.close()
 

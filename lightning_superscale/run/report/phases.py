@@ -64,6 +64,11 @@ class PhaseSeconds:
         """Seconds of the phases that may run inside an optimizer step's closure, and are counted there."""
         return self.forward + self.backward + self.before
 
+    @property
+    def exposed(self) -> float:
+        """Seconds beyond the model's own work of both passes."""
+        return self.gates + self.stalled_backward + self.before + self.step
+
     @contextmanager
     def stalls(self, timeline: Timeline, *, in_backward: bool = False) -> Iterator[None]:
         """Count the stalls in the context, once where such contexts are nested."""
@@ -92,11 +97,10 @@ class PhaseSeconds:
         forward = self.forward - warm.forward - gates
         stalled_backward = self.stalled_backward - warm.stalled_backward
         backward = self.backward - warm.backward - stalled_backward
-        exposed = gates + stalled_backward + self.before - warm.before + self.step - warm.step
         return StepSeconds(
             forward / num_steps,
             backward / num_steps,
-            exposed / num_steps,
+            (self.exposed - warm.exposed) / num_steps,
             (self.stalled - warm.stalled) / num_steps,
             num_steps,
         )

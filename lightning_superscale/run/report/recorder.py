@@ -78,11 +78,20 @@ class StepRecorder:
 
     @contextmanager
     def phase(self, lane: Lane, phases: PhaseSeconds) -> Iterator[None]:
-        """A context in which stalls are counted, and the device's work is recorded on a lane."""
+        """A context of a pass: stalls are counted, the device's work is recorded on a lane, its waits are measured."""
         is_own = self._first <= phases.num_steps < self._first + self._num_steps
         name = f"step {phases.num_steps + 1}" if is_own else "next step"
-        with phases.stalls(self.timeline, in_backward=lane == "backward"), self.timeline.device(lane, name):
-            yield
+        waits = self.timeline.waits
+        if lane == "forward":
+            waits.begin_forward(phases.num_steps)
+        try:
+            with phases.stalls(self.timeline, in_backward=lane == "backward"), self.timeline.device(lane, name):
+                yield
+        finally:
+            if lane == "forward":
+                waits.end_forward()
+            else:
+                waits.end_backward(phases.num_steps)
 
     def after_forward(self, num_steps: int, facts: Callable[[], dict[str, Any]]) -> None:
         """Write the trace if the recorded steps and this forward are over.
