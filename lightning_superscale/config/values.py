@@ -42,6 +42,7 @@ PositiveInt = Annotated[int, Between(1, 2**30)]
 # The native thread pool takes no more.
 ThreadCount = Annotated[int, Between(1, 4096)]
 Share = Annotated[float, Between(0, 1)]
+PositiveFloat = Annotated[float, Between(1e-30, 1e30)]
 ModuleNames = Annotated[list[str], OrClasses()]
 
 

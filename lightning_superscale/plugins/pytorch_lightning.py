@@ -15,7 +15,7 @@ from lightning_superscale.plugins.trainer.presets import (
     ZenFlowStrategyMixin,
     ZeroStrategyMixin,
 )
-from lightning_superscale.plugins.trainer.scale_monitor import ScaleMonitorMixin
+from lightning_superscale.plugins.trainer.scale_monitor.callback import ScaleMonitorMixin
 from lightning_superscale.plugins.trainer.sharded_ema import ShardedEMAMixin
 from lightning_superscale.plugins.trainer.strategy import SuperScaleStrategyMixin
 

@@ -193,5 +193,6 @@ BY_TEST: dict[str, list[str]] = {
     "run/test_weight_flow.py": ["run/techniques/weight_flow.py"],
     "run/techniques/test_rehearsal.py": ["plugins/trainer/silent_step.py"],
     "peers/test_ray_train.py": ["plugins/ray_train.py"],  # where Ray is installed
-    "cli/test_trace.py": ["run/report/phases.py", "run/report/recorder.py"],
+    "cli/test_trace.py": ["run/report/phases.py"],
+    "plugins/trainer/scale_monitor/test_callback.py": ["plugins/trainer/scale_monitor/tables.py"],
 }

@@ -83,6 +83,8 @@ FIELDS = [
     (lss.SuperScalePrecision, "gradient_accumulation", NOT_WORD, {}),
     (lss.SuperScalePrecision, "gradient_reduction", NOT_WORD, {}),
     (lss.ScaleMonitor, "every_n_steps", NOT_INT, {}),
+    (lss.ScaleMonitor, "flops_per_token", [True, 0, -1.0, NAN, INF, "6e9", "", None, [], 10**5000], {}),
+    (lss.ScaleMonitor, "peak_flops", [False, 0, -1.0, NAN, INF, "989e12", None, {}], {}),
     (lss.ShardedEMA, "decay", [*NOT_SHARE, 1, 1.0], {}),
     (lss.ShardedEMA, "every_n_steps", NOT_INT, {}),
     (lss.ShardedEMA, "validates", [*NOT_BOOL, None], {}),

@@ -75,7 +75,19 @@ def _defaults(owner: str) -> dict[str, tuple[Any, str]]:
 
 def _takes_numbers(annotation: str) -> bool:
     words = set(re.findall(r"\w+", annotation))
-    numbers = {"int", "float", "PositiveInt", "Share", "Steps", "Factor", "ThreadCount", "NumBatches", "Seed", "Stage"}
+    numbers = {
+        "int",
+        "float",
+        "PositiveInt",
+        "PositiveFloat",
+        "Share",
+        "Steps",
+        "Factor",
+        "ThreadCount",
+        "NumBatches",
+        "Seed",
+        "Stage",
+    }
     return bool(words & numbers)
 
 

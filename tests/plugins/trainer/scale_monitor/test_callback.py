@@ -9,21 +9,7 @@ import torch
 
 import lightning_superscale as lss
 from lightning_superscale.offload.zenflow.sums import GradientSums
-from lightning_superscale.plugins.trainer.scale_monitor import count_tokens
 from tests.helpers.trainers import Regressor, fit
-
-
-@pytest.mark.parametrize(
-    ("batch", "tokens"),
-    [
-        (torch.zeros(3, 7, dtype=torch.long), 21),
-        ({"input_ids": torch.zeros(2, 5, dtype=torch.long), "mask": torch.ones(2, 5)}, 10),
-        ([torch.zeros(4, 8), torch.zeros(4)], 4),
-        ("nothing", 0),
-    ],
-)
-def test_tokens_of_a_batch(batch, tokens):
-    assert count_tokens(batch) == tokens
 
 
 def test_tables_say_where_bytes_live_and_time_went(capsys):
@@ -51,17 +37,20 @@ class Metrics(lss.ScaleMonitor):
         pl_module.log = noted
 
 
-def logged(strategy, module=None, **flags) -> dict[str, list[float]]:
-    monitor = Metrics(every_n_steps=4)
+def logged(strategy, module=None, flops_per_token="auto", peak_flops="auto", **flags) -> dict[str, list[float]]:
+    monitor = Metrics(every_n_steps=4, flops_per_token=flops_per_token, peak_flops=peak_flops)
     fit(module or Regressor(), strategy, callbacks=[monitor], **flags)
     return {name: values for name, values in monitor.logged.items() if name != "loss"}
 
 
-OFFLOADED = {"tokens_per_s", "stall_share", "link_bytes_per_step"}
+# No data sheet says what a CPU can do, so that no MFU is logged.
+ALWAYS = {"tokens_per_s", "model_flops_per_s", "process_bytes"}
+OFFLOADED = ALWAYS | {"exposed_s_per_step", "stall_share", "link_bytes_per_step"}
 
 
 def test_what_is_logged_follows_from_where_states_are():
-    assert logged("superscale").keys() == {"tokens_per_s"}
+    assert logged("auto").keys() == ALWAYS
+    assert logged("superscale").keys() == ALWAYS | {"exposed_s_per_step"}
     found = logged("superoffload", precision="bf16-true")
     assert found.keys() == OFFLOADED | {"ahead_share", "redone_share", "direct_share"}
     assert len(found["stall_share"]) == 3
@@ -139,6 +128,91 @@ def test_monitor_works_under_a_stock_strategy(capsys):
     out = capsys.readouterr().out
     assert "Where the time went" in out
     assert "Where the bytes live" not in out
+
+
+def test_operations_of_the_model_are_counted_once_and_scale_with_tokens(capsys):
+    metrics = logged("superscale", peak_flops=1e6)
+    forward = 2 * 8 * (17 * 33 + 33 * 5 + 5 * 5)  # the frozen layer too
+    # Inputs need no gradient, and the frozen weights neither.
+    backward = 2 * 8 * (17 * 33 + 2 * 33 * 5 + 5 * 5)
+    rates, tokens = metrics["model_flops_per_s"], metrics["tokens_per_s"]
+    assert [rate / per_s for rate, per_s in zip(rates, tokens, strict=True)] == pytest.approx(
+        [(forward + backward) / 8] * len(rates)
+    )
+    assert metrics["mfu"] == pytest.approx([rate / 1e6 for rate in rates])
+    out = capsys.readouterr().out
+    assert f"the model's floating-point operations: {forward + backward:.3g} a batch" in out
+    assert "MFU " in out
+    assert "% of the time" in out
+
+
+def test_given_operations_are_taken_and_none_are_counted_where_code_is_compiled(capsys):
+    metrics = logged("superscale", flops_per_token=100)
+    assert metrics["model_flops_per_s"] == pytest.approx([100 * rate for rate in metrics["tokens_per_s"]])
+    try:
+        torch.compile(lambda x: x + 1, backend="eager")  # anywhere in the process: the step may call it
+        assert "model_flops_per_s" not in logged("superscale")
+    finally:
+        torch._dynamo.reset()
+    assert "MFU is not known: operations of compiled code can't be counted; pass flops_per_token" in (
+        capsys.readouterr().out
+    )
+
+
+def test_a_monitored_run_has_the_bits_of_another():
+    for strategy in ("auto", "superoffload"):
+        modules = [Regressor(), Regressor()]
+        fit(modules[0], strategy)
+        fit(modules[1], strategy, callbacks=[lss.ScaleMonitor()])
+        assert "training_step" not in vars(modules[1])
+        for key, value in modules[0].state_dict().items():
+            assert torch.equal(modules[1].state_dict()[key], value)
+
+
+def test_a_step_that_fails_leaves_the_module_as_it_was():
+    class Fails(Regressor):
+        def training_step(self, batch, batch_idx):
+            raise RuntimeError("no step")
+
+    class FailsBefore(lss.ScaleMonitor):
+        def on_train_batch_start(self, *args):
+            raise RuntimeError("no step")
+
+    for module, monitor in ((Fails(), lss.ScaleMonitor()), (Regressor(), FailsBefore())):
+        with pytest.raises(RuntimeError, match="no step"):
+            fit(module, "superscale", callbacks=[monitor])
+        assert "training_step" not in vars(module)
+
+
+def test_the_step_of_an_instance_stays_its_own():
+    module = Regressor()
+    own = module.training_step
+    module.training_step = lambda batch, batch_idx: own(batch, batch_idx)
+    before = module.training_step
+    fit(module, "superscale", callbacks=[lss.ScaleMonitor()])
+    assert module.training_step is before
+
+
+def test_exposed_time_is_that_of_the_phases(monkeypatch):
+    """A step that takes 20 ms more is exposed, whatever the machine does besides."""
+    from lightning_superscale.optim.engine import OptimizerEngine
+
+    real = OptimizerEngine.step
+
+    def slow(self, *args, **kwargs):
+        time.sleep(0.02)
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(OptimizerEngine, "step", slow)
+    found = logged("superscale")["exposed_s_per_step"]
+    assert len(found) == 3
+    assert all(seconds >= 0.02 for seconds in found)
+
+
+@pytest.mark.parametrize("name", ["flops_per_token", "peak_flops"])
+def test_a_rate_of_nothing_is_refused(name):
+    with pytest.raises(ValueError, match=f"ScaleMonitor.{name} must be .*found 0"):
+        lss.ScaleMonitor(**{name: 0})
 
 
 def test_a_period_below_one_is_refused():
