@@ -10,8 +10,8 @@ export OMP_WAIT_POLICY ?= passive
 
 PEERS ?= .venv-peers
 
-# Tests spawn ranks and wait for them; two files at a time keep two cores busy.
-WORKERS ?= 2
+# Tests spawn ranks and processes and wait for them; three files at a time keep two cores busy.
+WORKERS ?= 3
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .PHONY: setup demo test test-fast test-all test-peers soak check format docs docs-serve wheel bench bench-claims bench-scaling gpu-check gpu-bench gpu-long gpu-wheels clean

@@ -176,10 +176,20 @@ def written_bytes() -> int:
     return int(fields["wchar"])
 
 
+def _threads_of_children() -> list[Path]:
+    """The folders of the threads of each child process in /proc."""
+    tasks = (Path("/proc", str(child.pid), "task") for child in psutil.Process().children(recursive=True))
+    return [thread for task in tasks for thread in sorted(task.iterdir())]
+
+
 def _nanoseconds_of_children() -> list[int]:
     """What each thread of each child process has run so far."""
-    tasks = (Path("/proc", str(child.pid), "task") for child in psutil.Process().children(recursive=True))
-    return [int(stat.read_text().split()[0]) for task in tasks for stat in sorted(task.glob("*/schedstat"))]
+    return [int((thread / "schedstat").read_text().split()[0]) for thread in _threads_of_children()]
+
+
+def _has_runnable_children() -> bool:
+    """Whether a thread of a child process runs, or would if it were given a core."""
+    return any((thread / "stat").read_text().rpartition(")")[2].split()[0] == "R" for thread in _threads_of_children())
 
 
 def seconds_of_children() -> float:
@@ -188,12 +198,12 @@ def seconds_of_children() -> float:
 
 
 def wait_for_children() -> None:
-    """Return when no thread of a child process has run for 5 ms."""
+    """Return when no thread of a child process has run for 5 ms, or waits for a core."""
     before = _nanoseconds_of_children()
     while True:
         time.sleep(0.005)
         now = _nanoseconds_of_children()
-        if now == before:
+        if now == before and not _has_runnable_children():
             return
         before = now
 

@@ -16,10 +16,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks import scaling
 from benchmarks.contestants import covered_seconds
 from benchmarks.models import SHAPES, Decoder, num_params
+from tests.helpers.extent import only_in_test_all
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@only_in_test_all
 @pytest.mark.slow
 def test_a_tiny_run_has_all_times_and_their_exponents(tmp_path: Path) -> None:
     out, picture = tmp_path / "scaling.json", tmp_path / "scaling.png"

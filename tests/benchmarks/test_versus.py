@@ -54,6 +54,7 @@ def _check_heat(report: dict[str, Any], key: str) -> None:
             ).items()
 
 
+@only_in_test_all
 @pytest.mark.slow
 def test_a_quick_run_of_shards_without_peers_has_a_row_for_everybody(tmp_path: Path) -> None:
     report, printed = _run(tmp_path, "--only", "zero3")

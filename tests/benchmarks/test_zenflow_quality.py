@@ -20,10 +20,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks import zenflow_quality, zenflow_quality_peer
 from benchmarks.zenflow_quality import Run
+from tests.helpers.extent import only_in_test_all
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
+@only_in_test_all
 def test_two_steps_print_rows_and_checks():
     command = [sys.executable, "benchmarks/zenflow_quality.py", "--steps", "2", "2", "--seeds", "1"]
     command += ["--variants", "default", "warmup_steps=200"]

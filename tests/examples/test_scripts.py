@@ -166,6 +166,7 @@ def test_two_towers_read_and_have_the_gradients_of_one_process(tmp_path, strateg
     assert difference == 0.0
 
 
+@only_in_test_all
 def test_two_towers_refuse_too_little_text(tmp_path):
     (tmp_path / "words.txt").write_text("only four words here")
     result = python(TOWERS, "--data=words.txt", cwd=tmp_path)

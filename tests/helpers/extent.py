@@ -1,4 +1,4 @@
-"""What `make test-all` runs and the default suite leaves out, so that it ends within 15 minutes on two cores."""
+"""What `make test-all` runs and the default suite leaves out, so that it ends within 18 minutes on two cores."""
 
 from __future__ import annotations
 

@@ -188,7 +188,7 @@ def test_public_names_are_what_the_docs_say():
         _ = lss.SuperOfload
 
 
-@pytest.mark.parametrize("lightning", ["lightning.pytorch", "pytorch_lightning"])
+@pytest.mark.parametrize("lightning", ["lightning.pytorch", pytest.param("pytorch_lightning", marks=only_in_test_all)])
 def test_paths_that_users_have_written_down_stay(lightning):
     """In YAML that --print_config gave, in pickles, and in the metadata of an editable install of an older checkout."""
     path = f"lightning_superscale.plugins.{lightning.rpartition('.')[2]}.SuperOffloadStrategy"
