@@ -239,3 +239,9 @@ def beside_any_backward(backward: Callable[..., Any], strategy_class: Any) -> Ca
         return backward(self, *args, **kwargs)
 
     return wrapping
+
+
+def logged_step(trainer: Any) -> int:
+    """The step that loggers are told with what a training batch logs."""
+    step: int = trainer.fit_loop.epoch_loop._batches_that_stepped
+    return step

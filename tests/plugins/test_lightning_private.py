@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import csv
 import importlib
 import inspect
 from pathlib import Path
@@ -280,3 +281,38 @@ def test_fabric_lets_any_backward_run_beside_a_strategys_own(package):
         called.clear()
         own.backward(module(torch.ones(1, 2)).sum())
         assert len(called) == 1
+
+
+@pytest.mark.parametrize("name", ["lightning.pytorch", "pytorch_lightning"])
+def test_a_batch_is_logged_at_the_step_of_what_it_logs_itself(name, tmp_path):
+    namespace = pytest.importorskip(name)
+    loggers = importlib.import_module(f"{name}.loggers")
+
+    class Model(namespace.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Linear(2, 1)
+
+        def training_step(self, batch, batch_idx):
+            loss = self.net(batch).sum()
+            self.log("loss", loss)
+            return loss
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    class Told(namespace.Callback):
+        steps = []
+
+        def on_train_batch_end(self, trainer, *_):
+            self.steps.append(lightning_private.logged_step(trainer))
+
+    logger, told = loggers.CSVLogger(tmp_path), Told()
+    trainer = namespace.Trainer(
+        accelerator="cpu", max_epochs=1, logger=logger, log_every_n_steps=1, callbacks=[told],
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, accumulate_grad_batches=2,
+    )  # fmt: skip
+    trainer.fit(Model(), torch.utils.data.DataLoader(torch.ones(8, 2), batch_size=1))
+    assert told.steps == [0, 0, 1, 1, 2, 2, 3, 3]
+    with open(Path(logger.log_dir, "metrics.csv")) as file:
+        assert [row["step"] for row in csv.DictReader(file)] == ["0", "1", "2", "3"]

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from lightning_superscale.config.values import PositiveFloat, PositiveInt, check_arguments
 from lightning_superscale.estimation.inputs import count_tokens
+from lightning_superscale.plugins.lightning_private import logged_step
 from lightning_superscale.plugins.trainer.scale_monitor.model_work import ModelWork
 from lightning_superscale.plugins.trainer.scale_monitor.tables import bytes_table, time_table
 from lightning_superscale.plugins.trainer.scale_monitor.window import (
@@ -132,17 +133,22 @@ class ScaleMonitorMixin(_Base):
     def _log(self, trainer: Trainer, pl_module: LightningModule, now: float) -> None:
         """Log the window that ends now, and begin the next one."""
         seconds, counts = max(now - self._window_start, 1e-9), counts_of(trainer)
-        groups = trainer.world_size / sharing_ranks(trainer)
-        pl_module.log("tokens_per_s", groups * self._window_tokens / seconds, prog_bar=True, rank_zero_only=True)
-        for name, value in self._metrics(trainer, counts, seconds).items():
-            pl_module.log(name, value, rank_zero_only=True, prog_bar=name == "mfu")
+        metrics = self._metrics(trainer, counts, seconds)
+        for name in ("tokens_per_s", "mfu"):
+            if name in metrics:
+                pl_module.log(name, metrics[name], prog_bar=True, logger=False, rank_zero_only=True)
+        # Not by `self.log`, which takes tenths of a millisecond for each and waits for the Trainer's own period.
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=logged_step(trainer))
         self._window_start, self._window_tokens, self._window_before = now, 0, counts
         if self._exposed is not None:
             self._exposed.ask()
 
     def _metrics(self, trainer: Trainer, counts: Counts, seconds: float) -> dict[str, float]:
-        """What is logged besides tokens, by name."""
-        found: dict[str, float | None] = {}
+        """What is logged, by name."""
+        groups = trainer.world_size / sharing_ranks(trainer)
+        found: dict[str, float | None] = {"tokens_per_s": groups * self._window_tokens / seconds}
         if self._work is not None:
             flops = self._work.flops(self._window_tokens)
             found["model_flops_per_s"] = None if flops is None else flops / seconds

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -115,7 +117,13 @@ def offload_metrics(trainer: Trainer, before: Counts, now: Counts, seconds: floa
 
 def memory_metrics(device: torch.device) -> dict[str, float]:
     """Bytes of this process on the host now, and of its tensors on a GPU at the most so far."""
-    metrics = {"process_bytes": float(psutil.Process().memory_info().rss)}
+    metrics = {"process_bytes": float(_process(os.getpid()).memory_info().rss)}
     if device.type == "cuda":
         metrics["device_peak_bytes"] = float(torch.cuda.max_memory_allocated(device))
     return metrics
+
+
+@functools.lru_cache(maxsize=1)
+def _process(pid: int) -> psutil.Process:
+    """The process of a number; to look it up takes longer than to ask it."""
+    return psutil.Process(pid)

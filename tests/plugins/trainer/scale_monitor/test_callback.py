@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+from lightning.pytorch.loggers import Logger
 
 import lightning_superscale as lss
 from lightning_superscale.offload.zenflow.sums import GradientSums
@@ -22,25 +23,30 @@ def test_tables_say_where_bytes_live_and_time_went(capsys):
     assert "1.6 KiB of gradients to the host and 1.6 KiB of weights back per step" in " ".join(out.split())
 
 
-class Metrics(lss.ScaleMonitor):
-    """What was logged, by number of batches."""
+class Metrics(Logger):
+    """What was logged, by name, and the steps."""
 
-    def on_train_start(self, trainer, pl_module):
-        super().on_train_start(trainer, pl_module)
-        self.logged = {}
-        log = pl_module.log
+    name, version = "metrics", "0"
 
-        def noted(name, value, **options):
-            self.logged.setdefault(name, []).append(float(torch.as_tensor(value).detach()))
-            log(name, value, **options)
+    def __init__(self):
+        self.logged, self.steps = {}, []
 
-        pl_module.log = noted
+    def log_metrics(self, metrics, step=None):
+        if "tokens_per_s" in metrics:
+            self.steps.append(step)
+            for name, value in metrics.items():
+                self.logged.setdefault(name, []).append(value)
+
+    def log_hyperparams(self, *args, **kwargs):
+        pass
 
 
 def logged(strategy, module=None, flops_per_token="auto", peak_flops="auto", **flags) -> dict[str, list[float]]:
-    monitor = Metrics(every_n_steps=4, flops_per_token=flops_per_token, peak_flops=peak_flops)
-    fit(module or Regressor(), strategy, callbacks=[monitor], **flags)
-    return {name: values for name, values in monitor.logged.items() if name != "loss"}
+    monitor = lss.ScaleMonitor(every_n_steps=4, flops_per_token=flops_per_token, peak_flops=peak_flops)
+    metrics = Metrics()
+    fit(module or Regressor(), strategy, callbacks=[monitor], logger=metrics, log_every_n_steps=1000, **flags)
+    assert metrics.steps == list(range(3, 4 * len(metrics.steps), 4))
+    return metrics.logged
 
 
 # No data sheet says what a CPU can do, so that no MFU is logged.
@@ -157,6 +163,17 @@ def test_given_operations_are_taken_and_none_are_counted_where_code_is_compiled(
     assert "MFU is not known: operations of compiled code can't be counted; pass flops_per_token" in (
         capsys.readouterr().out
     )
+
+
+def test_the_bar_shows_speed_and_callbacks_see_all():
+    run = fit(
+        Regressor(),
+        "superoffload",
+        callbacks=[lss.ScaleMonitor(every_n_steps=4, peak_flops=1e6)],
+        precision="bf16-true",
+    )
+    assert {"tokens_per_s", "mfu", "stall_share", "process_bytes"} <= run.callback_metrics.keys()
+    assert {"tokens_per_s", "mfu"} <= run.progress_bar_metrics.keys()
 
 
 def test_a_monitored_run_has_the_bits_of_another():
