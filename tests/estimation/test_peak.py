@@ -81,7 +81,7 @@ def test_one_rank(name, kind, precision):
 
 @pytest.mark.parametrize("offload", [None, {}])
 def test_weights_outside_of_the_blocks_travel_last(offload):
-    """Under ZeRO-3 units leave in their order, and the embedding's gradient is complete last: it must not hold others."""
+    """Under ZeRO-3 units leave in their order; the embedding's gradient is complete last, and must not hold others."""
     setup = replace(setup_of(3, offload, "bf16-true"), num_ranks=2)
     with torch.device("meta"):
         module = MODELS["language"][0]()
