@@ -188,6 +188,9 @@ def profile_named(name: str) -> DeviceProfile:
     """
     by_name = {known.lower(): profile for known, profile in PROFILES.items()}
     if name.lower() not in by_name:
+        kinds = [known for known in PROFILES if known.lower().startswith(f"{name.lower()} ")]
+        if kinds:
+            raise SettingError(f"device={name!r} is there as {' and '.join(map(repr, kinds))}: name one")
         names = ", ".join(map(repr, [*PROFILES, THIS_MACHINE]))
         raise SettingError(f"device={name!r} is not one of {names}{did_you_mean(name, [*PROFILES, THIS_MACHINE])}")
     return by_name[name.lower()]

@@ -21,6 +21,8 @@ def test_a_name_is_found_in_any_case_and_another_is_refused():
     assert profile_named("h100 sxm").flops(torch.float16) == 989e12
     with pytest.raises(SettingError, match="device='H100 SMX' is not one of .*did you mean 'H100 SXM'"):
         profile_named("H100 SMX")
+    with pytest.raises(SettingError, match="device='H100' is there as 'H100 PCIe' and 'H100 SXM': name one"):
+        profile_named("H100")
 
 
 def test_memory_may_be_another():

@@ -48,7 +48,7 @@ def test_nothing_fits(capsys):
         (["tests.estimation.models:Images", "--input", "flot32[8]"], "--input takes a dtype and a shape"),
         (["tests.estimation.models:Images", "--arg", "width"], "--arg takes KEY=VALUE"),
         (["tests.estimation.models:Images", "--arg", "width=3"], "could not be built with {'width': 3}"),
-        ([*IMAGES[1:], "--device", "H100"], "device='H100' is not one of"),
+        ([*IMAGES[1:], "--device", "H100"], "device='H100' is there as 'H100 PCIe' and 'H100 SXM'"),
         ([*IMAGES[1:], "--offload", "cp"], "unknown offload engine"),
     ],
 )
