@@ -38,8 +38,9 @@ HARDWARE = {
     "H100 PCIe": Hardware(756e12, 64e9, 307e9),
     # The same: SXM 989 TFLOPS. DGX H100 user guide: two such sockets for eight GPUs, so that each has a quarter of one.
     "H100 SXM, an eighth of a DGX": Hardware(989e12, 64e9, 307e9 / 4),
-    # NVIDIA GH200 Grace Hopper Superchip datasheet: 990 TFLOPS, NVLink-C2C 900 GB/s both ways, LPDDR5X up to 512 GB/s.
-    "GH200": Hardware(990e12, 450e9, 512e9),
+    # NVIDIA GH200 Grace Hopper Superchip datasheet: 990 TFLOPS, NVLink-C2C 900 GB/s both ways. The sheet's "up to
+    # 512 GB/s" of LPDDR5X are those of 120 GB, too little for these states; 480 GB reach 384 (`estimation/devices.py`).
+    "GH200": Hardware(990e12, 450e9, 384e9),
     # NVIDIA Ada GPU architecture whitepaper: RTX 4090, 165 TFLOPS bf16 dense with fp32 sums; PCIe Gen4 x16, 32 GB/s
     # each way. A desktop's two channels of DDR5-5600, 90 GB/s.
     "RTX 4090": Hardware(165e12, 32e9, 90e9),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import signal
 import sys
 import threading
@@ -151,6 +152,8 @@ def _checkpoint(chosen: argparse.Namespace) -> int:
         print(f"{command}: {' '.join(str(error).split())}", file=sys.stderr)
         # For diff, 1 means that the checkpoints differ.
         return 2 if isinstance(error, UsageError) or chosen.action == "diff" else 1
+    except BrokenPipeError:
+        raise  # no fault of the checkpoint
     except OSError as error:
         print(f"{command}: {error}", file=sys.stderr)
         return 2 if chosen.action == "diff" else 1
@@ -189,8 +192,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The process's exit code. 0: success. 1: a part is missing, a checkpoint is damaged, two differ, a key to
         migrate is unknown, or no strategy fits. 2: the arguments do not fit, a comparison failed, or nothing could be
         migrated or estimated. 130:
-        interrupted. After `trace`, that of the training command.
+        interrupted. 141: nothing reads the output any more, as after `| head`. After `trace`, that of the training
+        command.
     """
+    try:
+        code = _run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # What is still in the buffer would raise once more when the interpreter ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    return code
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     parser = _parser()
     chosen = parser.parse_args(arguments)
     if chosen.command == "doctor":

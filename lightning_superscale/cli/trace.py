@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -152,11 +153,10 @@ class Trace:
         Raises:
             SuperScaleError: matplotlib is not installed.
         """
-        try:
-            from matplotlib.backends.backend_agg import FigureCanvasAgg
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise SuperScaleError("drawing a trace needs matplotlib: pip install matplotlib") from error
+        _check_can_draw()
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
         lanes = [lane for lane in LANES if any(span.lane == lane for span in self.spans)]
         figure = Figure(figsize=(12, 0.6 * len(lanes) + 1.4), layout="constrained")
         FigureCanvasAgg(figure)
@@ -183,6 +183,13 @@ class Trace:
         figure.savefig(path, dpi=140)
 
 
+def _check_can_draw() -> None:
+    try:
+        importlib.import_module("matplotlib")
+    except ImportError as error:
+        raise SuperScaleError("drawing a trace needs matplotlib: pip install matplotlib") from error
+
+
 def run(command: Sequence[str], folder: Path, step: int) -> int:
     """Run a training command that records a step, then print and draw each rank's recording.
 
@@ -195,8 +202,9 @@ def run(command: Sequence[str], folder: Path, step: int) -> int:
         The command's exit code.
 
     Raises:
-        SuperScaleError: the command can't be run, or it succeeded and recorded nothing.
+        SuperScaleError: matplotlib is not installed, the command can't be run, or it succeeded and recorded nothing.
     """
+    _check_can_draw()  # before hours of training, not after them
     written = []
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".trace-") as own:

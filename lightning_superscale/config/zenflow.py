@@ -34,8 +34,8 @@ class ZenFlowConfig:
             of their last update, in the manner of error feedback (arXiv:2606.30634, section 3), until the next one.
             0 leaves it out.
         deferred_lr: learning rate of a window's update. "linear" is the sum of its steps' rates, "sqrt" their mean
-            times the square root of their number, "none" the rate of the last one; a number multiplies the rate of the
-            last one. With "none" a window counts as one step of Adam on its mean gradient, as if gradients had been
+            times the square root of their number, "none" the rate of the last one; a number is a factor of the rate of
+            the last one. With "none" a window counts as one step of Adam on its mean gradient, as if gradients had been
             accumulated, which works where no columns change owners (topk 0 or 1); otherwise it counts as as many steps
             as it has.
         warmup_steps: first steps, at least one, or 8 with an "auto", in which every column is stepped at every step.

@@ -78,11 +78,17 @@ class DeviceProfile:
 _PCIE4, _PCIE5 = 32 * GB, 64 * GB  # 16 lanes, each way
 _NDR, _HDR = 50 * GB, 25 * GB  # InfiniBand, one port per device
 _DDR4, _DDR5 = 8 * 25.6 * GB, 8 * 38.4 * GB  # a socket's eight channels of DDR4-3200 and of DDR5-4800
+# Grace's LPDDR5X: sheets say "up to 512 GB/s", which 120 GB reach. NVIDIA's Grace CPU Benchmarking Guide, STREAM,
+# expects at least 80 % of the peak from TRIAD: 307 GB/s with 480 GB, of 384.
+_GRACE_480 = 384 * GB
+
+# Sizes are GiB: the GB of a sheet's device memory are 2**30 bytes, of which a device keeps up to 0.5 % (`nvidia-smi`
+# shows 81920 MiB of an A100's 80 GB and 81559 MiB of an H100's).
 
 PROFILES = {
     profile.name: profile
     for profile in (
-        # NVIDIA A100 80GB SXM data sheet (2022); DGX A100: 2 TB of host memory for eight.
+        # NVIDIA A100 80GB SXM data sheet (2022); DGX A100: up to 2 TB of host memory for eight.
         DeviceProfile(
             name="A100",
             memory=80 * GIB,
@@ -124,7 +130,7 @@ PROFILES = {
         # NVIDIA H200 data sheet (2024).
         DeviceProfile(
             name="H200",
-            memory=141 * GB,
+            memory=141 * GIB,
             flops16=989e12,
             flops32=494e12,
             memory_rate=4800 * GB,
@@ -137,7 +143,7 @@ PROFILES = {
         # NVIDIA GH200 data sheet (2023), 96 GB of HBM3, 480 GB of LPDDR5X, NVLink-C2C of 900 GB/s in all.
         DeviceProfile(
             name="GH200",
-            memory=96 * GB,
+            memory=96 * GIB,
             flops16=989e12,
             flops32=494e12,
             memory_rate=4000 * GB,
@@ -145,13 +151,14 @@ PROFILES = {
             rank_link=450 * GB,
             node_link=_NDR,
             host_memory=480 * GB,
-            host_rate=512 * GB,
+            host_rate=_GRACE_480,
             per_socket=1,
         ),
         # NVIDIA GB200 NVL72 data sheet (2024), per GPU: two share one Grace with 480 GB and its C2C of 900 GB/s in all.
+        # That each has half of the link while both use it is assumed.
         DeviceProfile(
             name="GB200",
-            memory=186 * GB,
+            memory=186 * GIB,
             flops16=2500e12,
             flops32=1250e12,
             memory_rate=8000 * GB,
@@ -159,13 +166,14 @@ PROFILES = {
             rank_link=900 * GB,
             node_link=_NDR,
             host_memory=240 * GB,
-            host_rate=512 * GB,
+            host_rate=_GRACE_480,
             per_socket=2,
         ),
-        # NVIDIA Ada GPU architecture white paper (2022), products accumulated in fp32; a desktop of two DDR5 channels.
+        # NVIDIA Ada GPU architecture white paper (2022), products accumulated in fp32. Not from a sheet: a desktop
+        # with two channels of DDR5-4800, 128 GiB and 10-gigabit Ethernet.
         DeviceProfile(
             name="RTX 4090",
-            memory=24 * GB,
+            memory=24 * GIB,
             flops16=165e12,
             flops32=82.6e12,
             memory_rate=1008 * GB,
@@ -188,6 +196,9 @@ def profile_named(name: str) -> DeviceProfile:
     """
     by_name = {known.lower(): profile for known, profile in PROFILES.items()}
     if name.lower() not in by_name:
+        kinds = [known for known in PROFILES if known.lower().startswith(f"{name.lower()} ")]
+        if kinds:
+            raise SettingError(f"device={name!r} is there as {' and '.join(map(repr, kinds))}: name one")
         names = ", ".join(map(repr, [*PROFILES, THIS_MACHINE]))
         raise SettingError(f"device={name!r} is not one of {names}{did_you_mean(name, [*PROFILES, THIS_MACHINE])}")
     return by_name[name.lower()]

@@ -17,6 +17,8 @@ from lightning_superscale.torch_private import tree_leaves
 if TYPE_CHECKING:  # tracing takes time to load, which code that only counts tokens does not need
     from lightning_superscale.estimation.trace import Loss
 
+# A device has more: a smaller number of bytes is one of GiB whose unit was forgotten.
+_LEAST_BYTES = 2**20
 _UNITS: dict[str, int] = {"": 1, "b": 1} | {
     f"{letter}{middle}b": base**power
     for power, letter in enumerate("kmgt", 1)
@@ -28,9 +30,13 @@ def parse_bytes(value: int | str, key: str) -> int:
     """Bytes of a number, or of a text such as "80GiB" or "24 GB".
 
     Raises:
-        SettingError: names the key and what it takes.
+        SettingError: names the key and what it takes. So does a number below 2**20 without a unit: it was meant as GiB.
     """
+    if isinstance(value, str) and value.strip().isdecimal():
+        value = int(value)
     if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        if value < _LEAST_BYTES:
+            raise SettingError(f'{key} takes bytes where no unit is given, found {value}; did you mean "{value}GiB"?')
         return value
     found = re.fullmatch(r"\s*([\d.]+)\s*([a-zA-Z]*)\s*", value) if isinstance(value, str) else None
     if found is not None and found[2].lower() in _UNITS and re.fullmatch(r"\d+(\.\d+)?", found[1]):

@@ -78,7 +78,9 @@ def units_of(params: Sequence[Param], setup: Setup, order: Mapping[str, int]) ->
         block_of={twin: p.block for twin, p in twins.items() if setup.flows and p.block is not None},
     )
     cut = grouping.units_of([(param.spec.fqn, twin) for twin, param in twins.items()])
-    return [*groups.values(), *([twins[twin] for _, twin in unit] for unit in cut)]
+    # Weights of a group around others are used before and after these: their gradients are complete last.
+    ordered = sorted(groups.values(), key=lambda unit: max(order.get(param.spec.fqn, -1) for param in unit))
+    return [*ordered, *([twins[twin] for _, twin in unit] for unit in cut)]
 
 
 def unit_bytes(params: Sequence[Param], setup: Setup) -> int:

@@ -251,3 +251,12 @@ def test_busy_time_counts_overlapping_spans_once():
     assert found.step_seconds == 4.0
     assert found.busy_seconds("host optimizer") == 2.0
     assert found.exposed_seconds == 1.0
+
+
+def test_without_matplotlib_no_training_begins(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    trained = tmp_path / "trained"
+    command = [sys.executable, "-c", f"open({str(trained)!r}, 'w')"]
+    assert main(["trace", "--out", str(tmp_path / "out"), "--", *command]) == 1
+    assert "pip install matplotlib" in capsys.readouterr().err
+    assert not trained.exists()

@@ -48,7 +48,7 @@ def _make(words: tuple[str, ...]) -> str | None:
 def _pip(words: tuple[str, ...]) -> str | None:
     if words[1] != "install":
         return "pip does something other than install"
-    names = {"lightning-superscale", "mkdocs-material", "peft", "transformers"}
+    names = {"lightning-superscale", "matplotlib", "mkdocs-material", "peft", "transformers"}
     for word in words[2:]:
         is_ours = word == "." or word.startswith((".[", "dist/lightning_superscale-"))
         if not is_ours and not word.startswith("-") and word.split("=")[0] not in names:

@@ -91,6 +91,23 @@ def _takes_numbers(annotation: str) -> bool:
     return bool(words & numbers)
 
 
+def _docstring_of(owner: str, name: str) -> str:
+    """What the class or its constructor says of one setting."""
+    cls = getattr(lss, owner)
+    texts = [inspect.getdoc(one) or "" for base in cls.__mro__ for one in (base, base.__init__)]
+    entry = re.compile(
+        rf"^\s*(?:\w+, )*{name}(?:, \w+)*:(.*?)(?=^\s*\w+(?:, \w+)*:|^\s*$|\Z)", re.DOTALL | re.MULTILINE
+    )
+    return next((found[1] for text in texts if (found := entry.search(text))), "")
+
+
+def _has_other_unit(row: Setting, owner: str) -> bool:
+    """Whether the measure of a row's unit ("MiB" of "MiB of weights") is none that the docstring or the name has."""
+    measure = re.split(r",| of | per ", row.unit)[0].split()[-1]
+    said = f"{row.name.replace('_', ' ')} {_docstring_of(owner, row.name)}"
+    return re.search(rf"\b{measure}", said) is None
+
+
 def _value_of(cell: str) -> object:
     seconds = re.fullmatch(r"datetime\.timedelta\(seconds=(\d+)\)", cell)
     return timedelta(seconds=int(seconds[1])) if seconds else ast.literal_eval(cell)
@@ -114,9 +131,12 @@ def test_settings_of_the_pages_are_those_of_the_code(owner, documented):
     assert sorted(names) == sorted(known), "each setting stands in one table of one page"
     for row in rows:
         default, annotation = known[row.name]
-        assert _value_of(row.default) == default, f"{row.page}: {owner}.{row.name}"
+        value = _value_of(row.default)
+        assert (type(value), value) == (type(default), default), f"{row.page}: {owner}.{row.name}"
         if _takes_numbers(annotation):
             assert row.unit not in ("", "-"), f"{row.page}: say in what unit {owner}.{row.name} counts"
+        if row.unit not in ("", "-"):
+            assert not _has_other_unit(row, owner), f"{row.page}: {row.unit}: {owner}.{row.name} says another unit"
 
 
 def test_tables_are_of_classes_that_are_compared(documented):

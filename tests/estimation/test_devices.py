@@ -17,10 +17,26 @@ def test_the_named_machines_are_there():
         assert profile.memory < profile.host_memory * 2
 
 
+def test_sizes_are_what_the_driver_shows():
+    """`nvidia-smi`, in MiB (https://github.com/modal-labs/modal-client/pull/2797): a sheet's GB are 2**30 bytes."""
+    shown = {"A100": 81920, "H100 SXM": 81559}
+    for name, mib in shown.items():
+        assert 0.99 < mib * 2**20 / PROFILES[name].memory <= 1
+    assert all(profile.memory % 2**30 == 0 for profile in PROFILES.values())
+
+
+def test_grace_with_480_gb_is_slower_than_its_sheet_says_at_most():
+    """The guide's least TRIAD is 80 % of the peak: 307 GB/s (nvidia.github.io/grace-cpu-benchmarking-guide, STREAM)."""
+    for name in ("GH200", "GB200"):
+        assert 0.8 * PROFILES[name].host_rate == pytest.approx(307e9, rel=0.001)  # both are printed to a GB/s
+
+
 def test_a_name_is_found_in_any_case_and_another_is_refused():
     assert profile_named("h100 sxm").flops(torch.float16) == 989e12
     with pytest.raises(SettingError, match="device='H100 SMX' is not one of .*did you mean 'H100 SXM'"):
         profile_named("H100 SMX")
+    with pytest.raises(SettingError, match="device='H100' is there as 'H100 PCIe' and 'H100 SXM': name one"):
+        profile_named("H100")
 
 
 def test_memory_may_be_another():

@@ -15,7 +15,14 @@ from lightning_superscale.estimation.inputs import batch_for, count_tokens, loss
 
 @pytest.mark.parametrize(
     ("value", "nbytes"),
-    [(5, 5), ("80GiB", 80 * 2**30), ("24 GB", 24 * 10**9), ("1.5tib", 3 * 2**39), ("512", 512), ("2MB", 2_000_000)],
+    [
+        (2**20, 2**20),
+        ("80GiB", 80 * 2**30),
+        ("24 GB", 24 * 10**9),
+        ("1.5tib", 3 * 2**39),
+        ("5000000", 5_000_000),
+        ("2MB", 2_000_000),
+    ],
 )
 def test_sizes(value, nbytes):
     assert parse_bytes(value, "device_memory") == nbytes
@@ -24,6 +31,12 @@ def test_sizes(value, nbytes):
 @pytest.mark.parametrize("value", [0, -1, True, "", "80 gigs", "GiB", "1.2.3GB", "-4GB", 1.5, "0GB"])
 def test_what_is_no_size_is_refused(value):
     with pytest.raises(SettingError, match='device_memory takes bytes, or a size with a unit such as "80GiB"'):
+        parse_bytes(value, "device_memory")
+
+
+@pytest.mark.parametrize("value", [80, "80", " 80 "])
+def test_a_size_whose_unit_was_forgotten_is_refused(value):
+    with pytest.raises(SettingError, match=r'device_memory takes bytes .*found 80; did you mean "80GiB"'):
         parse_bytes(value, "device_memory")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils.data import DataLoader
@@ -9,7 +11,7 @@ from torch.utils.data import DataLoader
 import lightning_superscale as lss
 from lightning_superscale.config import OffloadConfig, ZeroConfig
 from lightning_superscale.estimation.memory import byte_classes, params_of
-from lightning_superscale.estimation.peak import device_peak
+from lightning_superscale.estimation.peak import device_peak, units_of
 from lightning_superscale.estimation.setup import Setup
 from lightning_superscale.estimation.trace import trace_step
 from lightning_superscale.run.precision import choose
@@ -75,3 +77,19 @@ def test_one_rank(name, kind, precision):
     setup = setup_of(*STRATEGIES[name], precision)
     for size in sizes:
         assert predicted(model, size, setup) == pytest.approx(measured(model, size, setup), rel=TOLERANCE), size
+
+
+@pytest.mark.parametrize("offload", [None, {}])
+def test_weights_outside_of_the_blocks_travel_last(offload):
+    """Under ZeRO-3 units leave in their order; the embedding's gradient is complete last, and must not hold others."""
+    setup = replace(setup_of(3, offload, "bf16-true"), num_ranks=2)
+    with torch.device("meta"):
+        module = MODELS["language"][0]()
+        batch = module.batch(2)
+    params = params_of(module, setup)
+    trace = trace_step(module, batch, lambda m, b: m.training_step(b, 0), weights=torch.bfloat16)
+    place_of = {grad.fqn: grad.place for grad in trace.gradients}
+    units = units_of(params, setup, {grad.fqn: i for i, grad in enumerate(trace.gradients)})
+    complete = [max(place_of[param.spec.fqn] for param in unit) for unit in units]
+    assert len(units) > 4
+    assert complete == sorted(complete)

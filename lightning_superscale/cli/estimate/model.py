@@ -33,7 +33,8 @@ def build_model(name: str, arguments: Mapping[str, Any]) -> nn.Module:
     if not separator or not attribute:
         raise SettingError(
             f"expected a model as package.module:Class, or a folder or config.json of a Hugging Face model; found "
-            f"{name!r}, which is neither and no file"
+            f"{name!r}, which is neither and no file. Nothing is downloaded: get the config.json of a model on the Hub "
+            "first (hf download NAME config.json --local-dir FOLDER)"
         )
     sys.path.insert(0, str(Path.cwd()))
     try:

@@ -41,9 +41,16 @@ def draw(found: Estimate, path: Path) -> None:
     """
     try:
         plots: Any = importlib.import_module("matplotlib.figure")
+        colours: Any = importlib.import_module("matplotlib").colormaps
     except ImportError as error:
         raise SettingError("--picture draws with matplotlib: pip install matplotlib") from error
-    labels = [one.line.removeprefix("strategy=") for one in found.strategies]
+    # In two lines where blocks are recomputed, so that bars have room.
+    labels = [one.line.removeprefix("strategy=").replace(", sequence=", ",\nsequence=") for one in found.strategies]
+    classes = dict.fromkeys(
+        name for one in found.strategies for part in (device_parts, host_parts) for name in part(one)
+    )
+    # A class has one colour on both sides; there are fewer classes than the 20 of this map.
+    colour_of = dict(zip(classes, colours["tab20"].colors, strict=False))
     figure = plots.Figure(figsize=(12, 1.5 + 0.42 * len(labels)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     for axes, parts, limit, title in (
@@ -55,11 +62,11 @@ def draw(found: Estimate, path: Path) -> None:
         starts = [0.0] * len(stacks)
         for name in names:
             sizes = [stack.get(name, 0) / _GIB for stack in stacks]
-            axes.barh(labels, sizes, left=starts, label=name)
+            axes.barh(labels, sizes, left=starts, label=name, color=colour_of[name])
             starts = [start + size for start, size in zip(starts, sizes, strict=True)]
         axes.axvline(limit / _GIB, color="black", linestyle="--", linewidth=1)
         axes.set_xlabel("GiB")
-        axes.set_title(f"{title} (dashed: all of it)", fontsize=9)
+        axes.set_title(f"{title}\n(dashed: all of it)", fontsize=9)
         axes.tick_params(labelsize=7)
         if names:
             axes.legend(fontsize=7)

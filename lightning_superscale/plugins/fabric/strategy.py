@@ -79,7 +79,7 @@ class FabricStrategyMixin(_Base):
     and read universal checkpoints, which the Trainer's strategies have too.
 
     Args:
-        zero: what is sharded over ranks: 0 (nothing), 1 (optimizer states), 2 (gradients too), 3 (weights
+        zero: stage of what is sharded over ranks: 0 (nothing), 1 (optimizer states), 2 (gradients too), 3 (weights
             too), a ZeroConfig or a mapping with its keys; `tensor_parallel` is for the Trainer.
         offload: where the optimizer lives: None (on the device), "cpu", "superoffload" or "zenflow" (in
             host memory), an OffloadConfig or a mapping with its keys.

@@ -77,7 +77,7 @@ class SuperScaleStrategyMixin(SampleRanksMixin):
     """Data-parallel training with sharded, offloaded or plain optimizer states, exactly as plain AdamW.
 
     Args:
-        zero: what is sharded over ranks: 0 (nothing), 1 (optimizer states), 2 (gradients too), 3 (weights
+        zero: stage of what is sharded over ranks: 0 (nothing), 1 (optimizer states), 2 (gradients too), 3 (weights
             too), a ZeroConfig or a mapping with its keys.
         offload: where the optimizer lives: None (on the device), "cpu", "superoffload" or "zenflow" (in
             host memory), an OffloadConfig or a mapping with its keys.

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -48,7 +51,7 @@ def test_nothing_fits(capsys):
         (["tests.estimation.models:Images", "--input", "flot32[8]"], "--input takes a dtype and a shape"),
         (["tests.estimation.models:Images", "--arg", "width"], "--arg takes KEY=VALUE"),
         (["tests.estimation.models:Images", "--arg", "width=3"], "could not be built with {'width': 3}"),
-        ([*IMAGES[1:], "--device", "H100"], "device='H100' is not one of"),
+        ([*IMAGES[1:], "--device", "H100"], "device='H100' is there as 'H100 PCIe' and 'H100 SXM'"),
         ([*IMAGES[1:], "--offload", "cp"], "unknown offload engine"),
     ],
 )
@@ -57,3 +60,22 @@ def test_what_can_not_be_estimated_is_refused(arguments, message, capsys):
     said = capsys.readouterr().err
     assert said.startswith("superscale estimate: ")
     assert message in said
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    """As in `superscale estimate ... --json | head`: quiet, with the exit code of a process that SIGPIPE ends."""
+    command = [
+        sys.executable,
+        "-m",
+        "lightning_superscale.cli",
+        "estimate",
+        "torch.nn:Linear",
+        "--arg",
+        "in_features=4",
+    ]
+    command += ["--arg", "out_features=4", "--input", "float32[2,4]", "--json"]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    running.stdout.close()
+    said = running.stderr.read()
+    running.stderr.close()
+    assert (running.wait(60), said) == (128 + signal.SIGPIPE, "")

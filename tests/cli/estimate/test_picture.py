@@ -37,3 +37,22 @@ def test_matplotlib_is_asked_for(found, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(SettingError, match="pip install matplotlib"):
         draw(found, tmp_path / "a.png")
+
+
+def test_a_class_has_one_colour_and_titles_do_not_overlap(found, tmp_path, monkeypatch):
+    figures = pytest.importorskip("matplotlib.figure")
+    drawn = []
+    saved = figures.Figure.savefig
+    monkeypatch.setattr(
+        figures.Figure, "savefig", lambda figure, *a, **k: (drawn.append(figure), saved(figure, *a, **k))
+    )
+    draw(found, tmp_path / "a.png")
+    sides = drawn[0].axes
+    colours = [{bars.get_label(): bars.patches[0].get_facecolor() for bars in axes.containers} for axes in sides]
+    both = colours[0].keys() & colours[1].keys()
+    assert both
+    assert all(colours[0][name] == colours[1][name] for name in both)
+    merged = colours[0] | colours[1]
+    assert len(set(merged.values())) == len(merged)
+    left, right = (axes.title.get_window_extent() for axes in sides)
+    assert not left.overlaps(right)
