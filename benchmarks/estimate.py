@@ -165,9 +165,8 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    warnings.simplefilter("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    torch.set_num_threads(options.threads)
+    if options.threads != torch.get_num_threads():
+        torch.set_num_threads(options.threads)
     rows = [
         compare(Case(model, batch, strategy, precision))
         for model in options.models.split(",")
@@ -196,4 +195,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     sys.exit(main())
