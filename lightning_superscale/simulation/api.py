@@ -203,7 +203,8 @@ class _Work:
         program = program_of(self._trace, params, setup, self._profile, self._seconds)
         forward, backward = (phase_seconds(self._trace, phase, self._seconds) for phase in ("forward", "backward"))
         times = host_times(self._trace, params, setup, self._profile, forward, backward)
-        schedule = _schedule(setup.offload, times)
+        has_host = any(unit.host for unit in program.units)  # else all states fit on the device
+        schedule = _schedule(setup.offload if has_host else None, times)
         found = simulate_cluster(program, setup, self._profile, self._latencies, schedule, slow_rank)
         if slow_rank == 1:
             return found, 0.0

@@ -120,6 +120,7 @@ PREPARE: dict[str, Callable[[], None]] = {
     "README.md": _readme,
     "docs/from-fsdp.md": _from_fsdp,
     "docs/tasks/estimate.md": _estimate,
+    "docs/tasks/simulate.md": _estimate,
     "docs/tasks/load-anywhere.md": _load_anywhere,
     "docs/tasks/trace.md": _trace,
 }

@@ -74,8 +74,9 @@ def test_states_in_host_memory_are_waited_for(offload):
     assert simulate(**options).steps[0].waited["host"] > 0
 
 
-def test_states_stay_on_the_device_where_they_fit():
-    fits, full = (simulate(zero=2, offload="cpu", device_memory=size).steps[0] for size in ("80GiB", "100MiB"))
+@pytest.mark.parametrize("offload", ["cpu", "superoffload"])
+def test_states_stay_on_the_device_where_they_fit(offload):
+    fits, full = (simulate(zero=2, offload=offload, device_memory=size).steps[0] for size in ("80GiB", "100MiB"))
     assert "host" not in fits.waited
     assert full.waited["host"] > 0
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from lightning_superscale.cli.estimate.command import add_model_arguments, batch_of, model_of
 from lightning_superscale.cli.simulate.picture import draw
 from lightning_superscale.cli.simulate.table import show
+from lightning_superscale.config import ZeroConfig
 from lightning_superscale.simulation.api import simulate
 from lightning_superscale.simulation.links import Latencies
 
@@ -23,6 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--devices", type=int, default=8, help="of each node (default: 8)")
     parser.add_argument("--num-nodes", type=int, nargs="+", default=[1, 2, 16, 125, 1250], metavar="N", help="sizes")
     parser.add_argument("--zero", type=int, default=3, help="the stage (default: 3)")
+    parser.add_argument(
+        "--shard-size", type=int, metavar="N", help="ranks that share one copy of the states; default: all"
+    )
     parser.add_argument("--offload", help="cpu or superoffload")
     parser.add_argument("--sequence", type=int, default=1, metavar="N", help="ranks that share every sequence")
     parser.add_argument(
@@ -50,7 +54,7 @@ def run(chosen: argparse.Namespace) -> int:
         model_of(chosen),
         devices=chosen.devices,
         num_nodes=chosen.num_nodes,
-        zero=chosen.zero,
+        zero=ZeroConfig(stage=chosen.zero, shard_size=chosen.shard_size),
         offload=chosen.offload,
         sequence=chosen.sequence,
         precision=chosen.precision,

@@ -10,6 +10,8 @@ from rich.table import Table
 from lightning_superscale.simulation.rank import Waiting
 from lightning_superscale.simulation.result import SimulatedStep, Simulation
 
+# Numbers are never cut short, in a narrow terminal neither.
+_WIDTH = 110
 WAITINGS: tuple[Waiting, ...] = get_args(Waiting)
 
 
@@ -27,11 +29,10 @@ def show(found: Simulation, console: Console) -> None:
     columns += ["of it: slow"] if has_slow else []
     rows = [_row(step, waitings, has_slow=has_slow) for step in found.steps]
     for column, cells in zip([*columns, f"{found.unit}/s", "efficiency"], zip(*rows, strict=True), strict=True):
-        # Numbers are never cut short, in a narrow terminal neither.
-        table.add_column(column, justify="right", overflow="fold", min_width=max(map(len, cells)))
+        table.add_column(column, justify="right", min_width=max(map(len, (*cells, *column.split()))))
     for row in rows:
         table.add_row(*row)
-    console.print(table)
+    console.print(table, width=max(console.width, _WIDTH), crop=False)
     console.print(
         "`+` is what a device waited for: weights of other ranks, reductions, attention's exchanges, the host.",
         soft_wrap=True,

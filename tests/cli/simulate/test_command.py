@@ -23,6 +23,7 @@ def test_a_table_of_sizes(capsys, monkeypatch):
     assert "on nodes of 8 x H100 SXM; 8 samples a batch; Trainer(strategy=SuperScaleStrategy(zero=3))" in said
     assert "10,000" in said, "numbers are whole in a narrow terminal"
     assert "100%" in said
+    assert "efficiency" in said
     assert "slow" in said
     assert "a round of a collective takes 3.4 us within a node and 9.6 us between nodes" in said
 
@@ -43,6 +44,8 @@ def test_json_and_a_picture(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--num-nodes", "0"], "num_nodes takes a number of nodes or several"),
+        (["--zero", "4"], "ZeroConfig.stage"),
+        (["--shard-size", "3"], "ZeroConfig.shard_size=3 does not divide the 8 data-parallel ranks"),
         (["--slow-rank", "0.5"], "slow_rank is a factor of at least 1"),
         (["--sequence", "2"], "calls no scaled_dot_product_attention"),
         (["--picture", "/nowhere/a.png"], "--picture /nowhere/a.png can't be written"),
