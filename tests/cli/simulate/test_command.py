@@ -48,7 +48,6 @@ def test_json_and_a_picture(tmp_path, capsys):
         (["--shard-size", "3"], "ZeroConfig.shard_size=3 does not divide the 8 data-parallel ranks"),
         (["--slow-rank", "0.5"], "slow_rank is a factor of at least 1"),
         (["--sequence", "2"], "calls no scaled_dot_product_attention"),
-        (["--picture", "/nowhere/a.png"], "--picture /nowhere/a.png can't be written"),
     ],
 )
 def test_what_can_not_be_simulated_is_refused(arguments, message, capsys):
@@ -61,3 +60,9 @@ def test_what_can_not_be_simulated_is_refused(arguments, message, capsys):
 def test_the_command_line_does_not_load_simpy():
     code = "import sys, lightning_superscale.cli.command; sys.exit('simpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_picture_that_can_not_be_written(capsys):
+    pytest.importorskip("matplotlib")
+    assert main([*IMAGES, "--picture", "/nowhere/a.png"]) == 2
+    assert "--picture /nowhere/a.png can't be written" in capsys.readouterr().err
