@@ -73,7 +73,7 @@ def simulate(  # noqa: PLR0913 # as `estimate`, a user names what matters
     numbers = {"devices": devices, "sequence": sequence, "batch_size": batch_size, "sequence_length": sequence_length}
     check_arguments("simulate", simulate, **numbers)
     new_environment()  # a missing package is said before any work
-    _check_slowness(slow_rank)
+    _check_numbers(slow_rank, latencies)
     candidate = Candidate(resolve_zero(zero), resolve_offload(offload))
     _check_known(candidate)
     profile = profile_for(device, device_memory, host_memory)
@@ -83,9 +83,11 @@ def simulate(  # noqa: PLR0913 # as `estimate`, a user names what matters
     return _Work(model, trace, profile, latencies).result(setups, candidate, given, slow_rank)
 
 
-def _check_slowness(slow_rank: float) -> None:
+def _check_numbers(slow_rank: float, latencies: Latencies) -> None:
     if not isinstance(slow_rank, (int, float)) or not 1 <= slow_rank < math.inf:
         raise SettingError(f"slow_rank is a factor of at least 1, by which one rank is slower; found {slow_rank!r}")
+    if not all(0 <= seconds < math.inf for seconds in (latencies.rank, latencies.node)):
+        raise SettingError(f"latencies are seconds of 0 or more; found {latencies}")
 
 
 def _setups(candidate: Candidate, precision: str, sequence: int, devices: int, sizes: Sequence[int]) -> list[Setup]:

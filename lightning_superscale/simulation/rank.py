@@ -102,12 +102,12 @@ class SimulatedRank:
         num_used = 0
         for piece in pieces:
             for index in piece.needs:
-                if index in passing:
-                    for ahead in passing[num_used : num_used + _GATHERED_GROUPS - 1]:
-                        self._gather(ahead)
+                is_passing = index in passing
+                if is_passing:
+                    self._gather(index)
                     num_used += 1
                 yield from self._wait_for_weights(index)
-                if index in passing:
+                if is_passing and not self._hides_nothing:
                     for ahead in passing[num_used : num_used + _GATHERED_GROUPS - 1]:
                         self._gather(ahead)
             for nbytes in piece.exchanges:

@@ -88,6 +88,7 @@ def test_states_stay_on_the_device_where_they_fit(offload):
         ({"num_nodes": []}, "num_nodes takes"),
         ({"devices": 0}, "devices"),
         ({"slow_rank": 0.9}, "slow_rank is a factor of at least 1"),
+        ({"latencies": Latencies(rank=-1.0)}, "latencies are seconds of 0 or more; found Latencies"),
         ({"offload": "zenflow"}, "knows the steps of 'cpu' and 'superoffload', found offload='zenflow'"),
         ({"offload": {"weights": "flow"}}, 'knows no weights="flow"'),
         ({"devices": 8, "sequence": 3}, "SequenceConfig.size=3 does not divide the 8 ranks"),

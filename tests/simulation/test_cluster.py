@@ -104,6 +104,8 @@ def test_cores_that_do_both_hide_nothing():
     shared = replace(PROFILE, shares_cores=True)
     found = step(program(num_units, 100 * hop, 100 * hop), setup(), profile=shared)
     assert found.seconds == pytest.approx((200 + 2 * num_units) * hop, rel=1e-9)
+    gathered = step(program(num_units, 100 * hop, 100 * hop, stage=3), setup(stage=3), profile=shared)
+    assert gathered.seconds == pytest.approx((200 + 3 * num_units) * hop, rel=1e-9)
 
 
 def test_stage_3_gathers_ahead_and_again_in_backward():
