@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         ZenFlowStrategy,
         ZeroStrategy,
     )
+    from lightning_superscale.simulation.api import simulate
 
 __all__ = [
     "CheckpointBinder",
@@ -52,6 +53,7 @@ __all__ = [
     "estimate",
     "last_checkpoint",
     "load_from_checkpoint",
+    "simulate",
 ]
 
 try:
@@ -72,6 +74,7 @@ _HOMES = {
     "estimate": "lightning_superscale.estimation.api",
     "last_checkpoint": "lightning_superscale.checkpoint.tools.newest",
     "load_from_checkpoint": "lightning_superscale.plugins.checkpoint.load_from_checkpoint",
+    "simulate": "lightning_superscale.simulation.api",
 }
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -28,8 +28,7 @@ def optimizer_section(index: int) -> str:
     return f"optimizer.{index}"
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class TensorKey:
+class TensorKey(NamedTuple):
     """The name of one tensor of a training state.
 
     Attributes:

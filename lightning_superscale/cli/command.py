@@ -21,6 +21,7 @@ from lightning_superscale.cli import doctor, trace
 from lightning_superscale.cli.checkpoint import Reading, UsageError
 from lightning_superscale.cli.estimate import command as estimate_command
 from lightning_superscale.cli.migrate import command as migrate_command
+from lightning_superscale.cli.simulate import command as simulate_command
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.run.report.recorder import DEFAULT_STEP
 
@@ -44,6 +45,8 @@ def _parser() -> argparse.ArgumentParser:
     tracing.add_argument("training", nargs=argparse.REMAINDER, metavar="COMMAND")
     about = "predict memory and time of training a model with every strategy, and recommend one"
     estimate_command.add_arguments(commands.add_parser("estimate", help=about, description=about.capitalize() + "."))
+    about = "simulate steps of a strategy on clusters of several sizes, up to thousands of nodes, event by event"
+    simulate_command.add_arguments(commands.add_parser("simulate", help=about, description=about.capitalize() + "."))
     _add_migrate_command(commands)
     _add_checkpoint_commands(commands)
     return parser
@@ -164,11 +167,12 @@ def _checkpoint(chosen: argparse.Namespace) -> int:
         return 128 + (stopped.number if isinstance(stopped, _Stopped) else signal.SIGINT)
 
 
-def _estimate(chosen: argparse.Namespace) -> int:
+def _predict(chosen: argparse.Namespace) -> int:
+    run = estimate_command.run if chosen.command == "estimate" else simulate_command.run
     try:
-        return estimate_command.run(chosen)
+        return run(chosen)
     except SuperScaleError as error:
-        print(f"superscale estimate: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"superscale {chosen.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 
 
@@ -191,9 +195,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The process's exit code. 0: success. 1: a part is missing, a checkpoint is damaged, two differ, a key to
         migrate is unknown, or no strategy fits. 2: the arguments do not fit, a comparison failed, or nothing could be
-        migrated or estimated. 130:
-        interrupted. 141: nothing reads the output any more, as after `| head`. After `trace`, that of the training
-        command.
+        migrated, estimated or simulated. 130: interrupted. 141: nothing reads the output any more, as after `| head`.
+        After `trace`, that of the training command.
     """
     try:
         code = _run(arguments)
@@ -212,8 +215,8 @@ def _run(arguments: Sequence[str] | None) -> int:
         checks = doctor.examine()
         Console(file=sys.stdout).print(doctor.table(checks))
         return 1 if any(check.status == "error" for check in checks) else 0
-    if chosen.command == "estimate":
-        return _estimate(chosen)
+    if chosen.command in ("estimate", "simulate"):
+        return _predict(chosen)
     if chosen.command == "migrate":
         return _migrate(chosen)
     if chosen.command == "checkpoint":

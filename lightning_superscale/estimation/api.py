@@ -17,7 +17,7 @@ from lightning_superscale.estimation.devices import THIS_MACHINE, DeviceProfile,
 from lightning_superscale.estimation.inputs import batch_for, count_tokens, loss_of, parse_bytes, takes_tokens
 from lightning_superscale.estimation.limits import largest_params, longest_sequence
 from lightning_superscale.estimation.memory import byte_classes, params_of
-from lightning_superscale.estimation.peak import Moment, device_peak
+from lightning_superscale.estimation.peak import Moment, device_peak, fit_states
 from lightning_superscale.estimation.result import Estimate, StrategyEstimate
 from lightning_superscale.estimation.setup import Setup
 from lightning_superscale.estimation.step_time import Seconds, roofline, step_time
@@ -78,7 +78,7 @@ def estimate(  # noqa: PLR0913 # a user names what matters, and nothing else
         batch_size=batch_size,
         sequence_length=sequence_length,
     )
-    profile = _profile(device, device_memory, host_memory)
+    profile = profile_for(device, device_memory, host_memory)
     num_ranks = devices * num_nodes
     if zero is None and offload is None:
         chosen = candidates(num_ranks)
@@ -93,7 +93,12 @@ def estimate(  # noqa: PLR0913 # a user names what matters, and nothing else
     return work.result([work.estimate(one, traces) for traces in work.traces() for one in chosen])
 
 
-def _profile(name: str, device_memory: int | str | None, host_memory: int | str | None) -> DeviceProfile:
+def profile_for(name: str, device_memory: int | str | None, host_memory: int | str | None) -> DeviceProfile:
+    """The profile of a name, with other sizes of memory where they are given.
+
+    Raises:
+        SettingError: no such profile or size.
+    """
     profile = measure_profile() if name == THIS_MACHINE else profile_named(name)
     device, host = (
         None if given is None else parse_bytes(given, key)
@@ -184,7 +189,7 @@ class _Work:
             num_tokens=num_tokens,
             unit=unit,
             strategies=strategies,
-            assumptions=_assumptions(profile),
+            assumptions=assumptions_of(profile),
         )
 
     def estimate(self, candidate: Candidate, traces: _Traces) -> StrategyEstimate:
@@ -253,19 +258,7 @@ class _Work:
             ranks_per_node=self._ranks_per_node,
             flows=offload is not None and offload.weights == "flow",
         )
-        if offload is None or setup.flows:
-            return setup
-        if offload.gpu_fraction != "auto":
-            return replace(setup, on_device=offload.gpu_fraction)
-        on_host, on_device = (self._peak(replace(setup, on_device=share), step).total for share in (0.0, 1.0))
-        if on_device <= on_host:
-            return setup
-        free = self._usable - on_host
-        return replace(setup, on_device=min(1.0, max(0.0, free / (on_device - on_host))))
-
-    def _peak(self, setup: Setup, step: StepTrace) -> Moment:
-        params = params_of(self._model, setup)
-        return device_peak(step, params, byte_classes(self._model, params, setup), setup)
+        return fit_states(self._model, step, setup, self._usable)
 
     def _why_not(self, peak: Moment, host_bytes: int) -> str | None:
         profile = self._profile
@@ -280,7 +273,8 @@ def _too_much(memory: str, needed: int, limit: int) -> str | None:
     return None if needed <= limit else f"{format_bytes(needed)} of {memory}, of {format_bytes(limit)}"
 
 
-def _assumptions(profile: DeviceProfile) -> list[str]:
+def assumptions_of(profile: DeviceProfile) -> list[str]:
+    """What an estimate takes for granted, in sentences."""
     told = [f"{USABLE:.0%} of the device's memory can be used", "one micro-batch a step, AdamW"]
     if profile.name == THIS_MACHINE:
         return ["rates are measured here, each operation by itself", *told]

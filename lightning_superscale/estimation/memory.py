@@ -65,7 +65,7 @@ def params_of(module: nn.Module, setup: Setup) -> list[Param]:
             dtype=twin.dtype,
             trains=twin.requires_grad,
             is_on_host=setup.offload is not None and twin not in on_device,
-            is_gathered=setup.shards_weights and original[twin] not in left_out,
+            is_gathered=setup.shards_weights and original[twin] in block_of and original[twin] not in left_out,
             block=block_of.get(original[twin]),
         )
         for fqn, twin in named

@@ -8,13 +8,20 @@ the buffer of a reduction, of which this rank's rows stay, on the device or in h
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from lightning_superscale.estimation.memory import Param, flowing_blocks, kept_on_device, share_on_device
+from lightning_superscale.estimation.memory import (
+    Param,
+    byte_classes,
+    flowing_blocks,
+    kept_on_device,
+    params_of,
+    share_on_device,
+)
 from lightning_superscale.estimation.setup import Setup
 from lightning_superscale.estimation.trace import StepTrace
 from lightning_superscale.layout.rows import align_up
@@ -107,6 +114,30 @@ def device_peak(trace: StepTrace, params: Sequence[Param], classes: Sequence[Byt
     return max(moments, key=lambda moment: moment.total)
 
 
+def fit_states(module: nn.Module, trace: StepTrace, setup: Setup, usable: int) -> Setup:
+    """The setup with as many states on the device as fit there, as a run chooses after its first step.
+
+    Args:
+        trace: of one step of the module.
+        usable: bytes of the device that a step may take.
+    """
+    offload = setup.offload
+    if offload is None or setup.flows:
+        return setup
+    if offload.gpu_fraction != "auto":
+        return replace(setup, on_device=offload.gpu_fraction)
+
+    def peak(share: float) -> int:
+        shared = replace(setup, on_device=share)
+        params = params_of(module, shared)
+        return device_peak(trace, params, byte_classes(module, params, shared), shared).total
+
+    on_host, on_device = peak(0.0), peak(1.0)
+    if on_device <= on_host:
+        return setup
+    return replace(setup, on_device=min(1.0, max(0.0, (usable - on_host) / (on_device - on_host))))
+
+
 def _passing_weights(params: Sequence[Param], setup: Setup) -> int:
     """Bytes of weights that are on the device while their block is used: they flow, or FSDP2 gathers them."""
     if setup.flows:
@@ -166,7 +197,7 @@ def _changes(trace: StepTrace, params: Sequence[Param], setup: Setup) -> Iterato
             copies = _copies_of_split(used, stays, size_of)
             found += [_Change(ready, 0, copies), _Change(ready, kept - whole, -copies)]
             continue
-        rows = sum(align_up(param.shard_numel(setup.num_shards)) * _reduced_size(param, setup) for param in unit)
+        rows = sum(align_up(param.shard_numel(setup.num_shards)) * reduced_size(param, setup) for param in unit)
         packed = rows * setup.num_shards
         kept = round(rows * sum(stays) / len(stays))
         found += [_Change(ready, 0, packed), _Change(ready, -whole, 0), _Change(ready, kept, -packed)]
@@ -179,6 +210,7 @@ def _copies_of_split(params: Sequence[Param], shares: Sequence[float], size_of: 
     return 2 * max(split, default=0)
 
 
-def _reduced_size(param: Param, setup: Setup) -> int:
+def reduced_size(param: Param, setup: Setup) -> int:
+    """Bytes of an element of a parameter's gradient while ranks reduce it."""
     gradients = setup.precision.gradients
     return (gradients.reduction or gradients.accumulation or param.dtype).itemsize

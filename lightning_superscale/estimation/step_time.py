@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from lightning_superscale.estimation.devices import DeviceProfile
 from lightning_superscale.estimation.memory import Param, states_of
@@ -76,18 +77,62 @@ def step_time(
     return StepTime(
         forward=forward,
         backward=backward,
-        optimizer=_on_device(params, setup, profile) + _on_host(trace, params, setup, profile, forward, backward),
+        optimizer=update_seconds(params, setup, profile) + _on_host(trace, params, setup, profile, forward, backward),
         ranks=_between_ranks(params, setup, profile, forward, backward),
     )
 
 
-def _on_device(params: Sequence[Param], setup: Setup, profile: DeviceProfile) -> float:
+def update_seconds(params: Sequence[Param], setup: Setup, profile: DeviceProfile) -> float:
     """Seconds of the step of states on the device: each is read and written, with gradient and weights."""
     moved = 0.0
     for param in (param for param in params if param.trains and not param.is_on_host):
         states = states_of(param, setup, flows=False).per_param("device", "shard")
         moved += param.shard_numel(setup.num_shards) * (2 * states + 3 * param.dtype.itemsize)
     return moved / (profile.memory_rate * profile.reach.memory)
+
+
+class HostSeconds(NamedTuple):
+    """Seconds of one rank's link in one direction, and of its share of the host, for some parameters' states."""
+
+    link: float
+    host: float
+
+
+def host_seconds(params: Sequence[Param], setup: Setup, profile: DeviceProfile) -> HostSeconds:
+    """Seconds for those of these parameters whose states are in host memory."""
+    hosted = [param for param in params if param.trains and param.is_on_host]
+    numel = sum(param.shard_numel(setup.num_shards) for param in hosted)
+    moved = sum(
+        param.shard_numel(setup.num_shards) * dtype_on_link(setup.link_dtype, param.dtype).itemsize for param in hosted
+    )
+    return HostSeconds(
+        moved / (profile.host_link * profile.reach.links),
+        numel * BYTES_PER_PARAM / (profile.host_rate_of(setup.ranks_per_node) * profile.reach.host),
+    )
+
+
+def host_times(
+    trace: StepTrace, params: Sequence[Param], setup: Setup, profile: DeviceProfile, forward: float, backward: float
+) -> StepTimes:
+    """The parts of a step with states in host memory, as `offload.planner.forecast` takes them.
+
+    Args:
+        forward, backward: seconds of the model.
+    """
+    order = {grad.fqn: i for i, grad in enumerate(trace.gradients)}
+    units = [unit for unit in units_of(params, setup, order) if unit[0].is_on_host]
+    trained = [param for param in params if param.trains]
+    link, host = host_seconds(params, setup, profile)
+    hosted = sum(param.numel for param in trained if param.is_on_host)
+    return StepTimes(
+        forward=forward,
+        backward=backward,
+        d2h=link,
+        host=host,
+        h2d=link,
+        num_buckets=len(units),
+        device_share=1 - hosted / max(1, sum(param.numel for param in trained)),
+    )
 
 
 def _on_host(
@@ -99,28 +144,13 @@ def _on_host(
     backward: float,
 ) -> float:
     """Seconds by which the host's step makes a step longer."""
-    hosted = [param for param in params if param.trains and param.is_on_host]
-    if setup.offload is None or not hosted:
+    if setup.offload is None or not any(param.trains and param.is_on_host for param in params):
         return 0.0
-    order = {grad.fqn: i for i, grad in enumerate(trace.gradients)}
-    units = [unit for unit in units_of(params, setup, order) if unit[0].is_on_host]
-    numel = sum(param.shard_numel(setup.num_shards) for param in hosted)
-    moved = sum(
-        param.shard_numel(setup.num_shards) * dtype_on_link(setup.link_dtype, param.dtype).itemsize for param in hosted
-    )
-    link = profile.host_link * profile.reach.links
-    times = StepTimes(
-        forward=forward,
-        backward=backward,
-        d2h=moved / link,
-        host=numel * BYTES_PER_PARAM / (profile.host_rate_of(setup.ranks_per_node) * profile.reach.host),
-        h2d=moved / link,
-        num_buckets=len(units),
-        device_share=1 - sum(p.numel for p in hosted) / max(1, sum(p.numel for p in params if p.trains)),
-    )
+    times = host_times(trace, params, setup, profile, forward, backward)
     if profile.shares_cores:
         return times.d2h + times.host + times.h2d
     engine = engine_of(setup.offload.engine)
+    link = profile.host_link * profile.reach.links
     return engine.predict_exposed(times, setup.offload) + _flow(params, setup, forward, backward, link)
 
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -41,11 +41,13 @@ class MadeGradient:
         fqn: the parameter's name from the root.
         place: index into `StepTrace.alive` of that moment.
         nbytes: bytes of the gradient.
+        operation: number of operations before it.
     """
 
     fqn: str
     place: int
     nbytes: int
+    operation: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +61,7 @@ class StepTrace:
         gradients: in the order in which backward makes them.
         batch_bytes: bytes of the batch.
         saved: bytes that each watched module's forward left for backward.
+        first_use: index of the first operation of a phase that reads a parameter, by the phase and its name.
     """
 
     operations: Sequence[TracedOperation]
@@ -67,6 +70,7 @@ class StepTrace:
     gradients: Sequence[MadeGradient]
     batch_bytes: int
     saved: Sequence[int] = ()
+    first_use: Mapping[tuple[Phase, str], int] = field(default_factory=dict)
 
     def flops(self, phase: Phase | None = None) -> int:
         """Floating-point operations of one phase, or of both; a multiplication and an addition are two."""
@@ -88,22 +92,34 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Args:
         known: tensors that exist before, whose memory is not counted.
+        params: those of them whose first reads are noted, by name.
     """
 
-    def __init__(self, known: Sequence[Tensor]) -> None:
+    def __init__(self, known: Sequence[Tensor], params: Mapping[str, Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.phase: Phase = "forward"
         self.operations: list[TracedOperation] = []
         self.alive = [0]
+        self.first_use: dict[tuple[Phase, str], int] = {}
         self._known = {storage_id_of(tensor.untyped_storage()) for tensor in known}
+        self._param_of = {storage_id_of(param.untyped_storage()): fqn for fqn, param in params.items()}
         self._watched: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         results = op(*args, **(kwargs or {}))
         makes = [self._see(leaf.untyped_storage()) for leaf in tree_leaves(results) if isinstance(leaf, Tensor)]
         if any(makes) or op._schema.is_mutable:
+            self._note_uses(args, kwargs)
             self.operations.append(traced(self.phase, op, args, kwargs or {}, results))
         return results
+
+    def _note_uses(self, args: Any, kwargs: Any) -> None:
+        """Note the parameters that the next operation reads, through a view of them too."""
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor):
+                fqn = self._param_of.get(storage_id_of(leaf.untyped_storage()))
+                if fqn is not None:
+                    self.first_use.setdefault((self.phase, fqn), len(self.operations))
 
     def _see(self, storage: torch.UntypedStorage) -> bool:
         """Count a storage; returns whether it is new."""
@@ -150,7 +166,7 @@ def trace_step(
         inputs = tree_map(lambda leaf: _fake(leaf, weights) if isinstance(leaf, Tensor) else leaf, batch)
         twins = stack.enter_context(_faked(module, weights))
         tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
-        recorder = _Recorder([*module.parameters(), *module.buffers(), *tensors])
+        recorder = _Recorder([*module.parameters(), *module.buffers(), *tensors], twins)
         made: list[MadeGradient] = []
         for fqn, twin in twins.items():
             if twin.requires_grad:
@@ -174,6 +190,7 @@ def trace_step(
             gradients=made,
             batch_bytes=sum(tensor.nbytes for tensor in tensors),
             saved=[sum(seen) for seen in saved],
+            first_use=recorder.first_use,
         )
 
 
@@ -201,7 +218,7 @@ def _shown(value: object) -> str:
 
 def _note_gradient(fqn: str, recorder: _Recorder, made: list[MadeGradient], param: Tensor) -> None:
     nbytes = 0 if param.grad is None else param.grad.untyped_storage().nbytes()
-    made.append(MadeGradient(fqn, len(recorder.alive) - 1, nbytes))
+    made.append(MadeGradient(fqn, len(recorder.alive) - 1, nbytes, len(recorder.operations)))
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import add, sub
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -37,7 +38,7 @@ class Box:
     @property
     def stop(self) -> tuple[int, ...]:
         """One past the last index along each tensor dim."""
-        return tuple(start + extent for start, extent in zip(self.offset, self.size, strict=True))
+        return tuple(map(add, self.offset, self.size))
 
     def lies_in(self, shape: Sequence[int]) -> bool:
         """Whether a tensor of this shape contains the box."""
@@ -48,8 +49,8 @@ class Box:
     def intersect(self, other: Box) -> Box | None:
         """The box of the elements in both boxes; None where they share none."""
         start = tuple(map(max, self.offset, other.offset))
-        size = tuple(min(a, b) - low for a, b, low in zip(self.stop, other.stop, start, strict=True))
-        return Box(start, size) if all(extent > 0 for extent in size) else None
+        size = tuple(map(sub, map(min, self.stop, other.stop), start))
+        return Box(start, size) if min(size, default=1) > 0 else None
 
     def within(self, outer: Box) -> tuple[slice, ...]:
         """The index of this box in a tensor that holds `outer`, which contains it."""

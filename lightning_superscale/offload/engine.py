@@ -24,7 +24,7 @@ from lightning_superscale.offload.link.dtype import LinkDtype
 from lightning_superscale.offload.link.link import Link
 from lightning_superscale.offload.memory import ParamKind
 from lightning_superscale.offload.planner.choices import HostWork, step_times
-from lightning_superscale.offload.planner.forecast import StepTimes
+from lightning_superscale.offload.planner.forecast import HostSchedule, StepTimes
 from lightning_superscale.offload.planner.profile import HardwareProfile
 from lightning_superscale.offload.weight_flow.weights import FlowingWeights, StreamedUnit
 from lightning_superscale.ops.cpu.pool import Pool
@@ -223,6 +223,9 @@ class OffloadEngine(Protocol):
         Args:
             times: of a step that steps all parameters of the host.
         """
+
+    def host_schedule(self, times: StepTimes, config: OffloadConfig) -> HostSchedule | None:
+        """When the host works in steps as `predict_exposed` takes them; None where no `HostSchedule` says it."""
 
     def forecast(self, parts: StepParts) -> Forecast:
         """What the steps of an optimizer should take. Any rank may ask by itself; the parts are its own."""

@@ -63,6 +63,10 @@ BY_TEST: dict[str, list[str]] = {
         "cli/migrate/target.py",
     ],
     "cli/migrate/test_deepspeed.py": ["cli/migrate/deepspeed_keys.py"],
+    # A table and a picture are what the command makes of a simulation.
+    "cli/simulate/test_command.py": ["cli/simulate/picture.py", "cli/simulate/table.py"],
+    # One rank alone waits for nobody.
+    "simulation/test_cluster.py": ["simulation/rank.py"],
     "cli/test_checkpoint.py": [
         "checkpoint/tools/convert.py",
         "checkpoint/tools/diff.py",

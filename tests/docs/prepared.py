@@ -90,6 +90,21 @@ def _trace() -> None:
     Path("train.py").write_text(_TRAIN)
 
 
+_LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 96,
+}
+
+
+def _simulate() -> None:
+    Path("llama").mkdir()
+    Path("llama/config.json").write_text(json.dumps(_LLAMA))
+
+
 _FSDP = """
 class_path: lightning.pytorch.strategies.FSDPStrategy
 init_args: {sharding_strategy: SHARD_GRAD_OP, cpu_offload: true}
@@ -105,6 +120,7 @@ PREPARE: dict[str, Callable[[], None]] = {
     "README.md": _readme,
     "docs/from-fsdp.md": _from_fsdp,
     "docs/tasks/load-anywhere.md": _load_anywhere,
+    "docs/tasks/simulate.md": _simulate,
     "docs/tasks/trace.md": _trace,
 }
 

@@ -134,3 +134,11 @@ def _on_ranks(rank: int, world_size: int) -> int:
 
 def test_two_ranks():
     assert run_ranks(2, _on_ranks) == [len(OVER_RANKS)] * 2
+
+
+def test_fsdp2_gathers_no_parameter_of_a_module_that_it_does_not_wrap():
+    setup = Setup(zero=ZeroConfig(stage=3), offload=None, precision=choose(**BF16), num_ranks=2, ranks_per_node=2)
+    gathered = {param.spec.fqn: param.is_gathered for param in params_of(Blocks(), setup)}
+    assert gathered["first.weight"]
+    assert not gathered["scale"], "the root's own parameter is in a bucket, as those that FSDP2 can't take"
+    assert not gathered["last.weight"], "tied"

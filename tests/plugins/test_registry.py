@@ -182,6 +182,7 @@ def test_public_names_are_what_the_docs_say():
         "estimate",
         "last_checkpoint",
         "load_from_checkpoint",
+        "simulate",
     ]
     assert all(getattr(lss, name).__name__ == name for name in lss.__all__)
     with pytest.raises(AttributeError, match="no attribute 'SuperOfload'"):

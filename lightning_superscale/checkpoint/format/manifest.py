@@ -6,6 +6,7 @@ format.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Mapping
@@ -192,6 +193,12 @@ def _tensor_to_json(key: TensorKey, record: TensorRecord) -> dict[str, Any]:
     }
 
 
+@functools.lru_cache(maxsize=2**16)
+def _box(offset: tuple[int, ...], size: tuple[int, ...]) -> Box:
+    """The box of a piece; layers of a model are cut alike, so most pieces share theirs."""
+    return Box(tuple(map(int, offset)), tuple(map(int, size)))
+
+
 def _tensor_from_json(fields: dict[str, Any], where: str) -> tuple[TensorKey, TensorRecord]:
     key = TensorKey(str(fields["section"]), str(fields["name"]), str(fields.get("state", "")))
     if fields["role"] not in get_args(Role):
@@ -203,9 +210,7 @@ def _tensor_from_json(fields: dict[str, Any], where: str) -> tuple[TensorKey, Te
         bool(fields.get("trainable", False)),
     )
     chunks = tuple(
-        Chunk(
-            str(p["file"]), str(p["entry"]), int(p["at"]), Box(tuple(map(int, p["offset"])), tuple(map(int, p["size"])))
-        )
+        Chunk(str(p["file"]), str(p["entry"]), int(p["at"]), _box(tuple(p["offset"]), tuple(p["size"])))
         for p in fields["pieces"]
     )
     return key, TensorRecord(info, chunks)

@@ -7,8 +7,10 @@ them, which sends each other rank the part that it wants.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -25,12 +27,14 @@ ROUND_BYTES = 2**25
 # Boxes within a message begin at multiples of this, so that their bytes can be viewed as elements of any dtype.
 ALIGN_BYTES = 64
 
+# Fewer chunks of a tensor are tried one by one.
+_FEW_CHUNKS = 8
+
 # By file, intervals [first, stop) of blocks, in order.
 Blocks = Mapping[str, Sequence[tuple[int, int]]]
 
 
-@dataclass(frozen=True, slots=True)
-class ReadItem:
+class ReadItem(NamedTuple):
     """The box that one request takes from one chunk of a file.
 
     Attributes:
@@ -60,8 +64,7 @@ class ReadItem:
         return self.chunk.start + self.chunk.box.numel * self.itemsize
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(NamedTuple):
     """Blocks [first, stop) of a file, read at once.
 
     Attributes:
@@ -88,18 +91,70 @@ def read_items_of(wanted: Sequence[tuple[TensorKey, Box]], tensors: Mapping[Tens
         wanted: the box of each request, and its tensor.
         tensors: the tensors of the manifest.
     """
-    items = []
-    for i, (key, box) in enumerate(wanted):
-        record = tensors[key]
-        for chunk in record.chunks:
-            both = chunk.box.intersect(box)
-            if both is not None:
-                items.append(ReadItem(i, chunk, both, record.info.dtype))
-    return items
+    return ChunkFinder(tensors).read_items(wanted)
+
+
+class ChunkFinder:
+    """Finds the chunks that hold a box by its rows, so that thousands of chunks of a tensor are not tried one by one.
+
+    Args:
+        tensors: the tensors of the manifest.
+    """
+
+    def __init__(self, tensors: Mapping[TensorKey, TensorRecord]) -> None:
+        self._tensors = tensors
+        self._rows: dict[TensorKey, _ChunkRows] = {}
+
+    def read_items(self, wanted: Sequence[tuple[TensorKey, Box]]) -> list[ReadItem]:
+        """The read items that together fill each wanted box, in the order of the boxes and of the tensors' chunks."""
+        items = []
+        for i, (key, box) in enumerate(wanted):
+            record = self._tensors[key]
+            for chunk in self._near(key, record, box):
+                both = chunk.box.intersect(box)
+                if both is not None:
+                    items.append(ReadItem(i, chunk, both, record.info.dtype))
+        return items
+
+    def _near(self, key: TensorKey, record: TensorRecord, box: Box) -> Sequence[Chunk]:
+        """The chunks that may share rows with a box."""
+        if len(record.chunks) < _FEW_CHUNKS or not box.size:
+            return record.chunks
+        rows = self._rows.get(key)
+        if rows is None:
+            rows = self._rows[key] = _rows_of(record.chunks)
+        first, last = box.offset[0], box.offset[0] + box.size[0]
+        near = range(bisect_right(rows.starts, first - rows.most), bisect_left(rows.starts, last))
+        return [record.chunks[i] for i in sorted(rows.order[place] for place in near)]
+
+
+class _ChunkRows(NamedTuple):
+    """A tensor's chunks by their first rows.
+
+    Attributes:
+        starts: first rows, in order.
+        order: for each of them, the index of its chunk.
+        most: rows of the chunk that has the most.
+    """
+
+    starts: list[int]
+    order: list[int]
+    most: int
+
+
+def _rows_of(chunks: Sequence[Chunk]) -> _ChunkRows:
+    order = sorted(range(len(chunks)), key=lambda i: chunks[i].box.offset[0])
+    return _ChunkRows([chunks[i].box.offset[0] for i in order], order, max(chunk.box.size[0] for chunk in chunks))
 
 
 def byte_runs(item: ReadItem) -> Iterator[tuple[int, int]]:
     """Bytes [start, stop) of the file that hold an item's box; runs less than a block apart come as one."""
+    box, chunk = item.box, item.chunk.box
+    if box.size and box.size[1:] == chunk.size[1:]:  # whole rows, as most are
+        row = math.prod(box.size[1:]) * item.itemsize
+        start = item.start + (box.offset[0] - chunk.offset[0]) * row
+        yield start, start + box.size[0] * row
+        return
     inner = item.box.within(item.chunk.box)
     sizes, itemsize = item.chunk.box.size, item.itemsize
     # Bytes from one index to the next, along each tensor dim.
@@ -145,36 +200,39 @@ def segments_of(wanted: Sequence[Blocks]) -> list[Segment]:
     """The segments to read: one rank reads each block, and all ranks read about as many blocks.
 
     Args:
-        wanted: each rank's blocks, by rank: results of `blocks_of`.
+        wanted: each rank's blocks, by rank: results of `blocks_of`, whose intervals are apart.
     """
     loads = [0] * len(wanted)
     segments = []
-    for file in sorted({file for blocks in wanted for file in blocks}):
-        edges = sorted({edge for blocks in wanted for interval in blocks.get(file, ()) for edge in interval})
-        want = [_Cursor(blocks.get(file, ())) for blocks in wanted]
+    # Only the ranks that want something of a file are asked for it: of thousands, few do.
+    of_files: dict[str, list[tuple[int, Sequence[tuple[int, int]]]]] = {}
+    for rank, blocks in enumerate(wanted):
+        for file, intervals in blocks.items():
+            of_files.setdefault(file, []).append((rank, intervals))
+    for file, of_ranks in sorted(of_files.items()):
+        begins: dict[int, list[int]] = {}
+        ends: dict[int, list[int]] = {}
+        for rank, intervals in of_ranks:
+            for first, stop in intervals:
+                begins.setdefault(first, []).append(rank)
+                ends.setdefault(stop, []).append(rank)
+        edges = sorted({*begins, *ends})
+        want: list[int] = []  # the ranks that want the blocks from here on, in order
         for first, stop in zip(edges, edges[1:], strict=False):
-            ranks = tuple(rank for rank, cursor in enumerate(want) if cursor.covers(first))
+            for rank in ends.get(first, ()):
+                want.remove(rank)
+            for rank in begins.get(first, ()):
+                insort(want, rank)
+            ranks = tuple(want)
             start = first
             while ranks and start < stop:
                 end = min(stop, start - start % SEGMENT_BLOCKS + SEGMENT_BLOCKS)
-                reader = min(ranks, key=lambda rank: (loads[rank], rank))
+                # The first of those that read least; ranks are in order.
+                reader = ranks[0] if len(ranks) == 1 else min(ranks, key=loads.__getitem__)
                 segments.append(Segment(file, start, end, ranks, reader))
                 loads[reader] += end - start
                 start = end
     return segments
-
-
-class _Cursor:
-    """Goes through one rank's intervals of blocks once, front to back."""
-
-    def __init__(self, intervals: Sequence[tuple[int, int]]) -> None:
-        self._intervals = intervals
-        self._at = 0
-
-    def covers(self, block: int) -> bool:
-        while self._at < len(self._intervals) and self._intervals[self._at][1] <= block:
-            self._at += 1
-        return self._at < len(self._intervals) and self._intervals[self._at][0] <= block
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from lightning_superscale.checkpoint.format.coverage import uncovered
+from lightning_superscale.checkpoint.format.manifest import Chunk
+from lightning_superscale.checkpoint.format.payload import FileEntry, layout, sort_entries
 from lightning_superscale.checkpoint.state import TensorInfo, TensorKey
 from lightning_superscale.errors import CheckpointError
 from lightning_superscale.layout.box import Box, flat_boxes
@@ -22,8 +25,7 @@ MAX_CHUNK_BYTES = 2**30
 MAX_FILE_BYTES = 2**32
 
 
-@dataclass(frozen=True, slots=True)
-class WriteItem:
+class WriteItem(NamedTuple):
     """A box that one rank writes as one chunk of a file.
 
     Attributes:
@@ -45,7 +47,7 @@ def divide(tensors: Mapping[TensorKey, TensorInfo], held: Held) -> list[list[Wri
 
     Args:
         tensors: all tensors of the state.
-        held: each rank's boxes of each tensor, by rank.
+        held: each rank's boxes of each tensor, by rank; quick where tensors that are cut alike share one tuple of them.
 
     Returns:
         Each rank's items, by rank; together they cover each tensor once.
@@ -56,29 +58,56 @@ def divide(tensors: Mapping[TensorKey, TensorInfo], held: Held) -> list[list[Wri
     items: list[list[WriteItem]] = [[] for _ in held]
     loads = [0] * len(held)
     shared: dict[tuple[int, ...], list[tuple[TensorKey, Box]]] = {}
+    # Layers of a model are cut alike: with thousands of ranks, what many tensors share is looked at once.
+    known: dict[tuple[tuple[int, ...], tuple[int, ...]], list[_HeldBox]] = {}
+    kept = []  # so that no other tuple gets the id of one of these
     for key in sorted(tensors):
-        holders: dict[Box, list[int]] = {}
-        for rank, boxes in enumerate(held):
-            for box in boxes.get(key, ()):
-                if not holders.get(box) or holders[box][-1] != rank:
-                    holders.setdefault(box, []).append(rank)
-        why = uncovered(tensors[key].shape, [*holders])
-        if why is not None:
-            raise CheckpointError(
-                f"{key} can't be saved: {why}. Together the ranks must hold each element, in boxes that are equal "
-                "where they overlap."
-            )
-        for box, holding in sorted(holders.items()):
-            if not box.numel:
-                continue
+        shape, itemsize = tensors[key].shape, tensors[key].dtype.itemsize
+        of_ranks = [boxes.get(key, ()) for boxes in held]
+        cut = (shape, tuple(map(id, of_ranks)))
+        if cut not in known:
+            known[cut] = _held_boxes(key, shape, of_ranks)
+            kept.append(of_ranks)
+        for box, numel, holding in known[cut]:
             if len(holding) == 1:
-                loads[holding[0]] += box.numel * tensors[key].dtype.itemsize
+                loads[holding[0]] += numel * itemsize
                 items[holding[0]].append(WriteItem(key, box, box))
             else:
-                shared.setdefault(tuple(holding), []).append((key, box))
+                shared.setdefault(holding, []).append((key, box))
     for ranks in sorted(shared, key=lambda ranks: (len(ranks), ranks)):
         _share(shared[ranks], ranks, tensors, loads, items)
-    return [[chunk for item in own for chunk in _limited(item, tensors)] for own in items]
+    limits = {key: MAX_CHUNK_BYTES // info.dtype.itemsize for key, info in tensors.items()}
+    return [[chunk for item in own for chunk in _limited(item, limits[item.key])] for own in items]
+
+
+class _HeldBox(NamedTuple):
+    """A box that is not empty, its elements, and the ranks that hold it."""
+
+    box: Box
+    numel: int
+    ranks: tuple[int, ...]
+
+
+def _held_boxes(key: TensorKey, shape: Sequence[int], of_ranks: Sequence[Sequence[Box]]) -> list[_HeldBox]:
+    """The boxes of a tensor, in order.
+
+    Raises:
+        CheckpointError: they don't cover it, or overlap without being equal; names the key.
+    """
+    holders: dict[Box, list[int]] = {}
+    for rank, boxes in enumerate(of_ranks):
+        for box in boxes:
+            holding = holders.setdefault(box, [])
+            if not holding or holding[-1] != rank:
+                holding.append(rank)
+    why = uncovered(shape, [*holders])
+    if why is not None:
+        raise CheckpointError(
+            f"{key} can't be saved: {why}. Together the ranks must hold each element, in boxes that are equal "
+            "where they overlap."
+        )
+    found = [_HeldBox(box, box.numel, tuple(holding)) for box, holding in sorted(holders.items())]
+    return [one for one in found if one.numel]
 
 
 def _share(
@@ -93,16 +122,17 @@ def _share(
     shares = _levelled([loads[rank] for rank in ranks], left)
     at = 0
     for key, box in boxes:
-        itemsize = tensors[key].dtype.itemsize
+        itemsize, numel = tensors[key].dtype.itemsize, box.numel
         start = 0
-        while start < box.numel:
-            count = box.numel - start
+        while start < numel:
+            count = numel - start
             if at < len(ranks) - 1:
                 count = _taken(box, count, shares[at] // itemsize, itemsize)
             if count == 0:
                 at += 1
                 continue
-            items[ranks[at]] += [WriteItem(key, box, part) for part in boxes_between(box, start, start + count)]
+            parts = [box] if count == numel else boxes_between(box, start, start + count)
+            items[ranks[at]] += [WriteItem(key, box, part) for part in parts]
             shares[at] = max(0, shares[at] - count * itemsize)
             loads[ranks[at]] += count * itemsize
             start += count
@@ -142,12 +172,11 @@ def boxes_between(box: Box, start: int, stop: int) -> list[Box]:
     ]
 
 
-def _limited(item: WriteItem, tensors: Mapping[TensorKey, TensorInfo]) -> list[WriteItem]:
-    """The item, cut into items of at most MAX_CHUNK_BYTES."""
-    limit = MAX_CHUNK_BYTES // tensors[item.key].dtype.itemsize
+def _limited(item: WriteItem, limit: int) -> Sequence[WriteItem]:
+    """The item, cut into items of at most `limit` elements."""
     numel = item.box.numel
     if numel <= limit:
-        return [item]
+        return (item,)
     row = math.prod(item.box.size[1:])
     step = max(row, limit // row * row) if row <= limit else limit
     return [
@@ -155,6 +184,57 @@ def _limited(item: WriteItem, tensors: Mapping[TensorKey, TensorInfo]) -> list[W
         for start in range(0, numel, step)
         for box in boxes_between(item.box, start, min(start + step, numel))
     ]
+
+
+# Threads of one rank that write, each a file of its own; fewer where a file would have less than _MIN_FILE_BYTES.
+WRITE_THREADS = 2
+_MIN_FILE_BYTES = 2**26
+
+
+@dataclass(frozen=True, slots=True)
+class FilePlan:
+    """The content of one file, before its values.
+
+    Attributes:
+        header: the file's first bytes.
+        order: indices of the items in the order in which their values follow.
+        chunks: in this order, each item's tensor and its chunk.
+        size: bytes of the whole file.
+    """
+
+    header: bytes
+    order: tuple[int, ...]
+    chunks: tuple[tuple[TensorKey, Chunk], ...]
+    size: int
+
+
+def plan_files(rank: int, items: Sequence[WriteItem], tensors: Mapping[TensorKey, TensorInfo]) -> dict[str, list[int]]:
+    """The files that a rank writes: by name, the indices of their items."""
+    sizes = [item.box.numel * tensors[item.key].dtype.itemsize for item in items]
+    num_files = min(WRITE_THREADS, max(1, sum(sizes) // _MIN_FILE_BYTES))
+    return {f"data/w{rank:05d}-{k}.safetensors": indices for k, indices in enumerate(fill_files(sizes, num_files))}
+
+
+def plan_file(name: str, items: Sequence[WriteItem], tensors: Mapping[TensorKey, TensorInfo], uuid: str) -> FilePlan:
+    """The content of a file with these items.
+
+    Args:
+        uuid: id of the checkpoint.
+    """
+    counts: dict[TensorKey, int] = {}
+    entries = []
+    for item in items:
+        key = item.key
+        number = counts[key] = counts.get(key, -1) + 1
+        state = f"[{key.state}]" if key.state else ""
+        entries.append(FileEntry(f"{key.section}/{key.name}{state}#{number}", tensors[key].dtype, item.box.size))
+    order = sort_entries(entries)
+    place = layout([entries[i] for i in order], uuid)
+    chunks = tuple(
+        (items[i].key, Chunk(name, entries[i].name, start, items[i].box))
+        for i, start in zip(order, place.starts, strict=True)
+    )
+    return FilePlan(place.header, tuple(order), chunks, len(place.header) + sum(entry.nbytes for entry in entries))
 
 
 def fill_files(nbytes: Sequence[int], num_files: int) -> list[list[int]]:

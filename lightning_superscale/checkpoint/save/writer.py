@@ -31,19 +31,15 @@ from lightning_superscale.checkpoint.format.manifest import (
     TensorRecord,
     blocks_name,
 )
-from lightning_superscale.checkpoint.format.payload import FileEntry, PayloadWriter, is_wrapper, layout, sort_entries
+from lightning_superscale.checkpoint.format.payload import PayloadWriter, is_wrapper
 from lightning_superscale.checkpoint.phases import attempt
-from lightning_superscale.checkpoint.save.plan import WriteItem, divide, fill_files
+from lightning_superscale.checkpoint.save.plan import WRITE_THREADS, WriteItem, divide, plan_file, plan_files
 from lightning_superscale.checkpoint.state import EXTRA, LocalState, TensorInfo, TensorKey
 from lightning_superscale.checkpoint.storage.local import Target, new_uuid, target_at
 from lightning_superscale.comm.collectives import gather_objects
 from lightning_superscale.comm.mesh import DataMesh
 from lightning_superscale.errors import CheckpointError
 from lightning_superscale.layout.box import Box, whole_box
-
-# Threads of one rank that write, each a file of its own; fewer where a file would have less than _MIN_FILE_BYTES.
-_WRITE_THREADS = 2
-_MIN_FILE_BYTES = 2**26
 
 
 class Values(Protocol):
@@ -162,7 +158,10 @@ def prepare(state: LocalState, mesh: DataMesh, *, step: int | None = None) -> Pr
         for key, info in infos.items():
             dtype_name(info.dtype, key)
         facts = repr([(key, state.tensors[key]) for key in keys])
-        boxes = tuple(tuple(shard.box for shard in state.shards.get(key, ())) for key in keys)
+        # Tensors that are cut alike share one tuple, also in the message: `divide` looks at it once.
+        alike: dict[tuple[Box, ...], tuple[Box, ...]] = {}
+        cuts = (tuple(shard.box for shard in state.shards.get(key, ())) for key in keys)
+        boxes = tuple(alike.setdefault(cut, cut) for cut in cuts)
         return _Offer(hashlib.blake2b(facts.encode()).hexdigest(), boxes, infos)
 
     offers = attempt(mesh, look, "the state can't be saved")
@@ -265,13 +264,9 @@ def _begin(target: Target, prepared: PreparedSave) -> str:
 def _write_own(target: Target, prepared: PreparedSave, uuid: str, mesh: DataMesh) -> _Written:
     target.join(uuid)
     written = _Written()
-    own = prepared.own
-    sizes = [one.item.box.numel * prepared.tensors[one.item.key].dtype.itemsize for one in own]
-    num_files = min(_WRITE_THREADS, max(1, sum(sizes) // _MIN_FILE_BYTES))
-    names = {}
-    for k, indices in enumerate(fill_files(sizes, num_files)):
-        names[f"data/w{mesh.world.rank:05d}-{k}.safetensors"] = [own[i] for i in indices]
-    with ThreadPoolExecutor(_WRITE_THREADS, thread_name_prefix="checkpoint writer") as threads:
+    planned = plan_files(mesh.world.rank, [one.item for one in prepared.own], prepared.tensors)
+    names = {name: [prepared.own[i] for i in indices] for name, indices in planned.items()}
+    with ThreadPoolExecutor(WRITE_THREADS, thread_name_prefix="checkpoint writer") as threads:
         tasks = [threads.submit(_write_file, target, name, names[name], prepared, uuid) for name in names]
     for name, task in zip(names, tasks, strict=True):
         digest, chunks = task.result()
@@ -285,25 +280,13 @@ def _write_own(target: Target, prepared: PreparedSave, uuid: str, mesh: DataMesh
 def _write_file(
     target: Target, name: str, own: Sequence[OwnItem], prepared: PreparedSave, uuid: str
 ) -> tuple[FileDigest, list[tuple[TensorKey, Chunk]]]:
-    counts: dict[TensorKey, int] = {}
-    entries = []
-    for one in own:
-        key = one.item.key
-        number = counts[key] = counts.get(key, -1) + 1
-        state = f"[{key.state}]" if key.state else ""
-        entries.append(
-            FileEntry(f"{key.section}/{key.name}{state}#{number}", prepared.tensors[key].dtype, one.item.box.size)
-        )
-    order = sort_entries(entries)
-    place = layout([entries[i] for i in order], uuid)
+    plan = plan_file(name, [one.item for one in own], prepared.tensors, uuid)
     writer = PayloadWriter(target.create(name))
-    writer.write(place.header)
-    chunks = []
-    for i, start in zip(order, place.starts, strict=True):
+    writer.write(plan.header)
+    for i in plan.order:
         with own[i].values.use() as tensor:
             writer.write_tensor(tensor)
-        chunks.append((own[i].item.key, Chunk(name, entries[i].name, start, own[i].item.box)))
-    return writer.finish(), chunks
+    return writer.finish(), [*plan.chunks]
 
 
 def _write_bytes(target: Target, name: str, data: bytes) -> FileRecord:

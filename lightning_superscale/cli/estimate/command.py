@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch import nn
 
 from lightning_superscale.cli.estimate.model import build_model
 from lightning_superscale.cli.estimate.picture import draw
@@ -20,26 +21,50 @@ from lightning_superscale.estimation.api import estimate
 from lightning_superscale.estimation.devices import PROFILES, THIS_MACHINE
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of the command."""
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that name a model, its batches and a device."""
     names = ", ".join([*PROFILES, THIS_MACHINE])
     parser.add_argument("model", metavar="MODEL", help="package.module:Class, or a Hugging Face folder or config.json")
     parser.add_argument("--arg", action="append", default=[], metavar="KEY=VALUE", help="keyword of the class; JSON")
-    parser.add_argument("--devices", type=int, default=1, help="of each node (default: 1)")
-    parser.add_argument("--num-nodes", type=int, default=1)
     parser.add_argument("--device", default="H100 SXM", help=f"{names} (default: H100 SXM)")
     parser.add_argument("--device-memory", metavar="SIZE", help='of each device, such as "80GiB"')
     parser.add_argument("--host-memory", metavar="SIZE", help="for each device")
     parser.add_argument("--precision", default="bf16-true", help="the Trainer's (default: bf16-true)")
-    parser.add_argument("--zero", type=int, help="one strategy instead of all: the stage")
-    parser.add_argument("--offload", help="one strategy instead of all: cpu, superoffload or zenflow")
     parser.add_argument("--batch-size", type=int, default=1, help="of a Hugging Face model's tokens, on each rank")
     parser.add_argument("--sequence-length", type=int, default=2048)
     parser.add_argument(
         "--input", action="append", default=[], metavar="SHAPE", help="of other models: float32[8,3,224,224], in order"
     )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
+    add_model_arguments(parser)
+    parser.add_argument("--devices", type=int, default=1, help="of each node (default: 1)")
+    parser.add_argument("--num-nodes", type=int, default=1)
+    parser.add_argument("--zero", type=int, help="one strategy instead of all: the stage")
+    parser.add_argument("--offload", help="one strategy instead of all: cpu, superoffload or zenflow")
     parser.add_argument("--json", action="store_true", help="all of it as JSON")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="memory of each strategy, stacked by class")
+
+
+def model_of(chosen: argparse.Namespace) -> nn.Module:
+    """The model that a command line names, on the meta device.
+
+    Raises:
+        SettingError: there is no such model, or it can't be built; says why.
+    """
+    return build_model(chosen.model, dict(_keyword(text) for text in chosen.arg))
+
+
+def batch_of(chosen: argparse.Namespace) -> Any:
+    """The batch of a command line's --input; None without any.
+
+    Raises:
+        SettingError: a text that names no tensor.
+    """
+    inputs = [_tensor(text) for text in chosen.input]
+    return None if not inputs else inputs[0] if len(inputs) == 1 else tuple(inputs)
 
 
 def run(chosen: argparse.Namespace) -> int:
@@ -48,10 +73,8 @@ def run(chosen: argparse.Namespace) -> int:
     Raises:
         SuperScaleError: an argument that can't be used.
     """
-    arguments = dict(_keyword(text) for text in chosen.arg)
-    inputs = [_tensor(text) for text in chosen.input]
     found = estimate(
-        build_model(chosen.model, arguments),
+        model_of(chosen),
         devices=chosen.devices,
         num_nodes=chosen.num_nodes,
         zero=chosen.zero,
@@ -60,7 +83,7 @@ def run(chosen: argparse.Namespace) -> int:
         device=chosen.device,
         device_memory=chosen.device_memory,
         host_memory=chosen.host_memory,
-        batch=None if not inputs else inputs[0] if len(inputs) == 1 else tuple(inputs),
+        batch=batch_of(chosen),
         batch_size=chosen.batch_size,
         sequence_length=chosen.sequence_length,
     )

@@ -74,6 +74,25 @@ class StepTimes:
     passes: Passes = Passes.of_width(2)
 
 
+# Times of other passes than one after the verdict, where there is only that one.
+_ONE_PASS = Passes(0.0, 0.0, 1.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostSchedule:
+    """When an engine's host works, for a simulation of its steps.
+
+    Attributes:
+        plan: of its passes over the host's memory.
+        passes: their times, relative to `StepTimes.host`.
+        waits: whether the host begins when it has all gradients, and the next forward when it has all new weights.
+    """
+
+    plan: Plan = "direct"
+    passes: Passes = _ONE_PASS
+    waits: bool = False
+
+
 def exposed_seconds(times: StepTimes, plan: Plan = "ahead", clip_rate: float = 0.0) -> float:
     """Seconds by which a step is longer than forward and backward, in the steady state; the mean over steps.
 

@@ -10,7 +10,7 @@ from lightning_superscale.config import OffloadConfig
 from lightning_superscale.layout.memory import MemoryModel
 from lightning_superscale.offload.engine import Forecast, OffloadContext, RunFacts, StepParts
 from lightning_superscale.offload.memory import ParamKind, host_memory
-from lightning_superscale.offload.planner.forecast import StepTimes, best_plan, exposed_seconds
+from lightning_superscale.offload.planner.forecast import HostSchedule, StepTimes, best_plan, exposed_seconds
 from lightning_superscale.offload.superoffload.plan import PlanChooser, has_own_cores
 from lightning_superscale.offload.superoffload.state import DeferredState
 from lightning_superscale.offload.superoffload.step import DeferredStep
@@ -70,6 +70,10 @@ class SuperOffloadEngine:
         # Every step is clipped, as most are that clip at a norm of 1.0 and begin.
         plan = best_plan(times, 1.0, may_look_ahead=config.speculate is not False)
         return exposed_seconds(times, plan, 1.0)
+
+    def host_schedule(self, times: StepTimes, config: OffloadConfig) -> HostSchedule | None:
+        # Where every step is clipped, looks ahead of the verdict are in vain.
+        return HostSchedule(plan=best_plan(times, 1.0, may_look_ahead=False), passes=times.passes)
 
     def forecast(self, parts: StepParts) -> Forecast:
         times, chooser = parts.times(), cast(DeferredStep, parts.rule).chooser

@@ -16,7 +16,7 @@ from lightning_superscale.layout.rows import ParamSlice
 from lightning_superscale.offload.engine import Forecast, LeftBehind, OffloadContext, RunFacts, StepParts
 from lightning_superscale.offload.link.dtype import dtype_on_link
 from lightning_superscale.offload.memory import ParamKind
-from lightning_superscale.offload.planner.forecast import StepTimes
+from lightning_superscale.offload.planner.forecast import HostSchedule, StepTimes
 from lightning_superscale.offload.weight_flow.weights import StreamedUnit
 from lightning_superscale.offload.zenflow.auto import least_selected, most_selected
 from lightning_superscale.offload.zenflow.columns import layout_of, layouts_of
@@ -129,6 +129,9 @@ class ZenFlowEngine:
 
     def predict_exposed(self, times: StepTimes, config: OffloadConfig) -> float:
         return predicted_seconds(times, _options(config))
+
+    def host_schedule(self, times: StepTimes, config: OffloadConfig) -> HostSchedule | None:
+        return None  # windows of several steps
 
     def forecast(self, parts: StepParts) -> Forecast:
         rule = cast(ZenFlowStep, parts.rule)

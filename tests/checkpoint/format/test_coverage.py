@@ -1,9 +1,11 @@
 """The proof that boxes make up a tensor."""
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lightning_superscale.checkpoint.format import coverage
 from lightning_superscale.checkpoint.format.coverage import uncovered
 from lightning_superscale.layout.box import Box
 
@@ -29,7 +31,15 @@ def test_it_holds_exactly_where_every_element_is_covered_once(shape, data):
     assert (uncovered(shape, some) is None) == (is_inside and bool((counts == 1).all()))
 
 
+def test_rows_without_gaps_need_no_comparison_of_pairs(monkeypatch):
+    monkeypatch.setattr(coverage, "_overlap", lambda boxes: pytest.fail("compared"))
+    rows = [Box((start, 0), (2, 3)) for start in (4, 0, 2)]
+    assert uncovered((6, 3), rows) is None
+    assert "not within" in uncovered((5, 3), rows)
+
+
 def test_it_says_what_is_wrong():
+    assert "not within" in uncovered((4, 3), [Box((0, 0), (4, 3)), Box((5, 0), (0, 3))])
     whole = Box((0, 0), (4, 4))
     assert uncovered((4, 4), [whole]) is None
     assert "not within its shape" in uncovered((4, 3), [whole])

@@ -11,11 +11,81 @@ from lightning_superscale.checkpoint.format.blocks import BLOCK_BYTES
 from lightning_superscale.checkpoint.format.manifest import Chunk, TensorRecord
 from lightning_superscale.checkpoint.load import segments
 from lightning_superscale.checkpoint.load.scatter import Filling, Others
-from lightning_superscale.checkpoint.load.segments import Segment, pack, read_items_of, rounds_of, transfer_of
+from lightning_superscale.checkpoint.load.segments import (
+    ReadItem,
+    Segment,
+    byte_runs,
+    pack,
+    read_items_of,
+    rounds_of,
+    segments_of,
+    transfer_of,
+)
 from lightning_superscale.checkpoint.state import ReadRequest, TensorInfo, TensorKey
 from lightning_superscale.layout.box import Box, whole_box
 
 MIB = 2**20
+
+
+@st.composite
+def chunks_and_boxes(draw):
+    """Chunks of one tensor [rows, columns], in any order, with or without overlap, and boxes that are wanted of it."""
+
+    def box():
+        start, column = draw(st.integers(0, 30)), draw(st.integers(0, 3))
+        return Box((start, column), (draw(st.integers(0, 9)), draw(st.integers(1, 4 - column))))
+
+    record = TensorRecord(
+        TensorInfo(torch.float32, (40, 4), "model"),
+        tuple(Chunk("f", str(i), 0, box()) for i in range(draw(st.integers(1, 20)))),
+    )
+    return record, [box() for _ in range(draw(st.integers(1, 5)))]
+
+
+@given(chunks_and_boxes())
+def test_chunks_found_by_rows_are_those_found_one_by_one(case):
+    record, boxes = case
+    key = TensorKey("model", "w")
+    expected = [
+        (i, chunk, both)
+        for i, box in enumerate(boxes)
+        for chunk in record.chunks
+        if (both := chunk.box.intersect(box)) is not None
+    ]
+    found = read_items_of([(key, box) for box in boxes], {key: record})
+    assert [(item.request, item.chunk, item.box) for item in found] == expected
+
+
+@given(st.integers(1, 5), st.integers(0, 8), st.integers(1, 8), st.integers(0, 3), st.integers(1, 4))
+def test_runs_hold_every_byte_of_a_box(width, start, rows, column, columns):
+    chunk = Box((2, 0), (20, width))
+    box = Box((2 + start, min(column, width - 1)), (rows, min(columns, width - min(column, width - 1))))
+    item = ReadItem(0, Chunk("f", "e", 100, chunk), box, torch.float32)
+    places = torch.arange(chunk.numel).view(chunk.size)[box.within(chunk)].flatten().tolist()
+    assert list(byte_runs(item)) == [(100 + 4 * places[0], 100 + 4 * (places[-1] + 1))]
+
+
+wanted_blocks = st.lists(st.integers(0, 40), max_size=10, unique=True).map(
+    lambda edges: list(zip(sorted(edges)[::2], sorted(edges)[1::2], strict=False))
+)
+
+
+@given(st.lists(st.dictionaries(st.sampled_from("abc"), wanted_blocks), min_size=1, max_size=6))
+def test_each_wanted_block_is_read_by_one_of_the_ranks_that_want_it(wanted):
+    expected = {}
+    for rank, blocks in enumerate(wanted):
+        for file, intervals in blocks.items():
+            for first, stop in intervals:
+                for block in range(first, stop):
+                    expected.setdefault((file, block), []).append(rank)
+    found = {}
+    for segment in segments_of(wanted):
+        assert segment.reader in segment.ranks
+        assert 0 < segment.stop - segment.first <= segments.SEGMENT_BLOCKS
+        for block in range(segment.first, segment.stop):
+            assert (segment.file, block) not in found
+            found[segment.file, block] = list(segment.ranks)
+    assert found == expected
 
 
 @given(

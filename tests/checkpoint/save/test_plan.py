@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from lightning_superscale.checkpoint.format.coverage import uncovered
 from lightning_superscale.checkpoint.save import plan
-from lightning_superscale.checkpoint.save.plan import divide, fill_files
+from lightning_superscale.checkpoint.save.plan import divide, fill_files, plan_file, plan_files
 from lightning_superscale.checkpoint.state import TensorInfo, TensorKey
 from lightning_superscale.errors import CheckpointError
 from lightning_superscale.layout.box import Box, row_box, whole_box
@@ -58,6 +58,29 @@ def test_who_holds_more_of_his_own_takes_less_of_what_is_shared():
     whole = whole_box((2**23,))
     items = divide(tensors, [{own: (whole,), shared: (whole,)}, {shared: (whole,)}])
     assert [sum(item.box.numel for item in those) for those in items] == [2**23, 2**23]
+
+
+def test_tensors_that_are_cut_alike_are_proved_whole_once(monkeypatch):
+    proofs = []
+    monkeypatch.setattr(plan, "uncovered", lambda shape, boxes: proofs.append(shape))
+    tensors = {TensorKey("model", str(i)): TensorInfo(torch.float32, (8, 2), "model") for i in range(5)}
+    cuts = [(row_box((8, 2), 0, 4),), (row_box((8, 2), 4, 8),)]
+    shared = divide(tensors, [dict.fromkeys(tensors, cut) for cut in cuts])
+    assert proofs == [(8, 2)]
+    own = divide(tensors, [{key: [cut[0]] for key in tensors} for cut in cuts])
+    assert shared == own
+    assert len(proofs) == 6
+
+
+def test_a_file_is_planned_without_values():
+    key = TensorKey("optimizer.0", "w", "exp_avg")
+    tensors = {key: TensorInfo(torch.float32, (64, 16), "state")}
+    items = divide(tensors, [{key: (row_box((64, 16), 0, 32), row_box((64, 16), 32, 64))}])[0]
+    assert plan_files(3, items, tensors) == {"data/w00003-0.safetensors": [0, 1]}
+    file = plan_file("f", items, tensors, "id")
+    assert [chunk.entry for _, chunk in file.chunks] == ["optimizer.0/w[exp_avg]#0", "optimizer.0/w[exp_avg]#1"]
+    assert [chunk.start - len(file.header) for _, chunk in file.chunks] == [0, 2048]
+    assert file.size == len(file.header) + 4096
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""`superscale simulate`: how a step's time grows with nodes and ranks."""
