@@ -32,6 +32,7 @@ from benchmarks.versus.techniques import num_cores
 from lightning_superscale.config import ZeroConfig
 from lightning_superscale.estimation.devices import PROFILES, DeviceProfile, Reach
 from lightning_superscale.estimation.inputs import loss_of
+from lightning_superscale.estimation.links import Latencies
 from lightning_superscale.estimation.memory import params_of
 from lightning_superscale.estimation.operations import TracedOperation
 from lightning_superscale.estimation.setup import Setup
@@ -40,7 +41,6 @@ from lightning_superscale.estimation.trace import trace_step
 from lightning_superscale.offload.planner.forecast import HostSchedule
 from lightning_superscale.run.precision import choose
 from lightning_superscale.simulation.cluster import simulate_cluster
-from lightning_superscale.simulation.links import Latencies
 from lightning_superscale.simulation.program import program_of
 from tests.estimation.models import Language
 from tests.helpers.ranks import run_ranks

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from lightning_superscale.estimation.devices import DeviceProfile
+from lightning_superscale.estimation.links import GroupShape, Kind, Latencies, Links
 from lightning_superscale.estimation.memory import Param, states_of
 from lightning_superscale.estimation.operations import Phase, TracedOperation
 from lightning_superscale.estimation.peak import units_of
@@ -168,14 +169,20 @@ def _between_ranks(
     """Seconds by which reductions and gathers make a step longer."""
     if setup.num_ranks == 1:
         return 0.0
-    rate = (profile.rank_link if setup.num_ranks <= setup.ranks_per_node else profile.node_link) * profile.reach.links
-    trained = [param for param in params if param.trains]
-    share = (setup.num_ranks - 1) / setup.num_ranks
-    reduced = sum(p.numel * p.dtype.itemsize for p in trained) * share / rate
-    gathered = reduced if setup.zero.stage else 0.0
-    buckets = max(1, len(units_of(params, setup, {})))
+    links, num_units = Links(profile, Latencies()), max(1, len(units_of(params, setup, {})))
+    per_node = min(setup.num_ranks, setup.ranks_per_node)
+    shape = GroupShape(-(-setup.num_ranks // per_node), per_node)
+    nbytes = sum(p.numel * p.dtype.itemsize for p in params if p.trains) // num_units
+
+    def one(kind: Kind) -> float:
+        """Seconds of a unit's collective."""
+        return sum(hop.latency + hop.seconds for hop in links.hops(kind, nbytes, shape))
+
     if setup.zero.stage == 0:
-        reduced *= 2  # an all-reduce is a reduce-scatter and an all-gather
+        reduction, gather = one("all_reduce"), 0.0
+    else:
+        reduction, gather = one("reduce_scatter"), one("all_gather")
+    reduced, gathered = num_units * reduction, num_units * gather
     if setup.shards_weights:  # once in forward, and again in backward
-        return max(0.0, gathered - forward) + max(0.0, gathered + reduced - backward) + (reduced + gathered) / buckets
-    return max(0.0, reduced - backward) + max(0.0, gathered - forward) + (reduced + gathered) / buckets
+        return max(0.0, gathered - forward) + max(0.0, gathered + reduced - backward) + reduction + gather
+    return max(0.0, reduced - backward) + max(0.0, gathered - forward) + reduction + gather

@@ -16,6 +16,7 @@ from lightning_superscale.estimation.api import USABLE, assumptions_of, profile_
 from lightning_superscale.estimation.candidates import Candidate
 from lightning_superscale.estimation.devices import THIS_MACHINE, DeviceProfile
 from lightning_superscale.estimation.inputs import batch_for, count_tokens, loss_of
+from lightning_superscale.estimation.links import Latencies
 from lightning_superscale.estimation.memory import params_of
 from lightning_superscale.estimation.peak import fit_states
 from lightning_superscale.estimation.setup import Setup
@@ -26,7 +27,6 @@ from lightning_superscale.offload.engine import engine_of
 from lightning_superscale.offload.planner.forecast import HostSchedule, StepTimes
 from lightning_superscale.run.precision import choose
 from lightning_superscale.simulation.cluster import ClusterStep, simulate_cluster
-from lightning_superscale.simulation.links import Latencies
 from lightning_superscale.simulation.machine import new_environment
 from lightning_superscale.simulation.program import program_of
 from lightning_superscale.simulation.result import SimulatedStep, Simulation

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lightning_superscale.estimation.devices import DeviceProfile
+from lightning_superscale.estimation.links import Latencies, Links
 from lightning_superscale.estimation.setup import Setup
 from lightning_superscale.offload.planner.forecast import HostSchedule
 from lightning_superscale.simulation.host import HostOptimizer
-from lightning_superscale.simulation.links import Latencies, Links
 from lightning_superscale.simulation.machine import Collectives, SharedPorts, new_environment
 from lightning_superscale.simulation.program import Program
 from lightning_superscale.simulation.rank import SimulatedRank, StepRecord, Waiting

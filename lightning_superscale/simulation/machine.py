@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from lightning_superscale.errors import SuperScaleError
-from lightning_superscale.simulation.links import Hop, Kind, Links, Port
+from lightning_superscale.estimation.links import Hop, Kind, Links, Port
 from lightning_superscale.simulation.symmetry import GroupClass
 
 Work: TypeAlias = Generator[Any, Any, None]

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from lightning_superscale.estimation.links import Kind
 from lightning_superscale.simulation.host import HostOptimizer
-from lightning_superscale.simulation.links import Kind
 from lightning_superscale.simulation.machine import Collectives, Queue, Traffic, Work
 from lightning_superscale.simulation.program import Piece, Program
 from lightning_superscale.simulation.symmetry import GroupClass

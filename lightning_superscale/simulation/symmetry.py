@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from lightning_superscale.simulation.links import GroupShape
+from lightning_superscale.estimation.links import GroupShape
 
 Groups = Sequence[Sequence[int]]
 """The ranks of each group along one axis; every rank is in one of them."""

@@ -10,6 +10,7 @@ from torch import nn
 
 from lightning_superscale.config import OffloadConfig, ZeroConfig
 from lightning_superscale.estimation.devices import PROFILES, Reach
+from lightning_superscale.estimation.links import Latencies
 from lightning_superscale.estimation.memory import params_of
 from lightning_superscale.estimation.setup import Setup
 from lightning_superscale.estimation.step_time import phase_seconds, roofline, step_time
@@ -28,14 +29,14 @@ def build() -> nn.Module:
         return nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS)))
 
 
-def timed(batch: int, *, zero=0, offload=None, num_ranks=1, profile=PROFILE, flows=False):
+def timed(batch: int, *, zero=0, offload=None, num_ranks=1, per_node=None, profile=PROFILE, flows=False):
     module = build()
     setup = Setup(
         zero=ZeroConfig(stage=zero),
         offload=offload,
         precision=choose("bf16-true"),
         num_ranks=num_ranks,
-        ranks_per_node=num_ranks,
+        ranks_per_node=per_node or num_ranks,
         flows=flows,
     )
     trace = trace_step(
@@ -111,13 +112,22 @@ def test_nothing_is_hidden_from_cores_that_do_both():
 
 def test_ranks_add_what_does_not_hide():
     rate, share = PROFILE.rank_link * 0.5, 3 / 4
-    exchanged = 2 * NUMEL * share / rate
+    exchanged = 2 * NUMEL * share / rate + 3 * Latencies().rank
     assert timed(1).ranks == 0.0
     long, short = timed(2**17, zero=2, num_ranks=4), timed(1, zero=2, num_ranks=4)
     assert long.ranks == pytest.approx(2 * exchanged)  # one bucket, whose hops nothing hides
     assert short.ranks > long.ranks
     assert timed(2**17, zero=3, num_ranks=4).ranks <= long.ranks
     assert timed(2**17, zero=0, num_ranks=4).ranks == pytest.approx(2 * exchanged)
+
+
+def test_nodes_exchange_each_ranks_part():
+    """Rings within both nodes, then two rings between them, each with half of the bytes."""
+    reach = 0.5
+    within = 2 * NUMEL * (1 / 2) / (PROFILE.rank_link * reach) + Latencies().rank
+    between = NUMEL * (1 / 2) / (PROFILE.node_link * reach) + Latencies().node
+    found = timed(2**17, zero=2, num_ranks=4, per_node=2).ranks
+    assert found == pytest.approx(2 * (within + between))
 
 
 def test_weights_that_stream_slower_than_a_pass_are_waited_for():

@@ -8,8 +8,8 @@ from torch import nn
 
 import lightning_superscale as lss
 from lightning_superscale.errors import SuperScaleError
+from lightning_superscale.estimation.links import Latencies
 from lightning_superscale.simulation import api, machine
-from lightning_superscale.simulation.links import Latencies
 from tests.estimation.models import Language
 
 pytest.importorskip("simpy")

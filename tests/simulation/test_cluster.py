@@ -10,6 +10,7 @@ from torch import nn
 
 from lightning_superscale.config import OffloadConfig, ZeroConfig
 from lightning_superscale.estimation.devices import PROFILES, Reach
+from lightning_superscale.estimation.links import GroupShape, Latencies, Links
 from lightning_superscale.estimation.memory import params_of
 from lightning_superscale.estimation.setup import Setup
 from lightning_superscale.estimation.step_time import host_times, phase_seconds, roofline, step_time
@@ -18,7 +19,6 @@ from lightning_superscale.offload.engine import engine_of
 from lightning_superscale.offload.planner.forecast import HostSchedule, exposed_seconds
 from lightning_superscale.run.precision import choose
 from lightning_superscale.simulation.cluster import simulate_cluster
-from lightning_superscale.simulation.links import GroupShape, Latencies, Links
 from lightning_superscale.simulation.program import Piece, Program, Unit, program_of
 
 pytest.importorskip("simpy")

@@ -8,8 +8,8 @@ import pytest
 
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.estimation.devices import PROFILES
+from lightning_superscale.estimation.links import GroupShape, Latencies, Links
 from lightning_superscale.simulation import machine
-from lightning_superscale.simulation.links import GroupShape, Latencies, Links
 from lightning_superscale.simulation.machine import Collectives, Queue, SharedPorts, Traffic, new_environment
 from lightning_superscale.simulation.symmetry import GroupClass
 

@@ -11,6 +11,7 @@ import lightning_superscale as lss
 from lightning_superscale.config import OffloadConfig, SequenceConfig, ZeroConfig
 from lightning_superscale.estimation.devices import PROFILES
 from lightning_superscale.estimation.inputs import loss_of
+from lightning_superscale.estimation.links import Latencies
 from lightning_superscale.estimation.memory import params_of
 from lightning_superscale.estimation.peak import units_of
 from lightning_superscale.estimation.setup import Setup
@@ -20,7 +21,6 @@ from lightning_superscale.layout.rows import align_up
 from lightning_superscale.offload.planner.forecast import HostSchedule
 from lightning_superscale.run.precision import choose
 from lightning_superscale.simulation.cluster import simulate_cluster
-from lightning_superscale.simulation.links import Latencies
 from lightning_superscale.simulation.program import program_of
 from tests.estimation.test_memory import WIDTH, Blocks
 from tests.helpers.ranks import run_ranks

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from lightning_superscale.estimation.links import GroupShape
 from lightning_superscale.layout.mesh import MeshSpec
-from lightning_superscale.simulation.links import GroupShape
 from lightning_superscale.simulation.symmetry import symmetry_of
 
 

@@ -13,8 +13,8 @@ from lightning_superscale.cli.estimate.command import add_model_arguments, batch
 from lightning_superscale.cli.simulate.picture import draw
 from lightning_superscale.cli.simulate.table import show
 from lightning_superscale.config import ZeroConfig
+from lightning_superscale.estimation.links import Latencies
 from lightning_superscale.simulation.api import simulate
-from lightning_superscale.simulation.links import Latencies
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from lightning_superscale.estimation.devices import PROFILES, Reach
-from lightning_superscale.simulation.links import GroupShape, Latencies, Links
+from lightning_superscale.estimation.links import GroupShape, Latencies, Links
 
 PROFILE = replace(PROFILES["H100 SXM"], rank_link=4e9, node_link=1e9, reach=Reach(links=0.5))
 LATENCIES = Latencies(rank=1e-6, node=1e-5)
