@@ -229,6 +229,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=384, help="that save")
     parser.add_argument("--shards", type=int, default=64, help="ranks that share one copy of the states")
+    parser.add_argument("--json", type=Path, help="also write the JSON here")
     asked = parser.parse_args()
     rows = []
     saving = Clock()
@@ -245,7 +246,10 @@ def main() -> None:
             print(f"  {seconds:6.2f} s  {name}")
         rows.append({"loading_ranks": num_ranks, "shards": num_shards, "seconds": clock.seconds, "parts": clock.parts})
     result = {"hardware": hardware(), "saving_ranks": asked.ranks, "shards": asked.shards, "manifest_bytes": len(data)}
-    print(json.dumps({**result, "loads": rows}))
+    report = json.dumps({**result, "loads": rows})
+    if asked.json is not None:
+        asked.json.write_text(report + "\n")
+    print(report)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ class Shape:
 
 SHAPES = {
     "1M": Shape(width=128, num_layers=4, num_heads=4, vocabulary=1024, batch=2, sequence=64),
+    "5M": Shape(width=256, num_layers=4, num_heads=4, vocabulary=4096, batch=4, sequence=128),
     "25M": Shape(width=512, num_layers=6, num_heads=8, vocabulary=6144, batch=4, sequence=128),
     "120M": Shape(width=768, num_layers=12, num_heads=12, vocabulary=23040, batch=2, sequence=128),
     # For GPUs: 16,384 tokens per step.

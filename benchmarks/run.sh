@@ -33,5 +33,9 @@ fi
 "$venv/bin/python" benchmarks/precision.py --ranks 2 --peers "$peers" --json "$out/precision.json" || status=1
 "$venv/bin/python" benchmarks/convergence.py --json "$out/convergence.json" --picture "$out/convergence.png" || status=1
 "$venv/bin/python" benchmarks/checkpoint.py --peers "$peers" --json "$out/checkpoint.json" || status=1
+"$venv/bin/python" benchmarks/layout_176b.py --json "$out/layout_176b.json" || status=1
+"$venv/bin/python" benchmarks/monitor.py --json "$out/monitor.json" || status=1
+"$venv/bin/python" benchmarks/estimate.py --json "$out/estimate.json" || status=1
+"$venv/bin/python" benchmarks/simulation.py --json "$out/simulation.json" || status=1
 echo "JSON is in $out"
 exit $status

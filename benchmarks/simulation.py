@@ -182,6 +182,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=12, help="of each run")
     parser.add_argument("--turns", type=int, default=3, help="of everything")
+    parser.add_argument("--json", type=Path, help="also write the JSON here")
     asked = parser.parse_args()
     calibration, steps = measure(asked.steps, asked.turns)
     print(
@@ -206,7 +207,10 @@ def main() -> None:
                 f"{num_ranks} ranks, stage {stage}: simulated {simulated:.3f} s, measured {measured:.3f} s, "
                 f"{simulated / measured:.2f}"
             )
-    print(json.dumps({"hardware": hardware(), "calibration": calibration.__dict__, "rows": rows}))
+    report = json.dumps({"hardware": hardware(), "calibration": calibration.__dict__, "rows": rows})
+    if asked.json is not None:
+        asked.json.write_text(report + "\n")
+    print(report)
 
 
 if __name__ == "__main__":

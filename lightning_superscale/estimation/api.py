@@ -47,6 +47,7 @@ def estimate(  # noqa: PLR0913 # a user names what matters, and nothing else
     batch: Any = None,
     batch_size: PositiveInt = 1,
     sequence_length: PositiveInt = 2048,
+    accumulate_grad_batches: PositiveInt = 1,
     loss: Optional[Loss] = None,
 ) -> Estimate:
     """Predict memory and time of training a model, before there is a machine for it.
@@ -64,33 +65,37 @@ def estimate(  # noqa: PLR0913 # a user names what matters, and nothing else
         batch: one rank's batch: tensors of the right shapes and dtypes. None makes tokens for a Hugging Face model,
             and takes `example_input_array` of others.
         batch_size, sequence_length: of these tokens.
+        accumulate_grad_batches: such batches in one step, as the Trainer takes it.
         loss: gives the scalar loss of the module and a batch; None takes `training_step`, the loss of a Hugging Face
             model, or the sum of an output.
 
     Raises:
         SuperScaleError: an argument that can't be used, or a step that can't be traced; says what to pass.
     """
-    check_arguments(
-        "estimate",
-        estimate,
-        devices=devices,
-        num_nodes=num_nodes,
-        batch_size=batch_size,
-        sequence_length=sequence_length,
-    )
+    numbers = {"devices": devices, "num_nodes": num_nodes, "accumulate_grad_batches": accumulate_grad_batches}
+    numbers |= {"batch_size": batch_size, "sequence_length": sequence_length}
+    check_arguments("estimate", estimate, **numbers)
     profile = profile_for(device, device_memory, host_memory)
     num_ranks = devices * num_nodes
     if zero is None and offload is None:
         chosen = candidates(num_ranks)
     else:
         chosen = [Candidate(resolve_zero(0 if zero is None else zero), resolve_offload(offload))]
-    lengths = [sequence_length * times for times in _LENGTHS] if batch is None and takes_tokens(model) else []
-    given = batch_for(model, batch_size, sequence_length) if batch is None else batch
-    longer = [batch_for(model, batch_size, length) for length in lengths[1:]]
+    batches, lengths = _batches(model, batch, batch_size, sequence_length)
+    found = choose(precision)
     work = _Work(
-        model, [given, *longer], lengths, loss or loss_of(model), choose(precision), profile, num_ranks, devices
+        model, batches, lengths, loss or loss_of(model), found, profile, num_ranks, devices, accumulate_grad_batches
     )
     return work.result([work.estimate(one, traces) for traces in work.traces() for one in chosen])
+
+
+def _batches(model: nn.Module, batch: Any, batch_size: int, sequence_length: int) -> tuple[list[Any], list[int]]:
+    """The batch, and where it has tokens that were not given, longer ones; and the lengths of their sequences."""
+    if batch is not None:
+        return [batch], []
+    lengths = [sequence_length * times for times in _LENGTHS] if takes_tokens(model) else []
+    first = batch_for(model, batch_size, sequence_length)
+    return [first, *(batch_for(model, batch_size, length) for length in lengths[1:])], lengths
 
 
 def profile_for(name: str, device_memory: int | str | None, host_memory: int | str | None) -> DeviceProfile:
@@ -121,6 +126,7 @@ class _Work:
     Args:
         batches: the batch, and where it has tokens, longer ones.
         lengths: of their sequences; empty where they have none.
+        micro_batches: such batches in one step.
     """
 
     def __init__(
@@ -133,6 +139,7 @@ class _Work:
         profile: DeviceProfile,
         num_ranks: int,
         ranks_per_node: int,
+        micro_batches: int,
     ) -> None:
         self._model = model
         self._batches = batches
@@ -143,7 +150,9 @@ class _Work:
         self._num_ranks = num_ranks
         self._ranks_per_node = ranks_per_node
         self._blocks = blocks_with_own_params(model)
-        self._num_tokens, _ = count_tokens(batches[0])
+        self._micro_batches = micro_batches
+        self._num_tokens, self._unit = count_tokens(batches[0])
+        self._num_tokens *= micro_batches
         rates = roofline(profile)
         self._seconds: Seconds = MeasuredOperations(rates) if profile.name == THIS_MACHINE else rates
         self._model_flops = 0
@@ -151,7 +160,7 @@ class _Work:
     def traces(self) -> list[_Traces]:
         """Steps as the model is, and with its repeated blocks checkpointed, if it has any that are not yet."""
         plain = _Traces(False, [self._trace(batch) for batch in self._batches])
-        self._model_flops = plain.steps[0].model_flops
+        self._model_flops = self._micro_batches * plain.steps[0].model_flops
         blocks = {fqn: block for fqn, block, _ in self._blocks}
         if not blocks:
             return [plain]
@@ -177,7 +186,6 @@ class _Work:
     def result(self, strategies: Sequence[StrategyEstimate]) -> Estimate:
         """The estimates of several strategies with what they have in common."""
         params, profile = list(self._model.parameters()), self._profile
-        num_tokens, unit = count_tokens(self._batches[0])
         return Estimate(
             model=type(self._model).__name__,
             num_params=sum(param.numel() for param in params),
@@ -186,10 +194,10 @@ class _Work:
             device=profile.name,
             device_memory=profile.memory,
             host_memory=profile.host_memory,
-            num_tokens=num_tokens,
-            unit=unit,
+            num_tokens=self._num_tokens,
+            unit=self._unit,
             strategies=strategies,
-            assumptions=assumptions_of(profile),
+            assumptions=assumptions_of(profile, self._micro_batches),
         )
 
     def estimate(self, candidate: Candidate, traces: _Traces) -> StrategyEstimate:
@@ -257,6 +265,7 @@ class _Work:
             num_ranks=self._num_ranks,
             ranks_per_node=self._ranks_per_node,
             flows=offload is not None and offload.weights == "flow",
+            micro_batches=self._micro_batches,
         )
         return fit_states(self._model, step, setup, self._usable)
 
@@ -273,9 +282,10 @@ def _too_much(memory: str, needed: int, limit: int) -> str | None:
     return None if needed <= limit else f"{format_bytes(needed)} of {memory}, of {format_bytes(limit)}"
 
 
-def assumptions_of(profile: DeviceProfile) -> list[str]:
+def assumptions_of(profile: DeviceProfile, micro_batches: int = 1) -> list[str]:
     """What an estimate takes for granted, in sentences."""
-    told = [f"{USABLE:.0%} of the device's memory can be used", "one micro-batch a step, AdamW"]
+    steps = "one micro-batch a step" if micro_batches == 1 else f"{micro_batches} micro-batches a step"
+    told = [f"{USABLE:.0%} of the device's memory can be used", f"{steps}, AdamW"]
     if profile.name == THIS_MACHINE:
         return ["rates are measured here, each operation by itself", *told]
     reach = profile.reach

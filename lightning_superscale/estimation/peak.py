@@ -2,7 +2,9 @@
 
 [Note: Moments] A traced step keeps every gradient. In a run, gradients stay in `param.grad` through the next forward,
 until the framework zeroes them; or they leave during backward, unit by unit: on one rank to the host, on several into
-the buffer of a reduction, of which this rank's rows stay, on the device or in host memory.
+the buffer of a reduction, of which this rank's rows stay, on the device or in host memory. Where a step has several
+micro-batches, those after the first find what the ones before have left: whole gradients where ranks reduce once per
+step, and this rank's rows otherwise. What backward makes is added to it, and gone.
 """
 
 from __future__ import annotations
@@ -106,10 +108,14 @@ def device_peak(trace: StepTrace, params: Sequence[Param], classes: Sequence[Byt
     """
     kept = sum(kept_on_device(classes).values())
     changes = list(_changes(trace, params, setup))
+    passes = [changes]
+    if setup.micro_batches > 1:
+        passes.append(list(_later_changes(trace, changes, setup)))
     weights = _passing_weights(params, setup)
     moments = [
         Moment(kept=kept, batch=trace.batch_bytes, activations=alive, gradients=grads, transfers=moving + weights)
-        for alive, grads, moving in _walk(trace, changes)
+        for one in passes
+        for alive, grads, moving in _walk(trace, one)
     ]
     return max(moments, key=lambda moment: moment.total)
 
@@ -202,6 +208,28 @@ def _changes(trace: StepTrace, params: Sequence[Param], setup: Setup) -> Iterato
         kept = round(rows * sum(stays) / len(stays))
         found += [_Change(ready, 0, packed), _Change(ready, -whole, 0), _Change(ready, kept, -packed)]
     yield from sorted(found, key=lambda change: change.place)
+
+
+def _later_changes(trace: StepTrace, changes: Sequence[_Change], setup: Setup) -> Iterator[_Change]:
+    """Those of a micro-batch after the first.
+
+    Args:
+        changes: of the first one.
+    """
+    added = [_Change(grad.place, -grad.nbytes, 0) for grad in trace.gradients]
+    whole = sum(grad.nbytes for grad in trace.gradients)
+    if not setup.streams:
+        yield _Change(-1, whole, 0)
+        yield from added
+        return
+    if setup.accumulates_whole:
+        yield _Change(-1, whole, 0)
+        yield from sorted([*added, *changes], key=lambda change: change.place)
+        return
+    left = whole + sum(change.gradients for change in changes)  # this rank's rows
+    yield _Change(-1, left, 0)
+    yield from changes
+    yield _Change(len(trace.alive) - 1, -left, 0)
 
 
 def _copies_of_split(params: Sequence[Param], shares: Sequence[float], size_of: Mapping[str, int]) -> int:

@@ -58,7 +58,7 @@ class Estimate:
         model: its class.
         device: name of the profile.
         device_memory, host_memory: bytes of each for one rank.
-        num_tokens: of one rank's batch, or its samples.
+        num_tokens: of one rank in a step, or its samples.
         strategies: in the order of `candidates`, plain ones before those that checkpoint blocks.
         assumptions: what was taken for granted, in sentences.
     """

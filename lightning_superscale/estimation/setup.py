@@ -22,6 +22,7 @@ class Setup:
         ranks_per_node: that share a host's memory.
         on_device: share of the trained parameters whose states stay on the device, from the last gradient backwards.
         flows: whether weights stream from host memory.
+        micro_batches: of one step.
     """
 
     zero: ZeroConfig
@@ -33,6 +34,7 @@ class Setup:
     on_device: float = 0.0
     flows: bool = False
     link_dtype: LinkDtype = "weights"
+    micro_batches: int = 1
 
     @property
     def mesh(self) -> MeshSpec:
@@ -58,6 +60,11 @@ class Setup:
     def streams(self) -> bool:
         """Whether gradients leave `param.grad` during backward: to the host or to other ranks."""
         return self.offload is not None or self.num_ranks > 1
+
+    @property
+    def accumulates_whole(self) -> bool:
+        """Whether whole gradients add up in `param.grad` until the last micro-batch of a step."""
+        return self.micro_batches > 1 and (self.zero.reduces_once or self.num_ranks == 1)
 
     def dtype_of(self, tensor: torch.Tensor) -> torch.dtype:
         """The dtype that a parameter or buffer has in training: "-true" precisions cast those of floating point."""

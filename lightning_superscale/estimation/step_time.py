@@ -67,7 +67,9 @@ def phase_seconds(trace: StepTrace, phase: Phase, seconds: Seconds) -> float:
 def step_time(
     trace: StepTrace, params: Sequence[Param], setup: Setup, profile: DeviceProfile, seconds: Seconds
 ) -> StepTime:
-    """The seconds of one step of a run with one micro-batch.
+    """The seconds of one step.
+
+    Of several micro-batches the host's work hides behind the last backward and the next forward.
 
     Args:
         params: of the traced module, for this setup.
@@ -76,8 +78,8 @@ def step_time(
     forward = phase_seconds(trace, "forward", seconds)
     backward = phase_seconds(trace, "backward", seconds)
     return StepTime(
-        forward=forward,
-        backward=backward,
+        forward=setup.micro_batches * forward,
+        backward=setup.micro_batches * backward,
         optimizer=update_seconds(params, setup, profile) + _on_host(trace, params, setup, profile, forward, backward),
         ranks=_between_ranks(params, setup, profile, forward, backward),
     )
@@ -183,6 +185,10 @@ def _between_ranks(
     else:
         reduction, gather = one("reduce_scatter"), one("all_gather")
     reduced, gathered = num_units * reduction, num_units * gather
-    if setup.shards_weights:  # once in forward, and again in backward
-        return max(0.0, gathered - forward) + max(0.0, gathered + reduced - backward) + reduction + gather
-    return max(0.0, reduced - backward) + max(0.0, gathered - forward) + reduction + gather
+    before = setup.micro_batches - 1
+    early = 0.0 if setup.zero.reduces_once else reduced  # in each micro-batch before the last
+    if setup.shards_weights:  # gathered once in each forward, and again in each backward
+        late = max(0.0, gathered + reduced - backward) + before * max(0.0, gathered + early - backward)
+        return (1 + before) * max(0.0, gathered - forward) + late + reduction + gather
+    late = max(0.0, reduced - backward) + before * max(0.0, early - backward)
+    return late + max(0.0, gathered - forward) + reduction + gather

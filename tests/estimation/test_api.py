@@ -138,3 +138,17 @@ def test_this_machine_is_measured():
     found = lss.estimate(on_meta(Images), batch=Images.batch(4), device="this machine", zero=0, precision="32-true")
     assert found.assumptions[0].startswith("rates are measured here")
     assert found.strategies[0].time.forward > 0
+
+
+def test_micro_batches_make_a_step_of_more_tokens_and_keep_their_gradients():
+    model = on_meta(Language)
+    one, four = (
+        lss.estimate(model, batch=Language.batch(4), zero=0, offload="superoffload", accumulate_grad_batches=n)
+        for n in (1, 4)
+    )
+    assert four.num_tokens == 4 * one.num_tokens
+    assert "4 micro-batches a step, AdamW" in four.assumptions
+    few, many = one.strategies[0], four.strategies[0]
+    assert many.time.backward == pytest.approx(4 * few.time.backward)
+    assert many.mfu > few.mfu
+    assert many.peak.gradients > few.peak.gradients

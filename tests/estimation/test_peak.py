@@ -32,7 +32,7 @@ STRATEGIES = {
 WORKLOADS = [("language", "bf16-true"), ("language", "32-true"), ("images", "32-true")]
 
 
-def setup_of(stage, offload, precision) -> Setup:
+def setup_of(stage, offload, precision, micro_batches=1) -> Setup:
     how = None if offload is None else OffloadConfig(**offload)
     flows = how is not None and how.weights == "flow"
     on_device = 0.0 if how is None or how.gpu_fraction == "auto" else how.gpu_fraction
@@ -42,6 +42,7 @@ def setup_of(stage, offload, precision) -> Setup:
         precision=choose(precision),
         flows=flows,
         on_device=on_device,
+        micro_batches=micro_batches,
     )
 
 
@@ -57,13 +58,14 @@ def predicted(model, size: int, setup: Setup) -> int:
 
 
 def measured(model, size: int, setup: Setup) -> int:
-    data = DataLoader(torch.cat([model.batch(size)] * 4), size)
+    data = DataLoader(torch.cat([model.batch(size)] * 4 * setup.micro_batches), size)
     strategy = lss.SuperScaleStrategy(zero=setup.zero, offload=setup.offload)
     run = trainer(
         strategy,
         plugins=[lss.SuperScalePrecision(setup.precision.name)],
         max_epochs=1,
-        callbacks=[SpanOfSteps(2, 3)],
+        accumulate_grad_batches=setup.micro_batches,
+        callbacks=[SpanOfSteps(2 * setup.micro_batches, 4 * setup.micro_batches - 1)],
     )
     with Allocations() as seen:
         run.fit(model(), data)
@@ -75,6 +77,14 @@ def measured(model, size: int, setup: Setup) -> int:
 def test_one_rank(name, kind, precision):
     model, sizes = MODELS[kind]
     setup = setup_of(*STRATEGIES[name], precision)
+    for size in sizes:
+        assert predicted(model, size, setup) == pytest.approx(measured(model, size, setup), rel=TOLERANCE), size
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_gradients_of_several_micro_batches(name):
+    model, sizes = MODELS["language"]
+    setup = setup_of(*STRATEGIES[name], "bf16-true", micro_batches=2)
     for size in sizes:
         assert predicted(model, size, setup) == pytest.approx(measured(model, size, setup), rel=TOLERANCE), size
 

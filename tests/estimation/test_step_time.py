@@ -29,7 +29,9 @@ def build() -> nn.Module:
         return nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS)))
 
 
-def timed(batch: int, *, zero=0, offload=None, num_ranks=1, per_node=None, profile=PROFILE, flows=False):
+def timed(
+    batch: int, *, zero=0, offload=None, num_ranks=1, per_node=None, profile=PROFILE, flows=False, micro_batches=1
+):
     module = build()
     setup = Setup(
         zero=ZeroConfig(stage=zero),
@@ -38,6 +40,7 @@ def timed(batch: int, *, zero=0, offload=None, num_ranks=1, per_node=None, profi
         num_ranks=num_ranks,
         ranks_per_node=per_node or num_ranks,
         flows=flows,
+        micro_batches=micro_batches,
     )
     trace = trace_step(
         module, torch.empty(batch, WIDTH, device="meta"), lambda m, b: m(b).sum(), weights=torch.bfloat16
@@ -128,6 +131,18 @@ def test_nodes_exchange_each_ranks_part():
     between = NUMEL * (1 / 2) / (PROFILE.node_link * reach) + Latencies().node
     found = timed(2**17, zero=2, num_ranks=4, per_node=2).ranks
     assert found == pytest.approx(2 * (within + between))
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_micro_batches_repeat_the_passes_and_not_the_step(zero):
+    """Nothing hides behind passes that are this short, so that each exchange counts whole."""
+    one, four = (timed(1, zero=zero, num_ranks=4, micro_batches=n) for n in (1, 4))
+    assert (four.forward, four.backward, four.optimizer) == (4 * one.forward, 4 * one.backward, one.optimizer)
+    num_units = LAYERS if zero == 3 else 1
+    exchange = NUMEL * 2 * (3 / 4) / (PROFILE.rank_link * 0.5) + num_units * 3 * Latencies().rank
+    repeated = {1: 0, 2: 3 * max(0.0, exchange - one.backward)}
+    repeated[3] = 3 * (exchange - one.forward) + 3 * (2 * exchange - one.backward)
+    assert four.ranks == pytest.approx(one.ranks + repeated[zero], rel=0.02)
 
 
 def test_weights_that_stream_slower_than_a_pass_are_waited_for():

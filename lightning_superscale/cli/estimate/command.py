@@ -44,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-nodes", type=int, default=1)
     parser.add_argument("--zero", type=int, help="one strategy instead of all: the stage")
     parser.add_argument("--offload", help="one strategy instead of all: cpu, superoffload or zenflow")
+    parser.add_argument("--accumulate-grad-batches", type=int, default=1, metavar="N", help="batches in one step")
     parser.add_argument("--json", action="store_true", help="all of it as JSON")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="memory of each strategy, stacked by class")
 
@@ -86,6 +87,7 @@ def run(chosen: argparse.Namespace) -> int:
         batch=batch_of(chosen),
         batch_size=chosen.batch_size,
         sequence_length=chosen.sequence_length,
+        accumulate_grad_batches=chosen.accumulate_grad_batches,
     )
     if chosen.picture is not None:
         draw(found, chosen.picture)
