@@ -12,6 +12,12 @@ from lightning_superscale.estimation.model_flops import ModelFlops, counting_flo
 from lightning_superscale.estimation.trace import trace_step
 
 
+@pytest.fixture(autouse=True)
+def nothing_compiled():
+    """Other tests of this process compile, and where anything is compiled nothing is counted."""
+    torch._dynamo.reset()
+
+
 def block() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from pathlib import Path
 
 import lightning as L
@@ -130,7 +129,7 @@ def content(path: str | Path) -> dict:
     infos = {
         key: info
         for key, info in source.tensors.items()
-        if key.state != "master_param" or replace(key, state="step") in source.tensors
+        if key.state != "master_param" or key._replace(state="step") in source.tensors
     }
     tensors = {key: torch.empty(info.shape, dtype=info.dtype) for key, info in infos.items()}
     source.read([ReadRequest(key, whole_box(tensor.shape), tensor) for key, tensor in tensors.items()])

@@ -13,6 +13,12 @@ from lightning_superscale.offload.zenflow.sums import GradientSums
 from tests.helpers.trainers import Regressor, fit
 
 
+@pytest.fixture(autouse=True)
+def nothing_compiled():
+    """Other tests of this process compile, and where anything is compiled nothing is counted."""
+    torch._dynamo.reset()
+
+
 def test_tables_say_where_bytes_live_and_time_went(capsys):
     fit(Regressor(), "superoffload", precision="bf16-true", callbacks=[lss.ScaleMonitor(every_n_steps=3)])
     out = capsys.readouterr().out

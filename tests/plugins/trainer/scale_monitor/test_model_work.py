@@ -12,6 +12,12 @@ from lightning_superscale.plugins.trainer.scale_monitor.model_work import ModelW
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
+@pytest.fixture(autouse=True)
+def nothing_compiled():
+    """Other tests of this process compile, and where anything is compiled nothing is counted."""
+    torch._dynamo.reset()
+
+
 class Step(nn.Module):
     def __init__(self):
         super().__init__()
