@@ -31,11 +31,13 @@ def this_device() -> torch.device:
 def measure_profile() -> DeviceProfile:
     """Measure this machine, in a few seconds; the profile of link and host is kept for later runs.
 
+    One that is kept already is measured again: it may be of a time when the machine was busy.
+
     Raises:
         SuperScaleError: its speed could not be measured.
     """
     device = this_device()
-    profile = cached_profile(device)
+    profile = cached_profile(device, measures_again=True)
     if profile is None:
         raise SuperScaleError(
             'device="this machine" measures it, and LSS_PROFILE=off forbids that, or it failed. Unset LSS_PROFILE, or '

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lightning_superscale.errors import SuperScaleError
+from lightning_superscale.estimation import this_machine
 from lightning_superscale.estimation.operations import traced
 from lightning_superscale.estimation.this_machine import MeasuredOperations, measure_profile
 
@@ -38,6 +39,19 @@ def test_measuring_may_be_forbidden(monkeypatch):
     monkeypatch.setenv("LSS_PROFILE", "off")
     with pytest.raises(SuperScaleError, match="LSS_PROFILE=off forbids that"):
         measure_profile()
+
+
+def test_a_profile_that_is_kept_is_not_trusted(monkeypatch):
+    """It may be of a time when the machine was busy, and an optimizer's step would take twice as long as it does."""
+    asked = []
+
+    def measured(device, **options):
+        asked.append(options)
+
+    monkeypatch.setattr(this_machine, "cached_profile", measured)
+    with pytest.raises(SuperScaleError, match="could|failed"):
+        measure_profile()
+    assert asked == [{"measures_again": True}]
 
 
 def test_a_cpu_is_its_own_host():

@@ -72,7 +72,9 @@ def stored_profile(key: HardwareKey) -> HardwareProfile | None:
     return profile
 
 
-def cached_profile(device: torch.device, cpus: Sequence[int] = ()) -> HardwareProfile | None:
+def cached_profile(
+    device: torch.device, cpus: Sequence[int] = (), *, measures_again: bool = False
+) -> HardwareProfile | None:
     """This rank's profile: from its file, else measured now and filed; None where LSS_PROFILE=off.
 
     Any rank may call it alone. The profiles of two ranks differ.
@@ -80,6 +82,7 @@ def cached_profile(device: torch.device, cpus: Sequence[int] = ()) -> HardwarePr
     Args:
         device: the rank's device.
         cpus: CPUs that the rank may use; empty for those of the process.
+        measures_again: whether to measure and file it also where there is one, which another load may have slowed.
 
     Warns:
         UserWarning: the file was damaged, could not be written, or measuring failed (then the result is None).
@@ -88,7 +91,7 @@ def cached_profile(device: torch.device, cpus: Sequence[int] = ()) -> HardwarePr
         return None
     cpus = tuple(cpus) or available_cpus()
     key = key_of(device, cpus)
-    stored = stored_profile(key)
+    stored = None if measures_again else stored_profile(key)
     if stored is not None:
         return stored
     try:

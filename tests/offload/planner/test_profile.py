@@ -172,6 +172,14 @@ def test_a_profile_is_measured_once_and_read_back_equal(measured):
     assert len(measured) == 1
 
 
+def test_a_profile_of_a_busy_time_is_measured_again_and_filed(measured):
+    first = cached_profile(CPU)
+    again = cached_profile(CPU, measures_again=True)
+    assert again != first
+    assert stored_profile(first.key) == again
+    assert len(measured) == 2
+
+
 @pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(hardware.HardwareKey)])
 def test_another_key_is_measured_anew(measured, monkeypatch, field):
     cached_profile(CPU)
