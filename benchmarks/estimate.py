@@ -94,6 +94,8 @@ class Case(NamedTuple):
 
 
 class Clock(L.Callback):
+    """Seconds of each training batch."""
+
     def __init__(self) -> None:
         self.seconds: list[float] = []
 

@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import lightning_superscale as lss
+from benchmarks.estimate import Clock
 from benchmarks.models import SHAPES, Decoder
 
 LIMIT = 0.005
@@ -62,21 +63,9 @@ class Timed(lss.ScaleMonitor):
         self.hook_seconds.append(time.perf_counter() - start)
 
 
-class Clock(L.Callback):
-    """Seconds of each training batch; it stands before the monitor, whose last hook it therefore leaves out."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-
-    def on_train_batch_start(self, *_: Any) -> None:
-        self._start = time.perf_counter()
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        self.seconds.append(time.perf_counter() - self._start)
-
-
 def train(shape: str, strategy: str, steps: int, monitor: Timed | None) -> list[float]:
     """Seconds of each batch of one run."""
+    # The clock stands before the monitor, whose last hook it therefore leaves out.
     clock, one = Clock(), SHAPES[shape]
     tokens = torch.randint(one.vocabulary, (one.batch, one.sequence + 1), generator=torch.Generator().manual_seed(1))
     trainer = L.Trainer(

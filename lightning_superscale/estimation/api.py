@@ -153,8 +153,7 @@ class _Work:
         self._micro_batches = micro_batches
         self._num_tokens, self._unit = count_tokens(batches[0])
         self._num_tokens *= micro_batches
-        rates = roofline(profile)
-        self._seconds: Seconds = MeasuredOperations(rates) if profile.name == THIS_MACHINE else rates
+        self._seconds = seconds_on(profile)
         self._model_flops = 0
 
     def traces(self) -> list[_Traces]:
@@ -173,15 +172,8 @@ class _Work:
             return [plain, _Traces(True, [self._trace(batch) for batch in self._batches])]
 
     def _trace(self, batch: Any) -> StepTrace:
-        is_cast = self._precision.name.endswith("-true")
-        return trace_step(
-            self._model,
-            batch,
-            self._loss,
-            weights=self._precision.weights if is_cast else None,
-            autocast=self._precision.autocast,
-            watched=[block for _, block, _ in self._blocks],
-        )
+        watched = [block for _, block, _ in self._blocks]
+        return trace_in(self._precision, self._model, batch, self._loss, watched=watched)
 
     def result(self, strategies: Sequence[StrategyEstimate]) -> Estimate:
         """The estimates of several strategies with what they have in common."""
@@ -280,6 +272,21 @@ class _Work:
 
 def _too_much(memory: str, needed: int, limit: int) -> str | None:
     return None if needed <= limit else f"{format_bytes(needed)} of {memory}, of {format_bytes(limit)}"
+
+
+def seconds_on(profile: DeviceProfile) -> Seconds:
+    """Gives the seconds of an operation on a profile's device: on this machine by running it."""
+    rates = roofline(profile)
+    return MeasuredOperations(rates) if profile.name == THIS_MACHINE else rates
+
+
+def trace_in(
+    precision: PrecisionChoices, model: nn.Module, batch: Any, loss: Loss, *, watched: Sequence[nn.Module] = ()
+) -> StepTrace:
+    """Trace one step in a precision; see `trace_step`."""
+    is_cast = precision.name.endswith("-true")
+    weights = precision.weights if is_cast else None
+    return trace_step(model, batch, loss, weights=weights, autocast=precision.autocast, watched=watched)
 
 
 def assumptions_of(profile: DeviceProfile, micro_batches: int = 1) -> list[str]:

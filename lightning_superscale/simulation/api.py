@@ -12,17 +12,16 @@ from lightning_superscale.config import OffloadConfig, SequenceConfig, ZeroConfi
 from lightning_superscale.config.offload import ENGINES
 from lightning_superscale.config.values import PositiveInt, check_arguments
 from lightning_superscale.errors import SettingError, SuperScaleError
-from lightning_superscale.estimation.api import USABLE, assumptions_of, profile_for
+from lightning_superscale.estimation.api import USABLE, assumptions_of, profile_for, seconds_on, trace_in
 from lightning_superscale.estimation.candidates import Candidate
-from lightning_superscale.estimation.devices import THIS_MACHINE, DeviceProfile
+from lightning_superscale.estimation.devices import DeviceProfile
 from lightning_superscale.estimation.inputs import batch_for, count_tokens, loss_of
 from lightning_superscale.estimation.links import Latencies
 from lightning_superscale.estimation.memory import params_of
 from lightning_superscale.estimation.peak import fit_states
 from lightning_superscale.estimation.setup import Setup
-from lightning_superscale.estimation.step_time import Seconds, host_times, phase_seconds, roofline
-from lightning_superscale.estimation.this_machine import MeasuredOperations
-from lightning_superscale.estimation.trace import Loss, StepTrace, trace_step
+from lightning_superscale.estimation.step_time import host_times, phase_seconds
+from lightning_superscale.estimation.trace import Loss, StepTrace
 from lightning_superscale.offload.engine import engine_of
 from lightning_superscale.offload.planner.forecast import HostSchedule, StepTimes
 from lightning_superscale.run.precision import choose
@@ -144,9 +143,8 @@ def _schedule(offload: OffloadConfig | None, times: StepTimes) -> HostSchedule:
 
 
 def _trace(model: nn.Module, batch: Any, loss: Loss, setup: Setup) -> StepTrace:
-    precision, sequence = setup.precision, setup.sequence
-    is_cast = precision.name.endswith("-true")
-    trace = trace_step(model, batch, loss, weights=precision.weights if is_cast else None, autocast=precision.autocast)
+    sequence = setup.sequence
+    trace = trace_in(setup.precision, model, batch, loss)
     has_attention = any("scaled_dot_product" in str(one.sample.op) for one in trace.operations)
     if sequence is not None and sequence.size > 1 and not has_attention:
         raise SuperScaleError(
@@ -169,11 +167,10 @@ class _Work:
     """One model on one kind of machine."""
 
     def __init__(self, model: nn.Module, trace: StepTrace, profile: DeviceProfile, latencies: Latencies) -> None:
-        rates = roofline(profile)
         self._model = model
         self._trace = trace
         self._profile = profile
-        self._seconds: Seconds = MeasuredOperations(rates) if profile.name == THIS_MACHINE else rates
+        self._seconds = seconds_on(profile)
         self._latencies = latencies
 
     def result(self, setups: Sequence[Setup], candidate: Candidate, batch: Any, slow_rank: float) -> Simulation:

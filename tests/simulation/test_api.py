@@ -106,6 +106,6 @@ def test_without_simpy_nothing_is_traced(monkeypatch):
         raise ImportError(name)
 
     monkeypatch.setattr(machine.importlib, "import_module", lacking)
-    monkeypatch.setattr(api, "trace_step", lambda *_, **__: pytest.fail("worked before it said what is missing"))
+    monkeypatch.setattr(api, "trace_in", lambda *_, **__: pytest.fail("worked before it said what is missing"))
     with pytest.raises(SuperScaleError, match="needs simpy"):
         api.simulate(layers(), batch=torch.empty(1, WIDTH, device="meta"))

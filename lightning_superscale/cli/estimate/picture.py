@@ -33,17 +33,38 @@ def host_parts(one: StrategyEstimate) -> dict[str, int]:
     return parts
 
 
+def drawing_module(name: str) -> Any:
+    """A module of matplotlib's.
+
+    Raises:
+        SettingError: matplotlib is not installed; says what to do.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise SettingError("--picture draws with matplotlib: pip install matplotlib") from error
+
+
+def write(figure: Any, path: Path) -> None:
+    """Write a figure.
+
+    Raises:
+        SettingError: the file can't be written; says why.
+    """
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:
+        raise SettingError(f"--picture {path} can't be written: {error}") from error
+
+
 def draw(found: Estimate, path: Path) -> None:
     """Write the picture.
 
     Raises:
         SettingError: matplotlib is not installed, or the file can't be written; says what to do.
     """
-    try:
-        plots: Any = importlib.import_module("matplotlib.figure")
-        colours: Any = importlib.import_module("matplotlib").colormaps
-    except ImportError as error:
-        raise SettingError("--picture draws with matplotlib: pip install matplotlib") from error
+    plots = drawing_module("matplotlib.figure")
+    colours = drawing_module("matplotlib").colormaps
     # In two lines where blocks are recomputed, so that bars have room.
     labels = [one.line.removeprefix("strategy=").replace(", sequence=", ",\nsequence=") for one in found.strategies]
     classes = dict.fromkeys(
@@ -72,7 +93,4 @@ def draw(found: Estimate, path: Path) -> None:
             axes.legend(fontsize=7)
     left.invert_yaxis()
     figure.suptitle(f"{found.model}, {found.num_params:,} parameters, {found.num_ranks} ranks")
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        raise SettingError(f"--picture {path} can't be written: {error}") from error
+    write(figure, path)

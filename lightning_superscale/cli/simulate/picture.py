@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
-from typing import Any
 
+from lightning_superscale.cli.estimate.picture import drawing_module, write
 from lightning_superscale.cli.simulate.table import WAITINGS
-from lightning_superscale.errors import SettingError
 from lightning_superscale.simulation.result import SimulatedStep, Simulation
 
 
@@ -24,10 +22,7 @@ def draw(found: Simulation, path: Path) -> None:
     Raises:
         SettingError: matplotlib is not installed, or the file can't be written; says what to do.
     """
-    try:
-        plots: Any = importlib.import_module("matplotlib.figure")
-    except ImportError as error:
-        raise SettingError("--picture draws with matplotlib: pip install matplotlib") from error
+    plots = drawing_module("matplotlib.figure")
     labels = [f"{step.num_ranks:,}" for step in found.steps]
     figure = plots.Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -44,7 +39,4 @@ def draw(found: Simulation, path: Path) -> None:
     axes.set_ylabel("seconds of a step")
     axes.set_title(f"{found.model}, {found.num_params:,} parameters, {found.device}, {found.line}", fontsize=9)
     axes.legend(fontsize=8)
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        raise SettingError(f"--picture {path} can't be written: {error}") from error
+    write(figure, path)
