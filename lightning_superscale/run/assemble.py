@@ -50,7 +50,8 @@ from lightning_superscale.run.report.reasons import reasons_of, reasons_of_rules
 from lightning_superscale.run.settings import RunSettings
 from lightning_superscale.run.weight_flow import compiled_flow, stream_the_rest
 from lightning_superscale.torch_private import is_compiled
-from lightning_superscale.zero.buckets.transport import BucketTransport
+from lightning_superscale.zero.buckets.all_gather import Gathers, gathers_for
+from lightning_superscale.zero.buckets.transport import BucketTransport, SharedParts
 from lightning_superscale.zero.buckets.unit import BucketUnit
 from lightning_superscale.zero.forward_gates import PublishGates
 from lightning_superscale.zero.fsdp2.module import ShardedModule
@@ -324,13 +325,13 @@ def assemble(module: nn.Module, optimizers: Sequence[Optimizer], settings: RunSe
         widen_gradients(widened, precision.gradients.accumulation)
     fqn_of = {param: fqn for fqn, param in module.named_parameters()}
     link = _link_of(settings)
-    where = settings.device if offload is None else torch.device("cpu")
-    update = update_path(where, host.pool, is_low_precision=precision.states.is_low_precision)
+    update = _update_of(settings, host)
     ranks = ranks_of(mesh, fqn_of, num_buffers=len(list(module.buffers())))
     context = None if link is None else _offload_context(settings, host, update, link, ranks)
     block_of = {} if settings.flow is None else settings.flow.block_of
     is_each_averaged = not (settings.visibility.is_automatic or mesh.is_single or sharded)
     averages = ManualAverages(ranks) if is_each_averaged else None
+    make_gathers = functools.cache(functools.partial(gathers_for, ranks, are_late=settings.flow is not None))
     engines = {
         optimizer: OptimizerEngine(
             optimizer,
@@ -343,6 +344,7 @@ def assemble(module: nn.Module, optimizers: Sequence[Optimizer], settings: RunSe
                 first_grouping(optimizer, fqn_of, offload, host.unit_bytes, block_of),
                 f"optimizer {number}",
                 averages,
+                make_gathers,
             ),
             make_state=_state_maker(settings, context),
             make_native=_native_maker(settings, update, context),
@@ -365,6 +367,12 @@ def assemble(module: nn.Module, optimizers: Sequence[Optimizer], settings: RunSe
     gates = _gates(module, engines.values(), settings, is_model_compiled=compiled)
     reasons = reasons_of(settings, is_model_compiled=compiled)
     return Assembly(module, settings, engines, gates, link, host, update, ranks, sharded, averages, reasons)
+
+
+def _update_of(settings: RunSettings, host: HostPlan) -> UpdatePath:
+    """How states step where they are."""
+    where = settings.device if settings.offload is None else torch.device("cpu")
+    return update_path(where, host.pool, is_low_precision=settings.precision.states.is_low_precision)
 
 
 def _link_of(settings: RunSettings) -> Link | None:
@@ -414,6 +422,7 @@ def _transport_maker(
     grouping: Grouping,
     label: str,
     averages: ManualAverages | None,
+    make_gathers: Callable[[], Gathers],
 ) -> Callable[[DeltaSink], Transport]:
     if sharded is not None:
         return lambda sink: Fsdp2Transport(
@@ -436,6 +445,7 @@ def _transport_maker(
             no_sync=settings.zero.reduces_once,
             dtypes=settings.precision.gradients,
             streams_to=settings.device,
+            shared=SharedParts(gathers=make_gathers()),
         )
         if averages is not None:
             transport.average_with(averages)

@@ -6,6 +6,10 @@ every rank: whatever a rank's own thread does meanwhile (it skips a module, read
 collective of the user's), no other rank waits for its rows longer than for its host. Gathers have a process group of
 their own, because ranks start them at different places among their other collectives.
 
+All optimizers of a run share one queue. With one each, the order of one optimizer's gathers among another's would be
+that in which the host happens to finish their rows, which is another one on every rank, and a gather of one would meet
+a gather of the other: weights of equal size would change places without an error.
+
 Weights that stream are gathered only when their block is used or about to be: all at once would fill the device. There
 the first use that waits for a unit issues the queue up to that unit, and a rank whose forward skips a module issues the
 rest of the queue before its backward issues any other collective.
@@ -24,6 +28,7 @@ import torch
 from torch import Tensor
 
 from lightning_superscale.comm.collectives import AxisCollectives
+from lightning_superscale.comm.communicator import Communicator
 from lightning_superscale.ops.events import Event, has_streams
 from lightning_superscale.ops.threads import one_thread
 from lightning_superscale.optim.unit import PublishEvent
@@ -32,7 +37,10 @@ from lightning_superscale.zero.buckets.unit import BucketUnit
 
 
 class Gathers(Protocol):
-    """Gathers of one transport's units, issued in the order in which units are published."""
+    """Gathers of the units of a run's transports, issued in the order in which units are published."""
+
+    def join(self) -> None:
+        """Take one more transport, which calls `close` once."""
 
     def add(self, unit: BucketUnit, event: PublishEvent, stepped: Sequence[int]) -> NewWeights:
         """Queue the gather of a unit. Every rank calls it for the same units in the same order.
@@ -46,7 +54,7 @@ class Gathers(Protocol):
         """Return when no other rank waits for the calling thread to issue a gather."""
 
     def close(self) -> None:
-        """Let go of everything."""
+        """Leave; the last transport that does lets go of everything."""
 
 
 class _IssuedElsewhere:
@@ -76,6 +84,10 @@ class GatherThread:
         queued.append(self._wait_issued)
         self._executor = one_thread("lightning-superscale gather")
         self._stream: torch.cuda.Stream | None = None
+        self._num_users = 0
+
+    def join(self) -> None:
+        self._num_users += 1
 
     def add(self, unit: BucketUnit, event: PublishEvent, stepped: Sequence[int]) -> NewWeights:
         issued = self._executor.submit(self._issue, unit, event)
@@ -104,8 +116,10 @@ class GatherThread:
         return
 
     def close(self) -> None:
-        self._executor.shutdown()
-        self._queued.remove(self._wait_issued)
+        self._num_users -= 1
+        if not self._num_users:
+            self._executor.shutdown()
+            self._queued.remove(self._wait_issued)
 
 
 class _Queued(NamedTuple):
@@ -150,7 +164,11 @@ class LateGathers:
     def __init__(self, collectives: AxisCollectives) -> None:
         self._collectives = collectives
         self._queue: deque[_Queued] = deque()
-        self._issued: dict[int, _Issued] = {}
+        self._issued: dict[BucketUnit, _Issued] = {}
+        self._num_users = 0
+
+    def join(self) -> None:
+        self._num_users += 1
 
     def add(self, unit: BucketUnit, event: PublishEvent, stepped: Sequence[int]) -> LateGather:
         self._queue.append(_Queued(unit, event, stepped))
@@ -159,11 +177,11 @@ class LateGathers:
     def wait(self, unit: BucketUnit) -> None:
         """Return when work that is queued from now on sees this unit's new weights."""
         if self._is_queued(unit):
-            while unit.index not in self._issued:
+            while unit not in self._issued:
                 self._issue_next()
             while self._queue and self._queue[0].event.is_waitable() and not self._queue[0].unit.is_streamed:
                 self._issue_next()
-        issued = self._issued.pop(unit.index, None)
+        issued = self._issued.pop(unit, None)
         if issued is not None:
             issued.pending.wait()
             issued.unit.unpack_gathered(issued.stepped)
@@ -183,7 +201,7 @@ class LateGathers:
     def _issue_next(self) -> None:
         unit, event, stepped = self._queue.popleft()
         event.wait()
-        self._issued[unit.index] = _Issued(self._collectives.all_gather(unit.gathered()), unit, stepped)
+        self._issued[unit] = _Issued(self._collectives.all_gather(unit.gathered()), unit, stepped)
 
     def clear(self) -> None:
         """Forget all gathers, after a rank failed."""
@@ -191,4 +209,17 @@ class LateGathers:
         self._issued.clear()
 
     def close(self) -> None:
-        self.clear()
+        self._num_users -= 1
+        if not self._num_users:
+            self.clear()
+
+
+def gathers_for(ranks: Communicator, *, are_late: bool) -> Gathers:
+    """The gathers that all transports of a run share.
+
+    Args:
+        are_late: whether any weights stream.
+    """
+    if are_late or ranks.gather.axis.size == 1:  # on one rank nothing is gathered, and no thread needed
+        return LateGathers(ranks.gather)
+    return GatherThread(ranks.gather, ranks.mesh.queued)

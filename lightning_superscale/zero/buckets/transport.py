@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +18,29 @@ from lightning_superscale.optim.grad_dtypes import AS_WEIGHTS, GradientDtypes
 from lightning_superscale.optim.transport import IsScaling
 from lightning_superscale.optim.unit import DeltaSink, PublishEvent, ShardUnit, check_dense, flattened
 from lightning_superscale.optim.weights.store import Incoming, Uploaded
-from lightning_superscale.zero.buckets.all_gather import Gathers, GatherThread, LateGathers
+from lightning_superscale.zero.buckets.all_gather import Gathers, gathers_for
 from lightning_superscale.zero.buckets.unit import BucketUnit
 from lightning_superscale.zero.grad_schedule import Departure, GradSchedule, NewGrad
 from lightning_superscale.zero.grads_in_param import GradsInParam
 from lightning_superscale.zero.manual_averages import ManualAverages
 from lightning_superscale.zero.reducer import Reducer, reducer_for
+
+
+class SharedParts(NamedTuple):
+    """What several transports have in common; None for a part of a transport's own.
+
+    Attributes:
+        reducer: of transports of the same optimizer.
+        schedule: of such transports.
+        gathers: of all transports of a run.
+    """
+
+    reducer: Reducer | None = None
+    schedule: GradSchedule | None = None
+    gathers: Gathers | None = None
+
+
+NOTHING_SHARED = SharedParts()
 
 
 class BucketTransport:
@@ -41,8 +59,7 @@ class BucketTransport:
             per step; False reduces each, so that no rank keeps unsharded gradients between them.
         dtypes: of gradients on their way to other ranks.
         streams_to: the device of parameters whose weights stream (`Grouping.block_of`).
-        reducer: the reducer that another transport of the same optimizer shares with this one; None to make one.
-        schedule: the schedule that such a transport shares; None to make one.
+        shared: what other transports share with this one.
 
     Attributes:
         units: the buckets, in the order of their indices, which skip those of the other transport's units.
@@ -59,26 +76,22 @@ class BucketTransport:
         no_sync: bool = True,
         dtypes: GradientDtypes = AS_WEIGHTS,
         streams_to: torch.device | None = None,
-        reducer: Reducer | None = None,
-        schedule: GradSchedule | None = None,
+        shared: SharedParts = NOTHING_SHARED,
     ) -> None:
         self.grouping = grouping
         self._streams_to = streams_to
         self._sink = sink
         self._ranks = ranks
-        self._reducer = reducer or reducer_for(ranks, label, sink, dtypes)
-        self._schedule = schedule or GradSchedule(no_sync=no_sync or self.is_local)
+        self._reducer = shared.reducer or reducer_for(ranks, label, sink, dtypes)
+        self._schedule = shared.schedule or GradSchedule(no_sync=no_sync or self.is_local)
         self._in_param = GradsInParam(ranks, label, dtypes)
         self._label, self._num_steps = label, 0
         self._averages: ManualAverages | None = None
         self._place: dict[nn.Parameter, tuple[BucketUnit, int]] = {}
         self._hooks: dict[nn.Parameter, RemovableHandle] = {}
         self._observed: dict[nn.Parameter, None] = {}
-        self._late_gathers: Gathers = (
-            LateGathers(ranks.gather)
-            if grouping.block_of or ranks.gather.axis.size == 1  # on one rank nothing is gathered, and no thread needed
-            else GatherThread(ranks.gather, ranks.mesh.queued)
-        )
+        self._late_gathers = shared.gathers or gathers_for(ranks, are_late=bool(grouping.block_of))
+        self._late_gathers.join()
         self._of_index: dict[int, BucketUnit] = {}
         self.units: list[BucketUnit] = []
         self.add_params(named_params)

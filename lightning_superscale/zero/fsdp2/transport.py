@@ -22,7 +22,7 @@ from lightning_superscale.optim.grad_dtypes import AS_WEIGHTS, GradientDtypes
 from lightning_superscale.optim.transport import IsScaling
 from lightning_superscale.optim.unit import DeltaSink, GradientDelta, PublishEvent, ShardUnit, check_dense
 from lightning_superscale.optim.weights.store import Incoming
-from lightning_superscale.zero.buckets.transport import BucketTransport
+from lightning_superscale.zero.buckets.transport import BucketTransport, SharedParts
 from lightning_superscale.zero.fsdp2.accumulated_grads import UnshardedGrads, lost_gradients
 from lightning_superscale.zero.fsdp2.gather_order import OrderDeparted
 from lightning_superscale.zero.fsdp2.grouping import fsdp2_units_of, split_by_kind
@@ -75,8 +75,7 @@ class Fsdp2Transport:
             ranks=ranks,
             label=label,
             dtypes=dtypes,
-            reducer=self._reducer,
-            schedule=self._schedule,
+            shared=SharedParts(reducer=self._reducer, schedule=self._schedule),
         )
         self._waiting = UnshardedGrads()
         self._has_averaged_any = False

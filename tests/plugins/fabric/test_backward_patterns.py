@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,8 +11,10 @@ from typing import Any
 import pytest
 from torch import Tensor, nn
 
-from lightning_superscale import SuperScaleError
-from tests.helpers.backward_patterns import Step, TwoTowers
+from lightning_superscale import OffloadConfig, SuperScaleError
+from lightning_superscale.plugins.fabric.lightning import SuperScaleStrategy
+from lightning_superscale.zero.buckets.all_gather import GatherThread
+from tests.helpers.backward_patterns import Step, TwoTowers, loss_of
 from tests.helpers.backward_runs import NUM_STEPS, Run, batch, plain
 from tests.helpers.ranks import run_ranks
 from tests.plugins.fabric.loops import assert_equal, launched
@@ -128,3 +131,47 @@ def test_weights_are_those_of_one_plain_process(found, run):
                 continue
             expected = plain(run, world_size, is_sharded=is_sharded)
             assert_equal(rank[run][strategy], {name: param.detach() for name, param in expected.items()})
+
+
+class Crossing(Run):
+    """Every other rank runs the towers in the other order, so that it needs their new weights in another one too."""
+
+    def go(self, step: Step) -> Iterator[int]:
+        towers = {"vision": step.x, "text": step.x.flip(1)}
+        order = [*towers] if step.rank == 0 else [*reversed(towers)]
+        out = {name: getattr(step, name)(towers[name]) for name in order}
+        step.zero_grad(0)
+        step.zero_grad(1)
+        y, z = out["vision"], out["text"]
+        step.backward((y * z).mean() + loss_of(y - z))
+        yield 0
+        yield 1
+
+
+def crossed(rank: int, world_size: int) -> dict[str, dict[str, Tensor]]:
+    """Weights, where each rank's host takes long for another optimizer's rows."""
+    issue = GatherThread._issue
+
+    def slowly(self, unit, event):
+        is_vision = unit.full.slices[0].fqn.startswith("net.vision")
+        time.sleep(0.03 * (is_vision == (rank == 0)))
+        return issue(self, unit, event)
+
+    run = Crossing("two_models_two_optimizers")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GatherThread, "_issue", slowly)
+        return {name: weights(run, make(), rank, world_size) for name, make in HOSTED.items()}
+
+
+HOSTED = {
+    "superoffload": lambda: "superoffload",
+    "cpu": lambda: SuperScaleStrategy(zero=1, offload="cpu"),
+    "flow": lambda: SuperScaleStrategy(zero=2, offload=OffloadConfig(weights="flow")),
+}
+
+
+def test_two_optimizers_new_weights_come_in_one_order_whatever_ranks_do_meanwhile():
+    expected = plain(Run("two_models_two_optimizers"), 2, is_sharded=False)
+    for rank in run_ranks(2, crossed):
+        for found in rank.values():
+            assert_equal(found, {name: param.detach() for name, param in expected.items()})
