@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from lightning_superscale.run.report.plan import ByteClass, format_bytes
 from lightning_superscale.run.techniques.technique import ModuleTechnique, TechniqueFacts
 from lightning_superscale.sequence.memory.activation_offload import ActivationOffload, Fence
 from lightning_superscale.sequence.memory.boundary import BoundaryStore, is_boundary
+from lightning_superscale.sequence.memory.caches import without_caches
 from lightning_superscale.sequence.memory.checkpointing import BlockCheckpoints, RecomputePolicy
 from lightning_superscale.sequence.memory.deferred_logits import LEAST_CLASSES, TiledLosses, settled, settled_or_held
 from lightning_superscale.sequence.memory.eight_bit import EightBitCodec, EightBitStore
@@ -44,7 +45,13 @@ class LongContext(ModuleTechnique):
         self._codec = EightBitCodec() if config.boundary_bits == 8 else None
         self._store: BoundaryStore | None = None
         self._offload: ActivationOffload | None = None
+        self._module: nn.Module | None = None
         self._handles: list[Any] = []
+
+    @property
+    def recomputes_blocks(self) -> bool:
+        """Whether blocks are computed again in backward, once the module was prepared."""
+        return self._checkpoints is not None
 
     def prepare(self, module: nn.Module) -> None:
         """Hook the module.
@@ -52,6 +59,7 @@ class LongContext(ModuleTechnique):
         Raises:
             SuperScaleError: there are no blocks, or no MLPs, or they can't be hooked.
         """
+        self._module = module
         if self._config.tile_mlp is not None:
             self._tile(module, self._config.tile_mlp)
         if self._config.checkpoint_blocks is not False:
@@ -139,15 +147,16 @@ class LongContext(ModuleTechnique):
             self._kept[block] = max(self._kept.get(block, (0, 0)), (rows, sum(tensor.nbytes for tensor in kept)))
         return nullcontext() if self._store is None else self._store.saving(block, inputs)
 
-    def around_forward(self, *, trains: bool) -> AbstractContextManager[None]:
-        return nullcontext() if self._losses is None else self._deferring(self._losses)
-
-    @staticmethod
     @contextmanager
-    def _deferring(losses: TiledLosses) -> Iterator[None]:
-        with losses:
+    def around_forward(self, *, trains: bool) -> Iterator[None]:
+        with ExitStack() as stack:
+            if trains and self._module is not None and self.recomputes_blocks:
+                stack.enter_context(without_caches(self._module))
+            if self._losses is not None:
+                stack.enter_context(self._losses)
             yield
-        losses.settle()
+        if self._losses is not None:
+            self._losses.settle()
 
     @contextmanager
     def rehearsing(self) -> Iterator[None]:
@@ -218,7 +227,7 @@ class LongContext(ModuleTechnique):
         for part in (self._checkpoints, self._tiles, self._offload):
             if part is not None:
                 part.close()
-        self._checkpoints = self._tiles = self._offload = self._store = self._losses = None
+        self._checkpoints = self._tiles = self._offload = self._store = self._losses = self._module = None
 
 
 class _ActivationsOnLink:

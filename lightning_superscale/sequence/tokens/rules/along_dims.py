@@ -157,11 +157,14 @@ def pad(call: Call) -> Any:
 def cat(call: Call) -> Any:
     """Joined along a dim of features; whole tensors are joined with their part."""
     tensors, dim = call.bind("tensors dim", dim=-1 if call.name in ("hstack", "dstack") else 0)
+    if call.name != "stack":  # torch leaves out [0], with which caches of keys and values begin
+        tensors = [x for x in tensors if is_sharded(x) or x.shape != (0,)]
     from_right, layout = common(call, [x for x in tensors if is_sharded(x)])
     num_dims = plain(tensors[0]).dim()
     at = dim % (num_dims + (call.name == "stack"))
     token_dim = num_dims + from_right
-    if call.name in ("hstack", "dstack") or (call.name != "stack" and at == token_dim):
+    joins_tokens = call.name in ("hstack", "dstack") or (call.name != "stack" and at == token_dim)
+    if joins_tokens and len(tensors) > 1:
         call.refuse(
             "joins tensors along the dim of tokens",
             "Join ids before the embedding; prefixes and soft prompts can't be shared yet.",
