@@ -31,13 +31,13 @@ from benchmarks.step_cost import hardware
 from benchmarks.versus.techniques import num_cores
 from lightning_superscale.config import ZeroConfig
 from lightning_superscale.estimation.devices import PROFILES, DeviceProfile, Reach
-from lightning_superscale.estimation.inputs import loss_of
 from lightning_superscale.estimation.links import Latencies
 from lightning_superscale.estimation.memory import params_of
-from lightning_superscale.estimation.operations import TracedOperation
 from lightning_superscale.estimation.setup import Setup
 from lightning_superscale.estimation.step_time import roofline, step_time
-from lightning_superscale.estimation.trace import trace_step
+from lightning_superscale.estimation.tracing.inputs import loss_of
+from lightning_superscale.estimation.tracing.operations import TracedOperation
+from lightning_superscale.estimation.tracing.step import trace_step
 from lightning_superscale.offload.planner.forecast import HostSchedule
 from lightning_superscale.run.precision import choose
 from lightning_superscale.simulation.cluster import simulate_cluster

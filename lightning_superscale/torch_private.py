@@ -408,6 +408,11 @@ def without_torch_function() -> AbstractContextManager[None]:
     return guard
 
 
+def is_fake(x: Any) -> bool:
+    """Whether it is a tensor without values, which stands for one."""
+    return isinstance(x, FakeTensor)
+
+
 def is_of_tracer(x: Tensor) -> bool:
     """Whether a tensor is a Python object of torch's tracers, which stands for one that a compiled graph will have."""
     return isinstance(x, (FakeTensor, FunctionalTensor))

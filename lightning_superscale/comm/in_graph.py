@@ -35,17 +35,24 @@ class AxisLink:
         axis: the ranks.
         counts: counts the collectives of this rank, in bytes of its inputs.
         wait_queued: returns when collectives that go before the next one are issued; None where order does not matter.
+        has_ranks: whether there is a process group; without one, only tensors without values can be exchanged.
     """
 
     axis: MeshAxis
     counts: CollectiveCount = field(default_factory=CollectiveCount)
     wait_queued: Callable[[], None] | None = None
+    has_ranks: bool = True
 
     @classmethod
     def along_sequence(cls, mesh: DataMesh) -> AxisLink:
         """The link along the sequence axis of a run's mesh."""
         is_ordered = mesh.sequence.size > 1 and not AxisCollectives(mesh.sequence, mesh).runs_on_host
         return cls(mesh.sequence, mesh.counts, mesh.wait_queued if is_ordered else None)
+
+    @classmethod
+    def without_ranks(cls, size: int) -> AxisLink:
+        """The link of the first of `size` ranks that are not there, for a model on tensors without values."""
+        return cls(MeshAxis("sequence", 0, size), has_ranks=False)
 
     @property
     def rank(self) -> int:
@@ -60,6 +67,8 @@ class AxisLink:
     @property
     def group_name(self) -> str:
         """The name of the axis' process group."""
+        if not self.has_ranks:
+            return "none"
         if self.axis.group is None:
             raise AssertionError("an axis of one rank exchanges nothing")
         return self.axis.group.group_name

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, Optional, Union
 
 from torch import nn
 
-from lightning_superscale.config import OffloadConfig, ZeroConfig, resolve_offload, resolve_zero
+from lightning_superscale.config import (
+    OffloadConfig,
+    SequenceConfig,
+    ZeroConfig,
+    resolve_offload,
+    resolve_sequence,
+    resolve_zero,
+)
 from lightning_superscale.config.values import PositiveInt, check_arguments
-from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.estimation.candidates import Candidate, candidates
 from lightning_superscale.estimation.devices import THIS_MACHINE, DeviceProfile, profile_named, with_memory
-from lightning_superscale.estimation.inputs import batch_for, count_tokens, loss_of, parse_bytes, takes_tokens
 from lightning_superscale.estimation.limits import largest_params, longest_sequence
 from lightning_superscale.estimation.memory import byte_classes, params_of
 from lightning_superscale.estimation.peak import Moment, device_peak, fit_states
@@ -22,10 +26,12 @@ from lightning_superscale.estimation.result import Estimate, StrategyEstimate
 from lightning_superscale.estimation.setup import Setup
 from lightning_superscale.estimation.step_time import Seconds, roofline, step_time
 from lightning_superscale.estimation.this_machine import MeasuredOperations, measure_profile
-from lightning_superscale.estimation.trace import Loss, StepTrace, trace_step
+from lightning_superscale.estimation.tracing.inputs import batch_for, count_tokens, loss_of, parse_bytes, takes_tokens
+from lightning_superscale.estimation.tracing.step import Loss, StepTrace, trace_step
+from lightning_superscale.estimation.tracing.techniques import TracedTechniques, refuse_unknown, techniques_of
+from lightning_superscale.run.environment import mesh_spec_of
 from lightning_superscale.run.precision import PrecisionChoices, choose
 from lightning_superscale.run.report.plan import format_bytes
-from lightning_superscale.sequence.memory.checkpointing import BlockCheckpoints, RecomputePolicy
 from lightning_superscale.zero.fsdp2.wrap import blocks_with_own_params
 
 # Share of the device's memory that a step may take: the rest is the context's, and lies between allocations.
@@ -40,6 +46,7 @@ def estimate(  # noqa: PLR0913 # a user names what matters, and nothing else
     num_nodes: PositiveInt = 1,
     zero: Union[int, ZeroConfig, Mapping[str, Any], None] = None,
     offload: Union[str, OffloadConfig, Mapping[str, Any], None] = None,
+    sequence: Union[int, SequenceConfig, Mapping[str, Any], None] = None,
     precision: str = "bf16-true",
     device: str = "H100 SXM",
     device_memory: Union[int, str, None] = None,
@@ -59,11 +66,13 @@ def estimate(  # noqa: PLR0913 # a user names what matters, and nothing else
         model: a LightningModule, a Hugging Face model or any module. Its weights are not read.
         devices, num_nodes: as the Trainer takes them.
         zero, offload: as SuperScaleStrategy takes them; with both None every strategy is estimated.
+        sequence: as SuperScaleStrategy takes it, for every strategy. Where it does not say whether blocks are
+            recomputed, both are estimated.
         precision: the Trainer's.
         device: name of a profile, or "this machine", which is measured.
         device_memory, host_memory: bytes for each device, or a size such as "80GiB"; None takes the profile's.
-        batch: one rank's batch: tensors of the right shapes and dtypes. None makes tokens for a Hugging Face model,
-            and takes `example_input_array` of others.
+        batch: one rank's batch, whole samples also where ranks share their sequences: tensors of the right shapes and
+            dtypes. None makes tokens for a Hugging Face model, and takes `example_input_array` of others.
         batch_size, sequence_length: of these tokens.
         accumulate_grad_batches: such batches in one step, as the Trainer takes it.
         loss: gives the scalar loss of the module and a batch; None takes `training_step`, the loss of a Hugging Face
@@ -75,18 +84,18 @@ def estimate(  # noqa: PLR0913 # a user names what matters, and nothing else
     numbers = {"devices": devices, "num_nodes": num_nodes, "accumulate_grad_batches": accumulate_grad_batches}
     numbers |= {"batch_size": batch_size, "sequence_length": sequence_length}
     check_arguments("estimate", estimate, **numbers)
-    profile = profile_for(device, device_memory, host_memory)
-    num_ranks = devices * num_nodes
+    machine = _Machine(profile_for(device, device_memory, host_memory), devices * num_nodes, devices)
     if zero is None and offload is None:
-        chosen = candidates(num_ranks)
+        chosen = candidates(machine.num_ranks)
     else:
         chosen = [Candidate(resolve_zero(0 if zero is None else zero), resolve_offload(offload))]
+    shared = resolve_sequence(sequence)
+    machine.check(chosen, shared)
     batches, lengths = _batches(model, batch, batch_size, sequence_length)
-    found = choose(precision)
-    work = _Work(
-        model, batches, lengths, loss or loss_of(model), found, profile, num_ranks, devices, accumulate_grad_batches
-    )
-    return work.result([work.estimate(one, traces) for traces in work.traces() for one in chosen])
+    step = _Step(model, batches, lengths, loss or loss_of(model), choose(precision), accumulate_grad_batches)
+    work = _Work(step, machine, shared)
+    zero = chosen[0].zero if len(chosen) == 1 else ZeroConfig()
+    return work.result([work.estimate(one, traces) for traces in work.traces(zero) for one in chosen])
 
 
 def _batches(model: nn.Module, batch: Any, batch_size: int, sequence_length: int) -> tuple[list[Any], list[int]]:
@@ -113,67 +122,104 @@ def profile_for(name: str, device_memory: int | str | None, host_memory: int | s
 
 
 @dataclass(frozen=True, slots=True)
-class _Traces:
-    """The traces of one way of keeping activations, at each length of a sequence."""
+class _Machine:
+    """The ranks of a run, and what each has."""
 
-    checkpoints_blocks: bool
-    steps: Sequence[StepTrace]
+    profile: DeviceProfile
+    num_ranks: int
+    ranks_per_node: int
+
+    def check(self, strategies: Sequence[Candidate], sequence: SequenceConfig | None) -> None:
+        """Refuse axes that don't divide the ranks, and what no estimate counts.
+
+        Raises:
+            SuperScaleError: names the option, and what works.
+        """
+        refuse_unknown(sequence)
+        for one in strategies:
+            mesh_spec_of(one.zero, sequence, self.num_ranks)
 
 
-class _Work:
-    """One model on one machine.
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A step to trace.
 
-    Args:
+    Attributes:
         batches: the batch, and where it has tokens, longer ones.
         lengths: of their sequences; empty where they have none.
         micro_batches: such batches in one step.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        batches: Sequence[Any],
-        lengths: Sequence[int],
-        loss: Loss,
-        precision: PrecisionChoices,
-        profile: DeviceProfile,
-        num_ranks: int,
-        ranks_per_node: int,
-        micro_batches: int,
-    ) -> None:
-        self._model = model
-        self._batches = batches
-        self._lengths = lengths
-        self._loss = loss
-        self._precision = precision
-        self._profile = profile
-        self._num_ranks = num_ranks
-        self._ranks_per_node = ranks_per_node
-        self._blocks = blocks_with_own_params(model)
-        self._micro_batches = micro_batches
-        self._num_tokens, self._unit = count_tokens(batches[0])
-        self._num_tokens *= micro_batches
-        self._seconds = seconds_on(profile)
-        self._model_flops = 0
+    model: nn.Module
+    batches: Sequence[Any]
+    lengths: Sequence[int]
+    loss: Loss
+    precision: PrecisionChoices
+    micro_batches: int
 
-    def traces(self) -> list[_Traces]:
-        """Steps as the model is, and with its repeated blocks checkpointed, if it has any that are not yet."""
-        plain = _Traces(False, [self._trace(batch) for batch in self._batches])
-        self._model_flops = self._micro_batches * plain.steps[0].model_flops
-        blocks = {fqn: block for fqn, block, _ in self._blocks}
-        if not blocks:
+
+@dataclass(frozen=True, slots=True)
+class _Traces:
+    """The traces under one choice of options for long sequences, at each length of a sequence."""
+
+    sequence: SequenceConfig | None
+    checkpoints_blocks: bool
+    steps: Sequence[StepTrace]
+
+
+class _Work:
+    """One step of one model on one machine.
+
+    Args:
+        sequence: options that a user gave.
+    """
+
+    def __init__(self, step: _Step, machine: _Machine, sequence: SequenceConfig | None) -> None:
+        self._step = step
+        self._model = step.model
+        self._machine = machine
+        self._profile = machine.profile
+        self._precision = step.precision
+        self._sequence = sequence
+        self._shares = 1 if sequence is None else sequence.size
+        self._blocks = blocks_with_own_params(step.model)
+        num_tokens, self._unit = count_tokens(step.batches[0])
+        self._num_tokens = num_tokens * step.micro_batches / self._shares
+        self._seconds = seconds_on(machine.profile)
+        self._model_flops = 0.0
+
+    def traces(self, zero: ZeroConfig) -> list[_Traces]:
+        """Steps under the options that were given, and with the repeated blocks checkpointed too, if there are any that
+        are not yet.
+        """
+        given = self._sequence
+        plain = self._traces(given, zero)
+        if plain is None:
+            raise AssertionError("only blocks that are not there are left out")
+        whole = plain.steps[0]
+        if self._shares > 1 or plain.checkpoints_blocks:  # what ranks share and compute again is not the model's
+            whole = trace_in(self._precision, self._model, self._step.batches[0], self._step.loss)
+        self._model_flops = self._step.micro_batches * whole.model_flops / self._shares
+        if given is not None and given.checkpoint_blocks is not False:
             return [plain]
-        with ExitStack() as stack:
-            try:
-                checkpoints = BlockCheckpoints(blocks, RecomputePolicy(save="nothing"))
-            except SuperScaleError:
-                return [plain]  # they are recomputed already, or lie within one another
-            stack.callback(checkpoints.close)
-            return [plain, _Traces(True, [self._trace(batch) for batch in self._batches])]
+        # Losses keep their logits where nothing was said, so that steps stay AdamW's, bit for bit.
+        options = SequenceConfig(tile_loss=False) if given is None else given
+        again = self._traces(replace(options, checkpoint_blocks="auto"), zero, must_recompute=True)
+        return [plain] if again is None else [plain, again]
 
-    def _trace(self, batch: Any) -> StepTrace:
+    def _traces(
+        self, sequence: SequenceConfig | None, zero: ZeroConfig, *, must_recompute: bool = False
+    ) -> _Traces | None:
+        """The traces under these options; None where blocks must be recomputed, and are not."""
+        with techniques_of(self._model, sequence, zero) as techniques:
+            if must_recompute and not techniques.recomputes_blocks:
+                return None
+            steps = [self._trace(batch, techniques) for batch in self._step.batches]
+            return _Traces(sequence, techniques.recomputes_blocks, steps)
+
+    def _trace(self, batch: Any, techniques: TracedTechniques) -> StepTrace:
         watched = [block for _, block, _ in self._blocks]
-        return trace_in(self._precision, self._model, batch, self._loss, watched=watched)
+        return trace_in(self._precision, self._model, batch, techniques.around(self._step.loss), watched=watched)
 
     def result(self, strategies: Sequence[StrategyEstimate]) -> Estimate:
         """The estimates of several strategies with what they have in common."""
@@ -182,19 +228,19 @@ class _Work:
             model=type(self._model).__name__,
             num_params=sum(param.numel() for param in params),
             num_trainable=sum(param.numel() for param in params if param.requires_grad),
-            num_ranks=self._num_ranks,
+            num_ranks=self._machine.num_ranks,
             device=profile.name,
             device_memory=profile.memory,
             host_memory=profile.host_memory,
-            num_tokens=self._num_tokens,
+            num_tokens=round(self._num_tokens),
             unit=self._unit,
             strategies=strategies,
-            assumptions=assumptions_of(profile, self._micro_batches),
+            assumptions=assumptions_of(profile, self._step.micro_batches),
         )
 
     def estimate(self, candidate: Candidate, traces: _Traces) -> StrategyEstimate:
         """One strategy with one way of keeping activations."""
-        setup = self._fitted(candidate, traces.steps[0])
+        setup = self._fitted(candidate, traces)
         params = params_of(self._model, setup)
         classes = byte_classes(self._model, params, setup)
         peak = device_peak(traces.steps[0], params, classes, setup)
@@ -203,7 +249,7 @@ class _Work:
         rate = self._profile.flops(self._precision.autocast or self._precision.weights)
         largest, longest = self._limits(setup, traces)
         return StrategyEstimate(
-            line=candidate.line(checkpoints_blocks=traces.checkpoints_blocks),
+            line=candidate.line(traces.sequence),
             is_exact=candidate.is_exact,
             checkpoints_blocks=traces.checkpoints_blocks,
             bytes=classes,
@@ -212,7 +258,7 @@ class _Work:
             device_share=setup.on_device if setup.offload is not None else 0.0,
             why_not=self._why_not(peak, host_bytes),
             time=time,
-            tokens_per_s=self._num_tokens * self._num_ranks / time.total,
+            tokens_per_s=self._num_tokens * self._machine.num_ranks / time.total,
             mfu=self._model_flops / (time.total * rate),
             largest_params=largest,
             longest_sequence=longest,
@@ -237,15 +283,15 @@ class _Work:
             device_left=self._usable - peaks[0] - shared,
             host_left=self._profile.host_memory - host_bytes,
         )
-        if not self._lengths:
+        if not self._step.lengths:
             return largest, None
-        return largest, longest_sequence(self._lengths, peaks, self._usable - shared)
+        return largest, longest_sequence(self._step.lengths, peaks, self._usable - shared)
 
     @property
     def _usable(self) -> int:
         return round(USABLE * self._profile.memory)
 
-    def _fitted(self, candidate: Candidate, step: StepTrace) -> Setup:
+    def _fitted(self, candidate: Candidate, traces: _Traces) -> Setup:
         """The setup of a strategy, with as many states on the device as fit there, as a run chooses after its first
         step.
         """
@@ -254,12 +300,13 @@ class _Work:
             zero=candidate.zero,
             offload=offload,
             precision=self._precision,
-            num_ranks=self._num_ranks,
-            ranks_per_node=self._ranks_per_node,
+            sequence=traces.sequence,
+            num_ranks=self._machine.num_ranks,
+            ranks_per_node=self._machine.ranks_per_node,
             flows=offload is not None and offload.weights == "flow",
-            micro_batches=self._micro_batches,
+            micro_batches=self._step.micro_batches,
         )
-        return fit_states(self._model, step, setup, self._usable)
+        return fit_states(self._model, traces.steps[0], setup, self._usable)
 
     def _why_not(self, peak: Moment, host_bytes: int) -> str | None:
         profile = self._profile

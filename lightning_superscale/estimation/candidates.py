@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lightning_superscale.config import OffloadConfig, ZeroConfig
+from lightning_superscale.config import OffloadConfig, SequenceConfig, ZeroConfig
 from lightning_superscale.config.offload import ENGINES, OWN_STRATEGIES
 from lightning_superscale.offload.engine import engine_of
 
@@ -23,23 +23,19 @@ class Candidate:
 
     @property
     def is_exact(self) -> bool:
-        """Whether its steps are AdamW's, bit for bit."""
+        """Whether its steps are AdamW's, bit for bit where ranks share no sequences."""
         return self.offload is None or engine_of(self.offload.engine).equals_adamw
 
-    def line(self, *, checkpoints_blocks: bool) -> str:
-        """The argument of the Trainer.
-
-        Args:
-            checkpoints_blocks: whether blocks are to compute their activations again in backward.
-        """
-        if self.name is not None and not checkpoints_blocks:
+    def line(self, sequence: SequenceConfig | None = None) -> str:
+        """The argument of the Trainer, with these options for long sequences."""
+        if self.name is not None and sequence is None:
             return f'strategy="{self.name}"'
         zero, offload = self.zero, self.offload
         arguments = [f"zero={_shown(zero, zero.stage, ZeroConfig(stage=zero.stage))}"] if zero != ZeroConfig() else []
         if offload is not None:
             arguments.append(f"offload={_shown(offload, offload.engine, OffloadConfig(engine=offload.engine))}")
-        if checkpoints_blocks:
-            arguments.append("sequence=SequenceConfig(checkpoint_blocks='auto')")
+        if sequence is not None:
+            arguments.append(f"sequence={_shown(sequence, sequence.size, SequenceConfig(size=sequence.size))}")
         return f"strategy=SuperScaleStrategy({', '.join(arguments)})"
 
 

@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 
 from lightning_superscale.estimation.devices import DeviceProfile
 
-Kind = Literal["reduce_scatter", "all_gather", "all_reduce", "all_to_all"]
+Kind = Literal["reduce_scatter", "all_gather", "all_reduce", "all_to_all", "ring_shift"]
 """The names by which a run's mesh counts its collectives (`CollectiveCount` in comm/mesh.py)."""
 
 Port = Literal["rank", "node", "to host", "from host"]
@@ -51,6 +51,13 @@ class GroupShape(NamedTuple):
         return self.num_nodes * self.per_node
 
 
+class Exchange(NamedTuple):
+    """A collective, with the bytes that `Links.hops` takes."""
+
+    kind: Kind
+    nbytes: int
+
+
 class Hop(NamedTuple):
     """A part of a collective: seconds of waiting for latencies, and seconds of a port that it has for itself."""
 
@@ -75,14 +82,20 @@ class Links:
         """The hops of a collective, one after the other ([Note: Seconds of a collective]); none for one rank.
 
         Args:
-            nbytes: of one rank's input of a reduce-scatter, an all-reduce or an all-to-all, and of one rank's output of
-                an all-gather.
+            nbytes: of one rank's input of a reduce-scatter, an all-reduce, an all-to-all or a shift to the next rank,
+                and of one rank's output of an all-gather.
         """
+        if kind == "ring_shift":
+            return self._shift(nbytes, shape)
         if kind == "all_to_all":
             return self._pairs(nbytes, shape)
         inside, between = GroupShape(1, shape.per_node), GroupShape(shape.num_nodes, 1)
         hops = [*self._ring(nbytes, inside), *self._ring(nbytes / shape.per_node, between)]
         return [*hops, *reversed(hops)] if kind == "all_reduce" else hops
+
+    def seconds(self, kind: Kind, nbytes: int, shape: GroupShape) -> float:
+        """Seconds of a collective that has the links for itself."""
+        return sum(hop.latency + hop.seconds for hop in self.hops(kind, nbytes, shape))
 
     def _ring(self, nbytes: float, shape: GroupShape) -> list[Hop]:
         """A ring of ranks of one node, or of one rank of each node; nothing for one rank."""
@@ -93,6 +106,14 @@ class Links:
         if shape.num_nodes == 1:
             return [Hop("rank", rounds * self._latencies.rank, sent / self._rank_rate)]
         return [Hop("node", rounds * self._latencies.node, sent / self._node_rate)]
+
+    def _shift(self, nbytes: float, shape: GroupShape) -> list[Hop]:
+        """One round in which every rank sends all to the next one, on another node where that is the slowest."""
+        if shape.size == 1:
+            return []
+        if shape.num_nodes == 1:
+            return [Hop("rank", self._latencies.rank, nbytes / self._rank_rate)]
+        return [Hop("node", self._latencies.node, nbytes / self._node_rate)]
 
     def _pairs(self, nbytes: float, shape: GroupShape) -> list[Hop]:
         size, inside = shape.size, shape.per_node - 1

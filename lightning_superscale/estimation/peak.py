@@ -25,7 +25,7 @@ from lightning_superscale.estimation.memory import (
     share_on_device,
 )
 from lightning_superscale.estimation.setup import Setup
-from lightning_superscale.estimation.trace import StepTrace
+from lightning_superscale.estimation.tracing.step import StepTrace
 from lightning_superscale.layout.rows import align_up
 from lightning_superscale.offload.planner.choices import MIB, choose_bucket_mb
 from lightning_superscale.offload.weight_flow.schedule import BLOCKS_AHEAD

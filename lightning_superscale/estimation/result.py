@@ -17,7 +17,8 @@ class StrategyEstimate:
 
     Attributes:
         line: the argument of the Trainer.
-        is_exact: whether its steps are AdamW's, bit for bit.
+        is_exact: whether its steps are AdamW's: bit for bit, or but for rounding where ranks share sequences or losses
+            do without their logits.
         checkpoints_blocks: whether blocks compute their activations again in backward.
         bytes: of what is kept between steps, by class.
         peak: the moment of a step at which the device holds the most.
@@ -58,7 +59,7 @@ class Estimate:
         model: its class.
         device: name of the profile.
         device_memory, host_memory: bytes of each for one rank.
-        num_tokens: of one rank in a step, or its samples.
+        num_tokens: of one rank in a step, its part of those that ranks share; or its samples.
         strategies: in the order of `candidates`, plain ones before those that checkpoint blocks.
         assumptions: what was taken for granted, in sentences.
     """

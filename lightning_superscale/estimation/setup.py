@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from lightning_superscale.config import OffloadConfig, SequenceConfig, ZeroConfig
+from lightning_superscale.estimation.links import GroupShape
 from lightning_superscale.layout.mesh import MeshSpec
 from lightning_superscale.offload.link.dtype import LinkDtype
 from lightning_superscale.run.environment import mesh_spec_of
@@ -50,6 +51,13 @@ class Setup:
         """Ranks that share one copy of the sharded states."""
         mesh = self.mesh
         return mesh.size_of(*mesh.shard_axes)
+
+    @property
+    def sequence_group(self) -> GroupShape:
+        """The places of the ranks that share a sequence, which are neighbours."""
+        size = self.mesh.sequence
+        per_node = min(size, self.ranks_per_node)
+        return GroupShape(-(-size // per_node), per_node)
 
     @property
     def shards_weights(self) -> bool:

@@ -3,7 +3,8 @@
 [Note: Predicted seconds] An operation takes as long as its floating-point operations or its bytes, whichever is longer,
 at the rates that a profile reaches. Work of the host and of links hides behind forward and backward as far as the
 strategy lets it: `offload.planner.forecast` says how far for a host optimizer. Between ranks, reductions hide behind
-backward and gathers of new weights behind the next forward, but for the last bucket.
+backward and gathers of new weights behind the next forward, but for the last bucket; what ranks that share a sequence
+exchange is awaited.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from typing import NamedTuple
 from lightning_superscale.estimation.devices import DeviceProfile
 from lightning_superscale.estimation.links import GroupShape, Kind, Latencies, Links
 from lightning_superscale.estimation.memory import Param, states_of
-from lightning_superscale.estimation.operations import Phase, TracedOperation
 from lightning_superscale.estimation.peak import units_of
 from lightning_superscale.estimation.setup import Setup
-from lightning_superscale.estimation.trace import StepTrace
+from lightning_superscale.estimation.tracing.operations import Phase, TracedOperation
+from lightning_superscale.estimation.tracing.step import StepTrace
 from lightning_superscale.offload.engine import engine_of
 from lightning_superscale.offload.link.dtype import dtype_on_link
 from lightning_superscale.offload.planner.forecast import StepTimes
@@ -60,8 +61,27 @@ def roofline(profile: DeviceProfile) -> Seconds:
 
 
 def phase_seconds(trace: StepTrace, phase: Phase, seconds: Seconds) -> float:
-    """Seconds of all operations of one phase."""
-    return sum(seconds(one) for one in trace.operations if one.phase == phase)
+    """Seconds of all operations of one phase, without exchanges between ranks."""
+    return sum(seconds(one) for one in trace.operations if one.phase == phase and one.exchange is None)
+
+
+def sequence_seconds(trace: StepTrace, setup: Setup, profile: DeviceProfile, seconds: Seconds) -> float:
+    """Seconds by which exchanges between the ranks that share a sequence make one forward and backward longer.
+
+    Each is awaited where it is made, but for shifts along a ring, behind which attention goes on.
+    """
+    links, shape = Links(profile, Latencies()), setup.sequence_group
+    waited = moving = 0.0
+    for one in trace.operations:
+        if one.exchange is None:
+            moving = max(0.0, moving - seconds(one)) if moving else 0.0
+            continue
+        taken = links.seconds(one.exchange.kind, one.exchange.nbytes, shape)
+        if one.exchange.kind == "ring_shift" and not profile.shares_cores:
+            moving += taken
+        else:
+            waited, moving = waited + moving + taken, 0.0
+    return waited + moving
 
 
 def step_time(
@@ -81,7 +101,8 @@ def step_time(
         forward=setup.micro_batches * forward,
         backward=setup.micro_batches * backward,
         optimizer=update_seconds(params, setup, profile) + _on_host(trace, params, setup, profile, forward, backward),
-        ranks=_between_ranks(params, setup, profile, forward, backward),
+        ranks=setup.micro_batches * sequence_seconds(trace, setup, profile, seconds)
+        + _between_ranks(params, setup, profile, forward, backward),
     )
 
 
@@ -178,7 +199,7 @@ def _between_ranks(
 
     def one(kind: Kind) -> float:
         """Seconds of a unit's collective."""
-        return sum(hop.latency + hop.seconds for hop in links.hops(kind, nbytes, shape))
+        return links.seconds(kind, nbytes, shape)
 
     if setup.zero.stage == 0:
         reduction, gather = one("all_reduce"), 0.0

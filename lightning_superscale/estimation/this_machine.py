@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.estimation.devices import THIS_MACHINE, DeviceProfile, Reach
-from lightning_superscale.estimation.operations import Sample, TensorSpec, TracedOperation
+from lightning_superscale.estimation.tracing.operations import Sample, TensorSpec, TracedOperation
 from lightning_superscale.offload.planner.profile import BYTES_PER_PARAM
 from lightning_superscale.offload.planner.profile_cache import cached_profile
 from lightning_superscale.torch_private import tree_map

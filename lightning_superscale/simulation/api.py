@@ -8,20 +8,28 @@ from typing import Any, Optional, Union
 
 from torch import nn
 
-from lightning_superscale.config import OffloadConfig, SequenceConfig, ZeroConfig, resolve_offload, resolve_zero
+from lightning_superscale.config import (
+    OffloadConfig,
+    SequenceConfig,
+    ZeroConfig,
+    resolve_offload,
+    resolve_sequence,
+    resolve_zero,
+)
 from lightning_superscale.config.offload import ENGINES
 from lightning_superscale.config.values import PositiveInt, check_arguments
-from lightning_superscale.errors import SettingError, SuperScaleError
+from lightning_superscale.errors import SettingError
 from lightning_superscale.estimation.api import USABLE, assumptions_of, profile_for, seconds_on, trace_in
 from lightning_superscale.estimation.candidates import Candidate
 from lightning_superscale.estimation.devices import DeviceProfile
-from lightning_superscale.estimation.inputs import batch_for, count_tokens, loss_of
 from lightning_superscale.estimation.links import Latencies
 from lightning_superscale.estimation.memory import params_of
 from lightning_superscale.estimation.peak import fit_states
 from lightning_superscale.estimation.setup import Setup
 from lightning_superscale.estimation.step_time import host_times, phase_seconds
-from lightning_superscale.estimation.trace import Loss, StepTrace
+from lightning_superscale.estimation.tracing.inputs import batch_for, count_tokens, loss_of
+from lightning_superscale.estimation.tracing.step import Loss, StepTrace
+from lightning_superscale.estimation.tracing.techniques import refuse_unknown, techniques_of
 from lightning_superscale.offload.engine import engine_of
 from lightning_superscale.offload.planner.forecast import HostSchedule, StepTimes
 from lightning_superscale.run.precision import choose
@@ -38,7 +46,7 @@ def simulate(  # noqa: PLR0913 # as `estimate`, a user names what matters
     num_nodes: Union[int, Sequence[int]] = 1,
     zero: Union[int, ZeroConfig, Mapping[str, Any]] = 3,
     offload: Union[str, OffloadConfig, Mapping[str, Any], None] = None,
-    sequence: PositiveInt = 1,
+    sequence: Union[int, SequenceConfig, Mapping[str, Any], None] = None,
     precision: str = "bf16-true",
     device: str = "H100 SXM",
     device_memory: Union[int, str, None] = None,
@@ -58,8 +66,7 @@ def simulate(  # noqa: PLR0913 # as `estimate`, a user names what matters
         model, precision, device, loss: as `estimate` takes them.
         devices: ranks of each node.
         num_nodes: sizes of the cluster, which are simulated one by one.
-        zero, offload: as SuperScaleStrategy takes them.
-        sequence: neighbouring ranks that share every sample's sequence (`SequenceConfig.size`), by Ulysses.
+        zero, offload, sequence: as SuperScaleStrategy takes them.
         device_memory, host_memory: as `estimate` takes them; they decide how many states stay on the device.
         batch: whole samples: those of one rank, or of the ranks that share their sequences.
         batch_size, sequence_length: of tokens for a Hugging Face model.
@@ -69,14 +76,16 @@ def simulate(  # noqa: PLR0913 # as `estimate`, a user names what matters
     Raises:
         SuperScaleError: an argument that can't be used, a step that can't be traced, or no simpy; says what to do.
     """
-    numbers = {"devices": devices, "sequence": sequence, "batch_size": batch_size, "sequence_length": sequence_length}
+    numbers = {"devices": devices, "batch_size": batch_size, "sequence_length": sequence_length}
     check_arguments("simulate", simulate, **numbers)
     new_environment()  # a missing package is said before any work
     _check_numbers(slow_rank, latencies)
     candidate = Candidate(resolve_zero(zero), resolve_offload(offload))
     _check_known(candidate)
     profile = profile_for(device, device_memory, host_memory)
-    setups = _setups(candidate, precision, sequence, devices, _sizes(num_nodes))
+    shared = resolve_sequence(sequence)
+    refuse_unknown(shared)
+    setups = _setups(candidate, precision, shared, devices, _sizes(num_nodes))
     given = batch_for(model, batch_size, sequence_length) if batch is None else batch
     trace = _trace(model, given, loss or loss_of(model), setups[0])
     return _Work(model, trace, profile, latencies).result(setups, candidate, given, slow_rank)
@@ -89,13 +98,15 @@ def _check_numbers(slow_rank: float, latencies: Latencies) -> None:
         raise SettingError(f"latencies are seconds of 0 or more; found {latencies}")
 
 
-def _setups(candidate: Candidate, precision: str, sequence: int, devices: int, sizes: Sequence[int]) -> list[Setup]:
+def _setups(
+    candidate: Candidate, precision: str, sequence: SequenceConfig | None, devices: int, sizes: Sequence[int]
+) -> list[Setup]:
     setups = [
         Setup(
             zero=candidate.zero,
             offload=candidate.offload,
             precision=choose(precision),
-            sequence=SequenceConfig(size=sequence),
+            sequence=sequence,
             num_ranks=devices * nodes,
             ranks_per_node=devices,
         )
@@ -143,24 +154,8 @@ def _schedule(offload: OffloadConfig | None, times: StepTimes) -> HostSchedule:
 
 
 def _trace(model: nn.Module, batch: Any, loss: Loss, setup: Setup) -> StepTrace:
-    sequence = setup.sequence
-    trace = trace_in(setup.precision, model, batch, loss)
-    has_attention = any("scaled_dot_product" in str(one.sample.op) for one in trace.operations)
-    if sequence is not None and sequence.size > 1 and not has_attention:
-        raise SuperScaleError(
-            f"sequence={sequence.size} exchanges what attention needs, and a step of {type(model).__name__} calls no "
-            "scaled_dot_product_attention. Use a model that does, or sequence=1."
-        )
-    return trace
-
-
-def _line(candidate: Candidate, sequence: int) -> str:
-    line = candidate.line(checkpoints_blocks=False)
-    if sequence == 1:
-        return line
-    inside = line.removesuffix(")")
-    separator = "" if inside.endswith("(") else ", "
-    return f"{inside}{separator}sequence={sequence})"
+    with techniques_of(model, setup.sequence, setup.zero) as techniques:
+        return trace_in(setup.precision, model, batch, techniques.around(loss))
 
 
 class _Work:
@@ -181,7 +176,7 @@ class _Work:
         return Simulation(
             model=type(self._model).__name__,
             num_params=sum(param.numel() for param in self._model.parameters()),
-            line=_line(candidate, sequence),
+            line=candidate.line(setups[0].sequence),
             device=self._profile.name,
             ranks_per_node=setups[0].ranks_per_node,
             num_tokens=num_tokens,

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from lightning_superscale.estimation.devices import DeviceProfile
+from lightning_superscale.estimation.links import Exchange
 from lightning_superscale.estimation.memory import Param
-from lightning_superscale.estimation.operations import Phase, TensorSpec, TracedOperation
 from lightning_superscale.estimation.peak import reduced_size, units_of
 from lightning_superscale.estimation.setup import Setup
 from lightning_superscale.estimation.step_time import Seconds, host_seconds, update_seconds
-from lightning_superscale.estimation.trace import StepTrace
+from lightning_superscale.estimation.tracing.operations import Phase, TracedOperation
+from lightning_superscale.estimation.tracing.step import StepTrace
 from lightning_superscale.layout.rows import unit_layout
 
 
@@ -43,13 +43,13 @@ class Piece:
     Attributes:
         seconds: of the device.
         needs: units whose weights the first operation reads, which no earlier one of the pass did.
-        exchanges: bytes of each all-to-all of the sequence axis before the first operation.
+        exchanges: with the ranks that share a sequence, before the first operation.
         completes: units whose last gradient the last operation makes.
     """
 
     seconds: float = 0.0
     needs: list[int] = field(default_factory=list)
-    exchanges: list[int] = field(default_factory=list)
+    exchanges: list[Exchange] = field(default_factory=list)
     completes: list[int] = field(default_factory=list)
 
 
@@ -83,7 +83,7 @@ def program_of(
     """The step of a traced module.
 
     Args:
-        trace: of a batch with whole sequences, also where ranks share them.
+        trace: of one rank's step, under the options for long sequences that the setup has.
         params: of the module, for this setup.
         seconds: of an operation on this profile's device.
     """
@@ -94,14 +94,13 @@ def program_of(
     names = [[param.spec.fqn for param in group] for group in groups]
     units = [_unit(group, setup, profile) for group in groups]
     made = {grad.fqn: grad.operation for grad in trace.gradients}
-    num_ranks = 1 if setup.sequence is None else setup.sequence.size
     phases: dict[Phase, list[Piece]] = {}
     start = 0
     for phase in ("forward", "backward"):
         operations = [one for one in trace.operations if one.phase == phase]
         needs = _needs(trace, phase, names, units, made, start)
         ends = _ends([names[i] for i in range(num_trained)], made, start) if phase == "backward" else {}
-        phases[phase] = _pieces(operations, needs, ends, num_ranks, seconds)
+        phases[phase] = _pieces(operations, needs, ends, seconds)
         start += len(operations)
     return Program(units, phases["forward"], phases["backward"])
 
@@ -174,7 +173,6 @@ def _pieces(
     operations: Sequence[TracedOperation],
     needs: Mapping[int, list[int]],
     ends: Mapping[int, list[int]],
-    num_ranks: int,
     seconds: Seconds,
 ) -> list[Piece]:
     """Cut the operations of a pass where they wait for something or complete something."""
@@ -191,38 +189,11 @@ def _pieces(
             begin()
         if place in needs:
             begin().needs += needs[place]
-        before, after = _exchanges(one, num_ranks)
-        if before:
-            begin().exchanges += before
-        pieces[-1].seconds += seconds(_shared(one, num_ranks))
-        if after:
-            begin().exchanges += after
+        if one.exchange is None:
+            pieces[-1].seconds += seconds(one)
+            continue
+        piece = pieces[-1] if not pieces[-1].seconds else begin()  # keys and values go one after the other
+        piece.exchanges.append(one.exchange)
     for place in sorted(place for place in ends if place >= len(operations)):
         pieces[-1].completes += ends[place]
     return pieces
-
-
-def _shared(one: TracedOperation, num_ranks: int) -> TracedOperation:
-    """A rank's part of an operation, where ranks share its tokens or, in attention, its heads."""
-    if num_ranks == 1:
-        return one
-    return replace(one, flops=one.flops // num_ranks, nbytes=one.nbytes // num_ranks)
-
-
-def _exchanges(one: TracedOperation, num_ranks: int) -> tuple[list[int], list[int]]:
-    """Bytes of one rank's all-to-alls before and after an operation: four around attention, in both passes (Ulysses,
-    Jacobs et al. 2023, arXiv:2309.14509, section 3.2).
-    """
-    if num_ranks == 1 or "scaled_dot_product" not in str(one.sample.op):
-        return [], []
-    tensors = [spec for spec in one.sample.args if isinstance(spec, TensorSpec)]
-    is_backward = "backward" in str(one.sample.op)
-    query, key, value = tensors[1:4] if is_backward else tensors[:3]
-    out = replace(query, shape=(*query.shape[:-1], value.shape[-1]))
-    through = [_nbytes(spec) // num_ranks for spec in (query, key, value)]
-    output = [_nbytes(out) // num_ranks]
-    return (output, through) if is_backward else (through, output)
-
-
-def _nbytes(spec: TensorSpec) -> int:
-    return math.prod(spec.shape) * spec.dtype.itemsize

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lightning_superscale.estimation.links import Kind
+from lightning_superscale.estimation.links import Exchange, Kind
 from lightning_superscale.simulation.host import HostOptimizer
 from lightning_superscale.simulation.machine import Collectives, Queue, Traffic, Work
 from lightning_superscale.simulation.program import Piece, Program
@@ -82,6 +82,7 @@ class SimulatedRank:
         self._arrivals: dict[int, Any] = {}  # of new weights from the host
         self._gathered: dict[int, Any] = {}
         self._reduced: dict[int, Any] = {}
+        self._shifts: list[Any] = []
         self.record = StepRecord(0.0)
 
     def steps(self, num_steps: int) -> Work:
@@ -110,17 +111,30 @@ class SimulatedRank:
                 if is_passing and not self._hides_nothing:
                     for ahead in passing[num_used : num_used + _GATHERED_GROUPS - 1]:
                         self._gather(ahead)
-            for nbytes in piece.exchanges:
-                yield from self._wait("sequence", self._exchange(nbytes))
+            yield from self._exchange(piece.exchanges)
             seconds = piece.seconds * self._slowness
             self.record.model += seconds
             yield self._env.timeout(seconds)
             for index in piece.completes:
                 yield from self._reduce(index)
+        yield from self._wait_for_shifts()
 
-    def _exchange(self, nbytes: int) -> Any:
-        self._count("sequence", "all_to_all", nbytes)
-        return self._env.process(self._collective("sequence", "sequence", "all_to_all", nbytes))
+    def _exchange(self, exchanges: Sequence[Exchange]) -> Work:
+        """Exchange with the ranks that share a sequence. What is shifted along a ring is awaited before the next."""
+        if exchanges:
+            yield from self._wait_for_shifts()
+        for kind, nbytes in exchanges:
+            self._count("sequence", kind, nbytes)
+            done = self._env.process(self._collective("sequence", "sequence", kind, nbytes))
+            if kind == "ring_shift" and not self._hides_nothing:
+                self._shifts.append(done)
+            else:
+                yield from self._wait("sequence", done)
+
+    def _wait_for_shifts(self) -> Work:
+        for event in self._shifts:
+            yield from self._wait("sequence", event)
+        self._shifts.clear()
 
     def _wait_for_weights(self, index: int) -> Work:
         if index in self._arrivals:

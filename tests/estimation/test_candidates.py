@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import lightning_superscale as lss
-from lightning_superscale.config import OffloadConfig, ZeroConfig
+from lightning_superscale.config import OffloadConfig, SequenceConfig, ZeroConfig
 from lightning_superscale.estimation.candidates import Candidate, candidates
 from lightning_superscale.plugins.registry import STRATEGY_NAMES
 
@@ -17,19 +17,18 @@ OWN = [
 ]
 
 
+@pytest.mark.parametrize("one", [*candidates(1), *candidates(8), *OWN], ids=lambda one: one.line())
 @pytest.mark.parametrize(
-    "one", [*candidates(1), *candidates(8), *OWN], ids=lambda one: one.line(checkpoints_blocks=False)
+    "sequence", [None, SequenceConfig(checkpoint_blocks="auto", tile_loss=False), SequenceConfig(size=4)]
 )
-@pytest.mark.parametrize("checkpoints", [False, True])
-def test_a_line_makes_the_strategy(one: Candidate, checkpoints):
-    line = one.line(checkpoints_blocks=checkpoints).removeprefix("strategy=")
+def test_a_line_makes_the_strategy(one: Candidate, sequence):
+    line = one.line(sequence).removeprefix("strategy=")
     made = eval(line, dict(NAMES))
     if isinstance(made, str):
         class_name, arguments, _ = STRATEGY_NAMES[made]
         made = NAMES[class_name](**arguments)
     assert (made.zero_config, made.offload_config) == (one.zero, one.offload)
-    if checkpoints:
-        assert made.sequence_config.checkpoint_blocks
+    assert made.sequence_config == sequence
 
 
 def test_names_are_of_registered_strategies():

@@ -14,7 +14,7 @@ from lightning_superscale.estimation.links import Latencies
 from lightning_superscale.estimation.memory import params_of
 from lightning_superscale.estimation.setup import Setup
 from lightning_superscale.estimation.step_time import phase_seconds, roofline, step_time
-from lightning_superscale.estimation.trace import trace_step
+from lightning_superscale.estimation.tracing.step import trace_step
 from lightning_superscale.offload.planner.forecast import StepTimes, best_plan, exposed_seconds
 from lightning_superscale.run.precision import choose
 

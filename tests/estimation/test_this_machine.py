@@ -7,8 +7,8 @@ import torch
 
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.estimation import this_machine
-from lightning_superscale.estimation.operations import traced
 from lightning_superscale.estimation.this_machine import MeasuredOperations, measure_profile
+from lightning_superscale.estimation.tracing.operations import traced
 
 
 def operation(op, *args, **kwargs):

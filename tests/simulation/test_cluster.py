@@ -14,7 +14,7 @@ from lightning_superscale.estimation.links import GroupShape, Latencies, Links
 from lightning_superscale.estimation.memory import params_of
 from lightning_superscale.estimation.setup import Setup
 from lightning_superscale.estimation.step_time import host_times, phase_seconds, roofline, step_time
-from lightning_superscale.estimation.trace import trace_step
+from lightning_superscale.estimation.tracing.step import trace_step
 from lightning_superscale.offload.engine import engine_of
 from lightning_superscale.offload.planner.forecast import HostSchedule, exposed_seconds
 from lightning_superscale.run.precision import choose

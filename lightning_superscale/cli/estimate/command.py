@@ -6,8 +6,9 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from rich.console import Console
@@ -21,6 +22,13 @@ from lightning_superscale.estimation.api import estimate
 from lightning_superscale.estimation.devices import PROFILES, THIS_MACHINE
 
 
+class _Result(Protocol):
+    def to_dict(self) -> dict[str, Any]: ...
+
+
+_Found = TypeVar("_Found", bound=_Result)
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that name a model, its batches and a device."""
     names = ", ".join([*PROFILES, THIS_MACHINE])
@@ -32,6 +40,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", default="bf16-true", help="the Trainer's (default: bf16-true)")
     parser.add_argument("--batch-size", type=int, default=1, help="of a Hugging Face model's tokens, on each rank")
     parser.add_argument("--sequence-length", type=int, default=2048)
+    parser.add_argument(
+        "--sequence",
+        type=_sequence,
+        metavar="N",
+        help='ranks that share every sample\'s sequence, or a SequenceConfig as JSON: {"size": 4, "tile_mlp": 4096}',
+    )
     parser.add_argument(
         "--input", action="append", default=[], metavar="SHAPE", help="of other models: float32[8,3,224,224], in order"
     )
@@ -58,14 +72,31 @@ def model_of(chosen: argparse.Namespace) -> nn.Module:
     return build_model(chosen.model, dict(_keyword(text) for text in chosen.arg))
 
 
-def batch_of(chosen: argparse.Namespace) -> Any:
-    """The batch of a command line's --input; None without any.
+def model_options(chosen: argparse.Namespace) -> dict[str, Any]:
+    """The keywords of `estimate` and `simulate` that the arguments of `add_model_arguments` give, but for the model.
 
     Raises:
-        SettingError: a text that names no tensor.
+        SettingError: a text of --input that names no tensor.
     """
     inputs = [_tensor(text) for text in chosen.input]
-    return None if not inputs else inputs[0] if len(inputs) == 1 else tuple(inputs)
+    batch = None if not inputs else inputs[0] if len(inputs) == 1 else tuple(inputs)
+    names = ("device", "device_memory", "host_memory", "precision", "batch_size", "sequence_length", "sequence")
+    return {"batch": batch} | {name: getattr(chosen, name) for name in names}
+
+
+def put_out(
+    found: _Found,
+    chosen: argparse.Namespace,
+    draw: Callable[[_Found, Path], None],
+    show: Callable[[_Found, Console], None],
+) -> None:
+    """Draw what was found where a command line has --picture, and print it, as JSON with --json."""
+    if chosen.picture is not None:
+        draw(found, chosen.picture)
+    if chosen.json:
+        print(json.dumps(found.to_dict(), indent=1))
+    else:
+        show(found, Console(file=sys.stdout))
 
 
 def run(chosen: argparse.Namespace) -> int:
@@ -80,21 +111,10 @@ def run(chosen: argparse.Namespace) -> int:
         num_nodes=chosen.num_nodes,
         zero=chosen.zero,
         offload=chosen.offload,
-        precision=chosen.precision,
-        device=chosen.device,
-        device_memory=chosen.device_memory,
-        host_memory=chosen.host_memory,
-        batch=batch_of(chosen),
-        batch_size=chosen.batch_size,
-        sequence_length=chosen.sequence_length,
         accumulate_grad_batches=chosen.accumulate_grad_batches,
+        **model_options(chosen),
     )
-    if chosen.picture is not None:
-        draw(found, chosen.picture)
-    if chosen.json:
-        print(json.dumps(found.to_dict(), indent=1))
-    else:
-        show(found, Console(file=sys.stdout))
+    put_out(found, chosen, draw, show)
     return 0 if found.recommended is not None else 1
 
 
@@ -106,6 +126,14 @@ def _keyword(text: str) -> tuple[str, Any]:
         return key, json.loads(value)
     except ValueError:
         return key, value  # a text without quotes
+
+
+def _sequence(text: str) -> Any:
+    """A number of ranks, or the options of a SequenceConfig."""
+    found = json.loads(text)
+    if isinstance(found, bool) or not isinstance(found, (int, dict)):
+        raise ValueError
+    return found
 
 
 def _tensor(text: str) -> torch.Tensor:

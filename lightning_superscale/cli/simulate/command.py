@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from pathlib import Path
 
-from rich.console import Console
-
-from lightning_superscale.cli.estimate.command import add_model_arguments, batch_of, model_of
+from lightning_superscale.cli.estimate.command import add_model_arguments, model_of, model_options, put_out
 from lightning_superscale.cli.simulate.picture import draw
 from lightning_superscale.cli.simulate.table import show
 from lightning_superscale.config import ZeroConfig
@@ -28,7 +24,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shard-size", type=int, metavar="N", help="ranks that share one copy of the states; default: all"
     )
     parser.add_argument("--offload", help="cpu or superoffload")
-    parser.add_argument("--sequence", type=int, default=1, metavar="N", help="ranks that share every sequence")
     parser.add_argument(
         "--slow-rank", type=float, default=1.0, metavar="FACTOR", help="one rank whose passes take so much longer"
     )
@@ -56,21 +51,9 @@ def run(chosen: argparse.Namespace) -> int:
         num_nodes=chosen.num_nodes,
         zero=ZeroConfig(stage=chosen.zero, shard_size=chosen.shard_size),
         offload=chosen.offload,
-        sequence=chosen.sequence,
-        precision=chosen.precision,
-        device=chosen.device,
-        device_memory=chosen.device_memory,
-        host_memory=chosen.host_memory,
-        batch=batch_of(chosen),
-        batch_size=chosen.batch_size,
-        sequence_length=chosen.sequence_length,
         slow_rank=chosen.slow_rank,
         latencies=Latencies(rank=1e-6 * chosen.rank_latency, node=1e-6 * chosen.node_latency),
+        **model_options(chosen),
     )
-    if chosen.picture is not None:
-        draw(found, chosen.picture)
-    if chosen.json:
-        print(json.dumps(found.to_dict(), indent=1))
-    else:
-        show(found, Console(file=sys.stdout))
+    put_out(found, chosen, draw, show)
     return 0

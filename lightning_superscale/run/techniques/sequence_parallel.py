@@ -29,6 +29,7 @@ from lightning_superscale.sequence.tokens.layout import AttentionSeen, Sharded, 
 from lightning_superscale.sequence.tokens.outputs import OwnOutputs
 from lightning_superscale.sequence.tokens.parallel_modules import ParallelModules, why_not_token_wise
 from lightning_superscale.sequence.tokens.tensor import layout_of, plain
+from lightning_superscale.sequence.tokens.traced import is_tensor
 from lightning_superscale.torch_private import compilation_of, tree_map
 
 # After the first batches, one in so many is compared.
@@ -38,9 +39,13 @@ _WHY = {"ulysses": "it has a query head for each rank", "allgather": "it has few
 
 
 class SequenceParallel(ModuleTechnique):
-    """One run's sequences, shared along the mesh's sequence axis."""
+    """One run's sequences, shared along the mesh's sequence axis.
 
-    def __init__(self, facts: TechniqueFacts, config: SequenceConfig) -> None:
+    Args:
+        link: along this axis; None makes it from the mesh.
+    """
+
+    def __init__(self, facts: TechniqueFacts, config: SequenceConfig, link: AxisLink | None = None) -> None:
         self._facts = facts
         self._config = config
         self._num_batches = {True: 0, False: 0}
@@ -55,9 +60,8 @@ class SequenceParallel(ModuleTechnique):
         self._compiled = CompiledModules()
         self._parallel_modules = ParallelModules()
         self._own_outputs = OwnOutputs()
-        self._sharing = Sharing(
-            link=AxisLink.along_sequence(facts.mesh), mode=config.mode, num_chunks=config.head_chunks
-        )
+        link = link or AxisLink.along_sequence(facts.mesh)
+        self._sharing = Sharing(link=link, mode=config.mode, num_chunks=config.head_chunks)
 
     def prepare(self, module: nn.Module) -> None:
         self._refuse_plan(module)
@@ -191,7 +195,7 @@ class SequenceParallel(ModuleTechnique):
 
     def output(self, output: Any, *, trains: bool) -> Any:
         """What the step returned: losses as plain tensors, and in evaluation whole tensors of all tokens."""
-        return tree_map(lambda x: _returned(x, gathers=not trains) if isinstance(x, Tensor) else x, output)
+        return tree_map(lambda x: _returned(x, gathers=not trains) if is_tensor(x) else x, output)
 
     def close(self) -> None:
         self._module = None

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_superscale.sequence.tokens.tensor import plain
-from lightning_superscale.torch_private import saved_tensor_hooks
+from lightning_superscale.torch_private import saved_tensor_hooks, storage_id_of
 
 
 class BoundaryStore(Protocol):
@@ -72,4 +72,4 @@ class _Packed(NamedTuple):
 
 def _place_of(tensor: Tensor) -> tuple[object, ...]:
     memory = plain(tensor)
-    return memory.data_ptr(), memory.shape, memory.stride(), memory.dtype
+    return storage_id_of(memory.untyped_storage()), memory.storage_offset(), memory.shape, memory.stride(), memory.dtype

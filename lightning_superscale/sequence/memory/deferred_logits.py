@@ -52,6 +52,7 @@ from lightning_superscale.sequence.tokens.dispatch import name_of
 from lightning_superscale.sequence.tokens.layout import Sharded
 from lightning_superscale.sequence.tokens.rules.losses import CROSS_ENTROPY, own_targets
 from lightning_superscale.sequence.tokens.tensor import is_sharded, layout_of, plain, reduced
+from lightning_superscale.sequence.tokens.traced import called, is_tensor
 from lightning_superscale.torch_private import (
     is_in_checkpoint,
     is_in_functorch,
@@ -352,8 +353,8 @@ def _with_logits(call: Call, given: list[DeferredLogits]) -> Any:
     args, kwargs = tree_map(
         lambda x: x.from_product(roots[x.family]) if type(x) is DeferredLogits else x, (call.args, call.kwargs)
     )
-    result = call.func(*args, **kwargs)
-    shared = {storage_id_of(plain(x).untyped_storage()) for x in tree_leaves(result) if isinstance(x, Tensor)}
+    result = called(call.func, args, kwargs)
+    shared = {storage_id_of(plain(x).untyped_storage()) for x in tree_leaves(result) if is_tensor(x)}
     for family, root in roots.items():
         if _version(root) != versions[family]:
             family.note_change()
@@ -436,7 +437,7 @@ def _why_not_tiled(call: Call, given: list[DeferredLogits]) -> str | None:
         return "it weighs classes"
     if bound["size_average"] is not None or bound["reduce"] is not None or bound["reduction"] not in ("mean", "sum"):
         return "it wants the loss of every token (reduction='none')"
-    if not isinstance(target, Tensor) or target.dtype != torch.int64:
+    if not is_tensor(target) or target.dtype != torch.int64:
         return "its targets are shares of classes"
     num_dims = logits.hidden.dim()
     if not (num_dims == 2 or (num_dims == 3 and logits.is_transposed)):

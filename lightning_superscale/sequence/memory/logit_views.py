@@ -14,6 +14,8 @@ from lightning_superscale.sequence.tokens.call import Call
 from lightning_superscale.sequence.tokens.layout import Sharded
 from lightning_superscale.sequence.tokens.rules.views import flattened, resolved
 from lightning_superscale.sequence.tokens.tensor import TokenTensor, layout_of, plain
+from lightning_superscale.sequence.tokens.traced import TracedTokens
+from lightning_superscale.torch_private import is_fake
 
 PRODUCTS = frozenset({functional.linear, torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__})
 """Functions that make logits of tokens and a weight."""
@@ -67,8 +69,10 @@ def puts_classes_on_1(call: Call) -> bool:
 
 
 def _is_plain(x: Any) -> bool:
-    """Whether it is a tensor or a parameter, watched perhaps ([Note: Watched weights] in optim), of no other class."""
-    return getattr(type(x), "plain_class", type(x)) in (Tensor, nn.Parameter)
+    """Whether it is a tensor or a parameter, watched perhaps ([Note: Watched weights] in optim), of no other class; or
+    stands for one without values.
+    """
+    return getattr(type(x), "plain_class", type(x)) in (Tensor, nn.Parameter) or is_fake(x)
 
 
 def operands_of(
@@ -86,7 +90,11 @@ def operands_of(
         weight = weight.t() if _is_plain(weight) and weight.dim() == 2 else None
     else:
         return None
-    if type(x) not in (Tensor, TokenTensor) or not _is_plain(weight) or not plain(x).is_floating_point():
+    if (
+        not (type(x) in (Tensor, TokenTensor, TracedTokens) or is_fake(x))
+        or not _is_plain(weight)
+        or not plain(x).is_floating_point()
+    ):
         return None
     if not (bias is None or _is_plain(bias)):
         return None

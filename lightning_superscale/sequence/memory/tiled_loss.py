@@ -32,6 +32,7 @@ from torch.distributed.tensor import DTensor
 from lightning_superscale.comm.collectives import AxisCollectives
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.ops.events import has_streams
+from lightning_superscale.torch_private import is_fake
 
 # Rows of the weight's gradient whose wide product exists at one time.
 _ROWS_AT_A_TIME = 2**14
@@ -432,7 +433,8 @@ def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, 
         refuse(f"label_smoothing is in [0, 1]; found {head.label_smoothing!r}.")
     if head.tile is not None and (isinstance(head.tile, bool) or not isinstance(head.tile, int) or head.tile < 1):
         refuse(f"tile is a number of tokens of at least 1, or None for a choice; found {head.tile!r}.")
-    if not has_streams(labels.device):  # elsewhere the host would wait for the device
+    # On a device with streams the host would wait for it, and an estimate's labels have no values.
+    if not (has_streams(labels.device) or is_fake(labels)):
         is_class = (labels >= 0) & (labels < head.vocab_size)
         wrong = labels[~(is_class | (labels == head.ignore_index))]
         if wrong.numel():

@@ -12,16 +12,27 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, TypeGuard, TypeVar, cast
 
+import torch
 from torch import Tensor, fx
 
 from lightning_superscale.sequence.tokens.layout import Layout
+from lightning_superscale.torch_private import tree_leaves
 
 _T = TypeVar("_T")
+
+# Methods that modes of torch look for, losses' tiles among them, by the function that lets modes see them first.
+_SEEN_BY_MODES: dict[Callable[..., Any], Callable[..., Any]] = {
+    Tensor.matmul: torch.matmul,
+    Tensor.__matmul__: torch.matmul,
+    Tensor.mm: torch.mm,
+}
 
 
 def _dispatched(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     from lightning_superscale.sequence.tokens.dispatch import dispatch  # rules import this module
 
+    if function in _SEEN_BY_MODES:
+        return _SEEN_BY_MODES[function](*args, **kwargs)
     return dispatch(function, args, kwargs)
 
 
@@ -65,13 +76,22 @@ class TracedTokens(_Operators):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        return _dispatched(func, *args, **(kwargs or {}))
+        from lightning_superscale.sequence.tokens.dispatch import dispatch
+
+        return dispatch(func, args, kwargs or {})
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(Tensor, name)
         return functools.partial(_dispatched, found, self) if callable(found) else _dispatched(found.__get__, self)
 
     __hash__ = object.__hash__
+
+
+def called(function: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    """The result of a function of torch; methods of tensors take no traced tokens, which compute by themselves."""
+    if any(type(x) is TracedTokens for x in tree_leaves((args, kwargs))):
+        return _dispatched(function, *args, **kwargs)
+    return function(*args, **kwargs)
 
 
 def is_tensor(x: Any) -> TypeGuard[Tensor]:

@@ -47,7 +47,7 @@ def test_json_and_a_picture(tmp_path, capsys):
         (["--zero", "4"], "ZeroConfig.stage"),
         (["--shard-size", "3"], "ZeroConfig.shard_size=3 does not divide the 8 data-parallel ranks"),
         (["--slow-rank", "0.5"], "slow_rank is a factor of at least 1"),
-        (["--sequence", "2"], "calls no scaled_dot_product_attention"),
+        (["--sequence", "2"], "expected a batch with token ids"),
     ],
 )
 def test_what_can_not_be_simulated_is_refused(arguments, message, capsys):

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_superscale.config.values import PositiveFloat, PositiveInt, check_arguments
-from lightning_superscale.estimation.inputs import count_tokens
+from lightning_superscale.estimation.tracing.inputs import count_tokens
 from lightning_superscale.plugins.lightning_private import logged_step
 from lightning_superscale.plugins.trainer.scale_monitor.model_work import ModelWork
 from lightning_superscale.plugins.trainer.scale_monitor.tables import bytes_table, time_table

@@ -72,7 +72,7 @@ class ModelWork:
 
         @functools.wraps(step)
         def counted(*args: Any, **kwargs: Any) -> Any:
-            from lightning_superscale.estimation.model_flops import ModelFlops  # its tables take time to load
+            from lightning_superscale.estimation.tracing.model_flops import ModelFlops  # its tables take time to load
 
             undo()
             with ModelFlops() as seen:

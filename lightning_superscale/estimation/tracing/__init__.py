@@ -1,0 +1,1 @@
+"""What one training step of a model does, found on tensors without memory."""
