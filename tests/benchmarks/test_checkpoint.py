@@ -10,10 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.extent import only_in_test_all
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.slow
+@only_in_test_all
 def test_checkpoint_quick_run_counts_bytes_and_room(tmp_path: Path) -> None:
     out = tmp_path / "checkpoint.json"
     command = [sys.executable, "benchmarks/checkpoint.py", "--quick", "--json", str(out)]

@@ -23,6 +23,7 @@ def _rows(path: Path) -> dict[str, dict[str, Any]]:
     return {row["row"]: row for row in map(json.loads, path.read_text().splitlines())}
 
 
+@only_in_test_all
 def test_a_rehearsal_measures_what_a_cpu_can_run(tmp_path: Path) -> None:
     status = bench.main([str(tmp_path), "--device", "cpu", "--tiny"])
     rows = _rows(tmp_path / "bench.jsonl")

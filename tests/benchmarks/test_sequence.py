@@ -16,11 +16,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks import sequence, sequence_contestants
 from benchmarks.step_cost import BenchmarkError
+from tests.helpers.extent import only_in_test_all
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.slow
+@only_in_test_all
 def test_two_ranks_keep_half_and_have_the_gradients_of_one_process(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     out = tmp_path / "sequence.json"

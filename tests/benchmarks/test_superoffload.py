@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 
 from benchmarks import virtual_hardware
+from tests.helpers.extent import only_in_test_all
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.slow
+@only_in_test_all
 def test_superoffload_tiny_run_counts_its_bytes(tmp_path: Path) -> None:
     out = tmp_path / "superoffload.json"
     command = [sys.executable, "benchmarks/superoffload.py", "--sizes", "1M", "--rounds", "2", "--no-virtual"]

