@@ -7,6 +7,7 @@ are named in zero/fsdp2/unwrap.py, which removes them.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Collection, Iterable, MutableMapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
@@ -421,6 +422,11 @@ def is_of_tracer(x: Tensor) -> bool:
 def base_of_autograd_functions() -> Any:
     """The class between `torch.autograd.Function` and the one written in C++, whose `apply` it inherits."""
     return torch.autograd.function._SingleLevelFunction
+
+
+def runs_autograd_functions_from_base() -> bool:
+    """Whether `Function.apply` calls that of its base's base, as it does up to torch 2.13."""
+    return inspect.ismethod(torch.autograd.Function.apply)
 
 
 def scripts() -> list[tuple[Any, str]]:

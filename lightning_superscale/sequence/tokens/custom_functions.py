@@ -10,14 +10,18 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import Any
 
+import torch
+
 from lightning_superscale.errors import SequenceParallelError
 from lightning_superscale.sequence.tokens.call import Call
 from lightning_superscale.sequence.tokens.layout import Reduced, Replicated, Sharded
 from lightning_superscale.sequence.tokens.tensor import entering, layout_of, plain, sharded_in, with_layout
 from lightning_superscale.sequence.tokens.traced import is_tensor
 from lightning_superscale.torch_private import (
+    VERSIONS,
     base_of_autograd_functions,
     functions_past_torch_function,
+    runs_autograd_functions_from_base,
     scripts,
     tree_leaves,
     tree_map,
@@ -53,11 +57,17 @@ class CustomFunctions:
         """Begin to refuse.
 
         Raises:
-            SequenceParallelError: another run of this process has begun and not ended.
+            SequenceParallelError: another run of this process has begun and not ended, or torch is too new.
         """
         if CustomFunctions._installed is not None:
             raise SequenceParallelError(
                 "another run of this process shares its sequences among ranks; end it before this one begins"
+            )
+        if not runs_autograd_functions_from_base():
+            raise SequenceParallelError(
+                f"sequence= can't keep a rank's part of the tokens from autograd functions of other packages in torch "
+                f"{torch.__version__}, whose Function.apply calls C++ at once. Install torch {VERSIONS[0]} to "
+                f"{VERSIONS[1]}, or train with sequence=1."
             )
         CustomFunctions._installed = self
         # Below `Function.apply`, which code has bound to names of its own before.

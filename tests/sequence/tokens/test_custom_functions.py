@@ -22,6 +22,14 @@ def tokens() -> torch.Tensor:
     return F.embedding(ids, torch.randn(16, 6, requires_grad=True))
 
 
+def test_a_torch_whose_functions_can_not_be_kept_from_tokens_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.autograd.Function, "apply", torch._C._FunctionBase.__dict__["apply"])  # as in 2.14
+    functions = CustomFunctions()
+    with pytest.raises(SequenceParallelError, match=r"Install torch 2\.11 to 2\.13, or train with sequence=1"):
+        functions.install()
+    assert CustomFunctions._installed is None
+
+
 @pytest.fixture
 def guard():
     functions = CustomFunctions(foreign.TOKEN_WISE)
