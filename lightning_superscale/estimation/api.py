@@ -193,9 +193,8 @@ class _Work:
         are not yet.
         """
         given = self._sequence
-        plain = self._traces(given, zero)
-        if plain is None:
-            raise AssertionError("only blocks that are not there are left out")
+        with techniques_of(self._model, given, zero) as techniques:
+            plain = self._under(techniques, given)
         whole = plain.steps[0]
         if self._shares > 1 or plain.checkpoints_blocks:  # what ranks share and compute again is not the model's
             whole = trace_in(self._precision, self._model, self._step.batches[0], self._step.loss)
@@ -203,23 +202,15 @@ class _Work:
         if given is not None and given.checkpoint_blocks is not False:
             return [plain]
         # Losses keep their logits where nothing was said, so that steps stay AdamW's, bit for bit.
-        options = SequenceConfig(tile_loss=False) if given is None else given
-        again = self._traces(replace(options, checkpoint_blocks="auto"), zero, must_recompute=True)
-        return [plain] if again is None else [plain, again]
+        options = replace(SequenceConfig(tile_loss=False) if given is None else given, checkpoint_blocks="auto")
+        with techniques_of(self._model, options, zero) as techniques:
+            return [plain, self._under(techniques, options)] if techniques.recomputes_blocks else [plain]
 
-    def _traces(
-        self, sequence: SequenceConfig | None, zero: ZeroConfig, *, must_recompute: bool = False
-    ) -> _Traces | None:
-        """The traces under these options; None where blocks must be recomputed, and are not."""
-        with techniques_of(self._model, sequence, zero) as techniques:
-            if must_recompute and not techniques.recomputes_blocks:
-                return None
-            steps = [self._trace(batch, techniques) for batch in self._step.batches]
-            return _Traces(sequence, techniques.recomputes_blocks, steps)
-
-    def _trace(self, batch: Any, techniques: TracedTechniques) -> StepTrace:
-        watched = [block for _, block, _ in self._blocks]
-        return trace_in(self._precision, self._model, batch, techniques.around(self._step.loss), watched=watched)
+    def _under(self, techniques: TracedTechniques, sequence: SequenceConfig | None) -> _Traces:
+        """The traces under the techniques that these options give."""
+        watched, loss = [block for _, block, _ in self._blocks], techniques.around(self._step.loss)
+        steps = [trace_in(self._precision, self._model, one, loss, watched=watched) for one in self._step.batches]
+        return _Traces(sequence, techniques.recomputes_blocks, steps)
 
     def result(self, strategies: Sequence[StrategyEstimate]) -> Estimate:
         """The estimates of several strategies with what they have in common."""

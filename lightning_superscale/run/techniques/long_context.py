@@ -16,7 +16,7 @@ from lightning_superscale.run.report.plan import ByteClass, format_bytes
 from lightning_superscale.run.techniques.technique import ModuleTechnique, TechniqueFacts
 from lightning_superscale.sequence.memory.activation_offload import ActivationOffload, Fence
 from lightning_superscale.sequence.memory.boundary import BoundaryStore, is_boundary
-from lightning_superscale.sequence.memory.caches import without_caches
+from lightning_superscale.sequence.memory.caches import configs_with_caches, without_caches
 from lightning_superscale.sequence.memory.checkpointing import BlockCheckpoints, RecomputePolicy
 from lightning_superscale.sequence.memory.deferred_logits import LEAST_CLASSES, TiledLosses, settled, settled_or_held
 from lightning_superscale.sequence.memory.eight_bit import EightBitCodec, EightBitStore
@@ -45,7 +45,7 @@ class LongContext(ModuleTechnique):
         self._codec = EightBitCodec() if config.boundary_bits == 8 else None
         self._store: BoundaryStore | None = None
         self._offload: ActivationOffload | None = None
-        self._module: nn.Module | None = None
+        self._configs: list[Any] = []
         self._handles: list[Any] = []
 
     @property
@@ -59,7 +59,6 @@ class LongContext(ModuleTechnique):
         Raises:
             SuperScaleError: there are no blocks, or no MLPs, or they can't be hooked.
         """
-        self._module = module
         if self._config.tile_mlp is not None:
             self._tile(module, self._config.tile_mlp)
         if self._config.checkpoint_blocks is not False:
@@ -96,6 +95,7 @@ class LongContext(ModuleTechnique):
         if self._codec is not None and not self._config.offload_activations:
             store = EightBitStore()
             self._codec, self._store = store.codec, store
+        self._configs = configs_with_caches(module)
         self._checkpoints = BlockCheckpoints(blocks, RecomputePolicy(), self)
         self._num_blocks = len(blocks)
 
@@ -150,8 +150,8 @@ class LongContext(ModuleTechnique):
     @contextmanager
     def around_forward(self, *, trains: bool) -> Iterator[None]:
         with ExitStack() as stack:
-            if trains and self._module is not None and self.recomputes_blocks:
-                stack.enter_context(without_caches(self._module))
+            if trains and self.recomputes_blocks:
+                stack.enter_context(without_caches(self._configs))
             if self._losses is not None:
                 stack.enter_context(self._losses)
             yield
@@ -227,7 +227,7 @@ class LongContext(ModuleTechnique):
         for part in (self._checkpoints, self._tiles, self._offload):
             if part is not None:
                 part.close()
-        self._checkpoints = self._tiles = self._offload = self._store = self._losses = self._module = None
+        self._checkpoints = self._tiles = self._offload = self._store = self._losses = None
 
 
 class _ActivationsOnLink:

@@ -6,25 +6,27 @@ leaves the cache out for its own gradient checkpointing; here too it is left out
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
 
+def configs_with_caches(module: nn.Module) -> list[Any]:
+    """The configs of a module's models that say whether they make caches, each once."""
+    found = {id(config): config for part in module.modules() if (config := getattr(part, "config", None)) is not None}
+    return [config for config in found.values() if hasattr(config, "use_cache")]
+
+
 @contextmanager
-def without_caches(module: nn.Module) -> Iterator[None]:
-    """While open, models whose config has `use_cache` make no cache, unless a call asks for one."""
-    configs: dict[int, Any] = {}
-    for part in module.modules():
-        config: Any = getattr(part, "config", None)
-        if getattr(config, "use_cache", None) is True:
-            configs[id(config)] = config
-    for config in configs.values():
+def without_caches(configs: Sequence[Any]) -> Iterator[None]:
+    """While open, models with these configs make no cache, unless a call asks for one."""
+    changed = [config for config in configs if config.use_cache is True]
+    for config in changed:
         config.use_cache = False
     try:
         yield
     finally:
-        for config in configs.values():
+        for config in changed:
             config.use_cache = True

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import lightning_superscale as lss
-from lightning_superscale.sequence.memory.caches import without_caches
+from lightning_superscale.sequence.memory.caches import configs_with_caches, without_caches
 from tests.helpers.trainers import trainer
 
 transformers = pytest.importorskip("transformers")
@@ -54,7 +54,7 @@ def test_configs_have_their_caches_back_after_an_error():
     module = Module()
 
     def fails() -> None:
-        with without_caches(module):
+        with without_caches(configs_with_caches(module)):
             assert not module.model.config.use_cache
             raise ValueError("wrong")
 
