@@ -22,7 +22,9 @@ from tests.helpers.extent import IS_ALL
 from tests.helpers.ranks import run_ranks
 from tests.helpers.trainers import trainer
 
-TOLERANCE = 0.05  # the bound that `estimate()` promises
+# `estimate()` promises 5 %. What was found above the prediction: 200 bytes of scalars; a generator's state of 5,056
+# bytes for each recomputed block; 84 kB under zenflow, which is 1.2 % of the smallest case.
+TOLERANCE = 0.02
 STRATEGIES = {
     "resident": (0, None),
     "cpu": (0, {"engine": "cpu"}),
@@ -31,8 +33,7 @@ STRATEGIES = {
     "zenflow": (2, {"engine": "zenflow"}),
     "flow": (0, {"weights": "flow"}),
 }
-# oneDNN's convolutions in bf16 convert and reorder within an operation, in memory that no trace sees.
-WORKLOADS = [("language", "bf16-true"), ("language", "32-true"), ("images", "32-true")]
+WORKLOADS = [("language", "bf16-true"), ("language", "32-true"), ("images", "32-true"), ("images", "bf16-true")]
 
 
 def setup_of(stage, offload, precision, micro_batches=1) -> Setup:
@@ -85,7 +86,7 @@ FEW = [(name, *WORKLOADS[i % len(WORKLOADS)]) for i, name in enumerate(STRATEGIE
 def test_one_rank(name, kind, precision):
     model, sizes = MODELS[kind]
     setup = setup_of(*STRATEGIES[name], precision)
-    for size in sizes:
+    for size in sizes if IS_ALL else sizes[1:]:
         assert predicted(model, size, setup) == pytest.approx(measured(model, size, setup), rel=TOLERANCE), size
 
 
@@ -93,7 +94,7 @@ def test_one_rank(name, kind, precision):
 def test_gradients_of_several_micro_batches(name):
     model, sizes = MODELS["language"]
     setup = setup_of(*STRATEGIES[name], "bf16-true", micro_batches=2)
-    for size in sizes:
+    for size in sizes if IS_ALL else sizes[1:]:
         assert predicted(model, size, setup) == pytest.approx(measured(model, size, setup), rel=TOLERANCE), size
 
 
@@ -112,10 +113,8 @@ BOTH = [(strategy, name) for strategy in ("resident", "superoffload") for name i
 def test_what_a_rank_keeps_of_long_sequences(strategy, name):
     model, sizes = MODELS["language"]
     setup = replace(setup_of(*STRATEGIES[strategy], "bf16-true"), sequence=KEEPING_LESS[name])
-    # Under superoffload, recomputed blocks and tiled losses together were 5.7 % off once.
-    tolerance = 0.07 if (strategy, name) == ("superoffload", "recomputed, without logits") else TOLERANCE
-    for size in sizes:
-        assert predicted(model, size, setup) == pytest.approx(measured(model, size, setup), rel=tolerance), size
+    for size in sizes if IS_ALL else sizes[1:]:
+        assert predicted(model, size, setup) == pytest.approx(measured(model, size, setup), rel=TOLERANCE), size
 
 
 SHARED = [SequenceConfig(size=2, mode=mode, check_batches=0) for mode in ("auto", "ring", "allgather")]
@@ -134,8 +133,8 @@ def test_ranks_that_share_sequences():
     ]
     for rank in run_ranks(2, peaks, setups):
         for setup, found in zip(setups, rank, strict=True):
-            # What is under way is freed when the other rank has it, sooner or later: 16 % under to 8 % over, measured.
-            assert 0.75 < found / predicted(model, sizes[1], setup) < 1.15, setup.sequence
+            # What is under way is freed when the other rank has it, sooner or later: 6 % under to 9 % over, measured.
+            assert 0.85 < found / predicted(model, sizes[1], setup) < 1.15, setup.sequence
 
 
 @pytest.mark.parametrize("offload", [None, {}])
