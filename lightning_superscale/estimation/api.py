@@ -20,7 +20,7 @@ from lightning_superscale.config.values import PositiveInt, check_arguments
 from lightning_superscale.estimation.candidates import Candidate, candidates
 from lightning_superscale.estimation.devices import THIS_MACHINE, DeviceProfile, profile_named, with_memory
 from lightning_superscale.estimation.limits import largest_params, longest_sequence
-from lightning_superscale.estimation.memory import byte_classes, params_of
+from lightning_superscale.estimation.memory import activations_class, byte_classes, params_of
 from lightning_superscale.estimation.peak import Moment, device_peak, fit_states
 from lightning_superscale.estimation.result import Estimate, StrategyEstimate
 from lightning_superscale.estimation.setup import Setup
@@ -28,7 +28,7 @@ from lightning_superscale.estimation.step_time import Seconds, roofline, step_ti
 from lightning_superscale.estimation.this_machine import MeasuredOperations, measure_profile
 from lightning_superscale.estimation.tracing.inputs import batch_for, count_tokens, loss_of, parse_bytes, takes_tokens
 from lightning_superscale.estimation.tracing.step import Loss, StepTrace, trace_step
-from lightning_superscale.estimation.tracing.techniques import TracedTechniques, refuse_unknown, techniques_of
+from lightning_superscale.estimation.tracing.techniques import TracedTechniques, techniques_of
 from lightning_superscale.run.environment import mesh_spec_of
 from lightning_superscale.run.precision import PrecisionChoices, choose
 from lightning_superscale.run.report.plan import format_bytes
@@ -130,12 +130,11 @@ class _Machine:
     ranks_per_node: int
 
     def check(self, strategies: Sequence[Candidate], sequence: SequenceConfig | None) -> None:
-        """Refuse axes that don't divide the ranks, and what no estimate counts.
+        """Refuse axes that don't divide the ranks.
 
         Raises:
             SuperScaleError: names the option, and what works.
         """
-        refuse_unknown(sequence)
         for one in strategies:
             mesh_spec_of(one.zero, sequence, self.num_ranks)
 
@@ -209,7 +208,11 @@ class _Work:
     def _under(self, techniques: TracedTechniques, sequence: SequenceConfig | None) -> _Traces:
         """The traces under the techniques that these options give."""
         watched, loss = [block for _, block, _ in self._blocks], techniques.around(self._step.loss)
-        steps = [trace_in(self._precision, self._model, one, loss, watched=watched) for one in self._step.batches]
+        steps = []
+        for one in self._step.batches:
+            with techniques.counting() as on_host:
+                trace = trace_in(self._precision, self._model, one, loss, watched=watched)
+            steps.append(replace(trace, on_host=on_host))
         return _Traces(sequence, techniques.recomputes_blocks, steps)
 
     def result(self, strategies: Sequence[StrategyEstimate]) -> Estimate:
@@ -235,6 +238,7 @@ class _Work:
         params = params_of(self._model, setup)
         classes = byte_classes(self._model, params, setup)
         peak = device_peak(traces.steps[0], params, classes, setup)
+        classes += activations_class(traces.steps[0])
         host_bytes = sum(row.host_bytes for row in classes)
         time = step_time(traces.steps[0], params, setup, self._profile, self._seconds)
         rate = self._profile.flops(self._precision.autocast or self._precision.weights)
@@ -264,19 +268,27 @@ class _Work:
         params = params_of(self._model, setup)
         classes = byte_classes(self._model, params, setup)
         peaks = [device_peak(step, params, classes, setup).total for step in traces.steps]
+        on_host = [step.on_host.nbytes for step in traces.steps]
         host_bytes = sum(row.host_bytes for row in classes)
-        shared = host_bytes if self._profile.shares_cores else 0
+        shared = 0
+        if self._profile.shares_cores:  # one memory for both
+            peaks, shared = [sum(both) for both in zip(peaks, on_host, strict=True)], host_bytes
         largest = largest_params(
             params,
             [list(own) for _, _, own in self._blocks],
             traces.steps[0].saved,
             setup,
             device_left=self._usable - peaks[0] - shared,
-            host_left=self._profile.host_memory - host_bytes,
+            host_left=self._profile.host_memory - host_bytes - on_host[0],
+            saved_on_host=on_host[0] // max(1, len(self._blocks)),
         )
         if not self._step.lengths:
             return largest, None
-        return largest, longest_sequence(self._step.lengths, peaks, self._usable - shared)
+        longest = longest_sequence(self._step.lengths, peaks, self._usable - shared)
+        if on_host[0]:
+            host_left = self._profile.host_memory - host_bytes
+            longest = min(longest, longest_sequence(self._step.lengths, on_host, host_left))
+        return largest, longest
 
     @property
     def _usable(self) -> int:

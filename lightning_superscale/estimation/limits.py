@@ -20,6 +20,7 @@ def largest_params(
     *,
     device_left: int,
     host_left: int,
+    saved_on_host: int = 0,
 ) -> int | None:
     """Parameters of the deepest such model that fits, with more or fewer of its repeated blocks.
 
@@ -27,6 +28,7 @@ def largest_params(
         blocks: names of each block's parameters.
         saved: bytes that each block's forward keeps for backward.
         device_left, host_left: bytes that the model as it is leaves free; negative where it does not fit.
+        saved_on_host: bytes of a block's activations in host memory.
 
     Returns:
         None for a model without blocks.
@@ -40,7 +42,7 @@ def largest_params(
     # Gradients that leave during backward are few where the device holds the most; others are there all the time.
     stay = 0 if setup.streams else sum(row.device_bytes for row in classes if row.name == "gradients")
     on_device = kept + stay + round(statistics.median(saved))
-    on_host = sum(row.host_bytes for row in classes)
+    on_host = sum(row.host_bytes for row in classes) + saved_on_host
     more = min(device_left // on_device if on_device else math.inf, host_left // on_host if on_host else math.inf)
     more = max(more, -len(blocks))
     return sum(param.numel for param in params) + int(more) * sum(param.numel for param in block)

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from lightning_superscale.estimation.setup import Setup
+from lightning_superscale.estimation.tracing.step import StepTrace
 from lightning_superscale.layout.memory import BytesPerParam, MemoryModel
 from lightning_superscale.layout.rows import ParamSpec, align_up, shard_rows
 from lightning_superscale.offload.weight_flow.schedule import BLOCKS_AHEAD
@@ -21,6 +22,7 @@ from lightning_superscale.ops.state_dtypes import bytes_of, dtype_name
 from lightning_superscale.optim.bucketing import Grouping, last_ready
 from lightning_superscale.run.memory import states_memory
 from lightning_superscale.run.report.plan import ByteClass
+from lightning_superscale.run.techniques.long_context import INPUTS_OF_BLOCKS
 from lightning_superscale.zero.fsdp2.wrap import blocks_with_own_params, left_out_of, plan_groups, wrap_plan
 from lightning_superscale.zero.memory import frozen_memory, trained_memory
 
@@ -116,6 +118,12 @@ def byte_classes(module: nn.Module, params: Sequence[Param], setup: Setup) -> li
     if setup.flows:
         rows.flowing(params)
     return rows.classes()
+
+
+def activations_class(trace: StepTrace) -> list[ByteClass]:
+    """The row of activations in host memory, under the name that `explain()` has for it; none without any."""
+    nbytes = trace.on_host.nbytes
+    return [ByteClass(INPUTS_OF_BLOCKS, "", 0, nbytes)] if nbytes else []
 
 
 def share_on_device(param: Param, setup: Setup) -> float:

@@ -4,7 +4,7 @@
 at the rates that a profile reaches. Work of the host and of links hides behind forward and backward as far as the
 strategy lets it: `offload.planner.forecast` says how far for a host optimizer. Between ranks, reductions hide behind
 backward and gathers of new weights behind the next forward, but for the last bucket; what ranks that share a sequence
-exchange is awaited.
+exchange is awaited. Activations leave for the host behind forward, and come back behind backward.
 """
 
 from __future__ import annotations
@@ -37,16 +37,18 @@ class StepTime:
         forward, backward: of the model.
         optimizer: by which the optimizer makes the step longer, on the device or on the host.
         ranks: by which exchanges with other ranks make it longer.
+        activations: by which their copies to the host and back make it longer.
     """
 
     forward: float
     backward: float
     optimizer: float
     ranks: float
+    activations: float = 0.0
 
     @property
     def total(self) -> float:
-        return self.forward + self.backward + self.optimizer + self.ranks
+        return self.forward + self.backward + self.optimizer + self.ranks + self.activations
 
 
 def roofline(profile: DeviceProfile) -> Seconds:
@@ -103,6 +105,7 @@ def step_time(
         optimizer=update_seconds(params, setup, profile) + _on_host(trace, params, setup, profile, forward, backward),
         ranks=setup.micro_batches * sequence_seconds(trace, setup, profile, seconds)
         + _between_ranks(params, setup, profile, forward, backward),
+        activations=setup.micro_batches * _of_activations(trace, params, setup, profile, forward, backward),
     )
 
 
@@ -178,11 +181,31 @@ def _on_host(
     return engine.predict_exposed(times, setup.offload) + _flow(params, setup, forward, backward, link)
 
 
+def _of_activations(
+    trace: StepTrace, params: Sequence[Param], setup: Setup, profile: DeviceProfile, forward: float, backward: float
+) -> float:
+    """Seconds by which one forward's activations make it longer on their way to the host, and backward on their way
+    back, where they share the link with weights that stream.
+    """
+    moved = trace.on_host
+    if profile.shares_cores:  # each copy reads and writes
+        return 2 * (moved.to_host + moved.to_device) / (profile.memory_rate * profile.reach.memory)
+    link = profile.host_link * profile.reach.links
+    streamed = _streamed(params, link) if setup.flows else 0.0
+    late = max(0.0, moved.to_device / link + streamed - backward) - max(0.0, streamed - backward)
+    return max(0.0, moved.to_host / link - forward) + late
+
+
+def _streamed(params: Sequence[Param], link: float) -> float:
+    """Seconds of all weights that stream once."""
+    return sum(p.numel * p.dtype.itemsize for p in params if p.block is not None) / link
+
+
 def _flow(params: Sequence[Param], setup: Setup, forward: float, backward: float, link: float) -> float:
     """Seconds by which weights that stream in each pass make the passes longer."""
     if not setup.flows:
         return 0.0
-    streamed = sum(p.numel * p.dtype.itemsize for p in params if p.block is not None) / link
+    streamed = _streamed(params, link)
     return max(0.0, streamed - forward) + max(0.0, streamed - backward)
 
 

@@ -29,7 +29,7 @@ from lightning_superscale.estimation.setup import Setup
 from lightning_superscale.estimation.step_time import host_times, phase_seconds
 from lightning_superscale.estimation.tracing.inputs import batch_for, count_tokens, loss_of
 from lightning_superscale.estimation.tracing.step import Loss, StepTrace
-from lightning_superscale.estimation.tracing.techniques import refuse_unknown, techniques_of
+from lightning_superscale.estimation.tracing.techniques import techniques_of
 from lightning_superscale.offload.engine import engine_of
 from lightning_superscale.offload.planner.forecast import HostSchedule, StepTimes
 from lightning_superscale.run.precision import choose
@@ -84,11 +84,19 @@ def simulate(  # noqa: PLR0913 # as `estimate`, a user names what matters
     _check_known(candidate)
     profile = profile_for(device, device_memory, host_memory)
     shared = resolve_sequence(sequence)
-    refuse_unknown(shared)
+    _check_activations(shared)
     setups = _setups(candidate, precision, shared, devices, _sizes(num_nodes))
     given = batch_for(model, batch_size, sequence_length) if batch is None else batch
     trace = _trace(model, given, loss or loss_of(model), setups[0])
     return _Work(model, trace, profile, latencies).result(setups, candidate, given, slow_rank)
+
+
+def _check_activations(sequence: SequenceConfig | None) -> None:
+    if sequence is not None and sequence.offload_activations:
+        raise SettingError(
+            "SequenceConfig.offload_activations=True keeps activations in host memory, whose copies no simulation has "
+            "yet. Leave it out, or take `superscale estimate`, which counts them."
+        )
 
 
 def _check_numbers(slow_rank: float, latencies: Latencies) -> None:

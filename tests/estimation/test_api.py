@@ -117,6 +117,29 @@ def test_the_deepest_model_fits_and_one_with_one_more_block_does_not(memory):
     assert not at(4 + more + 1)[1].fits
 
 
+def test_activations_in_host_memory_end_what_fits_there():
+    away = {"checkpoint_blocks": True, "tile_loss": False, "offload_activations": True}
+
+    def at(length: int, num_layers: int = 4, **sequence):
+        model = on_meta(LanguageModel, num_layers)
+        return lss.estimate(
+            model, batch_size=2, sequence_length=length, zero=0, sequence=sequence or away, host_memory="1MiB"
+        ).strategies[0]
+
+    found = at(128)
+    assert [(row.name, row.host_bytes) for row in found.bytes if row.host_bytes] == [
+        ("activations (blocks' inputs)", 4 * 2 * 128 * 64 * 2)
+    ]
+    assert found.host_bytes == 4 * 2 * 128 * 64 * 2
+    assert found.peak.total < at(128, checkpoint_blocks=True, tile_loss=False).peak.total
+    assert at(found.longest_sequence).fits
+    assert "of host memory" in at(found.longest_sequence + 1).why_not
+    block = sum(param.numel() for param in LanguageModel(1).layers.parameters())
+    deepest = 4 + (found.largest_params - sum(param.numel() for param in on_meta(LanguageModel).parameters())) // block
+    assert at(128, deepest).fits
+    assert "of host memory" in at(128, deepest + 1).why_not
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -16,7 +16,8 @@ from lightning_superscale.estimation.setup import Setup
 from lightning_superscale.estimation.tracing.step import trace_step
 from lightning_superscale.estimation.tracing.techniques import techniques_of
 from lightning_superscale.run.precision import choose
-from tests.estimation.models import MODELS
+from lightning_superscale.sequence.memory.activation_offload import NUM_IN_FLIGHT
+from tests.estimation.models import MODELS, SHAPE
 from tests.helpers.allocations import Allocations, SpanOfSteps
 from tests.helpers.extent import IS_ALL
 from tests.helpers.ranks import run_ranks
@@ -115,6 +116,17 @@ def test_what_a_rank_keeps_of_long_sequences(strategy, name):
     setup = replace(setup_of(*STRATEGIES[strategy], "bf16-true"), sequence=KEEPING_LESS[name])
     for size in sizes if IS_ALL else sizes[1:]:
         assert predicted(model, size, setup) == pytest.approx(measured(model, size, setup), rel=TOLERANCE), size
+
+
+@pytest.mark.parametrize("strategy", ["resident", "superoffload"])
+def test_inputs_of_blocks_in_host_memory(strategy):
+    """What is kept for copies under way is counted, which are done at once here: the inputs of two blocks at most."""
+    model, sizes = MODELS["language"]
+    config = SequenceConfig(checkpoint_blocks=True, tile_loss=True, offload_activations=True)
+    setup = replace(setup_of(*STRATEGIES[strategy], "bf16-true"), sequence=config)
+    found, bound = measured(model, sizes[1], setup), predicted(model, sizes[1], setup)
+    under_way = NUM_IN_FLIGHT * sizes[1] * model.sequence * SHAPE.width * 2
+    assert bound - under_way * 1.01 <= found <= bound * (1 + TOLERANCE)
 
 
 SHARED = [SequenceConfig(size=2, mode=mode, check_batches=0) for mode in ("auto", "ring", "allgather")]

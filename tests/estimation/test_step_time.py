@@ -14,7 +14,7 @@ from lightning_superscale.estimation.links import Latencies
 from lightning_superscale.estimation.memory import params_of
 from lightning_superscale.estimation.setup import Setup
 from lightning_superscale.estimation.step_time import phase_seconds, roofline, step_time
-from lightning_superscale.estimation.tracing.step import trace_step
+from lightning_superscale.estimation.tracing.step import HostActivations, trace_step
 from lightning_superscale.offload.planner.forecast import StepTimes, best_plan, exposed_seconds
 from lightning_superscale.run.precision import choose
 
@@ -104,6 +104,32 @@ def test_zenflow_hides_what_a_window_takes():
     offload = OffloadConfig(engine="zenflow", bucket_mb=2, gpu_fraction=0.0)
     cpu = OffloadConfig(engine="cpu", bucket_mb=2, gpu_fraction=0.0)
     assert timed(2**17, offload=offload).optimizer < 0.1 * timed(2**17, offload=cpu).optimizer
+
+
+def test_activations_that_the_link_has_no_time_for_make_a_step_longer():
+    module, batch = build(), 2**12
+    setup = Setup(zero=ZeroConfig(), offload=None, precision=choose("bf16-true"), micro_batches=3)
+    tokens = torch.empty(batch, WIDTH, device="meta")
+    trace = trace_step(module, tokens, lambda m, b: m(b).sum(), weights=torch.bfloat16)
+
+    def late(nbytes, profile=PROFILE, **changed):
+        moved = replace(trace, on_host=HostActivations(nbytes, nbytes, nbytes))
+        changed_setup = replace(setup, **changed)
+        params = params_of(module, changed_setup)
+        return step_time(moved, params, changed_setup, profile, roofline(profile)).activations / 3
+
+    link, plain = PROFILE.host_link * 0.5, timed(batch)
+    assert late(0) == late(int(plain.forward * link * 0.99)) == 0
+    more = int(10 * (plain.forward + plain.backward) * link)
+    assert late(more) == pytest.approx(2 * more / link - plain.forward - plain.backward)
+    # Weights that stream back for backward take the link first.
+    flowing = {"offload": OffloadConfig(weights="flow", bucket_mb=2), "flows": True}
+    streamed = 2 * NUMEL / link
+    behind = max(0.0, streamed - plain.backward)
+    both = 2 * more / link + streamed - plain.forward - plain.backward - behind
+    assert late(more, **flowing) == pytest.approx(both)
+    shared = replace(PROFILE, shares_cores=True)
+    assert late(1000, shared) == pytest.approx(4 * 1000 / (PROFILE.memory_rate * 0.5))
 
 
 def test_nothing_is_hidden_from_cores_that_do_both():

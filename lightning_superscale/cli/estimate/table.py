@@ -13,6 +13,7 @@ from lightning_superscale.run.report.plan import format_bytes
 
 _COLUMNS = ("GiB: device", "host", "s / step", "forward", "backward", "optimizer", "ranks", "per s", "MFU", "largest")
 _OF_MODELS = ("GiB: device", "host", "s / step", "per s", "MFU", "largest", "longest")
+_COPIES = "activations"
 _WIDEST = 1000
 _OF_STEPS = ("s / step", "forward", "backward", "optimizer", "ranks")
 
@@ -29,7 +30,12 @@ def show(found: Estimate, console: Console) -> None:
         soft_wrap=True,
     )
     has_lengths = any(one.longest_sequence is not None for one in found.strategies)
-    columns = (*_COLUMNS, "longest") if has_lengths else _COLUMNS
+    columns: tuple[str, ...] = (*_COLUMNS, "longest") if has_lengths else _COLUMNS
+    of_steps: tuple[str, ...] = _OF_STEPS
+    if any(one.time.activations for one in found.strategies):
+        place = columns.index("ranks") + 1
+        columns = (*columns[:place], _COPIES, *columns[place:])
+        of_steps = (*_OF_STEPS, _COPIES)
     wide = _table(found, columns, is_numbered=False)
     # A console measures within its own width, which a table that is cut off fits.
     if console.measure(wide, options=console.options.update_width(_WIDEST)).minimum <= console.width:
@@ -39,7 +45,7 @@ def show(found: Estimate, console: Console) -> None:
                 console.print(f"- {one.line} does not fit: {one.why_not}", style="dim", soft_wrap=True)
     else:
         console.print(_table(found, [name for name in _OF_MODELS if name in columns], is_numbered=True))
-        console.print(_table(found, _OF_STEPS, is_numbered=True))
+        console.print(_table(found, of_steps, is_numbered=True))
         for number, one in enumerate(found.strategies, 1):
             why = "" if one.fits else f" does not fit: {one.why_not}"
             console.print(f"{number:2} {one.line}{_mark(one)}{why}", style=_style(one, found), soft_wrap=True)
@@ -97,6 +103,7 @@ def _cells(one: StrategyEstimate) -> dict[str, str]:
         "backward": _seconds(time.backward),
         "optimizer": _seconds(time.optimizer),
         "ranks": _seconds(time.ranks),
+        _COPIES: _seconds(time.activations),
         "per s": f"{one.tokens_per_s:,.0f}",
         "MFU": f"{one.mfu:.0%}",
         "largest": "-" if one.largest_params is None else _billions(one.largest_params),

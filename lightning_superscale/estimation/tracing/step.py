@@ -4,6 +4,7 @@
 traced in seconds on any machine. Below autograd every operation is seen, those of backward and of recomputed blocks
 too; a storage is alive from the operation that makes it until its last tensor is gone, as in a real step. Weights,
 buffers and the batch exist before, and are counted apart. Temporary memory within an operation is not seen.
+Tensors on the meta device are in host memory ([Note: Host tensors of a trace]), and not among these.
 """
 
 from __future__ import annotations
@@ -50,6 +51,20 @@ class MadeGradient:
     operation: int = 0
 
 
+@dataclass(slots=True)
+class HostActivations:
+    """What a step keeps of its activations in host memory.
+
+    Attributes:
+        nbytes: the most at a time.
+        to_host, to_device: bytes that cross the link, in forward and in backward.
+    """
+
+    nbytes: int = 0
+    to_host: int = 0
+    to_device: int = 0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepTrace:
     """One step of a model on one rank, without optimizer.
@@ -62,6 +77,7 @@ class StepTrace:
         batch_bytes: bytes of the batch.
         saved: bytes that each watched module's forward left for backward.
         first_use: index of the first operation of a phase that reads a parameter, by the phase and its name.
+        on_host: activations in host memory.
     """
 
     operations: Sequence[TracedOperation]
@@ -71,6 +87,7 @@ class StepTrace:
     batch_bytes: int
     saved: Sequence[int] = ()
     first_use: Mapping[tuple[Phase, str], int] = field(default_factory=dict)
+    on_host: HostActivations = field(default_factory=HostActivations)
 
     def flops(self, phase: Phase | None = None) -> int:
         """Floating-point operations of one phase, or of both; a multiplication and an addition are two."""
@@ -107,7 +124,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         results = op(*args, **(kwargs or {}))
-        makes = [self._see(leaf.untyped_storage()) for leaf in tree_leaves(results) if isinstance(leaf, Tensor)]
+        made = [leaf for leaf in tree_leaves(results) if isinstance(leaf, Tensor) and not leaf.is_meta]
+        makes = [self._see(leaf.untyped_storage()) for leaf in made]
         if any(makes) or op._schema.is_mutable:
             self._note_uses(args, kwargs)
             self.operations.append(traced(self.phase, op, args, kwargs or {}, results))

@@ -20,25 +20,13 @@ from lightning_superscale.comm.communicator import single_rank
 from lightning_superscale.comm.in_graph import AxisLink
 from lightning_superscale.comm.mesh import single_mesh
 from lightning_superscale.config import SequenceConfig, ZeroConfig
-from lightning_superscale.errors import SettingError
-from lightning_superscale.estimation.tracing.step import Loss
+from lightning_superscale.estimation.tracing.host_memory import TracedLink, TracedPool
+from lightning_superscale.estimation.tracing.step import HostActivations, Loss
 from lightning_superscale.run.techniques.collection import Techniques
 from lightning_superscale.run.techniques.long_context import LongContext, long_context
 from lightning_superscale.run.techniques.sequence_parallel import SequenceParallel
 from lightning_superscale.run.techniques.technique import TechniqueFacts
-
-
-def refuse_unknown(config: SequenceConfig | None) -> None:
-    """Refuse an option that a trace would leave out.
-
-    Raises:
-        SettingError: names it.
-    """
-    if config is not None and config.offload_activations:
-        raise SettingError(
-            "SequenceConfig.offload_activations=True keeps activations in host memory, which no estimate counts yet. "
-            "Leave it out to see what the device holds with them."
-        )
+from lightning_superscale.sequence.memory.activation_offload import ActivationOffload
 
 
 class TracedTechniques:
@@ -48,8 +36,9 @@ class TracedTechniques:
         recomputes_blocks: whether blocks are computed again in backward.
     """
 
-    def __init__(self, techniques: Techniques) -> None:
+    def __init__(self, techniques: Techniques, offload: ActivationOffload | None = None) -> None:
         self._techniques = techniques
+        self._offload = offload
         self.recomputes_blocks = any(
             one.recomputes_blocks for one in techniques.values() if isinstance(one, LongContext)
         )
@@ -65,6 +54,19 @@ class TracedTechniques:
 
         return shared
 
+    @contextmanager
+    def counting(self) -> Iterator[HostActivations]:
+        """While open, one step is traced; afterwards the result says what it kept in host memory."""
+        found = HostActivations()
+        if self._offload is None:
+            yield found
+            return
+        self._offload.close()  # what an earlier step has held
+        self._offload.forget()
+        yield found
+        done = self._offload.report()
+        found.nbytes, found.to_host, found.to_device = done.host_bytes, done.bytes_out, done.bytes_in
+
 
 @contextmanager
 def techniques_of(module: nn.Module, config: SequenceConfig | None, zero: ZeroConfig) -> Iterator[TracedTechniques]:
@@ -78,6 +80,7 @@ def techniques_of(module: nn.Module, config: SequenceConfig | None, zero: ZeroCo
         SuperScaleError: the module can't be trained with these options; says why.
     """
     made = Techniques()
+    kit: LongContext | None = None
     if config is not None:
         config = replace(config, check_batches=0, verify=None)  # both look at values
         facts = _facts(config, zero)
@@ -90,7 +93,8 @@ def techniques_of(module: nn.Module, config: SequenceConfig | None, zero: ZeroCo
         made.prepare(module)
         for technique in made.values():
             technique.connect(single_rank(), None)
-        yield TracedTechniques(made)
+        offload = kit.offload_to(TracedLink(), TracedPool()) if kit is not None and kit.uses_link() else None
+        yield TracedTechniques(made, offload)
     finally:
         made.close()
 

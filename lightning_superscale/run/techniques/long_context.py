@@ -14,7 +14,7 @@ from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.offload.link.link import Link, LinkEvent
 from lightning_superscale.run.report.plan import ByteClass, format_bytes
 from lightning_superscale.run.techniques.technique import ModuleTechnique, TechniqueFacts
-from lightning_superscale.sequence.memory.activation_offload import ActivationOffload, Fence
+from lightning_superscale.sequence.memory.activation_offload import ActivationLink, ActivationOffload, Fence, Pool
 from lightning_superscale.sequence.memory.boundary import BoundaryStore, is_boundary
 from lightning_superscale.sequence.memory.caches import configs_with_caches, without_caches
 from lightning_superscale.sequence.memory.checkpointing import BlockCheckpoints, RecomputePolicy
@@ -25,6 +25,9 @@ from lightning_superscale.sequence.memory.tiled_modules import TiledModules, mlp
 from lightning_superscale.sequence.tokens.tensor import plain
 from lightning_superscale.torch_private import behind_compile
 from lightning_superscale.zero.fsdp2.wrap import blocks_with_own_params, wrap_plan
+
+INPUTS_OF_BLOCKS = "activations (blocks' inputs)"
+"""The class of bytes of activations in host memory."""
 
 
 class LongContext(ModuleTechnique):
@@ -136,8 +139,12 @@ class LongContext(ModuleTechnique):
 
     def connect(self, ranks: Communicator, link: Link | None) -> None:
         if link is not None and self.uses_link():
-            self._offload = ActivationOffload(_ActivationsOnLink(link), self._facts.device, codec=self._codec)
-            self._store = self._offload
+            self.offload_to(_ActivationsOnLink(link))
+
+    def offload_to(self, link: ActivationLink, pool: Pool | None = None) -> ActivationOffload:
+        """Keep the inputs of blocks behind a link, in memory that a pool lends; see `ActivationOffload`."""
+        self._store = self._offload = ActivationOffload(link, self._facts.device, codec=self._codec, pool=pool)
+        return self._offload
 
     def saving(self, block: int, inputs: Sequence[Tensor]) -> AbstractContextManager[object]:
         """Count a block's inputs, and let the store keep them; see `BoundaryStore`."""
@@ -218,7 +225,7 @@ class LongContext(ModuleTechnique):
     def bytes(self) -> list[ByteClass]:
         if self._offload is None:
             return []
-        return [ByteClass("activations (blocks' inputs)", "", 0, self._offload.report().host_bytes)]
+        return [ByteClass(INPUTS_OF_BLOCKS, "", 0, self._offload.report().host_bytes)]
 
     def close(self) -> None:
         for handle in self._handles:
@@ -295,7 +302,7 @@ def how_losses_were_tiled(seen: LossesSeen, asked: object) -> list[str]:
     return lines
 
 
-def long_context(facts: TechniqueFacts) -> ModuleTechnique | None:
+def long_context(facts: TechniqueFacts) -> LongContext | None:
     """The kit of one run; None where nothing of it is asked for."""
     config = facts.sequence
     if config is None:

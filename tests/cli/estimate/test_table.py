@@ -51,6 +51,16 @@ def test_a_narrow_terminal_cuts_no_number_off(found):
         assert {f"{one.host_bytes / 2**30:.1f}", f"{one.tokens_per_s:,.0f}", f"{one.mfu:.0%}"} <= shown
 
 
+def test_copies_of_activations_have_a_column_where_there_are_any(found):
+    assert not any("activations" in line for line in lines_of(found, 240))
+    late = [replace(one, time=replace(one.time, activations=7.125)) for one in found.strategies]
+    for width in (80, 240):
+        lines = lines_of(replace(found, strategies=late), width)
+        assert sum("activations" in line for line in lines) == 1
+        rows = [[cell.strip() for cell in line.split("│")] for line in lines]
+        assert sum("7.125" in row for row in rows) >= len(late)
+
+
 def test_what_is_recommended_can_be_pasted_with_its_imports(found):
     found = replace(found, strategies=[one for one in found.strategies if "weights='flow'" in one.line])
     printed = lines_of(found, 200)

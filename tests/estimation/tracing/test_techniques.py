@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from lightning_superscale.config import SequenceConfig, ZeroConfig
-from lightning_superscale.errors import SettingError, SuperScaleError
-from lightning_superscale.estimation.tracing.step import StepTrace, trace_step
-from lightning_superscale.estimation.tracing.techniques import refuse_unknown, techniques_of
-from tests.estimation.models import Images, Language
+from lightning_superscale.errors import SuperScaleError
+from lightning_superscale.estimation.tracing.step import HostActivations, StepTrace, trace_step
+from lightning_superscale.estimation.tracing.techniques import techniques_of
+from lightning_superscale.sequence.memory.eight_bit import BLOCK
+from tests.estimation.models import SHAPE, Images, Language
 
 BATCH = 8
 
@@ -52,6 +55,31 @@ def test_blocks_and_logits_are_kept_as_the_options_say():
     assert eight.activation_bytes < again.activation_bytes
 
 
+@pytest.mark.parametrize("bits", [16, 8])
+def test_inputs_of_blocks_lie_in_host_memory(bits):
+    config = SequenceConfig(checkpoint_blocks=True, tile_loss=False, boundary_bits=bits)
+    stay, _ = traced(config)
+    tokens, width, num_blocks = BATCH * Language.sequence, SHAPE.width, SHAPE.num_layers
+    nbytes = num_blocks * tokens * width * 2
+    if bits == 8:
+        nbytes = num_blocks * tokens * (width + 4 * width // BLOCK)
+    with torch.device("meta"):
+        module, batch = Language(), Language.batch(BATCH)
+    with techniques_of(module, replace(config, offload_activations=True), ZeroConfig()) as techniques:
+        loss = techniques.around(lambda m, b: m.training_step(b, 0))
+        for _ in range(2):  # the second counts anew
+            with techniques.counting() as on_host:
+                away = trace_step(module, batch, loss, weights=torch.bfloat16)
+            assert on_host == HostActivations(nbytes, nbytes, nbytes)
+    # The last two blocks' are under way.
+    left = stay.activation_bytes - away.activation_bytes
+    assert left == pytest.approx(nbytes * (num_blocks - 2) / num_blocks, rel=0.02)
+    assert away.flops() == stay.flops()
+    with techniques_of(module, config, ZeroConfig()) as techniques, techniques.counting() as on_host:
+        pass
+    assert on_host == HostActivations()
+
+
 def test_auto_leaves_a_model_without_blocks_alone_and_gives_everything_back():
     class Flat(Images):
         def __init__(self) -> None:
@@ -77,9 +105,3 @@ def test_auto_leaves_a_model_without_blocks_alone_and_gives_everything_back():
 def test_what_a_run_refuses_is_refused(config, model, message):
     with pytest.raises(SuperScaleError, match=message):
         traced(config, model)
-
-
-def test_what_is_not_counted_is_refused():
-    refuse_unknown(None)
-    with pytest.raises(SettingError, match="no estimate counts yet. Leave it out"):
-        refuse_unknown(SequenceConfig(checkpoint_blocks=True, offload_activations=True))
