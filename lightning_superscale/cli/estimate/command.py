@@ -130,9 +130,14 @@ def _keyword(text: str) -> tuple[str, Any]:
 
 def _sequence(text: str) -> Any:
     """A number of ranks, or the options of a SequenceConfig."""
-    found = json.loads(text)
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError:
+        found = None
     if isinstance(found, bool) or not isinstance(found, (int, dict)):
-        raise ValueError
+        raise argparse.ArgumentTypeError(
+            f'takes a number of ranks, or a SequenceConfig as JSON such as {{"size": 4}}; found {text!r}'
+        )
     return found
 
 

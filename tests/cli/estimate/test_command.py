@@ -79,3 +79,12 @@ def test_a_reader_that_goes_away_is_no_error():
     said = running.stderr.read()
     running.stderr.close()
     assert (running.wait(60), said) == (128 + signal.SIGPIPE, "")
+
+
+@pytest.mark.parametrize("given", ["abc", "true", "[2]", '{"size": 2'])
+def test_a_sequence_is_a_number_or_options(given, capsys):
+    with pytest.raises(SystemExit):
+        main([*IMAGES, "--sequence", given])
+    said = capsys.readouterr().err
+    assert "argument --sequence: takes a number of ranks, or a SequenceConfig as JSON" in said
+    assert repr(given) in said
