@@ -78,53 +78,71 @@ def measured(model, size: int, setup: Setup) -> int:
     return seen.peak
 
 
-PAIRS = [(name, *workload) for name in STRATEGIES for workload in WORKLOADS]
-# Each strategy with one workload, each workload with two strategies.
-FEW = [(name, *WORKLOADS[i % len(WORKLOADS)]) for i, name in enumerate(STRATEGIES)]
-
-
-@pytest.mark.parametrize(("name", "kind", "precision"), PAIRS if IS_ALL else FEW)
-def test_one_rank(name, kind, precision):
-    model, sizes = MODELS[kind]
-    setup = setup_of(*STRATEGIES[name], precision)
-    for size in sizes if IS_ALL else sizes[1:]:
-        assert predicted(model, size, setup) == pytest.approx(measured(model, size, setup), rel=TOLERANCE), size
-
-
-@pytest.mark.parametrize("name", STRATEGIES if IS_ALL else ["superoffload", "zenflow"])
-def test_gradients_of_several_micro_batches(name):
-    model, sizes = MODELS["language"]
-    setup = setup_of(*STRATEGIES[name], "bf16-true", micro_batches=2)
-    for size in sizes if IS_ALL else sizes[1:]:
-        assert predicted(model, size, setup) == pytest.approx(measured(model, size, setup), rel=TOLERANCE), size
-
-
 KEEPING_LESS = {
     "recomputed": SequenceConfig(checkpoint_blocks=True, tile_loss=False),
     "recomputed, without logits": SequenceConfig(checkpoint_blocks=True, tile_loss=True),
     "without logits": SequenceConfig(tile_loss=True),
     "eight bits": SequenceConfig(checkpoint_blocks=True, boundary_bits=8),
 }
+AWAY = SequenceConfig(checkpoint_blocks=True, tile_loss=True, offload_activations=True)
 
 
-BOTH = [(strategy, name) for strategy in ("resident", "superoffload") for name in KEEPING_LESS]
+def _cases() -> dict[str, tuple[str, Setup]]:
+    """By what is tried, the model and the setup: all of them, or each strategy with one workload."""
+    plain = [(name, *workload) for name in STRATEGIES for workload in WORKLOADS]
+    micro = list(STRATEGIES)
+    less = [(strategy, name) for strategy in ("resident", "superoffload") for name in KEEPING_LESS]
+    if not IS_ALL:
+        plain = [(name, *WORKLOADS[i % len(WORKLOADS)]) for i, name in enumerate(STRATEGIES)]
+        micro, less = ["superoffload", "zenflow"], less[1::3]
+    cases = {
+        f"{name}, {kind}, {precision}": (kind, setup_of(*STRATEGIES[name], precision))
+        for name, kind, precision in plain
+    }
+    for name in micro:
+        cases[f"{name}, two micro-batches"] = ("language", setup_of(*STRATEGIES[name], "bf16-true", micro_batches=2))
+    for strategy, name in less:
+        setup = setup_of(*STRATEGIES[strategy], "bf16-true")
+        cases[f"{strategy}, {name}"] = ("language", replace(setup, sequence=KEEPING_LESS[name]))
+    return cases
 
 
-@pytest.mark.parametrize(("strategy", "name"), BOTH if IS_ALL else BOTH[1::3])
-def test_what_a_rank_keeps_of_long_sequences(strategy, name):
-    model, sizes = MODELS["language"]
-    setup = replace(setup_of(*STRATEGIES[strategy], "bf16-true"), sequence=KEEPING_LESS[name])
-    for size in sizes if IS_ALL else sizes[1:]:
-        assert predicted(model, size, setup) == pytest.approx(measured(model, size, setup), rel=TOLERANCE), size
+CASES = _cases()
 
 
-@pytest.mark.parametrize("strategy", ["resident", "superoffload"])
-def test_inputs_of_blocks_in_host_memory(strategy):
+def peaks(rank: int, world_size: int, setups: list[tuple[str, Setup]], is_all: bool) -> list[list[tuple[int, int]]]:
+    """What is predicted and measured at each size of a batch."""
+    found = []
+    for kind, setup in setups:
+        model, sizes = MODELS[kind]
+        found.append(
+            [(predicted(model, n, setup), measured(model, n, setup)) for n in (sizes if is_all else sizes[1:])]
+        )
+    return found
+
+
+@pytest.fixture(scope="module")
+def one_rank():
+    """In a process of its own: after thousands of other tests, tensors lived longer in some runs and not in others."""
+    setups = [*CASES.values(), *(("language", setup) for setup in away())]
+    return run_ranks(1, peaks, setups, IS_ALL, limit_s=220)[0]
+
+
+def away() -> list[Setup]:
+    return [replace(setup_of(*STRATEGIES[name], "bf16-true"), sequence=AWAY) for name in ("resident", "superoffload")]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_rank(one_rank, case):
+    for bound, found in one_rank[list(CASES).index(case)]:
+        assert bound == pytest.approx(found, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("place", [-2, -1], ids=["resident", "superoffload"])
+def test_inputs_of_blocks_in_host_memory(one_rank, place):
     """What is kept for copies under way is counted, which are done at once here: the inputs of two blocks at most."""
     model, sizes = MODELS["language"]
-    config = SequenceConfig(checkpoint_blocks=True, tile_loss=True, offload_activations=True)
-    setup = replace(setup_of(*STRATEGIES[strategy], "bf16-true"), sequence=config)
-    found, bound = measured(model, sizes[1], setup), predicted(model, sizes[1], setup)
+    bound, found = one_rank[place][-1]
     under_way = NUM_IN_FLIGHT * sizes[1] * model.sequence * SHAPE.width * 2
     assert bound - under_way * 1.01 <= found <= bound * (1 + TOLERANCE)
 
@@ -133,20 +151,13 @@ SHARED = [SequenceConfig(size=2, mode=mode, check_batches=0) for mode in ("auto"
 SHARED.append(SequenceConfig(size=2, checkpoint_blocks=True, tile_loss=True))
 
 
-def peaks(rank: int, world_size: int, setups: list[Setup]) -> list[int]:
-    model, sizes = MODELS["language"]
-    return [measured(model, sizes[1], setup) for setup in setups]
-
-
 def test_ranks_that_share_sequences():
-    model, sizes = MODELS["language"]
-    setups = [
-        replace(setup_of(0, None, "bf16-true"), sequence=config, num_ranks=2, ranks_per_node=2) for config in SHARED
-    ]
-    for rank in run_ranks(2, peaks, setups):
-        for setup, found in zip(setups, rank, strict=True):
+    shared = replace(setup_of(0, None, "bf16-true"), num_ranks=2, ranks_per_node=2)
+    setups = [("language", replace(shared, sequence=config)) for config in SHARED]
+    for rank in run_ranks(2, peaks, setups, False):
+        for (_, setup), [(expected, found)] in zip(setups, rank, strict=True):
             # What is under way is freed when the other rank has it, sooner or later: 6 % under to 9 % over, measured.
-            assert 0.85 < found / predicted(model, sizes[1], setup) < 1.15, setup.sequence
+            assert 0.85 < found / expected < 1.15, setup.sequence
 
 
 @pytest.mark.parametrize("offload", [None, {}])
