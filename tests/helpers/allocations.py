@@ -1,7 +1,7 @@
 """What torch's allocator on the CPU says of the memory of a span of work: the peak of a "device" that is a CPU.
 
 [Note: Memory within an operation] What a kernel allocates and frees before it returns depends on the instructions of
-the CPU: oneDNN packs a product's operands for AVX-512 and AMX, and took 16 MB beside 79 for it where another CPU took
+the CPU: oneDNN packs a product's operands for AVX-512 without bf16, and took 3.7 MB beside 23 for it where AVX2 took
 none. No tensor lives there, and it is left out, so that a measurement says the same on every machine.
 """
 
