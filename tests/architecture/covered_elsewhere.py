@@ -7,7 +7,7 @@ that trains. A new source file gets a test file beside it, or a line here under 
 from __future__ import annotations
 
 BY_TEST: dict[str, list[str]] = {
-    # A pool and a link without memory: what a traced step keeps behind them.
+    # Host memory without bytes, and its link: what a traced step keeps behind them.
     "estimation/tracing/test_techniques.py": ["estimation/tracing/host_memory.py"],
     # Rules only show in a program whose tokens are shared.
     "sequence/tokens/test_tensor.py": [

@@ -108,6 +108,10 @@ def _cases() -> dict[str, tuple[str, Setup]]:
 
 
 CASES = _cases()
+INPUTS_AWAY = {
+    f"{name}, inputs away": ("language", replace(setup_of(*STRATEGIES[name], "bf16-true"), sequence=AWAY))
+    for name in ("resident", "superoffload")
+}
 
 
 def peaks(rank: int, world_size: int, setups: list[tuple[str, Setup]], is_all: bool) -> list[list[tuple[int, int]]]:
@@ -124,25 +128,21 @@ def peaks(rank: int, world_size: int, setups: list[tuple[str, Setup]], is_all: b
 @pytest.fixture(scope="module")
 def one_rank():
     """In a process of its own: after thousands of other tests, tensors lived longer in some runs and not in others."""
-    setups = [*CASES.values(), *(("language", setup) for setup in away())]
-    return run_ranks(1, peaks, setups, IS_ALL, limit_s=220)[0]
-
-
-def away() -> list[Setup]:
-    return [replace(setup_of(*STRATEGIES[name], "bf16-true"), sequence=AWAY) for name in ("resident", "superoffload")]
+    cases = CASES | INPUTS_AWAY
+    return dict(zip(cases, run_ranks(1, peaks, [*cases.values()], IS_ALL, limit_s=220)[0], strict=True))
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_one_rank(one_rank, case):
-    for bound, found in one_rank[list(CASES).index(case)]:
-        assert bound == pytest.approx(found, rel=TOLERANCE)
+    for expected, found in one_rank[case]:
+        assert expected == pytest.approx(found, rel=TOLERANCE)
 
 
-@pytest.mark.parametrize("place", [-2, -1], ids=["resident", "superoffload"])
-def test_inputs_of_blocks_in_host_memory(one_rank, place):
+@pytest.mark.parametrize("case", INPUTS_AWAY)
+def test_inputs_of_blocks_in_host_memory(one_rank, case):
     """What is kept for copies under way is counted, which are done at once here: the inputs of two blocks at most."""
     model, sizes = MODELS["language"]
-    bound, found = one_rank[place][-1]
+    bound, found = one_rank[case][-1]
     under_way = NUM_IN_FLIGHT * sizes[1] * model.sequence * SHAPE.width * 2
     assert bound - under_way * 1.01 <= found <= bound * (1 + TOLERANCE)
 

@@ -18,36 +18,13 @@ from lightning_superscale.sequence.memory.activation_offload import Fence
 
 @dataclass(frozen=True, slots=True)
 class TracedBuffer:
-    """Host memory without bytes. Satisfies `activation_offload.Buffer`."""
+    """Host memory without bytes. Satisfies `host_pool.Buffer`."""
 
     nbytes: int
 
     def tensor(self, dtype: torch.dtype, numel: int) -> Tensor:
         """See [Note: Host tensors of a trace]."""
         return torch.empty(numel, dtype=dtype, device="meta")
-
-
-class TracedPool:
-    """Lends host memory without bytes. Satisfies `activation_offload.Pool`.
-
-    Attributes:
-        lent_bytes: bytes of buffers that are lent now.
-        held_bytes: most bytes that were lent at a time.
-    """
-
-    def __init__(self) -> None:
-        self.lent_bytes = self.held_bytes = 0
-
-    def take(self, nbytes: int) -> TracedBuffer:
-        self.lent_bytes += nbytes
-        self.held_bytes = max(self.held_bytes, self.lent_bytes)
-        return TracedBuffer(nbytes)
-
-    def put_back(self, buffer: TracedBuffer) -> None:
-        self.lent_bytes -= buffer.nbytes
-
-    def clear(self) -> None:
-        self.held_bytes = self.lent_bytes
 
 
 class _Copy:

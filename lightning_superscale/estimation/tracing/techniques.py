@@ -20,7 +20,7 @@ from lightning_superscale.comm.communicator import single_rank
 from lightning_superscale.comm.in_graph import AxisLink
 from lightning_superscale.comm.mesh import single_mesh
 from lightning_superscale.config import SequenceConfig, ZeroConfig
-from lightning_superscale.estimation.tracing.host_memory import TracedLink, TracedPool
+from lightning_superscale.estimation.tracing.host_memory import TracedBuffer, TracedLink
 from lightning_superscale.estimation.tracing.step import HostActivations, Loss
 from lightning_superscale.run.techniques.collection import Techniques
 from lightning_superscale.run.techniques.long_context import LongContext, long_context
@@ -93,7 +93,7 @@ def techniques_of(module: nn.Module, config: SequenceConfig | None, zero: ZeroCo
         made.prepare(module)
         for technique in made.values():
             technique.connect(single_rank(), None)
-        offload = kit.offload_to(TracedLink(), TracedPool()) if kit is not None and kit.uses_link() else None
+        offload = kit.offload_to(TracedLink(), TracedBuffer) if kit is not None and kit.uses_link() else None
         yield TracedTechniques(made, offload)
     finally:
         made.close()

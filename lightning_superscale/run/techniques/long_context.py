@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -14,12 +14,13 @@ from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.offload.link.link import Link, LinkEvent
 from lightning_superscale.run.report.plan import ByteClass, format_bytes
 from lightning_superscale.run.techniques.technique import ModuleTechnique, TechniqueFacts
-from lightning_superscale.sequence.memory.activation_offload import ActivationLink, ActivationOffload, Fence, Pool
+from lightning_superscale.sequence.memory.activation_offload import ActivationLink, ActivationOffload, Fence
 from lightning_superscale.sequence.memory.boundary import BoundaryStore, is_boundary
 from lightning_superscale.sequence.memory.caches import configs_with_caches, without_caches
 from lightning_superscale.sequence.memory.checkpointing import BlockCheckpoints, RecomputePolicy
 from lightning_superscale.sequence.memory.deferred_logits import LEAST_CLASSES, TiledLosses, settled, settled_or_held
 from lightning_superscale.sequence.memory.eight_bit import EightBitCodec, EightBitStore
+from lightning_superscale.sequence.memory.host_pool import Buffer
 from lightning_superscale.sequence.memory.losses_seen import LossesSeen
 from lightning_superscale.sequence.memory.tiled_modules import TiledModules, mlps_of
 from lightning_superscale.sequence.tokens.tensor import plain
@@ -141,9 +142,9 @@ class LongContext(ModuleTechnique):
         if link is not None and self.uses_link():
             self.offload_to(_ActivationsOnLink(link))
 
-    def offload_to(self, link: ActivationLink, pool: Pool | None = None) -> ActivationOffload:
-        """Keep the inputs of blocks behind a link, in memory that a pool lends; see `ActivationOffload`."""
-        self._store = self._offload = ActivationOffload(link, self._facts.device, codec=self._codec, pool=pool)
+    def offload_to(self, link: ActivationLink, make: Callable[[int], Buffer] | None = None) -> ActivationOffload:
+        """Keep the inputs of blocks behind a link, in memory that `make` makes; see `ActivationOffload`."""
+        self._store = self._offload = ActivationOffload(link, self._facts.device, codec=self._codec, make=make)
         return self._offload
 
     def saving(self, block: int, inputs: Sequence[Tensor]) -> AbstractContextManager[object]:

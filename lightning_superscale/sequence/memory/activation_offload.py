@@ -19,15 +19,16 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from lightning_superscale.errors import SuperScaleError
+from lightning_superscale.ops.cpu.memory import HostBuffer
 from lightning_superscale.ops.events import Event, note_use
 from lightning_superscale.sequence.memory.boundary import boundary_hooks
-from lightning_superscale.sequence.memory.host_pool import HostPool
+from lightning_superscale.sequence.memory.host_pool import Buffer, HostPool
 
 NUM_IN_FLIGHT = 2
 
@@ -53,38 +54,6 @@ class ActivationLink(Protocol):
 
     def needs_pinned_host(self) -> bool:
         """Whether copies overlap only if the host side is page-locked."""
-
-
-class Buffer(Protocol):
-    """Memory that a pool lends."""
-
-    @property
-    def nbytes(self) -> int:
-        """Its size."""
-
-    def tensor(self, dtype: torch.dtype, numel: int) -> Tensor:
-        """A tensor [numel] in it."""
-
-
-class Pool(Protocol):
-    """Lends host memory; see `HostPool`."""
-
-    @property
-    def lent_bytes(self) -> int:
-        """Bytes of buffers that are lent now."""
-
-    @property
-    def held_bytes(self) -> int:
-        """Bytes of all buffers."""
-
-    def take(self, nbytes: int) -> Any:
-        """A `Buffer` of this size, with any content."""
-
-    def put_back(self, buffer: Any) -> None:
-        """Take a buffer back that `take` gave."""
-
-    def clear(self) -> None:
-        """Let go of the buffers that are not lent."""
 
 
 class Codec(Protocol):
@@ -125,7 +94,7 @@ class ActivationOffload:
         num_in_flight: number of blocks whose copies may be under way, in forward to the host, and in backward ahead of
             the block that is recomputed.
         codec: keeps activations in fewer bits; None keeps them as they are.
-        pool: lends host memory; None makes one, page-locked where the link needs it.
+        make: makes host memory; None makes it page-locked where the link needs it.
 
     Raises:
         SuperScaleError: `num_in_flight` is no positive number.
@@ -138,7 +107,7 @@ class ActivationOffload:
         *,
         num_in_flight: int = NUM_IN_FLIGHT,
         codec: Codec | None = None,
-        pool: Pool | None = None,
+        make: Callable[[int], Buffer] | None = None,
     ) -> None:
         if isinstance(num_in_flight, bool) or not isinstance(num_in_flight, int) or num_in_flight < 1:
             raise SuperScaleError(
@@ -147,7 +116,8 @@ class ActivationOffload:
         self._link = link
         self._num_in_flight = num_in_flight
         self._codec = codec
-        self._pool = pool or HostPool(pin=link.needs_pinned_host(), device=device.index or 0)
+        pinned = partial(HostBuffer, pin=link.needs_pinned_host(), device=device.index or 0, in_forks=False)
+        self._pool = HostPool(make or pinned)
         self._leaving: deque[tuple[int, Event[None]]] = deque()
         self._last: weakref.ref[_SavedBlock] | None = None
         self._num_calls = self._bytes_out = self._bytes_in = self._num_blocks_in = self._num_not_ahead = 0
@@ -257,7 +227,7 @@ class _OnHost:
     """
 
     def __init__(
-        self, saved: _SavedBlock, parts: list[_Part], tensor: Tensor, link: ActivationLink, pool: Pool
+        self, saved: _SavedBlock, parts: list[_Part], tensor: Tensor, link: ActivationLink, pool: HostPool
     ) -> None:
         self.saved = saved
         self._parts = parts

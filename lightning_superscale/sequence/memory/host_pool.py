@@ -4,30 +4,42 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
+from collections.abc import Callable
+from typing import Protocol
 
-from lightning_superscale.ops.cpu.memory import HostBuffer
+import torch
+from torch import Tensor
+
+
+class Buffer(Protocol):
+    """Memory that a pool lends, such as a `HostBuffer`."""
+
+    @property
+    def nbytes(self) -> int:
+        """Its size."""
+
+    def tensor(self, dtype: torch.dtype, numel: int) -> Tensor:
+        """A tensor [numel] in it."""
 
 
 class HostPool:
     """Lends host buffers by size, and lends those again that came back. Any thread may call it.
 
     Args:
-        pin: whether buffers are page-locked.
-        device: index of the CUDA device whose copies use them.
+        make: makes a buffer of so many bytes.
 
     Attributes:
         lent_bytes: bytes of buffers that are lent now.
         held_bytes: bytes of all buffers, lent or not.
     """
 
-    def __init__(self, *, pin: bool, device: int = 0) -> None:
+    def __init__(self, make: Callable[[int], Buffer]) -> None:
         self.lent_bytes = self.held_bytes = 0
-        self._pin = pin
-        self._device = device
-        self._free: defaultdict[int, list[HostBuffer]] = defaultdict(list)
+        self._make = make
+        self._free: defaultdict[int, list[Buffer]] = defaultdict(list)
         self._lock = threading.Lock()
 
-    def take(self, nbytes: int) -> HostBuffer:
+    def take(self, nbytes: int) -> Buffer:
         """A buffer of this size, with any content."""
         with self._lock:
             free = self._free[nbytes]
@@ -35,9 +47,9 @@ class HostPool:
             if free:
                 return free.pop()
             self.held_bytes += nbytes
-        return HostBuffer(nbytes, pin=self._pin, device=self._device, in_forks=False)
+        return self._make(nbytes)
 
-    def put_back(self, buffer: HostBuffer) -> None:
+    def put_back(self, buffer: Buffer) -> None:
         """Take a buffer back that nothing reads or writes any more, or that work which comes later is ordered after."""
         with self._lock:
             self.lent_bytes -= buffer.nbytes

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import weakref
+from functools import partial
 
 import torch
 
+from lightning_superscale.ops.cpu.memory import HostBuffer
 from lightning_superscale.sequence.memory.host_pool import HostPool
 
 
 def test_buffers_of_a_size_are_lent_again():
-    pool = HostPool(pin=False)
+    pool = HostPool(partial(HostBuffer, in_forks=False))
     first, second, other = pool.take(4096), pool.take(4096), pool.take(64)
     assert len({first.address, second.address, other.address}) == 3
     assert (pool.lent_bytes, pool.held_bytes) == (2 * 4096 + 64, 2 * 4096 + 64)
@@ -23,7 +25,7 @@ def test_buffers_of_a_size_are_lent_again():
 
 
 def test_memory_that_is_not_lent_goes_when_the_pool_is_cleared():
-    pool = HostPool(pin=False)
+    pool = HostPool(partial(HostBuffer, in_forks=False))
     lent, free = pool.take(4096), pool.take(64)
     gone = weakref.ref(free)
     pool.put_back(free)
