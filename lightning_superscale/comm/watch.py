@@ -264,10 +264,15 @@ class RankWatch:
 
     def _say(self, store: Store) -> None:
         self._beat += 1
-        place = self._waits_for or foreign_collective(main_stack(), self.weights)
+        place = self._waits_for or self._foreign_place()
         has_ended = self._stop.is_set() and not self.has_failed
         store.set(f"sign/{self._rank}", json.dumps([self._beat, place, has_ended, self._process]))
         self._has_said.set()
+
+    def _foreign_place(self) -> str:
+        """The collective of other code in which the main thread waits; "" for none."""
+        # A rank by itself waits for nobody, and frames that are read keep a step's tensors meanwhile.
+        return foreign_collective(main_stack(), self.weights) if self._world_size > 1 else ""
 
     def _look(self, store: Store) -> None:
         # First, because what a process wrote before its end is there to be read afterwards.

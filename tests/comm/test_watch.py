@@ -197,3 +197,15 @@ def test_an_early_watch_waits_for_its_store(monkeypatch):
     store.set("sign/1", sign(1))
     assert said_by(made) == "rank 1 gave no sign of life for 0.3 s"
     made.close()
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_only_among_several_ranks_are_the_frames_of_training_read(world_size, monkeypatch):
+    """Frames that are read keep the tensors of a step alive meanwhile, and a rank by itself waits for nobody."""
+    monkeypatch.setattr(watch, "_PERIOD_S", 0.02)
+    read = []
+    monkeypatch.setattr(watch, "foreign_collective", lambda stack, weights: read.append(1) or "")
+    made = RankWatch(HashStore(), 0, world_size)
+    time.sleep(0.2)
+    made.close()
+    assert bool(read) == (world_size > 1)
