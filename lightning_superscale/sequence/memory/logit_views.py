@@ -13,7 +13,7 @@ from torch.nn import functional
 from lightning_superscale.sequence.tokens.call import Call
 from lightning_superscale.sequence.tokens.layout import Sharded
 from lightning_superscale.sequence.tokens.rules.views import flattened, resolved
-from lightning_superscale.sequence.tokens.tensor import TokenTensor, layout_of, plain
+from lightning_superscale.sequence.tokens.tensor import TokenTensor, layout_of, ndim_of, part_shape, plain
 from lightning_superscale.sequence.tokens.traced import TracedTokens
 from lightning_superscale.torch_private import is_fake
 
@@ -99,9 +99,9 @@ def operands_of(
     if not (bias is None or _is_plain(bias)):
         return None
     layout = layout_of(x)
-    has_tokens = plain(x).dim() > 1 and weight.dim() == 2 and plain(x).shape[-1] == weight.shape[1]
+    has_tokens = ndim_of(x) > 1 and weight.dim() == 2 and part_shape(x)[-1] == weight.shape[1]
     if isinstance(layout, Sharded):
-        has_tokens &= layout.tokens.dim < plain(x).dim() - 1
+        has_tokens &= layout.tokens.dim < ndim_of(x) - 1
     is_param = isinstance(weight if weight._base is None else weight._base, nn.Parameter)
     if not has_tokens or not is_param or not (layout is None or isinstance(layout, Sharded)):
         return None

@@ -31,7 +31,7 @@ from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.sequence.memory.row_wise import why_not_row_wise
 from lightning_superscale.sequence.tokens.layout import Layout, Replicated, Sharded
 from lightning_superscale.sequence.tokens.rules.products import entered
-from lightning_superscale.sequence.tokens.tensor import layout_of, plain, with_layout
+from lightning_superscale.sequence.tokens.tensor import layout_of, ndim_of, plain, with_layout
 from lightning_superscale.sequence.whole import are_whole
 from lightning_superscale.torch_private import version_of
 
@@ -114,7 +114,7 @@ class TiledForward:
             layout = layout_of(x)
         if not isinstance(layout, Sharded):
             return self._function(x)  # a value of all tokens has no rows of tokens
-        if layout.tokens.dim == plain(x).dim() - 1:
+        if layout.tokens.dim == ndim_of(x) - 1:
             raise SuperScaleError(
                 f"{self._name} can't run in tiles: its input {tuple(x.shape)} has tokens on the last dim; expected "
                 "features there."

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from lightning_superscale.errors import SequenceParallelError
 from lightning_superscale.sequence.tokens.layout import Layout, Sharded
+from lightning_superscale.sequence.tokens.nested import leaves_of, map_leaves
 from lightning_superscale.sequence.tokens.tensor import (
     TokenTensor,
     entering,
     layout_of,
-    plain,
+    part_shape,
     sharded_in,
     with_layout,
 )
 from lightning_superscale.sequence.tokens.traced import RuledGraph, is_tensor
-from lightning_superscale.torch_private import tree_leaves, tree_map, without_torch_function
+from lightning_superscale.torch_private import without_torch_function
 
 # Code of these folders is not where a user looks for the line that called a function.
 _NOT_USERS = (str(Path(str(torch.__file__)).parent), str(Path(__file__).parents[2]))
@@ -33,8 +34,7 @@ _OPERATORS = ("add", "sub", "mul", "div", "truediv", "floordiv", "mod", "pow", "
 _IN_PLACE = frozenset([*(f"__i{name}__" for name in _OPERATORS), "__setitem__", "set data"])
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """A call of one function.
 
     Attributes:
@@ -51,8 +51,7 @@ class Call:
     @property
     def is_in_place(self) -> bool:
         """Whether the function changes its first argument."""
-        is_method = self.name.endswith("_") and not self.name.endswith("__")
-        return is_method or self.name in _IN_PLACE
+        return _is_in_place(self.name)
 
     @property
     def sharded(self) -> list[TokenTensor]:
@@ -66,12 +65,15 @@ class Call:
             names: of the function's parameters in order, with spaces between them.
             defaults: of those that may be missing; None for others.
         """
-        return list(self.named(names, **defaults).values())
+        split = _split(names)
+        bound = list(self.args[: len(split)])
+        for name in split[len(bound) :]:
+            bound.append(self.kwargs[name] if name in self.kwargs else defaults.get(name))
+        return bound
 
     def named(self, names: str, **defaults: Any) -> dict[str, Any]:
         """The arguments of these names, by name; see `bind`."""
-        given = {**defaults, **dict(zip(names.split(), self.args, strict=False)), **self.kwargs}
-        return {name: given.get(name) for name in names.split()}
+        return dict(zip(_split(names), self.bind(names, **defaults), strict=True))
 
     def sizes(self, names: str = "size") -> list[Any]:
         """The arguments after the tensor, given one by one, as a sequence, or by name."""
@@ -86,13 +88,16 @@ class Call:
         """
         if not args and not kwargs:
             args, kwargs = self.args, self.kwargs
-        args, kwargs = tree_map(lambda x: entering(x) if is_tensor(x) else x, (args, kwargs))
+        args = map_leaves(_entering, args)
+        kwargs = map_leaves(_entering, kwargs) if kwargs else kwargs
         with without_torch_function():
             return self.func(*args, **kwargs)
 
     def wrap(self, result: Any, layout: Layout) -> Any:
         """A result with this layout: of each tensor of it, where there are several."""
-        return tree_map(lambda x: with_layout(x, layout) if is_tensor(x) else x, result)
+        if type(result) is Tensor:
+            return with_layout(result, layout)
+        return map_leaves(lambda x: with_layout(x, layout) if is_tensor(x) else x, result)
 
     def refuse(self, why: str, instead: str) -> NoReturn:
         """Refuse the call.
@@ -104,11 +109,25 @@ class Call:
         Raises:
             SequenceParallelError: names function, shapes, module and line.
         """
-        shown = ", ".join(_shown(x) for x in tree_leaves((self.args, self.kwargs)) if is_tensor(x))
+        shown = ", ".join(_shown(x) for x in leaves_of(self.args, self.kwargs) if is_tensor(x))
         raise SequenceParallelError(
             f"{self.name}({shown}) {why}{_where()}. {instead} The strategy's sequence= shares the tokens of each "
             "sample among ranks."
         )
+
+
+@functools.cache
+def _is_in_place(name: str) -> bool:
+    return (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE
+
+
+@functools.cache
+def _split(names: str) -> list[str]:
+    return names.split()
+
+
+def _entering(x: Any) -> Any:
+    return entering(x) if is_tensor(x) else x
 
 
 def _shown(x: Tensor) -> str:
@@ -149,6 +168,8 @@ _NUMPYS = {"axis": "dim", "keepdims": "keepdim"}
 
 def call_of(func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     """A call whose first argument has no name, and whose others have torch's own names."""
+    if not kwargs:
+        return Call(func, name, args, kwargs)
     kwargs = {_NUMPYS.get(key, key): value for key, value in kwargs.items()}
     first = next((key for key in _FIRST if key in kwargs), None)
     if not args and first is not None:
@@ -158,7 +179,7 @@ def call_of(func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: 
 
 def global_shape(x: Tensor) -> list[int]:
     """The sizes of a tensor, with all tokens."""
-    layout, shape = layout_of(x), list(plain(x).shape)
+    layout, shape = layout_of(x), list(part_shape(x))
     if isinstance(layout, Sharded):
         shape[layout.tokens.dim] = layout.tokens.size
     return shape

@@ -15,6 +15,7 @@ import torch
 from lightning_superscale.errors import SequenceParallelError
 from lightning_superscale.sequence.tokens.call import Call
 from lightning_superscale.sequence.tokens.layout import Reduced, Replicated, Sharded
+from lightning_superscale.sequence.tokens.nested import leaves_of, map_leaves
 from lightning_superscale.sequence.tokens.tensor import entering, layout_of, plain, sharded_in, with_layout
 from lightning_superscale.sequence.tokens.traced import is_tensor
 from lightning_superscale.torch_private import (
@@ -23,8 +24,6 @@ from lightning_superscale.torch_private import (
     functions_past_torch_function,
     runs_autograd_functions_from_base,
     scripts,
-    tree_leaves,
-    tree_map,
 )
 
 # Their functions hand tensors on as they are, or run a module's forward, where rules apply.
@@ -107,7 +106,7 @@ def _guarded(apply: Callable[..., Any]) -> Callable[..., Any]:
     """`torch.autograd.Function.apply`, for classes that may get tokens."""
 
     def guarded(cls: type[Any], *args: Any, **kwargs: Any) -> Any:
-        layouts = [layout for x in tree_leaves((args, kwargs)) if (layout := layout_of(x)) is not None]
+        layouts = [layout for x in leaves_of(args, kwargs) if (layout := layout_of(x)) is not None]
         if not layouts or cls.__module__.startswith(_HAND_ON):
             return apply(cls, *args, **kwargs)
 
@@ -122,7 +121,7 @@ def _guarded(apply: Callable[..., Any]) -> Callable[..., Any]:
         mark = next((layout for layout in layouts if isinstance(layout, Reduced)), None)
         if mark is None:
             return result
-        return tree_map(lambda y: with_layout(y, mark) if is_tensor(y) and y.requires_grad else y, result)
+        return map_leaves(lambda y: with_layout(y, mark) if is_tensor(y) and y.requires_grad else y, result)
 
     return guarded
 
@@ -149,10 +148,10 @@ def custom(call: Call) -> Any:
             return layout.take(plain(x), other.tokens.dim)
         return plain(entering(x)) if is_tensor(x) else x
 
-    args, kwargs = tree_map(part_of, (call.args, call.kwargs))
+    args, kwargs = map_leaves(part_of, (call.args, call.kwargs))
     result = call.func(*args, **kwargs)
     dim, size = layout.tokens.dim, layout.local_size
-    for y in tree_leaves(result):
+    for y in leaves_of(result):
         if is_tensor(y) and (y.dim() <= dim or y.shape[dim] != size):
             call.refuse(
                 f"gave {list(y.shape)} for {size} tokens of this rank on dim {dim}",

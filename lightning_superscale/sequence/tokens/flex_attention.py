@@ -20,9 +20,10 @@ from torch.nn.attention.flex_attention import AuxOutput, BlockMask, flex_attenti
 from lightning_superscale.sequence.attention.flex import Flex, Mod, Window, flex_by_all_gather, flex_by_ulysses
 from lightning_superscale.sequence.tokens.call import Call
 from lightning_superscale.sequence.tokens.layout import Sharded
+from lightning_superscale.sequence.tokens.nested import leaves_of, map_leaves
 from lightning_superscale.sequence.tokens.rules.attention import mode_of, seen
-from lightning_superscale.sequence.tokens.tensor import entering, is_sharded, layout_of, plain, with_layout
-from lightning_superscale.torch_private import compiled_from, tree_leaves, tree_map
+from lightning_superscale.sequence.tokens.tensor import entering, is_sharded, layout_of, ndim_of, plain, with_layout
+from lightning_superscale.torch_private import compiled_from
 
 # The function of transformers that calls its own compiled one, by module.
 _TRANSFORMERS = ("transformers.integrations.flex_attention", "compile_friendly_flex_attention")
@@ -127,7 +128,7 @@ def _layout_of_all(call: Call) -> Sharded:
         )
     layout: Sharded = call.args[0].placement
     same = all(x.placement.tokens.dim == 2 and layout.has_same_tokens(x.placement) for x in call.args)
-    if not same or any(plain(x).dim() != 4 for x in call.args) or layout.tokens.outer > 1:
+    if not same or any(ndim_of(x) != 4 for x in call.args) or layout.tokens.outer > 1:
         call.refuse(
             "attends between other tokens than its own",
             "Give query, key and value of the same tokens, [batch, heads, tokens, head dim].",
@@ -148,7 +149,7 @@ def whole_of(value: Any) -> Any:
     if isinstance(value, FunctionType):
         return _function_of_whole(value)
     if isinstance(value, (list, tuple, dict)):
-        return tree_map(whole_of, value)
+        return map_leaves(whole_of, value)
     return value
 
 
@@ -156,7 +157,7 @@ def _function_of_whole(function: FunctionType) -> FunctionType:
     cells, defaults = function.__closure__ or (), function.__defaults__ or ()
     before = [cell.cell_contents for cell in cells], list(defaults)
     after = whole_of(before[0]), whole_of(before[1])
-    if all(new is old for new, old in zip(tree_leaves(after), tree_leaves(before), strict=True)):
+    if all(new is old for new, old in zip(leaves_of(after), leaves_of(before), strict=True)):
         return function
     closure = tuple(map(CellType, after[0]))
     made = FunctionType(function.__code__, function.__globals__, function.__name__, tuple(after[1]), closure)

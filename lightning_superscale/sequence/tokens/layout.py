@@ -160,8 +160,10 @@ class Sharded:
 
     def at(self, dim: int, outer: int | None = None) -> Sharded:
         """The layout with the same tokens on another dim."""
-        tokens = TokenDim(dim, self.tokens.length, self.tokens.outer if outer is None else outer)
-        return replace(self, tokens=tokens)
+        outer = self.tokens.outer if outer is None else outer
+        if dim == self.tokens.dim and outer == self.tokens.outer:
+            return self
+        return Sharded(TokenDim(dim, self.tokens.length, outer), self.sharing, self.frame, self.start)
 
     def window(self, first: int, length: int) -> Sharded:
         """The layout of `length` of the tokens, from the `first` on."""
@@ -169,6 +171,8 @@ class Sharded:
 
     def has_same_tokens(self, other: Sharded) -> bool:
         """Whether equal places on a rank hold the same tokens of both."""
+        if self is other:
+            return True
         mine = (self.frame, self.start, self.tokens.length, self.tokens.outer)
         return mine == (other.frame, other.start, other.tokens.length, other.tokens.outer)
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.hooks import RemovableHandle
 
+from lightning_superscale.sequence.tokens.nested import leaves_of, map_leaves
 from lightning_superscale.sequence.tokens.tensor import TokenTensor, is_of_its_own, layout_of, plain
-from lightning_superscale.torch_private import same_memory_as, tree_leaves, tree_map
+from lightning_superscale.torch_private import same_memory_as
 
 
 class OwnOutputs:
@@ -38,10 +39,10 @@ class OwnOutputs:
 
 
 def _own_output(module: nn.Module, args: Any, output: Any) -> Any:
-    tokens = [x for x in tree_leaves(output) if type(x) is TokenTensor and x.requires_grad]
+    tokens = [x for x in leaves_of(output) if type(x) is TokenTensor and x.requires_grad]
     memory = [plain(x).untyped_storage().data_ptr() for x in tokens]
     alone = {id(x) for x, at in zip(tokens, memory, strict=True) if memory.count(at) == 1 and not is_of_its_own(x)}
-    return tree_map(lambda x: _Own.apply(x) if id(x) in alone else x, output)  # type: ignore[no-untyped-call]
+    return map_leaves(lambda x: _Own.apply(x) if id(x) in alone else x, output)  # type: ignore[no-untyped-call]
 
 
 class _Own(torch.autograd.Function):

@@ -13,6 +13,7 @@ finds another gradient for it, from its own tokens: their mean over ranks is the
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -21,8 +22,9 @@ from torch import Tensor
 
 from lightning_superscale.comm.in_graph import AxisLink
 from lightning_superscale.sequence.tokens.layout import Layout, Reduced, Sharded, Sharing
+from lightning_superscale.sequence.tokens.nested import LEAVES, leaves_of
 from lightning_superscale.sequence.tokens.traced import TracedTokens, part_of_traced
-from lightning_superscale.torch_private import all_reduce_in_graph, is_of_tracer, tree_leaves, without_torch_function
+from lightning_superscale.torch_private import all_reduce_in_graph, is_of_tracer, without_torch_function
 
 
 class TokenTensor(Tensor):
@@ -40,10 +42,18 @@ class TokenTensor(Tensor):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        # Rules import this module, for what they return.
-        from lightning_superscale.sequence.tokens.dispatch import dispatch
+        return _dispatching().dispatch(func, args, kwargs or {})
 
-        return dispatch(func, args, kwargs or {})
+
+LEAVES.add(TokenTensor)
+
+
+@functools.cache
+def _dispatching() -> Any:
+    # Rules import this module, for what they return.
+    from lightning_superscale.sequence.tokens import dispatch
+
+    return dispatch
 
 
 def with_layout(x: Tensor, layout: Layout) -> TokenTensor:
@@ -85,6 +95,19 @@ def plain(x: Tensor) -> Tensor:
         return x.as_subclass(Tensor)
 
 
+def part_shape(x: Tensor) -> torch.Size:
+    """The sizes of a tensor's memory: of a sharded one, of this rank's part."""
+    if type(x) is not TokenTensor:
+        return part_of_traced(x).shape
+    with without_torch_function():
+        return x.shape
+
+
+def ndim_of(x: Tensor) -> int:
+    """The number of a tensor's dims."""
+    return len(part_shape(x))
+
+
 def layout_of(x: Any) -> Layout | None:
     """The layout of a tensor; None for a plain one and for anything else."""
     return x.placement if type(x) in (TokenTensor, TracedTokens) else None
@@ -92,7 +115,7 @@ def layout_of(x: Any) -> Layout | None:
 
 def sharded_in(nested: Any) -> list[TokenTensor]:
     """The sharded tensors in lists, tuples and mappings, in order."""
-    return [x for x in tree_leaves(nested) if is_sharded(x)]
+    return [x for x in leaves_of(nested) if is_sharded(x)]
 
 
 def mean_over_ranks(grad: Tensor, link: AxisLink) -> Tensor:

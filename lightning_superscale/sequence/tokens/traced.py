@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from lightning_superscale.sequence.tokens.layout import Layout
-from lightning_superscale.torch_private import tree_leaves
+from lightning_superscale.sequence.tokens.nested import leaves_of
 
 _T = TypeVar("_T")
 
@@ -89,7 +89,7 @@ class TracedTokens(_Operators):
 
 def called(function: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     """The result of a function of torch; methods of tensors take no traced tokens, which compute by themselves."""
-    if any(type(x) is TracedTokens for x in tree_leaves((args, kwargs))):
+    if any(type(x) is TracedTokens for x in leaves_of(args, kwargs)):
         return _dispatched(function, *args, **kwargs)
     return function(*args, **kwargs)
 

@@ -11,7 +11,7 @@ from lightning_superscale.sequence.tokens.call import Call
 from lightning_superscale.sequence.tokens.layout import Sharded
 from lightning_superscale.sequence.tokens.rules.elementwise import beside, common, in_place
 from lightning_superscale.sequence.tokens.rules.registry import rule
-from lightning_superscale.sequence.tokens.tensor import is_sharded, plain, with_layout
+from lightning_superscale.sequence.tokens.tensor import is_sharded, ndim_of, plain, with_layout
 from lightning_superscale.sequence.tokens.traced import is_tensor
 
 # The parameters of each function, up to its dim, and the dim that it takes where none is given.
@@ -67,7 +67,7 @@ def _dims(call: Call) -> list[int]:
     """The dims along which a call works, from 0; all dims where it works on the flattened tensor."""
     names, default = _ALONG[call.name]
     given = call.named(names)
-    dim, num_dims = given.get("dim", given.get("dims")), plain(call.sharded[0]).dim()
+    dim, num_dims = given.get("dim", given.get("dims")), ndim_of(call.sharded[0])
     if call.name == "flip":
         dim = call.sizes("dims")
     dim = default if dim is None else dim
@@ -105,7 +105,7 @@ def picked(call: Call) -> Any:
     dim = call.bind("input indices dim" if call.name == "take_along_dim" else "input dim index")
     dim = dim[2] if call.name == "take_along_dim" else dim[1]
     from_right, layout = common(call, call.sharded)
-    num_dims = plain(call.sharded[0]).dim()
+    num_dims = ndim_of(call.sharded[0])
     if dim is None or dim % num_dims == num_dims + from_right:
         call.refuse("picks among all tokens", "Use whole tensors of the batch, before the model's first layer.")
     args, kwargs = _beside(call, from_right, layout)
@@ -133,7 +133,7 @@ def similarity(call: Call) -> Any:
     """Of the features of two tensors' tokens."""
     dim = call.bind("x1 x2 dim", dim=1)[2] if call.name == "cosine_similarity" else -1
     from_right, layout = common(call, call.sharded)
-    num_dims = max(plain(x).dim() for x in (*call.args, *call.kwargs.values()) if is_tensor(x))
+    num_dims = max(ndim_of(x) for x in (*call.args, *call.kwargs.values()) if is_tensor(x))
     at = num_dims + from_right
     if dim % num_dims == at:
         call.refuse("compares sequences of tokens", "Compare features: dim=-1.")
@@ -146,7 +146,7 @@ def similarity(call: Call) -> Any:
 def pad(call: Call) -> Any:
     x, widths = call.bind("input pad")
     widths = list(widths)
-    dims = range(plain(x).dim() - 1, plain(x).dim() - 1 - len(widths) // 2, -1)
+    dims = range(ndim_of(x) - 1, ndim_of(x) - 1 - len(widths) // 2, -1)
     wide = [dim for dim, pair in zip(dims, zip(widths[::2], widths[1::2], strict=True), strict=True) if any(pair)]
     if x.placement.tokens.dim in wide:
         call.refuse("adds tokens", "Pad the batch's tensors, before the model's first layer.")
@@ -160,7 +160,7 @@ def cat(call: Call) -> Any:
     if call.name != "stack":  # torch leaves out [0], with which caches of keys and values begin
         tensors = [x for x in tensors if is_sharded(x) or x.shape != (0,)]
     from_right, layout = common(call, [x for x in tensors if is_sharded(x)])
-    num_dims = plain(tensors[0]).dim()
+    num_dims = ndim_of(tensors[0])
     at = dim % (num_dims + (call.name == "stack"))
     token_dim = num_dims + from_right
     joins_tokens = call.name in ("hstack", "dstack") or (call.name != "stack" and at == token_dim)

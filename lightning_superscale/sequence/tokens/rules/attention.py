@@ -14,7 +14,7 @@ from lightning_superscale.sequence.attention.shared import Mode, SharedAttention
 from lightning_superscale.sequence.tokens.call import Call
 from lightning_superscale.sequence.tokens.layout import AttentionSeen, Sharded, Sharing
 from lightning_superscale.sequence.tokens.rules.registry import rule
-from lightning_superscale.sequence.tokens.tensor import entering, is_sharded, plain, with_layout
+from lightning_superscale.sequence.tokens.tensor import entering, is_sharded, ndim_of, plain, with_layout
 from lightning_superscale.torch_private import is_of_tracer
 
 
@@ -62,7 +62,7 @@ def attend(
         )
     layout: Sharded = query.placement
     for x in (query, key, value):
-        if x.placement.tokens.dim != plain(x).dim() - 2 or not layout.has_same_tokens(x.placement):
+        if x.placement.tokens.dim != ndim_of(x) - 2 or not layout.has_same_tokens(x.placement):
             call.refuse("attends between other tokens than its own", "Give query, key and value the same tokens.")
     if layout.tokens.outer > 1 or is_sharded(mask):
         call.refuse("attends over several sequences on one dim", "Give each sequence its own place in the batch.")

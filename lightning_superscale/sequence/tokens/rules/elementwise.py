@@ -10,18 +10,27 @@ from torch.nn import functional
 
 from lightning_superscale.sequence.tokens.call import Call, global_shape
 from lightning_superscale.sequence.tokens.layout import Sharded
+from lightning_superscale.sequence.tokens.nested import map_leaves
 from lightning_superscale.sequence.tokens.rules.registry import rule
-from lightning_superscale.sequence.tokens.tensor import TokenTensor, entering, is_sharded, plain, with_layout
+from lightning_superscale.sequence.tokens.tensor import (
+    TokenTensor,
+    entering,
+    is_sharded,
+    ndim_of,
+    part_shape,
+    plain,
+    with_layout,
+)
 from lightning_superscale.sequence.tokens.traced import is_tensor
-from lightning_superscale.torch_private import tree_map, without_torch_function
+from lightning_superscale.torch_private import without_torch_function
 
 
 def common(call: Call, tensors: list[TokenTensor]) -> tuple[int, Sharded]:
     """The place from the right of the dim of tokens, and the layout, of tensors that are broadcast together."""
     first = tensors[0]
-    from_right = first.placement.tokens.dim - plain(first).dim()  # type: ignore[union-attr]
+    from_right = first.placement.tokens.dim - ndim_of(first)  # type: ignore[union-attr]
     for other in tensors[1:]:
-        if other.placement.tokens.dim - plain(other).dim() != from_right:  # type: ignore[union-attr]
+        if other.placement.tokens.dim - ndim_of(other) != from_right:  # type: ignore[union-attr]
             call.refuse(
                 "combines tensors whose tokens are on different dims: every token with every other",
                 "Use torch.nn.functional.scaled_dot_product_attention for attention.",
@@ -38,8 +47,8 @@ def beside(call: Call, x: Any, from_right: int, layout: Sharded, *, fill: float 
     """An operand that is broadcast with sharded ones, of which this rank takes its part if it is whole."""
     if not is_tensor(x) or is_sharded(x):
         return x
-    has_dim = plain(x).dim() >= -from_right
-    size = plain(x).shape[from_right] if has_dim else 1
+    has_dim = ndim_of(x) >= -from_right
+    size = part_shape(x)[from_right] if has_dim else 1
     if not has_dim or size == 1 != layout.tokens.size:
         return entering(x)
     if size != layout.tokens.size:
@@ -102,14 +111,18 @@ def elementwise(call: Call) -> Any:
     if call.name == "where" and len(call.args) + len(call.kwargs) == 1:
         call.refuse("finds other numbers of tokens on each rank", "Give where() two values.")
     from_right, layout = common(call, call.sharded)
-    args, kwargs = tree_map(lambda x: beside(call, x, from_right, layout), (call.args, call.kwargs))
+
+    def operand(x: Any) -> Any:
+        return beside(call, x, from_right, layout)
+
+    args, kwargs = map_leaves(operand, call.args), map_leaves(operand, call.kwargs)
     asks = call.name in _HAVE_INPLACE and (kwargs.get("inplace") or any(x is True for x in args[1:]))
     if call.is_in_place or asks:
         return in_place(call, args, kwargs)
-    return tree_map(
-        lambda y: with_layout(y, layout.at(y.dim() + from_right)) if is_tensor(y) else y,
-        call.run(*args, **kwargs),
-    )
+    result = call.run(*args, **kwargs)
+    if type(result) is Tensor:
+        return with_layout(result, layout.at(result.dim() + from_right))
+    return map_leaves(lambda y: with_layout(y, layout.at(y.dim() + from_right)) if is_tensor(y) else y, result)
 
 
 @rule(

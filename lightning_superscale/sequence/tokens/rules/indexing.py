@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_superscale.sequence.tokens.call import Call, global_shape
 from lightning_superscale.sequence.tokens.layout import Reduced, Sharded
 from lightning_superscale.sequence.tokens.rules.registry import rule
-from lightning_superscale.sequence.tokens.tensor import TokenTensor, is_sharded, plain, reduced, with_layout
+from lightning_superscale.sequence.tokens.tensor import TokenTensor, is_sharded, ndim_of, plain, reduced, with_layout
 from lightning_superscale.sequence.tokens.traced import is_tensor
 
 
@@ -62,7 +62,7 @@ def getitem(call: Call) -> Any:
     x = call.args[0]
     if not is_sharded(x):
         call.refuse("looks up a whole tensor by tokens' values", "Use torch.nn.functional.embedding.")
-    num_dims, tokens = plain(x).dim(), x.placement.tokens
+    num_dims, tokens = ndim_of(x), x.placement.tokens
     parts = _by_dim(call, num_dims)
     at = _place_of(parts, tokens.dim)
     if any((is_tensor(part) or isinstance(part, (list, bool, range))) for part in parts):
@@ -114,7 +114,7 @@ def setitem(call: Call) -> Any:
     if mask is not None and (not is_tensor(value) or value.dim() == 0):
         x.masked_fill_(mask[(slice(None),) * mask.dim() + (None,) * (x.dim() - mask.dim())], value)
         return
-    parts = _by_dim(call, plain(x).dim())
+    parts = _by_dim(call, ndim_of(x))
     at = _place_of(parts, x.placement.tokens.dim)
     if any((is_tensor(part) or isinstance(part, (list, bool, range))) for part in parts):
         call.refuse("writes where a tensor says", "Use torch.where().")
@@ -133,7 +133,7 @@ def setitem(call: Call) -> Any:
 @rule("narrow")
 def narrow(call: Call) -> Any:
     x, dim, start, length = call.bind("input dim start length")
-    if dim % plain(x).dim() != x.placement.tokens.dim:
+    if dim % ndim_of(x) != x.placement.tokens.dim:
         return with_layout(call.run(), x.placement)
     size = global_shape(x)[x.placement.tokens.dim]
     start += size if start < 0 else 0
@@ -145,7 +145,7 @@ def narrow(call: Call) -> Any:
 @rule("select")
 def select(call: Call) -> Any:
     x, dim, index = call.bind("input dim index")
-    dim, tokens = dim % plain(x).dim(), x.placement.tokens
+    dim, tokens = dim % ndim_of(x), x.placement.tokens
     if dim == tokens.dim:
         return one_token(call, x, index)
     return with_layout(call.run(), x.placement.at(tokens.dim - (dim < tokens.dim)))

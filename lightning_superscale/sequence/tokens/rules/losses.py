@@ -15,7 +15,7 @@ from lightning_superscale.sequence.tokens.layout import Sharded
 from lightning_superscale.sequence.tokens.rules.elementwise import elementwise
 from lightning_superscale.sequence.tokens.rules.reductions import total
 from lightning_superscale.sequence.tokens.rules.registry import rule
-from lightning_superscale.sequence.tokens.tensor import entering, is_sharded, plain, reduced, with_layout
+from lightning_superscale.sequence.tokens.tensor import entering, is_sharded, ndim_of, plain, reduced, with_layout
 from lightning_superscale.sequence.tokens.traced import is_tensor
 
 CROSS_ENTROPY = "input target weight size_average ignore_index reduce reduction label_smoothing"
@@ -29,7 +29,7 @@ def cross_entropy(call: Call) -> Any:
         call.refuse("with size_average or reduce, which torch deprecated", "Use reduction=.")
     if not is_sharded(x):
         call.refuse("of classes that every rank has", "Compute logits of tokens.")
-    num_dims, layout = plain(x).dim(), x.placement
+    num_dims, layout = ndim_of(x), x.placement
     class_dim = 0 if num_dims == 1 else 1
     if layout.tokens.dim == class_dim:
         call.refuse("takes tokens for classes", "Put classes on dim 1: logits.transpose(1, 2), or flatten(0, 1).")
@@ -45,7 +45,7 @@ def cross_entropy(call: Call) -> Any:
     link = layout.sharing.link
     if own.is_floating_point():  # shares of classes, which torch averages over tokens
         each = with_layout(function(part, own, reduction="none", **options), layout.at(at))
-        summed = total(each, list(range(plain(each).dim())), keepdim=False)
+        summed = total(each, list(range(ndim_of(each))), keepdim=False)
         return (summed / _share(given["reduction"], each)).to(plain(each).dtype)
     if part.dtype in (torch.float16, torch.bfloat16):
         # A sum over tokens is past what 16 bits hold, where torch's mean is not.
@@ -104,7 +104,7 @@ def of_elements(call: Call) -> Any:
     each = elementwise(Call(call.func, call.name, call.args, {**call.kwargs, "reduction": "none"}))
     if reduction == "none":
         return each
-    dims = list(range(plain(each).dim()))
+    dims = list(range(ndim_of(each)))
     if reduction == "batchmean":
         return (total(each, dims, keepdim=False) / each.shape[0]).to(plain(each).dtype)
     return (total(each, dims, keepdim=False) / _share(reduction, each)).to(plain(each).dtype)

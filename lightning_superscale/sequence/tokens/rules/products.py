@@ -10,11 +10,19 @@ from torch import Tensor
 
 from lightning_superscale.sequence.tokens.call import Call
 from lightning_superscale.sequence.tokens.layout import Replicated, Sharded
+from lightning_superscale.sequence.tokens.nested import map_leaves
 from lightning_superscale.sequence.tokens.rules.elementwise import beside
 from lightning_superscale.sequence.tokens.rules.registry import rule
-from lightning_superscale.sequence.tokens.tensor import entering, is_sharded, layout_of, plain, with_layout
+from lightning_superscale.sequence.tokens.tensor import (
+    entering,
+    is_sharded,
+    layout_of,
+    ndim_of,
+    part_shape,
+    plain,
+    with_layout,
+)
 from lightning_superscale.sequence.tokens.traced import is_tensor
-from lightning_superscale.torch_private import tree_map
 
 _BY_HAND = (
     "Use torch.nn.functional.scaled_dot_product_attention, which ranks share; in transformers, "
@@ -34,7 +42,7 @@ def entered(x: Tensor) -> Any:
 
 
 def _entered(call: Call) -> Call:
-    args, kwargs = tree_map(lambda x: entered(x) if is_tensor(x) else x, (call.args, call.kwargs))
+    args, kwargs = map_leaves(lambda x: entered(x) if is_tensor(x) else x, (call.args, call.kwargs))
     return Call(call.func, call.name, args, kwargs)
 
 
@@ -64,7 +72,7 @@ def tokens_multiplied(call: Call) -> Call:
     """The call of a linear layer with this rank's part of tokens; refused where it would mix them."""
     call = _entered(call)
     x, weight = call.bind("input weight")
-    if is_sharded(weight) or not is_sharded(x) or x.placement.tokens.dim == plain(x).dim() - 1:
+    if is_sharded(weight) or not is_sharded(x) or x.placement.tokens.dim == ndim_of(x) - 1:
         call.refuse("mixes tokens with one another", "Apply layers to the dim of features.")
     return call
 
@@ -79,7 +87,7 @@ def linear(call: Call) -> Any:
 def norm(call: Call) -> Any:
     call = _entered(call)
     x, shape = call.bind("input normalized_shape")
-    if not is_sharded(x) or x.placement.tokens.dim >= plain(x).dim() - len(shape):
+    if not is_sharded(x) or x.placement.tokens.dim >= ndim_of(x) - len(shape):
         call.refuse("takes mean and deviation over tokens", "Normalize features only.")
     return with_layout(call.run(), x.placement)
 
@@ -89,14 +97,14 @@ def matmul(call: Call) -> Any:
     left, right = (x for x in (*call.args, *call.kwargs.values()) if is_tensor(x))
     if call.name == "__rmatmul__":
         left, right = right, left
-    if plain(left).dim() < 2 or plain(right).dim() < 2 or call.name in ("dot", "inner", "outer", "mv"):
+    if ndim_of(left) < 2 or ndim_of(right) < 2 or call.name in ("dot", "inner", "outer", "mv"):
         call.refuse("multiplies vectors with tokens", "Give both a dim of features: x @ w[:, None].")
     return _product(call, left, right)
 
 
 def _product(call: Call, left: Any, right: Any) -> Any:
     """The product of matrices, or of batches of them: tokens are rows of the left, columns of the right, or apart."""
-    places = [x.placement.tokens.dim - plain(x).dim() if is_sharded(x) else None for x in (left, right)]
+    places = [x.placement.tokens.dim - ndim_of(x) if is_sharded(x) else None for x in (left, right)]
     if places == [-2, -1]:
         call.refuse("compares every token with every other: scores of attention by hand", _BY_HAND)
     if places[0] == -1 or places[1] == -2:
@@ -121,7 +129,7 @@ def addmm(call: Call) -> Any:
     alpha, beta = call.kwargs.get("alpha", 1), call.kwargs.get("beta", 1)
     if call.name == "addbmm" or is_sharded(right) or not is_sharded(left):
         call.refuse("sums over tokens, or multiplies tokens with one another", _BY_HAND)
-    from_right, layout = left.placement.tokens.dim - plain(left).dim(), left.placement
+    from_right, layout = left.placement.tokens.dim - ndim_of(left), left.placement
     if from_right == -1:
         call.refuse("sums over tokens", _BY_HAND)
     own = beside(call, bias, from_right, layout)
@@ -156,7 +164,7 @@ def einsum(call: Call) -> Any:
 
 def _own(x: Tensor, name: str, letter: str, layout: Sharded) -> Tensor:
     """An operand of an einsum: of a whole one with the tokens' letter, this rank's part."""
-    if is_sharded(x) or letter not in name or plain(x).shape[name.index(letter)] != layout.tokens.size:
+    if is_sharded(x) or letter not in name or part_shape(x)[name.index(letter)] != layout.tokens.size:
         return plain(entering(x))
     return layout.take(plain(entering(x)), name.index(letter))
 
@@ -166,7 +174,7 @@ def conv(call: Call) -> Any:
     x, weight = call.bind("input weight")
     steps = call.bind("input weight bias stride padding dilation groups", stride=1, padding=0, dilation=1)[3:5]
     plain_steps = [one if isinstance(one, (int, str)) else max(one) for one in steps]
-    is_tokenwise = is_sharded(x) and prod(plain(weight).shape[2:]) == 1 and plain_steps in ([1, 0], [1, "valid"])
+    is_tokenwise = is_sharded(x) and prod(part_shape(weight)[2:]) == 1 and plain_steps in ([1, 0], [1, "valid"])
     if not is_tokenwise or x.placement.tokens.dim < 2:
         call.refuse(
             "reads the neighbours of each token, which other ranks have",

@@ -14,7 +14,7 @@ from lightning_superscale.sequence.tokens.call import Call, global_shape
 from lightning_superscale.sequence.tokens.layout import Sharded
 from lightning_superscale.sequence.tokens.rules.elementwise import elementwise
 from lightning_superscale.sequence.tokens.rules.registry import rule
-from lightning_superscale.sequence.tokens.tensor import TokenTensor, plain, reduced, with_layout
+from lightning_superscale.sequence.tokens.tensor import TokenTensor, ndim_of, plain, reduced, with_layout
 from lightning_superscale.sequence.tokens.traced import is_tensor
 from lightning_superscale.torch_private import without_torch_function
 
@@ -24,7 +24,7 @@ _Dims = list[int]
 def _dims(call: Call, names: str) -> tuple[_Dims, bool]:
     """The dims that a call reduces, from 0, and whether it keeps them."""
     given = call.named(names)
-    dim, num_dims = given.get("dim"), plain(call.args[0]).dim()
+    dim, num_dims = given.get("dim"), ndim_of(call.args[0])
     is_all = dim is None or (isinstance(dim, (list, tuple)) and not dim)
     dims = range(num_dims) if is_all else [dim] if isinstance(dim, int) else dim
     return sorted(one % num_dims for one in dims), bool(given.get("keepdim"))  # type: ignore[union-attr]
@@ -133,12 +133,7 @@ def extreme(call: Call) -> Any:
     if layout.tokens.dim not in dims:
         return _over_features(call, layout, dims, keepdim=keepdim)
     is_max, gives_place = "max" in call.name, call.name.startswith("arg")
-    if (
-        gives_place
-        and len(dims) < plain(x).dim()
-        or call.name in ("max", "min")
-        and call.bind("input dim")[1] is not None
-    ):
+    if gives_place and len(dims) < ndim_of(x) or call.name in ("max", "min") and call.bind("input dim")[1] is not None:
         value, place = _with_place(x, keepdim=keepdim, is_max=is_max)
         if gives_place:
             return place
@@ -201,7 +196,7 @@ def over_features(call: Call) -> Any:
     x = call.args[0]
     dims, keepdim = _dims(call, "input dim keepdim" if call.name != "kthvalue" else "input k dim keepdim")
     if call.name == "kthvalue" and call.bind("input k dim", dim=-1)[2] == -1:
-        dims = [plain(x).dim() - 1]
+        dims = [ndim_of(x) - 1]
     if x.placement.tokens.dim in dims:
         call.refuse("over tokens", "Reduce features, or use sum, mean, var, amax or amin over tokens.")
     return _over_features(call, x.placement, dims, keepdim=keepdim)
@@ -213,7 +208,7 @@ def norm(call: Call) -> Any:
     x, p, dim, keepdim = call.bind(f"input {order} dim keepdim")
     dims, keepdim = _dims(Call(call.func, call.name, (x,), {"dim": dim, "keepdim": keepdim}), "input dim keepdim")
     if call.name == "linalg_matrix_norm" and dim is None:
-        dims = [plain(x).dim() - 2, plain(x).dim() - 1]
+        dims = [ndim_of(x) - 2, ndim_of(x) - 1]
     if x.placement.tokens.dim not in dims:
         return _over_features(call, x.placement, dims, keepdim=keepdim)
     is_of_matrix = call.name == "linalg_matrix_norm" or (

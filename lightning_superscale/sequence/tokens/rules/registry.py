@@ -56,9 +56,14 @@ def rule_of(call: Call) -> Rule:
     Raises:
         SequenceParallelError: it has none.
     """
+    return _rule_named(call.name)
+
+
+@functools.cache
+def _rule_named(name: str) -> Rule:
     _load()
-    found = _RULES.get(call.name)
-    if found is None and is_elementwise(call.name):
+    found = _RULES.get(name)
+    if found is None and is_elementwise(name):
         found = _RULES["elementwise"]
     return found or _refuse_unknown
 

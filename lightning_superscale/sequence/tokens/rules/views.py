@@ -12,7 +12,7 @@ import torch
 from lightning_superscale.sequence.tokens.call import Call, global_shape
 from lightning_superscale.sequence.tokens.layout import Replicated, Sharded, TokenDim
 from lightning_superscale.sequence.tokens.rules.registry import rule
-from lightning_superscale.sequence.tokens.tensor import layout_of, plain, with_layout
+from lightning_superscale.sequence.tokens.tensor import layout_of, ndim_of, plain, with_layout
 from lightning_superscale.sequence.tokens.traced import is_tensor
 
 
@@ -112,7 +112,7 @@ def _order(call: Call, num_dims: int) -> list[int] | None:
 )  # fmt: skip
 def reorder(call: Call) -> Any:
     x = call.args[0]
-    order = _order(call, plain(x).dim())
+    order = _order(call, ndim_of(x))
     if order is None:
         raise AssertionError(f"{call.name} is registered as one that reorders dims")
     return with_layout(call.run(), x.placement.at(order.index(x.placement.tokens.dim)))
@@ -121,7 +121,7 @@ def reorder(call: Call) -> Any:
 @rule("unsqueeze")
 def unsqueeze(call: Call) -> Any:
     x, dim = call.bind("input dim")
-    at, tokens = dim % (plain(x).dim() + 1), x.placement.tokens
+    at, tokens = dim % (ndim_of(x) + 1), x.placement.tokens
     return with_layout(call.run(), x.placement.at(tokens.dim + (at <= tokens.dim)))
 
 
@@ -151,7 +151,7 @@ def expand(call: Call) -> Any:
     if not isinstance(layout_of(x), Sharded):
         call.refuse("gives a tensor the shape of one with tokens", "Let it be broadcast by the function that uses it.")
     sizes = global_shape(call.args[1]) if call.name == "expand_as" else call.sizes("sizes size")
-    num_new, tokens = len(sizes) - plain(x).dim(), x.placement.tokens
+    num_new, tokens = len(sizes) - ndim_of(x), x.placement.tokens
     at = tokens.dim + num_new
     if sizes[at] not in (-1, tokens.size):
         call.refuse(f"to {sizes} changes the number of tokens", "Keep it.")
@@ -169,7 +169,7 @@ def reshaped_in_place(call: Call) -> Any:
 @rule("repeat", "tile")
 def repeat(call: Call) -> Any:
     x, times = call.args[0], call.sizes("repeats dims")
-    num_new = len(times) - plain(x).dim()
+    num_new = len(times) - ndim_of(x)
     at = x.placement.tokens.dim + num_new
     if num_new < 0 or times[at] != 1:
         call.refuse("repeats tokens", "Repeat other dims only, with one number for each.")
