@@ -3,8 +3,9 @@
 [Note: Predicted seconds] An operation takes as long as its floating-point operations or its bytes, whichever is longer,
 at the rates that a profile reaches. Work of the host and of links hides behind forward and backward as far as the
 strategy lets it: `offload.planner.forecast` says how far for a host optimizer. Between ranks, reductions hide behind
-backward and gathers of new weights behind the next forward, but for the last bucket; what ranks that share a sequence
-exchange is awaited. Activations leave for the host behind forward, and come back behind backward.
+backward and gathers of new weights behind the next forward, but for the last bucket; the device itself copies what
+FSDP2 gathers and reduces out of and into their buffers; what ranks that share a sequence exchange is awaited.
+Activations leave for the host behind forward, and come back behind backward.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import NamedTuple
 from lightning_superscale.estimation.devices import DeviceProfile
 from lightning_superscale.estimation.links import GroupShape, Kind, Latencies, Links
 from lightning_superscale.estimation.memory import Param, states_of
-from lightning_superscale.estimation.peak import units_of
+from lightning_superscale.estimation.peak import reduced_size, units_of
 from lightning_superscale.estimation.setup import Setup
 from lightning_superscale.estimation.tracing.operations import Phase, TracedOperation
 from lightning_superscale.estimation.tracing.step import StepTrace
@@ -116,6 +117,27 @@ def update_seconds(params: Sequence[Param], setup: Setup, profile: DeviceProfile
         states = states_of(param, setup, flows=False).per_param("device", "shard")
         moved += param.shard_numel(setup.num_shards) * (2 * states + 3 * param.dtype.itemsize)
     return moved / (profile.memory_rate * profile.reach.memory)
+
+
+class CopySeconds(NamedTuple):
+    """Seconds of the device's copies between parameters and the buffers that FSDP2 exchanges.
+
+    Attributes:
+        weights: of all gathered weights out of their buffer, in one pass.
+        gradients: of all gradients into the buffer that is reduced.
+    """
+
+    weights: float
+    gradients: float
+
+
+def copy_seconds(params: Sequence[Param], setup: Setup, profile: DeviceProfile) -> CopySeconds:
+    """Seconds for those of these parameters that FSDP2 gathers: each byte is read and written."""
+    gathered = [param for param in params if param.is_gathered] if setup.shards_weights else []
+    rate = profile.memory_rate * profile.reach.memory
+    weights = sum(2 * param.numel * param.dtype.itemsize for param in gathered)
+    gradients = sum(p.numel * (p.dtype.itemsize + reduced_size(p, setup)) for p in gathered if p.trains)
+    return CopySeconds(weights / rate, gradients / rate)
 
 
 class HostSeconds(NamedTuple):
@@ -232,7 +254,9 @@ def _between_ranks(
     before = setup.micro_batches - 1
     early = 0.0 if setup.zero.reduces_once else reduced  # in each micro-batch before the last
     if setup.shards_weights:  # gathered once in each forward, and again in each backward
+        copies = copy_seconds(params, setup, profile)
+        copied = (1 + before) * 2 * copies.weights + (before * bool(early) + 1) * copies.gradients
         late = max(0.0, gathered + reduced - backward) + before * max(0.0, gathered + early - backward)
-        return (1 + before) * max(0.0, gathered - forward) + late + reduction + gather
+        return (1 + before) * max(0.0, gathered - forward) + late + reduction + gather + copied
     late = max(0.0, reduced - backward) + before * max(0.0, early - backward)
     return late + max(0.0, gathered - forward) + reduction + gather

@@ -10,7 +10,13 @@ from lightning_superscale.estimation.links import Exchange
 from lightning_superscale.estimation.memory import Param
 from lightning_superscale.estimation.peak import reduced_size, units_of
 from lightning_superscale.estimation.setup import Setup
-from lightning_superscale.estimation.step_time import Seconds, host_seconds, update_seconds
+from lightning_superscale.estimation.step_time import (
+    CopySeconds,
+    Seconds,
+    copy_seconds,
+    host_seconds,
+    update_seconds,
+)
 from lightning_superscale.estimation.tracing.operations import Phase, TracedOperation
 from lightning_superscale.estimation.tracing.step import StepTrace
 from lightning_superscale.layout.rows import unit_layout
@@ -26,6 +32,7 @@ class Unit:
         is_gathered: whether FSDP2 gathers the weights for each pass; otherwise new weights are gathered after a step.
         update: seconds of the step on the device.
         link, host: seconds of one direction of the link, and of the step on the host.
+        copies: the device's, of gathered weights out of their buffer and of gradients into theirs.
     """
 
     reduced_bytes: int
@@ -34,6 +41,7 @@ class Unit:
     update: float = 0.0
     link: float = 0.0
     host: float = 0.0
+    copies: CopySeconds = CopySeconds(0.0, 0.0)
 
 
 @dataclass(slots=True)
@@ -129,6 +137,7 @@ def _unit(group: Sequence[Param], setup: Setup, profile: DeviceProfile) -> Unit:
         update=update_seconds(group, setup, profile),
         link=link,
         host=host,
+        copies=copy_seconds(group, setup, profile),
     )
 
 

@@ -13,7 +13,7 @@ from lightning_superscale.simulation.program import Piece, Program
 from lightning_superscale.simulation.symmetry import GroupClass
 
 Waiting = Literal["gathers", "reductions", "sequence", "host"]
-"""What a device waits for."""
+"""What a device waits for, or copies out of and into buffers."""
 
 # Groups of FSDP2 that are gathered at a time: the next one while one is used.
 _GATHERED_GROUPS = 2
@@ -108,6 +108,8 @@ class SimulatedRank:
                     self._gather(index)
                     num_used += 1
                 yield from self._wait_for_weights(index)
+                if is_passing:
+                    yield from self._copy("gathers", units[index].copies.weights)
                 if is_passing and not self._hides_nothing:
                     for ahead in passing[num_used : num_used + _GATHERED_GROUPS - 1]:
                         self._gather(ahead)
@@ -155,6 +157,7 @@ class SimulatedRank:
 
     def _reduce(self, index: int) -> Work:
         nbytes, shards = self._program.units[index].reduced_bytes, self._groups["shard"].shape.size
+        yield from self._copy("reductions", self._program.units[index].copies.gradients)
         self._count("shard", "reduce_scatter", nbytes)
         self._count("replicate", "all_reduce", nbytes // shards)
         self._reduced[index] = self._reductions.submit(self._reduction(index))
@@ -208,6 +211,11 @@ class SimulatedRank:
         group = self._groups[axis]
         if group.shape.size > 1 and nbytes:
             yield from self._collectives.run(self._own, group, queue, kind, nbytes)
+
+    def _copy(self, what: Waiting, seconds: float) -> Work:
+        """The device copies what was gathered out of its buffer, or what is reduced into it."""
+        if seconds:
+            yield from self._wait(what, self._env.timeout(seconds))
 
     def _wait(self, what: Waiting, event: Any) -> Work:
         before = self._env.now

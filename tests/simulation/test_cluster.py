@@ -13,7 +13,13 @@ from lightning_superscale.estimation.devices import PROFILES, Reach
 from lightning_superscale.estimation.links import GroupShape, Latencies, Links
 from lightning_superscale.estimation.memory import params_of
 from lightning_superscale.estimation.setup import Setup
-from lightning_superscale.estimation.step_time import host_times, phase_seconds, roofline, step_time
+from lightning_superscale.estimation.step_time import (
+    CopySeconds,
+    host_times,
+    phase_seconds,
+    roofline,
+    step_time,
+)
 from lightning_superscale.estimation.tracing.step import trace_step
 from lightning_superscale.offload.engine import engine_of
 from lightning_superscale.offload.planner.forecast import HostSchedule, exposed_seconds
@@ -114,6 +120,17 @@ def test_stage_3_gathers_ahead_and_again_in_backward():
     assert found.record.traffic.calls == {"all_gather": 2 * num_units, "reduce_scatter": num_units}
     # The first gather of forward, the last reduction; backward's first unit is gathered again, as all are.
     assert found.seconds == pytest.approx(203 * hop, rel=1e-9)
+
+
+def test_the_device_copies_what_stage_3_gathers_and_reduces():
+    num_units, hop = 8, one_way()
+    plain = program(num_units, 100 * hop, 100 * hop, stage=3)
+    copying = replace(plain, units=[replace(unit, copies=CopySeconds(3 * hop, 2 * hop)) for unit in plain.units])
+    before, found = step(plain, setup(stage=3)), step(copying, setup(stage=3))
+    # In both passes weights, in backward gradients too; the first gather and the last reduction are waited for as ever.
+    assert found.seconds - before.seconds == pytest.approx(num_units * (2 * 3 + 2) * hop, rel=1e-9)
+    assert found.waited["gathers"] - before.waited["gathers"] == pytest.approx(num_units * 2 * 3 * hop, rel=1e-9)
+    assert found.record.model == before.record.model
 
 
 def test_gathers_and_reductions_share_a_link():
