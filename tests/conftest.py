@@ -1,4 +1,6 @@
-"""What holds for every test: it leaves no process group behind, in which the tests that follow it would run."""
+"""What holds for every test: it leaves no process group behind, in which the tests that follow it would run, and fails
+for what is wrong, not because the machine is busy.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,11 @@ import sys
 from collections.abc import Generator
 
 import pytest
+from hypothesis import settings
+
+# A machine on which other processes run takes longer than hypothesis allows an example by default, 200 ms.
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
 
 
 def _has_group() -> bool:

@@ -276,7 +276,7 @@ def test_adamw_many_steps_equal_torch_optimizer(path, optimizer, options, ieee_s
 floats = st.floats(width=32, allow_nan=True, allow_infinity=True)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(floats, floats, floats, floats), min_size=1, max_size=40), st.sampled_from([1, 2, 1000]))
 def test_adamw_arbitrary_numbers_equal_reference(rows, step):
     columns = [torch.tensor(column, dtype=F32) for column in zip(*rows, strict=True)]

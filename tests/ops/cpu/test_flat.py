@@ -187,7 +187,7 @@ def test_submit_copy_equals_source(path, pool):
             assert same(dst, src)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.floats(width=32), max_size=70), st.sampled_from([1.0, 0.5, 3e-5, 1e30]))
 def test_flat_arbitrary_numbers_equal_reference(numbers, scale):
     x = torch.tensor(numbers, dtype=F32)
