@@ -88,6 +88,8 @@ def names_at(size: str, num_ranks: int, chosen: Sequence[str]) -> list[str]:
 
 def heats_of(names: Sequence[str], size: str, num_ranks: int, available: int) -> list[list[str]]:
     """All in one heat where memory holds them; else one by one."""
+    if not names:
+        return []
     needed = sum(LINES[name].needed_bytes(size, num_ranks) for name in names)
     return [list(names)] if needed < 0.85 * available else [[name] for name in names]
 
@@ -228,6 +230,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=2, help="steps per turn, default 2")
     parser.add_argument("--json", type=Path, help="also write the JSON here")
+    parser.add_argument("--resume", action="store_true", help="leave out what the file of --json has already")
     parser.add_argument("--picture", type=Path, help="a PNG; needs matplotlib and two sizes")
     options = parser.parse_args()
     options.sizes, options.only = options.sizes.split(","), options.only.split(",")
@@ -240,19 +243,15 @@ def parse() -> argparse.Namespace:
     ]
     if unknown:
         parser.error(f"unknown: {', '.join(unknown)}")
+    if options.resume and (options.json is None or not options.json.is_file()):
+        parser.error("--resume goes on with the file of --json; give one that is there")
     return options
 
 
-def main() -> int:
-    options = parse()
-    start = time.perf_counter()
-    machine = hardware()
-    rows: list[Row] = []
-    for size in options.sizes:
-        for ranks in options.ranks:
-            rows += measure(size, ranks, options)
-    fits = fits_of(rows)
-    report = {
+def report_of(rows: Sequence[Row], machine: Row, options: argparse.Namespace, start: float) -> Row:
+    """Rows in the order of sizes and ranks, with their fits and the conditions they were measured under."""
+    ordered = sorted(rows, key=lambda row: (SIZES.index(row["size"]), row["num_ranks"]))
+    return {
         "benchmark": "scaling",
         "hardware": machine,
         "load_at_the_end": round(os.getloadavg()[0], 2),
@@ -260,16 +259,32 @@ def main() -> int:
         "date": datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat(),
         "tokens_per_rank": SHAPES["10M-few"].tokens,
         "seconds": round(time.perf_counter() - start, 1),
-        "rows": rows,
-        "fits": fits,
+        "rows": ordered,
+        "fits": fits_of(ordered),
     }
-    print(f"{machine}\n{report['seconds']} s in all")
-    show(rows, fits)
+
+
+def main() -> int:
+    options = parse()
+    start = time.perf_counter()
+    machine = hardware()
     for path in (options.json, options.picture):
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
+    rows: list[Row] = json.loads(options.json.read_text())["rows"] if options.resume else []
+    known = {(row["size"], row["num_ranks"]) for row in rows if "error" not in row}
+    rows = [row for row in rows if (row["size"], row["num_ranks"]) in known]
+    for size in options.sizes:
+        for ranks in options.ranks:
+            if (size, ranks) not in known:
+                rows += measure(size, ranks, options)
+            if options.json is not None:
+                options.json.write_text(json.dumps(report_of(rows, machine, options, start)) + "\n")
+    report = report_of(rows, machine, options, start)
+    print(f"{machine}\n{report['seconds']} s in all")
+    show(report["rows"], report["fits"])
     if options.picture is not None:
-        draw(rows, fits, options.picture)
+        draw(report["rows"], report["fits"], options.picture)
     text = json.dumps(report)
     if options.json is not None:
         options.json.write_text(text + "\n")

@@ -273,7 +273,7 @@ def run_heat(
             contestant.ready()
         present = [contestant for contestant in contestants if contestant.absent is None]
         for number in range(num_rounds(size, options)):
-            shift = number % len(present)  # nobody always runs after the same neighbour's end of a round
+            shift = number % max(1, len(present))  # nobody always runs after the same neighbour's end of a round
             for contestant in present[shift:] + present[:shift]:
                 contestant.turn(options.steps)
         for contestant in present:

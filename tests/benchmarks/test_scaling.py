@@ -53,6 +53,12 @@ def test_a_tiny_run_has_all_times_and_their_exponents(tmp_path: Path) -> None:
         ("superoffload-all-bf16", 2),
     ]
     assert picture.exists() == ("--picture" in command)
+    command[command.index("0.2M,1M")] = "0.2M,1B,1M"
+    command[command.index("1")] = "2"
+    done = subprocess.run([*command, "--resume"], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "ranks]" not in done.stderr, "neither contestant runs on two ranks"
+    assert json.loads(out.read_text())["rows"] == report["rows"], "what was measured stays"
 
 
 def test_a_power_has_its_exponent_and_no_error() -> None:
@@ -91,6 +97,7 @@ def test_contestants_run_one_by_one_where_memory_does_not_hold_them() -> None:
     needed = sum(scaling.LINES[name].needed_bytes("120M", 1) for name in names)
     assert scaling.heats_of(names, "120M", 1, 2 * needed) == [names]
     assert scaling.heats_of(names, "120M", 1, needed) == [["cpu"], ["superoffload"]]
+    assert scaling.heats_of([], "1B", 2, needed) == [], "nobody runs a billion parameters on two ranks"
 
 
 @pytest.mark.parametrize("size", ["10M", "25M", "60M", "120M", "350M", "1B"])
@@ -102,6 +109,13 @@ def test_sizes_are_what_their_names_say(size: str) -> None:
 def test_seconds_that_spans_share_count_once() -> None:
     assert covered_seconds([(0.0, 2.0), (1.0, 3.0), (1.5, 1.75), (5.0, 6.0)]) == 4.0
     assert covered_seconds([]) == 0.0
+
+
+def test_only_a_file_that_is_there_is_resumed(tmp_path: Path) -> None:
+    command = [sys.executable, "benchmarks/scaling.py", "--resume", "--json", str(tmp_path / "none.json")]
+    done = subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2
+    assert "give one that is there" in done.stderr
 
 
 def test_an_unknown_size_is_refused() -> None:
