@@ -17,6 +17,7 @@ import argparse
 import gc
 import json
 import math
+import pickle
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,9 +30,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from benchmarks.step_cost import hardware
-from lightning_superscale.checkpoint.format.manifest import FileRecord, Manifest, TensorRecord
+from lightning_superscale.checkpoint.format.manifest import FileRecord, Manifest
 from lightning_superscale.checkpoint.load.segments import Blocks, ChunkFinder, ReadItem, Segment, blocks_of, segments_of
 from lightning_superscale.checkpoint.save.plan import divide, plan_file, plan_files
+from lightning_superscale.checkpoint.save.table import records_of, table_of
 from lightning_superscale.checkpoint.state import MASTER, MODEL, TensorInfo, TensorKey, optimizer_section
 from lightning_superscale.layout.box import Box, row_box, whole_box
 from lightning_superscale.layout.rows import shard_rows
@@ -112,17 +114,19 @@ def save(all_tensors: Mapping[TensorKey, TensorInfo], num_ranks: int, num_shards
     of_ranks = [of_shards[rank % num_shards] for rank in range(num_ranks)]
     with clock.part("divide the writing"):
         items = divide(all_tensors, of_ranks)
-    files, chunks = {}, {key: [] for key in all_tensors}
-    written = []
-    for rank, own in enumerate(items):
+    files, tables = {}, []
+    for rank in range(num_ranks):
         with clock.part("plan own files"):
-            for name, indices in plan_files(rank, own, all_tensors).items():
-                written.append((name, plan_file(name, [own[i] for i in indices], all_tensors, "plan")))
+            own = items[rank]
+            planned = {
+                name: plan_file(name, [own[i] for i in indices], all_tensors, "plan")
+                for name, indices in plan_files(rank, own, all_tensors).items()
+            }
+            table = table_of([pair for file in planned.values() for pair in file.chunks], all_tensors)
+            message = pickle.dumps(table)
+        files |= {name: FileRecord(file.size, "0" * 16) for name, file in planned.items()}
+        tables.append(message)
     with clock.part("make the manifest"):
-        for name, file in written:
-            files[name] = FileRecord(file.size, "0" * 16)
-            for key, chunk in file.chunks:
-                chunks[key].append(chunk)
         manifest = Manifest(
             uuid="plan",
             step=1,
@@ -130,7 +134,7 @@ def save(all_tensors: Mapping[TensorKey, TensorInfo], num_ranks: int, num_shards
             writers=num_ranks,
             libs={},
             files=files,
-            tensors={key: TensorRecord(info, tuple(chunks[key])) for key, info in all_tensors.items()},
+            tensors=records_of([pickle.loads(message) for message in tables], all_tensors),
         )
         manifest.check("plan")
         return manifest.to_bytes()

@@ -26,10 +26,10 @@ def test_what_an_earlier_version_wrote_is_read_bit_for_bit(path):
     assert verify(folder) == []
     source = open_checkpoint(folder)
     assert source.manifest.schema == f"lucp/{path.name[1:]}"
-    assert dict(source.tensors) == write.state().tensors
+    assert dict(source.tensors) == write.state(path.name).tensors
     requests = read_requests(source.tensors)
     source.read(requests)
-    assert_filled(requests, write.tensors())
+    assert_filled(requests, write.tensors(path.name))
     rest = source.rest
     assert torch.equal(rest.pop("best"), torch.tensor([1.0, 2.5]))
     assert rest == write.REST

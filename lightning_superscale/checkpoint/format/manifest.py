@@ -6,54 +6,39 @@ format.
 
 from __future__ import annotations
 
-import functools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
+import torch
+
 from lightning_superscale.checkpoint.format.blocks import hex_digest
+from lightning_superscale.checkpoint.format.chunks import Chunk, ChunkColumns, box_of
 from lightning_superscale.checkpoint.format.coverage import uncovered
 from lightning_superscale.checkpoint.format.dtypes import dtype_name, dtype_of
 from lightning_superscale.checkpoint.format.malformed import malformed_as_error, parse
 from lightning_superscale.checkpoint.state import Role, TensorInfo, TensorKey
 from lightning_superscale.errors import CheckpointError
-from lightning_superscale.layout.box import Box
 
 MANIFEST_NAME = "MANIFEST.json"
 REST_NAME = "rest.json"
-MAJOR, MINOR = 1, 0
+MAJOR, MINOR = 1, 1
 # Feature flags that this version can read. A reader refuses a manifest with a flag that it does not know.
 KNOWN_FEATURES: frozenset[str] = frozenset()
+_READER_OF_COLUMNS = "lucp/1.1"
 _SCHEMA = re.compile(r"lucp/(\d+)\.(\d+)")
 _HASH_AT_END = re.compile(rb',"xxh3":"([0-9a-f]{16})"\}\n\Z')
 _SAFE_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)*")
 
 
 @dataclass(frozen=True, slots=True)
-class Chunk:
-    """A box of a tensor that a file holds in consecutive bytes.
-
-    Attributes:
-        file: name of the file, relative to the manifest's `root`.
-        entry: name of the chunk in the file's safetensors header.
-        start: place of its first byte, counted from the beginning of the file.
-        box: the box, in the unsharded tensor.
-    """
-
-    file: str
-    entry: str
-    start: int
-    box: Box
-
-
-@dataclass(frozen=True, slots=True)
 class TensorRecord:
-    """A tensor and its chunks, which cover each element once."""
+    """A tensor and its chunks, which cover each element once; many chunks are columns."""
 
     info: TensorInfo
-    chunks: tuple[Chunk, ...]
+    chunks: Sequence[Chunk]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +67,7 @@ class Manifest:
         features: feature flags that a reader must know.
         unknown: optional fields of a newer minor version, kept as they are.
         schema: format version of the writer, as "lucp/major.minor".
-        min_reader: least format version that a reader must know.
+        min_reader: least format version that a reader must know; columns of chunks raise it to 1.1 in the file.
     """
 
     uuid: str
@@ -102,10 +87,11 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         """The content of the file: compact JSON with sorted keys, whose last field is the checksum of the others."""
+        names = tuple(sorted(self.files))
         fields = {
             **self.unknown,
             "schema": self.schema,
-            "min_reader": self.min_reader,
+            "min_reader": self._needed_reader(),
             "features": list(self.features),
             "uuid": self.uuid,
             "step": self.step,
@@ -114,7 +100,7 @@ class Manifest:
             "libs": dict(self.libs),
             "root": self.root,
             "files": {name: {"size": file.size, "xxh3": file.xxh3} for name, file in self.files.items()},
-            "tensors": [_tensor_to_json(key, self.tensors[key]) for key in sorted(self.tensors)],
+            "tensors": [_tensor_to_json(key, self.tensors[key], names) for key in sorted(self.tensors)],
             "optimizers": list(self.optimizers),
             "aliases": dict(self.aliases),
         }
@@ -149,13 +135,17 @@ class Manifest:
             CheckpointError: a file name leaves the folder, a chunk lies outside its file or unaligned, or a tensor's
                 chunks have gaps or overlap.
         """
+        names = tuple(sorted(self.files))
         for name, file in self.files.items():
             if not 0 <= file.size < 2**63:
                 raise CheckpointError(f"{where} gives {name} a size that no file has.")
         for name in (*self.files, *([self.root] if self.root else [])):
             if not _SAFE_NAME.fullmatch(name):
                 raise CheckpointError(f"{where} names the file {name!r}, which is not one of a checkpoint.")
+        file_sizes = torch.tensor([self.files[name].size for name in names], dtype=torch.int64)
         for key, record in self.tensors.items():
+            if _is_proven(record, names, file_sizes):
+                continue
             why = uncovered(record.info.shape, [chunk.box for chunk in record.chunks])
             if why is not None:
                 raise CheckpointError(f"{where}: {key} is not complete: {why}.")
@@ -165,6 +155,19 @@ class Manifest:
                     raise CheckpointError(f"{where}: {key} starts at byte {chunk.start} of {chunk.file}, unaligned.")
                 if chunk.file not in self.files or chunk.start < 0 or stop > self.files[chunk.file].size:
                     raise CheckpointError(f"{where}: {key} should end at byte {stop} of {chunk.file}, which it lacks.")
+
+    def _needed_reader(self) -> str:
+        """The least version that can read the file, as its `min_reader`."""
+        has_columns = any(isinstance(record.chunks, ChunkColumns) for record in self.tensors.values())
+        return max(self.min_reader, _READER_OF_COLUMNS, key=_version) if has_columns else self.min_reader
+
+
+def _is_proven(record: TensorRecord, names: tuple[str, ...], file_sizes: torch.Tensor) -> bool:
+    """Whether a tensor's chunks, as columns, are known to be complete and within their files, of these sizes."""
+    info, chunks = record.info, record.chunks
+    if not isinstance(chunks, ChunkColumns) or chunks.names != names:
+        return False
+    return chunks.are_proven(info.shape, info.dtype.itemsize, file_sizes)
 
 
 def blocks_name(data_name: str) -> str:
@@ -177,7 +180,12 @@ def is_data(name: str) -> bool:
     return name.startswith("data/")
 
 
-def _tensor_to_json(key: TensorKey, record: TensorRecord) -> dict[str, Any]:
+def _version(schema: str) -> tuple[int, ...]:
+    found = _SCHEMA.fullmatch(schema)
+    return () if found is None else (int(found[1]), int(found[2]))
+
+
+def _tensor_to_json(key: TensorKey, record: TensorRecord, names: tuple[str, ...]) -> dict[str, Any]:
     return {
         "section": key.section,
         "name": key.name,
@@ -186,20 +194,33 @@ def _tensor_to_json(key: TensorKey, record: TensorRecord) -> dict[str, Any]:
         "shape": list(record.info.shape),
         "role": record.info.role,
         **({"trainable": True} if record.info.trainable else {}),
-        "pieces": [
-            {"file": p.file, "entry": p.entry, "at": p.start, "offset": list(p.box.offset), "size": list(p.box.size)}
-            for p in record.chunks
-        ],
+        "pieces": _chunks_to_json(record.chunks, names),
     }
 
 
-@functools.lru_cache(maxsize=2**16)
-def _box(offset: tuple[int, ...], size: tuple[int, ...]) -> Box:
-    """The box of a piece; layers of a model are cut alike, so most pieces share theirs."""
-    return Box(tuple(map(int, offset)), tuple(map(int, size)))
+def _chunks_to_json(chunks: Sequence[Chunk], names: tuple[str, ...]) -> Any:
+    if isinstance(chunks, ChunkColumns):
+        return chunks.to_json(names)
+    return [
+        {"file": p.file, "entry": p.entry, "at": p.start, "offset": list(p.box.offset), "size": list(p.box.size)}
+        for p in chunks
+    ]
 
 
-def _tensor_from_json(fields: dict[str, Any], where: str) -> tuple[TensorKey, TensorRecord]:
+def _chunks_from_json(pieces: Any, names: tuple[str, ...]) -> Sequence[Chunk]:
+    if isinstance(pieces, dict):
+        return ChunkColumns.from_json(pieces, names)
+    return tuple(
+        Chunk(str(p["file"]), str(p["entry"]), int(p["at"]), box_of(_ints(p["offset"]), _ints(p["size"])))
+        for p in pieces
+    )
+
+
+def _ints(values: Iterable[Any]) -> tuple[int, ...]:
+    return tuple(map(int, values))
+
+
+def _tensor_from_json(fields: dict[str, Any], names: tuple[str, ...], where: str) -> tuple[TensorKey, TensorRecord]:
     key = TensorKey(str(fields["section"]), str(fields["name"]), str(fields.get("state", "")))
     if fields["role"] not in get_args(Role):
         raise CheckpointError(f"{where}: {key} has the role {fields['role']!r}, which this version does not know.")
@@ -209,11 +230,7 @@ def _tensor_from_json(fields: dict[str, Any], where: str) -> tuple[TensorKey, Te
         fields["role"],
         bool(fields.get("trainable", False)),
     )
-    chunks = tuple(
-        Chunk(str(p["file"]), str(p["entry"]), int(p["at"]), _box(tuple(p["offset"]), tuple(p["size"])))
-        for p in fields["pieces"]
-    )
-    return key, TensorRecord(info, chunks)
+    return key, TensorRecord(info, _chunks_from_json(fields["pieces"], names))
 
 
 def _from_fields(fields: dict[str, Any], where: str) -> Manifest:
@@ -221,7 +238,8 @@ def _from_fields(fields: dict[str, Any], where: str) -> Manifest:
         "schema", "min_reader", "features", "uuid", "step", "world", "writers", "libs", "root", "files", "tensors",
         "optimizers", "aliases", "xxh3",
     }  # fmt: skip
-    tensors = [_tensor_from_json(tensor, where) for tensor in fields["tensors"]]
+    names = tuple(sorted(fields["files"]))
+    tensors = [_tensor_from_json(tensor, names, where) for tensor in fields["tensors"]]
     if len({key for key, _ in tensors}) != len(tensors):
         raise ValueError("a tensor is listed twice")
     return Manifest(

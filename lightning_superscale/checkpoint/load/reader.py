@@ -20,8 +20,15 @@ from torch import Tensor
 
 from lightning_superscale.checkpoint.format import json_codec as rest_json
 from lightning_superscale.checkpoint.format.blocks import BLOCK_BYTES, BlockSums, hex_digest
+from lightning_superscale.checkpoint.format.chunks import chunks_in
 from lightning_superscale.checkpoint.format.malformed import malformed_as_error, parse
-from lightning_superscale.checkpoint.format.manifest import MANIFEST_NAME, REST_NAME, Manifest, blocks_name
+from lightning_superscale.checkpoint.format.manifest import (
+    MANIFEST_NAME,
+    REST_NAME,
+    Manifest,
+    blocks_name,
+    is_data,
+)
 from lightning_superscale.checkpoint.format.payload import is_wrapper
 from lightning_superscale.checkpoint.load.exchange import Sharing
 from lightning_superscale.checkpoint.load.scatter import READ_THREADS, Buffers, Filling, Others, Wanted
@@ -215,7 +222,8 @@ class SavedState:
                 world_size = self._mesh.world.size
                 nbytes = sharing.run_mapped([mapped_transfer_of(s, self._nbytes(s), world_size) for s in shared])
                 if nbytes is None:
-                    others = Others([wanted for _, wanted in looked], self.manifest.tensors)
+                    files = frozenset(segment.file for segment in own)
+                    others = Others([wanted for _, wanted in looked], self.manifest.tensors, files)
                     nbytes = sharing.run(self._transfers(shared, mine, failed), others)
                 self.bytes_read += nbytes
             alone = [segment for segment in own if len(segment.ranks) == 1]
@@ -230,8 +238,8 @@ class SavedState:
         Raises:
             CheckpointError: on every rank: a block is damaged; names the file, block and tensors.
         """
-        files = {chunk.file for record in self.manifest.tensors.values() for chunk in record.chunks}
-        blocks = {file: [(0, -(-self.manifest.files[file].size // BLOCK_BYTES))] for file in files}
+        files = {name: file for name, file in self.manifest.files.items() if is_data(name)}
+        blocks = {name: [(0, -(-file.size // BLOCK_BYTES))] for name, file in files.items()}
         rank, world_size = self._mesh.world.rank, self._mesh.world.size
         own = [segment for segment in segments_of([blocks] * world_size) if segment.reader == rank]
         attempt(self._mesh, lambda: self._check(own), f"{self.path} can't be loaded")
@@ -360,10 +368,10 @@ def tensors_in_block(manifest: Manifest, file: str, block: int) -> str:
     found = [
         str(key)
         for key, record in manifest.tensors.items()
-        for chunk in record.chunks
-        if chunk.file == file
-        and chunk.start < high
-        and chunk.start + chunk.box.numel * record.info.dtype.itemsize > low
+        if any(
+            chunk.start < high and chunk.start + chunk.box.numel * record.info.dtype.itemsize > low
+            for chunk in chunks_in(record.chunks, frozenset({file}))
+        )
     ]
     shown = ", ".join(found[:3]) or "the file's header"
     return shown + (f" and {len(found) - 3} more" if len(found) > 3 else "")

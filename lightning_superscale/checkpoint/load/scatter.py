@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from lightning_superscale.checkpoint.format.blocks import BLOCK_BYTES
-from lightning_superscale.checkpoint.format.manifest import Chunk, TensorRecord
+from lightning_superscale.checkpoint.format.chunks import Chunk, chunks_in
+from lightning_superscale.checkpoint.format.manifest import TensorRecord
 from lightning_superscale.checkpoint.load.segments import (
     SEGMENT_BLOCKS,
     ReadItem,
@@ -206,13 +207,16 @@ class Others:
     Args:
         wanted: each rank's boxes, by rank, in the order of its requests.
         tensors: all tensors of the manifest, in the order that `wanted` counts them in.
+        files: the files of the segments that this rank reads.
     """
 
-    def __init__(self, wanted: Sequence[Wanted], tensors: Mapping[TensorKey, TensorRecord]) -> None:
+    def __init__(
+        self, wanted: Sequence[Wanted], tensors: Mapping[TensorKey, TensorRecord], files: frozenset[str]
+    ) -> None:
         self._chunks: _Spans[tuple[TensorKey, Chunk]] = _Spans(
             (chunk.file, chunk.start, chunk.start + chunk.box.numel * record.info.dtype.itemsize, (key, chunk))
             for key, record in tensors.items()
-            for chunk in record.chunks
+            for chunk in chunks_in(record.chunks, files)
         )
         self._dtypes = {key: record.info.dtype for key, record in tensors.items()}
         self._boxes: list[dict[TensorKey, list[tuple[int, Box]]]] = []

@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 
 from lightning_superscale.checkpoint.format.blocks import BLOCK_BYTES
-from lightning_superscale.checkpoint.format.manifest import Chunk, TensorRecord
+from lightning_superscale.checkpoint.format.chunks import Chunk, ChunkColumns
+from lightning_superscale.checkpoint.format.manifest import TensorRecord
 from lightning_superscale.checkpoint.save.plan import boxes_between
 from lightning_superscale.checkpoint.state import TensorKey
 from lightning_superscale.layout.box import Box
@@ -143,8 +144,12 @@ class _ChunkRows(NamedTuple):
 
 
 def _rows_of(chunks: Sequence[Chunk]) -> _ChunkRows:
-    order = sorted(range(len(chunks)), key=lambda i: chunks[i].box.offset[0])
-    return _ChunkRows([chunks[i].box.offset[0] for i in order], order, max(chunk.box.size[0] for chunk in chunks))
+    if isinstance(chunks, ChunkColumns):
+        starts, counts = chunks.rows()
+    else:
+        starts, counts = [chunk.box.offset[0] for chunk in chunks], [chunk.box.size[0] for chunk in chunks]
+    order = sorted(range(len(chunks)), key=starts.__getitem__)
+    return _ChunkRows([starts[i] for i in order], order, max(counts))
 
 
 def byte_runs(item: ReadItem) -> Iterator[tuple[int, int]]:

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from lightning_superscale.checkpoint.format.chunks import Chunk
 from lightning_superscale.checkpoint.format.coverage import uncovered
-from lightning_superscale.checkpoint.format.manifest import Chunk
 from lightning_superscale.checkpoint.format.payload import FileEntry, layout, sort_entries
 from lightning_superscale.checkpoint.state import TensorInfo, TensorKey
 from lightning_superscale.errors import CheckpointError
@@ -208,6 +208,11 @@ class FilePlan:
     size: int
 
 
+def entry_prefix(key: TensorKey) -> str:
+    """The name of a tensor's entries in a safetensors header, before the number that each has in its file."""
+    return f"{key.section}/{key.name}" + (f"[{key.state}]" if key.state else "") + "#"
+
+
 def plan_files(rank: int, items: Sequence[WriteItem], tensors: Mapping[TensorKey, TensorInfo]) -> dict[str, list[int]]:
     """The files that a rank writes: by name, the indices of their items."""
     sizes = [item.box.numel * tensors[item.key].dtype.itemsize for item in items]
@@ -226,8 +231,7 @@ def plan_file(name: str, items: Sequence[WriteItem], tensors: Mapping[TensorKey,
     for item in items:
         key = item.key
         number = counts[key] = counts.get(key, -1) + 1
-        state = f"[{key.state}]" if key.state else ""
-        entries.append(FileEntry(f"{key.section}/{key.name}{state}#{number}", tensors[key].dtype, item.box.size))
+        entries.append(FileEntry(f"{entry_prefix(key)}{number}", tensors[key].dtype, item.box.size))
     order = sort_entries(entries)
     place = layout([entries[i] for i in order], uuid)
     chunks = tuple(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import math
 import platform
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,18 +23,13 @@ from torch import Tensor
 from lightning_superscale import __version__
 from lightning_superscale.checkpoint.format import json_codec as rest_json
 from lightning_superscale.checkpoint.format.blocks import FileDigest, hex_digest
+from lightning_superscale.checkpoint.format.chunks import Chunk
 from lightning_superscale.checkpoint.format.dtypes import dtype_name
-from lightning_superscale.checkpoint.format.manifest import (
-    REST_NAME,
-    Chunk,
-    FileRecord,
-    Manifest,
-    TensorRecord,
-    blocks_name,
-)
+from lightning_superscale.checkpoint.format.manifest import REST_NAME, FileRecord, Manifest, blocks_name
 from lightning_superscale.checkpoint.format.payload import PayloadWriter, is_wrapper
 from lightning_superscale.checkpoint.phases import attempt
 from lightning_superscale.checkpoint.save.plan import WRITE_THREADS, WriteItem, divide, plan_file, plan_files
+from lightning_superscale.checkpoint.save.table import ChunkTable, records_of, table_of
 from lightning_superscale.checkpoint.state import EXTRA, LocalState, TensorInfo, TensorKey
 from lightning_superscale.checkpoint.storage.local import Target, new_uuid, target_at
 from lightning_superscale.comm.collectives import gather_objects
@@ -108,8 +104,8 @@ class _Offer:
 class _Written:
     """The files and chunks that one rank wrote."""
 
-    files: dict[str, FileRecord] = field(default_factory=dict)
-    chunks: list[tuple[TensorKey, Chunk]] = field(default_factory=list)
+    files: dict[str, FileRecord]
+    chunks: ChunkTable
 
 
 def save(path: str, state: LocalState, mesh: DataMesh, *, step: int | None = None) -> None:
@@ -179,7 +175,7 @@ def prepare(state: LocalState, mesh: DataMesh, *, step: int | None = None) -> Pr
             OwnItem(item, HeldValues(values[item.key, item.shard][item.box.within(item.shard)]))
             for item in items[mesh.world.rank]
         ),
-        nbytes=sum(item.box.numel * tensors[item.key].dtype.itemsize for own in items for item in own),
+        nbytes=sum(math.prod(info.shape) * info.dtype.itemsize for info in tensors.values()),
         step=step,
         rest=json.dumps(encoded.get("rest"), separators=(",", ":"), allow_nan=False).encode(),
         optimizers=tuple(encoded.get("optimizers", ())),
@@ -263,18 +259,19 @@ def _begin(target: Target, prepared: PreparedSave) -> str:
 
 def _write_own(target: Target, prepared: PreparedSave, uuid: str, mesh: DataMesh) -> _Written:
     target.join(uuid)
-    written = _Written()
+    files: dict[str, FileRecord] = {}
+    chunks: list[tuple[TensorKey, Chunk]] = []
     planned = plan_files(mesh.world.rank, [one.item for one in prepared.own], prepared.tensors)
     names = {name: [prepared.own[i] for i in indices] for name, indices in planned.items()}
     with ThreadPoolExecutor(WRITE_THREADS, thread_name_prefix="checkpoint writer") as threads:
         tasks = [threads.submit(_write_file, target, name, names[name], prepared, uuid) for name in names]
     for name, task in zip(names, tasks, strict=True):
-        digest, chunks = task.result()
-        written.files[name] = FileRecord(digest.size, digest.xxh3)
-        written.chunks.extend(chunks)
-        written.files[blocks_name(name)] = _write_bytes(target, blocks_name(name), digest.blocks)
+        digest, own = task.result()
+        files[name] = FileRecord(digest.size, digest.xxh3)
+        chunks += own
+        files[blocks_name(name)] = _write_bytes(target, blocks_name(name), digest.blocks)
     target.seal()
-    return written
+    return _Written(files, table_of(chunks, prepared.tensors))
 
 
 def _write_file(
@@ -297,10 +294,6 @@ def _write_bytes(target: Target, name: str, data: bytes) -> FileRecord:
 
 
 def _publish(target: Target, prepared: PreparedSave, uuid: str, written: Sequence[_Written]) -> None:
-    chunks: dict[TensorKey, list[Chunk]] = {key: [] for key in prepared.tensors}
-    for one in written:
-        for key, chunk in one.chunks:
-            chunks[key].append(chunk)
     manifest = Manifest(
         uuid=uuid,
         step=prepared.step,
@@ -313,7 +306,7 @@ def _publish(target: Target, prepared: PreparedSave, uuid: str, written: Sequenc
         },
         files={name: file for one in written for name, file in one.files.items()}
         | {REST_NAME: _write_bytes(target, REST_NAME, prepared.rest)},
-        tensors={key: TensorRecord(info, tuple(chunks[key])) for key, info in prepared.tensors.items()},
+        tensors=records_of([one.chunks for one in written], prepared.tensors),
         optimizers=prepared.optimizers,
         aliases=prepared.aliases,
         root=target.root,

@@ -10,6 +10,7 @@ import torch
 import xxhash
 
 from lightning_superscale.checkpoint.format.blocks import BLOCK_BYTES, BlockSums, hex_digest
+from lightning_superscale.checkpoint.format.chunks import chunks_in
 from lightning_superscale.checkpoint.format.dtypes import dtype_name
 from lightning_superscale.checkpoint.format.malformed import parse
 from lightning_superscale.checkpoint.format.manifest import MANIFEST_NAME, Manifest, blocks_name, is_data
@@ -171,9 +172,7 @@ class _Verification:
             return [Finding(name, "has no safetensors header")]
         findings = []
         for key, record in self._manifest.tensors.items():
-            for chunk in record.chunks:
-                if chunk.file != name:
-                    continue
+            for chunk in chunks_in(record.chunks, frozenset({name})):
                 start = chunk.start - 8 - nbytes
                 expected = {
                     "dtype": dtype_name(record.info.dtype, key),

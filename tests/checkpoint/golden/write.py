@@ -13,6 +13,7 @@ import sys
 import torch
 from torch import Tensor
 
+from lightning_superscale.checkpoint.format.manifest import MAJOR, MINOR
 from lightning_superscale.checkpoint.save.writer import save
 from lightning_superscale.checkpoint.state import LocalShard, LocalState, OptimizerRecord, TensorInfo, TensorKey
 from lightning_superscale.comm.mesh import single_mesh
@@ -31,10 +32,13 @@ OPTIMIZER = OptimizerRecord(
 )
 
 
-def tensors() -> dict[TensorKey, Tensor]:
-    """By arithmetic, so that no version of torch's generator matters."""
+def tensors(version: str) -> dict[TensorKey, Tensor]:
+    """What the golden checkpoint of a version holds; by arithmetic, so that no version of torch's generator matters."""
     ramp = torch.arange(24).view(6, 4)
+    # In so many parts that they are written as columns.
+    many = {TensorKey("model", "many.weight"): torch.arange(140).view(70, 2) / 9}
     return {
+        **(many if version != "v1.0" else {}),
         TensorKey("model", "embed.weight"): (ramp / 7).to(torch.bfloat16),
         TensorKey("model", "bias"): torch.tensor([0.5, -0.25, float("inf")]),
         TensorKey("model", "seen"): torch.tensor(2**40 + 1),
@@ -46,16 +50,20 @@ def tensors() -> dict[TensorKey, Tensor]:
     }
 
 
-def state() -> LocalState:
+def state(version: str) -> LocalState:
     shards = {}
-    for key, tensor in tensors().items():
+    for key, tensor in tensors(version).items():
         boxes = [whole_box(tensor.shape)]
         if tensor.dim() == 2 and tensor.shape[0] == 6:
             boxes = [row_box(tensor.shape, 0, 4), row_box(tensor.shape, 4, 6)]
+        if key.name == "many.weight":
+            boxes = [row_box(tensor.shape, i, i + 1) for i in range(tensor.shape[0])]
         shards[key] = tuple(LocalShard(box, tensor[box.within(whole_box(tensor.shape))]) for box in boxes)
-    infos = {key: TensorInfo(t.dtype, tuple(t.shape), "model", key.name == "bias") for key, t in tensors().items()}
+    infos = {
+        key: TensorInfo(t.dtype, tuple(t.shape), "model", key.name == "bias") for key, t in tensors(version).items()
+    }
     return LocalState(infos, shards, (OPTIMIZER,), ALIASES, {**REST, "best": torch.tensor([1.0, 2.5])})
 
 
 if __name__ == "__main__":
-    save(sys.argv[1], state(), single_mesh(), step=STEP)
+    save(sys.argv[1], state(f"v{MAJOR}.{MINOR}"), single_mesh(), step=STEP)

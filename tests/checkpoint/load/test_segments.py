@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_superscale.checkpoint.format.blocks import BLOCK_BYTES
-from lightning_superscale.checkpoint.format.manifest import Chunk, TensorRecord
+from lightning_superscale.checkpoint.format.chunks import Chunk, ChunkColumns
+from lightning_superscale.checkpoint.format.manifest import TensorRecord
 from lightning_superscale.checkpoint.load import segments
 from lightning_superscale.checkpoint.load.scatter import Filling, Others
 from lightning_superscale.checkpoint.load.segments import (
@@ -35,10 +38,11 @@ def chunks_and_boxes(draw):
         start, column = draw(st.integers(0, 30)), draw(st.integers(0, 3))
         return Box((start, column), (draw(st.integers(0, 9)), draw(st.integers(1, 4 - column))))
 
-    record = TensorRecord(
-        TensorInfo(torch.float32, (40, 4), "model"),
-        tuple(Chunk("f", str(i), 0, box()) for i in range(draw(st.integers(1, 20)))),
-    )
+    chunks: Sequence[Chunk] = tuple(Chunk("f", f"x#{i}", 0, box()) for i in range(draw(st.integers(1, 20))))
+    if draw(st.booleans()):
+        rows = [(0, i, 0, *chunk.box.offset, *chunk.box.size) for i, chunk in enumerate(chunks)]
+        chunks = ChunkColumns(("f",), "x#", torch.tensor(rows))
+    record = TensorRecord(TensorInfo(torch.float32, (40, 4), "model"), chunks)
     return record, [box() for _ in range(draw(st.integers(1, 5)))]
 
 
@@ -140,7 +144,7 @@ def test_what_one_rank_packs_for_another_is_what_that_scatters(dtype):
     outs = [torch.zeros(box.size, dtype=dtype) for _, box in wanted]
     filling = Filling([ReadRequest(key, box, out) for (key, box), out in zip(wanted, outs, strict=True)])
     filling.take(read_items_of(wanted, tensors))
-    others = Others([(), [(keys.index(key), box.offset, box.size) for key, box in wanted]], tensors)
+    others = Others([(), [(keys.index(key), box.offset, box.size) for key, box in wanted]], tensors, frozenset({"f"}))
     for first in range(3):
         segment = Segment("f", first, first + 1, (0, 1), 0)
         start = first * BLOCK_BYTES
