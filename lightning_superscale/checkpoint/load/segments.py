@@ -7,7 +7,7 @@ them, which sends each other rank the part that it wants.
 from __future__ import annotations
 
 import math
-from bisect import bisect_left, bisect_right, insort
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -208,29 +208,34 @@ def segments_of(wanted: Sequence[Blocks]) -> list[Segment]:
         wanted: each rank's blocks, by rank: results of `blocks_of`, whose intervals are apart.
     """
     loads = [0] * len(wanted)
-    segments = []
-    # Only the ranks that want something of a file are asked for it: of thousands, few do.
-    of_files: dict[str, list[tuple[int, Sequence[tuple[int, int]]]]] = {}
+    segments: list[Segment] = []
+    # Only the ranks that want something of a file are asked for it: of thousands, few do; and replicas want the same.
+    of_files: dict[str, dict[tuple[tuple[int, int], ...], list[int]]] = {}
     for rank, blocks in enumerate(wanted):
         for file, intervals in blocks.items():
-            of_files.setdefault(file, []).append((rank, intervals))
+            of_files.setdefault(file, {}).setdefault(tuple(intervals), []).append(rank)
     for file, of_ranks in sorted(of_files.items()):
+        alike = [tuple(ranks) for ranks in of_ranks.values()]
         begins: dict[int, list[int]] = {}
         ends: dict[int, list[int]] = {}
-        for rank, intervals in of_ranks:
+        for i, intervals in enumerate(of_ranks):
             for first, stop in intervals:
-                begins.setdefault(first, []).append(rank)
-                ends.setdefault(stop, []).append(rank)
+                begins.setdefault(first, []).append(i)
+                ends.setdefault(stop, []).append(i)
         edges = sorted({*begins, *ends})
-        want: list[int] = []  # the ranks that want the blocks from here on, in order
+        want: set[int] = set()  # of `alike`: who wants the blocks from here on
+        all_of: dict[frozenset[int], tuple[int, ...]] = {}
         for first, stop in zip(edges, edges[1:], strict=False):
-            for rank in ends.get(first, ()):
-                want.remove(rank)
-            for rank in begins.get(first, ()):
-                insort(want, rank)
-            ranks = tuple(want)
+            want.difference_update(ends.get(first, ()))
+            want.update(begins.get(first, ()))
+            if not want:
+                continue
+            who = frozenset(want)
+            ranks = all_of.get(who)
+            if ranks is None:
+                ranks = all_of[who] = tuple(sorted(rank for i in want for rank in alike[i]))
             start = first
-            while ranks and start < stop:
+            while start < stop:
                 end = min(stop, start - start % SEGMENT_BLOCKS + SEGMENT_BLOCKS)
                 # The first of those that read least; ranks are in order.
                 reader = ranks[0] if len(ranks) == 1 else min(ranks, key=loads.__getitem__)

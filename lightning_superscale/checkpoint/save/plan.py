@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 from lightning_superscale.checkpoint.format.chunks import Chunk
 from lightning_superscale.checkpoint.format.coverage import uncovered
@@ -42,54 +42,97 @@ class WriteItem(NamedTuple):
 Held = Sequence[Mapping[TensorKey, Sequence[Box]]]
 
 
-def divide(tensors: Mapping[TensorKey, TensorInfo], held: Held) -> list[list[WriteItem]]:
-    """The items that each rank writes.
+class Division(Sequence[list[WriteItem]]):
+    """The items that each rank writes, by rank; they are made as they are asked for, since a rank needs its own only.
+
+    Args:
+        tensors: all tensors of the state.
+        alone: tensors and, by rank, the boxes of them that it alone holds.
+        shared: by rank, its part of what several hold.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[TensorKey, TensorInfo],
+        alone: Sequence[tuple[TensorKey, Sequence[Sequence[Box]]]],
+        shared: Sequence[Sequence[WriteItem]],
+    ) -> None:
+        self._tensors, self._alone, self._shared = tensors, alone, shared
+
+    def __len__(self) -> int:
+        return len(self._shared)
+
+    @overload
+    def __getitem__(self, rank: int) -> list[WriteItem]: ...
+
+    @overload
+    def __getitem__(self, rank: slice) -> list[list[WriteItem]]: ...
+
+    def __getitem__(self, rank: int | slice) -> list[WriteItem] | list[list[WriteItem]]:
+        if isinstance(rank, slice):
+            return [self[i] for i in range(*rank.indices(len(self)))]
+        items = [WriteItem(key, box, box) for key, of_ranks in self._alone for box in of_ranks[rank]]
+        items += self._shared[rank]
+        return [part for item in items for part in _limited(item, self._limit(item.key))]
+
+    def _limit(self, key: TensorKey) -> int:
+        return MAX_CHUNK_BYTES // self._tensors[key].dtype.itemsize
+
+
+def divide(tensors: Mapping[TensorKey, TensorInfo], held: Held) -> Division:
+    """The items that each rank writes; together they cover each tensor once.
 
     Args:
         tensors: all tensors of the state.
         held: each rank's boxes of each tensor, by rank; quick where tensors that are cut alike share one tuple of them.
 
-    Returns:
-        Each rank's items, by rank; together they cover each tensor once.
-
     Raises:
         CheckpointError: the boxes don't cover a tensor, or overlap without being equal; names it.
     """
-    items: list[list[WriteItem]] = [[] for _ in held]
-    loads = [0] * len(held)
-    shared: dict[tuple[int, ...], list[tuple[TensorKey, Box]]] = {}
     # Layers of a model are cut alike: with thousands of ranks, what many tensors share is looked at once.
-    known: dict[tuple[tuple[int, ...], tuple[int, ...]], list[_HeldBox]] = {}
+    known: dict[tuple[tuple[int, ...], tuple[int, ...]], _Cut] = {}
     kept = []  # so that no other tuple gets the id of one of these
+    alone = []
+    shared: dict[tuple[int, ...], list[tuple[TensorKey, Box]]] = {}
     for key in sorted(tensors):
         shape, itemsize = tensors[key].shape, tensors[key].dtype.itemsize
         of_ranks = [boxes.get(key, ()) for boxes in held]
-        cut = (shape, tuple(map(id, of_ranks)))
-        if cut not in known:
-            known[cut] = _held_boxes(key, shape, of_ranks)
+        which = (shape, tuple(map(id, of_ranks)))
+        if which not in known:
+            known[which] = _cut_of(key, shape, of_ranks)
             kept.append(of_ranks)
-        for box, numel, holding in known[cut]:
-            if len(holding) == 1:
-                loads[holding[0]] += numel * itemsize
-                items[holding[0]].append(WriteItem(key, box, box))
-            else:
-                shared.setdefault(holding, []).append((key, box))
+        cut = known[which]
+        cut.itemsizes += itemsize
+        alone.append((key, cut.alone))
+        for box, ranks in cut.shared:
+            shared.setdefault(ranks, []).append((key, box))
+    loads = [0] * len(held)
+    for cut in known.values():
+        for rank, boxes in enumerate(cut.alone):
+            loads[rank] += sum(box.numel for box in boxes) * cut.itemsizes
+    items: list[list[WriteItem]] = [[] for _ in held]
     for ranks in sorted(shared, key=lambda ranks: (len(ranks), ranks)):
         _share(shared[ranks], ranks, tensors, loads, items)
-    limits = {key: MAX_CHUNK_BYTES // info.dtype.itemsize for key, info in tensors.items()}
-    return [[chunk for item in own for chunk in _limited(item, limits[item.key])] for own in items]
+    return Division(tensors, alone, items)
 
 
-class _HeldBox(NamedTuple):
-    """A box that is not empty, its elements, and the ranks that hold it."""
+@dataclass(slots=True)
+class _Cut:
+    """How ranks hold a tensor, and all that are held alike. Boxes are in order, and none is empty.
 
-    box: Box
-    numel: int
-    ranks: tuple[int, ...]
+    Attributes:
+        alone: by rank, the boxes that it alone holds.
+        shared: boxes that several ranks hold, and these.
+        itemsizes: bytes of an element, of all tensors together.
+    """
+
+    alone: list[list[Box]]
+    shared: list[tuple[Box, tuple[int, ...]]]
+    itemsizes: int = 0
 
 
-def _held_boxes(key: TensorKey, shape: Sequence[int], of_ranks: Sequence[Sequence[Box]]) -> list[_HeldBox]:
-    """The boxes of a tensor, in order.
+def _cut_of(key: TensorKey, shape: Sequence[int], of_ranks: Sequence[Sequence[Box]]) -> _Cut:
+    """How ranks hold a tensor.
 
     Raises:
         CheckpointError: they don't cover it, or overlap without being equal; names the key.
@@ -106,8 +149,13 @@ def _held_boxes(key: TensorKey, shape: Sequence[int], of_ranks: Sequence[Sequenc
             f"{key} can't be saved: {why}. Together the ranks must hold each element, in boxes that are equal "
             "where they overlap."
         )
-    found = [_HeldBox(box, box.numel, tuple(holding)) for box, holding in sorted(holders.items())]
-    return [one for one in found if one.numel]
+    cut = _Cut([[] for _ in of_ranks], [])
+    for box, holding in sorted(holders.items()):
+        if box.numel and len(holding) == 1:
+            cut.alone[holding[0]].append(box)
+        elif box.numel:
+            cut.shared.append((box, tuple(holding)))
+    return cut
 
 
 def _share(
