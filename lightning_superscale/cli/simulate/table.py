@@ -34,7 +34,7 @@ def show(found: Simulation, console: Console) -> None:
         table.add_row(*row)
     console.print(table, width=max(console.width, _WIDTH), crop=False)
     console.print(
-        "`+` is what a device waited for: weights of other ranks, reductions, attention's exchanges, the host.",
+        "`+` is what a device waited for, copies included: weights of other ranks, reductions, attention, the host.",
         soft_wrap=True,
     )
     console.print(f"Assumed: {'; '.join(found.assumptions)}.", soft_wrap=True)

@@ -64,7 +64,10 @@ def _namespaces(module: nn.Module) -> Iterator[tuple[MutableMapping[str, Any], s
 
 
 def _is_flex(value: object) -> bool:
-    return isinstance(value, FunctionType) and (value is flex_attention or compiled_from(value) is flex_attention)
+    # By its type alone: `isinstance` asks a value for its `__class__`, and what is deprecated then warns.
+    if type(value) is not FunctionType:
+        return False
+    return value is flex_attention or compiled_from(value) is flex_attention
 
 
 def _shared(attend: Callable[..., Any]) -> Callable[..., Any]:

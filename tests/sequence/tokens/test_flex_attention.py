@@ -9,6 +9,7 @@ Tolerance: see test_tensor.py.
 
 from __future__ import annotations
 
+import warnings
 from importlib.util import find_spec
 
 import pytest
@@ -259,6 +260,17 @@ def test_names_are_replaced_and_put_back():
     install.remove()
     assert (flex_attention, compiled, model.attend) == before
     assert torchs.flex_attention is before[0]
+
+
+def test_names_that_are_no_functions_are_not_touched():
+    """Modules of Python have names of which a deprecated one, such as torch.distributed.reduce_op, warns when asked."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        hook = FlexAttention()
+        hook.install(nn.Linear(2, 2))
+        hook.remove()
+        with pytest.raises(FutureWarning, match="reduce_op"):
+            isinstance(dist.reduce_op, int)
 
 
 def test_functions_without_tokens_are_the_same_ones():
