@@ -20,6 +20,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from lightning_superscale.comm.in_graph import AxisLink
 from lightning_superscale.sequence.attention.all_gather import every_token
 from lightning_superscale.sequence.attention.heads import plan_heads
+from lightning_superscale.sequence.attention.index import chosen, index_on
 from lightning_superscale.sequence.attention.ulysses import exchanged, to_tokens
 
 Mod = Callable[..., Tensor]
@@ -74,25 +75,26 @@ def flex_by_ulysses(flex: Flex, q: Tensor, k: Tensor, v: Tensor, window: Window,
     num_tokens = q.shape[2] * link.size
     q, k, v, heads = exchanged(q, k, v, plan.exchanges[0], link)
     q, k, v = (x.narrow(2, window.start, window.length) for x in (q, k, v))
-    score_mod, block_mask = _of_heads(flex, heads)
+    score_mod, block_mask = _of_heads(flex, heads, q)
     after = num_tokens - window.start - window.length
     found = []
     for one in _results(flex(q, k, v, score_mod, block_mask)):
         every = to_tokens(functional.pad(one, (0, 0, window.start, after)), link)
-        found.append(every.index_select(1, torch.tensor(plan.order, device=every.device)))
+        found.append(chosen(every, 1, plan.order))
     return found
 
 
-def _of_heads(flex: Flex, heads: Tensor) -> tuple[Mod | None, BlockMask | None]:
-    """The functions of these heads, whose numbers count from 0 in them."""
+def _of_heads(flex: Flex, heads: tuple[int, ...], like: Tensor) -> tuple[Mod | None, BlockMask | None]:
+    """The functions of these heads, whose numbers count from 0 in them, on a tensor's device."""
     score_mod, whole = flex.score_mod, flex.block_mask
+    number_of = index_on(heads, like)
 
     def score_of_head(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         if score_mod is None:
             raise AssertionError("scores that no function changes")
-        return score_mod(score, b, heads[h], i, j)
+        return score_mod(score, b, number_of[h], i, j)
 
-    found = None if whole is None else _kept(whole, tuple(heads.tolist()), lambda: _mask_of_heads(whole, heads))
+    found = None if whole is None else _kept(whole, heads, lambda: _mask_of_heads(whole, number_of))
     return None if score_mod is None else score_of_head, found
 
 

@@ -7,6 +7,7 @@ multi-query attention share one among several): with fewer of them than ranks a 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -72,6 +73,7 @@ class HeadPlan:
         )
 
 
+@functools.lru_cache(maxsize=256)
 def plan_heads(num_queries: int, num_keys: int, size: int, num_chunks: int = 1) -> HeadPlan:
     """Share heads among ranks.
 

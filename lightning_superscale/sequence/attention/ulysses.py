@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_superscale.comm.in_graph import AxisLink, all_to_all
 from lightning_superscale.sequence.attention.heads import Exchange, plan_heads
+from lightning_superscale.sequence.attention.index import chosen
 from lightning_superscale.sequence.attention.masked import attend_masked
 from lightning_superscale.sequence.attention.sdpa import Attend
 from lightning_superscale.sequence.attention.visibility import Visibility
@@ -49,7 +50,7 @@ def ulysses_attention(
         else:
             outputs.append(run(q, k, v))
     every = torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0]
-    return every if plan.order == tuple(range(every.shape[1])) else every.index_select(1, _index(plan.order, q))
+    return chosen(every, 1, plan.order)
 
 
 def _attend_some(
@@ -62,8 +63,8 @@ def _attend_some(
 
 def exchanged(
     q: Tensor, k: Tensor, v: Tensor, exchange: Exchange, link: AxisLink
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Queries, keys and values of all tokens of this rank's heads, and the numbers of its query heads, int64.
+) -> tuple[Tensor, Tensor, Tensor, tuple[int, ...]]:
+    """Queries, keys and values of all tokens of this rank's heads, and the numbers of its query heads.
 
     A head of zeros, where heads don't divide, has the number of the last one.
     """
@@ -72,21 +73,12 @@ def exchanged(
         q = functional.pad(q, (0, 0, 0, 0, 0, 1))  # a head of zeros, at the end
     num_queries = q.shape[1] - (None in wanted)
     own = [num_queries if head is None else head for head in exchange.queries[link.rank]]
-    queries = _to_heads(_chosen(q, [num_queries if head is None else head for head in wanted]), link)
+    queries = _to_heads(chosen(q, 1, [num_queries if head is None else head for head in wanted]), link)
     needed = [head for of_rank in exchange.keys for head in of_rank]
-    keys, values = (_to_heads(_chosen(x, needed), link) for x in (k, v))
+    keys, values = (_to_heads(chosen(x, 1, needed), link) for x in (k, v))
     if not exchange.is_grouped:
-        reads = _index(exchange.readers[link.rank], q)
-        keys, values = keys.index_select(1, reads), values.index_select(1, reads)
-    return queries, keys, values, _index([min(head, num_queries - 1) for head in own], q)
-
-
-def _index(numbers: list[int] | tuple[int, ...], like: Tensor) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.int64, device=like.device)
-
-
-def _chosen(x: Tensor, heads: list[int]) -> Tensor:
-    return x if heads == list(range(x.shape[1])) else x.index_select(1, _index(heads, x))
+        keys, values = (chosen(x, 1, exchange.readers[link.rank]) for x in (keys, values))
+    return queries, keys, values, tuple(min(head, num_queries - 1) for head in own)
 
 
 def _to_heads(x: Tensor, link: AxisLink) -> Tensor:

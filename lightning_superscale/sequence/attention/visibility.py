@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from lightning_superscale.errors import SequenceParallelError
+from lightning_superscale.sequence.attention.index import chosen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,15 +48,15 @@ class Visibility:
         """Whether every key is seen, or every key that is not later."""
         return self.window is None and self.documents is None and self.dense is None
 
-    def of_heads(self, heads: Tensor) -> Visibility:
+    def of_heads(self, heads: Sequence[int]) -> Visibility:
         """The same for some query heads.
 
         Args:
-            heads: their numbers, int64.
+            heads: their numbers.
         """
         if self.dense is None or self.dense.shape[1] == 1:
             return self
-        return replace(self, dense=self.dense.index_select(1, heads))
+        return replace(self, dense=chosen(self.dense, 1, heads))
 
     def mask(self, queries: slice, keys: slice, device: torch.device) -> Tensor | None:
         """The mask of some queries and keys, to be broadcast over batch and heads; None where all keys are seen.

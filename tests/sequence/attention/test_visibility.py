@@ -64,10 +64,10 @@ def test_what_is_added_to_scores_hides_what_other_conditions_hide():
 
 
 def test_heads_have_their_own_masks():
-    some = Visibility(dense=DENSE).of_heads(torch.tensor([2, 0]))
+    some = Visibility(dense=DENSE).of_heads([2, 0])
     assert torch.equal(some.dense, DENSE[:, [2, 0]])
     for shared in (Visibility(dense=DENSE[:, :1]), Visibility(is_causal=True)):
-        assert shared.of_heads(torch.tensor([2, 0])) is shared
+        assert shared.of_heads([2, 0]) is shared
 
 
 @pytest.mark.parametrize(
