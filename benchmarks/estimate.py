@@ -36,6 +36,8 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "resident": {},
     "cpu": {"offload": {"engine": "cpu", "gpu_fraction": 0.0}},
     "superoffload": {"offload": {"engine": "superoffload", "gpu_fraction": 0.0}},
+    "zenflow": {"offload": {"engine": "zenflow", "gpu_fraction": 0.0, "zenflow": {"topk": 0.1, "update_interval": 4}}},
+    "flow": {"offload": {"engine": "superoffload", "weights": "flow"}},
 }
 _WARM_UP, _STEPS = 4, 12
 

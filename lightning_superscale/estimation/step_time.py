@@ -196,11 +196,12 @@ def _on_host(
     if setup.offload is None or not any(param.trains and param.is_on_host for param in params):
         return 0.0
     times = host_times(trace, params, setup, profile, forward, backward)
-    if profile.shares_cores:
-        return times.d2h + times.host + times.h2d
     engine = engine_of(setup.offload.engine)
     link = profile.host_link * profile.reach.links
-    return engine.predict_exposed(times, setup.offload) + _flow(params, setup, forward, backward, link)
+    if profile.shares_cores:
+        return engine.predict_work(times, setup.offload) + setup.micro_batches * _flow(params, setup, 0.0, 0.0, link)
+    flow = setup.micro_batches * _flow(params, setup, forward, backward, link)
+    return engine.predict_exposed(times, setup.offload) + flow
 
 
 def _of_activations(

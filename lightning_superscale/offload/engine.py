@@ -224,6 +224,13 @@ class OffloadEngine(Protocol):
             times: of a step that steps all parameters of the host.
         """
 
+    def predict_work(self, times: StepTimes, config: OffloadConfig) -> float:
+        """Seconds by which a step is longer where device, link and host are the same cores, so that nothing hides.
+
+        Args:
+            times: of a step that steps all parameters of the host.
+        """
+
     def host_schedule(self, times: StepTimes, config: OffloadConfig) -> HostSchedule | None:
         """When the host works in steps as `predict_exposed` takes them; None where no `HostSchedule` says it."""
 

@@ -143,6 +143,28 @@ def test_nothing_is_hidden_from_cores_that_do_both():
     assert found == pytest.approx(times.d2h + times.host + times.h2d)
 
 
+@pytest.mark.parametrize("home", ["host", "device"])
+def test_on_cores_that_do_both_zenflow_takes_what_its_windows_move(home):
+    """A tenth of the columns at every step; of others the gradient is added up, 10 of the step's 30 bytes, and a fourth
+    of their steps and copies.
+    """
+    shared, times = replace(PROFILE, shares_cores=True), host_times(2**17)
+    windows = {"topk": 0.1, "update_interval": 4, "accumulate_on": home}
+    offload = OffloadConfig(engine="zenflow", bucket_mb=2, gpu_fraction=0.0, zenflow=windows)
+    found = timed(2**17, offload=offload, profile=shared).optimizer
+    sums = times.host * 10 / 30 + (times.d2h if home == "host" else times.d2h / 4)
+    assert found == pytest.approx(0.1 * times.host + 0.9 * (sums + (times.host + times.h2d) / 4))
+
+
+def test_weights_stream_in_every_micro_batch():
+    offload = OffloadConfig(weights="flow", bucket_mb=2)
+    slow, shared = replace(PROFILE, host_link=1e6), replace(PROFILE, shares_cores=True)
+    for profile, waits in ((slow, True), (shared, False)):
+        one, four = (timed(1, offload=offload, flows=True, profile=profile, micro_batches=n) for n in (1, 4))
+        streamed = 2 * NUMEL * 2 / (profile.host_link * 0.5) - waits * (one.forward + one.backward)
+        assert four.optimizer - one.optimizer == pytest.approx(3 * streamed, rel=1e-6)
+
+
 def test_what_fsdp2_exchanges_is_copied_by_the_device():
     """Weights come out of their buffer in both passes, gradients go into theirs: each byte is read and written."""
     no_links = replace(PROFILE, rank_link=1e30)

@@ -55,6 +55,9 @@ class CpuEngine:
         late = max(times.d2h * one, times.d2h - times.backward)
         return late + max(times.host + times.h2d * one, times.host * one + times.h2d)
 
+    def predict_work(self, times: StepTimes, config: OffloadConfig) -> float:
+        return times.d2h + times.host + times.h2d
+
     def host_schedule(self, times: StepTimes, config: OffloadConfig) -> HostSchedule | None:
         return HostSchedule(waits=True)
 

@@ -71,6 +71,9 @@ class SuperOffloadEngine:
         plan = best_plan(times, 1.0, may_look_ahead=config.speculate is not False)
         return exposed_seconds(times, plan, 1.0)
 
+    def predict_work(self, times: StepTimes, config: OffloadConfig) -> float:
+        return times.d2h + times.host + times.h2d
+
     def host_schedule(self, times: StepTimes, config: OffloadConfig) -> HostSchedule | None:
         # Where every step is clipped, looks ahead of the verdict are in vain.
         return HostSchedule(plan=best_plan(times, 1.0, may_look_ahead=False), passes=times.passes)

@@ -20,7 +20,7 @@ from lightning_superscale.offload.planner.forecast import HostSchedule, StepTime
 from lightning_superscale.offload.weight_flow.weights import StreamedUnit
 from lightning_superscale.offload.zenflow.auto import least_selected, most_selected
 from lightning_superscale.offload.zenflow.columns import layout_of, layouts_of
-from lightning_superscale.offload.zenflow.forecast import forecast_of, predicted_seconds
+from lightning_superscale.offload.zenflow.forecast import forecast_of, predicted_seconds, predicted_work
 from lightning_superscale.offload.zenflow.report import LowEnergyWarning
 from lightning_superscale.offload.zenflow.state import SplitState
 from lightning_superscale.offload.zenflow.step import STATE_KEYS, ZenFlowStep
@@ -129,6 +129,9 @@ class ZenFlowEngine:
 
     def predict_exposed(self, times: StepTimes, config: OffloadConfig) -> float:
         return predicted_seconds(times, _options(config))
+
+    def predict_work(self, times: StepTimes, config: OffloadConfig) -> float:
+        return predicted_work(times, _options(config))
 
     def host_schedule(self, times: StepTimes, config: OffloadConfig) -> HostSchedule | None:
         return None  # windows of several steps

@@ -157,6 +157,26 @@ def predicted_seconds(times: StepTimes, config: ZenFlowConfig) -> float:
     Args:
         times: of a step whose host would step all parameters.
     """
+    return exposed_seconds(_windows_of(times, config))
+
+
+def predicted_work(times: StepTimes, config: ZenFlowConfig) -> float:
+    """Seconds of all work of a step, the mean over a window: where nothing hides any of it, that is what it adds.
+
+    The columns that step at every step take what their share of the host's step would; the selection of columns is left
+    out.
+
+    Args:
+        times: of a step whose host would step all parameters.
+    """
+    window = _windows_of(times, config)
+    steps, sums = len(window.ends), window.adding
+    sent = window.d2h if window.sums_home == "host" else window.d2h / steps
+    return most_selected(config) * times.host + sent + sums + (window.updating + window.h2d) / steps
+
+
+def _windows_of(times: StepTimes, config: ZenFlowConfig) -> WindowTimes:
+    """The windows of a run that has not begun."""
     deferred = 1 - most_selected(config)
     moved = (2 * _SUM_BYTES + _PROFILED_BYTES) / BYTES_PER_PARAM
     intervals = range(1, LONGEST + 1) if config.update_interval == "auto" else [config.update_interval]
@@ -175,7 +195,7 @@ def predicted_seconds(times: StepTimes, config: ZenFlowConfig) -> float:
         )
         for interval in intervals
     ]
-    return exposed_seconds(next((window for window in windows if window.is_long_enough), windows[-1]))
+    return next((window for window in windows if window.is_long_enough), windows[-1])
 
 
 def exposed_seconds(times: WindowTimes) -> float:
