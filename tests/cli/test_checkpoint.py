@@ -21,6 +21,7 @@ from lightning_superscale.checkpoint.foreign.chunks import ForeignSource
 from lightning_superscale.checkpoint.foreign.lightning import OPTIMIZER_NAMES
 from lightning_superscale.checkpoint.foreign.registry import open_foreign
 from lightning_superscale.checkpoint.foreign.torch_optimizer import parameter_names
+from lightning_superscale.checkpoint.format.manifest import MAJOR, MINOR
 from lightning_superscale.checkpoint.load.reader import SavedState, open_checkpoint
 from lightning_superscale.checkpoint.save.writer import save
 from lightning_superscale.checkpoint.state import MODEL, LocalState, TensorInfo, TensorKey
@@ -100,7 +101,12 @@ def assert_same(found: dict[TensorKey, torch.Tensor], expected: dict[TensorKey, 
 def test_inspect_tells_what_a_checkpoint_holds(run, ours):
     code, out, err = run("inspect", ours)
     assert (code, err) == (0, "")
-    for text in ("format lucp/1.0", "optimizer steps: 5", "written by 1 rank", f"torch {version('torch')}"):
+    for text in (
+        f"format lucp/{MAJOR}.{MINOR}",
+        "optimizer steps: 5",
+        "written by 1 rank",
+        f"torch {version('torch')}",
+    ):
         assert text in out
     (masters,) = [line for line in out.splitlines() if "masters" in line]
     numel = 37 * 16 + 24 * 10 + 5 * 3 * 2 * 7

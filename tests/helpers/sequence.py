@@ -94,7 +94,9 @@ def assert_trained_alike(found: tuple[Any, ...], alone: tuple[Any, ...]) -> None
     assert metrics == pytest.approx(alone[1], abs=1e-5)
     for one, expected in zip(predicted, alone[2], strict=True):
         assert type(one["logits"]) is torch.Tensor
-        torch.testing.assert_close(one["logits"], expected["logits"], rtol=0, atol=1e-4)
+        # Each sums products of a row of weights, which differ by 3e-4 at most; by how much depends on the instructions
+        # that a CPU's kernels round with. Weights that lack a part of a step move logits by more than 0.1.
+        torch.testing.assert_close(one["logits"], expected["logits"], rtol=0, atol=1e-3)
         assert one["num"] == expected["num"]
     for key, weight in alone[3].items():
-        torch.testing.assert_close(weights[key], weight, rtol=0, atol=1e-4)
+        torch.testing.assert_close(weights[key], weight, rtol=0, atol=3e-4)

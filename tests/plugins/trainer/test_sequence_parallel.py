@@ -2,8 +2,8 @@
 
 Tolerance: losses near 20 in fp32 have roundings of 2^-24 * 20 = 1e-6, and differ by a few of them where sums over
 tokens are taken in another order. Adam divides a gradient by its own size, so the smallest ones, which are right to few
-digits, move weights by other steps of 1e-2; 1e-4 is a hundredth of one. A part that is missing or counted twice turns
-whole steps, of all eight.
+digits, move weights by other steps of 1e-2; 3e-4 is a thirtieth of one, and 1e-3 what logits make of it. A part that is
+missing or counted twice turns whole steps, of all eight.
 """
 
 from __future__ import annotations
