@@ -48,6 +48,7 @@ def training(way: str, *, flows: bool = False, dtype: torch.dtype = torch.bfloat
             engine.step()
 
         yield world, engine, backward, step
+        engine.quiesce()  # else its threads work on in the world of a later test
 
 
 @pytest.mark.parametrize("flows", [False, True])
