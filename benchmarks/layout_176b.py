@@ -30,7 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from benchmarks.step_cost import hardware
-from lightning_superscale.checkpoint.format.manifest import FileRecord, Manifest
+from lightning_superscale.checkpoint.format.blocks import BLOCK_BYTES
+from lightning_superscale.checkpoint.format.manifest import REST_NAME, FileRecord, Manifest, blocks_name
 from lightning_superscale.checkpoint.load.segments import Blocks, ChunkFinder, ReadItem, Segment, blocks_of, segments_of
 from lightning_superscale.checkpoint.save.plan import divide, plan_file, plan_files
 from lightning_superscale.checkpoint.save.table import records_of, table_of
@@ -124,8 +125,11 @@ def save(all_tensors: Mapping[TensorKey, TensorInfo], num_ranks: int, num_shards
             }
             table = table_of([pair for file in planned.values() for pair in file.chunks], all_tensors)
             message = pickle.dumps(table)
-        files |= {name: FileRecord(file.size, "0" * 16) for name, file in planned.items()}
+        for name, file in planned.items():
+            files[name] = FileRecord(file.size, "0" * 16)
+            files[blocks_name(name)] = FileRecord(8 * -(-file.size // BLOCK_BYTES), "0" * 16)
         tables.append(message)
+    files[REST_NAME] = FileRecord(2, "0" * 16)
     with clock.part("make the manifest"):
         manifest = Manifest(
             uuid="plan",
@@ -134,7 +138,7 @@ def save(all_tensors: Mapping[TensorKey, TensorInfo], num_ranks: int, num_shards
             writers=num_ranks,
             libs={},
             files=files,
-            tensors=records_of([pickle.loads(message) for message in tables], all_tensors),
+            tensors=records_of([pickle.loads(message) for message in tables], all_tensors, files),
         )
         manifest.check("plan")
         return manifest.to_bytes()

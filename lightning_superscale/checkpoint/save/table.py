@@ -56,20 +56,23 @@ def table_of(chunks: Iterable[tuple[TensorKey, Chunk]], tensors: Mapping[TensorK
     return ChunkTable(tuple(files), torch.tensor(rows, dtype=torch.int64).view(len(rows), 4 + 2 * dims))
 
 
-def records_of(tables: Sequence[ChunkTable], tensors: Mapping[TensorKey, TensorInfo]) -> dict[TensorKey, TensorRecord]:
+def records_of(
+    tables: Sequence[ChunkTable], tensors: Mapping[TensorKey, TensorInfo], files: Iterable[str]
+) -> dict[TensorKey, TensorRecord]:
     """The record of each tensor, with the chunks that all ranks wrote of it.
 
     Args:
         tables: each rank's table, by rank.
         tensors: all tensors of the checkpoint.
+        files: names of all its files. A manifest counts them, so that columns are proven and written as they are.
     """
     keys, dims = sorted(tensors), _most_dims(tensors)
-    names = tuple(sorted({name for table in tables for name in table.files}))
+    names = tuple(sorted(files))
     places = {name: i for i, name in enumerate(names)}
     parts = [torch.empty((0, 4 + 2 * dims), dtype=torch.int64)]
     for table in tables:
-        files = torch.tensor([places[name] for name in table.files], dtype=torch.int64)[table.rows[:, 1:2]]
-        parts.append(torch.cat((table.rows[:, :1], files, table.rows[:, 2:]), dim=1))
+        places_of = torch.tensor([places[name] for name in table.files], dtype=torch.int64)
+        parts.append(torch.cat((table.rows[:, :1], places_of[table.rows[:, 1:2]], table.rows[:, 2:]), dim=1))
     rows = torch.cat(parts)
     del parts
     rows = rows[rows[:, 0].argsort(stable=True)]

@@ -294,6 +294,8 @@ def _write_bytes(target: Target, name: str, data: bytes) -> FileRecord:
 
 
 def _publish(target: Target, prepared: PreparedSave, uuid: str, written: Sequence[_Written]) -> None:
+    files = {name: file for one in written for name, file in one.files.items()}
+    files[REST_NAME] = _write_bytes(target, REST_NAME, prepared.rest)
     manifest = Manifest(
         uuid=uuid,
         step=prepared.step,
@@ -304,9 +306,8 @@ def _publish(target: Target, prepared: PreparedSave, uuid: str, written: Sequenc
             "torch": importlib.metadata.version("torch"),
             "lightning-superscale": __version__,
         },
-        files={name: file for one in written for name, file in one.files.items()}
-        | {REST_NAME: _write_bytes(target, REST_NAME, prepared.rest)},
-        tensors=records_of([one.chunks for one in written], prepared.tensors),
+        files=files,
+        tensors=records_of([one.chunks for one in written], prepared.tensors, files),
         optimizers=prepared.optimizers,
         aliases=prepared.aliases,
         root=target.root,

@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 
+from lightning_superscale.checkpoint.format import manifest as manifest_module
 from lightning_superscale.checkpoint.format.chunks import Chunk, ChunkColumns
 from lightning_superscale.checkpoint.format.manifest import Manifest
 from lightning_superscale.checkpoint.load.reader import open_checkpoint
@@ -33,7 +34,8 @@ def test_each_tensor_gets_the_chunks_that_any_rank_wrote(many, monkeypatch):
             for number in range(chance.choice((1, 3))):
                 chunk = Chunk(f"data/w{rank}-{number}", f"{entry_prefix(key)}{number}", 64, whole_box(info.shape))
                 written[rank].append((key, chunk))
-    records = records_of([table_of(own, TENSORS) for own in written], TENSORS)
+    files = {chunk.file for own in written for _, chunk in own}
+    records = records_of([table_of(own, TENSORS) for own in written], TENSORS, [*files, "rest.json"])
     assert [*records] == sorted(TENSORS)
     for key, record in records.items():
         expected = [chunk for own in written for of, chunk in own if of == key]
@@ -43,11 +45,13 @@ def test_each_tensor_gets_the_chunks_that_any_rank_wrote(many, monkeypatch):
 
 
 def test_a_checkpoint_without_tensors_has_no_records():
-    assert records_of([table_of([], {})], {}) == {}
+    assert records_of([table_of([], {})], {}, []) == {}
 
 
 @pytest.mark.parametrize("num_rows", [table.MANY_CHUNKS - 1, 3 * table.MANY_CHUNKS])
-def test_a_tensor_in_many_parts_is_saved_verified_and_read(tmp_path, num_rows):
+def test_a_tensor_in_many_parts_is_saved_verified_and_read(tmp_path, num_rows, monkeypatch):
+    one_by_one = []
+    monkeypatch.setattr(manifest_module, "uncovered", lambda shape, boxes: one_by_one.append(shape))
     weight = torch.arange(num_rows * 5, dtype=torch.float32).view(num_rows, 5)
     key = TensorKey("model", "w")
     boxes = [row_box(weight.shape, i, i + 1) for i in range(num_rows)]
@@ -55,6 +59,8 @@ def test_a_tensor_in_many_parts_is_saved_verified_and_read(tmp_path, num_rows):
     state = LocalState({key: TensorInfo(weight.dtype, tuple(weight.shape), "model")}, {key: shards})
     path = str(tmp_path / "a")
     save(path, state, single_mesh())
+    assert bool(one_by_one) == (num_rows < table.MANY_CHUNKS), "columns are proven at once, as they are written"
+    monkeypatch.undo()
     assert verify(path) == []
     source = open_checkpoint(path)
     manifest: Manifest = source.manifest
