@@ -87,14 +87,14 @@ def flex_by_ulysses(flex: Flex, q: Tensor, k: Tensor, v: Tensor, window: Window,
 def _of_heads(flex: Flex, heads: tuple[int, ...], like: Tensor) -> tuple[Mod | None, BlockMask | None]:
     """The functions of these heads, whose numbers count from 0 in them, on a tensor's device."""
     score_mod, whole = flex.score_mod, flex.block_mask
-    number_of = index_on(heads, like)
+    number_of = None if score_mod is None else index_on(heads, like)
 
     def score_of_head(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        if score_mod is None:
+        if score_mod is None or number_of is None:
             raise AssertionError("scores that no function changes")
         return score_mod(score, b, number_of[h], i, j)
 
-    found = None if whole is None else _kept(whole, heads, lambda: _mask_of_heads(whole, number_of))
+    found = None if whole is None else _kept(whole, heads, lambda: _mask_of_heads(whole, index_on(heads, like)))
     return None if score_mod is None else score_of_head, found
 
 
