@@ -95,8 +95,6 @@ class Call(NamedTuple):
 
     def wrap(self, result: Any, layout: Layout) -> Any:
         """A result with this layout: of each tensor of it, where there are several."""
-        if type(result) is Tensor:
-            return with_layout(result, layout)
         return map_leaves(lambda x: with_layout(x, layout) if is_tensor(x) else x, result)
 
     def refuse(self, why: str, instead: str) -> NoReturn:

@@ -47,11 +47,11 @@ def _add_leaves(nested: Any, found: list[Any]) -> None:
 def map_leaves(function: Callable[[Any], Any], nested: Any) -> Any:
     """The same nest with what the function makes of each leaf."""
     kind = type(nested)
+    if kind in LEAVES:
+        return function(nested)
     if kind is tuple or kind is list:
         mapped = [function(x) if type(x) in LEAVES else map_leaves(function, x) for x in nested]
         return tuple(mapped) if kind is tuple else mapped
     if kind is dict:
         return {key: map_leaves(function, x) for key, x in nested.items()}
-    if kind in LEAVES or isinstance(nested, Tensor):
-        return function(nested)
-    return tree_map(function, nested)
+    return function(nested) if isinstance(nested, Tensor) else tree_map(function, nested)

@@ -119,10 +119,10 @@ def elementwise(call: Call) -> Any:
     asks = call.name in _HAVE_INPLACE and (kwargs.get("inplace") or any(x is True for x in args[1:]))
     if call.is_in_place or asks:
         return in_place(call, args, kwargs)
-    result = call.run(*args, **kwargs)
-    if type(result) is Tensor:
-        return with_layout(result, layout.at(result.dim() + from_right))
-    return map_leaves(lambda y: with_layout(y, layout.at(y.dim() + from_right)) if is_tensor(y) else y, result)
+    return map_leaves(
+        lambda y: with_layout(y, layout.at(y.dim() + from_right)) if is_tensor(y) else y,
+        call.run(*args, **kwargs),
+    )
 
 
 @rule(
