@@ -256,7 +256,8 @@ def _between_ranks(
     early = 0.0 if setup.zero.reduces_once else reduced  # in each micro-batch before the last
     if setup.shards_weights:  # gathered once in each forward, and again in each backward
         copies = copy_seconds(params, setup, profile)
-        copied = (1 + before) * 2 * copies.weights + (before * bool(early) + 1) * copies.gradients
+        num_reductions = 1 if setup.zero.reduces_once else setup.micro_batches
+        copied = setup.micro_batches * 2 * copies.weights + num_reductions * copies.gradients
         late = max(0.0, gathered + reduced - backward) + before * max(0.0, gathered + early - backward)
         return (1 + before) * max(0.0, gathered - forward) + late + reduction + gather + copied
     late = max(0.0, reduced - backward) + before * max(0.0, early - backward)

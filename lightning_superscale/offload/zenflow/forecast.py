@@ -170,9 +170,9 @@ def predicted_work(times: StepTimes, config: ZenFlowConfig) -> float:
         times: of a step whose host would step all parameters.
     """
     window = _windows_of(times, config)
-    steps, sums = len(window.ends), window.adding
+    steps = len(window.ends)
     sent = window.d2h if window.sums_home == "host" else window.d2h / steps
-    return most_selected(config) * times.host + sent + sums + (window.updating + window.h2d) / steps
+    return most_selected(config) * times.host + sent + window.adding + (window.updating + window.h2d) / steps
 
 
 def _windows_of(times: StepTimes, config: ZenFlowConfig) -> WindowTimes:
