@@ -278,17 +278,14 @@ def main() -> int:
         for ranks in options.ranks:
             if (size, ranks) not in known:
                 rows += measure(size, ranks, options)
+            report = report_of(rows, machine, options, start)
             if options.json is not None:
-                options.json.write_text(json.dumps(report_of(rows, machine, options, start)) + "\n")
-    report = report_of(rows, machine, options, start)
+                options.json.write_text(json.dumps(report) + "\n")
     print(f"{machine}\n{report['seconds']} s in all")
     show(report["rows"], report["fits"])
     if options.picture is not None:
         draw(report["rows"], report["fits"], options.picture)
-    text = json.dumps(report)
-    if options.json is not None:
-        options.json.write_text(text + "\n")
-    print(text)
+    print(json.dumps(report))
     return 1 if any("error" in row and "GiB" not in row["error"] for row in rows) else 0
 
 
