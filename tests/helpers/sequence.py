@@ -95,7 +95,7 @@ def assert_trained_alike(found: tuple[Any, ...], alone: tuple[Any, ...]) -> None
     for one, expected in zip(predicted, alone[2], strict=True):
         assert type(one["logits"]) is torch.Tensor
         # Each sums products of a row of weights, which differ by 3e-4 at most; by how much depends on the instructions
-        # that a CPU's kernels round with. Weights that lack a part of a step move logits by more than 0.1.
+        # that a CPU's kernels round with.
         torch.testing.assert_close(one["logits"], expected["logits"], rtol=0, atol=1e-3)
         assert one["num"] == expected["num"]
     for key, weight in alone[3].items():
