@@ -248,7 +248,25 @@ def parse() -> argparse.Namespace:
     return options
 
 
-def report_of(rows: Sequence[Row], machine: Row, options: argparse.Namespace, start: float) -> Row:
+def resumed(path: Path | None, machine: Row) -> Row:
+    """What an earlier run wrote; an empty report without one.
+
+    Raises:
+        BenchmarkError: another machine measured it, whose seconds can't stand in one table with this one's.
+    """
+    if path is None:
+        return {"rows": [], "dates": [], "seconds": 0.0}
+    before = json.loads(path.read_text())
+    for key in ("cpu", "cores", "memory_gib"):
+        if before["hardware"][key] != machine[key]:
+            raise BenchmarkError(
+                f"--resume: {path} was measured with {key} = {before['hardware'][key]!r}, this machine has "
+                f"{machine[key]!r}. Measure anew, with another file for --json."
+            )
+    return dict(before)
+
+
+def report_of(rows: Sequence[Row], machine: Row, options: argparse.Namespace, before: Row, start: float) -> Row:
     """Rows in the order of sizes and ranks, with their fits and the conditions they were measured under."""
     ordered = sorted(rows, key=lambda row: (SIZES.index(row["size"]), row["num_ranks"]))
     return {
@@ -256,9 +274,9 @@ def report_of(rows: Sequence[Row], machine: Row, options: argparse.Namespace, st
         "hardware": machine,
         "load_at_the_end": round(os.getloadavg()[0], 2),
         "shares_cores": [ranks for ranks in options.ranks if ranks > num_cores()],
-        "date": datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat(),
+        "dates": sorted({*before["dates"], datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat()}),
         "tokens_per_rank": SHAPES["10M-few"].tokens,
-        "seconds": round(time.perf_counter() - start, 1),
+        "seconds": round(before["seconds"] + time.perf_counter() - start, 1),
         "rows": ordered,
         "fits": fits_of(ordered),
     }
@@ -271,14 +289,15 @@ def main() -> int:
     for path in (options.json, options.picture):
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-    rows: list[Row] = json.loads(options.json.read_text())["rows"] if options.resume else []
+    before = resumed(options.json if options.resume else None, machine)
+    rows: list[Row] = before["rows"]
     known = {(row["size"], row["num_ranks"]) for row in rows if "error" not in row}
     rows = [row for row in rows if (row["size"], row["num_ranks"]) in known]
     for size in options.sizes:
         for ranks in options.ranks:
             if (size, ranks) not in known:
                 rows += measure(size, ranks, options)
-            report = report_of(rows, machine, options, start)
+            report = report_of(rows, machine, options, before, start)
             if options.json is not None:
                 options.json.write_text(json.dumps(report) + "\n")
     print(f"{machine}\n{report['seconds']} s in all")

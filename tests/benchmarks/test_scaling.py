@@ -118,6 +118,16 @@ def test_only_a_file_that_is_there_is_resumed(tmp_path: Path) -> None:
     assert "give one that is there" in done.stderr
 
 
+def test_rows_of_another_machine_are_not_resumed(tmp_path: Path) -> None:
+    path = tmp_path / "scaling.json"
+    machine = {"cpu": "A", "cores": 2, "memory_gib": 23.5, "available_gib": 20.1, "load_1min": 0.4}
+    path.write_text(json.dumps({"hardware": machine, "rows": [], "dates": ["2026-11-29"], "seconds": 100.0}))
+    busier = machine | {"available_gib": 3.0, "load_1min": 2.0}
+    assert scaling.resumed(path, busier)["dates"] == ["2026-11-29"]
+    with pytest.raises(scaling.BenchmarkError, match=r"cpu = 'A', this machine has 'B'\. Measure anew"):
+        scaling.resumed(path, machine | {"cpu": "B"})
+
+
 def test_an_unknown_size_is_refused() -> None:
     command = [sys.executable, "benchmarks/scaling.py", "--sizes", "9B"]
     done = subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, timeout=100)
