@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import weakref
 
 import pytest
 
@@ -37,6 +38,28 @@ def test_a_stack_begins_at_the_innermost_frame_and_ends_at_the_outermost():
     names = [frame.f_code.co_name for frame in inner()]
     assert names[names.index("inner") + 1] == "test_a_stack_begins_at_the_innermost_frame_and_ends_at_the_outermost"
     assert names[-1] == ("_run_module_as_main" if "_run_module_as_main" in names else "<module>")
+
+
+def test_what_frames_held_goes_with_them_once_they_were_read():
+    """Without garbage collection: tensors of a step that lived on looked like views that user code keeps."""
+
+    class Held:
+        pass
+
+    def work():
+        held = Held()
+        reader = threading.Thread(target=main_stack)
+        reader.start()
+        reader.join()
+        return weakref.ref(held)
+
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        assert work()() is None
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 # Garbage whose finalizers give up the interpreter's lock is collected wherever a thread that reads frames allocates,
