@@ -1,11 +1,13 @@
 """What holds for every test: it leaves no process group behind, in which the tests that follow it would run, and fails
-for what is wrong, not because the machine is busy.
+for what is wrong, not because the machine is busy; runs choose by a hardware profile that is the same everywhere.
 """
 
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Generator
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -13,6 +15,17 @@ from hypothesis import settings
 # A machine on which other processes run takes longer than hypothesis allows an example by default, 200 ms.
 settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Give all tests one cache folder; workers of pytest-xdist inherit that of the process that starts them."""
+    if hasattr(config, "workerinput") or config.option.collectonly:
+        return
+    from tests.helpers.hardware import keep_profiles_in
+
+    folder = tempfile.TemporaryDirectory(prefix="lss-tests-cache-")
+    config.add_cleanup(folder.cleanup)
+    keep_profiles_in(Path(folder.name))
 
 
 def _has_group() -> bool:

@@ -20,6 +20,7 @@ from lightning_superscale.offload.planner.profile import HardwareProfile, enough
 from lightning_superscale.offload.planner.profile_cache import cached_profile, profile_path, stored_profile
 from lightning_superscale.ops.native import loader
 from lightning_superscale.ops.native.build import user_cache
+from tests.helpers.hardware import quiet_cpu
 from tests.helpers.ranks import run_ranks
 
 CPU = torch.device("cpu")
@@ -34,6 +35,10 @@ def profile_of(key=None, **changed) -> HardwareProfile:
         "adamw_threads": 1,
     }
     return HardwareProfile(key=key or key_of(CPU, available_cpus()), **{**values, **changed})
+
+
+def test_runs_of_tests_choose_by_a_profile_that_is_the_same_everywhere():
+    assert cached_profile(CPU) == quiet_cpu(key_of(CPU, available_cpus()))
 
 
 @pytest.fixture
