@@ -23,6 +23,7 @@ from lightning_superscale.estimation.tracing.operations import Phase, TracedOper
 from lightning_superscale.estimation.tracing.step import StepTrace
 from lightning_superscale.offload.engine import engine_of
 from lightning_superscale.offload.link.dtype import dtype_on_link
+from lightning_superscale.offload.memory import ParamKind
 from lightning_superscale.offload.planner.forecast import StepTimes
 from lightning_superscale.offload.planner.profile import BYTES_PER_PARAM
 
@@ -111,12 +112,36 @@ def step_time(
 
 
 def update_seconds(params: Sequence[Param], setup: Setup, profile: DeviceProfile) -> float:
-    """Seconds of the step of states on the device: each is read and written, with gradient and weights."""
+    """Seconds of the device's part of a step.
+
+    States that it has are read and written, with gradient and weights; of others it moves what their engine says.
+    """
     moved = 0.0
-    for param in (param for param in params if param.trains and not param.is_on_host):
-        states = states_of(param, setup, flows=False).per_param("device", "shard")
-        moved += param.shard_numel(setup.num_shards) * (2 * states + 3 * param.dtype.itemsize)
+    for param in (param for param in params if param.trains):
+        if param.is_on_host:
+            each = _beside_the_host(param, setup)
+        else:
+            states = states_of(param, setup, flows=False).per_param("device", "shard")
+            each = 2 * states + 3 * param.dtype.itemsize
+        moved += param.shard_numel(setup.num_shards) * each
     return moved / (profile.memory_rate * profile.reach.memory)
+
+
+def _beside_the_host(param: Param, setup: Setup) -> float:
+    """Bytes per element that the device moves in a step for a parameter whose states are in host memory."""
+    if setup.offload is None:
+        return 0.0
+    kind = ParamKind(
+        spec=param.spec,
+        weights=param.dtype,
+        has_moments=True,
+        flows=setup.flows and param.block is not None,
+        num_shares=setup.num_shards,
+        dtypes=setup.precision.states,
+        link_dtype=setup.link_dtype,
+        config=setup.offload,
+    )
+    return engine_of(setup.offload.engine).device_bytes(kind)
 
 
 class CopySeconds(NamedTuple):

@@ -194,6 +194,9 @@ class OffloadEngine(Protocol):
     def memory(self, kind: ParamKind) -> MemoryModel:
         """Bytes that the states of such parameters take; see [Note: One memory model] in layout/memory.py."""
 
+    def device_bytes(self, kind: ParamKind) -> float:
+        """Bytes per element of such parameters that the device moves in a step, besides forward, backward and link."""
+
     def make_state(
         self, unit: ShardUnit, context: OffloadContext, *, has_moments: bool, streamed: StreamedUnit | None
     ) -> HostUnitState:

@@ -35,6 +35,9 @@ class CpuEngine:
         has_copy = kind.flows and (has_own_weights or kind.num_shares > 1)
         return host_memory(kind, num_transfer_buffers=1, has_copy=has_copy)
 
+    def device_bytes(self, kind: ParamKind) -> float:
+        return 0.0  # gradients leave from where backward put them, and weights arrive where forward reads them
+
     def make_state(
         self, unit: ShardUnit, context: OffloadContext, *, has_moments: bool, streamed: StreamedUnit | None
     ) -> HostState:

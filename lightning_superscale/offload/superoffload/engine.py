@@ -35,6 +35,9 @@ class SuperOffloadEngine:
     def memory(self, kind: ParamKind) -> MemoryModel:
         return host_memory(kind, num_transfer_buffers=2, has_copy=kind.flows)
 
+    def device_bytes(self, kind: ParamKind) -> float:
+        return 0.0  # gradients leave from where backward put them, and weights arrive where forward reads them
+
     def make_state(
         self, unit: ShardUnit, context: OffloadContext, *, has_moments: bool, streamed: StreamedUnit | None
     ) -> DeferredState:

@@ -19,7 +19,7 @@ from lightning_superscale.offload.memory import ParamKind
 from lightning_superscale.offload.planner.forecast import HostSchedule, StepTimes
 from lightning_superscale.offload.weight_flow.weights import StreamedUnit
 from lightning_superscale.offload.zenflow.auto import least_selected, most_selected
-from lightning_superscale.offload.zenflow.columns import layout_of, layouts_of
+from lightning_superscale.offload.zenflow.columns import ColumnLayout, bytes_by_owner, layout_of, layouts_of
 from lightning_superscale.offload.zenflow.forecast import forecast_of, predicted_seconds, predicted_work
 from lightning_superscale.offload.zenflow.report import LowEnergyWarning
 from lightning_superscale.offload.zenflow.state import SplitState
@@ -29,6 +29,9 @@ from lightning_superscale.ops.state_dtypes import bytes_of
 from lightning_superscale.optim.param_update import why_not_native
 from lightning_superscale.optim.step_rule import RuleState, StepGuard
 from lightning_superscale.optim.unit import ShardUnit
+
+# Where gradients add up on the device in fp32: a cast writes, scaling reads and writes, adding reads both and writes.
+_SUMMED_BYTES = 6 * 4
 
 
 class ZenFlowEngine:
@@ -83,6 +86,17 @@ class ZenFlowEngine:
         if kind.dtypes.compensates(kind.weights):
             kept.append(bytes_of("selected compensation", torch.bfloat16, "device", share=selected))
         return kind.dtypes.memory(kind.weights, has_moments=True, home="host") + MemoryModel(tuple(kept))
+
+    def device_bytes(self, kind: ParamKind) -> float:
+        config, itemsize = _options(kind.config), kind.weights.itemsize
+        interval = config.update_interval if config.update_interval != "auto" else ZenFlowConfig.update_interval
+        layout = _layout_of(kind, most_selected(config))
+        selected = layout.selected_numel / max(1, layout.numel)
+        states = kind.dtypes.memory(kind.weights, has_moments=True, home="device").per_param("device", "shard")
+        # Each step scales a gradient in fp32 and adds it to its sum.
+        sums = (1 - selected) * (itemsize + _SUMMED_BYTES) if config.accumulate_on == "device" else 0.0
+        steps = selected * (2 * states + 2 * itemsize)
+        return bytes_by_owner(layout, itemsize, cast(int, interval)) + sums + steps
 
     def make_state(
         self, unit: ShardUnit, context: OffloadContext, *, has_moments: bool, streamed: StreamedUnit | None
@@ -143,8 +157,13 @@ class ZenFlowEngine:
 
 def _selected_of(kind: ParamKind, share: float) -> float:
     """The share of a whole parameter's elements that are in selected columns."""
-    layout = layout_of(ParamSlice(kind.spec, (0, kind.spec.num_rows), 0), _options(kind.config), share)
+    layout = _layout_of(kind, share)
     return layout.selected_numel / max(1, layout.numel)
+
+
+def _layout_of(kind: ParamKind, share: float) -> ColumnLayout:
+    """The columns of a whole parameter."""
+    return layout_of(ParamSlice(kind.spec, (0, kind.spec.num_rows), 0), _options(kind.config), share)
 
 
 def _options(config: OffloadConfig) -> ZenFlowConfig:

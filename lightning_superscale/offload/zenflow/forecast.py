@@ -7,7 +7,8 @@ sums of windows that end instead, after its backward, and the host has nothing t
 
 Assumptions: matrices of equal rank in backward, which makes their gradients at an even pace; one copy at a time each
 way; gradients that are scaled by a factor from the device (such as clipping's), which crosses the link after them; a
-step of selected columns that takes the device no time; no selection of columns, which sends gradients after backward.
+step of selected columns, and a division of gradients by owner, that take the device no time (estimates add what
+`ZenFlowEngine.device_bytes` counts); no selection of columns, which sends gradients after backward.
 """
 
 from __future__ import annotations
@@ -161,18 +162,17 @@ def predicted_seconds(times: StepTimes, config: ZenFlowConfig) -> float:
 
 
 def predicted_work(times: StepTimes, config: ZenFlowConfig) -> float:
-    """Seconds of all work of a step, the mean over a window: where nothing hides any of it, that is what it adds.
+    """Seconds of the host's and the link's work in a step, the mean over a window: what it adds where nothing hides it.
 
-    The columns that step at every step take what their share of the host's step would; the selection of columns is left
-    out.
+    The selection of columns is left out, and what `ZenFlowEngine.device_bytes` counts.
 
     Args:
         times: of a step whose host would step all parameters.
     """
     window = _windows_of(times, config)
     steps = len(window.ends)
-    sent = window.d2h if window.sums_home == "host" else window.d2h / steps
-    return most_selected(config) * times.host + sent + window.adding + (window.updating + window.h2d) / steps
+    every_step = window.d2h + window.adding if window.sums_home == "host" else window.d2h / steps
+    return every_step + (window.updating + window.h2d) / steps
 
 
 def _windows_of(times: StepTimes, config: ZenFlowConfig) -> WindowTimes:

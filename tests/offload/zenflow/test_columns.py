@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_superscale.layout.rows import ParamSpec, dims_in_memory, shard_rows, unit_layout
+from lightning_superscale.layout.rows import ParamSlice, ParamSpec, dims_in_memory, shard_rows, unit_layout
 from lightning_superscale.offload.zenflow.columns import (
     ColumnLayout,
+    bytes_by_owner,
     column_layout,
     columns_in_memory,
     memory_of_columns,
@@ -106,6 +107,21 @@ def test_a_transposed_parameter_is_split_as_another():
 def test_one_whose_rows_are_inside_is_whole(topk, num_selected):
     (piece,) = unit_layout(0, [spec_of(TENSORS["rows inside"])], 0, 1).slices
     assert column_layout(piece, topk) == ColumnLayout(1, 24, 24, num_selected)
+
+
+def test_bytes_that_are_moved_to_divide_by_owner():
+    """In passes over all elements, of 2 bytes; a transposed copy counts twice."""
+
+    def moved(shape, memory=None, topk=0.25, interval=4):
+        spec = ParamSpec("p", shape, memory)
+        return bytes_by_owner(column_layout(ParamSlice(spec, (0, spec.num_rows), 0), topk), 2, interval) / 2
+
+    assert moved((8, 16)) == 4 + 2 + 2 + (4 + 1.5 + 4) / 4
+    assert moved((8, 16), interval=1) == 4 + 2 + 2 + (4 + 1.5 + 4)
+    assert moved((4, 6), memory=(1, 4), topk=0.5) == 2 + 1 + 1 / 4, "it lies column by column"
+    assert moved((8, 16), topk=0) == 2 + 2 / 4, "all of it is the host's"
+    assert moved((16,)) == 2 + 2, "all of it is the device's"
+    assert moved((0, 3)) == 0
 
 
 def test_ties_go_to_lower_numbers_and_nan_comes_first():
