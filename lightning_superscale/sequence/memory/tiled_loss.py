@@ -36,6 +36,8 @@ from lightning_superscale.torch_private import is_fake
 
 # Rows of the weight's gradient whose wide product exists at one time.
 _ROWS_AT_A_TIME = 2**14
+# Of a tile: with fewer, memory takes longer than products (measured on a CPU; a GPU's ratio of both is larger).
+_LEAST_TOKENS = 256
 
 
 class LossSum(NamedTuple):
@@ -160,11 +162,18 @@ def vocab_parallel_cross_entropy_sum(
 def tokens_per_tile(num_tokens: int, num_features: int, num_classes: int) -> int:
     """The tokens of a tile whose logits have about as many elements as all hidden states, a power of two.
 
-    Smaller tiles would hardly lower the peak, and cost more: each tile reads and writes the whole gradient of the
-    weight. It is Liger Kernel's rule.
+    Smaller tiles would hardly lower the peak, and cost more. It is Liger Kernel's rule, but for short sequences: each
+    tile reads and writes the whole gradient of the weight, which with few tokens takes longer than their products. So
+    a tile has at least 256 tokens, or as many that its logits have as many elements as that gradient, which exists.
     """
     num_tiles = -(-num_classes // max(num_features, 1))
-    return int(1 << max(-(-num_tokens // max(num_tiles, 1)) - 1, 0).bit_length())
+    by_hidden = _power_of_two(-(-num_tokens // max(num_tiles, 1)))
+    return max(by_hidden, min(_LEAST_TOKENS, _power_of_two(num_features), _power_of_two(num_tokens)))
+
+
+def _power_of_two(number: int) -> int:
+    """The smallest that is no less than a number, at least 1."""
+    return int(1 << max(number - 1, 0).bit_length())
 
 
 @dataclass(frozen=True, slots=True)

@@ -308,6 +308,12 @@ def test_the_chosen_tile_has_about_as_many_logits_as_there_are_hidden_numbers():
     assert tokens_per_tile(0, 64, 32000) == 1
 
 
+def test_a_tile_of_a_short_sequence_has_no_more_logits_than_the_weight_has_numbers():
+    assert tokens_per_tile(1024, 1024, 32000) == 256, "by hidden numbers it would be 32"
+    assert tokens_per_tile(1024, 64, 32000) == 64
+    assert tokens_per_tile(100, 1024, 32000) == 128
+
+
 REFUSED = {
     "expected hidden": {"hidden": torch.zeros(B, S, H + 1)},
     "expected a bias of shape": {"bias": torch.zeros(V - 1)},
