@@ -57,8 +57,7 @@ def main_stack() -> tuple[Any, ...]:
         if frame is not None and is_within(frame, _BACKWARD):
             # Threads that Python did not start; it knows those that have asked for themselves by this name.
             started = {thread.ident for thread in threading.enumerate() if not thread.name.startswith("Dummy-")}
-            hooks = [other for ident, other in frames.items() if ident not in started]
-            frame = hooks[0] if hooks else frame
+            frame = next((other for ident, other in frames.items() if ident not in started), frame)
         # It holds this function's own frame, which would keep it, and every frame in it with all that they hold, until
         # garbage is collected: tensors of a step, steps later.
         del frames
