@@ -56,6 +56,11 @@ class ColumnLayout:
         return self.num_selected * self.column_numel
 
     @property
+    def selected_share(self) -> float:
+        """Share of the elements on this rank that are in selected columns; 0 where there is none."""
+        return self.selected_numel / max(1, self.numel)
+
+    @property
     def deferred_numel(self) -> int:
         """Elements of the other columns on this rank."""
         return self.numel - self.selected_numel
@@ -142,8 +147,7 @@ def bytes_by_owner(layout: ColumnLayout, itemsize: int, interval: int) -> float:
     """
     if not layout.numel:
         return 0.0
-    selected = layout.selected_numel / layout.numel
-    deferred = 1 - selected
+    selected, deferred = layout.selected_share, 1 - layout.selected_share
     is_transposed = layout.is_split and not layout.is_by_columns
     transposed = 2.0 * _TRANSPOSED if is_transposed else 0.0
     # Single columns of a matrix that lies row by row have an element in nearly every line of memory.

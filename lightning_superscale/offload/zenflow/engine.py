@@ -89,11 +89,11 @@ class ZenFlowEngine:
 
     def device_bytes(self, kind: ParamKind) -> float:
         config, itemsize = _options(kind.config), kind.weights.itemsize
+        # What "auto" will choose is known once warm-up has measured; the default stands for it.
         interval = config.update_interval if config.update_interval != "auto" else ZenFlowConfig.update_interval
         layout = _layout_of(kind, most_selected(config))
-        selected = layout.selected_numel / max(1, layout.numel)
+        selected = layout.selected_share
         states = kind.dtypes.memory(kind.weights, has_moments=True, home="device").per_param("device", "shard")
-        # Each step scales a gradient in fp32 and adds it to its sum.
         sums = (1 - selected) * (itemsize + _SUMMED_BYTES) if config.accumulate_on == "device" else 0.0
         steps = selected * (2 * states + 2 * itemsize)
         return bytes_by_owner(layout, itemsize, cast(int, interval)) + sums + steps
@@ -157,8 +157,7 @@ class ZenFlowEngine:
 
 def _selected_of(kind: ParamKind, share: float) -> float:
     """The share of a whole parameter's elements that are in selected columns."""
-    layout = _layout_of(kind, share)
-    return layout.selected_numel / max(1, layout.numel)
+    return _layout_of(kind, share).selected_share
 
 
 def _layout_of(kind: ParamKind, share: float) -> ColumnLayout:
