@@ -26,7 +26,9 @@ from lightning_superscale.cli import main
 from tests.docs import prepared
 from tests.docs.commands import commands_of
 
-SECONDS_PER_PAGE = 400  # page of commands that each import torch; cores may be slow, and shared
+# A page of commands that each import torch takes long on slow cores. Less than pytest gives a test, so that a page that
+# hangs is named with what it printed.
+SECONDS_PER_PAGE = 220
 
 
 def _unknown_names(code: CodeType, known: set[str]) -> set[str]:
