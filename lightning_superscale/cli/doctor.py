@@ -131,6 +131,8 @@ def _profile(name: str) -> Check:
         return Check(name, "note", str(caught[0].message))
     if stored is None:
         return Check(name, "note", f"none for one rank on {key.device}", "the first run that offloads measures it")
+    if not stored.is_quiet:
+        return Check(name, "note", stored.summary(), "the next run that offloads measures it again")
     return Check(name, "ok", stored.summary(), f"delete {profile_path(key)} to measure again")
 
 

@@ -57,6 +57,10 @@ def test_the_profile_row_shows_what_is_filed_and_measures_nothing(monkeypatch, t
     profile = dataclasses.replace(H100, key=key)
     profile_cache._write(profile_cache.profile_path(key), profile)
     assert (profile_row().status, profile_row().found) == ("ok", profile.summary())
+    busy = dataclasses.replace(profile, cpu_share=0.5)
+    profile_cache._write(profile_cache.profile_path(key), busy)
+    assert (profile_row().status, profile_row().found) == ("note", busy.summary())
+    assert profile_row().remedy == "the next run that offloads measures it again"
     profile_cache.profile_path(key).write_text("{")
     assert "is damaged" in profile_row().found
     monkeypatch.setenv("LSS_PROFILE", "off")

@@ -11,7 +11,7 @@ import contextlib
 import functools
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -36,6 +36,8 @@ BYTES_PER_PARAM = 24 + 3 * 2
 _ROUNDS = 3
 # The share of the best rate at which a number of threads is enough.
 _ENOUGH = 0.95
+# The share of CPU time below which figures say more about other work on the machine than about the machine.
+_QUIET = 0.9
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,7 @@ class HardwareProfile:
         accumulate_ns_per_param: nanoseconds per parameter in which gradients of 16 bits are added to sums in fp32.
         adamw_threads: fewest threads that come near the kernel's best rate, with a CPU left for the launching thread;
             what the three figures above were measured with.
+        cpu_share: CPU time that the kernel's threads got of the time they ran for, 1 at most. Other work had the rest.
     """
 
     key: HardwareKey
@@ -80,17 +83,28 @@ class HardwareProfile:
     adamw_fp32_ns_per_param: float
     accumulate_ns_per_param: float
     adamw_threads: int
+    cpu_share: float = 1.0
 
     def __post_init__(self) -> None:
         rates = [self.d2h, self.h2d, self.d2h_both, self.h2d_both, *(rate for _, rate in self.memory)]
         rates += [self.adamw_ns_per_param, self.adamw_fp32_ns_per_param, self.accumulate_ns_per_param]
         if not self.memory or not all(0 < rate < float("inf") for rate in rates) or self.adamw_threads < 1:
             raise ValueError(f"expected positive, finite rates, found {self}")
+        if not 0 <= self.cpu_share <= 1:
+            raise ValueError(f"expected a share of CPU time between 0 and 1, found {self.cpu_share}")
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether the kernel's threads had their cores nearly to themselves."""
+        return self.cpu_share >= _QUIET
 
     def summary(self) -> str:
         """The measured speeds in one line."""
         gb = 1e9
         best = max(rate for _, rate in self.memory)
+        busy = (
+            "" if self.is_quiet else f"; other work took {1 - self.cpu_share:.0%} of their CPU time: runs measure anew"
+        )
         return (
             f"link {self.d2h / gb:.1f} GB/s to the host and {self.h2d / gb:.1f} GB/s back "
             f"({self.d2h_both / gb:.1f} and {self.h2d_both / gb:.1f} at once), host memory "
@@ -98,7 +112,7 @@ class HardwareProfile:
             f"{self.adamw_ns_per_param:.2f} ns per parameter with 16-bit gradients and weights and "
             f"{self.adamw_fp32_ns_per_param:.2f} ns with fp32 ones, adding gradients up "
             f"{self.accumulate_ns_per_param:.2f} ns, with {self.adamw_threads} "
-            f"thread{'s' if self.adamw_threads > 1 else ''}"
+            f"thread{'s' if self.adamw_threads > 1 else ''}{busy}"
         )
 
 
@@ -171,11 +185,12 @@ def measure(device: torch.device, cpus: Sequence[int] = ()) -> HardwareProfile:
     seconds = {threads: _step_seconds(segment, threads, cpus) for threads in counts}
     threads = enough_threads([(n, numel / seconds[n]) for n in counts], max(1, len(cpus) - 1))
     narrow, wide = seconds[threads], float("inf")
+    share = _CpuShare(threads)
     for _ in range(_ROUNDS):  # in turns, so that other work on this machine slows both
         segment = _segment(host, numel, torch.float32, is_ieee=is_ieee)
-        wide = min(wide, _step_seconds(segment, threads, cpus))
+        wide = min(wide, _step_seconds(segment, threads, cpus, share))
         segment = _segment(host, numel, torch.bfloat16, is_ieee=is_ieee)
-        narrow = min(narrow, _step_seconds(segment, threads, cpus))
+        narrow = min(narrow, _step_seconds(segment, threads, cpus, share))
     with contextlib.closing(Pool(threads, cpus=cpus)) as pool:
         adding = _best(functools.partial(accumulate, segment.param, segment.grad, pool=pool))
     return HardwareProfile(
@@ -186,12 +201,43 @@ def measure(device: torch.device, cpus: Sequence[int] = ()) -> HardwareProfile:
         adamw_fp32_ns_per_param=1e9 * wide / numel,
         accumulate_ns_per_param=1e9 * adding / numel,
         adamw_threads=threads,
+        cpu_share=share.value,
     )
 
 
-def _step_seconds(segment: AdamWSegment, threads: int, cpus: Sequence[int]) -> float:
+class _CpuShare:
+    """The CPU time that threads get of the time they run for: what is missing, other work on their cores had.
+
+    Args:
+        num_threads: number of threads that are busy all the time.
+    """
+
+    def __init__(self, num_threads: int) -> None:
+        self._num_threads = num_threads
+        self._seconds = self._cpu_seconds = 0.0
+
+    @contextlib.contextmanager
+    def counted(self) -> Iterator[None]:
+        """Count this time."""
+        start, cpu_start = time.perf_counter(), time.process_time()
+        yield
+        self._cpu_seconds += time.process_time() - cpu_start
+        self._seconds += time.perf_counter() - start
+
+    @property
+    def value(self) -> float:
+        """Of all time that was counted, 1 at most; 1 of none."""
+        return min(1.0, self._cpu_seconds / (self._num_threads * self._seconds)) if self._seconds else 1.0
+
+
+def _step_seconds(segment: AdamWSegment, threads: int, cpus: Sequence[int], share: _CpuShare | None = None) -> float:
     with contextlib.closing(Pool(threads, cpus=cpus)) as pool:
-        return _best(lambda: submit_adamw_commit_peek([segment], stats=True, pool=pool).wait())
+
+        def step() -> None:
+            with share.counted() if share is not None else contextlib.nullcontext():
+                submit_adamw_commit_peek([segment], stats=True, pool=pool).wait()
+
+        return _best(step)
 
 
 def _thread_counts(num_cpus: int) -> list[int]:

@@ -21,8 +21,9 @@ from lightning_superscale.offload.planner.profile import HardwareKey, HardwarePr
 from lightning_superscale.ops.native.own_files import make_own_folder, own_folder, read_own_file, user_cache
 
 # The version of the format, in every file and its name: files of other versions are neither read nor overwritten.
-# Version 2 added the kernel's time with fp32 gradients and weights, version 3 that of adding gradients up.
-_FORMAT = 3
+# Version 2 added the kernel's time with fp32 gradients and weights, version 3 that of adding gradients up, version 4
+# the share of CPU time.
+_FORMAT = 4
 # A file of ours has some hundred bytes; Python's parser of JSON ends a run that gives it some thousand brackets.
 _MOST_BYTES = 64 * 2**10
 _MOST_THREADS = 4096
@@ -77,12 +78,13 @@ def cached_profile(
 ) -> HardwareProfile | None:
     """This rank's profile: from its file, else measured now and filed; None where LSS_PROFILE=off.
 
+    One that was measured while other work had its cores is measured again, and the quieter of both stays in the file.
     Any rank may call it alone. The profiles of two ranks differ.
 
     Args:
         device: the rank's device.
         cpus: CPUs that the rank may use; empty for those of the process.
-        measures_again: whether to measure and file it also where there is one, which another load may have slowed.
+        measures_again: whether to measure it now also where a quiet one is filed.
 
     Warns:
         UserWarning: the file was damaged, could not be written, or measuring failed (then the result is None).
@@ -91,8 +93,8 @@ def cached_profile(
         return None
     cpus = tuple(cpus) or available_cpus()
     key = key_of(device, cpus)
-    stored = None if measures_again else stored_profile(key)
-    if stored is not None:
+    stored = stored_profile(key)
+    if stored is not None and stored.is_quiet and not measures_again:
         return stored
     try:
         profile = measure(device, cpus)
@@ -100,6 +102,8 @@ def cached_profile(
         # A run can train without a profile, so a failure to measure must not end it; other ranks wait for this one.
         warnings.warn(f"this machine's speed could not be measured (LSS_PROFILE=off skips it): {error}", stacklevel=2)
         return None
+    if stored is not None and not profile.is_quiet and profile.cpu_share <= stored.cpu_share:
+        return profile if measures_again else stored
     try:
         _write(profile_path(key), profile)
     except OSError as error:

@@ -115,6 +115,15 @@ def test_what_crosses_the_link(asked, profile, value, why):
     assert why in choice.reason
 
 
+def test_a_device_that_is_the_host_never_has_more_to_move_by_itself():
+    """Measured while its cores were busy, one kernel may look far faster than the other."""
+    on_cpu = dataclasses.replace(SUPERCHIP, key=dataclasses.replace(SUPERCHIP.key, device="cpu"))
+    for asked, value in (("auto", "weights"), ("fp32", "fp32")):
+        choice = choose_link_dtype(asked, on_cpu, why_weights=None, why_no_profile="nobody measured")
+        assert choice.value == value
+        assert ("the device is the host itself, whose cores would move more" in choice.reason) == (asked == "auto")
+
+
 @pytest.mark.parametrize("asked", ["auto", "weights", "fp32"])
 def test_what_allows_no_fp32_on_the_link_is_the_reason(asked):
     choice = choose_link_dtype(asked, SUPERCHIP, why_weights="weights flow", why_no_profile="nobody measured")
