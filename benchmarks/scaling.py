@@ -7,9 +7,9 @@ contestant a line is fitted to their logarithms: its slope is the exponent with 
 costs the same at every size.
 
 Every process has one thread for forward and backward and one for its optimizer; ranks talk over gloo. Contestants of
-one size and number of ranks take turns where memory holds them all, and run one by one where it does not. More ranks
-than cores share them, and `shares_cores` says so. States are fp32 up to 350M parameters; at a billion everything is
-bf16. What memory can't hold is a row that says so. The last line is JSON.
+one size and number of ranks take turns, as many as memory holds at once. More ranks than cores share them, and
+`shares_cores` says so. States are fp32 up to 350M parameters; at a billion everything is bf16. What memory can't hold
+is a row that says so. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -87,11 +87,17 @@ def names_at(size: str, num_ranks: int, chosen: Sequence[str]) -> list[str]:
 
 
 def heats_of(names: Sequence[str], size: str, num_ranks: int, available: int) -> list[list[str]]:
-    """All in one heat where memory holds them; else one by one."""
-    if not names:
-        return []
-    needed = sum(LINES[name].needed_bytes(size, num_ranks) for name in names)
-    return [list(names)] if needed < 0.85 * available else [[name] for name in names]
+    """As many in one heat as memory holds, in the order of their names, so that those to be compared are neighbours."""
+    heats: list[list[str]] = []
+    free = 0.0
+    for name in names:
+        needed = LINES[name].needed_bytes(size, num_ranks)
+        if not heats or needed > free:
+            heats.append([])
+            free = 0.85 * available
+        heats[-1].append(name)
+        free -= needed
+    return heats
 
 
 def row_of(entrant: Entrant, size: str, num_ranks: int) -> Row:
@@ -252,7 +258,8 @@ def resumed(path: Path | None, machine: Row) -> Row:
     """What an earlier run wrote; an empty report without one.
 
     Raises:
-        BenchmarkError: another machine measured it, whose seconds can't stand in one table with this one's.
+        BenchmarkError: another machine measured it, whose seconds can't stand in one table with this one's, or another
+            version wrote it.
     """
     if path is None:
         return {"rows": [], "dates": [], "seconds": 0.0}
@@ -263,6 +270,9 @@ def resumed(path: Path | None, machine: Row) -> Row:
                 f"--resume: {path} was measured with {key} = {before['hardware'][key]!r}, this machine has "
                 f"{machine[key]!r}. Measure anew, with another file for --json."
             )
+    for key in ("dates", "seconds", "rows"):
+        if key not in before:
+            raise BenchmarkError(f"--resume: {path} has no {key!r}, as files of another version. Measure anew.")
     return dict(before)
 
 

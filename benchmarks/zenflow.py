@@ -148,7 +148,7 @@ def main() -> int:
     made = parser(__doc__, steps=3 * INTERVAL)
     made.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     options = parse(made)
-    if options.steps < INTERVAL:
+    if options.steps is not None and options.steps < INTERVAL:
         made.error(f"--steps has to be at least {INTERVAL}, a window; found {options.steps}")
     # DeepSpeed starts its worker process at the first window's end.
     return run_race(Race(LABELS, figures_of, checks_of, show, warmup=2 * INTERVAL), options)

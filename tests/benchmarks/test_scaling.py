@@ -100,6 +100,16 @@ def test_contestants_run_one_by_one_where_memory_does_not_hold_them() -> None:
     assert scaling.heats_of([], "1B", 2, needed) == [], "nobody runs a billion parameters on two ranks"
 
 
+def test_as_many_neighbours_take_turns_as_memory_holds() -> None:
+    """The machine drifts: a ratio of two that ran minutes apart says more about it than about them."""
+    names = list(scaling.LINES)
+    needed = [scaling.LINES[name].needed_bytes("350M", 1) for name in names]
+    heats = scaling.heats_of(names, "350M", 1, int(1.01 * sum(needed[:2]) / 0.85))
+    assert heats[0] == ["cpu", "superoffload"]
+    assert [name for heat in heats for name in heat] == names
+    assert scaling.heats_of(names, "350M", 1, 1) == [[name] for name in names]
+
+
 @pytest.mark.parametrize("size", ["10M", "25M", "60M", "120M", "350M", "1B"])
 def test_sizes_are_what_their_names_say(size: str) -> None:
     said = float(size[:-1]) * {"M": 1e6, "B": 1e9}[size[-1]]
@@ -126,6 +136,9 @@ def test_rows_of_another_machine_are_not_resumed(tmp_path: Path) -> None:
     assert scaling.resumed(path, busier)["dates"] == ["2026-11-29"]
     with pytest.raises(scaling.BenchmarkError, match=r"cpu = 'A', this machine has 'B'\. Measure anew"):
         scaling.resumed(path, machine | {"cpu": "B"})
+    path.write_text(json.dumps({"hardware": machine, "rows": [], "date": "2026-11-29"}))
+    with pytest.raises(scaling.BenchmarkError, match=r"has no 'dates', as files of another version\. Measure anew"):
+        scaling.resumed(path, machine)
 
 
 def test_an_unknown_size_is_refused() -> None:
