@@ -256,8 +256,20 @@ def run_passes(turns: Turns, shape: Shape, precision: str, clip: float) -> nn.Mo
     return model
 
 
+def settle_offload(turns: Turns, assembly: Any) -> None:
+    """Let `--settle` wait for our host steps too: they would run in the next contestant's turn."""
+
+    def settle() -> None:
+        for engine in assembly.engines.values():
+            engine.quiesce()
+        synchronize()
+
+    if turns.settle is not None:
+        synchronize, turns.settle = turns.settle, settle
+
+
 def watch_offload(turns: Turns, assembly: Any) -> None:
-    """Count what goes over the link, and let `--settle` wait for our host steps too."""
+    """Count what goes over the link."""
     link = assembly.link
 
     def start_counting() -> None:
@@ -270,15 +282,24 @@ def watch_offload(turns: Turns, assembly: Any) -> None:
         turns.facts["host_bytes"], turns.facts["device_bytes"] = plan.host_bytes, plan.device_bytes
         turns.facts["reasons"] = list(plan.reasons)
 
-    def settle() -> None:
-        for engine in assembly.engines.values():
-            engine.quiesce()
-        synchronize()
-
     turns.on_warm = start_counting
     turns.on_end = stop_counting
-    if turns.settle is not None:
-        synchronize, turns.settle = turns.settle, settle
+
+
+def watch(turns: Turns, assembly: Any) -> None:
+    """Settle and count what one of ours does, or record it."""
+    if assembly.link is not None:
+        settle_offload(turns, assembly)
+    if turns.records_steps:
+        record_steps(turns, assembly.settings.timeline)
+        return
+    if assembly.link is not None:
+        watch_offload(turns, assembly)
+    if not assembly.mesh.is_single:
+        turns.facts["num_units"] = assembly.plan().num_units
+        turns.on_warm = assembly.mesh.counts.clear
+        # Of steps alone: ranks meet once more when training ends.
+        turns.on_end = lambda: turns.facts.update(calls=dict(assembly.mesh.counts.calls))
 
 
 def note_clip(turns: Turns, assembly: Any) -> None:
@@ -291,16 +312,23 @@ def note_clip(turns: Turns, assembly: Any) -> None:
 
 
 def record_steps(turns: Turns, timeline: Any) -> None:
-    """Record when our optimizers run: "optimizer_seconds" of the facts are those of each turn in which any did."""
-    found: list[float] = []
+    """Record when our optimizers run, in every second turn.
+
+    "optimizer_seconds" of the facts are those in which any did; None of turns that recorded nothing. Recording gives
+    uploads a thread of their own, which takes a core from the others: wall and CPU time are those of the other turns.
+    """
+    found: list[float | None] = []
     turns.facts["optimizer_seconds"] = found
 
     def next_turn() -> None:
+        if not timeline.is_open:
+            found.append(None)
+            timeline.open()
+            return
         spans = [span for span in timeline.close() if span.lane in ("host optimizer", "device optimizer")]
         found.append(covered_seconds([(span.start, span.end) for span in spans]))
-        timeline.open()
 
-    turns.on_warm, turns.on_turn, turns.on_end = timeline.open, next_turn, timeline.close
+    turns.on_turn, turns.on_end = next_turn, timeline.close
 
 
 def covered_seconds(spans: Iterable[tuple[float, float]]) -> float:
@@ -352,18 +380,12 @@ def run_trainer(
 
         def on_train_start(self) -> None:
             assembly = getattr(self.trainer.strategy, "assembly", None)
-            if assembly is not None and turns.records_steps:
-                record_steps(turns, assembly.settings.timeline)
+            if assembly is None:
                 return
-            if assembly is not None and assembly.link is not None:
-                watch_offload(turns, assembly)
-            if assembly is not None and not assembly.mesh.is_single:
-                turns.facts["num_units"] = assembly.plan().num_units
-                turns.on_warm = assembly.mesh.counts.clear
-                # Of steps alone: ranks meet once more when training ends.
-                turns.on_end = lambda: turns.facts.update(calls=dict(assembly.mesh.counts.calls))
-                if assembly.settings.zero.stage == 3 and not any(isinstance(p, DTensor) for p in self.parameters()):
-                    raise RuntimeError("zero3 is not in this version: every rank holds whole weights")
+            watch(turns, assembly)
+            shards = assembly.settings.zero.stage == 3 and not assembly.mesh.is_single
+            if shards and not any(isinstance(p, DTensor) for p in self.parameters()):
+                raise RuntimeError("zero3 is not in this version: every rank holds whole weights")
 
     class Configured(Module):
         def configure_model(self) -> None:

@@ -2,9 +2,9 @@
 
 Transformers of 10M parameters to a billion with bf16 weights train on 16 tokens per rank and step, so few that the
 optimizer has a large share of a step. Three times are taken: the whole step's wall time, its CPU seconds, and the wall
-time in which an optimizer runs, as the strategy's own record has it; of each the least disturbed turn counts. For each
-contestant a line is fitted to their logarithms: its slope is the exponent with which seconds grow, 1 where a parameter
-costs the same at every size.
+time in which an optimizer runs, as the strategy's own record has it in turns of their own; of each the least disturbed
+turn counts. For each contestant a line is fitted to their logarithms: its slope is the exponent with which seconds
+grow, 1 where a parameter costs the same at every size.
 
 Every process has one thread for forward and backward and one for its optimizer; ranks talk over gloo. Contestants of
 one size and number of ranks take turns, as many as memory holds at once. More ranks than cores share them, and
@@ -106,12 +106,12 @@ def row_of(entrant: Entrant, size: str, num_ranks: int) -> Row:
         return row | {"error": entrant.why}
     num_params = entrant.ranks[0].end["num_params"]
     steps_per_turn = len(entrant.ranks[0].wall[0])
-    optimizer = [
-        max(turn) / steps_per_turn
-        for turn in zip(*(rank.end["facts"]["optimizer_seconds"] for rank in entrant.ranks), strict=True)
-    ]
+    recorded = list(zip(*(rank.end["facts"]["optimizer_seconds"] for rank in entrant.ranks), strict=True))
+    optimizer = [max(turn) / steps_per_turn for turn in recorded if None not in turn]
+    timed = [i for i, turn in enumerate(recorded) if None in turn]
+    wall, cpu = ([each[i] for i in timed] for each in (entrant.wall, entrant.cpu))
     row |= {"num_params": num_params, "num_steps": len(entrant.losses), "peak_mib": entrant.peak_mib}
-    for key, seconds in (("step", entrant.wall), ("cpu", entrant.cpu), ("optimizer", optimizer)):
+    for key, seconds in (("step", wall), ("cpu", cpu), ("optimizer", optimizer)):
         row |= {
             f"{key}_s": round(statistics.median(seconds), 6),
             f"{key}_least_s": round(min(seconds), 6),
@@ -136,7 +136,8 @@ def measure(size: str, num_ranks: int, options: argparse.Namespace) -> list[Row]
             continue
         print(f"[{size}, {num_ranks} ranks] {', '.join(heat)}", file=sys.stderr, flush=True)
         start = functools.partial(Entrant, num_ranks=num_ranks, more=["--record", "--settle"])
-        how = argparse.Namespace(peers=None, rounds=options.rounds, steps=options.steps, quick=False)
+        # Two turns a round: one is timed, one recorded.
+        how = argparse.Namespace(peers=None, rounds=2 * options.rounds, steps=options.steps, quick=False)
         rows += [row_of(entrant, size, num_ranks) for entrant in run_heat(heat, f"{size}-few", "bf16", how, start)]
     return rows
 
@@ -233,8 +234,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sizes", default=",".join(DEFAULT_SIZES), help=f"of {', '.join(SIZES)}")
     parser.add_argument("--ranks", default=",".join(map(str, RANKS)), help="of 1, 2, 4; default all")
     parser.add_argument("--only", default=",".join(LINES), help=f"of {', '.join(LINES)}; default all")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=2, help="steps per turn, default 2")
+    parser.add_argument("--rounds", type=int, default=5, help="of a turn that is timed and one that is recorded")
+    parser.add_argument("--steps", type=int, default=4, help="steps per turn, default 4")
     parser.add_argument("--json", type=Path, help="also write the JSON here")
     parser.add_argument("--resume", action="store_true", help="leave out what the file of --json has already")
     parser.add_argument("--picture", type=Path, help="a PNG; needs matplotlib and two sizes")

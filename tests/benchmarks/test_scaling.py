@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks import scaling
-from benchmarks.contestants import covered_seconds
+from benchmarks.contestants import Turns, covered_seconds, watch
 from benchmarks.models import SHAPES, Decoder, num_params
 from tests.helpers.extent import only_in_test_all
 
@@ -114,6 +116,44 @@ def test_as_many_neighbours_take_turns_as_memory_holds() -> None:
 def test_sizes_are_what_their_names_say(size: str) -> None:
     said = float(size[:-1]) * {"M": 1e6, "B": 1e9}[size[-1]]
     assert scaling.num_weights(f"{size}-few") == pytest.approx(said, rel=0.05)
+
+
+class FakeTimeline:
+    """Has one span of an optimizer whenever it recorded."""
+
+    is_open = False
+
+    def open(self) -> None:
+        self.is_open = True
+
+    def close(self) -> list[Namespace]:
+        found = [Namespace(lane="host optimizer", start=1.0, end=3.0)] * self.is_open
+        self.is_open = False
+        return found
+
+
+def test_turns_that_are_timed_record_nothing_and_end_when_the_host_is_done() -> None:
+    """Recording takes a core, and the host's work would run in the next contestant's turn."""
+    turns = Turns(SHAPES["1M-few"], 0, io.StringIO())
+    done: list[str] = []
+    turns.records_steps, turns.settle = True, lambda: done.append("device")
+    engine, timeline = Namespace(quiesce=lambda: done.append("host")), FakeTimeline()
+    watch(turns, Namespace(link=object(), engines={"adamw": engine}, settings=Namespace(timeline=timeline)))
+    turns.on_warm()
+    recorded = []
+    for _ in range(4):
+        recorded.append(timeline.is_open)
+        turns.settle()
+        turns.on_turn()
+    turns.on_end()
+    assert recorded == [False, True, False, True]
+    assert turns.facts["optimizer_seconds"] == [None, 2.0, None, 2.0]
+    assert done == ["host", "device"] * 4
+    rank = Namespace(wall=[[1.0, 3.0], [9.0, 9.0]] * 2, cpu=[[2.0, 2.0], [9.0, 9.0]] * 2)
+    rank.end = {"num_params": 10, "facts": turns.facts}
+    ran = Namespace(name="cpu", error=None, ranks=[rank], losses=[0.0] * 8, peak_mib=1, wall=[2, 9] * 2, cpu=[2, 9] * 2)
+    row = scaling.row_of(ran, "1M", 1)
+    assert [row[f"{key}_largest_s"] for key in scaling.KEYS] == [2, 2, 1.0]
 
 
 def test_seconds_that_spans_share_count_once() -> None:
