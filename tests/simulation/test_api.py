@@ -63,7 +63,7 @@ def test_shared_sequences_exchange_heads():
     tokens = torch.empty(4, Language.sequence + 1, dtype=torch.int64, device="meta")
     whole, shared = (lss.simulate(model, devices=8, batch=tokens, sequence=size) for size in (None, 4))
     assert "all_to_all" not in whole.steps[0].calls
-    assert shared.steps[0].calls["all_to_all"] == 4 * 4 * 2  # layers, tensors, passes
+    assert shared.steps[0].calls["all_to_all"] == 4 * 2 * 2  # layers, messages, passes
     assert shared.line == "strategy=SuperScaleStrategy(zero=3, sequence=4)"
     assert shared.steps[0].waited["sequence"] > 0
 

@@ -1,7 +1,8 @@
 """Attention for which ranks trade their parts of the sequence for heads, and back (Ulysses, arXiv 2309.14509).
 
-Each rank has some tokens of all heads. An all-to-all gives it all tokens of some heads, any attention computes these,
-and another all-to-all brings the outputs back: four in forward, four in backward. `heads.py` says who gets which heads.
+Each rank has some tokens of all heads. An all-to-all of queries, keys and values together gives it all tokens of some
+heads, any attention computes these, and another all-to-all brings the outputs back: two in forward, two in backward.
+`heads.py` says who gets which heads.
 
 In chunks, heads follow one another, each chunk with exchanges of its own that backward repeats: what is whole along the
 sequence at a time is one chunk's heads (untied Ulysses, arXiv 2602.21196).
@@ -10,6 +11,7 @@ sequence at a time is one chunk's heads (untied Ulysses, arXiv 2602.21196).
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -73,20 +75,34 @@ def exchanged(
         q = functional.pad(q, (0, 0, 0, 0, 0, 1))  # a head of zeros, at the end
     num_queries = q.shape[1] - (None in wanted)
     own = [num_queries if head is None else head for head in exchange.queries[link.rank]]
-    queries = _to_heads(chosen(q, 1, [num_queries if head is None else head for head in wanted]), link)
+    queries = chosen(q, 1, [num_queries if head is None else head for head in wanted])
     needed = [head for of_rank in exchange.keys for head in of_rank]
-    keys, values = (_to_heads(chosen(x, 1, needed), link) for x in (k, v))
+    keys, values = (chosen(x, 1, needed) for x in (k, v))
+    if (values.dtype, values.shape[3]) == (queries.dtype, queries.shape[3]):
+        queries, keys, values = _to_heads((queries, keys, values), link)
+    else:
+        queries, keys = _to_heads((queries, keys), link)
+        (values,) = _to_heads((values,), link)
     if not exchange.is_grouped:
         keys, values = (chosen(x, 1, exchange.readers[link.rank]) for x in (keys, values))
     return queries, keys, values, tuple(min(head, num_queries - 1) for head in own)
 
 
-def _to_heads(x: Tensor, link: AxisLink) -> Tensor:
-    """[batch, size x n, tokens, dim] of this rank's tokens to [batch, n, size x tokens, dim] of its heads."""
-    batch, heads, tokens, dim = x.shape
-    by_rank = x.view(batch, link.size, heads // link.size, tokens, dim).transpose(0, 1)
-    moved = all_to_all(by_rank.flatten(0, 1), link).view(link.size, batch, heads // link.size, tokens, dim)
-    return moved.permute(1, 2, 0, 3, 4).reshape(batch, heads // link.size, link.size * tokens, dim)
+def _to_heads(tensors: Sequence[Tensor], link: AxisLink) -> list[Tensor]:
+    """Each [batch, size x n, tokens, dim] of this rank's tokens to [batch, n, size x tokens, dim] of its heads.
+
+    One message to each rank has all of them, of one dtype and dim, whatever their numbers of heads.
+    """
+    batch, _, tokens, dim = tensors[0].shape
+    numbers = [x.shape[1] // link.size for x in tensors]
+    by_rank = [x.view(batch, link.size, n, tokens, dim).transpose(0, 1) for x, n in zip(tensors, numbers, strict=True)]
+    sent = torch.cat(by_rank, 2) if len(by_rank) > 1 else by_rank[0]
+    moved = all_to_all(sent.flatten(0, 1), link).view(link.size, batch, sum(numbers), tokens, dim)
+    # A split, whose gradient is one copy of all parts; slices would each make zeros of the whole and add them up.
+    return [
+        part.permute(1, 2, 0, 3, 4).reshape(batch, n, link.size * tokens, dim)
+        for part, n in zip(torch.split(moved, numbers, 2), numbers, strict=True)
+    ]
 
 
 def to_tokens(x: Tensor, link: AxisLink) -> Tensor:

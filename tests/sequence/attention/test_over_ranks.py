@@ -71,17 +71,17 @@ MODES = {
 CASES = list(itertools.product(MODES, HEADS, SEES))
 
 
-def tensors(num_q: int, num_kv: int) -> list[torch.Tensor]:
-    """Queries, keys, values and the gradient of the output; values have another head dim."""
+def tensors(num_q: int, num_kv: int, value_dim: int = DIM + 2) -> list[torch.Tensor]:
+    """Queries, keys, values and the gradient of the output."""
     made = torch.Generator().manual_seed(num_q + num_kv)
-    sizes = [(num_q, DIM), (num_kv, DIM), (num_kv, DIM + 2), (num_q, DIM + 2)]
+    sizes = [(num_q, DIM), (num_kv, DIM), (num_kv, value_dim), (num_q, value_dim)]
     return [torch.randn(BATCH, n, TOKENS, dim, generator=made, dtype=torch.float64) for n, dim in sizes]
 
 
-def whole(heads: str, sees: str) -> list[torch.Tensor]:
+def whole(heads: str, sees: str, value_dim: int = DIM + 2) -> list[torch.Tensor]:
     """Output and gradients by the plain formula."""
     num_q, num_kv = HEADS[heads]
-    *inputs, grad = tensors(num_q, num_kv)
+    *inputs, grad = tensors(num_q, num_kv, value_dim)
     q, k, v = (x.requires_grad_() for x in inputs)
     every = slice(0, TOKENS)
     mask = SEES[sees](num_q).mask(every, every, q.device)
@@ -102,17 +102,20 @@ def spans_of(mode: str, world_size: int) -> TokenSpans:
 
 
 def _attend(rank: int, world_size: int):
-    link, found = link_of(rank, world_size), {}
-    for mode, heads, sees in CASES:
+    link = link_of(rank, world_size)
+
+    def attend(mode: str, heads: str, sees: str, value_dim: int = DIM + 2):
         num_q, num_kv = HEADS[heads]
-        *inputs, grad = (spans_of(mode, world_size).take(x, 2, rank) for x in tensors(num_q, num_kv))
+        *inputs, grad = (spans_of(mode, world_size).take(x, 2, rank) for x in tensors(num_q, num_kv, value_dim))
         q, k, v = (x.clone().requires_grad_() for x in inputs)
         link.counts.clear()
         output = MODES[mode](q, k, v, SEES[sees](num_q), Sdpa(), link)
         forward = dict(link.counts.nbytes)
         output.backward(grad)
-        found[mode, heads, sees] = [output.detach(), q.grad, k.grad, v.grad], forward, dict(link.counts.calls)
-    return found
+        return [output.detach(), q.grad, k.grad, v.grad], forward, dict(link.counts.calls)
+
+    found = {case: attend(*case) for case in CASES}
+    return found | {("ulysses, one dim", heads, "causal"): attend("ulysses", heads, "causal", DIM) for heads in HEADS}
 
 
 @pytest.fixture(scope="module", params=[2, 4])
@@ -130,25 +133,37 @@ def test_it_equals_one_process(ranks):
             assert error < 1e-12, (mode, heads, sees, name)
 
 
-def test_ulysses_moves_the_bytes_of_its_heads_in_eight_all_to_alls(ranks):
+def test_ulysses_moves_the_bytes_of_its_heads_in_few_messages(ranks):
     for heads, (num_q, num_kv) in HEADS.items():
+        # Queries and keys, values, outputs; in forward and in backward.
         _, forward, calls = ranks[-1]["ulysses", heads, "causal"]
-        assert calls == {"all_to_all": 8}
+        assert calls == {"all_to_all": 6}
         tokens = BATCH * TOKENS // len(ranks)
         plan = plan_heads(num_q, num_kv, len(ranks))
         # Values and outputs are wider than queries and keys, by a quarter.
         of_heads = plan.numel_sent(8) * tokens
         assert forward["all_to_all"] == of_heads * (DIM + DIM + 2) / 2
+        _, forward, calls = ranks[-1]["ulysses, one dim", heads, "causal"]
+        assert calls == {"all_to_all": 4}
+        assert forward["all_to_all"] == of_heads * DIM
     # Without padding or repetition: queries and outputs of all heads, keys and values of all theirs.
     _, forward, _ = ranks[-1]["ulysses", "multi-head", "causal"]
     assert forward["all_to_all"] == 8 * BATCH * TOKENS // len(ranks) * 4 * 2 * (2 * DIM + 2)
 
 
+def test_values_of_the_keys_dim_travel_with_them_and_equal_one_process(ranks):
+    for heads in HEADS:
+        parts = zip(*(found["ulysses, one dim", heads, "causal"][0] for found in ranks), strict=True)
+        for name, ours, theirs in zip("oqkv", parts, whole(heads, "causal", DIM), strict=True):
+            joined = spans_of("ulysses", len(ranks)).join(list(ours), 2)
+            assert (joined - theirs).abs().max() / theirs.abs().max() < 1e-12, (heads, name)
+
+
 def test_in_chunks_what_was_moved_is_moved_again_for_backward(ranks):
     _, forward, calls = ranks[-1]["ulysses in chunks", "grouped", "causal"]
     num_chunks = len(plan_heads(8, 2, len(ranks), 2).exchanges)
-    # Three or four of a chunk's exchanges are repeated: autograd needs no output again.
-    assert num_chunks * (8 + 3) <= calls["all_to_all"] <= num_chunks * (8 + 4)
+    # Two or three of a chunk's exchanges are repeated: autograd needs no output again.
+    assert num_chunks * (6 + 2) <= calls["all_to_all"] <= num_chunks * (6 + 3)
     assert forward["all_to_all"] == plan_heads(8, 2, len(ranks), 2).numel_sent(8) * BATCH * TOKENS // len(ranks) * 9
 
 
