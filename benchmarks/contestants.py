@@ -303,7 +303,12 @@ def watch(turns: Turns, assembly: Any) -> None:
 
 
 def note_clip(turns: Turns, assembly: Any) -> None:
-    """Count whether the last step of the run's first optimizer was clipped."""
+    """Count whether the last step of the run's first optimizer was clipped.
+
+    Nothing is asked where nothing is clipped: the norm is then known when the host has stepped, and asking would wait.
+    """
+    if not turns.bound:
+        return
     engine = None if assembly is None or not assembly.engines else next(iter(assembly.engines.values()))
     norm = None if engine is None else engine.last_norm().norm  # known where the step needed it
     if norm is not None:
