@@ -1,8 +1,8 @@
 """Attention for which ranks trade their parts of the sequence for heads, and back (Ulysses, arXiv 2309.14509).
 
 Each rank has some tokens of all heads. An all-to-all of queries, keys and values together gives it all tokens of some
-heads, any attention computes these, and another all-to-all brings the outputs back: two in forward, two in backward.
-`heads.py` says who gets which heads.
+heads, any attention computes these, and another all-to-all brings the outputs back: two in forward, two in backward,
+and one more each where values have another head dim. `heads.py` says who gets which heads.
 
 In chunks, heads follow one another, each chunk with exchanges of its own that backward repeats: what is whole along the
 sequence at a time is one chunk's heads (untied Ulysses, arXiv 2602.21196).
@@ -78,11 +78,13 @@ def exchanged(
     queries = chosen(q, 1, [num_queries if head is None else head for head in wanted])
     needed = [head for of_rank in exchange.keys for head in of_rank]
     keys, values = (chosen(x, 1, needed) for x in (k, v))
-    if (values.dtype, values.shape[3]) == (queries.dtype, queries.shape[3]):
-        queries, keys, values = _to_heads((queries, keys, values), link)
-    else:
-        queries, keys = _to_heads((queries, keys), link)
-        (values,) = _to_heads((values,), link)
+    alike: list[list[Tensor]] = []  # of one dtype and dim, so that one message can have them
+    for x in (queries, keys, values):
+        if alike and (x.dtype, x.shape[3]) == (alike[-1][0].dtype, alike[-1][0].shape[3]):
+            alike[-1].append(x)
+        else:
+            alike.append([x])
+    queries, keys, values = [moved for tensors in alike for moved in _to_heads(tensors, link)]
     if not exchange.is_grouped:
         keys, values = (chosen(x, 1, exchange.readers[link.rank]) for x in (keys, values))
     return queries, keys, values, tuple(min(head, num_queries - 1) for head in own)

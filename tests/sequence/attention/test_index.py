@@ -33,3 +33,14 @@ def test_heads_that_divide_need_no_index(num_heads, num_kv_heads, monkeypatch):
     found = exchanged(q, k, v, plan.exchanges[0], AxisLink(MeshAxis("sequence", 1, 2)))
     assert [x.shape[1:3] for x in found[:3]] == [(num_heads // 2, 12), *[(num_kv_heads // 2, 12)] * 2]
     assert found[3] == tuple(range(num_heads // 2, num_heads))
+
+
+def test_tensors_of_several_dtypes_stay_as_they_are(monkeypatch):
+    """In one message torch would widen them, and attention that one process refuses would compute."""
+    sent = []
+    monkeypatch.setattr(ulysses, "all_to_all", lambda x, link: sent.append(x.dtype) or x)
+    dtypes = (torch.bfloat16, torch.float32, torch.float32)
+    q, k, v = (torch.randn(1, 4, 6, 4).to(dtype) for dtype in dtypes)
+    found = exchanged(q, k, v, plan_heads(4, 4, 2).exchanges[0], AxisLink(MeshAxis("sequence", 0, 2)))
+    assert tuple(x.dtype for x in found[:3]) == dtypes
+    assert sent == [torch.bfloat16, torch.float32]

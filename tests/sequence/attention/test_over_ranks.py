@@ -123,14 +123,19 @@ def ranks(request):
     return run_ranks(request.param, _attend, limit_s=200)
 
 
+def assert_equal(ranks, mode: str, heads: str, sees: str, expected: list[torch.Tensor]) -> None:
+    """The parts that all ranks found, joined, are one process's output and gradients."""
+    parts = zip(*(found[mode, heads, sees][0] for found in ranks), strict=True)
+    for name, ours, theirs in zip("oqkv", parts, expected, strict=True):
+        joined = spans_of(mode, len(ranks)).join(list(ours), 2)
+        error = (joined - theirs).abs().max() / theirs.abs().max()
+        assert error < 1e-12, (mode, heads, sees, name)
+
+
 def test_it_equals_one_process(ranks):
     expected = {(heads, sees): whole(heads, sees) for heads, sees in itertools.product(HEADS, SEES)}
     for mode, heads, sees in CASES:
-        parts = zip(*(found[mode, heads, sees][0] for found in ranks), strict=True)
-        for name, ours, theirs in zip("oqkv", parts, expected[heads, sees], strict=True):
-            joined = spans_of(mode, len(ranks)).join(list(ours), 2)
-            error = (joined - theirs).abs().max() / theirs.abs().max()
-            assert error < 1e-12, (mode, heads, sees, name)
+        assert_equal(ranks, mode, heads, sees, expected[heads, sees])
 
 
 def test_ulysses_moves_the_bytes_of_its_heads_in_few_messages(ranks):
@@ -153,10 +158,7 @@ def test_ulysses_moves_the_bytes_of_its_heads_in_few_messages(ranks):
 
 def test_values_of_the_keys_dim_travel_with_them_and_equal_one_process(ranks):
     for heads in HEADS:
-        parts = zip(*(found["ulysses, one dim", heads, "causal"][0] for found in ranks), strict=True)
-        for name, ours, theirs in zip("oqkv", parts, whole(heads, "causal", DIM), strict=True):
-            joined = spans_of("ulysses", len(ranks)).join(list(ours), 2)
-            assert (joined - theirs).abs().max() / theirs.abs().max() < 1e-12, (heads, name)
+        assert_equal(ranks, "ulysses, one dim", heads, "causal", whole(heads, "causal", DIM))
 
 
 def test_in_chunks_what_was_moved_is_moved_again_for_backward(ranks):
