@@ -182,15 +182,15 @@ def measure(device: torch.device, cpus: Sequence[int] = ()) -> HardwareProfile:
             copies.append((threads, 2 * half / _best(lambda: copy().wait())))  # noqa: B023
     is_ieee = device.type == "cuda"
     segment = _segment(host, numel, torch.bfloat16, is_ieee=is_ieee)
-    seconds = {threads: _step_seconds(segment, threads, cpus) for threads in counts}
+    shares = {threads: _CpuShare(threads) for threads in counts}
+    seconds = {threads: _step_seconds(segment, cpus, shares[threads]) for threads in counts}
     threads = enough_threads([(n, numel / seconds[n]) for n in counts], max(1, len(cpus) - 1))
     narrow, wide = seconds[threads], float("inf")
-    share = _CpuShare(threads)
     for _ in range(_ROUNDS):  # in turns, so that other work on this machine slows both
         segment = _segment(host, numel, torch.float32, is_ieee=is_ieee)
-        wide = min(wide, _step_seconds(segment, threads, cpus, share))
+        wide = min(wide, _step_seconds(segment, cpus, shares[threads]))
         segment = _segment(host, numel, torch.bfloat16, is_ieee=is_ieee)
-        narrow = min(narrow, _step_seconds(segment, threads, cpus, share))
+        narrow = min(narrow, _step_seconds(segment, cpus, shares[threads]))
     with contextlib.closing(Pool(threads, cpus=cpus)) as pool:
         adding = _best(functools.partial(accumulate, segment.param, segment.grad, pool=pool))
     return HardwareProfile(
@@ -201,7 +201,7 @@ def measure(device: torch.device, cpus: Sequence[int] = ()) -> HardwareProfile:
         adamw_fp32_ns_per_param=1e9 * wide / numel,
         accumulate_ns_per_param=1e9 * adding / numel,
         adamw_threads=threads,
-        cpu_share=share.value,
+        cpu_share=shares[threads].value,
     )
 
 
@@ -213,7 +213,7 @@ class _CpuShare:
     """
 
     def __init__(self, num_threads: int) -> None:
-        self._num_threads = num_threads
+        self.num_threads = num_threads
         self._seconds = self._cpu_seconds = 0.0
 
     @contextlib.contextmanager
@@ -227,14 +227,14 @@ class _CpuShare:
     @property
     def value(self) -> float:
         """Of all time that was counted, 1 at most; 1 of none."""
-        return min(1.0, self._cpu_seconds / (self._num_threads * self._seconds)) if self._seconds else 1.0
+        return min(1.0, self._cpu_seconds / (self.num_threads * self._seconds)) if self._seconds else 1.0
 
 
-def _step_seconds(segment: AdamWSegment, threads: int, cpus: Sequence[int], share: _CpuShare | None = None) -> float:
-    with contextlib.closing(Pool(threads, cpus=cpus)) as pool:
+def _step_seconds(segment: AdamWSegment, cpus: Sequence[int], share: _CpuShare) -> float:
+    with contextlib.closing(Pool(share.num_threads, cpus=cpus)) as pool:
 
         def step() -> None:
-            with share.counted() if share is not None else contextlib.nullcontext():
+            with share.counted():
                 submit_adamw_commit_peek([segment], stats=True, pool=pool).wait()
 
         return _best(step)
