@@ -30,7 +30,7 @@ Row = dict[str, Any]
 
 # At a turn's end what its last step left under way is awaited, as training does once. Steps of a tenth of a second need
 # turns of more steps, or that wait would be what is measured.
-_MORE_STEPS = {"1M": 4, "5M": 4}
+_SMALL, _TIMES_AS_MANY = ("1M", "5M"), 4
 
 
 @dataclass(frozen=True)
@@ -104,12 +104,13 @@ def parser(doc: str | None, *, steps: int) -> argparse.ArgumentParser:
     """The options that races have in common.
 
     Args:
-        steps: default number of steps per turn; of models of up to 5M parameters four times as many.
+        steps: default number of steps per turn; small models take more.
     """
     made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--sizes", default=None, help=f"of {', '.join(SHAPES)}; default 25M,120M (25M with --quick)")
     made.add_argument("--rounds", type=int, default=None, help="default 9, of the slow 120M 7; 5 with --quick")
-    made.add_argument("--steps", type=int, help=f"steps per turn, default {steps}, of up to 5M parameters {4 * steps}")
+    small = f"{_TIMES_AS_MANY * steps} of {' and '.join(_SMALL)}"
+    made.add_argument("--steps", type=int, help=f"steps per turn, default {steps}, {small}")
     made.add_argument("--peers", default="none", help="environment of benchmarks/peers.sh, or none")
     made.add_argument("--quick", action="store_true", help="about two minutes")
     made.add_argument("--json", type=Path, help="also write the JSON here")
@@ -152,7 +153,7 @@ def run_race(race: Race, options: argparse.Namespace, more_report: Row | None = 
     versions: dict[str, str] = {}
     for size, (setting, own) in itertools.product(options.sizes, race.settings.items()):
         print(f"[{size} {setting}] {', '.join(names)}", file=sys.stderr, flush=True)
-        steps = options.steps or options.default_steps * _MORE_STEPS.get(size, 1)
+        steps = options.steps or options.default_steps * (_TIMES_AS_MANY if size in _SMALL else 1)
         how = argparse.Namespace(**(vars(options) | {"steps": steps}))
         start_one = functools.partial(Contestant, rank=variables, more=[*more, "--warmup", str(race.warmup), *own])
         runs = run_heat(names, size, "offload", how, start_one)
