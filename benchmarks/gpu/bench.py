@@ -1,9 +1,10 @@
 """`make gpu-bench`: how fast is it beside its peers? Rows go to OUT/bench.jsonl as they are measured.
 
-Facts of the machine, then whole training steps: forward and backward alone, ours with everything on the host and with
-what the planner keeps on the device, DeepSpeed, FSDP2, torchao, forward and backward once more for drift; last our
-kernels beside torch's. Every contestant is a process of its own with a time limit. `--long` takes large models and long
-sequences instead (`make gpu-long`, OUT/long.jsonl). `--device cpu --tiny` rehearses what a CPU can run.
+Facts of the machine, then what `estimate` predicts for ours, then whole training steps: forward and backward alone,
+ours with everything on the host and with what the planner keeps on the device, DeepSpeed, FSDP2, torchao, forward and
+backward once more for drift; last our kernels beside torch's. Rows of ours say how far the prediction was from the
+clock and from the device's memory. Every contestant is a process of its own with a time limit. `--long` takes large
+models and long sequences instead (`make gpu-long`, OUT/long.jsonl). `--device cpu --tiny` rehearses what a CPU can run.
 """
 
 from __future__ import annotations
@@ -97,6 +98,7 @@ class Plan:
         warmup, steps: steps that are not counted, and those that are.
         row_limit_s: seconds for one contestant, its start included.
         has_kernels: whether our kernels are measured too.
+        predicts: whether `estimate` predicts steps and peaks of ours first.
     """
 
     entries: Sequence[tuple[str, str]]
@@ -104,6 +106,7 @@ class Plan:
     steps: int
     row_limit_s: float
     has_kernels: bool
+    predicts: bool = False
 
 
 class Bench(Runner):
@@ -114,10 +117,13 @@ class Bench(Runner):
         self._plan = plan
         self._passes: dict[str, float] = {}  # seconds of forward and backward, by size
         self._of_layers: dict[str, dict[str, Any]] = {}  # what was measured of the first layers of a stack, by size
+        self._predictions: dict[tuple[str, str], dict[str, Any]] = {}  # by size and contestant
 
     def all(self) -> None:
         self.facts()
         self.build()
+        if self._plan.predicts:
+            self._predict()
         for number, (size, name) in enumerate(self._plan.entries):
             is_again = (size, name) in self._plan.entries[:number]
             label = f"{size}: {LABELS[name]}{', again' if is_again else ''}"
@@ -129,6 +135,17 @@ class Bench(Runner):
         if self._plan.has_kernels:
             outcome = self.run(["-m", "benchmarks.gpu.ops", *self.device], 150, on_line=self.take)
             self.rows.outcome("kernels", outcome)
+
+    def _predict(self) -> None:
+        """Predictions for all of ours, before anything of them is measured."""
+        names = [f"{size}:{name}" for size, name in dict.fromkeys(self._plan.entries) if _is_ours(name)]
+
+        def take(line: str) -> None:
+            row = json.loads(line)
+            self._predictions[row.pop("size"), row.pop("contestant")] = row
+
+        outcome = self.run(["-m", "benchmarks.gpu.predictions", *names], 90, on_line=take)
+        self.rows.outcome("predictions", outcome, contestants=len(self._predictions))
 
     def _contestant(self, label: str, size: str, name: str) -> None:
         plan, answers = self._plan, []
@@ -153,6 +170,8 @@ class Bench(Runner):
         self._of_layers[size] = row
         if size in self._passes:
             row["exposed_s"] = round(wall - self._passes[size], 4)
+        if (size, name) in self._predictions:
+            row |= _errors(self._predictions[size, name], row)
         # What came before a broken end is measured all the same.
         self.rows.outcome(label, _with_end(outcome, answers), contestant=name, size=size, **row)
 
@@ -176,6 +195,19 @@ def _with_end(outcome: Outcome, answers: Sequence[dict[str, Any]]) -> Outcome:
     """A contestant that answered everything and then crashes or hangs at its exit has been measured."""
     has_end = bool(answers) and "digest" in answers[-1]
     return Outcome(0, outcome.seconds, outcome.tail) if has_end else outcome
+
+
+def _is_ours(name: str) -> bool:
+    return LABELS[name].startswith("ours ")
+
+
+def _errors(predicted: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
+    """What was predicted, and by which share it was above what was measured."""
+    errors = {"predicted_s": predicted["step_s"], "error_s": round(predicted["step_s"] / row["wall_s"] - 1, 4)}
+    if row.get("peak_device_mib"):
+        errors["predicted_peak_device_mib"] = predicted["peak_device_mib"]
+        errors["error_peak"] = round(predicted["peak_device_mib"] / row["peak_device_mib"] - 1, 4)
+    return errors
 
 
 def _measured(turn: dict[str, Any], end: dict[str, Any], tokens: int) -> dict[str, Any]:
@@ -215,7 +247,10 @@ def plan_of(options: argparse.Namespace) -> Plan:
         entries = [entry for entry in entries if entry[1] in ON_CPU]
     warmup, steps = (1, 3) if options.long or options.tiny else (3, 8)
     has_kernels = not options.long and (not options.only or "kernels" in options.only)
-    return Plan(entries, warmup, steps, row_limit_s=100 if options.long else 75, has_kernels=has_kernels)
+    # Large models and long sequences have no time to spare.
+    predicts = not options.long and any(_is_ours(name) for _, name in entries)
+    row_limit_s = 100 if options.long else 75
+    return Plan(entries, warmup, steps, row_limit_s, has_kernels=has_kernels, predicts=predicts)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

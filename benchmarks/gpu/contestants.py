@@ -81,25 +81,30 @@ def run_torchao(turns: Turns, shape: Shape, precision: str, clip: float) -> nn.M
     return train_module(turns, model, CPUOffloadOptimizer(model.parameters(), torch.optim.AdamW, fused=True, **ADAMW))
 
 
-def _ours(sequence: SequenceConfig | None = None, **options: Any) -> Runner:
-    strategy = ours(offload=OffloadConfig(**options), sequence=sequence)
-    return lambda *a: run_trainer(*a, fused=True, strategy=strategy)
-
-
 # What keeps less of a long sequence and changes no bit of blocks, whose MLPs are no modules of their own.
 _KIT = SequenceConfig(tile_loss=True, checkpoint_blocks=True, offload_activations=True)
+_HOST = {"gpu_fraction": 0, "weights": "stationary"}
+
+# What our strategy is given.
+OURS: dict[str, dict[str, Any]] = {
+    "superoffload-host": {"offload": OffloadConfig(engine="superoffload", **_HOST)},
+    "superoffload-auto": {"offload": OffloadConfig(engine="superoffload")},
+    "superoffload-third": {"offload": OffloadConfig(engine="superoffload", gpu_fraction=0.35, weights="stationary")},
+    "cpu-host": {"offload": OffloadConfig(engine="cpu", **_HOST)},
+    "zenflow-host": {"offload": OffloadConfig(**zenflow(), **_HOST)},
+    "zenflow-sums-on-device": {"offload": OffloadConfig(**zenflow(accumulate_on="device"), **_HOST)},
+    "kit": {"offload": OffloadConfig(engine="superoffload", **_HOST), "sequence": _KIT},
+    "flow": {"offload": OffloadConfig(engine="superoffload", weights="flow")},
+}
+
+
+def _run_ours(options: dict[str, Any]) -> Runner:
+    return lambda *a: run_trainer(*a, fused=True, strategy=ours(**options))
 
 
 CONTESTANTS: dict[str, Runner] = {
     "passes": run_passes,
-    "superoffload-host": _ours(engine="superoffload", gpu_fraction=0, weights="stationary"),
-    "superoffload-auto": _ours(engine="superoffload"),
-    "superoffload-third": _ours(engine="superoffload", gpu_fraction=0.35, weights="stationary"),
-    "cpu-host": _ours(engine="cpu", gpu_fraction=0, weights="stationary"),
-    "zenflow-host": _ours(**zenflow(), gpu_fraction=0, weights="stationary"),
-    "zenflow-sums-on-device": _ours(**zenflow(accumulate_on="device"), gpu_fraction=0, weights="stationary"),
-    "kit": _ours(_KIT, engine="superoffload", gpu_fraction=0, weights="stationary"),
-    "flow": _ours(engine="superoffload", weights="flow"),
+    **{name: _run_ours(options) for name, options in OURS.items()},
     "deepspeed-z2-offload": lambda *a: run_deepspeed(*a, zero=_ZERO2),
     "deepspeed-zenflow": lambda *a: run_deepspeed(*a, zero={**_ZERO2, "zenflow": deepspeed_zenflow(overlap=True)}),
     "deepspeed-superoffload": lambda *a: run_deepspeed(*a, zero=super_offload(1.0)),

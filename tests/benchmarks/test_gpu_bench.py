@@ -12,7 +12,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.gpu import bench, contestants
+from benchmarks.gpu import bench, contestants, predictions
 from benchmarks.gpu.process import Outcome
 from benchmarks.gpu.rows import Rows
 from benchmarks.models import SHAPES, Decoder, Shape, batches, num_params
@@ -32,6 +32,8 @@ def test_a_rehearsal_measures_what_a_cpu_can_run(tmp_path: Path) -> None:
     passes, ours = rows["1M: forward and backward alone"], rows["1M: ours superoffload, gpu_fraction=0"]
     assert passes["exposed_s"] == 0
     assert ours["exposed_s"] == pytest.approx(ours["wall_s"] - passes["wall_s"], abs=2e-4)
+    assert ours["error_s"] == pytest.approx(ours["predicted_s"] / ours["wall_s"] - 1, abs=1e-3)
+    assert "predicted_s" not in passes
     assert len(ours["steps_wall_s"]) == 3
     assert 4 <= ours["link_bytes_per_param"] < 4.04
     assert 16 <= ours["host_bytes_per_param"] < 16.16
@@ -60,6 +62,7 @@ def _plan(tmp_path: Path, *options: str) -> bench.Plan:
 
 def test_plans_name_contestants_and_sizes_that_exist(tmp_path: Path) -> None:
     assert set(bench.LABELS) == set(contestants.CONTESTANTS)
+    assert {name for name, label in bench.LABELS.items() if label.startswith("ours ")} == set(contestants.OURS)
     ahead, long = _plan(tmp_path), _plan(tmp_path, "--long")
     assert [size for size, _ in ahead.entries] == ["3.1B"] * len(ahead.entries)
     names = [name for _, name in ahead.entries]
@@ -73,6 +76,7 @@ def test_plans_name_contestants_and_sizes_that_exist(tmp_path: Path) -> None:
     only = _plan(tmp_path, "--only", "flow", "--size", "5.1B")
     assert (list(only.entries), only.has_kernels) == ([("5.1B", "flow")], False)
     assert _plan(tmp_path, "--only", "kernels").has_kernels
+    assert (ahead.predicts, long.predicts, _plan(tmp_path, "--only", "passes").predicts) == (True, False, False)
 
 
 @pytest.mark.parametrize(("size", "billions"), [("3.1B", 3.1), ("5.1B", 5.1), ("6.7B", 6.7), ("11B", 11.0)])
@@ -145,3 +149,36 @@ def test_a_contestant_that_breaks_leaves_a_row_and_the_others_go_on(tmp_path: Pa
     assert command[command.index("--threads") + 1] == "0"
     assert more["variables"]["WORLD_SIZE"] == "1"
     assert more["stdin"] == "2\nend\n"
+
+
+def test_what_was_predicted_stands_beside_what_was_measured(tmp_path: Path) -> None:
+    entries = [("1M", name) for name in ("passes", "superoffload-host", "superoffload-host", "cpu-host")]
+    rows = Rows(tmp_path / "bench.jsonl", limit_s=100)
+    predicted = {"size": "1M", "contestant": "superoffload-host", "step_s": 0.66, "peak_device_mib": 8.1}
+    measured = ([{"ready": {}}, TURN, END], GOOD)
+    # The other prediction never came: its process broke.
+    script = [FACTS, FACTS, ([predicted], Outcome(1, 1.0, "an error")), *[measured] * 4]
+    scripted = Scripted(tmp_path, rows, bench.Plan(entries, 1, 2, 75, has_kernels=False, predicts=True), script)
+    scripted.all()
+    assert rows.conclude() == 1
+    command, _ = scripted.commands[2]
+    assert command == ["-m", "benchmarks.gpu.predictions", "1M:superoffload-host", "1M:cpu-host"]
+    found = _rows(tmp_path / "bench.jsonl")
+    assert (found["predictions"]["ok"], found["predictions"]["contestants"]) == (False, 1)
+    for label in ("1M: ours superoffload, gpu_fraction=0", "1M: ours superoffload, gpu_fraction=0, again"):
+        row = found[label]
+        assert (row["predicted_s"], row["predicted_peak_device_mib"]) == (0.66, 8.1)
+        assert (row["error_s"], row["error_peak"]) == (pytest.approx(0.1), pytest.approx(-0.1))
+    assert found["1M: ours cpu, gpu_fraction=0"]["ok"]
+    assert "error_s" not in found["1M: ours cpu, gpu_fraction=0"]
+
+
+def test_a_prediction_is_of_the_step_that_the_contestant_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert predictions.main(["1M:cpu-host", "1M-2of4:kit"]) == 0
+    whole, less = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (whole["size"], whole["contestant"], less["size"]) == ("1M", "cpu-host", "1M-2of4")
+    # Weights and gradients are bf16, 2 bytes each, and stay; the kit's blocks leave their activations on the host.
+    weights = num_params(Decoder(SHAPES["1M"])) * 2 / 2**20
+    assert whole["peak_device_mib"] > 2 * weights
+    assert less["peak_device_mib"] < whole["peak_device_mib"]
+    assert whole["step_s"] > 0
