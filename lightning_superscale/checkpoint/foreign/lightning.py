@@ -1,4 +1,4 @@
-"""Reads Lightning checkpoint files: DDP's, FSDP's and ModelParallel's "full" ones, and this package's.
+"""Reads Lightning checkpoint files: DDP's, FSDP's and ModelParallel's "full" ones, and this package's; and state_dicts.
 
 Such a file tells neither buffers from frozen weights nor the class of an optimizer. Weights that an optimizer has count
 as trainable.
@@ -31,6 +31,23 @@ LAYOUT_VERSION = {"pytorch-lightning_version": "2.6.0"}
 OPTIMIZER_NAMES = "lightning_superscale.optimizer_names"
 
 
+def read_lightning(path: Path) -> dict[str, Any]:
+    """The content of a Lightning checkpoint file, or of one with a module's `state_dict()` alone, as Lightning has it.
+
+    Raises:
+        CheckpointError: the file has neither, is damaged or names code.
+    """
+    content = load_torch_file(path)
+    if isinstance(content, Mapping):
+        if isinstance(content.get("state_dict"), Mapping):
+            return {**LAYOUT_VERSION, **content}
+        if content and all(isinstance(value, Tensor) for value in content.values()):
+            return {**LAYOUT_VERSION, "state_dict": content}
+    raise CheckpointError(
+        f'{path} is no Lightning checkpoint: it has no "state_dict" of tensors, and is not a state_dict itself.'
+    )
+
+
 def open_lightning(path: Path, names: Names | None = None) -> ForeignSource:
     """Open a Lightning checkpoint file; its tensors stay on disk.
 
@@ -43,10 +60,8 @@ def open_lightning(path: Path, names: Names | None = None) -> ForeignSource:
         CheckpointError: the file is no Lightning checkpoint, is damaged or names code, or `names` do not fit it.
     """
     file = str(path)
-    checkpoint = load_torch_file(path)
-    weights = checkpoint.get("state_dict") if isinstance(checkpoint, Mapping) else None
-    if not isinstance(weights, Mapping):
-        raise CheckpointError(f'{file} is no Lightning checkpoint: it has no "state_dict" of tensors.')
+    checkpoint = read_lightning(path)
+    weights = checkpoint["state_dict"]
     tensors = {str(name): value for name, value in weights.items() if isinstance(value, Tensor)}
     names = _names_in(checkpoint, file) if names is None else names
     table, aliases = _weights(tensors, file, {name for group in names or () for name in group})

@@ -71,7 +71,7 @@ def _safetensors(path: Path) -> Opener | None:
 
 # The first format that recognises a checkpoint reads it, so a format comes before those that would take its files too.
 FORMATS = [
-    ForeignFormat("lightning", "a Lightning .ckpt file", _lightning),
+    ForeignFormat("lightning", "a Lightning .ckpt file, or a state_dict by torch.save", _lightning),
     ForeignFormat(
         "lightning-sharded",
         "a Lightning FSDP or ModelParallel directory (.metadata and meta.pt)",

@@ -8,6 +8,7 @@ Trainer is written past its IO.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Union
 
@@ -15,9 +16,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_superscale.checkpoint.foreign.registry import detect
+from lightning_superscale.checkpoint.load.reader import is_checkpoint
 from lightning_superscale.checkpoint.save.background import BackgroundSaver
 from lightning_superscale.checkpoint.save.writer import save
 from lightning_superscale.checkpoint.state import TensorKey
+from lightning_superscale.checkpoint.storage.files import is_remote
 from lightning_superscale.checkpoint.storage.local import remove
 from lightning_superscale.comm.mesh import DataMesh, build_mesh, single_mesh
 from lightning_superscale.config import CheckpointConfig, resolve_checkpoint
@@ -25,6 +29,7 @@ from lightning_superscale.errors import CheckpointError
 from lightning_superscale.layout.mesh import MeshSpec
 from lightning_superscale.plugins.binder import expect
 from lightning_superscale.plugins.lightning_private import plain_optimizer
+from lightning_superscale.plugins.trainer.visibility import overrides
 from lightning_superscale.run.environment import DEFAULT_TIMEOUT
 from lightning_superscale.run.state.collect import local_state
 from lightning_superscale.run.state.restore import open_any
@@ -174,10 +179,55 @@ def save_through(io: UniversalCheckpointIOMixin, strategy: Any, checkpoint: Mapp
 
 def load_through(io: UniversalCheckpointIOMixin, strategy: Any, path: Any) -> dict[str, Any]:
     """Open a checkpoint for a strategy that is bound to an IO. Every rank calls it."""
+    path, is_fit = str(strategy.broadcast(path)), resumes_fit(strategy)
+    checkpoint = io.load_on_all_ranks(path, is_all_used=is_fit)
+    if is_fit:
+        check_has_run(strategy.lightning_module.trainer, checkpoint, path)
+    return checkpoint
+
+
+def resumes_fit(strategy: Any) -> bool:
+    """Whether the Trainer of a strategy loads for fit(), which alone loads optimizer states, after weights."""
     module = strategy.lightning_module
-    # Only fit() loads optimizer states, after weights.
-    is_fit = module is not None and module.trainer.state.fn == "fit"
-    return io.load_on_all_ranks(str(strategy.broadcast(path)), is_all_used=is_fit)
+    return module is not None and bool(module.trainer.state.fn == "fit")
+
+
+def check_has_run(trainer: Any, checkpoint: Mapping[str, Any], path: Any) -> None:
+    """Refuse to go on with a run that a checkpoint does not have: Lightning finds out when weights have changed.
+
+    What a user's own `on_load_checkpoint` may add is not asked for.
+
+    Raises:
+        CheckpointError: says what is missing, and how to begin with the weights alone.
+    """
+    missing = [key for key in ("optimizer_states", "lr_schedulers") if key not in checkpoint]
+    hooked = (trainer.lightning_module, trainer.datamodule, *trainer.callbacks)
+    if missing and not any(overrides(one, ("on_load_checkpoint",)) for one in hooked):
+        raise CheckpointError(
+            f"{path} has weights, but no {' and no '.join(missing)}: fit(ckpt_path=...) goes on with a run, and needs "
+            "them; nothing was changed. To begin a new run with these weights, build the module by "
+            "lightning_superscale.load_from_checkpoint(ModuleClass, path) and call fit() without ckpt_path."
+        )
+
+
+def refuse_others_of(io: Any, path: Any) -> None:
+    """Refuse a checkpoint that Lightning's own IO can't read and UniversalCheckpointIO can.
+
+    Args:
+        io: the strategy's; one of a user's own may read anything.
+
+    Raises:
+        CheckpointError: names the format, and the plugin that reads it.
+    """
+    path = str(path)
+    if type(io).__name__ != "TorchCheckpointIO" or is_remote(path) or not os.path.exists(path):
+        return
+    kind = "universal checkpoint" if is_checkpoint(path) else detect(path)
+    if kind != "lightning":
+        raise CheckpointError(
+            f"{path} is a checkpoint of another format ({kind}), which Lightning's TorchCheckpointIO does not read. "
+            "Pass plugins=[lightning_superscale.UniversalCheckpointIO()] to the Trainer."
+        )
 
 
 def before_step(io: UniversalCheckpointIOMixin, closure: Callable[[], Any]) -> Callable[[], Any]:

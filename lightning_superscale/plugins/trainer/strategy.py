@@ -28,7 +28,10 @@ from lightning_superscale.plugins.checkpoint.io import (
     TECHNIQUES_KEY,
     UniversalCheckpointIOMixin,
     before_step,
+    check_has_run,
     load_through,
+    refuse_others_of,
+    resumes_fit,
     save_through,
 )
 from lightning_superscale.plugins.connect import connect
@@ -462,7 +465,11 @@ class SuperScaleStrategyMixin(SampleRanksMixin):
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         io = self._io
         if io is None:
-            return super().load_checkpoint(checkpoint_path, weights_only=weights_only)
+            refuse_others_of(self.checkpoint_io, checkpoint_path)
+            checkpoint = super().load_checkpoint(checkpoint_path, weights_only=weights_only)
+            if resumes_fit(self):
+                check_has_run(self._module.trainer, checkpoint, checkpoint_path)
+            return checkpoint
         return load_through(io, self, checkpoint_path)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:

@@ -52,7 +52,7 @@ _BLIND_CALLBACKS = frozenset(
 _LIGHTNING_PACKAGES = ("lightning", "pytorch_lightning", "lightning_superscale")
 
 
-def _overrides(obj: Any, hooks: tuple[str, ...]) -> list[str]:
+def overrides(obj: Any, hooks: tuple[str, ...]) -> list[str]:
     """The hooks whose definition that `obj` uses is not in a module of Lightning's own."""
     found = []
     for hook in hooks:
@@ -79,14 +79,14 @@ def _why_gradients_stay(module: Any, callbacks: list[Any], num_optimizers: int) 
         return "manual optimization may read or clip param.grad at any time"
     if num_optimizers > 1:
         return "several optimizers share one backward pass"
-    hooks = _overrides(module, _GRAD_HOOKS)
+    hooks = overrides(module, _GRAD_HOOKS)
     if hooks:
         return f"{type(module).__name__}.{hooks[0]} may read param.grad"
     for callback in callbacks:
         if type(callback).__name__ == "StochasticWeightAveraging":
             # The callback's batch-norm epoch ends with an optimizer step without a backward of its own.
             return "StochasticWeightAveraging steps once more with the last gradients"
-        hooks = _overrides(callback, _CALLBACK_GRAD_HOOKS)
+        hooks = overrides(callback, _CALLBACK_GRAD_HOOKS)
         if hooks and not _is_blind(callback):
             return f"{type(callback).__name__}.{hooks[0]} may read param.grad"
     return None
@@ -96,7 +96,7 @@ def _why_weights_awaited(module: Any, callbacks: list[Any]) -> str | None:
     """Why new weights are waited for right after the step; None when they may arrive during the next forward."""
     if not module.automatic_optimization:
         return "manual optimization may read weights right after step()"
-    hooks = _overrides(module, _WEIGHT_HOOKS)
+    hooks = overrides(module, _WEIGHT_HOOKS)
     if hooks:
         return f"{type(module).__name__}.{hooks[0]} may read weights"
     for callback in callbacks:

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_superscale.checkpoint.foreign.lightning import EXTRA_STATE, LAYOUT_VERSION
+from lightning_superscale.checkpoint.foreign.lightning import EXTRA_STATE, LAYOUT_VERSION, read_lightning
 from lightning_superscale.checkpoint.foreign.registry import detect, open_foreign
-from lightning_superscale.checkpoint.foreign.torch_files import load_torch_file
 from lightning_superscale.checkpoint.foreign.torch_optimizer import pack_optimizer
 from lightning_superscale.checkpoint.load.reader import is_checkpoint, open_checkpoint
 from lightning_superscale.checkpoint.local_shards import is_tensor_like, local_shards
@@ -95,8 +94,7 @@ def open_any(path: str, mesh: DataMesh | None = None, *, is_all_used: bool = Fal
             source.check_all()
         return OpenedCheckpoint(source, mesh).as_lightning()
     if detect(path) == "lightning":
-        loaded: dict[str, Any] = load_torch_file(Path(path))
-        return loaded
+        return read_lightning(Path(path))
     return OpenedCheckpoint(open_foreign(path), mesh).as_lightning()
 
 

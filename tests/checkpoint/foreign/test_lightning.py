@@ -158,3 +158,21 @@ def test_a_file_of_something_else_is_refused(tmp_path):
     torch.save([1], tmp_path / "x.pt")
     with pytest.raises(CheckpointError, match='no "state_dict"'):
         open_foreign(tmp_path / "x.pt")
+
+
+def test_a_state_dict_alone_is_read_as_weights(tmp_path):
+    module = Tied()
+    torch.save(module.state_dict(), tmp_path / "weights.pt")
+    assert detect(tmp_path / "weights.pt") == "lightning"
+    source = open_foreign(tmp_path / "weights.pt")
+    found = {key.name: value for key, value in read_all(source).items()}
+    assert source.optimizers == ()
+    assert source.aliases == {"head.weight": "embed.weight"}
+    assert all(torch.equal(value, found[source.aliases.get(name, name)]) for name, value in module.state_dict().items())
+
+
+@pytest.mark.parametrize("content", [{}, {"a": torch.ones(2), "b": 3}, [torch.ones(2)], {"state_dict": 3}])
+def test_other_content_of_torch_save_is_no_checkpoint(tmp_path, content):
+    torch.save(content, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match=r'it has no "state_dict" of tensors, and is not a state_dict itself'):
+        open_foreign(tmp_path / "x.pt")

@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from omegaconf import OmegaConf
+from safetensors.torch import save_model
 from torch import nn
 
 import lightning_superscale as lss
@@ -267,6 +268,63 @@ def test_lightnings_own_files_are_read(tmp_path):
         module = Mixed()
         run(module, strategy, str(tmp_path / "plain.ckpt"), max_epochs=4)
         assert_same_weights(module, trained(strategy, 4))
+
+
+def weights_alone(folder: Path) -> dict[str, str]:
+    """The weights of two epochs, and nothing else of the run, by kind of checkpoint."""
+    module, paths = trained("auto", 2), {}
+    paths["state_dict"] = str(folder / "weights.pt")
+    torch.save(module.state_dict(), paths["state_dict"])
+    paths["safetensors"] = str(folder / "model.safetensors")
+    save_model(module, paths["safetensors"])
+    paths["universal"] = str(folder / "universal.ckpt")
+    run(Mixed()).save_checkpoint(paths["universal"], weights_only=True)
+    return paths
+
+
+@pytest.mark.parametrize("strategy", ENGINES)
+def test_weights_alone_are_no_run_to_go_on_with(tmp_path, strategy):
+    for path in weights_alone(tmp_path).values():
+        module = Mixed()
+        before = {name: value.clone() for name, value in module.state_dict().items()}
+        with pytest.raises(CheckpointError) as caught:
+            run(module, strategy, path)
+        assert "has weights, but no optimizer_states" in str(caught.value)
+        assert "load_from_checkpoint" in str(caught.value)
+        assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())
+
+
+def test_weights_alone_are_validated_and_built_from(tmp_path):
+    expected = trained("auto", 2)
+    for kind, path in weights_alone(tmp_path).items():
+        module = Mixed()
+        # A .safetensors file has one name of two that are tied.
+        plugins = [lss.UniversalCheckpointIO({"allow": ["again.*", "head.*"]})]
+        trainer("superoffload", plugins=plugins).validate(module, loader(), ckpt_path=path)
+        assert_same_weights(module, expected)
+        if kind != "safetensors":
+            assert_same_weights(lss.load_from_checkpoint(Mixed, path), expected)
+
+
+def test_a_hook_may_give_a_run_what_weights_alone_lack(tmp_path):
+    class Begins(Mixed):
+        def on_load_checkpoint(self, checkpoint):
+            checkpoint.setdefault("optimizer_states", [])
+            checkpoint.setdefault("lr_schedulers", [])
+
+    module = Begins()
+    run(module, "superoffload", weights_alone(tmp_path)["state_dict"], max_steps=1)
+    assert not torch.equal(module.net[0].weight, trained("auto", 2).net[0].weight)
+
+
+@pytest.mark.parametrize("strategy", ["superscale", "superoffload"])
+def test_formats_that_lightnings_io_cannot_read_are_named_without_ours(tmp_path, strategy):
+    paths = weights_alone(tmp_path)
+    for kind, found in (("universal", "universal checkpoint"), ("safetensors", "safetensors")):
+        with pytest.raises(CheckpointError, match=rf"another format \({found}\).*UniversalCheckpointIO"):
+            trainer(strategy).fit(Mixed(), loader(), ckpt_path=paths[kind])
+    with pytest.raises(CheckpointError, match="has weights, but no optimizer_states"):
+        trainer(strategy).fit(Mixed(), loader(), ckpt_path=paths["state_dict"])
 
 
 def test_masters_survive_a_change_of_precision(tmp_path):
