@@ -32,7 +32,7 @@ OPTIMIZER_NAMES = "lightning_superscale.optimizer_names"
 
 
 def read_lightning(path: Path) -> dict[str, Any]:
-    """The content of a Lightning checkpoint file, or of one with a module's `state_dict()` alone, as Lightning has it.
+    """The content of a Lightning checkpoint file; a module's `state_dict()` alone becomes its "state_dict".
 
     Raises:
         CheckpointError: the file has neither, is damaged or names code.
@@ -40,9 +40,9 @@ def read_lightning(path: Path) -> dict[str, Any]:
     content = load_torch_file(path)
     if isinstance(content, Mapping):
         if isinstance(content.get("state_dict"), Mapping):
-            return {**LAYOUT_VERSION, **content}
+            return dict(content)
         if content and all(isinstance(value, Tensor) for value in content.values()):
-            return {**LAYOUT_VERSION, "state_dict": content}
+            return {"state_dict": content}
     raise CheckpointError(
         f'{path} is no Lightning checkpoint: it has no "state_dict" of tensors, and is not a state_dict itself.'
     )

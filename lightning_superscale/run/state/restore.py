@@ -94,7 +94,7 @@ def open_any(path: str, mesh: DataMesh | None = None, *, is_all_used: bool = Fal
             source.check_all()
         return OpenedCheckpoint(source, mesh).as_lightning()
     if detect(path) == "lightning":
-        return read_lightning(Path(path))
+        return {**LAYOUT_VERSION, **read_lightning(Path(path))}
     return OpenedCheckpoint(open_foreign(path), mesh).as_lightning()
 
 
