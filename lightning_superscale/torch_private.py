@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 from collections.abc import Callable, Collection, Iterable, MutableMapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
@@ -59,20 +60,41 @@ def saved_tensor_hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tenso
     return None if found is None else (found[0], found[1])
 
 
-def checkpoint_functions(reentrant: Any = None, recomputed: Any = None) -> tuple[Any, Any]:
-    """What `torch.utils.checkpoint.checkpoint` runs a block by, and from now on those that are given in their place.
+def wrap_checkpointed_blocks(
+    wrap: Callable[[Callable[..., Any], tuple[Any, ...]], Callable[..., Any]],
+) -> Callable[[], None]:
+    """Let `torch.utils.checkpoint.checkpoint` run `wrap(block, inputs)` where it computes a block again.
 
     Returns:
-        the autograd function of checkpoints with `use_reentrant=True`, whose forward takes (context, block, whether to
-        keep random states, *inputs); and the generator for False, which takes (block, five options, *inputs).
+        a function without arguments that ends it. Wraps end in the opposite order of their beginning.
     """
     from torch.utils import checkpoint
 
-    before = checkpoint.CheckpointFunction, checkpoint._checkpoint_without_reentrant_generator
-    if reentrant is not None:
+    reentrant: Any = checkpoint.CheckpointFunction
+
+    class Wrapped(reentrant):
+        """The autograd function of checkpoints with `use_reentrant=True`."""
+
+        @staticmethod
+        def forward(ctx: Any, run: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+            return reentrant.forward(ctx, wrap(run, args), preserve_rng_state, *args)
+
+    # The generator of checkpoints with False takes inputs after five options up to torch 2.13, and then as a tuple.
+    name = "_checkpoint_without_reentrant_generator"
+    takes_tuple = hasattr(checkpoint, f"{name}_impl")
+    name += "_impl" * takes_tuple
+    recomputed = vars(checkpoint)[name]
+
+    def wrapped(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return recomputed(wrap(run, args[0] if takes_tuple else args[5:]), *args, **kwargs)
+
+    def end() -> None:
+        vars(checkpoint)[name] = recomputed
         checkpoint.CheckpointFunction = reentrant  # type: ignore[misc]
-        checkpoint._checkpoint_without_reentrant_generator = recomputed
-    return before
+
+    vars(checkpoint)[name] = wrapped
+    checkpoint.CheckpointFunction = Wrapped  # type: ignore[misc]
+    return end
 
 
 def is_in_checkpoint() -> bool:
@@ -419,14 +441,69 @@ def is_of_tracer(x: Tensor) -> bool:
     return isinstance(x, (FakeTensor, FunctionalTensor))
 
 
-def base_of_autograd_functions() -> Any:
-    """The class between `torch.autograd.Function` and the one written in C++, whose `apply` it inherits."""
-    return torch.autograd.function._SingleLevelFunction
+def guard_autograd_functions(
+    guard: Callable[[Callable[..., Any]], Callable[..., Any]], check: Callable[..., None]
+) -> Callable[[], None]:
+    """Let `guard(apply)` apply every autograd function, also through names that `Function.apply` was bound to before.
+
+    Args:
+        guard: gives the function that is called with a class and its arguments. It may call `apply` with the same.
+        check: is called with the class and the arguments of an application that passed `guard` by: from torch 2.14 on,
+            where `Function.apply` is written in C++, names that were bound to it before.
+
+    Returns:
+        a function without arguments that ends it.
+    """
+    function: Any = torch.autograd.Function
+    if inspect.ismethod(function.apply):  # up to torch 2.13 it ends in this class's, which has none of its own
+        base: Any = torch.autograd.function._SingleLevelFunction
+
+        def inherited(cls: type[Any], *args: Any, **kwargs: Any) -> Any:
+            return super(base, cls).apply(*args, **kwargs)
+
+        base.apply = classmethod(guard(inherited))
+
+        def end() -> None:
+            del base.apply
+
+        return end
+    return _guard_functions_in_c(function, guard, check)
 
 
-def runs_autograd_functions_from_base() -> bool:
-    """Whether `Function.apply` calls that of its base's base, as it does up to torch 2.13."""
-    return inspect.ismethod(torch.autograd.Function.apply)
+def _guard_functions_in_c(
+    function: Any, guard: Callable[[Callable[..., Any]], Callable[..., Any]], check: Callable[..., None]
+) -> Callable[[], None]:
+    """As `guard_autograd_functions`, where names are bound to a function of C++: it looks up a class's `forward`."""
+    before = vars(function)["apply"]
+    kind: Any = type(function)
+    guarded = threading.local()  # cls: the class that the guard applies on this thread
+
+    def applied(cls: type[Any], *args: Any, **kwargs: Any) -> Any:
+        outer, guarded.cls = getattr(guarded, "cls", None), cls
+        try:
+            return before.__get__(None, cls)(*args, **kwargs)
+        finally:
+            guarded.cls = outer
+
+    def looked_up(cls: type[Any], name: str) -> Any:
+        found = type.__getattribute__(cls, name)
+        if name != "forward" or getattr(guarded, "cls", None) is cls:
+            return found
+
+        @functools.wraps(found)
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            check(cls, *args, **kwargs)
+            return found(*args, **kwargs)
+
+        return checked
+
+    def end() -> None:
+        function.apply = before
+        del kind.__getattribute__
+
+    function.apply = classmethod(guard(applied))
+    kind.__getattribute__ = looked_up
+    return end
 
 
 def scripts() -> list[tuple[Any, str]]:

@@ -250,9 +250,51 @@ def test_what_runs_past_torch_functions_is_where_we_look():
         assert callable(vars(module)[name])
     for owner, _ in torch_private.scripts():
         assert callable(owner.__call__)
-    base = torch_private.base_of_autograd_functions()
-    assert base in torch.autograd.Function.__mro__
-    assert "apply" not in vars(base)
+
+
+class Doubled(torch.autograd.Function):
+    """Its context is set up apart, and an argument has a default."""
+
+    @staticmethod
+    def forward(x, times=2):
+        return x * times
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.times = inputs[1]
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.times, None
+
+
+DOUBLED = Doubled.apply
+
+
+def test_autograd_functions_are_guarded_by_every_name():
+    guarded, checked = [], []
+
+    def guard(apply):
+        def through(cls, *args, **kwargs):
+            guarded.append((cls, args))
+            return apply(cls, *args, **kwargs)
+
+        return through
+
+    x = torch.ones(2, requires_grad=True)
+    end = torch_private.guard_autograd_functions(guard, lambda cls, *args, **kwargs: checked.append((cls, args)))
+    try:
+        Doubled.apply(x).sum().backward()
+        assert [cls for cls, _ in guarded] == [Doubled]
+        assert checked == []
+        DOUBLED(x, 3).sum().backward()
+        assert [cls for cls, _ in guarded + checked] == [Doubled] * 2  # one of both sees a name that was bound before
+    finally:
+        end()
+    assert torch.equal(x.grad, torch.full((2,), 5.0))
+    Doubled.apply(x)
+    DOUBLED(x)
+    assert len(guarded + checked) == 2
 
 
 def test_what_a_module_owns_is_found():
@@ -283,27 +325,27 @@ def test_types_of_torch_distributed():
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_checkpoints_run_blocks_by_functions_that_can_be_replaced(use_reentrant):
-    reentrant, recomputed = torch_private.checkpoint_functions()
-    calls = []
+def test_what_checkpoints_run_again_can_be_wrapped(use_reentrant):
+    calls, inputs_again = [], []
 
-    class Counted(reentrant):
-        @staticmethod
-        def forward(ctx, run, keeps, *inputs):
-            calls.append((run, inputs))
-            return reentrant.forward(ctx, run, keeps, *inputs)
+    def wrap(run, inputs):
+        calls.append((run, inputs))
+        return lambda *args: inputs_again.append(args) or run(*args)
 
-    def counted(run, *args, **kwargs):
-        calls.append((run, args[5:]))
-        return recomputed(run, *args, **kwargs)
-
-    x = torch.ones(2, requires_grad=True)
-    torch_private.checkpoint_functions(Counted, counted)
-    try:
+    def exponential():
+        x = torch.ones(2, requires_grad=True)
         torch.utils.checkpoint.checkpoint(torch.exp, x, use_reentrant=use_reentrant).sum().backward()
+        return x
+
+    end = torch_private.wrap_checkpointed_blocks(wrap)
+    try:
+        x = exponential()
     finally:
-        torch_private.checkpoint_functions(reentrant, recomputed)
+        end()
     assert calls == [(torch.exp, (x,))]
+    assert len(inputs_again) == (2 if use_reentrant else 1)  # a reentrant one runs the same function at first
+    exponential()
+    assert len(calls) == 1
     torch.testing.assert_close(x.grad, x.exp().detach())
 
 

@@ -13,14 +13,14 @@ from typing import Any
 from torch import Tensor
 
 from lightning_superscale.sequence.tokens.tensor import layout_of, with_layout
-from lightning_superscale.torch_private import checkpoint_functions
+from lightning_superscale.torch_private import wrap_checkpointed_blocks
 
 
 class Checkpoints:
     """From the first `install` to the last `remove` of a process, both kinds of checkpoint keep layouts."""
 
     _users = 0
-    _before: tuple[Any, Any] | None = None
+    _end: Callable[[], None] | None = None
 
     def __init__(self) -> None:
         self._is_installed = False
@@ -31,11 +31,7 @@ class Checkpoints:
         self._is_installed = True
         Checkpoints._users += 1
         if Checkpoints._users == 1:
-            Checkpoints._before = checkpoint_functions()
-            reentrant, recomputed = Checkpoints._before
-            checkpoint_functions(_keeping(reentrant), lambda run, *args, **kwargs: recomputed(
-                restoring(run, args[5:]), *args, **kwargs
-            ))  # fmt: skip
+            Checkpoints._end = wrap_checkpointed_blocks(restoring)
 
     def remove(self) -> None:
         """Put torch's functions back, unless another run needs them; nothing where it was not installed."""
@@ -43,19 +39,8 @@ class Checkpoints:
             return
         self._is_installed = False
         Checkpoints._users -= 1
-        if Checkpoints._users == 0 and Checkpoints._before is not None:
-            checkpoint_functions(*Checkpoints._before)
-
-
-def _keeping(reentrant: Any) -> Any:
-    class KeepsLayouts(reentrant):
-        """The autograd function of reentrant checkpoints, whose block gets layouts back."""
-
-        @staticmethod
-        def forward(ctx: Any, run: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
-            return reentrant.forward(ctx, restoring(run, args), preserve_rng_state, *args)
-
-    return KeepsLayouts
+        if Checkpoints._users == 0 and Checkpoints._end is not None:
+            Checkpoints._end()
 
 
 def restoring(run: Callable[..., Any], args: tuple[Any, ...]) -> Callable[..., Any]:

@@ -7,8 +7,8 @@ are, as those of checkpoints, module hooks, FSDP and DDP do, or its user says th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NoReturn
 
 import torch
 
@@ -19,10 +19,8 @@ from lightning_superscale.sequence.tokens.nested import leaves_of, map_leaves
 from lightning_superscale.sequence.tokens.tensor import entering, layout_of, plain, sharded_in, with_layout
 from lightning_superscale.sequence.tokens.traced import is_tensor
 from lightning_superscale.torch_private import (
-    VERSIONS,
-    base_of_autograd_functions,
     functions_past_torch_function,
-    runs_autograd_functions_from_base,
+    guard_autograd_functions,
     scripts,
 )
 
@@ -49,6 +47,7 @@ class CustomFunctions:
 
     def __init__(self, token_wise: Collection[str] = ()) -> None:
         self._token_wise = frozenset(token_wise)
+        self._end_of_guard: Callable[[], None] | None = None
         self._scripts: list[tuple[Any, Any]] = []
         self._functions: list[tuple[Any, str, Any]] = []
 
@@ -56,26 +55,14 @@ class CustomFunctions:
         """Begin to refuse.
 
         Raises:
-            SequenceParallelError: another run of this process has begun and not ended, or torch is too new.
+            SequenceParallelError: another run of this process has begun and not ended.
         """
         if CustomFunctions._installed is not None:
             raise SequenceParallelError(
                 "another run of this process shares its sequences among ranks; end it before this one begins"
             )
-        if not runs_autograd_functions_from_base():
-            raise SequenceParallelError(
-                f"sequence= can't keep a rank's part of the tokens from autograd functions of other packages in torch "
-                f"{torch.__version__}, whose Function.apply calls C++ at once. Install torch {VERSIONS[0]} to "
-                f"{VERSIONS[1]}, or train with sequence=1."
-            )
         CustomFunctions._installed = self
-        # Below `Function.apply`, which code has bound to names of its own before.
-        base = base_of_autograd_functions()
-
-        def inherited(cls: type[Any], *args: Any, **kwargs: Any) -> Any:
-            return super(base, cls).apply(*args, **kwargs)  # type: ignore[misc]
-
-        base.apply = classmethod(_guarded(inherited))
+        self._end_of_guard = guard_autograd_functions(_guarded, _refuse_past_guard)
         for owner, name in scripts():
             self._scripts.append((owner, owner.__call__))
             owner.__call__ = _without_tokens(owner.__call__, name)
@@ -88,7 +75,8 @@ class CustomFunctions:
         if CustomFunctions._installed is not self:
             return
         CustomFunctions._installed = None
-        del base_of_autograd_functions().apply
+        if self._end_of_guard is not None:
+            self._end_of_guard()
         while self._scripts:
             owner, call = self._scripts.pop()
             owner.__call__ = call
@@ -106,14 +94,14 @@ def _guarded(apply: Callable[..., Any]) -> Callable[..., Any]:
     """`torch.autograd.Function.apply`, for classes that may get tokens."""
 
     def guarded(cls: type[Any], *args: Any, **kwargs: Any) -> Any:
-        layouts = [layout for x in leaves_of(args, kwargs) if (layout := layout_of(x)) is not None]
-        if not layouts or cls.__module__.startswith(_HAND_ON):
+        layouts = _layouts_in(cls, args, kwargs)
+        if not layouts:
             return apply(cls, *args, **kwargs)
 
         def function(*args: Any, **kwargs: Any) -> Any:
             return apply(cls, *args, **kwargs)
 
-        call = Call(function, f"{cls.__module__}.{cls.__qualname__}", args, kwargs)
+        call = Call(function, _name_of(cls), args, kwargs)
         if any(isinstance(layout, Sharded) for layout in layouts):
             return custom(call)
         # Of whole tensors; a value of all tokens gives values of all tokens.
@@ -126,6 +114,41 @@ def _guarded(apply: Callable[..., Any]) -> Callable[..., Any]:
     return guarded
 
 
+def _layouts_in(cls: type[Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+    """The layouts of arguments that a function computes with; none for a class that hands them on."""
+    if cls.__module__.startswith(_HAND_ON):
+        return []
+    return [layout for x in leaves_of(args, kwargs) if (layout := layout_of(x)) is not None]
+
+
+def _name_of(cls: type[Any]) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _refuse_past_guard(cls: type[Any], *args: Any, **kwargs: Any) -> None:
+    """Refuse tokens of an application that no guard saw, so that nothing keeps a rank's part from being taken for all.
+
+    Raises:
+        SequenceParallelError: the class is not known to treat every token by itself, or was bound to a name before.
+    """
+    if all(isinstance(layout, Replicated) for layout in _layouts_in(cls, args, kwargs)):
+        return
+    call = Call(cls, _name_of(cls), args, kwargs)
+    if not _is_token_wise(call.name):
+        _refuse_unknown(call)
+    call.refuse(
+        f"was bound to a name before training began, which torch {torch.__version__} calls past every guard",
+        f"Call {cls.__qualname__}.apply(...) where it is used, rather than a name that was bound to it.",
+    )
+
+
+def _refuse_unknown(call: Call) -> NoReturn:
+    call.refuse(
+        "is code below torch's functions, which would compute with this rank's tokens alone",
+        f"If it treats every token by itself, name {call.name!r} in SequenceConfig.token_wise.",
+    )
+
+
 def custom(call: Call) -> Any:
     """An autograd function, or an operation of another library, of tokens.
 
@@ -135,10 +158,7 @@ def custom(call: Call) -> Any:
     first = call.sharded[0]
     layout: Any = first.placement
     if not _is_token_wise(call.name):
-        call.refuse(
-            "is code below torch's functions, which would compute with this rank's tokens alone",
-            f"If it treats every token by itself, name {call.name!r} in SequenceConfig.token_wise.",
-        )
+        _refuse_unknown(call)
     if not all(layout.has_same_tokens(x.placement) for x in call.sharded):
         call.refuse("combines a token with another one", "Give it the same tokens of all tensors.")
 
