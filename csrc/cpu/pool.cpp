@@ -285,6 +285,16 @@ int32_t lss_pool_create(int32_t num_threads, const int32_t *cpus, int32_t num_cp
 
 int32_t lss_pool_num_threads(const lss_pool *pool) { return pool->num_threads; }
 
+int32_t lss_pool_drain(lss_pool *pool) {
+    std::unique_lock<std::mutex> lock(pool->mutex);
+    const uint64_t end = pool->next_order;  // later work may follow without end
+    pool->work_done.wait(lock, [&] {
+        return std::none_of(pool->unfinished.begin(), pool->unfinished.end(),
+                            [&](const lss_ticket *ticket) { return !ticket->held && ticket->order < end; });
+    });
+    return LSS_OK;
+}
+
 int32_t lss_pool_destroy(lss_pool *pool) {
     {
         std::lock_guard<std::mutex> lock(registry_mutex);

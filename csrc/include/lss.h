@@ -21,7 +21,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define LSS_ABI_VERSION 4
+#define LSS_ABI_VERSION 5
 
 #if defined(__GNUC__)
 #define LSS_API __attribute__((visibility("default")))
@@ -136,6 +136,7 @@ LSS_API int32_t lss_isa_set(const char *name);
  * After fork() the child's pools are empty and start their threads anew. */
 LSS_API int32_t lss_pool_create(int32_t num_threads, const int32_t *cpus, int32_t num_cpus, lss_pool **pool);
 LSS_API int32_t lss_pool_num_threads(const lss_pool *pool);
+LSS_API int32_t lss_pool_drain(lss_pool *pool); /* waits for all work that was released so far */
 LSS_API int32_t lss_pool_destroy(lss_pool *pool); /* finishes released work first; held work is cancelled */
 
 /* ---- tickets ----

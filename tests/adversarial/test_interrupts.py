@@ -9,19 +9,18 @@ import sys
 import threading
 import time
 import weakref
-from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
 
 import lightning_superscale as lss
-from lightning_superscale.run.interrupts import StepInterrupts, mark_whole
+from lightning_superscale.run.interrupts import StepInterrupts
 from tests.adversarial.reading_modules import Reads
 from tests.helpers.extent import IS_ALL
+from tests.helpers.interrupts import RaisesAtLine
 from tests.helpers.trainers import loader, trainer
 
-PACKAGE = str(Path(lss.__file__).parent)
 STRATEGIES = {
     "superscale": lambda: "superscale",
     "cpu": lambda: lss.SuperScaleStrategy(offload="cpu"),
@@ -100,37 +99,6 @@ def is_whole(found, steps) -> bool:
         return not any(key.split(".")[-1].startswith("exp") for key in tensors)
     expected = steps[number]
     return expected.keys() == tensors.keys() and all(torch.equal(expected[key], tensors[key]) for key in expected)
-
-
-def in_finalizer(frame) -> bool:
-    """Whether the garbage collector called it: Python ignores what is raised there."""
-    while frame is not None and not (frame.f_code.co_name == "__del__" or frame.f_code.co_filename == weakref.__file__):
-        frame = frame.f_back
-    return frame is not None
-
-
-class RaisesAtLine:
-    """Raises at one call-line of the package's code that runs in the main thread while step `number` is made."""
-
-    def __init__(self, error, place: int | None, number: int) -> None:
-        self.error, self.place, self.number = error, place, number
-        self.num_lines, self.where = 0, ""
-        self.last_in_step = 0
-
-    def __call__(self, frame, event, arg):
-        is_ours = frame.f_code.co_filename.startswith(PACKAGE)
-        return self.line if is_ours and not in_finalizer(frame) else None
-
-    def line(self, frame, event, arg):
-        if event == "line":
-            self.num_lines += 1
-            if frame.f_code is mark_whole.__code__:
-                self.last_in_step = self.num_lines
-            if self.num_lines == self.place:
-                sys.settrace(None)
-                self.where = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
-                raise self.error("raised by a test")
-        return self.line
 
 
 class Traced(L.Callback):

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lightning_superscale.errors import SuperScaleError
 from lightning_superscale.ops.cpu.flat import submit_copy
+from lightning_superscale.ops.cpu.pool import default_pool
 from lightning_superscale.ops.events import Done, Event, FutureEvent, StreamEvent, has_streams
 from lightning_superscale.ops.types import WEIGHT_DTYPES
 from lightning_superscale.timeline import UNTIMED, Timeline
@@ -93,6 +94,9 @@ class Link(Protocol):
             ValueError: the shapes differ, or the dtypes are no pair that a link copies.
         """
 
+    def drain(self) -> None:
+        """Block the host until every copy that was started is complete, also those whose events an interrupt lost."""
+
     def allocating(self) -> AbstractContextManager[object]:
         """While open, any thread may allocate device memory for the destination of an `h2d`.
 
@@ -159,6 +163,10 @@ class CpuLink:
             return submit_copy(dst, src)
         return FutureEvent(self._timed.submit(self._copy, dst, src, nbytes, what))
 
+    def drain(self) -> None:
+        default_pool().drain()
+        self._timed.submit(int).result()  # the only thread takes it last
+
     def allocating(self) -> AbstractContextManager[object]:
         return nullcontext()
 
@@ -212,6 +220,10 @@ class CudaLink:
             if landed is not dst:
                 dst.copy_(landed)
         return StreamEvent(stream, keep=src)
+
+    def drain(self) -> None:
+        for stream in (self._d2h_stream, self._h2d_stream):
+            stream.synchronize()
 
     def allocating(self) -> AbstractContextManager[object]:
         return torch.cuda.stream(self._h2d_stream)

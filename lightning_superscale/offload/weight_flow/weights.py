@@ -23,6 +23,10 @@ each brings the whole weights down into its own host memory (`filling`), while i
 Ranks can't meet in host memory that they share: it would take an edit of a parameter (`param.mul_(0.5)`) once for every
 rank.
 
+[Note: Interrupted copies] Emptying the storage frees memory that tensors still name, so no copy may be under way to it.
+An interrupt or an error may come between the start of a copy and the note of its event; from then on nobody knows of
+it but the link, which is drained before the storage is emptied.
+
 [Note: Which host buffer] A state whose new weights are written before the verdict gives three buffers per slice, which
 take turns: one holds the weights that stream, one the gradient that waits for its commit, one receives this step's
 gradient (`offload/superoffload/state.py`). A state whose weights are written after backward gives one buffer, which is
@@ -121,6 +125,7 @@ class FlowingWeights:
         self._fence: LinkFence | None = None
         self._copies: list[LinkEvent] = []
         self._is_filled = False
+        self._is_sending = False  # whether copies were begun and not noted; see [Note: Interrupted copies]
         self._new: NewWeights | None = None
         self._landing: LinkEvent | None = None
         self._edits: dict[int, int] = {}
@@ -210,9 +215,16 @@ class FlowingWeights:
 
     def synchronize(self) -> None:
         """Block the host until no copy reads or writes the host weights, so that user code may read or edit them."""
+        self._await_unknown()
         for copy in self._copies:
             copy.synchronize()
         self._await_landing()
+
+    def _await_unknown(self) -> None:
+        """Wait for copies that an interrupt kept from being noted."""
+        if self._is_sending:
+            self._link.drain()
+            self._is_sending = False
 
     def _await_landing(self) -> None:
         if self._landing is not None:
@@ -248,8 +260,9 @@ class FlowingWeights:
         except BaseException:
             self.release()
             raise
+        self._is_sending = True
         self._landing = self._link.d2h(self._buffers[0], self.unit.weights)
-        self._is_filled = True
+        self._is_filled, self._is_sending = True, False
 
     def forget(self, param: nn.Parameter) -> None:
         """Let go of a parameter, which another unit owns from now on."""
@@ -295,7 +308,9 @@ class FlowingWeights:
             if self._new is None:  # otherwise parameters still view the old weights
                 self._take_assigned(self._host_views())
             self.watch.expect()  # a write from now on would miss the copies
+            self._is_sending = True
             self._copies = [self._link.h2d(there, here, self._fence) for there, here in self._pairs()]
+            self._is_sending = False
 
     def _pairs(self) -> list[tuple[Tensor, Tensor]]:
         weights, used = self.unit.weights, set(self._current)
@@ -334,6 +349,7 @@ class FlowingWeights:
         """
         if not self.device_bytes:
             return
+        self._await_unknown()
         for copy in self._copies:
             copy.wait()  # no use may have waited for them, and the memory can be allocated anew at once
         try:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
-from ctypes import byref, c_void_p
+from ctypes import byref
 from typing import NamedTuple
 
 import torch
@@ -148,17 +148,12 @@ def _submit(
     pool = pool or default_pool()
     structs = _structs(mode, segments)
     how = loader.SubmitStruct(priority, int(held))
-    handle = c_void_p()
-    status = lib.lss_adamw(pool.handle, mode.code, structs, len(segments), int(stats), byref(how), byref(handle))
-    loader.check(lib, status)
     # The ticket keeps the tensors, not the segments, whose fields the caller may reassign.
     tensors = [tensor for seg in segments for tensor in _kept(mode, seg)]
-    return Ticket(
-        lib=lib,
-        handle=handle.value,
-        keep=(pool, tensors, structs),
-        run=lambda: _stats(structs) if stats else None,
-    )
+    ticket = Ticket(lib=lib, keep=(pool, tensors, structs), run=lambda: _stats(structs) if stats else None)
+    status = lib.lss_adamw(pool.handle, mode.code, structs, len(segments), int(stats), byref(how), ticket.slot())
+    loader.check(lib, status)
+    return ticket
 
 
 def _tensors(mode: _Mode, seg: AdamWSegment) -> list[tuple[str, Tensor]]:

@@ -6,7 +6,7 @@ run in the calling thread and large ones in `default_pool()`; the calling thread
 
 from __future__ import annotations
 
-from ctypes import byref, c_double, c_int64, c_void_p
+from ctypes import byref, c_double, c_int64
 
 import torch
 from torch import Tensor
@@ -201,10 +201,10 @@ def submit_copy(
         return Ticket(run=lambda: reference.copy(dst, src), held=held)
     pool = pool or default_pool()
     how = loader.SubmitStruct(priority, int(held))
-    handle = c_void_p()
-    status = lib.lss_copy(pool.handle, dst.data_ptr(), src.data_ptr(), src.nbytes, byref(how), byref(handle))
+    ticket: Ticket[None] = Ticket(lib=lib, keep=(pool, dst, src), run=lambda: None)
+    status = lib.lss_copy(pool.handle, dst.data_ptr(), src.data_ptr(), src.nbytes, byref(how), ticket.slot())
     loader.check(lib, status)
-    return Ticket(lib=lib, handle=handle.value, keep=(pool, dst, src), run=lambda: None)
+    return ticket
 
 
 def _pool_handle(pool: Pool | None, nbytes: int) -> int | None:

@@ -12,7 +12,7 @@ import os
 import weakref
 from collections.abc import Callable, Sequence
 from ctypes import byref, c_int32, c_void_p
-from typing import Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
 from lightning_superscale.ops.native import loader
 
@@ -66,9 +66,14 @@ class Pool:
         """A held ticket without work: `release()`, or a CUDA stream (`launch_notify` of ops/cuda), makes it done."""
         if self._lib is None or self._handle is None:
             return Ticket(run=lambda: None, held=True)
-        handle = c_void_p()
-        loader.check(self._lib, self._lib.lss_ticket_create(self._handle, byref(handle)))
-        return Ticket(lib=self._lib, handle=handle.value, keep=self, run=lambda: None)
+        ticket: Ticket[None] = Ticket(lib=self._lib, keep=self, run=lambda: None)
+        loader.check(self._lib, self._lib.lss_ticket_create(self._handle, ticket.slot()))
+        return ticket
+
+    def drain(self) -> None:
+        """Block until all work that was released so far is done, also work whose tickets are lost."""
+        if self._lib is not None and self._handle is not None:
+            loader.check(self._lib, self._lib.lss_pool_drain(self._handle))
 
 
 def _num_threads_of_rank() -> int | None:
@@ -96,10 +101,14 @@ class Ticket(Generic[T]):
     Dropping the last reference to an unfinished ticket waits for the work (or cancels it while it is held),
     because the work writes to memory that the ticket keeps.
 
+    [Note: A ticket comes first] An interrupt or an error may leave the caller between any two lines. So the ticket is
+    there, with all that it keeps, before the work is submitted, and the native library writes its handle into the
+    ticket within the call that submits: at no moment is work under way that nobody would wait for.
+
     Args:
-        run: gives the result. It is called once, after the native work is done, or, without a native handle, to
+        run: gives the result. It is called once, after the native work is done, or, without a native library, to
             do the work itself at its release.
-        lib, handle: the native library and its `lss_ticket *`; None where `run` does the work.
+        lib: the native library, which is handed `slot()` with the work; None where `run` does the work.
         keep: objects that live at least until the work is done, such as its tensors.
         held: start only at `release()`; for a ticket without a native handle.
     """
@@ -109,23 +118,26 @@ class Ticket(Generic[T]):
         *,
         run: Callable[[], T],
         lib: ctypes.CDLL | None = None,
-        handle: int | None = None,
         keep: object = None,
         held: bool = False,
     ) -> None:
         self._lib = lib
-        self._handle = handle
+        self._slot = c_void_p()
         self._keep: object = keep
         self._run: Callable[[], T] | None = run
         self._result: T | None = None
         self._error: BaseException | None = None
-        if handle is None and not held:
+        if lib is None and not held:
             self.release()
 
+    def slot(self) -> Any:
+        """Where the native library writes the handle of the work, as its `lss_ticket **`."""
+        return byref(self._slot)
+
     def is_complete(self) -> bool:
-        if self._lib is None or self._handle is None:
+        if self._lib is None or self.handle is None:
             return self._run is None
-        return bool(self._lib.lss_ticket_done(self._handle))
+        return bool(self._lib.lss_ticket_done(self.handle))
 
     def wait(self) -> T:
         """Block until the work is done, and return its result.
@@ -133,8 +145,8 @@ class Ticket(Generic[T]):
         Raises:
             RuntimeError: the work failed, was cancelled, or was pending when this process was forked.
         """
-        if self._lib is not None and self._handle is not None:
-            loader.check(self._lib, self._lib.lss_ticket_wait(self._handle))
+        if self._lib is not None and self.handle is not None:
+            loader.check(self._lib, self._lib.lss_ticket_wait(self.handle))
             self._finish()
         elif self._run is not None:
             raise RuntimeError("this ticket is held and its work runs at release(), which was not called")
@@ -150,8 +162,8 @@ class Ticket(Generic[T]):
 
     def release(self) -> None:
         """Let held work start. No effect on work that was not held."""
-        if self._lib is not None and self._handle is not None:
-            loader.check(self._lib, self._lib.lss_ticket_release(self._handle))
+        if self._lib is not None and self.handle is not None:
+            loader.check(self._lib, self._lib.lss_ticket_release(self.handle))
             return
         try:
             self._finish()
@@ -160,8 +172,8 @@ class Ticket(Generic[T]):
 
     def cancel(self) -> None:
         """Drop held work: `wait` then raises. No effect once released."""
-        if self._lib is not None and self._handle is not None:
-            loader.check(self._lib, self._lib.lss_ticket_cancel(self._handle))
+        if self._lib is not None and self.handle is not None:
+            loader.check(self._lib, self._lib.lss_ticket_cancel(self.handle))
         elif self._run is not None:
             self._run, self._keep = None, None
             self._error = RuntimeError("the held work was cancelled before its release")
@@ -169,7 +181,7 @@ class Ticket(Generic[T]):
     @property
     def handle(self) -> int | None:
         """The native `lss_ticket *`; None when the work ran without the native library."""
-        return self._handle
+        return self._slot.value
 
     def _finish(self) -> None:
         run, self._run, self._keep = self._run, None, None
@@ -177,9 +189,10 @@ class Ticket(Generic[T]):
             self._result = run()
 
     def __del__(self) -> None:
-        lib, handle = getattr(self, "_lib", None), getattr(self, "_handle", None)
-        if lib is None or handle is None:
+        lib, slot = getattr(self, "_lib", None), getattr(self, "_slot", None)
+        if lib is None or slot is None or slot.value is None:
             return
+        handle = slot.value
         if not lib.lss_ticket_done(handle):
             lib.lss_ticket_cancel(handle)
             lib.lss_ticket_wait(handle)

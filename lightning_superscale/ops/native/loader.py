@@ -23,7 +23,7 @@ import torch
 from lightning_superscale.ops.native import build, seal, torch_root
 from lightning_superscale.ops.native.own_files import own_file
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 _PLACE = Path("lightning_superscale", "ops", "native", "_native")
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -105,6 +105,7 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "lss_isa_set": (c_int32, (c_char_p,)),
     "lss_pool_create": (c_int32, (c_int32, POINTER(c_int32), c_int32, POINTER(c_void_p))),
     "lss_pool_num_threads": (c_int32, (c_void_p,)),
+    "lss_pool_drain": (c_int32, (c_void_p,)),
     "lss_pool_destroy": (c_int32, (c_void_p,)),
     "lss_ticket_create": (c_int32, (c_void_p, POINTER(c_void_p))),
     "lss_ticket_release": (c_int32, (c_void_p,)),

@@ -57,3 +57,16 @@ def test_many_uploads_in_flight_all_arrive():
     for event in [link.h2d(t, s) for t, s in zip(targets, sources, strict=True)]:
         event.wait()
     assert all(map(torch.equal, sources, targets))
+
+
+@pytest.mark.parametrize("is_timed", [False, True], ids=["by the pool", "by the thread of a recorded link"])
+def test_a_drained_link_has_made_copies_whose_events_were_lost(is_timed):
+    timeline = Timeline(torch.device("cpu"))
+    if is_timed:
+        timeline.open()
+    link, there, here = CpuLink(timeline), torch.zeros(5_000_000), torch.ones(5_000_000)
+    lost = link.h2d(there, here)
+    assert not lost.is_complete()
+    link.drain()
+    assert lost.is_complete()
+    assert bool((there == 1).all())

@@ -9,7 +9,9 @@ from torch import nn
 from lightning_superscale.offload.link.link import CpuLink
 from lightning_superscale.offload.weight_flow.weights import FlowingWeights
 from lightning_superscale.ops.cpu.memory import RecycledMemory
+from lightning_superscale.ops.cpu.pool import default_pool
 from lightning_superscale.zero.buckets.unit import BucketUnit
+from tests.helpers.interrupts import interrupted_everywhere, is_written_later
 
 
 class New:
@@ -121,3 +123,21 @@ def test_the_failure_of_a_rank_reaches_what_is_under_way():
     new = step(weights, is_gathered=True)
     weights.abandon()
     assert new.said == ["abandon"]
+
+
+def test_no_copy_writes_to_memory_that_an_interrupt_freed():
+    """Emptying a storage frees it under the tensors that a lost copy keeps: the heap was corrupted."""
+    weights = []
+
+    def begin():
+        weights.append(flowing(1))
+        return weights[-1].prefetch
+
+    places = []
+    for place in interrupted_everywhere(begin):
+        places.append(place)
+        weights[-1].release()
+        assert not is_written_later(weights[-1].full_bytes, default_pool().drain), place
+    assert any(place.startswith("pool.py") for place in places)
+    weights[-1].acquire()
+    assert weights[-1].is_present

@@ -13,8 +13,11 @@ import pytest
 import torch
 
 from lightning_superscale.ops.cpu import flat
+from lightning_superscale.ops.cpu.adamw import submit_adamw_commit
 from lightning_superscale.ops.cpu.pool import Pool, Ticket, default_pool
 from lightning_superscale.ops.native import loader
+from lightning_superscale.ops.types import AdamWHyper, AdamWSegment
+from tests.helpers.interrupts import interrupted_everywhere, is_written_later
 from tests.ops.paths import FALLBACK, NATIVE, running, values
 
 pytestmark = pytest.mark.skipif(not NATIVE, reason="no native library")
@@ -103,6 +106,43 @@ def test_ticket_keeps_tensors_alive_and_waits_when_dropped():
     assert bool((dst == 1).all())
 
 
+@pytest.mark.parametrize("kind", ["copy", "step"])
+def test_an_interrupt_at_any_line_leaves_no_work_that_nobody_waits_for(kind):
+    """[Note: A ticket comes first]: work that had been submitted before there was a ticket wrote to freed memory."""
+
+    def begin():
+        tensors = {name: torch.zeros(64) for name in ("param", "exp_avg", "exp_avg_sq", "grad")}
+        if kind == "copy":
+            return lambda: flat.submit_copy(tensors["param"], tensors["grad"])
+        hyper = AdamWHyper(lr=1e-2, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.0, step=1)
+        return lambda: submit_adamw_commit([AdamWSegment(**tensors, hyper=hyper)])
+
+    places = []
+    for place in interrupted_everywhere(begin):
+        places.append(place)
+        assert not is_written_later(256, default_pool().drain), place
+    assert any(place.startswith("pool.py") for place in places)
+
+
+def test_a_pool_is_drained_of_what_was_released():
+    pool = Pool(1)
+    pool.drain()
+    dst, src = torch.zeros(5_000_000), torch.ones(5_000_000)
+    first = flat.submit_copy(dst, src, pool=pool)
+    held = flat.submit_copy(torch.zeros(4), torch.ones(4), pool=pool, held=True)
+    pool.drain()
+    assert first.is_complete()
+    assert bool((dst == 1).all())
+    assert not held.is_complete()
+    held.release()
+    pool.drain()
+    assert held.is_complete()
+    pool.close()
+    pool.drain()
+    with loader.without_native():
+        Pool(1).drain()
+
+
 def test_pool_closed_cancels_held_work():
     pool = Pool(1)
     ticket = flat.submit_copy(torch.zeros(4), torch.ones(4), pool=pool, held=True)
@@ -166,6 +206,7 @@ def test_pool_many_threads_submit_at_once():
 FORK = """
 import os, sys, torch
 from lightning_superscale.ops.cpu import flat
+from lightning_superscale.ops.cpu.adamw import submit_adamw_commit
 from lightning_superscale.ops.cpu.pool import Pool, default_pool
 
 torch.set_num_threads(1)  # torch's own OpenMP threads do not survive a fork
