@@ -373,16 +373,14 @@ def _programs(rank: int, world_size: int, backend: str, names: list[str], num_mo
 
 
 @pytest.mark.parametrize(
-    ("backend", "names"),
+    ("backend", "names", "num_modes"),
     [
-        ("aot_eager", ["odd length, masked"]),
-        *(pytest.param("aot_eager", list(PROGRAMS)[i::8], marks=only_in_test_all) for i in range(8)),
-        pytest.param("inductor", ["given labels", "grouped"], marks=only_in_test_all),
+        ("aot_eager", ["odd length, masked"], 1),
+        *(pytest.param("aot_eager", list(PROGRAMS)[i::8], 4, marks=only_in_test_all) for i in range(8)),
+        *(pytest.param("inductor", [name], 4, marks=only_in_test_all) for name in ("given labels", "grouped")),
     ],
 )
-def test_compiled_programs_have_the_gradients_of_one_process(backend, names):
-    # One mode of one program, or all of all.
-    limits = (4, 230.0) if len(names) > 1 else (1, 120.0)
-    for found in run_ranks(2, _programs, backend, names, limits[0], limit_s=limits[1]):
+def test_compiled_programs_have_the_gradients_of_one_process(backend, names, num_modes):
+    for found in run_ranks(2, _programs, backend, names, num_modes, limit_s=230.0):
         for (name, mode), one in found.items():
             assert_of_one_process(one, of_one_process(name), f"{name} {mode}")
