@@ -31,21 +31,9 @@ LAYOUT_VERSION = {"pytorch-lightning_version": "2.6.0"}
 OPTIMIZER_NAMES = "lightning_superscale.optimizer_names"
 
 
-def read_lightning(path: Path) -> dict[str, Any]:
-    """The content of a Lightning checkpoint file; a module's `state_dict()` alone becomes its "state_dict".
-
-    Raises:
-        CheckpointError: the file has neither, is damaged or names code.
-    """
-    content = load_torch_file(path)
-    if isinstance(content, Mapping):
-        if isinstance(content.get("state_dict"), Mapping):
-            return dict(content)
-        if content and all(isinstance(value, Tensor) for value in content.values()):
-            return {"state_dict": content}
-    raise CheckpointError(
-        f'{path} is no Lightning checkpoint: it has no "state_dict" of tensors, and is not a state_dict itself.'
-    )
+def is_state_dict(content: Any) -> bool:
+    """Whether the content of a file is a module's `state_dict()` by itself."""
+    return isinstance(content, Mapping) and bool(content) and all(isinstance(one, Tensor) for one in content.values())
 
 
 def open_lightning(path: Path, names: Names | None = None) -> ForeignSource:
@@ -60,8 +48,14 @@ def open_lightning(path: Path, names: Names | None = None) -> ForeignSource:
         CheckpointError: the file is no Lightning checkpoint, is damaged or names code, or `names` do not fit it.
     """
     file = str(path)
-    checkpoint = read_lightning(path)
-    weights = checkpoint["state_dict"]
+    checkpoint = load_torch_file(path)
+    if is_state_dict(checkpoint):
+        checkpoint = {"state_dict": checkpoint}
+    weights = checkpoint.get("state_dict") if isinstance(checkpoint, Mapping) else None
+    if not isinstance(weights, Mapping):
+        raise CheckpointError(
+            f'{file} is no Lightning checkpoint: it has no "state_dict" of tensors, and is not a state_dict itself.'
+        )
     tensors = {str(name): value for name, value in weights.items() if isinstance(value, Tensor)}
     names = _names_in(checkpoint, file) if names is None else names
     table, aliases = _weights(tensors, file, {name for group in names or () for name in group})

@@ -32,7 +32,7 @@ from lightning_superscale.plugins.lightning_private import plain_optimizer
 from lightning_superscale.plugins.trainer.visibility import overrides
 from lightning_superscale.run.environment import DEFAULT_TIMEOUT
 from lightning_superscale.run.state.collect import local_state
-from lightning_superscale.run.state.restore import open_any
+from lightning_superscale.run.state.restore import as_lightnings, open_any
 
 if TYPE_CHECKING:
     from lightning.pytorch.plugins import CheckpointIO as _Base
@@ -180,10 +180,12 @@ def save_through(io: UniversalCheckpointIOMixin, strategy: Any, checkpoint: Mapp
 def load_through(io: UniversalCheckpointIOMixin, strategy: Any, path: Any) -> dict[str, Any]:
     """Open a checkpoint for a strategy that is bound to an IO. Every rank calls it."""
     path, is_fit = str(strategy.broadcast(path)), resumes_fit(strategy)
-    checkpoint = io.load_on_all_ranks(path, is_all_used=is_fit)
+    checkpoint: Any = as_lightnings(io.load_on_all_ranks(path, is_all_used=is_fit))
+    if not isinstance(checkpoint, Mapping) or "state_dict" not in checkpoint:
+        raise CheckpointError(f'{path} has no "state_dict" of a module, and is not one itself; nothing was changed.')
     if is_fit:
         check_has_run(strategy.lightning_module.trainer, checkpoint, path)
-    return checkpoint
+    return dict(checkpoint)
 
 
 def resumes_fit(strategy: Any) -> bool:

@@ -12,7 +12,7 @@ from lightning_superscale.config.values import check_arguments
 from lightning_superscale.errors import CheckpointError
 from lightning_superscale.plugins.checkpoint.hyper_parameters import refuse_named_code
 from lightning_superscale.plugins.lightning_private import load_state_of
-from lightning_superscale.run.state.restore import open_any, read_whole
+from lightning_superscale.run.state.restore import as_lightnings, open_any, read_whole
 
 M = TypeVar("M")
 
@@ -44,7 +44,7 @@ def load_from_checkpoint(
     """
     check_arguments("load_from_checkpoint", load_from_checkpoint, strict=strict, hparams=hparams)
     load_state = _load_state_of(module_class)
-    checkpoint = open_any(os.fspath(path))
+    checkpoint = as_lightnings(open_any(os.fspath(path)))
     refuse_named_code(checkpoint, module_class, hparams or {}, os.fspath(path))
     checkpoint["state_dict"] = read_whole(checkpoint.get("state_dict", {}))
     checkpoint.pop("optimizer_states", None)

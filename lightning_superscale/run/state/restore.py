@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_superscale.checkpoint.foreign.lightning import EXTRA_STATE, LAYOUT_VERSION, read_lightning
+from lightning_superscale.checkpoint.foreign.lightning import EXTRA_STATE, LAYOUT_VERSION, is_state_dict
 from lightning_superscale.checkpoint.foreign.registry import detect, open_foreign
+from lightning_superscale.checkpoint.foreign.torch_files import load_torch_file
 from lightning_superscale.checkpoint.foreign.torch_optimizer import pack_optimizer
 from lightning_superscale.checkpoint.load.reader import is_checkpoint, open_checkpoint
 from lightning_superscale.checkpoint.local_shards import is_tensor_like, local_shards
@@ -94,8 +95,17 @@ def open_any(path: str, mesh: DataMesh | None = None, *, is_all_used: bool = Fal
             source.check_all()
         return OpenedCheckpoint(source, mesh).as_lightning()
     if detect(path) == "lightning":
-        return {**LAYOUT_VERSION, **read_lightning(Path(path))}
+        loaded: dict[str, Any] = load_torch_file(Path(path))
+        return loaded
     return OpenedCheckpoint(open_foreign(path), mesh).as_lightning()
+
+
+def as_lightnings(content: Any) -> Any:
+    """What `open_any` returned, as Lightning's own checkpoints are: a module's `state_dict()` has a place in one."""
+    if is_state_dict(content):
+        content = {"state_dict": content}
+    is_one = isinstance(content, Mapping) and "state_dict" in content
+    return {**LAYOUT_VERSION, **content} if is_one else content
 
 
 def is_lazy(values: Mapping[str, Any]) -> bool:

@@ -306,6 +306,12 @@ def test_weights_alone_are_validated_and_built_from(tmp_path):
             assert_same_weights(lss.load_from_checkpoint(Mixed, path), expected)
 
 
+def test_a_file_without_weights_is_refused_before_anything_changes(tmp_path):
+    torch.save({"step": 3}, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match='has no "state_dict" of a module, and is not one itself'):
+        run(Mixed(), "superoffload", str(tmp_path / "x.pt"))
+
+
 def test_a_hook_may_give_a_run_what_weights_alone_lack(tmp_path):
     class Begins(Mixed):
         def on_load_checkpoint(self, checkpoint):
