@@ -35,7 +35,7 @@ __all__ = [
     "tree_map",
 ]
 
-VERSIONS = ("2.11", "2.13")
+VERSIONS = ("2.11", "2.14")
 """The first and the last version with which the tests of these names have passed."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ import lightning_superscale
 from lightning_superscale import torch_private
 
 PACKAGE = Path(lightning_superscale.__file__).parent
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_this_torch_is_one_of_those_that_were_tried():
@@ -25,6 +27,14 @@ def test_this_torch_is_one_of_those_that_were_tried():
     assert first <= found <= last, (
         f"torch {torch.__version__} has not been tried: run the tests of this file, then widen torch_private.VERSIONS"
     )
+
+
+def test_the_package_asks_for_the_versions_that_were_tried():
+    asked = re.search(r'"torch>=([\d.]+),<([\d.]+)"', (ROOT / "pyproject.toml").read_text())
+    first, last = torch_private.VERSIONS
+    major, minor = last.split(".")
+    assert asked is not None
+    assert asked.groups() == (first, f"{major}.{int(minor) + 1}")
 
 
 def test_versions_count_changes_in_place_and_none_through_data():
