@@ -203,7 +203,7 @@ def draw(rows: Sequence[Row], fits: Sequence[Row], path: Path) -> None:
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(KEYS), figsize=(15, 5.6), sharex=True, layout="constrained")
+    figure, axes = plt.subplots(1, len(KEYS), figsize=(15, 6.6), sharex=True, layout="constrained")
     names = list(LINES)
     for axis, (key, title) in zip(axes, KEYS.items(), strict=True):
         for one in fits:
@@ -216,14 +216,15 @@ def draw(rows: Sequence[Row], fits: Sequence[Row], path: Path) -> None:
                 marker="o",
                 markersize=4,
                 color=f"C{names.index(one['name'])}",
-                label=f"{one['label']}, {one['num_ranks']} rank(s): {slope_text(one[key])}",
+                label=f"{one['label']}, {one['num_ranks']} rank{'s' * (one['num_ranks'] > 1)}: {slope_text(one[key])}",
             )
         axis.set_xscale("log")
         axis.set_yscale("log")
         axis.set_xlabel("parameters")
         axis.set_title(f"{title}; in the legend the exponent of seconds over parameters", fontsize=8.5)
         axis.grid(alpha=0.25, which="both")
-        axis.legend(fontsize=7, frameon=False)
+        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.12)}  # where it hides no line
+        axis.legend(fontsize=7, frameon=False, ncols=2, **below)
     axes[0].set_ylabel("ns per parameter and step, least disturbed turn")
     figure.savefig(path, dpi=120)
     plt.close(figure)
