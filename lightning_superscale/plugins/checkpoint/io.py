@@ -179,30 +179,32 @@ def save_through(io: UniversalCheckpointIOMixin, strategy: Any, checkpoint: Mapp
 
 def load_through(io: UniversalCheckpointIOMixin, strategy: Any, path: Any) -> dict[str, Any]:
     """Open a checkpoint for a strategy that is bound to an IO. Every rank calls it."""
-    path, is_fit = str(strategy.broadcast(path)), resumes_fit(strategy)
-    checkpoint: Any = as_lightnings(io.load_on_all_ranks(path, is_all_used=is_fit))
+    path = str(strategy.broadcast(path))
+    checkpoint: dict[str, Any] = as_lightnings(io.load_on_all_ranks(path, is_all_used=_resumes_fit(strategy)))
     if not isinstance(checkpoint, Mapping) or "state_dict" not in checkpoint:
         raise CheckpointError(f'{path} has no "state_dict" of a module, and is not one itself; nothing was changed.')
-    if is_fit:
-        check_has_run(strategy.lightning_module.trainer, checkpoint, path)
-    return dict(checkpoint)
+    check_has_run(strategy, checkpoint, path)
+    return checkpoint
 
 
-def resumes_fit(strategy: Any) -> bool:
+def _resumes_fit(strategy: Any) -> bool:
     """Whether the Trainer of a strategy loads for fit(), which alone loads optimizer states, after weights."""
     module = strategy.lightning_module
     return module is not None and bool(module.trainer.state.fn == "fit")
 
 
-def check_has_run(trainer: Any, checkpoint: Mapping[str, Any], path: Any) -> None:
+def check_has_run(strategy: Any, checkpoint: Mapping[str, Any], path: Any) -> None:
     """Refuse to go on with a run that a checkpoint does not have: Lightning finds out when weights have changed.
 
-    What a user's own `on_load_checkpoint` may add is not asked for.
+    Only fit() goes on with one. What a user's own `on_load_checkpoint` may add is not asked for.
 
     Raises:
         CheckpointError: says what is missing, and how to begin with the weights alone.
     """
+    if not _resumes_fit(strategy):
+        return
     missing = [key for key in ("optimizer_states", "lr_schedulers") if key not in checkpoint]
+    trainer = strategy.lightning_module.trainer
     hooked = (trainer.lightning_module, trainer.datamodule, *trainer.callbacks)
     if missing and not any(overrides(one, ("on_load_checkpoint",)) for one in hooked):
         raise CheckpointError(

@@ -31,7 +31,6 @@ from lightning_superscale.plugins.checkpoint.io import (
     check_has_run,
     load_through,
     refuse_others_of,
-    resumes_fit,
     save_through,
 )
 from lightning_superscale.plugins.connect import connect
@@ -467,8 +466,7 @@ class SuperScaleStrategyMixin(SampleRanksMixin):
         if io is None:
             refuse_others_of(self.checkpoint_io, checkpoint_path)
             checkpoint = super().load_checkpoint(checkpoint_path, weights_only=weights_only)
-            if resumes_fit(self):
-                check_has_run(self._module.trainer, checkpoint, checkpoint_path)
+            check_has_run(self, checkpoint, checkpoint_path)
             return checkpoint
         return load_through(io, self, checkpoint_path)
 
