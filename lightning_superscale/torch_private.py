@@ -444,7 +444,7 @@ def is_of_tracer(x: Tensor) -> bool:
 def guard_autograd_functions(
     guard: Callable[[Callable[..., Any]], Callable[..., Any]], check: Callable[..., None]
 ) -> Callable[[], None]:
-    """Let `guard(apply)` apply every autograd function, also through names that `Function.apply` was bound to before.
+    """Let `guard(apply)` apply every autograd function, or `check` see the application that comes past it.
 
     Args:
         guard: gives the function that is called with a class and its arguments. It may call `apply` with the same.

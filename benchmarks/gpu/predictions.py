@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu.predictions SIZE:NAME [SIZE:NAME ...]
 
-Says one JSON line for each: its name, seconds of a step and bytes that the device holds at most.
+Says one JSON line for each: its name, seconds of a step and MiB that the device holds at most.
 """
 
 from __future__ import annotations
