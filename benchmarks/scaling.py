@@ -34,6 +34,7 @@ from benchmarks.models import SHAPES
 from benchmarks.step_cost import BenchmarkError, available_bytes, hardware, num_weights, run_heat
 from benchmarks.versus.entrant import Entrant
 from benchmarks.versus.techniques import num_cores
+from lightning_superscale.offload.superoffload.trial import FIRST_TRIAL_STEPS
 
 Row = dict[str, Any]
 SIZES = tuple(name.removesuffix("-few") for name in SHAPES if name.endswith("-few"))
@@ -135,7 +136,10 @@ def measure(size: str, num_ranks: int, options: argparse.Namespace) -> list[Row]
             ]
             continue
         print(f"[{size}, {num_ranks} ranks] {', '.join(heat)}", file=sys.stderr, flush=True)
-        start = functools.partial(Entrant, num_ranks=num_ranks, more=["--record", "--settle"])
+        more = ["--record", "--settle"]
+        if num_ranks == 1:  # superoffload runs, which first tries whether its steps are better awaited
+            more += ["--warmup", str(FIRST_TRIAL_STEPS)]
+        start = functools.partial(Entrant, num_ranks=num_ranks, more=more)
         # Two turns a round: one is timed, one recorded.
         how = argparse.Namespace(peers=None, rounds=2 * options.rounds, steps=options.steps, quick=False)
         rows += [row_of(entrant, size, num_ranks) for entrant in run_heat(heat, f"{size}-few", "bf16", how, start)]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from benchmarks.contestants import ZENFLOW
 from benchmarks.step_cost import WARMUP_STEPS
+from lightning_superscale.offload.superoffload.trial import FIRST_TRIAL_STEPS
 
 # Whose parameters are not whole when training ends, or not by all ranks, so that digests of weights say nothing.
 SHARDED = ("fsdp2", "fsdp2-offload", "model-parallel", "fsdp", "deepspeed-z3", "deepspeed-superoffload")
@@ -106,6 +107,7 @@ TECHNIQUES: dict[str, Technique] = {
         _OFFLOAD,
         {"superoffload": ("deepspeed-z2-offload", "deepspeed-superoffload", "fsdp2-offload", "torchao-offload")},
         "offload",
+        warmup=FIRST_TRIAL_STEPS,  # superoffload tries whether its steps are better awaited
         steps=3,
         is_host_race=True,
         setting=_HOST_SETTING,
@@ -117,6 +119,7 @@ TECHNIQUES: dict[str, Technique] = {
         {"superoffload": ("deepspeed-z2-offload", "fsdp2-offload")},
         "offload",
         size="120M",
+        warmup=FIRST_TRIAL_STEPS,
         is_host_race=True,
         setting=_HOST_SETTING,
     ),

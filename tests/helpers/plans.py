@@ -9,6 +9,7 @@ from types import MethodType
 from lightning_superscale.offload.superoffload.plan import PlanChooser
 
 # Each plan follows each, itself included, once in nine steps.
+# Of direct steps every second one is awaited, so that in eighteen steps each is either.
 TURNS = ("ahead", "ahead", "direct", "direct", "early commit", "early commit", "direct", "ahead", "early commit")
 _CHOSEN = PlanChooser._chosen
 
@@ -22,23 +23,29 @@ def _in_turn(self: PlanChooser):
     return "early commit" if plan == "ahead" and not self._streams else plan, "each in its turn"
 
 
+def _awaited_in_turn(self: PlanChooser) -> bool:
+    turn = self.__dict__["_direct_turn"] = self.__dict__.get("_direct_turn", -1) + 1
+    return turn % 2 == 0
+
+
 def take_turns(chooser: PlanChooser) -> None:
     """From now on, one chooser whose plan is "auto" takes each in its turn."""
     chooser._chosen = MethodType(_in_turn, chooser)
+    chooser._is_better_awaited = MethodType(_awaited_in_turn, chooser)
     chooser._choose()
 
 
 def take_turns_in_process() -> None:
     """Every chooser of this process does, until it ends."""
-    PlanChooser._chosen = _in_turn
+    PlanChooser._chosen, PlanChooser._is_better_awaited = _in_turn, _awaited_in_turn
 
 
 @contextmanager
 def taking_turns() -> Iterator[None]:
     """While open, every chooser of this process does."""
-    before = PlanChooser._chosen
+    before = PlanChooser._chosen, PlanChooser._is_better_awaited
     take_turns_in_process()
     try:
         yield
     finally:
-        PlanChooser._chosen = before
+        PlanChooser._chosen, PlanChooser._is_better_awaited = before

@@ -12,7 +12,7 @@ from lightning_superscale.offload.cpu.state import HostState
 from lightning_superscale.offload.engine import Forecast, OffloadContext, RunFacts, StepParts
 from lightning_superscale.offload.link.dtype import dtype_on_link
 from lightning_superscale.offload.memory import ParamKind, host_memory
-from lightning_superscale.offload.planner.forecast import HostSchedule, StepTimes
+from lightning_superscale.offload.planner.forecast import HostSchedule, StepTimes, awaited_seconds
 from lightning_superscale.offload.weight_flow.weights import StreamedUnit
 from lightning_superscale.optim.adamw_step import AdamWStep
 from lightning_superscale.optim.step_rule import RuleState, StepGuard
@@ -53,10 +53,7 @@ class CpuEngine:
         """Leave nothing: masters and moments are all that this engine saves."""
 
     def predict_exposed(self, times: StepTimes, config: OffloadConfig) -> float:
-        one = 1 / max(1, times.num_buckets)
-        # The host steps and the link uploads at once, after the last gradient; the slower of both is waited for.
-        late = max(times.d2h * one, times.d2h - times.backward)
-        return late + max(times.host + times.h2d * one, times.host * one + times.h2d)
+        return awaited_seconds(times, times.host)
 
     def predict_work(self, times: StepTimes, config: OffloadConfig) -> float:
         return times.d2h + times.host + times.h2d

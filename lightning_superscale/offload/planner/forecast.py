@@ -15,6 +15,9 @@ bytes per parameter with fp32 states and 16 bits on the link, and what of it the
     early commit  commits the last gradient at any time before the verdict (26), and looks at this one after it (16)
     direct        applies this gradient after the verdict, and leaves nothing to commit (28)
 
+Direct steps are done beside the next forward; or before it, where the model is in the same memory and that takes
+no longer (offload/superoffload/trial.py).
+
 So direct moves least, and is hidden as long as forward is longer than it. Early commit moves half as much again, but
 little of it when forward waits. Ahead needs the verdict for nothing where nothing clips. The plan that is chosen is the
 one that moves least of those that leave about as little exposed as the best.
@@ -108,6 +111,16 @@ def exposed_seconds(times: StepTimes, plan: Plan = "ahead", clip_rate: float = 0
         return _early_commit(times)
     exposed = (1 - clip_rate) * _ahead(times)
     return exposed + clip_rate * _again(times) if clip_rate else exposed
+
+
+def awaited_seconds(times: StepTimes, work: float) -> float:
+    """Seconds by which a step is longer than forward and backward, whose end waits for so many seconds of the host's.
+
+    The host steps and the link uploads at once, after the last gradient; the slower of both is waited for.
+    """
+    one = 1 / max(1, times.num_buckets)
+    late = max(times.d2h * one, times.d2h - times.backward)
+    return late + max(work + times.h2d * one, work * one + times.h2d)
 
 
 def _ahead(times: StepTimes) -> float:

@@ -10,7 +10,13 @@ from lightning_superscale.config import OffloadConfig
 from lightning_superscale.layout.memory import MemoryModel
 from lightning_superscale.offload.engine import Forecast, OffloadContext, RunFacts, StepParts
 from lightning_superscale.offload.memory import ParamKind, host_memory
-from lightning_superscale.offload.planner.forecast import HostSchedule, StepTimes, best_plan, exposed_seconds
+from lightning_superscale.offload.planner.forecast import (
+    HostSchedule,
+    StepTimes,
+    awaited_seconds,
+    best_plan,
+    exposed_seconds,
+)
 from lightning_superscale.offload.superoffload.plan import PlanChooser, has_own_cores
 from lightning_superscale.offload.superoffload.state import DeferredState
 from lightning_superscale.offload.superoffload.step import DeferredStep
@@ -84,7 +90,9 @@ class SuperOffloadEngine:
     def forecast(self, parts: StepParts) -> Forecast:
         times, chooser = parts.times(), cast(DeferredStep, parts.rule).chooser
         why_not, exposed = _why_no_forecast(parts), None
-        if why_not is None and chooser.has_own_cores:
+        if why_not is None and chooser.awaits:
+            exposed = awaited_seconds(times, times.passes.direct * times.host)
+        elif why_not is None and chooser.has_own_cores:
             exposed = exposed_seconds(times, chooser.plan, chooser.clip_rate)
         elif why_not is None:
             exposed = times.passes.direct * times.host  # whoever does it, the model waits for the core

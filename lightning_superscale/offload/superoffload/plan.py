@@ -6,6 +6,11 @@ host's at first, are the hardware profile's, whose measured step need not take t
 first steps know nothing, and the first ones after a start are nearly always clipped; so nothing is looked at ahead
 until there is evidence that it is of use. A choice changes no bits and enters no collective, so each rank makes its
 own.
+
+[Note: One memory for both] Where the model is in the optimizer's memory, as in CPU training, the shortest plan is best
+whatever the times: every byte that the optimizer moves slows the model. Whether the step's work is then better done
+beside the next forward or before it is not a matter of arithmetic either, as both also share caches and Python's lock;
+so it is tried ([Note: Trials] in trial.py).
 """
 
 from __future__ import annotations
@@ -23,6 +28,7 @@ from lightning_superscale.offload.planner.choices import HostWork, step_times
 from lightning_superscale.offload.planner.forecast import Plan, StepTimes, best_plan
 from lightning_superscale.offload.planner.numa import available_cpus
 from lightning_superscale.offload.planner.profile import HardwareProfile
+from lightning_superscale.offload.superoffload.trial import Trial
 from lightning_superscale.ops.cpu.pool import Pool
 from lightning_superscale.ops.update import UpdatePath
 from lightning_superscale.optim.step_rule import Figure
@@ -75,6 +81,8 @@ class PlanChooser:
 
     Attributes:
         plan: the next step's.
+        awaits: whether the thread that runs the model does the next step's work, which is "direct", and goes on when it
+            is done; if not, another thread does, behind the next forward.
         clip_rate: share of steps whose gradients got another factor than was expected, from 0 to 1.
         counts: what was done so far.
     """
@@ -104,6 +112,8 @@ class PlanChooser:
         self.clip_rate = 1.0
         self.counts = Counts()
         self.plan: Plan = "direct"
+        self.awaits = False
+        self._trial = Trial()
         self._why = "no step was taken yet"
         self._choose()
 
@@ -141,6 +151,8 @@ class PlanChooser:
         if self._stepped_at is not None:
             begun = now if self._backward_at is None else self._backward_at
             self._seconds.append((now - self._stepped_at, now - begun))
+            if not self.has_own_memory:
+                self._trial.end_step(now - self._stepped_at)
         self._stepped_at, self._backward_at = now, None
         if missed or may_miss:
             self._num_seen += 1
@@ -168,6 +180,10 @@ class PlanChooser:
 
     def _choose(self) -> None:
         self.plan, self._why = self._chosen()
+        self.awaits = self.plan == "direct" and self._is_better_awaited()
+
+    def _is_better_awaited(self) -> bool:
+        return not self.has_own_memory and self._trial.takes_second
 
     def _chosen(self) -> tuple[Plan, str]:
         may_look = self._streams and self._speculate is not False
@@ -205,8 +221,17 @@ class PlanChooser:
             "early commit": "commits the last gradients before the verdict, and looks at new ones after it",
             "direct": "steps after the verdict, behind the next forward, and commits at once",
         }[self.plan]
+        if self.awaits:
+            how = "steps after the verdict, before the next forward, and commits at once"
         counts = self.counts
         return (
-            f"the host {how}: {self._why}. Of the units so far {counts.ahead} were looked at ahead, {counts.redone} of "
-            f"these again, {counts.late} after the verdict, and {counts.direct} were stepped directly",
+            f"the host {how}: {self._why}{self._tried()}. Of the units so far {counts.ahead} were looked at ahead, "
+            f"{counts.redone} of these again, {counts.late} after the verdict, and {counts.direct} were stepped "
+            "directly",
         )
+
+    def _tried(self) -> str:
+        if self.has_own_memory or self._trial.medians is None:
+            return ""
+        behind, before = (f"{1e3 * seconds:.1f} ms" for seconds in self._trial.medians)
+        return f"; a step took {behind} where forward began beside the host's work, and {before} where it came after it"

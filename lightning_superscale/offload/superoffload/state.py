@@ -30,6 +30,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -45,13 +46,15 @@ from lightning_superscale.offload.link.dtype import add_late_gradient, dtype_on_
 from lightning_superscale.offload.link.link import LinkEvent, LinkFence
 from lightning_superscale.offload.planner.forecast import Passes
 from lightning_superscale.offload.weight_flow.weights import FlowingWeights, StreamedUnit
-from lightning_superscale.ops.cpu.adamw import adamw_commit, adamw_commit_peek, adamw_peek
+from lightning_superscale.ops.cpu.adamw import adamw_commit, adamw_commit_peek, adamw_peek, submit_adamw_commit
+from lightning_superscale.ops.cpu.pool import Ticket
 from lightning_superscale.ops.state_dtypes import follow_weights, forget_lost
 from lightning_superscale.ops.types import AdamWHyper, AdamWSegment, GradStats, Rounding
 from lightning_superscale.optim.unit import PublishEvent, ShardUnit
 from lightning_superscale.optim.unit_state import StateBytes, roundings_of, view_by_rows
 
 _Kernel = Callable[..., list[GradStats] | None]
+_Numbered = Sequence[tuple[int, AdamWSegment]]
 
 
 @dataclass(slots=True)
@@ -77,6 +80,18 @@ class _Slice:
     pending: AdamWHyper | None = None
     is_applied: bool = False
     stats: GradStats | None = field(default=None)
+
+
+class _Begun(NamedTuple):
+    """Updates of some slices that are under way.
+
+    Attributes:
+        numbered: segments by slice; a rank may have no row of a slice.
+    """
+
+    ticket: Ticket[list[GradStats] | None]
+    hypers: Mapping[int, AdamWHyper]
+    numbered: _Numbered
 
 
 class DeferredState:
@@ -118,6 +133,7 @@ class DeferredState:
             arena.zeros(numel, self.transfer_dtype, is_pinned=is_pinned, in_forks=rests) for _ in range(num_buffers)
         )
         self._slices = [_Slice(resting=2 if rests else None) for _ in unit.shard.slices]
+        self._begun: _Begun | None = None
         self._worked_seconds = self._worked_params = 0.0
         self.flowing: FlowingWeights | None = None
         if streamed is not None:
@@ -166,6 +182,7 @@ class DeferredState:
 
     def clear_grads(self) -> None:
         """Forget the gradients of this step, unless `settle` made them pending."""
+        self._begun = None  # which waits for what reads them
         for known in self._slices:
             known.arrival = known.looked_at = known.stats = None
             known.is_applied = False
@@ -195,9 +212,7 @@ class DeferredState:
         self._run(adamw_commit_peek, with_commit, hypers)
         self._run(adamw_peek, without, hypers)
 
-    def _run(
-        self, kernel: _Kernel, numbered: Sequence[tuple[int, AdamWSegment]], hypers: Mapping[int, AdamWHyper]
-    ) -> None:
+    def _run(self, kernel: _Kernel, numbered: _Numbered, hypers: Mapping[int, AdamWHyper]) -> None:
         if not numbered:
             return
         start = perf_counter()
@@ -228,6 +243,10 @@ class DeferredState:
 
     def _apply(self, hypers: Mapping[int, AdamWHyper]) -> None:
         """Step slices for good; the buffer that has a gradient gets the new weights, element for element."""
+        self._run(adamw_commit, self._to_apply(hypers), hypers)
+        self._note_applied(hypers)
+
+    def _to_apply(self, hypers: Mapping[int, AdamWHyper]) -> _Numbered:
         segments = []
         for i, hyper in hypers.items():
             grad = self.grad(i)
@@ -235,9 +254,31 @@ class DeferredState:
                 raise AssertionError(f"slice {i} has no gradient to step with")
             if grad.numel():
                 segments.append((i, self._segment(i, grad, hyper, weight_out=grad)))
-        self._run(adamw_commit, segments, hypers)
+        return segments
+
+    def _note_applied(self, hypers: Mapping[int, AdamWHyper]) -> None:
         for i, hyper in hypers.items():
             self._slices[i].looked_at, self._slices[i].is_applied = hyper, True
+
+    def begin(self, hypers: Mapping[int, AdamWHyper]) -> None:
+        """Start to apply gradients where nothing is pending and none was looked at; `settle` waits for it.
+
+        Waits for the gradients; the work itself is under way when this returns.
+        """
+        fresh = (known.pending is None and known.looked_at is None for known in map(self._slices.__getitem__, hypers))
+        at_once = {i: hyper for (i, hyper), is_fresh in zip(hypers.items(), fresh, strict=True) if is_fresh}
+        if numbered := self._to_apply(at_once):
+            ticket = submit_adamw_commit([segment for _, segment in numbered], stats=True, pool=self._pool)
+            self._begun = _Begun(ticket, at_once, numbered)
+
+    def _end_begun(self) -> None:
+        if self._begun is None:
+            return
+        ticket, hypers, numbered = self._begun
+        for (i, _), stats in zip(numbered, ticket.wait() or [], strict=True):
+            self._slices[i].stats = stats
+        self._note_applied(hypers)
+        self._begun = None
 
     def settle(self, hypers: Mapping[int, AdamWHyper], *, defers: bool = True) -> tuple[list[GradStats], int]:
         """Make this step's update final: the new weights follow from `hypers`, and gradients are pending or applied.
@@ -248,6 +289,7 @@ class DeferredState:
         Returns:
             statistics of the gradients, and the number of slices that had been looked at with other hyperparameters.
         """
+        self._end_begun()
         num_redone = self.finish(hypers, defers=defers)
         seen = []
         for i, hyper in hypers.items():
@@ -290,13 +332,13 @@ class DeferredState:
         for i in slices:
             self._slices[i].pending = None
 
-    def _commit(self, numbered: Sequence[tuple[int, AdamWSegment]]) -> None:
+    def _commit(self, numbered: _Numbered) -> None:
         start = perf_counter()
         adamw_commit([segment for _, segment in numbered], pool=self._pool)
         share = Passes.of_width(self.transfer_dtype.itemsize).commit
         self._note(perf_counter() - start, numbered, share)
 
-    def _note(self, seconds: float, numbered: Sequence[tuple[int, AdamWSegment]], share: float) -> None:
+    def _note(self, seconds: float, numbered: _Numbered, share: float) -> None:
         """Note what a pass took, whose memory traffic is this share of one that commits and looks."""
         self._worked_seconds += seconds
         self._worked_params += share * sum(segment.param.numel() for _, segment in numbered)

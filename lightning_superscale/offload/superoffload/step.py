@@ -25,7 +25,7 @@ from lightning_superscale.offload.late_moments import LateMoments
 from lightning_superscale.offload.superoffload.plan import PlanChooser
 from lightning_superscale.offload.superoffload.worker import StepThread, StepWorker
 from lightning_superscale.ops.types import AdamWHyper, GradStats
-from lightning_superscale.optim.adamw_step import AdamWRule
+from lightning_superscale.optim.adamw_step import AdamWRule, StepNumbers
 from lightning_superscale.optim.clipping import ClipByNorm, ClipRequest
 from lightning_superscale.optim.param_update import GradScale, ParamUpdate, adamw_hyper, by_unit
 from lightning_superscale.optim.step_rule import Figure, StepGuard, SteppedUnit
@@ -55,6 +55,9 @@ class DeferringState(UnitState, Protocol):
         Args:
             defers: whether to leave gradients to be committed later, rather than to apply them where none is pending.
         """
+
+    def begin(self, hypers: Mapping[int, AdamWHyper]) -> None:
+        """Start what can be applied at once with these hyperparameters; `settle` waits for it and does the rest."""
 
     def settle(self, hypers: Mapping[int, AdamWHyper], *, defers: bool) -> tuple[list[GradStats], int]:
         """Make this step final; returns statistics of its gradients, and the number of slices looked at again."""
@@ -95,17 +98,19 @@ class _Settlement:
     """The worker's task that settles one unit. Satisfies `worker.Settlement`.
 
     Args:
-        index: the unit's, for the timeline.
         hypers: by slice index, the hyperparameters of this step's update.
         fence: the point of the device's work after which uploads may replace its weights.
         defers: whether gradients may be committed later.
         committing: the commit of the last gradients, which may have failed; None without one.
+
+    Attributes:
+        slices: indices of the slices that are stepped.
     """
 
     def __init__(
         self,
         state: DeferringState,
-        index: int,
+        unit: ShardUnit,
         hypers: Mapping[int, AdamWHyper],
         fence: Any,
         timeline: Timeline,
@@ -113,15 +118,21 @@ class _Settlement:
         defers: bool,
         committing: Future[None] | None,
     ) -> None:
+        self.unit, self.slices = unit, list(hypers)
         self.has_arrived = state.has_arrived
         self._state = state
-        self._label = f"unit {index}"
+        self._label = f"unit {unit.index}"
         self._hypers = hypers
         self._defers = defers
         self._committing = committing
         self._fence = fence
         self._timeline = timeline
         self._num_redone = 0
+
+    def begin(self) -> None:
+        """Start the work without waiting for its end; only on the thread that settles it."""
+        self._raise_failed()
+        self._state.begin(self._hypers)
 
     def prepare(self) -> None:
         self._raise_failed()
@@ -132,7 +143,7 @@ class _Settlement:
         self._raise_failed()
         with self._timeline.host("host optimizer", self._label):
             stats, num_redone = self._state.settle(self._hypers, defers=self._defers)
-        upload = self._state.upload(list(self._hypers), self._fence)
+        upload = self._state.upload(self.slices, self._fence)
         return _Settled(stats, self._num_redone + num_redone, self._state.is_pending(), upload)
 
     def _raise_failed(self) -> None:
@@ -196,7 +207,8 @@ class DeferredStep(AdamWRule):
         self._committing: dict[int, Future[None]] = {}
         self._pending: set[int] = set()  # units whose last gradients may be to be committed yet
         self._hypers: dict[int, dict[int, AdamWHyper]] = {}
-        self._settling: dict[int, Future[_Settled]] = {}
+        self._settling: dict[int, Future[_Settled]] = {}  # units of the last step that the worker settles
+        self._settled: list[_Settled] = []  # those of its units that were settled on this thread
         self._moments = LateMoments(optimizer, self._bring_up)
         self._group_of: dict[nn.Parameter, dict[str, Any]] = {}
         self._clip_value: float | None = None
@@ -316,33 +328,47 @@ class DeferredStep(AdamWRule):
         missed = (grad_scale, clip_value, self._group_numbers()) != expected
         numbers = self.numbers(grad_scale, clip_value)
         settlements: list[_Settlement] = []
-        stepped = []
         for items in by_unit(due).values():
-            hypers = {item.i: numbers.hyper_of(item) for item in items}
-            unit = items[0].unit
-            state = self._states[unit.index]
-            self._moments.expect(unit.index, [item.param for item in items])
-            # Copies may still be under way when the step returns. Their sources' memory is theirs until then
-            # (`record_stream`), and no other code writes most of them; but a gradient in param.grad may be zeroed or
-            # added to in place next.
-            if any(item.param.grad is not None for item in items):
-                state.order_after_copies()
-            stepped.append((unit, list(hypers)))
-            committing = self._committing.get(unit.index)
-            settlements.append(
-                _Settlement(
-                    state, unit.index, hypers, state.fence(), self._timeline, defers=defers, committing=committing
-                )
-            )
-        for (unit, slices), settled in zip(stepped, self._worker.settle(settlements), strict=True):
-            self._settling[unit.index] = settled
-            yield SteppedUnit(unit, slices, _stats_of(settled), SettledWeights(settled, self._timeline))
+            settlements.append(self._settlement(items, numbers, defers=defers))
+            if self.chooser.awaits:
+                settlements[-1].begin()  # the pool works on it while this thread prepares the next
+        yield from self._settled_here(settlements) if self.chooser.awaits else self._settled_by_worker(settlements)
         numbers.advance()
         self._max_norm, self._asked_norm = self._asked_norm, None
         self.chooser.end_step(missed=missed, may_miss=self._max_norm is not None)
-        self._pending |= {unit.index for unit, _ in stepped if defers or unit.index in self._pending}
+        stepped = [settlement.unit.index for settlement in settlements]
+        self._pending |= {index for index in stepped if defers or index in self._pending}
         if self.chooser.plan != "ahead":
-            self._commit_later([unit.index for unit, _ in stepped])
+            self._commit_later(stepped)
+
+    def _settlement(self, items: Sequence[ParamUpdate], numbers: StepNumbers, *, defers: bool) -> _Settlement:
+        """The task that settles the unit of these items."""
+        hypers = {item.i: numbers.hyper_of(item) for item in items}
+        unit = items[0].unit
+        state = self._states[unit.index]
+        self._moments.expect(unit.index, [item.param for item in items])
+        # Copies may still be under way when the step returns. Their sources' memory is theirs until then
+        # (`record_stream`), and no other code writes most of them; but a gradient in param.grad may be zeroed or added
+        # to in place next.
+        if any(item.param.grad is not None for item in items):
+            state.order_after_copies()
+        committing = self._committing.get(unit.index)
+        return _Settlement(state, unit, hypers, state.fence(), self._timeline, defers=defers, committing=committing)
+
+    def _settled_by_worker(self, settlements: Sequence[_Settlement]) -> Iterator[SteppedUnit]:
+        for settlement, settled in zip(settlements, self._worker.settle(settlements), strict=True):
+            unit = settlement.unit
+            self._settling[unit.index] = settled
+            yield SteppedUnit(unit, settlement.slices, _stats_of(settled), SettledWeights(settled, self._timeline))
+
+    def _settled_here(self, settlements: Sequence[_Settlement]) -> Iterator[SteppedUnit]:
+        """Settle units that were begun, on this thread, which runs the model."""
+        for settlement in settlements:
+            with self._timeline.stalled("this step's work"):
+                settled = settlement.settle()
+            self._settled.append(settled)
+            stats = functools.partial(_stats, settled)
+            yield SteppedUnit(settlement.unit, settlement.slices, stats, settled.upload)
 
     def _commit_later(self, first: Sequence[int]) -> None:
         """Let the worker commit pending gradients when it has nothing to settle, those of the next forward first.
@@ -356,11 +382,12 @@ class DeferredStep(AdamWRule):
 
     def _remember_last(self) -> None:
         """Count how the last step's units were settled, and how this one's were looked at."""
-        last, counts = [settled.result() for settled in self._settling.values()], self.chooser.counts
+        last, counts = [*self._settled, *(s.result() for s in self._settling.values())], self.chooser.counts
         under_way = {index for index, committing in self._committing.items() if not committing.done()}
         for index in self._settling.keys() - under_way:
             self.chooser.note_work(*self._states[index].take_work())
         self._settling.clear()
+        self._settled.clear()
         num_pending = sum(settled.is_pending for settled in last)
         self.num_redone += sum(settled.num_redone for settled in last)
         counts.redone += sum(settled.num_redone > 0 for settled in last)
@@ -423,3 +450,7 @@ class DeferredStep(AdamWRule):
 
 def _stats_of(settled: Future[_Settled]) -> Callable[[], Sequence[GradStats]]:
     return lambda: settled.result().stats
+
+
+def _stats(settled: _Settled) -> Sequence[GradStats]:
+    return settled.stats

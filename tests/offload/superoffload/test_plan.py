@@ -9,6 +9,7 @@ import pytest
 from lightning_superscale.offload.planner.forecast import best_plan, exposed_seconds
 from lightning_superscale.offload.superoffload import plan as plans
 from lightning_superscale.offload.superoffload.plan import PlanChooser
+from lightning_superscale.offload.superoffload.trial import FIRST_TRIAL_STEPS
 from lightning_superscale.ops.cpu.pool import Pool
 from lightning_superscale.ops.update import UpdatePath
 from tests.offload.planner.test_choices import H100
@@ -104,6 +105,38 @@ def test_shared_memory_gets_the_shortest_plan_whatever_the_times():
     made = chooser(clock=clock, has_own_memory=False)
     assert set(run(made, clock, 0.2 * HOST_S, [False] * 5)) == {"direct"}
     assert "the model is in the same memory" in made.reasons()[0]
+
+
+@pytest.mark.parametrize(("deferred_s", "awaited_s"), [(1.0, 1.1), (1.1, 1.0)])
+def test_in_shared_memory_steps_are_awaited_where_that_was_faster(deferred_s, awaited_s):
+    clock = Clock()
+    made = chooser(clock=clock, has_own_memory=False)
+    awaited = []
+    for _ in range(FIRST_TRIAL_STEPS + 20):
+        awaited.append(made.awaits)
+        run(made, clock, awaited_s if made.awaits else deferred_s, [True])
+    assert set(awaited[:FIRST_TRIAL_STEPS]) == {False, True}
+    assert set(awaited[FIRST_TRIAL_STEPS:]) == {awaited_s < deferred_s}
+    (said,) = made.reasons()
+    assert "1000.0 ms where" in said
+    assert "1100.0 ms where" in said
+    assert ("before the next forward" in said) is (awaited_s < deferred_s)
+
+
+def test_steps_in_memory_of_their_own_are_never_awaited():
+    clock = Clock()
+    made = chooser(clock=clock)
+    for _ in range(FIRST_TRIAL_STEPS + 20):
+        assert not made.awaits
+        run(made, clock, 6 * HOST_S, [True])
+
+
+def test_steps_that_look_ahead_are_not_awaited():
+    clock = Clock()
+    made = chooser(True, clock=clock, has_own_memory=False)
+    for _ in range(FIRST_TRIAL_STEPS + 20):
+        assert (made.plan, made.awaits) == ("ahead", False)
+        run(made, clock, HOST_S, [True])
 
 
 def test_without_a_profile_the_clip_rate_alone_decides():

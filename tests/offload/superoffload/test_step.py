@@ -344,7 +344,7 @@ def run_steps(model, optimizer, engine, num_steps, *, max_norm, wait_for_looks=T
 def chosen_by_itself(engine):
     """The engine's rule, with the choice of plans that users have."""
     chooser = engine._rule._host.chooser
-    del chooser._chosen  # the helper's, which lets plans take turns
+    del chooser._chosen, chooser._is_better_awaited  # the helper's, which let plans take turns
     chooser.has_own_memory = True
     chooser._choose()
     return engine._rule._host
@@ -470,7 +470,7 @@ def test_a_layer_is_stepped_after_the_next_forward_has_begun(plan):
     model = nn.Sequential(first, second).to(torch.bfloat16)
     optimizer, engine = deferred_engine(model, unit_bytes=1)
     rule = engine._rule._host
-    rule.chooser._chosen = lambda: (plan, "fixed")
+    rule.chooser._chosen, rule.chooser._is_better_awaited = lambda: (plan, "fixed"), lambda: False
     rule.chooser._choose()
     units = {id(m): [engine.transport.place_of(m.weight)[0]] for m in (first, second)}
     may_go, held = threading.Event(), []
@@ -495,6 +495,40 @@ def test_a_layer_is_stepped_after_the_next_forward_has_begun(plan):
     engine.transport.wait_all_published()
     engine.close()
     assert held == [True, True]
+
+
+def test_an_awaited_step_is_over_when_it_returns():
+    """Every unit is stepped by the calling thread, each while the pool has the next ones, and nothing is left."""
+    model = Programs(torch.bfloat16)
+    optimizer, engine = deferred_engine(model, unit_bytes=1)
+    rule = engine._rule._host
+    rule.chooser._chosen, rule.chooser._is_better_awaited = lambda: ("direct", "fixed"), lambda: True
+    rule.chooser._choose()
+    threads, begun = set(), []
+    for state in engine.states:
+
+        def settle(hypers, *, original=state.settle, **how):
+            threads.add(threading.current_thread())
+            begun.append(sum(other._begun is not None for other in engine.states))
+            return original(hypers, **how)
+
+        state.settle = settle
+    for step in range(4):
+        engine.transport.wait_all_published()
+        optimizer.zero_grad()
+        plain_backward(model, batch(step))
+        engine.request_clip(ClipByNorm(1e-4))
+        engine.step()
+        assert not rule._settling
+        assert not any(state.is_pending() or state._begun for state in engine.states)
+    engine.close()
+    assert threads == {threading.current_thread()}
+    num_stepped = begun[0]  # a program leaves some parameters without gradients
+    assert num_stepped > 1
+    assert begun == 4 * list(range(num_stepped, 0, -1))
+    counts = rule.chooser.counts
+    assert (counts.ahead, counts.redone, counts.late) == (0, 0, 0)
+    assert counts.direct == 3 * num_stepped  # those of the last step are counted with the next
 
 
 def test_commits_run_before_the_next_verdict_and_settling_only_looks():
