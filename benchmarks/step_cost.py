@@ -267,10 +267,9 @@ def run_heat(
 ) -> list[Running]:
     contestants: list[Running] = []
     try:
-        for name in names:
+        for name in names:  # one after the other: what one measures and tries in its first steps is of a quiet machine
             contestants.append(start(name, size, table, options.peers))
-        for contestant in contestants:
-            contestant.ready()
+            contestants[-1].ready()
         present = [contestant for contestant in contestants if contestant.absent is None]
         for number in range(num_rounds(size, options)):
             shift = number % max(1, len(present))  # nobody always runs after the same neighbour's end of a round

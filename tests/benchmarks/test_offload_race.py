@@ -16,3 +16,25 @@ def test_exposed_is_the_median_over_rounds_of_what_lies_beyond_forward_and_backw
     run = Namespace(wall=[[2.0, 4.0], [5.0, 5.5], [9.0, 9.0]])
     assert offload_race.exposed(run, passes) == 1.25
     assert offload_race.wall_ratio(run, passes) == 1.5
+
+
+def test_the_process_with_the_shortest_median_turn_stands_for_its_contestant() -> None:
+    runs = [
+        Namespace(name=name, wall=wall, absent=None)
+        for name, wall in (
+            ("passes", [[1.0], [1.0], [9.0]]),
+            ("cpu", [[2.2], [2.1], [2.2]]),
+            ("passes", [[1.1], [1.1], [1.1]]),
+            ("cpu", [[2.0], [2.0], [9.0]]),
+        )
+    ]
+    assert offload_race.least_disturbed(runs) == [runs[0], runs[3]]
+    absent = Namespace(name="deepspeed", wall=[], absent="not in this version")
+    assert offload_race.least_disturbed([absent, runs[0], absent]) == [absent, runs[0]]
+
+
+def test_a_contestant_has_as_many_processes_as_memory_holds() -> None:
+    names = [offload_race.PASSES, "superoffload", "cpu"]
+    assert offload_race.num_processes(names, "5M", 3, 20 * 2**30) == 3
+    assert offload_race.num_processes(names, "120M", 3, 20 * 2**30) == 2
+    assert offload_race.num_processes(names, "120M", 3, 2**30) == 1
