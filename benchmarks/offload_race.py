@@ -4,9 +4,8 @@ Forward and backward use one thread; the optimizer has all cores that are left, 
 it. Contestants take turns of a few steps, as in `step_cost.py`; a turn ends when nothing of it is under way any more,
 weights on their way included, so that nobody works in another's time.
 
-Processes that do the same differ: one of four or so is 5 to 8 % slower to its end, also where all have the same
-addresses, so that a race of one process each tells less than it seems to. So each contestant has several, as far as
-memory holds them, and the one with the shortest median turn stands for it.
+Processes that do the same differ by a percent or two to their end, which is as much as the limits here. So each
+contestant has several, as far as memory holds them, and the one with the shortest median turn stands for it.
 """
 
 from __future__ import annotations
