@@ -270,15 +270,15 @@ def resumed(path: Path | None, machine: Row) -> Row:
     if path is None:
         return {"rows": [], "dates": [], "seconds": 0.0}
     before = json.loads(path.read_text())
+    for key in ("hardware", "dates", "seconds", "rows"):
+        if key not in before:
+            raise BenchmarkError(f"--resume: {path} has no {key!r}, as files of another version. Measure anew.")
     for key in ("cpu", "cores", "memory_gib"):
         if before["hardware"][key] != machine[key]:
             raise BenchmarkError(
                 f"--resume: {path} was measured with {key} = {before['hardware'][key]!r}, this machine has "
                 f"{machine[key]!r}. Measure anew, with another file for --json."
             )
-    for key in ("dates", "seconds", "rows"):
-        if key not in before:
-            raise BenchmarkError(f"--resume: {path} has no {key!r}, as files of another version. Measure anew.")
     return dict(before)
 
 

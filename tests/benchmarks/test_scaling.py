@@ -176,9 +176,12 @@ def test_rows_of_another_machine_are_not_resumed(tmp_path: Path) -> None:
     assert scaling.resumed(path, busier)["dates"] == ["2026-11-29"]
     with pytest.raises(scaling.BenchmarkError, match=r"cpu = 'A', this machine has 'B'\. Measure anew"):
         scaling.resumed(path, machine | {"cpu": "B"})
-    path.write_text(json.dumps({"hardware": machine, "rows": [], "date": "2026-11-29"}))
-    with pytest.raises(scaling.BenchmarkError, match=r"has no 'dates', as files of another version\. Measure anew"):
-        scaling.resumed(path, machine)
+    whole = {"hardware": machine, "rows": [], "dates": ["2026-11-29"], "seconds": 100.0}
+    for key in whole:
+        path.write_text(json.dumps({other: value for other, value in whole.items() if other != key}))
+        missing = rf"has no '{key}', as files of another version\. Measure anew"
+        with pytest.raises(scaling.BenchmarkError, match=missing):
+            scaling.resumed(path, machine)
 
 
 def test_an_unknown_size_is_refused() -> None:
