@@ -175,8 +175,8 @@ class Contestant:
                 stream.close()
 
 
-# glibc's malloc gives large tensors back to the system and takes them anew in every step, as a process's addresses happen
-# to let it: between 2000 and 5000 page faults in a step of 0.06 s, which made processes that did the same differ by 5 to
+# glibc's malloc gives large tensors back to the system and takes them anew in every step, as a process's addresses
+# happen to let it: 2000 to 5000 page faults in a step of 0.06 s, which made processes that did the same differ by 5 to
 # 8 %. So all keep the memory that they had.
 _KEEPS_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_TOP_PAD_": str(64 * 2**20)}
 

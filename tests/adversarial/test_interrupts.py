@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import lightning_superscale as lss
+from lightning_superscale.offload.superoffload.plan import PlanChooser
 from lightning_superscale.run.interrupts import StepInterrupts
 from tests.adversarial.reading_modules import Reads
 from tests.helpers.extent import IS_ALL
@@ -25,6 +26,7 @@ STRATEGIES = {
     "superscale": lambda: "superscale",
     "cpu": lambda: lss.SuperScaleStrategy(offload="cpu"),
     "superoffload": lambda: "superoffload",
+    "superoffload, awaited": lambda: "superoffload",
     "flow": lambda: lss.SuperScaleStrategy(offload={"engine": "superoffload", "weights": "flow", "wrap": ["Linear"]}),
     "zenflow": lambda: lss.SuperScaleStrategy(
         offload={"engine": "zenflow", "zenflow": {"topk": 0.3, "update_interval": 2}}
@@ -48,6 +50,14 @@ def heeds_ctrl_c():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(autouse=True)
+def awaits_where_the_name_says_so(request, monkeypatch):
+    """The steps of a new run are not awaited."""
+    name = request.node.callspec.params.get("name", "") if hasattr(request.node, "callspec") else ""
+    if name.endswith("awaited"):
+        monkeypatch.setattr(PlanChooser, "_is_better_awaited", lambda chooser: True)
 
 
 def snapshot(run):

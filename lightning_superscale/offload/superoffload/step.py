@@ -148,7 +148,7 @@ class _Settlement:
 
     def _raise_failed(self) -> None:
         if self._committing is not None:
-            self._committing.result()  # done: the one thread of the worker began it before
+            self._committing.result()  # on the worker's one thread it is done, as that began it before
 
 
 class SettledWeights:
@@ -330,8 +330,9 @@ class DeferredStep(AdamWRule):
         settlements: list[_Settlement] = []
         for items in by_unit(due).values():
             settlements.append(self._settlement(items, numbers, defers=defers))
-            if self.chooser.awaits:
-                settlements[-1].begin()  # the pool works on it while this thread prepares the next
+            if self.chooser.awaits:  # the pool works on it while this thread prepares the next
+                with self._timeline.stalled("this step's gradients"):
+                    settlements[-1].begin()
         yield from self._settled_here(settlements) if self.chooser.awaits else self._settled_by_worker(settlements)
         numbers.advance()
         self._max_norm, self._asked_norm = self._asked_norm, None
@@ -367,8 +368,7 @@ class DeferredStep(AdamWRule):
             with self._timeline.stalled("this step's work"):
                 settled = settlement.settle()
             self._settled.append(settled)
-            stats = functools.partial(_stats, settled)
-            yield SteppedUnit(settlement.unit, settlement.slices, stats, settled.upload)
+            yield SteppedUnit(settlement.unit, settlement.slices, functools.partial(_stats, settled), settled.upload)
 
     def _commit_later(self, first: Sequence[int]) -> None:
         """Let the worker commit pending gradients when it has nothing to settle, those of the next forward first.

@@ -16,8 +16,6 @@ _FIRST = 3
 _TURN, _NUM_TURNS = 5, 6
 # Steps from one trial to the next: as many again each time the same way won, from the first number to the second.
 _REST, _LONGEST_REST = 250, 4000
-
-
 # Steps of a run until its first trial is decided.
 FIRST_TRIAL_STEPS = 1 + _FIRST + _TURN * _NUM_TURNS
 

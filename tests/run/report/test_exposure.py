@@ -12,7 +12,7 @@ import torch
 
 import lightning_superscale as lss
 from lightning_superscale.offload.planner.choices import step_times
-from lightning_superscale.offload.planner.forecast import exposed_seconds
+from lightning_superscale.offload.planner.forecast import awaited_seconds, exposed_seconds
 from lightning_superscale.offload.superoffload import engine as superoffload_engine
 from lightning_superscale.offload.superoffload.state import DeferredState
 from lightning_superscale.offload.superoffload.step import DeferredStep
@@ -67,19 +67,25 @@ def kept(module=None, strategy="superoffload", **flags) -> SimpleNamespace:
     return seen
 
 
-@pytest.mark.parametrize("has_own_cores", [False, True])
-def test_predicted_stands_beside_measured(monkeypatch, has_own_cores):
+@pytest.mark.parametrize(("has_own_cores", "awaits"), [(False, False), (True, False), (True, True)])
+def test_predicted_stands_beside_measured(monkeypatch, has_own_cores, awaits):
     monkeypatch.setattr(superoffload_engine, "has_own_cores", lambda update, pool: has_own_cores)
-    seen = kept(precision="bf16-true")
+    num_steps = 12 if awaits else 11  # of the plans' turns the last is a direct step, awaited or not
+    seen = kept(precision="bf16-true", max_steps=num_steps)
     steady, chooser = seen.steady, seen.rules[0].host.chooser
     times = step_times(H100, seen.work, forward=steady.forward, backward=steady.backward)
+    assert (chooser.plan, chooser.awaits) == ("direct", awaits)
     # A host whose cores are the model's hides nothing of the shortest plan, 28 of the 30 bytes that are measured.
-    predicted = exposed_seconds(times, chooser.plan, chooser.clip_rate) if has_own_cores else 28 / 30 * times.host
+    predicted = 28 / 30 * times.host
+    if awaits:
+        predicted = awaited_seconds(times, predicted)
+    elif has_own_cores:
+        predicted = exposed_seconds(times, chooser.plan, chooser.clip_rate)
     assert seen.work.num_params >= 17 * 33 + 33 + 66 + 33 * 5 + 5
     assert seen.work.link_bytes == 2 * seen.work.num_params
     assert seen.lines[-1] == (
         f"exposed beyond forward and backward: {predicted * 1e3:.2f} ms predicted, {steady.exposed * 1e3:.2f} ms a "
-        f"step measured over {12 - WARM_UP_STEPS} steps (host clock, hooks included)"
+        f"step measured over {num_steps - WARM_UP_STEPS} steps (host clock, hooks included)"
     )
     assert all(f"- {line}" in seen.text for line in seen.lines)
 
