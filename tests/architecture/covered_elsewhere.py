@@ -112,7 +112,6 @@ BY_TEST: dict[str, list[str]] = {
     "offload/planner/test_profile.py": ["offload/planner/profile_cache.py"],
     "offload/superoffload/test_step.py": [
         "offload/late_moments.py",
-        "offload/superoffload/engine.py",
         "offload/superoffload/state.py",
     ],
     "offload/zenflow/test_step.py": [

@@ -71,6 +71,15 @@ def test_exposed_time_is_the_forecast_of_every_plan(profile, tokens, device_shar
     assert abs(found - expected) <= max(0.05 * expected, times.host / times.num_buckets / 2), (found, expected)
 
 
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("clip_rate", [0.0, 1.0])
+def test_where_there_is_one_bucket_no_other_is_begun_before_its_gradient_comes(plan, clip_rate):
+    times = times_of("PCIe H100", 16000, num_buckets=1)
+    found, _ = simulate(times, Fixed(plan), clip_rate)
+    half_a_bucket = 0.0 if plan == "direct" else times.host / 2
+    assert found == pytest.approx(exposed_seconds(times, plan, clip_rate), abs=half_a_bucket + 1e-9)
+
+
 @pytest.mark.parametrize("profile", PROFILES)
 @pytest.mark.parametrize("clip_rate", [0.0, 0.5, 1.0])
 def test_a_step_that_is_long_enough_exposes_at_most_a_hundredth_at_every_clip_rate(profile, clip_rate):
