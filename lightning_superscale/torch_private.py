@@ -219,6 +219,14 @@ def has_compiled_code() -> bool:
     return any(map(callable, torch._dynamo.eval_frame.cached_backends.values()))
 
 
+def is_compiling() -> bool:
+    """Whether this thread compiles a function now, its look at the arguments included.
+
+    `torch.compiler.is_compiling()` of torch 2.11 says so only of what is traced after that.
+    """
+    return torch.compiler.is_compiling() or torch._guards.CompileContext.try_get() is not None
+
+
 @torch.compiler.disable(recursive=False)  # type: ignore[no-untyped-call, untyped-decorator]
 def compiles_calls() -> bool:
     """Whether `torch.compile` compiles the functions that the caller calls: the caller runs within something compiled.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import typing
 from pathlib import Path
 
 import pytest
@@ -243,6 +244,32 @@ def test_compiled_code_is_known_wherever_it_is():
         assert torch_private.has_compiled_code()
     finally:
         torch._dynamo.reset()
+
+
+class Watched(torch.Tensor):
+    """Notes whether it was looked at by a compilation."""
+
+    seen: typing.ClassVar[list[bool]] = []
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        cls.seen.append(torch_private.is_compiling())
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_a_compilation_is_known_from_its_first_look_at_an_argument():
+    torch._dynamo.reset()
+    x = torch.ones(2).as_subclass(Watched)
+    Watched.seen.clear()
+    assert not torch_private.is_compiling()
+    try:
+        torch.compile(lambda x: x + 1, backend="eager")(x)
+    except Exception as error:  # whether such a tensor can be compiled is not what is asked here
+        print(error)
+    finally:
+        torch._dynamo.reset()
+    assert Watched.seen[0]
+    assert not torch_private.is_compiling()
 
 
 def test_a_backward_is_known_from_within():

@@ -19,7 +19,7 @@ from lightning_superscale.sequence.tokens.rules.views import followed
 from lightning_superscale.sequence.tokens.tensor import layout_of, mean_over_ranks, plain, reduced
 from lightning_superscale.sequence.tokens.traced import TracedTokens, is_tensor, part_of_traced
 from lightning_superscale.sequence.whole import are_whole
-from lightning_superscale.torch_private import without_torch_function
+from lightning_superscale.torch_private import is_compiling, without_torch_function
 
 # These run Python code of their own, in which tensors must keep their layouts: a checkpoint computes forward again.
 _RUN_BACKWARD = ("backward", "grad")
@@ -31,7 +31,7 @@ def dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     Raises:
         SequenceParallelError: no rule says how each rank computes its part.
     """
-    if torch.compiler.is_compiling():  # nothing is asked of the arguments, because that would lead here again
+    if is_compiling():  # nothing is asked of the arguments, because that would lead here again
         raise SequenceParallelError(
             f"{name_of(func)} meets a tensor of tokens in a function that torch.compile compiles, which knows nothing "
             "of tensors of which ranks have parts. Remove torch.compile there, or train with sequence=1. Only "
