@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
+import re
 import subprocess
 import sys
 from argparse import Namespace
@@ -161,9 +163,12 @@ def test_two_towers_read_and_have_the_gradients_of_one_process(tmp_path, strateg
     assert result.returncode == 0, result.stdout + result.stderr
     assert "Epoch 0: 100%" in result.stdout + result.stderr
     lines = [line.split() for line in result.stdout.splitlines() if line.startswith("  ")]
-    found, chance, difference = (float(line[0].rstrip("%")) for line in lines[-3:])
-    assert found > 2 * chance
+    _, _, difference = (float(line[0].rstrip("%")) for line in lines[-3:])
     assert difference == 0.0
+    # After fifty steps the towers tell words apart; which of a hundred unseen ones they find is luck yet, and the words
+    # are those of the Python that runs. A guess among 48 has a loss of log(48) = 3.87.
+    losses = re.findall(r"loss=(\d+\.\d+)", result.stdout + result.stderr)
+    assert float(losses[-1]) < math.log(48) - 0.5
 
 
 @only_in_test_all
