@@ -159,7 +159,8 @@ def _after_verdict(times: StepTimes, work: float, first_work: float | None = Non
     late = _late_gradient(times)
     # Other buckets are worked on while the first one's gradient is missing ([Note: Settling early] in superoffload's
     # worker.py), so that of a late gradient only its own bucket's work is late; but one that was begun is ended.
-    begun = math.ceil(late / (work * one)) * work * one if work and times.num_buckets > 1 else late
+    others = min(math.ceil(late / (work * one)), times.num_buckets - 1) if work else 0
+    begun = max(late, others * work * one)
     first = begun + ((work if first_work is None else first_work) + times.h2d) * one - on_device
     slower = max(max(work, late + work * one) + times.h2d * one, late + work * one + times.h2d)
     last = slower - times.forward + (1 - times.device_share) * times.forward * one

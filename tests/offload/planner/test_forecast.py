@@ -80,6 +80,14 @@ def test_where_there_is_one_bucket_no_other_is_begun_before_its_gradient_comes(p
     assert found == pytest.approx(exposed_seconds(times, plan, clip_rate), abs=half_a_bucket + 1e-9)
 
 
+@pytest.mark.parametrize("num_buckets", [1, 2, 3, 5])
+@pytest.mark.parametrize(("d2h", "host"), [(1.0, 4.0), (9.0, 1.0), (6.0, 2.0), (8.0, 5.0)])
+def test_no_more_buckets_are_worked_on_before_a_late_gradient_than_there_are(num_buckets, d2h, host):
+    times = StepTimes(forward=3.0, backward=6.0, d2h=d2h, host=host, h2d=1.0, num_buckets=num_buckets)
+    found, _ = simulate(times, Fixed("direct"), 1.0)
+    assert found == pytest.approx(exposed_seconds(times, "direct", 1.0))
+
+
 @pytest.mark.parametrize("profile", PROFILES)
 @pytest.mark.parametrize("clip_rate", [0.0, 0.5, 1.0])
 def test_a_step_that_is_long_enough_exposes_at_most_a_hundredth_at_every_clip_rate(profile, clip_rate):
