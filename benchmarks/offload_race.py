@@ -31,7 +31,7 @@ from benchmarks.step_cost import (
     conclude,
     find_peers,
     hardware,
-    num_weights,
+    process_bytes,
     run_heat,
 )
 
@@ -43,7 +43,6 @@ Row = dict[str, Any]
 # At a turn's end what its last step left under way is awaited, as training does once. Steps of a tenth of a second need
 # turns of more steps, or that wait would be what is measured.
 _SMALL, _TIMES_AS_MANY = ("1M", "5M"), 4
-_LIBRARIES_BYTES = 700 * 2**20
 
 
 @dataclass(frozen=True)
@@ -79,6 +78,11 @@ def wall_ratio(a: Contestant, b: Contestant) -> float:
     return statistics.median(statistics.mean(x) / statistics.mean(y) for x, y in pairs)
 
 
+def median_turn(run: Contestant) -> float:
+    """Wall seconds of a step: the median over rounds of a round's means."""
+    return statistics.median(map(statistics.mean, run.wall))
+
+
 def limit(size: str, check: str, at_most: float, measured: float) -> Row:
     """One check: what was measured, and the most that it may be."""
     row = {"check": f"{size}: {check}", "limit": at_most, "measured": round(measured, 4)}
@@ -94,7 +98,7 @@ def rows_of(race: Race, runs: Sequence[Contestant], tokens: int) -> list[Row]:
         if run.absent is not None:
             rows.append(row | {"absent": run.absent})
             continue
-        wall = statistics.median(statistics.mean(turn) for turn in run.wall)
+        wall = median_turn(run)
         facts, num_params, num_steps = run.end["facts"], run.end["num_params"], sum(map(len, run.wall))
         row |= {
             "wall_s": round(wall, 4),
@@ -115,8 +119,7 @@ def rows_of(race: Race, runs: Sequence[Contestant], tokens: int) -> list[Row]:
 
 def num_processes(names: Sequence[str], size: str, asked: int, available: int) -> int:
     """How many processes each contestant gets: as many as asked, or as memory holds."""
-    per_param = {PASSES: 4}
-    need = sum(_LIBRARIES_BYTES + per_param.get(name, 20) * num_weights(size) for name in names)
+    need = sum(process_bytes(size, per_param=4 if name == PASSES else 20) for name in names)
     return max(1, min(asked, int(0.9 * available / need)))
 
 
@@ -125,11 +128,7 @@ def least_disturbed(runs: Sequence[Contestant]) -> list[Contestant]:
     by_name: dict[str, list[Contestant]] = {}
     for run in runs:
         by_name.setdefault(run.name, []).append(run)
-    return [min(each, key=_median_turn) for each in by_name.values()]
-
-
-def _median_turn(run: Contestant) -> float:
-    return statistics.median(map(statistics.mean, run.wall)) if run.absent is None else 0.0
+    return [each[0] if each[0].absent is not None else min(each, key=median_turn) for each in by_name.values()]
 
 
 def parser(doc: str | None, *, steps: int) -> argparse.ArgumentParser:

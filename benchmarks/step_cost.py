@@ -221,9 +221,9 @@ def num_weights(size: str) -> int:
     return 12 * shape.num_layers * shape.width**2 + 2 * shape.vocabulary * shape.width
 
 
-def process_bytes(size: str) -> int:
+def process_bytes(size: str, per_param: int = 24) -> int:
     """About what one contestant occupies: libraries and activations, weights, gradient, two moments, two copies."""
-    return 700 * 2**20 + 24 * num_weights(size)
+    return 700 * 2**20 + per_param * num_weights(size)
 
 
 def plan_heats(

@@ -265,8 +265,8 @@ class DeferredState:
 
         Waits for the gradients; the work itself is under way when this returns.
         """
-        fresh = (known.pending is None and known.looked_at is None for known in map(self._slices.__getitem__, hypers))
-        at_once = {i: hyper for (i, hyper), is_fresh in zip(hypers.items(), fresh, strict=True) if is_fresh}
+        slices = self._slices
+        at_once = {i: h for i, h in hypers.items() if slices[i].pending is None and slices[i].looked_at is None}
         if numbered := self._to_apply(at_once):
             ticket = submit_adamw_commit([segment for _, segment in numbered], stats=True, pool=self._pool)
             self._begun = _Begun(ticket, at_once, numbered)
