@@ -18,7 +18,8 @@ the buffers swap roles:
 
 A step that is told to defer nothing ("direct" in [Note: Three plans] of planner/forecast.py) applies its gradient after
 the verdict, in place of what is pending, if nothing is: the gradient's own buffer then gets the new weights, and no
-buffers swap roles.
+buffers swap roles. Masters of the dtype that crosses the link have these weights themselves after such a step, and are
+uploaded instead, where copies need no pinned memory.
 
 Where weights flow, A is not uploaded but streamed from until the next verdict, and a third buffer C, which held the
 weights until this one, receives gradient t+1 ([Note: Which host buffer] in offload/weight_flow/weights.py). Where ranks
@@ -68,7 +69,9 @@ class _Slice:
         arrival: the copy of this step's gradient; None without a gradient.
         looked_at: the hyperparameters with which new weights were computed from this step's gradient; None before.
         pending: the hyperparameters of the gradient in `back`, which waits for its commit; None without one.
-        is_applied: whether this step's gradient is in masters and moments already, and `front` has the new weights.
+        is_applied: whether this step's gradient is in masters and moments already, and the new weights are where a
+            direct step puts them.
+        is_in_master: whether the master has the settled new weights, and no buffer.
         stats: statistics of this step's gradient, counted when it was looked at; None before.
     """
 
@@ -79,6 +82,7 @@ class _Slice:
     looked_at: AdamWHyper | None = None
     pending: AdamWHyper | None = None
     is_applied: bool = False
+    is_in_master: bool = False
     stats: GradStats | None = field(default=None)
 
 
@@ -127,6 +131,8 @@ class DeferredState:
         self.exp_avg = arena.zeros(numel, dtypes.moments, is_pinned=False)
         self.exp_avg_sq = arena.zeros(numel, dtypes.moments, is_pinned=False)
         self.compensation = compensation_of(arena, numel, unit.dtype, dtypes)
+        # Only pinned memory is copied to a GPU while others work, and masters aren't pinned.
+        self._uploads_masters = self.master.dtype == self.transfer_dtype and streamed is None and not is_pinned
         rests = streamed is not None and streamed.is_whole
         num_buffers = 3 if rests else 2
         self._buffers = tuple(
@@ -225,7 +231,7 @@ class DeferredState:
             known.pending, known.looked_at, known.stats = None, hypers[i], stats
 
     def finish(self, hypers: Mapping[int, AdamWHyper], *, defers: bool) -> int:
-        """Compute new weights of slices that were not looked at with these hyperparameters, which are the verdict's.
+        """Compute new weights of slices not applied yet nor looked at with these hyperparameters, the verdict's.
 
         Args:
             defers: whether to leave gradients to be committed later; if not, those are applied at once before whose
@@ -234,15 +240,18 @@ class DeferredState:
         Returns:
             number of slices that had been looked at with others.
         """
-        redo = {i: hyper for i, hyper in hypers.items() if self._slices[i].looked_at != hyper}
-        num_redone = sum(self._slices[i].looked_at is not None for i in redo)
-        at_once = {} if defers else {i: hyper for i, hyper in redo.items() if self._slices[i].pending is None}
+        slices = self._slices
+        redo = {i: hyper for i, hyper in hypers.items() if not slices[i].is_applied and slices[i].looked_at != hyper}
+        if not redo:
+            return 0
+        num_redone = sum(slices[i].looked_at is not None for i in redo)
+        at_once = {} if defers else {i: hyper for i, hyper in redo.items() if slices[i].pending is None}
         self.look_ahead({i: hyper for i, hyper in redo.items() if i not in at_once})
         self._apply(at_once)
         return num_redone
 
     def _apply(self, hypers: Mapping[int, AdamWHyper]) -> None:
-        """Step slices for good; the buffer that has a gradient gets the new weights, element for element."""
+        """Step slices for good; new weights go where gradients were, unless masters are uploaded."""
         self._run(adamw_commit, self._to_apply(hypers), hypers)
         self._note_applied(hypers)
 
@@ -253,7 +262,8 @@ class DeferredState:
             if grad is None:
                 raise AssertionError(f"slice {i} has no gradient to step with")
             if grad.numel():
-                segments.append((i, self._segment(i, grad, hyper, weight_out=grad)))
+                weight_out = None if self._uploads_masters else grad
+                segments.append((i, self._segment(i, grad, hyper, weight_out=weight_out)))
         return segments
 
     def _note_applied(self, hypers: Mapping[int, AdamWHyper]) -> None:
@@ -299,6 +309,7 @@ class DeferredState:
             self._take_turns(known, i)
             known.pending = None if known.is_applied else hyper
             known.arrival = known.looked_at = known.stats = None
+            known.is_in_master = known.is_applied and self._uploads_masters
             known.is_applied = False
         return seen, num_redone
 
@@ -388,8 +399,10 @@ class DeferredState:
         return self._roundings[i]
 
     def weight_out_of(self, i: int) -> Tensor | None:
-        """Settled new weights of slice i, 1D: in the buffer that receives the next gradient, unless they flow."""
+        """Settled new weights of slice i, 1D; None if the master has them."""
         known = self._slices[i]
+        if known.is_in_master:
+            return None
         return self._span(self._buffers[known.front if known.resting is None else known.resting], i)
 
     def fence(self) -> LinkFence | None:
@@ -409,12 +422,17 @@ class DeferredState:
     def _upload(self, stepped: Sequence[int], after: LinkFence | None) -> list[LinkEvent]:
         with self._link.allocating():  # another thread's forward may still use memory that was freed since the fence
             inbox = self.unit.inbox()
-        fronts = {self._slices[i].front for i in stepped}
-        if len(stepped) == len(self._slices) and len(fronts) == 1:
-            pairs = [(inbox, self._buffers[fronts.pop()])]
+        sources = [self._settled_weights(i) for i in stepped]
+        if len(stepped) == len(self._slices) and len({id(source) for source in sources}) == 1:
+            pairs = [(inbox, sources[0])]
         else:
-            pairs = [(self._span(inbox, i), self._span(self._buffers[self._slices[i].front], i)) for i in stepped]
+            pairs = [(self._span(inbox, i), self._span(flat, i)) for i, flat in zip(stepped, sources, strict=True)]
         return [self._link.h2d(there, here, after) for there, here in pairs]
+
+    def _settled_weights(self, i: int) -> Tensor:
+        """The unit's flat tensor on the host that has slice i's settled new weights, which don't flow."""
+        known = self._slices[i]
+        return self.master if known.is_in_master else self._buffers[known.front]
 
     def reload(self, slices: Sequence[int]) -> None:
         self._flush(slices)

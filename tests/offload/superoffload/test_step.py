@@ -89,22 +89,23 @@ def test_any_share_of_clipped_steps_bucket_size_and_threads(clip_share, unit_byt
 def test_random_events_leave_what_a_synchronous_step_leaves(seed):
     """Slow copies, late gradients, clips, changed learning rates, interrupted backwards, edits, saves."""
     chance = random.Random(seed)
-    plain, model = Programs(torch.bfloat16), Programs(torch.bfloat16)
+    # Masters have the link's dtype in the second and the third, so that direct steps upload them.
+    dtype, link_dtype = ((torch.bfloat16, "weights"), (torch.bfloat16, "fp32"), (torch.float32, "weights"))[seed % 3]
+    plain, model = Programs(dtype), Programs(dtype)
     oracle = PlainMasterAdamW(plain.parameters(), **ADAMW)
     link = SlowLink(seed)
-    link_dtype = ("weights", "fp32")[seed % 2]
     unit_bytes = chance.choice((1, 300, 2000))
     optimizer, engine = deferred_engine(model, unit_bytes=unit_bytes, link=link, link_dtype=link_dtype)
     for step in range(8):
         program = chance.choice((plain_backward, plain_backward, extra_backward_of_a_part))
         max_norm = chance.choice((1e-3, 1e6))
         if chance.random() < 0.2:  # an interrupted step leaves nothing behind
-            program(model, batch(100 + step))
+            program(model, batch(100 + step, dtype))
             engine.discard_gradients()
             optimizer.zero_grad()
         oracle.zero_grad()
-        program(plain, batch(step))
-        program(model, batch(step))
+        program(plain, batch(step, dtype))
+        program(model, batch(step, dtype))
         if chance.random() < 0.3:
             rate = chance.uniform(1e-3, 1e-2)
             for own in (oracle.optimizer, optimizer):
@@ -548,6 +549,34 @@ def test_commits_run_before_the_next_verdict_and_settling_only_looks():
         engine.step()
     engine.close()
     assert rule.chooser.counts.ahead == rule.chooser.counts.direct == 0
+
+
+@pytest.mark.parametrize("is_awaited", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_direct_step_writes_new_weights_once(dtype, is_awaited):
+    """Masters of the dtype that crosses the link are uploaded themselves, and gradients' buffers keep gradients."""
+    plain, model = Programs(dtype), Programs(dtype)
+    oracle = PlainMasterAdamW(plain.parameters(), max_norm=1e-3, **ADAMW)
+    optimizer, engine = deferred_engine(model, unit_bytes=300)
+    rule = engine._rule._host
+    rule.chooser._chosen, rule.chooser._is_better_awaited = lambda: ("direct", "fixed"), lambda: is_awaited
+    rule.chooser._choose()
+    is_master_sent = dtype == torch.float32
+    for step in range(4):
+        oracle.zero_grad()
+        plain_backward(plain, batch(step, dtype))
+        oracle.step()
+        optimizer.zero_grad()
+        plain_backward(model, batch(step, dtype))
+        stepped = [(state, i) for state in engine.states for i in range(len(state._slices)) if state.has_grad(i)]
+        sent = [(state, i, state.grad(i).clone()) for state, i in stepped]
+        engine.request_clip(ClipByNorm(1e-3))
+        engine.step()
+        engine.transport.wait_all_published()
+        for state, i, grad in sent:
+            assert (state.weight_out_of(i) is None) == is_master_sent
+            assert torch.equal(state._span(state._buffers[0], i), grad) == is_master_sent
+    finish(engine, optimizer, model, plain, oracle)
 
 
 @pytest.mark.parametrize("clip_share", [0.0, 0.5, 1.0])
