@@ -31,6 +31,7 @@ from benchmarks.step_cost import (
     conclude,
     find_peers,
     hardware,
+    least_disturbed,
     process_bytes,
     run_heat,
 )
@@ -79,8 +80,8 @@ def wall_ratio(a: Contestant, b: Contestant) -> float:
 
 
 def median_turn(run: Contestant) -> float:
-    """Wall seconds of a step: the median over rounds of a round's means."""
-    return statistics.median(map(statistics.mean, run.wall))
+    """Wall seconds of a step: the median over rounds of a round's means; 0 of one that can't run."""
+    return 0.0 if run.absent is not None else statistics.median(map(statistics.mean, run.wall))
 
 
 def limit(size: str, check: str, at_most: float, measured: float) -> Row:
@@ -121,14 +122,6 @@ def num_processes(names: Sequence[str], size: str, asked: int, available: int) -
     """How many processes each contestant gets: as many as asked, or as memory holds."""
     need = sum(process_bytes(size, per_param=4 if name == PASSES else 20) for name in names)
     return max(1, min(asked, int(0.9 * available / need)))
-
-
-def least_disturbed(runs: Sequence[Contestant]) -> list[Contestant]:
-    """Of each contestant the process with the shortest median turn, in the order of their names' first ones."""
-    by_name: dict[str, list[Contestant]] = {}
-    for run in runs:
-        by_name.setdefault(run.name, []).append(run)
-    return [each[0] if each[0].absent is not None else min(each, key=median_turn) for each in by_name.values()]
 
 
 def parser(doc: str | None, *, steps: int) -> argparse.ArgumentParser:
@@ -192,7 +185,8 @@ def run_race(race: Race, options: argparse.Namespace, more_report: Row | None = 
         how = argparse.Namespace(**(vars(options) | {"steps": steps}))
         start_one = functools.partial(Contestant, rank=variables, more=[*more, "--warmup", str(race.warmup), *own])
         processes = num_processes(names, size, options.processes, available_bytes())
-        runs = least_disturbed(run_heat(processes * names, size, "offload", how, start_one))
+        every = run_heat(processes * names, size, "offload", how, start_one)
+        runs = least_disturbed(every, lambda run: run.name, median_turn)
         tokens = SHAPES[size].tokens
         table: Row = {
             "size": size,

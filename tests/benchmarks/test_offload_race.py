@@ -18,19 +18,9 @@ def test_exposed_is_the_median_over_rounds_of_what_lies_beyond_forward_and_backw
     assert offload_race.wall_ratio(run, passes) == 1.5
 
 
-def test_the_process_with_the_shortest_median_turn_stands_for_its_contestant() -> None:
-    runs = [
-        Namespace(name=name, wall=wall, absent=None)
-        for name, wall in (
-            ("passes", [[1.0], [1.0], [9.0]]),
-            ("cpu", [[2.2], [2.1], [2.2]]),
-            ("passes", [[1.1], [1.1], [1.1]]),
-            ("cpu", [[2.0], [2.0], [9.0]]),
-        )
-    ]
-    assert offload_race.least_disturbed(runs) == [runs[0], runs[3]]
-    absent = Namespace(name="deepspeed", wall=[], absent="not in this version")
-    assert offload_race.least_disturbed([absent, runs[0], absent]) == [absent, runs[0]]
+def test_a_step_takes_its_median_turns_time_and_none_of_one_that_cannot_run() -> None:
+    assert offload_race.median_turn(Namespace(absent=None, wall=[[1.0, 3.0], [9.0, 9.0], [1.0, 1.0]])) == 2.0
+    assert offload_race.median_turn(Namespace(absent="not in this version", wall=[])) == 0.0
 
 
 def test_a_contestant_has_as_many_processes_as_memory_holds() -> None:

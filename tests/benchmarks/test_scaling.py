@@ -27,7 +27,18 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.mark.slow
 def test_a_tiny_run_has_all_times_and_their_exponents(tmp_path: Path) -> None:
     out, picture = tmp_path / "scaling.json", tmp_path / "scaling.png"
-    command = [sys.executable, "benchmarks/scaling.py", "--sizes", "0.2M,1M", "--ranks", "1", "--rounds", "2"]
+    command = [
+        sys.executable,
+        "benchmarks/scaling.py",
+        "--sizes",
+        "0.2M,1M",
+        "--ranks",
+        "1",
+        "--rounds",
+        "2",
+        "--processes",
+        "2",
+    ]
     command += ["--only", "cpu,superoffload-all-bf16", "--json", str(out)]
     try:
         import matplotlib  # noqa: F401
@@ -110,6 +121,14 @@ def test_as_many_neighbours_take_turns_as_memory_holds() -> None:
     assert heats[0] == ["cpu", "superoffload"]
     assert [name for heat in heats for name in heat] == names
     assert scaling.heats_of(names, "350M", 1, 1) == [[name] for name in names]
+
+
+def test_contestants_of_one_rank_have_as_many_processes_as_memory_holds() -> None:
+    heat = ["cpu", "superoffload"]
+    needed = sum(scaling.LINES[name].needed_bytes("10M", 1) for name in heat)
+    available = [int(1.01 * needed * n / 0.85) for n in (1, 2, 5)]
+    assert [scaling.num_processes(heat, "10M", 1, 3, bytes_) for bytes_ in (0, *available)] == [1, 1, 2, 3]
+    assert scaling.num_processes(heat, "10M", 2, 3, 2**50) == 1, "ranks are processes of their own"
 
 
 @pytest.mark.parametrize("size", ["10M", "25M", "60M", "120M", "350M", "1B"])

@@ -69,6 +69,12 @@ def test_plan_heats_little_memory_splits_between_families_with_the_yardstick_in_
         step_cost.plan_heats(families, 10, 20)
 
 
+def test_of_several_runs_of_a_name_the_fastest_counts() -> None:
+    runs = [("cpu", 2.2), ("zero2", 1.0), ("cpu", 2.0), ("zero2", 1.1), ("broken", 0.0), ("broken", 0.0)]
+    found = step_cost.least_disturbed(runs, lambda run: run[0], lambda run: run[1])
+    assert found == [("cpu", 2.0), ("zero2", 1.0), ("broken", 0.0)]
+
+
 def test_ratio_is_taken_within_rounds_then_its_median() -> None:
     # Round 2 ran on a machine twice as slow, round 3 disturbed one contestant.
     ours = Namespace(cpu=[[1.1], [2.2], [9.0]])
