@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import MethodType
 
+from lightning_superscale.offload.planner.forecast import Plan
 from lightning_superscale.offload.superoffload.plan import PlanChooser
 
 # Each plan follows each, itself included, once in nine steps.
@@ -32,6 +33,16 @@ def take_turns(chooser: PlanChooser) -> None:
     """From now on, one chooser whose plan is "auto" takes each in its turn."""
     chooser._chosen = MethodType(_in_turn, chooser)
     chooser._is_better_awaited = MethodType(_awaited_in_turn, chooser)
+    chooser._choose()
+
+
+def keep_to(chooser: PlanChooser, plan: Plan, *, awaits: bool = False) -> None:
+    """From now on, one chooser takes this plan only.
+
+    Args:
+        awaits: whether direct steps are awaited.
+    """
+    chooser._chosen, chooser._is_better_awaited = lambda: (plan, "fixed"), lambda: awaits
     chooser._choose()
 
 

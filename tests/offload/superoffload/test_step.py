@@ -19,6 +19,7 @@ from lightning_superscale.optim.clipping import ClipByNorm
 from tests.helpers.engines import build_engine
 from tests.helpers.extent import IS_ALL
 from tests.helpers.plain import PlainMasterAdamW, assert_equal_states
+from tests.helpers.plans import keep_to
 from tests.helpers.programs import Programs, extra_backward_of_a_part, plain_backward
 
 ADAMW = {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.9, 0.95)}
@@ -431,8 +432,7 @@ def test_a_commit_that_fails_is_raised_with_its_unit(monkeypatch, raises_at):
     model = Programs(torch.bfloat16)
     optimizer, engine = deferred_engine(model, unit_bytes=1)
     rule = engine._rule._host
-    rule.chooser._chosen = lambda: ("early commit", "fixed")
-    rule.chooser._choose()
+    keep_to(rule.chooser, "early commit")
     plain_backward(model, batch(0))
     original, failing = DeferredState.flush, [True]
 
@@ -471,8 +471,7 @@ def test_a_layer_is_stepped_after_the_next_forward_has_begun(plan):
     model = nn.Sequential(first, second).to(torch.bfloat16)
     optimizer, engine = deferred_engine(model, unit_bytes=1)
     rule = engine._rule._host
-    rule.chooser._chosen, rule.chooser._is_better_awaited = lambda: (plan, "fixed"), lambda: False
-    rule.chooser._choose()
+    keep_to(rule.chooser, plan)
     units = {id(m): [engine.transport.place_of(m.weight)[0]] for m in (first, second)}
     may_go, held = threading.Event(), []
     state = engine.states[units[id(second)][0].index]
@@ -503,8 +502,7 @@ def test_an_awaited_step_is_over_when_it_returns():
     model = Programs(torch.bfloat16)
     optimizer, engine = deferred_engine(model, unit_bytes=1)
     rule = engine._rule._host
-    rule.chooser._chosen, rule.chooser._is_better_awaited = lambda: ("direct", "fixed"), lambda: True
-    rule.chooser._choose()
+    keep_to(rule.chooser, "direct", awaits=True)
     threads, begun = set(), []
     for state in engine.states:
 
@@ -536,8 +534,7 @@ def test_commits_run_before_the_next_verdict_and_settling_only_looks():
     model = Programs(torch.bfloat16)
     optimizer, engine = deferred_engine(model, unit_bytes=1)
     rule = engine._rule._host
-    rule.chooser._chosen = lambda: ("early commit", "fixed")
-    rule.chooser._choose()
+    keep_to(rule.chooser, "early commit")
     for step in range(4):
         engine.transport.wait_all_published()
         optimizer.zero_grad()
@@ -558,9 +555,7 @@ def test_a_direct_step_writes_new_weights_once(dtype, is_awaited):
     plain, model = Programs(dtype), Programs(dtype)
     oracle = PlainMasterAdamW(plain.parameters(), max_norm=1e-3, **ADAMW)
     optimizer, engine = deferred_engine(model, unit_bytes=300)
-    rule = engine._rule._host
-    rule.chooser._chosen, rule.chooser._is_better_awaited = lambda: ("direct", "fixed"), lambda: is_awaited
-    rule.chooser._choose()
+    keep_to(engine._rule._host.chooser, "direct", awaits=is_awaited)
     is_master_sent = dtype == torch.float32
     for step in range(4):
         oracle.zero_grad()
