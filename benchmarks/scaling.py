@@ -45,6 +45,8 @@ RANKS = (1, 2, 4)
 # Of a step: its wall time, CPU seconds of all ranks, and wall time in which an optimizer runs.
 KEYS = {"step": "step, wall", "cpu": "step, CPU of all ranks", "optimizer": "optimizer, wall"}
 LIBRARIES_BYTES = 600 * 2**20
+# Of what is available, that contestants of one heat may take.
+_SHARE_OF_MEMORY = 0.85
 # Steps per turn. At a turn's end what its last step left under way is awaited, as training does once; small models have
 # longer turns, or that wait would be measured.
 _STEPS, _STEPS_OF_SMALL, _FIRST_THAT_IS_NOT_SMALL = 4, 16, "60M"
@@ -100,7 +102,7 @@ def heats_of(names: Sequence[str], size: str, num_ranks: int, available: int) ->
         needed = LINES[name].needed_bytes(size, num_ranks)
         if not heats or needed > free:
             heats.append([])
-            free = 0.85 * available
+            free = _SHARE_OF_MEMORY * available
         heats[-1].append(name)
         free -= needed
     return heats
@@ -111,10 +113,18 @@ def steps_of(size: str) -> int:
     return _STEPS_OF_SMALL if SIZES.index(size) < SIZES.index(_FIRST_THAT_IS_NOT_SMALL) else _STEPS
 
 
-def num_processes(heat: Sequence[str], size: str, num_ranks: int, asked: int, available: int) -> int:
-    """How many processes each contestant of one rank gets: as many as asked, or as memory holds."""
-    needed = sum(LINES[name].needed_bytes(size, num_ranks) for name in heat)
-    return max(1, min(asked if num_ranks == 1 else 1, int(0.85 * available / needed)))
+def needed_bytes(names: Sequence[str], size: str, num_ranks: int) -> int:
+    """About what one entrant of each name occupies."""
+    return sum(LINES[name].needed_bytes(size, num_ranks) for name in names)
+
+
+def num_processes(needed: int, num_ranks: int, asked: int, available: int) -> int:
+    """How many processes each contestant of one rank gets: as many as asked, or as memory holds.
+
+    Args:
+        needed: bytes of one process of each.
+    """
+    return max(1, min(asked if num_ranks == 1 else 1, int(_SHARE_OF_MEMORY * available / needed)))
 
 
 def row_of(entrant: Entrant, size: str, num_ranks: int) -> Row:
@@ -143,7 +153,7 @@ def measure(size: str, num_ranks: int, options: argparse.Namespace) -> list[Row]
     rows: list[Row] = []
     names = names_at(size, num_ranks, options.only)
     for heat in heats_of(names, size, num_ranks, available_bytes()):
-        needed = sum(LINES[name].needed_bytes(size, num_ranks) for name in heat)
+        needed = needed_bytes(heat, size, num_ranks)
         if needed > 0.95 * available_bytes():
             error = f"needs about {needed / 2**30:.1f} GiB, {available_bytes() / 2**30:.1f} GiB are available"
             rows += [
@@ -160,7 +170,7 @@ def measure(size: str, num_ranks: int, options: argparse.Namespace) -> list[Row]
         how = argparse.Namespace(
             peers=None, rounds=2 * options.rounds, steps=options.steps or steps_of(size), quick=False
         )
-        processes = num_processes(heat, size, num_ranks, options.processes, available_bytes())
+        processes = num_processes(needed, num_ranks, options.processes, available_bytes())
         entrants = run_heat(processes * heat, f"{size}-few", "bf16", how, start)
         every = [row_of(entrant, size, num_ranks) for entrant in entrants]
         # A row without seconds has an error, which is shown.

@@ -124,11 +124,10 @@ def test_as_many_neighbours_take_turns_as_memory_holds() -> None:
 
 
 def test_contestants_of_one_rank_have_as_many_processes_as_memory_holds() -> None:
-    heat = ["cpu", "superoffload"]
-    needed = sum(scaling.LINES[name].needed_bytes("10M", 1) for name in heat)
+    needed = scaling.needed_bytes(["cpu", "superoffload"], "10M", 1)
     available = [int(1.01 * needed * n / 0.85) for n in (1, 2, 5)]
-    assert [scaling.num_processes(heat, "10M", 1, 3, bytes_) for bytes_ in (0, *available)] == [1, 1, 2, 3]
-    assert scaling.num_processes(heat, "10M", 2, 3, 2**50) == 1, "ranks are processes of their own"
+    assert [scaling.num_processes(needed, 1, 3, bytes_) for bytes_ in (0, *available)] == [1, 1, 2, 3]
+    assert scaling.num_processes(needed, 2, 3, 2**50) == 1, "ranks are processes of their own"
 
 
 @pytest.mark.parametrize("size", ["10M", "25M", "60M", "120M", "350M", "1B"])
